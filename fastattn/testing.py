@@ -1,0 +1,438 @@
+"""Error budgets and input makers, shared by the tests and the benchmarks.
+
+The truth is an op's reference run in float64. What a result y in a low dtype may differ by is not a guessed
+tolerance but what plain torch does in the same dtype on the same inputs:
+
+    max|y - truth| <= factor * max|eager - truth| + rounding band        (factor 2, gradients 3)
+
+The rounding band is what a correct kernel may add when eager happens to be exact. One rounding of the
+result is at most eps/2 of it. Inside, sums are in float32: n terms added in any order have an error under n
+* eps32/2 of the sum of magnitudes, of which rounding errors of random sign leave about sqrt(n); and a
+handful of float32 operations (an exponential to 2 ulp, a reciprocal to 1, a product) come before. With u =
+max|truth|:
+
+    band = u * (eps(dtype) / 2 + (4 + sqrt(terms)) * eps(float32))
+
+which for float32 and 1024 terms is 37 eps, and for bfloat16 is the one rounding. `absolute_bound` gives the
+bound that needs no eager run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+EPS32 = torch.finfo(torch.float32).eps
+LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_tuple(x: object) -> tuple:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def to_float64(inputs: Sequence[object]) -> tuple:
+    """Floating tensors as fresh float64 leaves that require gradients where the originals do."""
+    return tuple(
+        x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in inputs
+    )
+
+
+def fresh(inputs: Sequence[object]) -> tuple:
+    """The same values, strides and dtypes as new leaves, so that two runs never share a gradient."""
+    return tuple(
+        x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs
+    )
+
+
+def max_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """max|actual - truth| in float64; infinities have to agree exactly, and a NaN is an infinite error."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    if actual.shape != truth.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    if actual.numel() == 0:
+        return 0.0
+    error = (actual - truth).abs()
+    error = torch.where(truth.isinf() & (actual == truth), torch.zeros_like(error), error)
+    return float(torch.where(error.isnan(), torch.full_like(error, math.inf), error).max())
+
+
+def max_finite(x: torch.Tensor) -> float:
+    x = x.detach().double()
+    x = x[x.isfinite()]
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """max|actual - truth| / |truth|: for values that matter however small they are."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    return float(((actual - truth).abs() / truth.abs()).max()) if truth.numel() else 0.0
+
+
+def rounding_band(truth: torch.Tensor, dtype: torch.dtype, terms: int = 1) -> float:
+    """What a correct kernel may be off by when eager is exact (derived above)."""
+    return max_finite(truth) * (torch.finfo(dtype).eps / 2 + (4 + math.sqrt(terms)) * EPS32)
+
+
+def absolute_bound(dtype: torch.dtype, terms: int, magnitude: float, *, roundings: int = 1) -> float:
+    """The worst case of a sum of `terms` products whose magnitudes add up to at most `magnitude`.
+
+    Each value that is rounded to `dtype` on the way (`roundings` of them in sequence: the stored weight, the
+    stored result) adds eps(dtype)/2 of `magnitude`; adding n terms in float32 in any order adds at most
+    n * eps32/2 of it, and forming a term a further 4 * eps32.
+    """
+    return magnitude * (roundings * torch.finfo(dtype).eps / 2 + (terms / 2 + 4) * EPS32)
+
+
+def assert_close_to_truth(
+    actual: torch.Tensor,
+    truth: torch.Tensor,
+    eager: torch.Tensor | None,
+    *,
+    factor: float = 2.0,
+    terms: int = 1,
+    absolute: float | None = None,
+    name: str = "result",
+) -> None:
+    """One tensor against its budget; `absolute` is a further bound the test derives."""
+    error = max_error(actual, truth)
+    budget = rounding_band(truth, actual.dtype, terms)
+    eager_error = 0.0
+    if eager is not None:
+        eager_error = max_error(eager, truth)
+        budget += factor * eager_error if math.isfinite(eager_error) else 0.0
+    if not error <= budget:
+        raise AssertionError(
+            f"{name} ({actual.dtype}, {tuple(actual.shape)}): error {error:.3e} is over its budget"
+            f" {budget:.3e}"
+            f" (eager's error {eager_error:.3e}, factor {factor}, largest value {max_finite(truth):.3e})"
+        )
+    if absolute is not None and not error <= absolute:
+        raise AssertionError(
+            f"{name} ({actual.dtype}): error {error:.3e} is over the absolute bound {absolute:.3e}"
+        )
+
+
+def assert_within_budget(
+    actual: object,
+    reference: Callable,
+    inputs: Sequence[object],
+    *,
+    factor: float = 2.0,
+    terms: int = 1,
+    absolute: float | None = None,
+    name: str = "result",
+) -> None:
+    """Outputs of an op given `inputs`, against reference(*inputs) in float64 and in the inputs' dtype."""
+    with torch.no_grad():
+        truth = as_tuple(reference(*to_float64(inputs)))
+        eager = as_tuple(reference(*inputs))
+    actual = as_tuple(actual)
+    assert len(actual) == len(truth), f"{len(actual)} outputs, the reference has {len(truth)}"
+    for i, (a, t, e) in enumerate(zip(actual, truth, eager, strict=True)):
+        label = f"{name}[{i}]" if len(actual) > 1 else name
+        assert_close_to_truth(a, t, e, factor=factor, terms=terms, absolute=absolute, name=label)
+
+
+def differentiate(
+    fn: Callable, inputs: Sequence[object], grad_outputs: Sequence[torch.Tensor | None] | None = None
+) -> tuple[tuple, tuple]:
+    """(outputs, gradients of the inputs that require them) of fn(*inputs) for the given output gradients.
+
+    Without `grad_outputs` they are random, the same for every call with the same output shapes.
+    """
+    inputs = fresh(inputs)
+    outputs = as_tuple(fn(*inputs))
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    if grad_outputs is None:
+        grad_outputs = output_gradients(outputs)
+    pairs = [
+        (o, g.to(o)) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad
+    ]
+    if not leaves or not pairs:
+        return outputs, ()
+    outs, grads = zip(*pairs, strict=True)
+    return outputs, torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+
+
+def output_gradients(outputs: Sequence[torch.Tensor], seed: int = 17) -> tuple:
+    """Random gradients for an op's outputs, exact in every dtype (multiples of 1/16 up to 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randint(-32, 33, o.shape, generator=generator).to(o.device) / 16
+        if o.is_floating_point()
+        else None
+        for o in outputs
+    )
+
+
+def check_op(
+    op: Callable,
+    reference: Callable,
+    inputs: Sequence[object],
+    *,
+    factor: float = 2.0,
+    gradient_factor: float = 3.0,
+    terms: int = 1,
+    absolute: float | None = None,
+    grad_outputs: Sequence[torch.Tensor | None] | None = None,
+    names: Sequence[str] = (),
+) -> None:
+    """Outputs and all gradients of op(*inputs) within their budgets of reference(*inputs).
+
+    Tensors among `inputs` that require gradients get theirs compared (`names` labels them); everything else
+    is passed through as it is. A gradient that the reference does not have must be absent or zero.
+    """
+    outputs, gradients = differentiate(op, inputs, grad_outputs)
+    if grad_outputs is None:
+        grad_outputs = output_gradients(outputs)
+    eager, eager_gradients = differentiate(reference, inputs, grad_outputs)
+    truth, true_gradients = differentiate(reference, to_float64(inputs), grad_outputs)
+    assert len(outputs) == len(truth), f"{len(outputs)} outputs, the reference has {len(truth)}"
+    for i, (a, t, e) in enumerate(zip(outputs, truth, eager, strict=True)):
+        assert a.dtype == e.dtype, f"output {i} is {a.dtype}, the reference gives {e.dtype}"
+        assert_close_to_truth(a, t, e, factor=factor, terms=terms, absolute=absolute, name=f"output {i}")
+    for i, (a, t, e) in enumerate(zip(gradients, true_gradients, eager_gradients, strict=True)):
+        name = f"gradient of {names[i] if i < len(names) else i}"
+        if t is None:
+            assert a is None or not a.any(), f"{name} should be absent or zero"
+            continue
+        assert a is not None, f"{name} is missing"
+        assert_close_to_truth(a, t, e, factor=gradient_factor, terms=terms, name=name)
+
+
+@contextlib.contextmanager
+def nan_filled_outputs() -> Iterator[None]:
+    """torch.empty and its relatives give NaN (the largest integer), so that an unwritten output shows.
+
+    Needs torch's deterministic mode, which is on inside with warnings only.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def random_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 1.0,
+    layout: str = "contiguous",
+    requires_grad: bool = False,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Normal values times `scale`. Every layout has a contiguous last dim:
+
+    contiguous: as torch.randn; odd: gaps of NaN between rows, heads and batches, so that a kernel that reads
+    past its strides shows; swapped (3 or more dims): the two dims before the last are stored in the other
+    order, as (B, L, H, D) projections are after a transpose.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    if layout == "odd":
+        storage = torch.full(
+            [n + 1 + (i == len(shape) - 1) * 2 for i, n in enumerate(shape)], math.nan, dtype=dtype
+        )
+        view = storage[tuple(slice(1, 1 + n) for n in shape)]
+        view.copy_(values)
+        values = view
+    elif layout == "swapped":
+        if len(shape) < 3:
+            raise ValueError(f"random_tensor: layout 'swapped' needs 3 dims, got shape {shape}")
+        values = values.transpose(-2, -3).contiguous().transpose(-2, -3)
+    elif layout != "contiguous":
+        raise ValueError(f"random_tensor: layout is {layout!r}, allowed are contiguous, odd, swapped")
+    if torch.device(device).type != "cpu":
+        values = values.to(device)
+    return values.requires_grad_(requires_grad)
+
+
+LAYOUTS = ("contiguous", "odd", "swapped")
+
+
+def attention_inputs(
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    q_len: int = 33,
+    k_len: int | None = None,
+    head_dim: int = 16,
+    v_dim: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 1.0,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv)."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    k_len = q_len if k_len is None else k_len
+    v_dim = head_dim if v_dim is None else v_dim
+    options = {
+        "dtype": dtype,
+        "scale": scale,
+        "layout": layout,
+        "requires_grad": requires_grad,
+        "device": device,
+    }
+    return (
+        random_tensor(batch, heads, q_len, head_dim, seed=seed * 3 + 1, **options),
+        random_tensor(batch, kv_heads, k_len, head_dim, seed=seed * 3 + 2, **options),
+        random_tensor(batch, kv_heads, k_len, v_dim, seed=seed * 3 + 3, **options),
+    )
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets this machine can run, best last."""
+    import fastattn
+
+    return tuple(fastattn.cpu_isas())
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionProblem:
+    """Shapes and a mask, printable and buildable: what hypothesis draws for an attention op."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    v_dim: int
+    layout: str
+    mask_options: dict  # Mask's keywords; index tensors as lists, dense as a shape and a density
+    seed: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float32, **options) -> tuple:
+        return attention_inputs(
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.q_len,
+            self.k_len,
+            self.head_dim,
+            self.v_dim,
+            dtype=dtype,
+            seed=self.seed,
+            layout=self.layout,
+            **options,
+        )
+
+    def mask(self, device: torch.device | str = "cpu"):
+        """The fastattn.Mask, or None where the problem has none."""
+        import fastattn
+
+        options = {}
+        for name, value in self.mask_options.items():
+            if name == "dense":
+                shape, density = value
+                generator = torch.Generator().manual_seed(self.seed)
+                value = (torch.rand(shape, generator=generator) < density).to(device)
+            elif isinstance(value, list):
+                value = torch.tensor(value, dtype=torch.int32, device=device)
+            options[name] = value
+        return fastattn.Mask(**options) if options else None
+
+
+MASK_KINDS = ("full", "causal", "window", "prefix", "packed", "key_lengths", "dense")
+
+
+def attention_problems(
+    kinds: Sequence[str] = MASK_KINDS,
+    *,
+    max_len: int = 70,
+    head_dims: Sequence[int] = (1, 3, 8, 16, 17, 32, 64),
+    max_heads: int = 4,
+    combine: bool = True,
+):
+    """A hypothesis strategy of AttentionProblem: small odd shapes, empty lengths, each kind of mask.
+
+    With `combine`, causal, window, key lengths and a dense mask are also drawn on top of the chosen kind.
+    """
+    from hypothesis import strategies as st
+
+    window = st.tuples(*[st.none() | st.integers(0, max_len)] * 2)
+
+    def cuts(draw, documents: int, total_max: int) -> list[int]:
+        lengths = [draw(st.integers(0, max(total_max // documents, 1))) for _ in range(documents)]
+        return [0, *itertools.accumulate(lengths)]
+
+    @st.composite
+    def problems(draw):
+        kind = draw(st.sampled_from(list(kinds)))
+        kv_heads = draw(st.integers(1, max(1, max_heads // 2)))
+        heads = kv_heads * draw(st.integers(1, max(1, max_heads // kv_heads)))
+        batch = 1 if kind == "packed" else draw(st.integers(1, 2))
+        q_len, k_len = draw(st.integers(0, max_len)), draw(st.integers(0, max_len))
+        extra = combine and draw(st.booleans())
+        options: dict = {}
+        if kind == "prefix" or (kind == "causal" and draw(st.booleans())):
+            q_len = k_len
+        if kind == "causal":
+            options["causal"] = True
+        elif kind == "window":
+            options["window"] = draw(window)
+        elif kind == "prefix":
+            options["prefix_lengths"] = [draw(st.integers(0, k_len)) for _ in range(batch)]
+        elif kind == "packed":
+            documents = draw(st.integers(1, 4))
+            k_cuts = cuts(draw, documents, max_len)
+            q_cuts = k_cuts if draw(st.booleans()) else cuts(draw, documents, max_len)
+            q_len, k_len = q_cuts[-1], k_cuts[-1]
+            options["cu_seqlens_q"], options["cu_seqlens_k"] = q_cuts, k_cuts
+            inner = draw(st.sampled_from(["full", "causal", "window", "prefix"]))
+            if inner == "causal":
+                options["causal"] = True
+            elif inner == "window":
+                options["window"] = draw(window)
+            elif inner == "prefix" and q_cuts == k_cuts:
+                options["prefix_lengths"] = [
+                    draw(st.integers(0, b - a)) for a, b in itertools.pairwise(k_cuts)
+                ]
+        if kind == "key_lengths" or (extra and kind != "packed" and draw(st.booleans())):
+            options["key_lengths"] = [draw(st.integers(0, k_len)) for _ in range(batch)]
+        if kind == "dense" or (extra and draw(st.booleans())):
+            shape = (
+                draw(st.sampled_from(sorted({1, batch}))),
+                draw(st.sampled_from(sorted({1, heads}))),
+                q_len,
+                k_len,
+            )
+            options["dense"] = (shape, draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])))
+        if extra and "prefix_lengths" not in options and draw(st.booleans()):
+            options.setdefault("causal", True)
+        if extra and draw(st.booleans()):
+            options.setdefault("window", draw(window))
+        return AttentionProblem(
+            batch,
+            heads,
+            kv_heads,
+            q_len,
+            k_len,
+            draw(st.sampled_from(list(head_dims))),
+            draw(st.sampled_from(list(head_dims))),
+            draw(st.sampled_from(LAYOUTS)),
+            options,
+            draw(st.integers(0, 99)),
+        )
+
+    return problems()
