@@ -1,0 +1,88 @@
+#include <pybind11/pybind11.h>
+
+#include "../src/cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace fastattn;
+
+static Tensor make_tensor(uintptr_t address, int dtype, const py::tuple& sizes, const py::tuple& strides) {
+  const size_t n = sizes.size();
+  if (n > 4 || strides.size() != n) throw py::value_error("a tensor has at most 4 dimensions, each with a stride");
+  Tensor t;
+  t.data = reinterpret_cast<void*>(address);
+  t.dtype = static_cast<DType>(dtype);
+  for (size_t i = 0; i < n; i++) {
+    t.size[4 - n + i] = sizes[i].cast<int64_t>();
+    t.stride[4 - n + i] = strides[i].cast<int64_t>();
+  }
+  return t;
+}
+
+template <class P>
+static auto run(void (*KernelTable::*kernel)(const P&)) {
+  return [kernel](const P& p) {
+    py::gil_scoped_release release;
+    (cpu::kernels().*kernel)(p);
+  };
+}
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "fastattn's compiled kernels. Torch-free: they take addresses, sizes and strides in elements.";
+  m.def("cpu_isas", [] {
+    const char* names[8];
+    const int n = cpu::runnable(names, 8);
+    py::tuple result(n);
+    for (int i = 0; i < n; i++) result[i] = py::str(names[i]);
+    return result;
+  });
+  m.def("cpu_isa", [] { return cpu::kernels().name; });
+  m.def("select_cpu_isa", [](const char* name) { return cpu::select(name); });
+  py::class_<Tensor>(m, "Tensor").def(py::init<>()).def(py::init(&make_tensor));
+
+  py::class_<RmsNormParams>(m, "RmsNormParams")
+      .def(py::init<>())
+      .def_readwrite("x", &RmsNormParams::x)
+      .def_readwrite("residual", &RmsNormParams::residual)
+      .def_readwrite("weight", &RmsNormParams::weight)
+      .def_readwrite("normed", &RmsNormParams::normed)
+      .def_readwrite("total", &RmsNormParams::total)
+      .def_readwrite("rstd", &RmsNormParams::rstd)
+      .def_readwrite("eps", &RmsNormParams::eps)
+      .def_readwrite("threads", &RmsNormParams::threads);
+  py::class_<RmsNormBackwardParams>(m, "RmsNormBackwardParams")
+      .def(py::init<>())
+      .def_readwrite("grad_normed", &RmsNormBackwardParams::grad_normed)
+      .def_readwrite("grad_total", &RmsNormBackwardParams::grad_total)
+      .def_readwrite("total", &RmsNormBackwardParams::total)
+      .def_readwrite("weight", &RmsNormBackwardParams::weight)
+      .def_readwrite("rstd", &RmsNormBackwardParams::rstd)
+      .def_readwrite("grad", &RmsNormBackwardParams::grad)
+      .def_readwrite("weight_partials", &RmsNormBackwardParams::weight_partials)
+      .def_readwrite("threads", &RmsNormBackwardParams::threads);
+  py::class_<GateParams>(m, "GateParams")
+      .def(py::init<>())
+      .def_readwrite("a", &GateParams::a)
+      .def_readwrite("b", &GateParams::b)
+      .def_readwrite("out", &GateParams::out)
+      .def_readwrite("grad_out", &GateParams::grad_out)
+      .def_readwrite("grad_a", &GateParams::grad_a)
+      .def_readwrite("grad_b", &GateParams::grad_b)
+      .def_readwrite("threads", &GateParams::threads);
+  py::class_<RotaryParams>(m, "RotaryParams")
+      .def(py::init<>())
+      .def_readwrite("x", &RotaryParams::x)
+      .def_readwrite("out", &RotaryParams::out)
+      .def_readwrite("cos", &RotaryParams::cos)
+      .def_readwrite("sin", &RotaryParams::sin)
+      .def_readwrite("rows", &RotaryParams::rows)
+      .def_readwrite("inverse", &RotaryParams::inverse)
+      .def_readwrite("threads", &RotaryParams::threads);
+
+  m.def("rms_norm", run(&KernelTable::rms_norm));
+  m.def("rms_norm_backward", run(&KernelTable::rms_norm_backward));
+  m.def("swiglu", run(&KernelTable::swiglu));
+  m.def("swiglu_backward", run(&KernelTable::swiglu_backward));
+  m.def("gated", run(&KernelTable::gated));
+  m.def("gated_backward", run(&KernelTable::gated_backward));
+  m.def("rotary", run(&KernelTable::rotary));
+}

@@ -1,0 +1,45 @@
+// Plain structs that kernels take: addresses, sizes and strides in elements. Shared by CPU, CUDA and the bindings.
+#pragma once
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i32 = 4, i64 = 5, u8 = 6 };
+
+// Up to four dimensions, right-aligned: missing leading ones have size 1 and stride 0. data == nullptr: absent.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t size[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32.
+struct RmsNormParams {
+  Tensor x, residual, weight, normed, total, rstd;
+  double eps = 1e-6;
+  int32_t threads = 1;
+};
+
+// grad of total; weight_partials is (threads, D) f32, reduced by the caller in order. grad_total may be absent.
+struct RmsNormBackwardParams {
+  Tensor grad_normed, grad_total, total, weight, rstd, grad, weight_partials;
+  int32_t threads = 1;
+};
+
+// out = f(a, b) over (A, B, C, D), or with the gradient of out: (grad_a, grad_b). swiglu: a gate, b up; gated: a gate,
+// b x.
+struct GateParams {
+  Tensor a, b, out;
+  Tensor grad_out, grad_a, grad_b;
+  int32_t threads = 1;
+};
+
+// x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
+struct RotaryParams {
+  Tensor x, out, cos, sin, rows;
+  int32_t inverse = 0;
+  int32_t threads = 1;
+};
+
+}  // namespace fastattn

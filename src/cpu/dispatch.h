@@ -1,0 +1,26 @@
+// One table of kernels per instruction set; the running one is chosen from CPUID at first use.
+#pragma once
+#include "../common/params.h"
+
+namespace fastattn {
+
+struct KernelTable {
+  const char* name;
+  void (*rms_norm)(const RmsNormParams&);
+  void (*rms_norm_backward)(const RmsNormBackwardParams&);
+  void (*swiglu)(const GateParams&);
+  void (*swiglu_backward)(const GateParams&);
+  void (*gated)(const GateParams&);
+  void (*gated_backward)(const GateParams&);
+  void (*rotary)(const RotaryParams&);
+};
+
+namespace cpu {
+// Instruction sets this machine can run, best last; writes at most `capacity` names and returns their number.
+int runnable(const char** names, int capacity);
+// The table in use; `select` changes it and returns false for a name that this machine cannot run.
+const KernelTable& kernels();
+bool select(const char* name);
+}  // namespace cpu
+
+}  // namespace fastattn

@@ -1,0 +1,2 @@
+#define FASTATTN_ISA baseline
+#include "isa_kernels.inc"

@@ -1,0 +1,60 @@
+// Loops over threads of the OpenMP pool that torch uses as well.
+#pragma once
+#include <cstdint>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "vec.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// body(begin, end, thread) over [0, count) in `threads` contiguous parts: a fixed split for a fixed thread count.
+template <class Body>
+FASTATTN_INLINE void parallel_ranges(int64_t count, int threads, const Body& body) {
+  if (threads > count) threads = (int)count;
+  if (threads <= 1) {
+    if (count > 0) body((int64_t)0, count, 0);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#endif
+  for (int t = 0; t < threads; t++) {
+    const int64_t begin = count * t / threads, end = count * (t + 1) / threads;
+    if (begin < end) body(begin, end, t);
+  }
+}
+
+// body(item, thread) over [0, count), the next free thread taking the next item: for items of uneven cost whose results
+// do not depend on which thread runs them.
+template <class Body>
+FASTATTN_INLINE void parallel_items(int64_t count, int threads, const Body& body) {
+  if (threads > count) threads = (int)count;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) body(i, 0);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; i++) body(i, omp_get_thread_num());
+#else
+  for (int64_t i = 0; i < count; i++) body(i, 0);
+#endif
+}
+
+// (A, B, C) rows of four-dimensional tensors as one index.
+struct Rows {
+  int64_t b, c;
+  int64_t count;
+  explicit Rows(const Tensor& t) : b(t.size[1]), c(t.size[2]), count(t.size[0] * t.size[1] * t.size[2]) {}
+};
+template <class T>
+FASTATTN_INLINE T* row_of(const Tensor& t, const Rows& rows, int64_t r) {
+  const int64_t c = r % rows.c, ab = r / rows.c;
+  return (T*)t.data + (ab / rows.b) * t.stride[0] + (ab % rows.b) * t.stride[1] + c * t.stride[2];
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

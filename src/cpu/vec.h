@@ -1,0 +1,193 @@
+// Vectors of W floats by GCC/Clang vector extensions; intrinsics only where the compiler needs help. Included once per
+// instruction set, inside no namespace of its own: everything lives in fastattn::FASTATTN_ISA.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/params.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+#if defined(__AVX512F__) || defined(FASTATTN_WIDE)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+#define FASTATTN_INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+FASTATTN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+FASTATTN_INLINE vf splat(float x) { return x - vf{}; }
+FASTATTN_INLINE vu splat_u(uint32_t x) { return x - vu{}; }
+FASTATTN_INLINE vf as_vf(vu x) { return (vf)x; }
+FASTATTN_INLINE vu as_vu(vf x) { return (vu)x; }
+FASTATTN_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+FASTATTN_INLINE vu select_u(vi mask, vu a, vu b) { return (a & (vu)mask) | (b & ~(vu)mask); }
+
+FASTATTN_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+FASTATTN_INLINE vf vmin(vf a, vf b) { return -vmax(-a, -b); }
+
+// Sums and maxima in one fixed order (halves), so that results do not depend on the call.
+FASTATTN_INLINE float reduce_add(vf x) {
+  float t[W];
+  memcpy(t, &x, sizeof t);
+  for (int w = W / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; i++) t[i] += t[i + w];
+  return t[0];
+}
+FASTATTN_INLINE float reduce_max(vf x) {
+  float t[W];
+  memcpy(t, &x, sizeof t);
+  for (int w = W / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; i++) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+  return t[0];
+}
+
+// --- conversions ---------------------------------------------------------------------------------------------------
+
+FASTATTN_INLINE vf from_bf16(vh x) { return as_vf(__builtin_convertvector(x, vu) << 16); }
+
+// Round to nearest even; NaN stays a (quiet) NaN.
+FASTATTN_INLINE vh to_bf16(vf x) {
+  const vu u = as_vu(x);
+  const vu rounded = (u + splat_u(0x7fff) + ((u >> 16) & splat_u(1))) >> 16;
+  const vu nan = (u >> 16) | splat_u(0x40);
+  return __builtin_convertvector(select_u(x == x, rounded, nan), vh);
+}
+
+FASTATTN_INLINE vf from_f16(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__) && !defined(FASTATTN_WIDE)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  // exponent and fraction moved into place are 2^112 too small; infinity and NaN then need the full exponent
+  const vu u = __builtin_convertvector(x, vu);
+  const vu magnitude = (u & splat_u(0x7fff)) << 13;
+  const vf scaled = as_vf(magnitude) * splat(0x1p112f);
+  const vu special = splat_u(0x7c00u << 13);
+  const vu wide = select_u((vi)(magnitude >= special), magnitude | splat_u(0x7f800000), as_vu(scaled));
+  return as_vf(wide | ((u & splat_u(0x8000)) << 16));
+#endif
+}
+
+FASTATTN_INLINE vh to_f16(vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && !defined(FASTATTN_WIDE)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vu u = as_vu(x);
+  const vu sign = (u >> 16) & splat_u(0x8000);
+  const vu magnitude = u & splat_u(0x7fffffff);
+  // below 2^-14: adding 0.5 puts the 2^-24 unit of half denormals into the last bit, rounded to nearest even
+  const vu small = as_vu(as_vf(magnitude) + splat(0.5f)) - splat_u(0x3f000000);
+  const vu normal = (magnitude + splat_u(0xc8000fffu) + ((magnitude >> 13) & splat_u(1))) >> 13;
+  vu half = select_u((vi)(magnitude < splat_u(0x38800000)), small, normal);
+  half = select_u((vi)(magnitude >= splat_u(0x477ff000)), splat_u(0x7c00), half);
+  half = select_u((vi)(magnitude > splat_u(0x7f800000)), splat_u(0x7e00), half);
+  return __builtin_convertvector(half | sign, vh);
+#endif
+}
+
+// --- loads and stores, whole and of the first n < W elements (the rest of a load is zero) ---------------------------
+
+FASTATTN_INLINE vf load(const float* p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+FASTATTN_INLINE vh load_h(const void* p) {
+  vh x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+FASTATTN_INLINE vf load(const bf16* p) { return from_bf16(load_h(p)); }
+FASTATTN_INLINE vf load(const f16* p) { return from_f16(load_h(p)); }
+
+FASTATTN_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+FASTATTN_INLINE void store(bf16* p, vf x) {
+  const vh h = to_bf16(x);
+  memcpy(p, &h, sizeof h);
+}
+FASTATTN_INLINE void store(f16* p, vf x) {
+  const vh h = to_f16(x);
+  memcpy(p, &h, sizeof h);
+}
+
+template <class T>
+FASTATTN_INLINE vf load_n(const T* p, int n) {
+  T t[W] = {};
+  memcpy(t, p, n * sizeof(T));
+  return load(t);
+}
+template <class T>
+FASTATTN_INLINE void store_n(T* p, vf x, int n) {
+  T t[W];
+  store(t, x);
+  memcpy(p, t, n * sizeof(T));
+}
+
+// What a value becomes when stored as T.
+FASTATTN_INLINE vf rounded_to(vf x, const float*) { return x; }
+FASTATTN_INLINE vf rounded_to(vf x, const bf16*) { return from_bf16(to_bf16(x)); }
+FASTATTN_INLINE vf rounded_to(vf x, const f16*) { return from_f16(to_f16(x)); }
+
+// --- functions -------------------------------------------------------------------------------------------------------
+
+// e^x: x = n ln2 + r, |r| <= ln2/2, degree-6 Taylor-like polynomial; relative error < 2e-7, 0 below -104, inf
+// above 88.8.
+FASTATTN_INLINE vf exp(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf clamped = vmin(vmax(x, splat(-104.0f)), splat(89.0f));
+  const vf shifted = clamped * splat(1.44269504f) + magic;
+  const vf n = shifted - magic;
+  const vf r = (clamped - n * splat(0.693145752f)) - n * splat(1.42860677e-6f);
+  vf p = splat(1.3981999e-3f);
+  p = p * r + splat(8.3334519e-3f);
+  p = p * r + splat(4.1665703e-2f);
+  p = p * r + splat(1.6666664e-1f);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  // two factors of 2^(n/2) each, so that denormal results and n = 128 come out right
+  const vi k = __builtin_convertvector(n, vi);
+  const vi half = k >> 1;
+  const vf first = (vf)((half + 127) << 23);
+  const vf second = (vf)((k - half + 127) << 23);
+  const vf y = p * first * second;
+  return select(x == x, y, x);
+}
+
+FASTATTN_INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
