@@ -1,0 +1,33 @@
+"""fastattn: attention and recurrence that FlashAttention cannot express, as torch ops for CPU and GPU."""
+
+import importlib
+
+from ._native import cpu_isas
+from ._registry import explain, set_backend
+from .masks import Mask
+from .ops.attention import attention, sigmoid_attention
+from .ops.recurrence import gated, rms_norm, rotary, swiglu
+
+__version__ = "0.1.0"
+
+_LAZY = ("distributed", "integrations", "models", "nn", "optim", "testing")
+
+__all__ = [
+    "Mask",
+    "attention",
+    "cpu_isas",
+    "explain",
+    "gated",
+    "rms_norm",
+    "rotary",
+    "set_backend",
+    "sigmoid_attention",
+    "swiglu",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"fastattn.{name}")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""Argument checks shared by all public functions: they raise before any kernel runs and name op and argument."""
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        shape = "x".join(map(str, value.shape)) or "a scalar"
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape ({shape})"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    op: str, name: str, value: object, *, dims: int | tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """`value` must be a tensor, and have one of the ranks `dims` when given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if allowed is not None and value.dim() not in allowed:
+        ranks = " or ".join(map(str, allowed))
+        raise ValueError(f"fastattn.{op}: {name} must have {ranks} dimensions, given {describe(value)}")
+    return value
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """All tensors given are floating, of one dtype and on one device."""
+    first: tuple[str, torch.Tensor] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        check_tensor(op, name, t)
+        if t.dtype not in FLOATING:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+            raise TypeError(f"fastattn.{op}: {name} must be one of {allowed}, given {describe(t)}")
+        if first is None:
+            first = (name, t)
+        elif t.dtype != first[1].dtype:
+            raise TypeError(
+                f"fastattn.{op}: {name} is {str(t.dtype).removeprefix('torch.')} but {first[0]} is "
+                f"{str(first[1].dtype).removeprefix('torch.')}; convert one of them"
+            )
+    check_same_device(op, **tensors)
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    first: tuple[str, torch.Tensor] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if first is None:
+            first = (name, t)
+        elif t.device != first[1].device:
+            raise ValueError(
+                f"fastattn.{op}: {name} is on {t.device} but {first[0]} is on {first[1].device}; "
+                "nothing is copied between devices silently"
+            )
+
+
+def check_integer(
+    op: str, name: str, value: torch.Tensor, *, dims: int | tuple[int, ...] | None = None
+) -> None:
+    check_tensor(op, name, value, dims=dims)
+    if value.dtype not in INTEGER:
+        raise TypeError(f"fastattn.{op}: {name} must be int32 or int64, given {describe(value)}")
+
+
+def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        wanted = "x".join(map(str, shape))
+        raise ValueError(f"fastattn.{op}: {name} must have shape ({wanted}) ({why}), given {describe(value)}")
+
+
+def check_choice(op: str, name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"fastattn.{op}: {name} must be one of {', '.join(map(repr, allowed))}, given {value!r}"
+        )
+
+
+def check_positive(op: str, name: str, value: float, *, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"fastattn.{op}: {name} must be a number, given {describe(value)}")
+    if not (value > 0 or (zero and value == 0)):
+        raise ValueError(
+            f"fastattn.{op}: {name} must be {'zero or more' if zero else 'more than zero'}, given {value!r}"
+        )
+
+
+def check_range(
+    op: str, name: str, value: torch.Tensor, low: int, high: int, *, also: int | None = None
+) -> None:
+    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped while tracing, where there are none."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.numel() == 0:
+        return
+    if torch._subclasses.fake_tensor.is_fake(value):
+        return
+    bad = (value < low) | (value >= high)
+    if also is not None:
+        bad &= value != also
+    if bool(bad.any()):
+        where = int(bad.flatten().nonzero()[0])
+        given = int(value.flatten()[where])
+        extra = f" or {also}" if also is not None else ""
+        raise ValueError(
+            f"fastattn.{op}: {name} must lie in [{low}, {high}){extra}, given {given} at position {where}"
+        )

@@ -1,0 +1,90 @@
+"""The only importer of the compiled module: tensors become addresses, sizes and strides; threads are torch's."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch  # before _core: its OpenMP library must be the one that both use
+
+from . import _core
+
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bool: 6,
+    torch.uint8: 6,
+}
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_Tensor = _core.Tensor
+
+
+def ref(t: torch.Tensor) -> _core.Tensor:
+    """The kernel's view of a tensor of at most 4 dimensions."""
+    return _Tensor(t.data_ptr(), DTYPES[t.dtype], tuple(t.shape), t.stride())
+
+
+def params(name: str, **fields):
+    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent."""
+    struct = getattr(_core, name)()
+    for field, value in fields.items():
+        if isinstance(value, torch.Tensor):
+            value = ref(value)
+        if value is not None:
+            setattr(struct, field, value)
+    return struct
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """t as (A, B, C, D) with a contiguous last dim: a view where strides allow, else a copy."""
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        t = t.contiguous()
+    if t.dim() <= 4:
+        return t
+    return t.reshape(-1, *t.shape[-3:])
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets of the CPU kernels that this machine can run, best last."""
+    return _core.cpu_isas()
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: the best one, or the one that FASTATTN_CPU_ISA or `use_cpu_isa` names."""
+    return _core.cpu_isa()
+
+
+def select_cpu_isa(name: str) -> None:
+    if not _core.select_cpu_isa(name):
+        raise ValueError(
+            f"fastattn: FASTATTN_CPU_ISA must be one of {', '.join(cpu_isas())} here, given {name!r}"
+        )
+
+
+@contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set inside the block. Process-wide."""
+    previous = cpu_isa()
+    select_cpu_isa(name)
+    try:
+        yield
+    finally:
+        select_cpu_isa(previous)
+
+
+@cache
+def kernel(name: str):
+    return getattr(_core, name)
+
+
+if os.environ.get("FASTATTN_CPU_ISA"):
+    select_cpu_isa(os.environ["FASTATTN_CPU_ISA"])

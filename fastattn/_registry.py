@@ -1,0 +1,234 @@
+"""How an op is registered and how a call finds its backend.
+
+An op is one `torch.library` definition (schema, fake, autograd) whose last schema argument is `str backend`.
+Its backends are tried in order, the reference last; one that is asked for by name and cannot serve the call raises.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ._config import Choice
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_OPS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    load: returns the implementation, which takes the schema's arguments less `backend`; called at first use.
+    supports: same arguments; None when the call can be served, else the reason why not.
+    configure: same arguments; the tile configuration the implementation would use.
+    devices: device types it serves; None means every one.
+    """
+
+    name: str
+    load: Callable[[], Callable]
+    supports: Callable[..., str | None] = lambda *args: None
+    configure: Callable[..., Choice] | None = None
+    devices: tuple[str, ...] | None = None
+
+    @cached_property
+    def implementation(self) -> Callable:
+        return self.load()
+
+    def refusal(self, device: torch.device, args: Sequence[Any]) -> str | None:
+        if self.devices is not None and device.type not in self.devices:
+            return f"it serves {' and '.join(self.devices)} tensors, not {device.type}"
+        return self.supports(*args)
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    fake: Callable
+    backends: tuple[Backend, ...]
+
+    def select(
+        self, device: torch.device, requested: str, args: Sequence[Any]
+    ) -> tuple[Backend, dict[str, str]]:
+        """The backend that serves the call, and why each better one was ruled out."""
+        ruled_out: dict[str, str] = {}
+        for backend in self.backends:
+            if requested and backend.name != requested:
+                continue
+            reason = backend.refusal(device, args)
+            if reason is None:
+                return backend, ruled_out
+            ruled_out[backend.name] = reason
+        if requested and requested not in ruled_out:
+            names = ", ".join(b.name for b in self.backends)
+            raise NotImplementedError(
+                f"fastattn.{self.name}: there is no {requested} backend; there are: {names}"
+            )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in ruled_out.items())
+        raise NotImplementedError(f"fastattn.{self.name}: no backend can serve this call ({reasons})")
+
+
+def register_op(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable,
+    backends: Sequence[Backend],
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Define `torch.ops.fastattn.<name>`; `schema` is the part after the name, its last argument `str backend`.
+
+    fake takes the schema's arguments less `backend`; backward and setup_context are as in torch.library.register_autograd.
+    """
+    op = Op(name, fake, tuple(backends))
+    _OPS[name] = op
+    _LIBRARY.define(name + schema)
+
+    def run(*args):
+        *args, requested = args
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        backend, ruled_out = op.select(device, requested, args)
+        if _explanations is not None:
+            configure = backend.configure
+            choice = configure(*args) if configure is not None else Choice({}, "nothing to configure")
+            _explanations.append(
+                Explanation(name, backend.name, dict(choice.values), choice.source, ruled_out)
+            )
+            return op.fake(*args)
+        return backend.implementation(*args)
+
+    def run_fake(*args):
+        return fake(*args[:-1])
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"fastattn::{name}", run_fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastattn::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+
+def reference_backward(fn: Callable, outputs: int, wrt: Sequence[int]) -> Callable:
+    """The reference backend of an op's backward: vector-Jacobian products of `fn` by recomputation.
+
+    The implementation takes `outputs` gradients (None for one that is zero), then fn's arguments, and returns one
+    gradient for each argument numbered in `wrt` (an empty tensor where that argument is None).
+    """
+
+    def implementation(*args):
+        grads, args = args[:outputs], args[outputs:]
+        present = [i for i in wrt if args[i] is not None]
+
+        def partial(*leaves):
+            full = list(args)
+            for i, leaf in zip(present, leaves, strict=True):
+                full[i] = leaf
+            result = fn(*full)
+            result = result if isinstance(result, tuple) else (result,)
+            return tuple(r for r, g in zip(result, grads, strict=True) if g is not None)
+
+        kept = tuple(g for g in grads if g is not None)
+        _, pullback = torch.func.vjp(partial, *(args[i] for i in present))
+        found = dict(zip(present, pullback(kept), strict=True))
+        absent = next(a for a in args if isinstance(a, torch.Tensor)).new_empty(0)
+        result = tuple(found[i].contiguous() if i in found else absent.clone() for i in wrt)
+        return result if len(result) > 1 else result[0]
+
+    return implementation
+
+
+# --- which backend a call asks for -------------------------------------------------------------------------------
+
+
+def _known(name: str | None, where: str) -> str:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"fastattn.{where}: backend must be None or one of {', '.join(BACKENDS)}, given {name!r}"
+        )
+    return name or ""
+
+
+_default = _known(os.environ.get("FASTATTN_BACKEND") or None, "set_backend (FASTATTN_BACKEND)")
+
+
+class set_backend:
+    """Make `name` the backend of every call that names none: at once, or inside a `with` block.
+
+    name: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call. Process-wide; the
+    environment variable FASTATTN_BACKEND gives the value at import. Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _default
+        self._previous = _default
+        _default = _known(name, "set_backend")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _default
+        _default = self._previous
+
+
+def requested(op: str, backend: str | None) -> str:
+    """The schema's backend string for a public function's `backend` argument."""
+    return _default if backend is None else _known(backend, op)
+
+
+# --- explain -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run an op, with which configuration, from where, and what was ruled out."""
+
+    op: str
+    backend: str
+    config: dict[str, int | str] = field(default_factory=dict)
+    source: str = ""
+    ruled_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{k}={v}" for k, v in self.config.items()) or "none"
+        lines = [f"{self.op}: {self.backend} backend", f"  config: {config} ({self.source})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.ruled_out.items()]
+        return "\n".join(lines)
+
+
+_explanations: list[Explanation] | None = None
+
+
+@contextmanager
+def _explaining():
+    global _explanations
+    previous, _explanations = _explanations, []
+    try:
+        yield _explanations
+    finally:
+        _explanations = previous
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
+    """What `fastattn.<op_name>(*args, **kwargs)` would run, without running it: checks are made, no kernel starts.
+
+    Returns an Explanation (printable) with backend, config, source of the config, and the backends ruled out with reasons.
+    Raises what the call itself would raise; ValueError when there is no such op.
+    """
+    import fastattn
+
+    function = getattr(fastattn, op_name, None)
+    if not callable(function) or op_name.startswith("_") or isinstance(function, type):
+        raise ValueError(f"fastattn.explain: op_name must name a fastattn op, given {op_name!r}")
+    with torch.no_grad(), _explaining() as found:
+        function(*args, **kwargs)
+    if not found:
+        raise ValueError(f"fastattn.explain: {op_name} runs no fastattn op for these arguments")
+    return found[0]

@@ -1,0 +1,337 @@
+"""Which keys a query attends: `Mask`, its flattening into schemas, and its definition as a dense tensor."""
+
+import itertools
+import math
+
+import torch
+
+from ._checks import check_integer, check_tensor
+
+SCHEMA = (
+    "bool causal, int window_left, int window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? key_lengths, Tensor? dense"
+)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling()
+
+
+class Mask:
+    """The keys each query attends: the intersection of everything given.
+
+    causal: query i attends keys up to i + Lk - Lq, the last query aligned with the last key (per document when packed).
+    window: (left, right), keys on each side of the query's diagonal beside its own; None on a side means no limit.
+    prefix_lengths: (B,) integers, or one a document when packed. Tokens before the length attend each other both ways, the
+        rest is causal (PrefixLM): query i attends keys j < max(i + Lk - Lq + 1, prefix). Zero is plain causal.
+    cu_seqlens_q, cu_seqlens_k: (documents + 1,) integers from 0, never decreasing: token offsets of documents packed in a batch
+        of one, (1, H, total, D). cu_seqlens_k defaults to cu_seqlens_q. Documents never attend each other; an empty one is
+        legal; rows after the last offset attend nothing.
+    key_lengths: (B,) integers, or one a document when packed: keys from there on are padding.
+    dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend.
+
+    Index tensors are int32 or int64 on any device; their contents are checked here, once. Raises ValueError or TypeError naming
+    the argument.
+    """
+
+    def __init__(
+        self,
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        prefix_lengths: torch.Tensor | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        key_lengths: torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
+    ) -> None:
+        if not isinstance(causal, bool):
+            raise TypeError(f"fastattn.Mask: causal must be a bool, given {type(causal).__name__} {causal!r}")
+        self.causal = causal
+        self.window_left, self.window_right = _window(window)
+        if cu_seqlens_k is not None and cu_seqlens_q is None:
+            raise ValueError("fastattn.Mask: cu_seqlens_k needs cu_seqlens_q")
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        self.prefix_lengths, prefix = _indices("prefix_lengths", prefix_lengths)
+        self.cu_seqlens_q, offsets_q = _indices("cu_seqlens_q", cu_seqlens_q)
+        self.cu_seqlens_k, offsets_k = _indices("cu_seqlens_k", cu_seqlens_k)
+        self.key_lengths, lengths = _indices("key_lengths", key_lengths)
+        self.dense = None
+        if dense is not None:
+            check_tensor("Mask", "dense", dense)
+            if dense.dtype != torch.bool:
+                raise TypeError(
+                    f"fastattn.Mask: dense must be a bool tensor (True = attend), given {dense.dtype}"
+                )
+            if dense.dim() > 4:
+                raise ValueError(
+                    f"fastattn.Mask: dense must broadcast to (B, H, Lq, Lk), given {dense.dim()} dimensions"
+                )
+            self.dense = dense
+        self.documents: int | None = None
+        self.max_seqlen_q = self.max_seqlen_k = -1
+        self.total_q = self.total_k = 0
+        self.longest_prefix = self.longest_key_length = 0
+        if self.cu_seqlens_q is not None:
+            self.documents = self.cu_seqlens_q.numel() - 1
+            if self.documents < 0:
+                raise ValueError("fastattn.Mask: cu_seqlens_q must have at least one entry, given none")
+            if self.cu_seqlens_k.numel() != self.cu_seqlens_q.numel():
+                raise ValueError(
+                    f"fastattn.Mask: cu_seqlens_k has {self.cu_seqlens_k.numel()} entries, cu_seqlens_q has "
+                    f"{self.cu_seqlens_q.numel()}; they must agree"
+                )
+            for name, value in (("prefix_lengths", self.prefix_lengths), ("key_lengths", self.key_lengths)):
+                if value is not None and value.numel() != self.documents:
+                    raise ValueError(
+                        f"fastattn.Mask: {name} has {value.numel()} entries for {self.documents} documents; give one a document"
+                    )
+        if prefix is not None and prefix:
+            _not_negative("prefix_lengths", prefix)
+            self.longest_prefix = max(prefix)
+        if lengths is not None and lengths:
+            _not_negative("key_lengths", lengths)
+            self.longest_key_length = max(lengths)
+        if offsets_q is not None:
+            _offsets("cu_seqlens_q", offsets_q)
+            _offsets("cu_seqlens_k", offsets_k)
+            spans_q = [b - a for a, b in itertools.pairwise(offsets_q)]
+            spans_k = [b - a for a, b in itertools.pairwise(offsets_k)]
+            self.max_seqlen_q, self.max_seqlen_k = max(spans_q, default=0), max(spans_k, default=0)
+            self.total_q, self.total_k = offsets_q[-1], offsets_k[-1]
+            for name, values in (("prefix_lengths", prefix), ("key_lengths", lengths)):
+                for i, (value, span) in enumerate(zip(values or (), spans_k, strict=False)):
+                    if value > span:
+                        raise ValueError(
+                            f"fastattn.Mask: {name}[{i}] is {value}, longer than its document of {span} keys"
+                        )
+        self._on_device: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    def __repr__(self) -> str:
+        parts = ["causal"] if self.causal else []
+        if self.window_left >= 0 or self.window_right >= 0:
+            parts.append(f"window=({self.window_left}, {self.window_right})")
+        for name in ("prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense"):
+            value = getattr(self, name)
+            if value is not None:
+                parts.append(f"{name}: {tuple(value.shape)}")
+        return f"Mask({', '.join(parts)})"
+
+    def check(self, op: str, q: torch.Tensor, k: torch.Tensor) -> None:
+        """The mask fits q (B, H, Lq, D) and k (B, Hkv, Lk, D). Raises ValueError naming what does not."""
+        batch, heads, lq, _ = q.shape
+        lk = k.shape[2]
+        if self.packed:
+            if batch != 1:
+                raise ValueError(
+                    f"fastattn.{op}: packed documents (cu_seqlens_q) need a batch of one, given {batch}"
+                )
+            for name, total, length in (
+                ("cu_seqlens_q", self.total_q, lq),
+                ("cu_seqlens_k", self.total_k, lk),
+            ):
+                if total > length:
+                    raise ValueError(f"fastattn.{op}: {name} ends at {total}, past the {length} tokens given")
+        else:
+            for name, longest in (
+                ("prefix_lengths", self.longest_prefix),
+                ("key_lengths", self.longest_key_length),
+            ):
+                value = getattr(self, name)
+                if value is None:
+                    continue
+                if value.numel() != batch:
+                    raise ValueError(
+                        f"fastattn.{op}: {name} has {value.numel()} entries for a batch of {batch}"
+                    )
+                if longest > lk:
+                    raise ValueError(
+                        f"fastattn.{op}: {name} holds {longest}, longer than the {lk} keys given"
+                    )
+        if self.dense is not None:
+            full = (batch, heads, lq, lk)
+            shape = (1,) * (4 - self.dense.dim()) + tuple(self.dense.shape)
+            if any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
+                raise ValueError(
+                    f"fastattn.{op}: dense mask of shape {tuple(self.dense.shape)} does not broadcast to (B, H, Lq, Lk) = {full}"
+                )
+            if self.dense.device != q.device:
+                raise ValueError(
+                    f"fastattn.{op}: the dense mask is on {self.dense.device} but q is on {q.device}"
+                )
+
+    def schema_args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> tuple:
+        """The values of `masks.SCHEMA` for this call, index tensors as int32 on q's device."""
+        self.check(op, q, k)
+        tensors = self._on_device.get(q.device) if not _traced() else None
+        if tensors is None:
+            tensors = tuple(
+                None if t is None else t.to(q.device)
+                for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, self.key_lengths)
+            )
+            if not _traced():
+                self._on_device[q.device] = tensors
+        prefix, offsets_q, offsets_k, lengths = tensors
+        dense = self.dense
+        if dense is not None:
+            dense = dense.view((1,) * (4 - dense.dim()) + tuple(dense.shape))
+        max_q = self.max_seqlen_q if self.packed else q.shape[2]
+        max_k = self.max_seqlen_k if self.packed else k.shape[2]
+        return (
+            self.causal or prefix is not None,
+            self.window_left,
+            self.window_right,
+            prefix,
+            offsets_q,
+            offsets_k,
+            max_q,
+            max_k,
+            lengths,
+            dense,
+        )
+
+
+def check_mask(op: str, mask: Mask | None) -> Mask:
+    if mask is None:
+        return NO_MASK
+    if not isinstance(mask, Mask):
+        raise TypeError(f"fastattn.{op}: mask must be a fastattn.Mask or None, given {type(mask).__name__}")
+    return mask
+
+
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"fastattn.Mask: window must be (left, right), given {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise ValueError(
+                f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
+            )
+    return tuple(-1 if side is None else side for side in window)
+
+
+def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
+    """(values as int32, their contents on the host); contents are None while tracing, where there are none."""
+    if value is None:
+        return None, None
+    check_integer("Mask", name, value, dims=1)
+    contents = None if _traced() else value.tolist()
+    if contents and max(contents) > 2**31 - 1:
+        raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
+    return value.detach().to(torch.int32).contiguous(), contents
+
+
+def _not_negative(name: str, values: list[int]) -> None:
+    if min(values) < 0:
+        raise ValueError(
+            f"fastattn.Mask: {name} must be zero or more, given {min(values)} at position {values.index(min(values))}"
+        )
+
+
+def _offsets(name: str, values: list[int]) -> None:
+    if values[0] != 0:
+        raise ValueError(f"fastattn.Mask: {name} must start at 0, given {values[0]}")
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
+        if b < a:
+            raise ValueError(
+                f"fastattn.Mask: {name} must not decrease, given {a} then {b} at position {i + 1}"
+            )
+
+
+def positions(
+    cu_seqlens: torch.Tensor | None, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(document of each token, or -1 for padding; position in its document), each (length,)."""
+    token = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return torch.zeros_like(token), token
+    starts = cu_seqlens.long()
+    document = torch.searchsorted(starts, token, right=True) - 1
+    inside = token < starts[-1]
+    document = torch.where(inside, document, -1)
+    return document, torch.where(inside, token - starts[document.clamp(min=0)], 0)
+
+
+def dense_allowed(
+    lq: int,
+    lk: int,
+    device: torch.device,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    prefix_lengths: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    key_lengths: torch.Tensor | None,
+    dense: torch.Tensor | None,
+) -> torch.Tensor:
+    """The definition of a mask: bool (B or 1, H or 1, Lq, Lk), True where query i attends key j."""
+    document_q, i = positions(cu_seqlens_q, lq, device)
+    document_k, j = positions(cu_seqlens_k, lk, device)
+    if cu_seqlens_q is None:
+        offset = torch.full((lq,), lk - lq, device=device)
+        per_row = (
+            (lambda t: t.long()[:, None, None])
+            if prefix_lengths is not None or key_lengths is not None
+            else None
+        )
+    else:
+        spans = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()  # (documents,)
+        spans = torch.cat([spans, spans.new_zeros(1)])  # document -1 is padding
+        offset = spans[document_q]
+
+        def per_row(t):
+            return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
+
+    diagonal = (i + offset)[None, :, None]  # (1, Lq, 1)
+    j = j[None, None, :]
+    allowed = (document_q[:, None] == document_k[None, :]) & (document_q >= 0)[:, None]
+    allowed = allowed[None]  # (1, Lq, Lk)
+    if causal:
+        end = diagonal + 1
+        if prefix_lengths is not None:
+            end = torch.maximum(end, per_row(prefix_lengths))
+        allowed = allowed & (j < end)
+    if window_left >= 0:
+        allowed = allowed & (j >= diagonal - window_left)
+    if window_right >= 0:
+        allowed = allowed & (j <= diagonal + window_right)
+    if key_lengths is not None:
+        allowed = allowed & (j < per_row(key_lengths))
+    allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
+    return allowed if dense is None else allowed & dense
+
+
+def sequence_keys(
+    lq: int,
+    lk: int,
+    device: torch.device,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
+    if cu_seqlens_q is None:
+        count = torch.full((1,), lk, device=device) if key_lengths is None else key_lengths.long()
+        count = count[:, None, None, None].expand(-1, 1, lq, 1)
+    else:
+        count = (cu_seqlens_k.diff() if key_lengths is None else key_lengths).long()
+        count = torch.cat([count, count.new_ones(1)])[positions(cu_seqlens_q, lq, device)[0]][
+            None, None, :, None
+        ]
+    return count.clamp(min=1)
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+NO_MASK = Mask()

@@ -1,0 +1,94 @@
+"""torch.ops.fastattn.attention and attention_backward: schema, fake, autograd, backends."""
+
+import torch
+
+from ... import masks
+from ..._registry import Backend, reference_backward, register_op
+from ...scores import BY_CODE
+
+_OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
+_INPUTS = 4  # q, k, v, bias
+
+
+def _statistics(q: torch.Tensor, score: int) -> torch.Tensor:
+    """Empty lse: (B, Hq, Lq), or (0,) for a score without a normaliser."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=dtype)
+
+
+def _fake(q, k, v, bias, score, *options):
+    return q.new_empty(*q.shape[:3], v.shape[3]), _statistics(q, score)
+
+
+def _fake_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *options):
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    return (
+        *grads,
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else q.new_empty(0),
+    )
+
+
+def _load_reference():
+    from .reference import attention
+
+    return attention
+
+
+def _load_reference_backward():
+    from .reference import attention
+
+    def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, *options):
+        outputs = 2 if BY_CODE[score].normalised else 1
+
+        def defined(*args):
+            return attention(*args)[:outputs]
+
+        wrt = (0, 1, 2, 3) if bias_grad else (0, 1, 2)
+        grads = (grad_out, grad_lse)[:outputs]
+        found = reference_backward(defined, outputs, wrt)(*grads, q, k, v, bias, score, *options)
+        return found if bias_grad else (*found, q.new_empty(0))
+
+    return attention_backward
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, bias, *options = inputs
+    out, lse = output
+    ctx.bias_grad = bias is not None and bias.requires_grad
+    ctx.options = [None if isinstance(o, torch.Tensor) else o for o in options]
+    ctx.where = [i for i, o in enumerate(options) if isinstance(o, torch.Tensor)]
+    ctx.save_for_backward(q, k, v, bias, out, lse, *(options[i] for i in ctx.where))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, bias, out, lse, *tensors = ctx.saved_tensors
+    options = list(ctx.options)
+    for i, t in zip(ctx.where, tensors, strict=True):
+        options[i] = t
+    none = (None,) * len(options)
+    if grad_out is None and grad_lse is None:
+        return (None,) * _INPUTS + none
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, dbias = torch.ops.fastattn.attention_backward(
+        grad_out, grad_lse, q, k, v, bias, out, lse, ctx.bias_grad, *options
+    )
+    return dq, dk, dv, dbias if ctx.bias_grad else None, *none
+
+
+register_op(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    fake=_fake,
+    backends=(Backend("reference", _load_reference),),
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register_op(
+    "attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool bias_grad, "
+    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    backends=(Backend("reference", _load_reference_backward),),
+)
