@@ -1,0 +1,5 @@
+"""Modules built on the ops."""
+
+from .recurrence import HierarchicalRecurrence
+
+__all__ = ["HierarchicalRecurrence"]

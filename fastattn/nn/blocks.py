@@ -1,0 +1,173 @@
+"""Transformer blocks of the recurrent models: pre-norm with a gate (HRM-Text) and post-norm (HRM)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..masks import Mask
+from ..ops.attention import attention
+from ..ops.recurrence import gated, rms_norm, rotary, swiglu
+
+
+class AppendsKeys(Protocol):
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What every attention call of one forward shares, worked out once."""
+
+    mask: Mask | None
+    positions: Tensor  # (L,) or (B, L), int64
+
+
+def clipped_normal_(weight: Tensor, std: float) -> Tensor:
+    """Normal draws wrapped into +-3 standard deviations by fmod; 1.01476 restores the deviation lost."""
+    with torch.no_grad():
+        return weight.normal_().fmod_(3.0).mul_(1.01476 * std)
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention with rotary positions; one product makes (gate,) query, key and value.
+
+    ``gate`` multiplies the result by the sigmoid of a fourth projection, elementwise over heads x head_dim.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, *, gate: bool, rope_theta: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        width = num_heads * head_dim
+        if gate:
+            self.gqkv_proj = nn.Linear(hidden_size, 4 * width, bias=False)  # rows gate | query | key | value
+        else:
+            self.qkv_proj = nn.Linear(hidden_size, 3 * width, bias=False)
+        self.gate = gate
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def reset_parameters(self, in_std: float, out_std: float) -> None:
+        clipped_normal_((self.gqkv_proj if self.gate else self.qkv_proj).weight, in_std)
+        clipped_normal_(self.o_proj.weight, out_std)
+
+    def forward(self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None) -> Tensor:
+        B, L, _ = x.shape
+        projected = (self.gqkv_proj if self.gate else self.qkv_proj)(x)
+        parts = projected.view(B, L, -1, self.num_heads, self.head_dim)  # (B, L, 3 or 4, H, D)
+        q, k, v = (parts[:, :, i].transpose(1, 2) for i in range(-3, 0))  # (B, H, L, D)
+        q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = attention(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
+        if self.gate:
+            out = gated(out, parts[:, :, 0])
+        return self.o_proj(out.reshape(B, L, -1))
+
+
+class SwiGLU(nn.Module):
+    """``W_down(silu(g) * u)`` with ``[g | u] = W_gate_up x``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def reset_parameters(self, in_std: float, out_std: float) -> None:
+        clipped_normal_(self.gate_up_proj.weight, in_std)
+        clipped_normal_(self.down_proj.weight, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class PreNormBlock(nn.Module):
+    """Works on (normed, x): each residual addition is fused with the norm that reads it."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        *,
+        rope_theta: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn = Attention(hidden_size, num_heads, head_dim, gate=True, rope_theta=rope_theta)
+        self.mlp = SwiGLU(hidden_size, intermediate_size)
+
+    def forward(
+        self, normed: Tensor, x: Tensor, routing: Routing, cache: AppendsKeys | None = None
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = rms_norm(self.attn(normed, routing, cache), residual=x, eps=self.eps)
+        return rms_norm(self.mlp(normed), residual=x, eps=self.eps)
+
+
+class PreNormStack(nn.Module):
+    """HRM-Text's stack: pre-norm blocks and one parameterless norm at the exit (MagicNorm).
+
+    ``activation_checkpointing`` recomputes each block in the backward instead of keeping its activations.
+    """
+
+    def __init__(self, layers: list[PreNormBlock], *, eps: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.eps = eps
+        self.activation_checkpointing = False
+
+    def forward(
+        self, state: Tensor, injection: Tensor, routing: Routing, cache: list[AppendsKeys] | None = None
+    ) -> Tensor:
+        normed, x = rms_norm(injection, residual=state, eps=self.eps)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            args = (normed, x, routing, cache[i] if cache is not None else None)
+            normed, x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        return normed
+
+
+class PostNormBlock(nn.Module):
+    """HRM's block: ``x = rms(x + attention(x)); x = rms(x + mlp(x))``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        *,
+        rope_theta: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(hidden_size, num_heads, head_dim, gate=False, rope_theta=rope_theta)
+        self.mlp = SwiGLU(hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        x, _ = rms_norm(self.self_attn(x, routing), residual=x, eps=self.eps)
+        x, _ = rms_norm(self.mlp(x), residual=x, eps=self.eps)
+        return x
+
+
+class PostNormStack(nn.Module):
+    """HRM's stack: the injection is added once, then the blocks; no further norm."""
+
+    def __init__(self, layers: list[PostNormBlock]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activation_checkpointing = False
+
+    def forward(self, state: Tensor, injection: Tensor, routing: Routing, cache: None = None) -> Tensor:
+        x = state + injection
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, routing, use_reentrant=False) if recompute else layer(x, routing)
+        return x

@@ -1,0 +1,106 @@
+"""Static key/value cache: one slot for each (stack call, layer)."""
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of every attention call, in two tensors made once.
+
+    Args:
+        calls, layers: stack calls in a forward, and layers in a stack; slot (call, layer).
+        batch_size, heads, capacity, head_dim: each slot's shape (B, H, capacity, D).
+
+    Row b holds ``lengths[b]`` tokens at positions ``0 .. lengths[b] - 1``, with no gaps, so rows may have
+    different lengths. A forward calls :meth:`reserve` once, every attention layer :meth:`append`, and the
+    forward :meth:`commit` at its end.
+    """
+
+    def __init__(
+        self,
+        calls: int,
+        layers: int,
+        batch_size: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if batch_size < 1 or capacity < 1:
+            raise ValueError(
+                f"KeyValueCache: batch_size {batch_size} and capacity {capacity} must both be at least 1"
+            )
+        shape = (calls, layers, batch_size, heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.longest = 0  # an upper bound of lengths, on the host
+        self.ragged = False  # rows differ in length
+        self._positions: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[4]
+
+    def __getitem__(self, call: int) -> list["LayerCache"]:
+        return [LayerCache(self, call, layer) for layer in range(self.keys.shape[1])]
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays."""
+        self.lengths.zero_()
+        self.longest = 0
+        self.ragged = False
+
+    def reserve(self, batch_size: int, count: int) -> Tensor:
+        """Room for ``count`` more tokens a row; returns their positions (B, count)."""
+        if batch_size != self.batch_size:
+            raise ValueError(
+                f"KeyValueCache: input_ids has {batch_size} rows; the cache has {self.batch_size}"
+            )
+        if self.longest + count > self.capacity:
+            raise ValueError(
+                f"KeyValueCache: {count} more tokens after {self.longest} exceed the capacity {self.capacity}"
+            )
+        self._positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        return self._positions
+
+    def append(self, call: int, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, H, count, D) at the reserved positions.
+
+        Returns all keys and values so far, as views (B, H, longest + count, D).
+        """
+        end = self.longest + k.shape[2]
+        keys, values = self.keys[call, layer], self.values[call, layer]
+        if self.ragged:
+            rows = torch.arange(self.batch_size, device=keys.device)[:, None]
+            keys[rows, :, self._positions] = k.transpose(1, 2)
+            values[rows, :, self._positions] = v.transpose(1, 2)
+        else:
+            keys[:, :, self.longest : end] = k
+            values[:, :, self.longest : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def commit(self, count: int, lengths: Tensor | None = None) -> None:
+        """Keeps the ``count`` tokens just written, or of row b the first ``lengths[b]``."""
+        if lengths is None:
+            self.lengths += count
+        else:
+            self.lengths += lengths.to(self.lengths)
+            self.ragged = True
+        self.longest += count
+
+
+class LayerCache:
+    """One slot, as an attention layer sees it."""
+
+    def __init__(self, cache: KeyValueCache, call: int, layer: int) -> None:
+        self._cache, self._call, self._layer = cache, call, layer
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cache.append(self._call, self._layer, k, v)
