@@ -1,0 +1,7 @@
+"""Models built on the ops."""
+
+from .checkpoint import CheckpointError
+from .hrm_text import HrmText, HrmTextOutput
+from .hrm_text_config import HrmTextConfig
+
+__all__ = ["CheckpointError", "HrmText", "HrmTextConfig", "HrmTextOutput"]

@@ -1,0 +1,160 @@
+"""Weights as safetensors, configs as JSON: whole-file writes, and reading that names what is wrong."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import replacing, write_text
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, unreadable, or does not fit the model."""
+
+
+def save_json(path: str | os.PathLike, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_text(path, text)
+
+
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a JSON object is needed")
+    return value
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors to one safetensors file. Equal tensors give equal bytes."""
+    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(ready, temporary, metadata={"format": "pt"})
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file, or the shards that an index beside it names, read one tensor at a time.
+
+    Each read maps the file, copies one tensor and unmaps it, so that no more than the tensors asked for
+    stays in memory.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        """``path``: a file, or a folder with ``model.safetensors`` or its sharded form."""
+        path = Path(path)
+        self.path = path
+        if path.is_dir():
+            index = path / INDEX
+            if (path / WEIGHTS).exists() or not index.exists():
+                shards = [path / WEIGHTS]
+            else:
+                shards = [path / name for name in sorted(set(load_json(index)["weight_map"].values()))]
+        else:
+            shards = [path]
+        self._file_of = {
+            name: shard for shard in shards for name in self._open(shard, lambda file: file.keys())
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open(self._file_of[name], lambda file: file.get_tensor(name).clone())
+
+    @staticmethod
+    def _open(path: Path, read: Callable[[Any], Any]) -> Any:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return read(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: unreadable or only half written: {error}") from error
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    return dict(TensorFile(path))
+
+
+Source = tuple[str, ...]  # names of the file's tensors; concatenated along dim 0 they are one of the model's
+
+
+def resolve(
+    wanted: Mapping[str, Sequence[Source]],
+    file: TensorFile,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Source]:
+    """Finds each of the model's tensors in a file.
+
+    Args:
+        wanted: for each name of the model, the layouts it may have in a file, the usual one first.
+        ignored: tensors that the model has no use for; all other surplus names are an error.
+
+    ``_orig_mod.`` (left by ``torch.compile``) is dropped from the file's names before they are compared.
+    """
+    in_file = {name.replace("_orig_mod.", ""): name for name in file}
+    sources, missing = {}, []
+    for name, layouts in wanted.items():
+        layout = next((layout for layout in layouts if all(part in in_file for part in layout)), None)
+        if layout is None:
+            missing += layouts[0]
+        else:
+            sources[name] = tuple(in_file[part] for part in layout)
+    used = {part for source in sources.values() for part in source}
+    unexpected = [name for plain, name in in_file.items() if name not in used and not ignored(plain)]
+    if missing or unexpected:
+        lists = [
+            f"{len(names)} {title}: {', '.join(sorted(names))}"
+            for title, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise CheckpointError(f"{file.path}: the tensors do not fit the model; {'; '.join(lists)}")
+    return sources
+
+
+def fill(
+    model: nn.Module,
+    file: TensorFile,
+    sources: Mapping[str, Source],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Puts the file's tensors in the place of the model's (which may be on ``meta``), one at a time.
+
+    ``sources``: from :func:`resolve`, by names of the state dict. ``dtype`` None keeps the file's.
+    """
+    for name, expected in model.state_dict().items():
+        parts = [file[part] for part in sources[name]]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{file.path}: {' + '.join(sources[name])} has shape {tuple(tensor.shape)}; "
+                f"the config makes it {tuple(expected.shape)}"
+            )
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = tensor.to(device=device, dtype=dtype)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(
+                tensor, requires_grad=module._parameters[leaf].requires_grad
+            )
+        else:
+            module._buffers[leaf] = tensor

@@ -1,0 +1,386 @@
+"""HRM-Text (arXiv 2605.20613): a language model that calls two small stacks many times."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..masks import Mask
+from ..masks import positions as document_positions
+from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
+from ..nn.cache import KeyValueCache
+from ..nn.recurrence import HierarchicalRecurrence
+from . import checkpoint
+from .generate import generate
+from .hrm_text_config import HrmTextConfig
+
+IGNORE = -100
+
+
+@dataclass
+class HrmTextOutput:
+    logits: Tensor | None  # (B, L, V)
+    loss: Tensor | None  # (), float32
+    cache: KeyValueCache | None
+
+
+class HrmText(nn.Module):
+    """HRM-Text with PrefixLM attention on padded batches or packed samples.
+
+    ::
+
+        zH = embedding_scale * emb[ids];  zL = z_L_init
+        for h in range(H_cycles):
+            for l in range(L_cycles): zL = L_stack(zL + zH)
+            zH = H_stack(zH + zL)
+        logits = zH @ lm_head.T
+
+    Weights are drawn from a clipped normal with deviation 1/sqrt(fan in); ``z_L_init`` is drawn once and
+    never trained.
+    """
+
+    def __init__(self, config: HrmTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("z_L_init", torch.empty(config.hidden_size))
+
+        def stack() -> PreNormStack:
+            blocks = [
+                PreNormBlock(
+                    config.hidden_size,
+                    config.num_attention_heads,
+                    config.head_dim,
+                    config.intermediate_size,
+                    rope_theta=config.rope_theta,
+                    eps=config.rms_norm_eps,
+                )
+                for _ in range(config.num_hidden_layers)
+            ]
+            return PreNormStack(blocks, eps=config.rms_norm_eps)
+
+        self.recurrence = HierarchicalRecurrence(stack(), stack(), config.H_cycles, config.L_cycles)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every weight again, from torch's default generator."""
+        std = self.config.initializer_range
+        clipped_normal_(self.embed_tokens.weight, std)
+        clipped_normal_(self.lm_head.weight, std)
+        clipped_normal_(self.z_L_init, 1.0)
+        for stack in (self.recurrence.L_stack, self.recurrence.H_stack):
+            for block in stack.layers:
+                block.attn.reset_parameters(std, std)
+                block.mlp.reset_parameters(std, self.config.intermediate_size**-0.5)
+
+    def activation_checkpointing(self, on: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        self.recurrence.L_stack.activation_checkpointing = on
+        self.recurrence.H_stack.activation_checkpointing = on
+
+    def make_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
+        """An empty cache for ``capacity`` tokens a row: one key/value slot for each (h, l, layer)."""
+        limit = self.config.max_position_embeddings
+        if capacity > limit:
+            raise ValueError(f"HrmText: capacity {capacity} exceeds max_position_embeddings {limit}")
+        weight = self.lm_head.weight
+        return KeyValueCache(
+            self.recurrence.calls,
+            self.config.num_hidden_layers,
+            batch_size,
+            self.config.num_attention_heads,
+            capacity,
+            self.config.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        prefix_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        bp_steps: int | None = None,
+        cache: KeyValueCache | None = None,
+        return_logits: bool | None = None,
+    ) -> HrmTextOutput:
+        """Runs the model on a batch of samples, or on samples packed into a batch of one.
+
+        Args:
+            input_ids: (B, L) int64 or int32.
+            prefix_lengths: (B,), or one a document when packed: tokens before it see each other both ways,
+                the rest is causal. Default: all causal.
+            cu_seqlens: (documents + 1,), from 0 to L: packed documents, B = 1. Positions restart in each.
+            lengths: (B,), tokens of each row that are not padding on the right. Default: all.
+            labels: (B, L), as input_ids; -100 is ignored. Shifted inside: the output at t is compared with
+                the label at t + 1 of the same document.
+            bp_steps: 2 to the number of stack calls: how many of the last calls carry gradients (warm-up deep
+                credit assignment). Default: config.L_bp_cycles.
+            cache: from :meth:`make_cache`. While empty, the call fills it with the prompt; after that, calls
+                extend each row with response tokens. Runs without gradients.
+            return_logits: default: only when there are no labels, so that training never holds (B, L, V).
+
+        Returns:
+            An HrmTextOutput: ``logits`` (B, L, V) or None; ``loss``, the mean over the labels that count (0
+            when none does) or None; ``cache`` as given.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or ids that don't fit; a sample longer than
+                max_position_embeddings; a prompt for a cache that already holds one.
+        """
+        if return_logits is None:
+            return_logits = labels is None
+        if cache is not None and labels is not None:
+            raise ValueError(
+                "HrmText: labels and cache exclude each other: a cached forward has no gradients"
+            )
+        if cache is not None:
+            with torch.no_grad():
+                hidden, _ = self.hidden_states(
+                    input_ids,
+                    prefix_lengths=prefix_lengths,
+                    cu_seqlens=cu_seqlens,
+                    lengths=lengths,
+                    cache=cache,
+                )
+        else:
+            hidden, positions = self.hidden_states(
+                input_ids,
+                prefix_lengths=prefix_lengths,
+                cu_seqlens=cu_seqlens,
+                lengths=lengths,
+                bp_steps=bp_steps,
+            )
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, _shift(labels, input_ids, positions, lengths))
+        return HrmTextOutput(self.lm_head(hidden) if return_logits else None, loss, cache)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        prefix_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        bp_steps: int | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` does before the output layer: (zH (B, L, D), positions (L,) or (B, L))."""
+        self._check_ids(input_ids)
+        routing = self._route(input_ids, prefix_lengths, cu_seqlens, lengths, cache)
+        zH = self.embed_tokens(input_ids) * self.config.embedding_scale
+        zL = self.z_L_init.to(zH.dtype).expand_as(zH)
+        zH, _ = self.recurrence(zH, zL, gradient_calls=self._credit(bp_steps), routing=routing, cache=cache)
+        if cache is not None:
+            cache.commit(input_ids.shape[1], lengths)
+        return zH, routing.positions
+
+    def _credit(self, bp_steps: int | None) -> tuple[bool, ...]:
+        if bp_steps is not None:
+            return self.recurrence.gradient_calls(bp_steps)
+        L = self.config.L_cycles
+        return tuple(
+            flag for n in self.config.L_bp_cycles for flag in (*(l >= L - n for l in range(L)), True)
+        )
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"HrmText: input_ids is {input_ids.dtype}; it must be int32 or int64")
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"HrmText: input_ids has shape {tuple(input_ids.shape)}; it must be (B, L), not empty"
+            )
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in torch.aminmax(input_ids))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"HrmText: input_ids holds {low if low < 0 else high}; "
+                    f"ids are from 0 to {self.config.vocab_size - 1}"
+                )
+
+    def _route(
+        self,
+        input_ids: Tensor,
+        prefix_lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Routing:
+        """Checks how the samples lie in the batch; builds the mask and the positions."""
+        B, L = input_ids.shape
+        device = input_ids.device
+        limit = self.config.max_position_embeddings
+        if prefix_lengths is not None and not self.config.prefix_lm:
+            raise ValueError("HrmText: prefix_lengths is given, but the config has prefix_lm False")
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError(
+                "HrmText: cu_seqlens and cache exclude each other: a cache holds one sample a row"
+            )
+        if cu_seqlens is not None:
+            if B != 1:
+                raise ValueError(
+                    f"HrmText: input_ids has {B} rows; packed samples (cu_seqlens) need a batch of one"
+                )
+            if lengths is not None:
+                raise ValueError("HrmText: lengths and cu_seqlens exclude each other")
+            mask = Mask(causal=True, prefix_lengths=prefix_lengths, cu_seqlens_q=cu_seqlens)
+            if not torch.compiler.is_compiling():
+                if mask.total_q != L:
+                    raise ValueError(f"HrmText: cu_seqlens ends at {mask.total_q}; input_ids has {L} tokens")
+                if mask.max_seqlen_q > limit:
+                    raise ValueError(
+                        f"HrmText: a sample of {mask.max_seqlen_q} tokens exceeds max_position_embeddings {limit}"
+                    )
+            return Routing(mask, document_positions(mask.cu_seqlens_q.to(device), L, device)[1])
+        if cache is not None and cache.longest:
+            return self._route_extension(input_ids, prefix_lengths, lengths, cache)
+        if limit < L:
+            raise ValueError(f"HrmText: a sample of {L} tokens exceeds max_position_embeddings {limit}")
+        if lengths is not None:
+            self._check_lengths("lengths", lengths, B, 1, L)
+        if prefix_lengths is not None:
+            self._check_lengths("prefix_lengths", prefix_lengths, B, 0, L)
+        mask = Mask(causal=True, prefix_lengths=prefix_lengths, key_lengths=lengths)
+        if cache is not None:
+            cache.reserve(B, L)
+        return Routing(mask, torch.arange(L, device=device))
+
+    def _route_extension(
+        self, input_ids: Tensor, prefix_lengths: Tensor | None, lengths: Tensor | None, cache: KeyValueCache
+    ) -> Routing:
+        B, L = input_ids.shape
+        if prefix_lengths is not None:
+            raise ValueError(
+                "HrmText: prefix_lengths is given for a filled cache; the prompt's tokens see each other "
+                "both ways, so a prompt can't be extended: reset the cache and prefill the whole prompt"
+            )
+        if lengths is not None:
+            raise ValueError(
+                "HrmText: lengths is given for a filled cache; every row grows by all of input_ids"
+            )
+        positions = cache.reserve(B, L)  # (B, L)
+        if not cache.ragged:
+            return Routing(Mask(causal=True), positions)
+        if L == 1:
+            return Routing(Mask(key_lengths=cache.lengths + 1), positions)
+        key = torch.arange(cache.longest + L, device=positions.device)
+        return Routing(Mask(dense=key <= positions[:, None, :, None]), positions)
+
+    @staticmethod
+    def _check_lengths(name: str, value: Tensor, B: int, low: int, high: int) -> None:
+        if value.shape != (B,) or value.is_floating_point():
+            raise ValueError(
+                f"HrmText: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; "
+                f"it must be int, one a row: ({B},)"
+            )
+        if value.device.type == "cpu" and (value.min() < low or value.max() > high):
+            raise ValueError(f"HrmText: {name} is {value.tolist()}; each must be from {low} to {high}")
+
+    def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean cross-entropy over the targets that count; 0, with zero gradients, when there is none."""
+        counted = target != IGNORE
+        logits = self.lm_head(hidden[counted])  # (labels that count, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, target[counted], reduction="sum") / counted.sum().clamp(min=1)
+
+    generate = generate
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        *,
+        config: HrmTextConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "HrmText":
+        """Loads ``config.json`` and ``model.safetensors`` (or its shards), one tensor at a time.
+
+        Reads the released layout, the one with split projections, and the reference's own names; missing
+        or unexpected tensors are an error that lists them.
+
+        Args:
+            config: in place of ``config.json``.
+            dtype: default: the file's.
+        """
+        directory = os.fspath(directory)
+        if config is None:
+            path = os.path.join(directory, checkpoint.CONFIG)
+            try:
+                config = HrmTextConfig.from_dict(checkpoint.load_json(path))
+            except checkpoint.CheckpointError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise checkpoint.CheckpointError(f"{path}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        file = checkpoint.TensorFile(directory)
+        sources = checkpoint.resolve({name: _layouts(name) for name in model.state_dict()}, file, _unused)
+        checkpoint.fill(model, file, sources, dtype=dtype, device=device)
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        if len(dtypes) > 1:
+            raise checkpoint.CheckpointError(
+                f"{directory}: the weights mix {sorted(map(str, dtypes))}; give dtype= to convert them to one"
+            )
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` in the released layout. Each file is replaced
+        whole: an interrupted save leaves the old one."""
+        tensors = {released_name(name): tensor for name, tensor in self.state_dict().items()}
+        checkpoint.save_tensors(os.path.join(directory, checkpoint.WEIGHTS), tensors)
+        checkpoint.save_json(os.path.join(directory, checkpoint.CONFIG), self.config.to_dict())
+
+
+def _shift(labels: Tensor, input_ids: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
+    """Targets (B, L): at t the label at t + 1, unless that is padding or opens another document."""
+    if labels.shape != input_ids.shape or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"HrmText: labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; "
+            f"it must be int, {tuple(input_ids.shape)} as input_ids"
+        )
+    following = positions[1:] > 0
+    if lengths is not None:
+        following = following & (positions[1:] < lengths.to(labels.device)[:, None])
+    target = labels[:, 1:].long().masked_fill(~following, IGNORE)
+    return F.pad(target, (0, 1), value=IGNORE)
+
+
+def released_name(name: str) -> str:
+    """The name that a tensor of :meth:`HrmText.state_dict` has in the released files."""
+    return _layouts(name)[0][0]
+
+
+def _layouts(name: str) -> list[checkpoint.Source]:
+    """The names one of our tensors has in files: released, split projections, the reference's own."""
+    plain = {
+        "embed_tokens.weight": [("model.embed_tokens.weight",), ("embed_tokens.embedding_weight",)],
+        "lm_head.weight": [("lm_head.weight",)],
+        "z_L_init": [("model.z_L_init",), ("model.zL_init",)],
+    }
+    if name in plain:
+        return plain[name]
+    _, stack, rest = name.split(".", 2)  # recurrence.L_stack.layers.0.attn.o_proj.weight
+    layer, _, projection = rest.rpartition(".")[0].rpartition(".")
+    split = {
+        "gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }.get(projection, (projection,))
+    module = f"model.{stack[0]}_module.{layer}"
+    separate = module.replace(".attn", ".self_attn")
+    return [
+        (f"{module}.{projection}.weight",),
+        tuple(f"{separate}.{part}.weight" for part in split),
+        (f"model.{stack[0]}_level.core.{layer}.{projection}.weight",),
+    ]
+
+
+def _unused(name: str) -> bool:
+    return name == "model.zH_init" or ".rotary_emb." in name

@@ -1,0 +1,12 @@
+"""The models' tests are many tiny products: one thread is quicker, and how ops split work is tested with the ops."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,145 @@
+"""Decoding: the cache against full recomputation, sampling, stopping."""
+
+import pytest
+import torch
+
+from fastattn.models import HrmText, HrmTextConfig
+from fastattn.models.generate import sample
+
+CONFIG = HrmTextConfig(
+    vocab_size=30,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=1,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return HrmText(CONFIG).double()
+
+
+def by_recomputation(model, prompt, count):
+    """Greedy tokens of one prompt (L,), running the whole model again for each."""
+    tokens = prompt.tolist()
+    for _ in range(count):
+        logits = model(torch.tensor([tokens]), prefix_lengths=torch.tensor([len(prompt)])).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_recomputation_for_prompts_of_different_lengths(model):
+    ids = torch.randint(0, 30, (4, 9))
+    lengths = torch.tensor([9, 1, 5, 8])
+    out = model.generate(ids, prompt_lengths=lengths, max_new_tokens=6)
+    assert out.shape == (4, 15) and torch.equal(out[:, :9], ids)
+    for row, n in enumerate(lengths):
+        assert out[row, 9:].tolist() == by_recomputation(model, ids[row, :n], 6)
+    assert torch.equal(model.generate(ids[:1], max_new_tokens=6), out[:1])
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 4]])
+@pytest.mark.parametrize("chunks", [(1, 1, 1), (3,), (2, 1)])
+def test_cached_logits_equal_recomputation(model, lengths, chunks):
+    prompt, response = torch.randint(0, 30, (2, 6)), torch.randint(0, 30, (2, 3))
+    prefix = torch.tensor(lengths or [6, 6])
+    cache = model.make_cache(2, 9)
+    model(prompt, prefix_lengths=prefix, lengths=None if lengths is None else prefix, cache=cache)
+    got = torch.cat([model(part, cache=cache).logits for part in response.split(chunks, 1)], 1)
+    for row, n in enumerate(prefix):
+        whole = torch.cat([prompt[row, :n], response[row]])[None]
+        expected = model(whole, prefix_lengths=prefix[row : row + 1]).logits[0, n:]
+        # float64: 1e-11 as for the uncached model
+        torch.testing.assert_close(got[row], expected, rtol=0, atol=1e-11)
+
+
+def test_a_prompt_cannot_be_extended(model):
+    prompt = torch.randint(0, 30, (1, 4))
+    cache = model.make_cache(1, 8)
+    model(prompt, prefix_lengths=torch.tensor([4]), cache=cache)
+    with pytest.raises(ValueError, match="a prompt can't be extended"):
+        model(prompt, prefix_lengths=torch.tensor([4]), cache=cache)
+    cache.reset()
+    model(prompt, prefix_lengths=torch.tensor([4]), cache=cache)
+    assert cache.longest == 4
+
+
+def test_cache_limits(model):
+    ids = torch.randint(0, 30, (2, 4))
+    with pytest.raises(ValueError, match="exceed the capacity 3"):
+        model(ids, cache=model.make_cache(2, 3))
+    with pytest.raises(ValueError, match="input_ids has 2 rows; the cache has 1"):
+        model(ids, cache=model.make_cache(1, 4))
+    with pytest.raises(ValueError, match="capacity 33 exceeds max_position_embeddings 32"):
+        model.make_cache(1, 33)
+    with pytest.raises(ValueError, match="labels and cache"):
+        model(ids, labels=ids, cache=model.make_cache(2, 4))
+
+
+def test_stop_tokens_and_stream(model):
+    ids = torch.randint(0, 30, (3, 4))
+    free = model.generate(ids, max_new_tokens=8)[:, 4:]
+    stop = int(free[0, 2])
+    seen = []
+    out = model.generate(ids, max_new_tokens=8, stop_tokens=[stop], stream=seen.append)[:, 4:]
+    assert torch.equal(torch.stack(seen, 1), out)
+    for row in range(3):
+        hits = (free[row] == stop).nonzero().flatten()
+        end = int(hits[0]) + 1 if len(hits) else 8
+        assert torch.equal(out[row, :end], free[row, :end])
+        assert (out[row, end:] == CONFIG.pad_token_id).all()
+    assert model.generate(ids[:1], max_new_tokens=8, stop_tokens=[stop]).shape[1] <= 4 + 3
+
+
+def test_sampling_repeats_with_the_generator(model):
+    ids = torch.randint(0, 30, (2, 4))
+    draws = [
+        model.generate(ids, max_new_tokens=8, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_sample_frequencies_and_cuts():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(20000, 4)
+
+    def frequencies(**options):
+        drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+        return torch.bincount(drawn, minlength=4) / 20000
+
+    # 5 standard deviations of a frequency of 0.5 among 20000 draws: 5 * 0.5 / sqrt(20000) = 0.018
+    def near(got, expected):
+        assert (got - torch.tensor(expected)).abs().max() < 0.018
+
+    near(frequencies(temperature=1.0), [0.5, 0.25, 0.15, 0.1])
+    near(frequencies(temperature=0.5), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345])
+    near(frequencies(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0])
+    near(frequencies(temperature=1.0, top_k=9), [0.5, 0.25, 0.15, 0.1])
+    near(frequencies(temperature=1.0, top_p=0.6), [2 / 3, 1 / 3, 0, 0])
+    near(frequencies(temperature=1.0, top_p=0.4), [1, 0, 0, 0])
+    near(frequencies(temperature=1.0, top_k=3, top_p=0.7), [2 / 3, 1 / 3, 0, 0])
+    assert (sample(logits[:3]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 30}, "exceed max_position_embeddings 32"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"prompt_lengths": torch.tensor([0])}, "from 1 to 4"),
+        ({"prompt_lengths": torch.tensor([5])}, "from 1 to 4"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"shape \(1, 0\)"),
+    ],
+)
+def test_bad_arguments(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(
+            **({"input_ids": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 2} | arguments)
+        )
