@@ -44,6 +44,7 @@ FASTATTN_INLINE vu as_vu(vf x) { return (vu)x; }
 FASTATTN_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 FASTATTN_INLINE vu select_u(vi mask, vu a, vu b) { return (a & (vu)mask) | (b & ~(vu)mask); }
 
+// The larger and the smaller of two; b where either is NaN.
 FASTATTN_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -53,7 +54,15 @@ FASTATTN_INLINE vf vmax(vf a, vf b) {
   return select(a > b, a, b);
 #endif
 }
-FASTATTN_INLINE vf vmin(vf a, vf b) { return -vmax(-a, -b); }
+FASTATTN_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
 
 // Sums and maxima in one fixed order (halves), so that results do not depend on the call.
 FASTATTN_INLINE float reduce_add(vf x) {
@@ -73,14 +82,34 @@ FASTATTN_INLINE float reduce_max(vf x) {
 
 // --- conversions ---------------------------------------------------------------------------------------------------
 
-FASTATTN_INLINE vf from_bf16(vh x) { return as_vf(__builtin_convertvector(x, vu) << 16); }
+FASTATTN_INLINE vu widen(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+// Every element is below 2^16.
+FASTATTN_INLINE vh narrow(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+
+FASTATTN_INLINE vf from_bf16(vh x) { return as_vf(widen(x) << 16); }
 
 // Round to nearest even; NaN stays a (quiet) NaN.
 FASTATTN_INLINE vh to_bf16(vf x) {
   const vu u = as_vu(x);
   const vu rounded = (u + splat_u(0x7fff) + ((u >> 16) & splat_u(1))) >> 16;
   const vu nan = (u >> 16) | splat_u(0x40);
-  return __builtin_convertvector(select_u(x == x, rounded, nan), vh);
+  return narrow(select_u(x == x, rounded, nan));
 }
 
 FASTATTN_INLINE vf from_f16(vh x) {
@@ -90,7 +119,7 @@ FASTATTN_INLINE vf from_f16(vh x) {
   return (vf)_mm256_cvtph_ps((__m128i)x);
 #else
   // exponent and fraction moved into place are 2^112 too small; infinity and NaN then need the full exponent
-  const vu u = __builtin_convertvector(x, vu);
+  const vu u = widen(x);
   const vu magnitude = (u & splat_u(0x7fff)) << 13;
   const vf scaled = as_vf(magnitude) * splat(0x1p112f);
   const vu special = splat_u(0x7c00u << 13);
@@ -114,7 +143,7 @@ FASTATTN_INLINE vh to_f16(vf x) {
   vu half = select_u((vi)(magnitude < splat_u(0x38800000)), small, normal);
   half = select_u((vi)(magnitude >= splat_u(0x477ff000)), splat_u(0x7c00), half);
   half = select_u((vi)(magnitude > splat_u(0x7f800000)), splat_u(0x7e00), half);
-  return __builtin_convertvector(half | sign, vh);
+  return narrow(half | sign);
 #endif
 }
 
@@ -163,31 +192,37 @@ FASTATTN_INLINE vf rounded_to(vf x, const f16*) { return from_f16(to_f16(x)); }
 
 // --- functions -------------------------------------------------------------------------------------------------------
 
-// e^x: x = n ln2 + r, |r| <= ln2/2, degree-6 Taylor-like polynomial; relative error < 2e-7, 0 below -104, inf
-// above 88.8.
-FASTATTN_INLINE vf exp(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf clamped = vmin(vmax(x, splat(-104.0f)), splat(89.0f));
-  const vf shifted = clamped * splat(1.44269504f) + magic;
-  const vf n = shifted - magic;
-  const vf r = (clamped - n * splat(0.693145752f)) - n * splat(1.42860677e-6f);
+// e^r and n of x = n ln2 + r, |r| <= ln2/2, for |x| <= 127 * ln2; degree 6, relative error < 2e-7. NaN stays NaN.
+FASTATTN_INLINE vf exp_reduced(vf x, vi* n) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  const vf shifted = x * splat(1.44269504f) + magic;
+  const vf whole = shifted - magic;
+  const vf r = (x - whole * splat(0.693145752f)) - whole * splat(1.42860677e-6f);
   vf p = splat(1.3981999e-3f);
   p = p * r + splat(8.3334519e-3f);
   p = p * r + splat(4.1665703e-2f);
   p = p * r + splat(1.6666664e-1f);
   p = p * r + splat(0.5f);
   p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
-  // two factors of 2^(n/2) each, so that denormal results and n = 128 come out right
-  const vi k = __builtin_convertvector(n, vi);
-  const vi half = k >> 1;
-  const vf first = (vf)((half + 127) << 23);
-  const vf second = (vf)((k - half + 127) << 23);
-  const vf y = p * first * second;
-  return select(x == x, y, x);
+  *n = (vi)shifted - (vi)magic;
+  return p * r + splat(1.0f);
 }
 
-FASTATTN_INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+// e^x: 0 below -104, infinity above 89, denormals in between right.
+FASTATTN_INLINE vf exp(vf x) {
+  vi n;
+  const vf p = exp_reduced(vmin(splat(89.0f), vmax(splat(-104.0f), x)), &n);
+  // two factors of about 2^(n/2), so that neither overflows where the product does not
+  const vi half = n >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+}
+
+// 1 / (1 + e^-x); relative error < 4e-7 down to x = -87, constant below.
+FASTATTN_INLINE vf sigmoid(vf x) {
+  vi n;
+  const vf p = exp_reduced(vmin(splat(87.0f), vmax(splat(-87.0f), -x)), &n);
+  return splat(1.0f) / (splat(1.0f) + p * (vf)((n + 127) << 23));
+}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn
