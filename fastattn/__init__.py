@@ -6,7 +6,9 @@ from ._native import cpu_isas
 from ._registry import explain, set_backend
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
+from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.recurrence import gated, rms_norm, rotary, swiglu
+from .ops.reweighted import softplus_attention
 
 __version__ = "0.1.0"
 
@@ -17,11 +19,16 @@ __all__ = [
     "attention",
     "cpu_isas",
     "explain",
+    "focus_groups",
     "gated",
+    "gated_attention",
+    "grouped_attention",
     "rms_norm",
     "rotary",
     "set_backend",
     "sigmoid_attention",
+    "sinkhorn",
+    "softplus_attention",
     "swiglu",
     *_LAZY,
 ]

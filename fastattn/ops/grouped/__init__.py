@@ -1,0 +1,270 @@
+"""Grouped sparse attention (Focus, arXiv 2604.03260): the router's balance, its signatures, training and inference forms."""
+
+import math
+
+import torch
+
+from ... import _checks
+from ..._registry import requested
+from ...masks import Mask, check_mask, default_scale
+from ..attention import check_qkv
+from . import schema  # noqa: F401  registers the ops
+
+MAX_GROUPS = 63  # a bit each in an int64 that stays positive
+GATES = ("multiply", "log")
+
+
+def sinkhorn(
+    scores: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 10,
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    potentials: torch.Tensor | None = None,
+    return_potentials: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Balanced assignment of tokens to groups by Sinkhorn's iterations (arXiv 2604.03260), in the log domain.
+
+    With X = scores / temperature and u = 0, `iterations` times: v_g = -log sum_tokens exp(X + u), u_l = -log sum_groups exp(X + v);
+    the result is exp(X + u + v). Rows sum to 1, column sums tend to L / G.
+
+    scores: (B, L, G), any floating dtype; computed in float32 (float64 for float64).
+    causal: token l's column sums run over tokens up to l, so that no token's assignment depends on a later one. The plain form
+        sums over the whole sequence: a causal model trained with it sees the future through its routing.
+    lengths: (B,) integers; tokens from there on are padding: they count in no sum and their rows are 0. Default L.
+    potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
+        decoding, where tokens come one at a time. `iterations`, `causal` and `lengths` then play no part.
+    return_potentials: also return v as (B, 1, G), at the last token (of `lengths`) when causal. It carries no gradient.
+
+    Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
+    """
+    op = "sinkhorn"
+    _checks.check_tensor(op, "scores", scores, dims=3)
+    _checks.check_floating(op, scores=scores)
+    _check_group_count(op, "scores", scores)
+    _checks.check_positive(op, "temperature", temperature)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"fastattn.{op}: iterations must be an integer of at least 1, given {iterations!r}")
+    if lengths is not None:
+        _checks.check_integer(op, "lengths", lengths, dims=1)
+        _checks.check_same_device(op, scores=scores, lengths=lengths)
+        _checks.check_shape(op, "lengths", lengths, (scores.shape[0],), "one a sequence")
+        _checks.check_range(op, "lengths", lengths, 0, scores.shape[1] + 1)
+    if potentials is not None:
+        _checks.check_tensor(op, "potentials", potentials, dims=3)
+        _checks.check_same_device(op, scores=scores, potentials=potentials)
+        batch, _, groups = scores.shape
+        if potentials.shape[0] not in (1, batch) or potentials.shape[1:] != (1, groups):
+            raise ValueError(
+                f"fastattn.{op}: potentials must have shape ({batch} or 1)x1x{groups}, given {_checks.describe(potentials)}"
+            )
+        wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
+        fixed = potentials.detach().to(wide)
+        assignment = torch.softmax(scores.to(wide) / temperature + fixed, dim=-1).to(scores.dtype)
+        return (assignment, potentials) if return_potentials else assignment
+    assignment, found = torch.ops.fastattn.sinkhorn(
+        scores, lengths, float(temperature), iterations, causal, requested(op, backend)
+    )
+    return (assignment, found) if return_potentials else assignment
+
+
+def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
+    """The groups of each token as a bit signature: bit g is set when g is among its `top_k` largest assignments.
+
+    assignment: (B, L, G) floating, G at most 63. Among equal entries the lower group wins. top_k: 1 to G.
+
+    Returns int64 (B, L), never negative: 63 groups fit, and `&` of two signatures tells whether two tokens share a group. A token
+    whose row is all zero (padding, see `sinkhorn`) gets 0: it shares a group with no one. No gradient.
+    Raises ValueError or TypeError naming the argument.
+    """
+    op = "focus_groups"
+    _checks.check_tensor(op, "assignment", assignment, dims=3)
+    _checks.check_floating(op, assignment=assignment)
+    groups = _check_group_count(op, "assignment", assignment)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= groups:
+        raise ValueError(f"fastattn.{op}: top_k must lie in [1, {groups}], given {top_k!r}")
+    order = assignment.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    signature = (
+        torch.ones_like(order).bitwise_left_shift(order).sum(-1)
+    )  # distinct bits: their sum is their OR
+    return signature.masked_fill((assignment == 0).all(-1), 0)
+
+
+def grouped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    key_groups: torch.Tensor | None = None,
+    window: int = 128,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention to a local window and, beyond it, to tokens that share a group (arXiv 2604.03260).
+
+    Query i attends key j when j <= i and (i - j <= window or groups_i & key_groups_j != 0): itself, the `window` keys before it, and
+    every earlier key with a group in common, each counted once however many groups are shared. Positions are within the
+    document when packed; the last query is aligned with the last key, as decoding needs.
+
+    q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device.
+    groups: (B, Lq) int32 or int64 signatures, a bit a group, not negative, shared by all heads (`focus_groups`). A token of
+        signature 0 attends, and is attended from, its window only.
+    key_groups: (B, Lk), the keys' signatures; default `groups`, which needs Lq == Lk.
+    window: keys before the query that it always attends, 0 or more, default 128.
+    scale: default 1/sqrt(D).
+    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense); default none. Attention is
+        causal with any mask; prefix_lengths is refused.
+
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row with nothing to attend to gives 0 and gradient 0.
+    Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
+    """
+    op = "grouped_attention"
+    check_qkv(op, q, k, v)
+    if key_groups is None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"fastattn.{op}: key_groups is needed where q has another length ({q.shape[2]}) than k ({k.shape[2]})"
+            )
+        key_groups = groups
+    signatures = [
+        _signatures(op, name, value, (q.shape[0], length), q)
+        for name, value, length in (
+            ("groups", groups, q.shape[2]),
+            ("key_groups", key_groups, k.shape[2]),
+        )
+    ]
+    return torch.ops.fastattn.grouped_attention(
+        q,
+        k,
+        v,
+        *signatures,
+        _window(op, window),
+        _scale(op, scale, q),
+        *_causal_args(op, mask, q, k),
+        requested(op, backend),
+    )[0]
+
+
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    assignment: torch.Tensor,
+    *,
+    window: int = 128,
+    sharpness: float | torch.Tensor = 1.0,
+    gate: str = "multiply",
+    scale: float | None = None,
+    mask: Mask | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The form that trains a router: causal softmax attention whose distant scores are gated by the agreement of assignments.
+
+    With g_ij = sigmoid(sharpness * a_i.a_j), a the assignment (arXiv 2604.03260):
+
+        gate="multiply"   s_ij = scale * q_i.k_j * (1 if i - j <= window else g_ij)
+        gate="log"        s_ij = scale * q_i.k_j + (0 if i - j <= window else log g_ij)
+
+    An assignment is not negative, so the gate lies in [0.5, 1) and never prunes: `multiply` is the published equation and flattens
+    distant scores, `log` scales distant weights.
+
+    q: (B, Hq, L, D); k: (B, Hkv, L, D); v: (B, Hkv, L, Dv), Hq a multiple of Hkv. One floating dtype and device.
+    assignment: (B, L, G) floating, its own dtype, shared by all heads (`sinkhorn`).
+    window: keys before the query that are not gated, default 128.
+    sharpness: a number, or a floating tensor of one element that gets a gradient.
+    scale: default 1/sqrt(D).
+    mask: as in `grouped_attention`.
+
+    Returns (B, Hq, L, Dv) in q's dtype, differentiable in q, k, v, assignment and sharpness. Raises as `grouped_attention`.
+    """
+    op = "gated_attention"
+    check_qkv(op, q, k, v)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"fastattn.{op}: k has {k.shape[2]} tokens, q has {q.shape[2]}; they must agree (decoding uses grouped_attention)"
+        )
+    _checks.check_tensor(op, "assignment", assignment, dims=3)
+    _checks.check_floating(op, assignment=assignment)
+    _checks.check_same_device(op, q=q, assignment=assignment)
+    if assignment.shape[:2] != (q.shape[0], q.shape[2]) or assignment.shape[2] == 0:
+        raise ValueError(
+            f"fastattn.{op}: assignment must have shape (B, L, G) = ({q.shape[0]}, {q.shape[2]}, 1 or more), "
+            f"given {tuple(assignment.shape)}"
+        )
+    if isinstance(sharpness, torch.Tensor):
+        _checks.check_floating(op, sharpness=sharpness)
+        _checks.check_same_device(op, q=q, sharpness=sharpness)
+        if sharpness.numel() != 1:
+            raise ValueError(
+                f"fastattn.{op}: sharpness must be a number or a tensor of one element, given {_checks.describe(sharpness)}"
+            )
+        sharpness = sharpness.reshape(())
+    else:
+        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float)):
+            raise TypeError(
+                f"fastattn.{op}: sharpness must be a number or a tensor, given {_checks.describe(sharpness)}"
+            )
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        sharpness = torch.full((), float(sharpness), dtype=wide, device=q.device)
+    _checks.check_choice(op, "gate", gate, GATES)
+    return torch.ops.fastattn.gated_attention(
+        q,
+        k,
+        v,
+        assignment,
+        sharpness,
+        _window(op, window),
+        GATES.index(gate),
+        _scale(op, scale, q),
+        *_causal_args(op, mask, q, k),
+        requested(op, backend),
+    )[0]
+
+
+def _check_group_count(op: str, name: str, value: torch.Tensor) -> int:
+    groups = value.shape[2]
+    if not 1 <= groups <= MAX_GROUPS:
+        raise ValueError(
+            f"fastattn.{op}: {name} must be (B, L, G) with G in [1, {MAX_GROUPS}], given G = {groups}"
+        )
+    return groups
+
+
+def _signatures(
+    op: str, name: str, value: torch.Tensor, shape: tuple[int, int], q: torch.Tensor
+) -> torch.Tensor:
+    """Checked signatures as int64."""
+    _checks.check_integer(op, name, value, dims=2)
+    _checks.check_same_device(op, q=q, **{name: value})
+    _checks.check_shape(op, name, value, shape, "batch and length")
+    highest = torch.iinfo(value.dtype).max
+    _checks.check_range(op, name, value, 0, highest, also=highest)
+    return value.long()
+
+
+def _window(op: str, window: int) -> int:
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
+        raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
+    return window
+
+
+def _scale(op: str, scale: float | None, q: torch.Tensor) -> float:
+    if scale is None:
+        return default_scale(q.shape[3])
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
+    return float(scale)
+
+
+def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple:
+    """The schema's mask arguments, causal whatever the mask says."""
+    mask = check_mask(op, mask)
+    if mask.prefix_lengths is not None:
+        raise NotImplementedError(
+            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
+        )
+    return (True, *mask.schema_args(op, q, k)[1:])

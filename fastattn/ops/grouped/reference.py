@@ -1,0 +1,109 @@
+"""The definitions of sinkhorn, grouped and gated attention, in plain torch over dense masks."""
+
+import torch
+
+from ... import masks
+from ..attention.reference import attention, expand_heads
+
+
+def sinkhorn(
+    scores: torch.Tensor, lengths: torch.Tensor | None, temperature: float, iterations: int, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(assignment (B, L, G), column potentials of the last valid token (B, 1, G))."""
+    batch, length, groups = scores.shape
+    x = _wide(scores) / temperature
+    if lengths is None:
+        lengths = torch.full((batch,), length, device=scores.device)
+    valid = (torch.arange(length, device=scores.device) < lengths[:, None])[..., None]  # (B, L, 1)
+    u = torch.zeros_like(x[..., :1])
+    v = x.new_zeros(batch, 1, groups)
+    for _ in range(iterations if length else 0):
+        # padding weighs e^-1e30 = 0 and, unlike -inf, has a gradient of 0 instead of NaN
+        shares = torch.where(valid, x + u, -1e30)
+        if causal:
+            v = -torch.logcumsumexp(shares, dim=1)  # (B, L, G)
+        else:
+            v = -torch.logsumexp(shares, dim=1, keepdim=True)  # (B, 1, G)
+        u = -torch.logsumexp(x + v, dim=-1, keepdim=True)
+    assignment = torch.where(valid, (x + u + v).exp(), 0.0)
+    if causal and length:
+        last = (lengths.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, groups)
+        v = v.gather(1, last)
+    empty = (lengths == 0)[:, None, None]  # no column to balance
+    return assignment.to(scores.dtype), v.detach().masked_fill(empty, 0.0)
+
+
+def grouped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: torch.Tensor,
+    key_groups: torch.Tensor,
+    window: int,
+    scale: float,
+    *mask: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq)): softmax attention over the dense mask of the rule."""
+    *mask, dense = mask
+    share = (groups[:, :, None] & key_groups[:, None, :]) != 0
+    near = _distance(q, k, *mask) <= window
+    rule = (share | near)[:, None]  # (B, 1, Lq, Lk)
+    return attention(q, k, v, None, 0, scale, 0.0, *mask, rule if dense is None else rule & dense)
+
+
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    assignment: torch.Tensor,
+    sharpness: torch.Tensor,
+    window: int,
+    gate: int,
+    scale: float,
+    *mask: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, L, Dv), lse (B, Hq, L)); gate 0 multiplies distant scores, 1 adds its logarithm."""
+    k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
+    s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
+    a = _wide(assignment)
+    agreement = (sharpness.to(a.dtype) * (a @ a.transpose(-1, -2))).to(s.dtype)  # (B, L, L)
+    near = _distance(q, k, *mask[:-1]) <= window
+    if gate == 0:
+        s = s * torch.where(near, 1.0, torch.sigmoid(agreement))[:, None]
+    else:
+        s = s + torch.where(near, 0.0, torch.nn.functional.logsigmoid(agreement))[:, None]
+    s = s.masked_fill(~masks.dense_allowed(q.shape[2], k.shape[2], q.device, *mask), -torch.inf)
+    top = s.detach().amax(-1, keepdim=True) if k.shape[2] else s.new_zeros(*s.shape[:-1], 1)
+    weight = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
+    total = weight.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
+    return (weight / total).to(v.dtype) @ v, lse
+
+
+def _distance(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    prefix_lengths: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    *rest: object,
+) -> torch.Tensor:
+    """How far key j lies before query i, both counted in their document, the last query on the last key: (1, Lq, Lk)."""
+    lq, lk = q.shape[2], k.shape[2]
+    document, i = masks.positions(cu_seqlens_q, lq, q.device)
+    _, j = masks.positions(cu_seqlens_k, lk, q.device)
+    if cu_seqlens_q is None:
+        i = i + (lk - lq)
+    else:
+        spans = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
+        i = i + torch.cat([spans, spans.new_zeros(1)])[document]
+    return (i[:, None] - j[None, :])[None]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()

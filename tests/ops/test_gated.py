@@ -1,0 +1,116 @@
+"""Gated attention, the form that trains a router, against its equation and gradients."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import testing
+
+
+def published(q, k, v, assignment, sharpness, window, gate):
+    """Row by row, without masks or tensor algebra beyond dot products; float64."""
+    q, k, v, a = (x.double() for x in (q, k, v, assignment))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]).clone()
+    for i in range(q.shape[2]):
+        s = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, : i + 1]) / q.shape[3] ** 0.5
+        g = torch.sigmoid(sharpness * torch.einsum("bg,bjg->bj", a[:, i], a[:, : i + 1]))
+        g = torch.where(i - torch.arange(i + 1) <= window, 1.0, g)[:, None]
+        s = s * g if gate == "multiply" else s + g.log()
+        out[:, :, i] = torch.einsum("bhj,bhjd->bhd", s.softmax(-1), v[:, :, : i + 1])
+    return out
+
+
+def inputs(length=20, groups=4, dtype=torch.float64, heads=4, kv_heads=2, head_dim=8):
+    q, k, v = testing.attention_inputs(2, heads, kv_heads, length, length, head_dim, dtype=dtype)
+    scores = testing.random_tensor(2, length, groups, dtype=torch.float64, seed=5)
+    assignment = fa.sinkhorn(scores, temperature=1.0).to(dtype).requires_grad_()
+    return q, k, v, assignment, torch.tensor(3.0, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+@pytest.mark.parametrize("window", [0, 3, 50])
+def test_is_the_published_equation(gate, window):
+    q, k, v, a, sharpness = inputs()
+    with torch.no_grad():
+        expected = published(q, k, v, a, 3.0, window, gate)
+    actual = fa.gated_attention(
+        q, k, v, a, window=window, sharpness=sharpness, gate=gate, backend="reference"
+    )
+    assert testing.max_error(actual, expected) < 1e-13
+    number = fa.gated_attention(q, k, v, a, window=window, sharpness=3.0, gate=gate, backend="reference")
+    assert torch.equal(number, actual)
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_gradcheck(gate):
+    q, k, v, a, sharpness = inputs(7, 3, heads=2, kv_heads=1, head_dim=4)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, window=2, sharpness=s, gate=gate),
+        (q, k, v, a, sharpness),
+        fast_mode=True,
+    )
+
+
+def test_a_window_of_everything_is_causal_attention():
+    """With every key inside the window no gate acts, and the op is plain causal attention."""
+    q, k, v, a, _ = inputs()
+    actual = fa.gated_attention(q, k, v, a, window=20)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert testing.max_error(actual, expected) < 1e-13
+
+
+def test_packed_documents():
+    q, k, v, a, _ = (x[:1] if x.dim() else x for x in inputs())
+    mask = fa.Mask(cu_seqlens_q=torch.tensor([0, 8, 20]))
+    whole = fa.gated_attention(q, k, v, a, window=2, mask=mask)
+    parts = [
+        fa.gated_attention(*(x[:, :, span] for x in (q, k, v)), a[:, span], window=2)
+        for span in (slice(0, 8), slice(8, 20))
+    ]
+    assert testing.max_error(whole, torch.cat(parts, 2)) < 1e-14
+
+
+def test_opcheck_and_compile():
+    q, k, v, a, sharpness = inputs(9, dtype=torch.float32)
+    mask = fa.Mask(causal=True).schema_args("test", q, k)
+    torch.library.opcheck(
+        torch.ops.fastattn.gated_attention.default, (q, k, v, a, sharpness, 2, 0, 0.3, *mask, "")
+    )
+
+    def layer(q, k, v, a, sharpness):
+        return fa.gated_attention(q * 2, k, v, a, window=2, sharpness=sharpness).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, wanted = testing.differentiate(layer, (q, k, v, a, sharpness))
+    actual, grads = testing.differentiate(compiled, (q, k, v, a, sharpness))
+    for x, y in zip((*actual, *grads), (*expected, *wanted), strict=True):
+        assert testing.max_error(x, y) <= 1e-6 * (1 + testing.max_finite(y))
+
+
+def test_assignment_keeps_its_own_dtype():
+    q, k, v, a, sharpness = inputs(9)
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    (out,), grads = testing.differentiate(
+        lambda *x: fa.gated_attention(*x[:3], x[3], sharpness=x[4], window=2),
+        (q, k, v, a.detach().float().requires_grad_(), sharpness),
+    )
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in grads] == [torch.bfloat16] * 3 + [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"assignment": torch.zeros(1, 5, 3)}, ValueError, r"assignment must have shape \(B, L, G\)"),
+        ({"assignment": torch.zeros(1, 4, 3, dtype=torch.int64)}, TypeError, "assignment must be one of"),
+        ({"sharpness": torch.zeros(2)}, ValueError, "sharpness must be a number or a tensor of one element"),
+        ({"sharpness": "soft"}, TypeError, "sharpness must be a number or a tensor"),
+        ({"gate": "hard"}, ValueError, "gate must be one of 'multiply', 'log', given 'hard'"),
+    ],
+)
+def test_errors_name_the_argument(options, error, message):
+    q, k, v = testing.attention_inputs(1, 2, 2, 4, 4, 8)
+    options = {"assignment": torch.zeros(1, 4, 3), **options}
+    with pytest.raises(error, match=f"fastattn.gated_attention: {message}"):
+        fa.gated_attention(q, k, v, **options)

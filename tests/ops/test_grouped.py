@@ -1,0 +1,232 @@
+"""Sinkhorn, signatures and grouped attention against their published forms."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import testing
+
+
+def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_lengths=None):
+    """Row by row in float64: the rule spelled out, no masks module."""
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    rows = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    cuts_q = cuts_q or [0, q.shape[2]]
+    cuts_k = cuts_k or [0, k.shape[2]]
+    for b in range(q.shape[0]):
+        for d in range(len(cuts_q) - 1):
+            lq, lk = cuts_q[d + 1] - cuts_q[d], cuts_k[d + 1] - cuts_k[d]
+            limit = lk if key_lengths is None else key_lengths[d if len(cuts_q) > 2 else b]
+            for i in range(lq):
+                row = cuts_q[d] + i
+                place = i + lk - lq
+                keys = [
+                    cuts_k[d] + j
+                    for j in range(min(place + 1, limit))
+                    if place - j <= window or int(groups[b, row]) & int(key_groups[b, cuts_k[d] + j])
+                ]
+                if keys:
+                    s = torch.einsum("hd,hjd->hj", q[b, :, row], k[b][:, keys]) / q.shape[3] ** 0.5
+                    rows[b, :, row] = torch.einsum("hj,hjd->hd", s.softmax(-1), v[b][:, keys])
+    return rows
+
+
+@st.composite
+def signatures(draw, batch: int, length: int):
+    """top-k routing, everyone in one group, empty groups, no group at all, wild imbalance, many bits."""
+    kind = draw(st.sampled_from(["top_k", "one", "none", "skewed", "bits"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    if kind == "top_k":
+        groups = draw(st.integers(1, 16))
+        top_k = draw(st.integers(1, min(4, groups)))
+        return fa.focus_groups(torch.rand(batch, length, groups, generator=generator), top_k=top_k)
+    if kind == "one":
+        return torch.full((batch, length), 1 << draw(st.integers(0, 62)))
+    if kind == "none":
+        return torch.zeros(batch, length, dtype=torch.int64)
+    if kind == "skewed":
+        return torch.where(torch.rand(batch, length, generator=generator) < 0.9, 1, 6)
+    return torch.randint(0, 2**62, (batch, length), generator=generator)
+
+
+@given(data=st.data())
+def test_is_the_rule(data):
+    batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    length, window = data.draw(st.integers(0, 24)), data.draw(st.integers(0, 26))
+    groups = data.draw(signatures(batch, length))
+    q, k, v = testing.attention_inputs(batch, kv_heads * 2, kv_heads, length, length, 8, dtype=torch.float64)
+    actual = fa.grouped_attention(q, k, v, groups, window=window, backend="reference")
+    assert testing.max_error(actual, oracle(q, k, v, groups, groups, window)) < 1e-13
+
+
+def test_packed_documents_and_key_lengths():
+    cuts = [0, 5, 5, 17, 20]
+    q, k, v = testing.attention_inputs(1, 2, 1, 22, 22, 8, dtype=torch.float64)
+    groups = fa.focus_groups(torch.rand(1, 22, 4, generator=torch.Generator().manual_seed(0)), top_k=2)
+    lengths = [4, 0, 12, 3]
+    mask = fa.Mask(cu_seqlens_q=torch.tensor(cuts), key_lengths=torch.tensor(lengths))
+    actual = fa.grouped_attention(q, k, v, groups, window=3, mask=mask, backend="reference")
+    expected = oracle(q, k, v, groups, groups, 3, cuts, cuts, lengths)
+    assert testing.max_error(actual, expected) < 1e-13
+    assert (actual[:, :, 20:] == 0).all()
+
+
+def test_decoding_continues_the_prefill():
+    q, k, v = testing.attention_inputs(2, 4, 2, 30, 30, 8, dtype=torch.float64)
+    groups = fa.focus_groups(torch.rand(2, 30, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    whole = fa.grouped_attention(q, k, v, groups, window=4)
+    last = fa.grouped_attention(q[:, :, 28:], k, v, groups[:, 28:], key_groups=groups, window=4)
+    assert testing.max_error(last, whole[:, :, 28:]) < 1e-14
+
+
+def test_pairs_that_share_several_groups_count_once():
+    """Everyone in every group is plain causal attention; a merge over groups would weigh distant keys twice."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 40, 40, 8, dtype=torch.float64)
+    groups = torch.full((1, 40), 0b1111)
+    actual = fa.grouped_attention(q, k, v, groups, window=2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert testing.max_error(actual, expected) < 1e-14
+
+
+def test_gradcheck():
+    q, k, v = testing.attention_inputs(1, 2, 1, 9, 9, 4, dtype=torch.float64)
+    groups = fa.focus_groups(torch.rand(1, 9, 4, generator=torch.Generator().manual_seed(0)), top_k=2)
+    assert torch.autograd.gradcheck(
+        lambda *x: fa.grouped_attention(*x, groups, window=2, backend="reference"), (q, k, v), fast_mode=True
+    )
+
+
+def published_sinkhorn(scores, temperature, iterations):
+    q = (scores.double() / temperature).exp()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True)
+        q = q / q.sum(2, keepdim=True)
+    return q
+
+
+def test_sinkhorn_is_the_published_iteration():
+    scores = testing.random_tensor(2, 50, 8, dtype=torch.float64)
+    actual, potentials = fa.sinkhorn(scores, temperature=0.5, return_potentials=True)
+    assert testing.max_error(actual, published_sinkhorn(scores, 0.5, 10)) < 1e-13
+    assert testing.max_error(actual.sum(-1), torch.ones(2, 50)) < 1e-13
+    assert testing.max_error(fa.sinkhorn(scores, temperature=0.5, potentials=potentials), actual) < 1e-13
+
+
+def test_sinkhorn_never_overflows():
+    """exp(scores / temperature) alone would be e^1000."""
+    scores = testing.random_tensor(1, 30, 4, scale=30.0, requires_grad=True)
+    (out,), (grad,) = testing.differentiate(lambda s: fa.sinkhorn(s, temperature=0.03), (scores,))
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+def test_sinkhorn_causal_sees_no_future():
+    scores = testing.random_tensor(1, 20, 4, dtype=torch.float64)
+    whole, potentials = fa.sinkhorn(scores, causal=True, return_potentials=True)
+    for length in (1, 7, 20):
+        part, last = fa.sinkhorn(scores[:, :length], causal=True, return_potentials=True)
+        assert testing.max_error(part, whole[:, :length]) < 1e-12
+    assert testing.max_error(last, potentials) == 0
+    frozen = fa.sinkhorn(scores[:, 19:], potentials=potentials)
+    assert testing.max_error(frozen, whole[:, 19:]) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sinkhorn_ignores_padding(causal):
+    scores = testing.random_tensor(3, 20, 4, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([20, 13, 0])
+    (out,), (grad,) = testing.differentiate(
+        lambda s: fa.sinkhorn(s, lengths=lengths, causal=causal), (scores,)
+    )
+    alone = fa.sinkhorn(scores[1:2, :13], causal=causal)
+    assert testing.max_error(out[1:2, :13], alone) < 1e-12
+    assert (out[1, 13:] == 0).all() and (out[2] == 0).all()
+    assert (grad[1, 13:] == 0).all() and (grad[2] == 0).all() and grad.isfinite().all()
+    assert (fa.focus_groups(out, top_k=2)[1, 13:] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sinkhorn_gradcheck(causal):
+    scores = testing.random_tensor(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([7, 4])
+    assert torch.autograd.gradcheck(
+        lambda s: fa.sinkhorn(s, temperature=0.7, iterations=4, causal=causal, lengths=lengths),
+        (scores,),
+        fast_mode=True,
+    )
+
+
+def test_focus_groups():
+    assignment = torch.tensor([[[0.1, 0.7, 0.2], [0.4, 0.4, 0.2], [0.0, 0.0, 0.0]]])
+    assert fa.focus_groups(assignment).tolist() == [[0b010, 0b001, 0]]
+    assert fa.focus_groups(assignment, top_k=2).tolist() == [[0b110, 0b011, 0]]
+    wide = torch.eye(63)[None]
+    assert fa.focus_groups(wide).tolist() == [[1 << g for g in range(63)]]
+
+
+def test_opcheck_and_compile():
+    q, k, v = testing.attention_inputs(1, 4, 2, 12, 12, 8)
+    groups = fa.focus_groups(torch.rand(1, 12, 4, generator=torch.Generator().manual_seed(0)))
+    mask = fa.Mask(cu_seqlens_q=torch.tensor([0, 5, 12]))
+    options = (True, *mask.schema_args("test", q, k)[1:])
+    torch.library.opcheck(
+        torch.ops.fastattn.grouped_attention.default, (q, k, v, groups, groups, 2, 0.3, *options, "")
+    )
+    scores = testing.random_tensor(1, 12, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastattn.sinkhorn.default, (scores, torch.tensor([9]), 0.1, 4, True, ""))
+
+    def layer(q, k, v, scores):
+        groups = fa.focus_groups(fa.sinkhorn(scores), top_k=2)
+        return fa.grouped_attention(q * 2, k, v, groups, window=2, mask=mask).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, wanted = testing.differentiate(layer, (q, k, v, scores.detach()))
+    actual, grads = testing.differentiate(compiled, (q, k, v, scores.detach()))
+    for a, b in zip((*actual, *grads), (*expected, *wanted), strict=True):
+        assert testing.max_error(a, b) <= 1e-6 * (1 + testing.max_finite(b))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"groups": torch.zeros(1, 5, dtype=torch.int64)}, ValueError, r"groups must have shape \(1x4\)"),
+        ({"groups": torch.zeros(1, 4)}, TypeError, "groups must be int32 or int64"),
+        (
+            {"groups": torch.tensor([[0, 1, -1, 2]])},
+            ValueError,
+            "groups must lie in .* given -1 at position 2",
+        ),
+        (
+            {"key_groups": torch.zeros(1, 3, dtype=torch.int64)},
+            ValueError,
+            r"key_groups must have shape \(1x4\)",
+        ),
+        ({"window": -1}, ValueError, "window must be an integer of zero or more, given -1"),
+        ({"scale": "big"}, TypeError, "scale must be a finite number"),
+        ({"mask": fa.Mask(prefix_lengths=torch.tensor([2]))}, NotImplementedError, "mask.prefix_lengths"),
+    ],
+)
+def test_errors_name_the_argument(options, error, message):
+    q, k, v = testing.attention_inputs(1, 2, 2, 4, 4, 8)
+    options = {"groups": torch.zeros(1, 4, dtype=torch.int64), **options}
+    with pytest.raises(error, match=f"fastattn.grouped_attention: {message}"):
+        fa.grouped_attention(q, k, v, **options)
+
+
+def test_router_errors_name_the_argument():
+    scores = torch.zeros(1, 4, 3)
+    for call, message in (
+        (lambda: fa.sinkhorn(scores, temperature=0.0), "temperature must be more than zero"),
+        (lambda: fa.sinkhorn(scores, iterations=0), "iterations must be an integer of at least 1"),
+        (lambda: fa.sinkhorn(torch.zeros(1, 4, 64)), r"G in \[1, 63\], given G = 64"),
+        (lambda: fa.sinkhorn(scores, lengths=torch.tensor([5])), r"lengths must lie in \[0, 5\)"),
+        (lambda: fa.sinkhorn(scores, potentials=torch.zeros(1, 2, 3)), "potentials must have shape"),
+        (lambda: fa.focus_groups(scores, top_k=4), r"top_k must lie in \[1, 3\], given 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    q, k, v = testing.attention_inputs(1, 1, 1, 2, 4, 8)
+    with pytest.raises(ValueError, match="key_groups is needed where q has another length"):
+        fa.grouped_attention(q, k, v, torch.zeros(1, 2, dtype=torch.int64))

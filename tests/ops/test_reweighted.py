@@ -1,0 +1,207 @@
+"""LSSA and LSSAR against the published equation, its closed-form gradient, and their edges."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import masks, testing
+from fastattn.ops.reweighted.reference import softplus_attention as definition
+
+
+def published(q, k, v, power, allowed):
+    """Equation as printed (arXiv 2501.13428): both normalisers, no algebra. allowed: bool (..., Lq, Lk)."""
+    n = allowed.sum(-1, keepdim=True).to(q.dtype)
+    c = math.log(q.shape[-1]) * n.clamp(min=1).log()
+    s = F.softplus(c * (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)))
+    s = s.masked_fill(~allowed, 0.0)
+    w = s / s.sum(-1, keepdim=True)
+    if power is not None:
+        offset = (n > 3).to(q.dtype)
+        w = torch.relu(w * n - offset).masked_fill(~allowed, 0.0) ** power
+        w = w / w.sum(-1, keepdim=True)
+    return torch.nan_to_num(w) @ v
+
+
+def causal(length, **options):
+    return testing.attention_inputs(1, 2, 2, length, length, 8, dtype=torch.float64, **options), torch.ones(
+        length, length, dtype=torch.bool
+    ).tril()
+
+
+@pytest.mark.parametrize("power", [None, 1, 2.5, 3, 15])
+def test_is_the_published_equation(power):
+    (q, k, v), allowed = causal(23)
+    actual = fa.softplus_attention(q, k, v, power=power, mask=fa.Mask(causal=True), backend="reference")
+    # scores near the threshold lose digits in the quotient, times the power: 15 * n * eps64 of the result
+    assert testing.max_error(actual, published(q, k, v, power, allowed)) < 1e-12
+
+
+@given(problem=testing.attention_problems(max_len=20), power=st.sampled_from([None, 1.0, 3.0, 15.0]))
+def test_masks_and_heads(problem, power):
+    q, k, v = problem.inputs(torch.float64, requires_grad=False)
+    mask = problem.mask() or fa.Mask()
+    args = mask.schema_args("test", q, k)
+    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args)
+    wide = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+    actual = fa.softplus_attention(q, k, v, power=power, mask=mask, backend="reference")
+    if q.shape[3] == 1:  # log D = 0: every score equals log 2, and re-weighting leaves nothing
+        assert actual.isfinite().all()
+        return
+    assert testing.max_error(actual, published(q, *wide, power, allowed)) < 1e-11
+
+
+def test_gradcheck():
+    q, k, v = testing.attention_inputs(1, 1, 1, 7, 7, 4, dtype=torch.float64)
+    mask = fa.Mask(causal=True)
+    for power in (None, 1.5, 3.0):
+
+        def op(*x, power=power):
+            return fa.softplus_attention(*x, power=power, mask=mask, backend="reference")
+
+        # random scores keep clear of the threshold by more than gradcheck's step of 1e-6
+        assert torch.autograd.gradcheck(op, (q, k, v), fast_mode=True)
+
+
+def closed_form(q, k, v, power, allowed, grad_out):
+    """The backward of the specification, for one head dim and every head at once."""
+    n = allowed.sum(-1, keepdim=True).to(q.dtype)
+    c = math.log(q.shape[-1]) * n.log()
+    qn, kn = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
+    qh, kh = q / qn, k / kn
+    z = c * (qh @ kh.transpose(-1, -2))
+    s = F.softplus(z).masked_fill(~allowed, 0.0)
+    offset = (n > 3).to(q.dtype) if power is not None else torch.zeros_like(n)
+    power = 1.0 if power is None else power
+    threshold = offset * s.sum(-1, keepdim=True) / n
+    w = torch.relu(s - threshold).masked_fill(~allowed, 0.0) ** power
+    p = w / w.sum(-1, keepdim=True)
+    delta = (grad_out * (p @ v)).sum(-1, keepdim=True)
+    above = (s > threshold) & allowed
+    r = torch.where(above, power * p * (grad_out @ v.transpose(-1, -2) - delta) / (s - threshold), 0.0)
+    ds = (r - offset / n * r.sum(-1, keepdim=True)).masked_fill(~allowed, 0.0)
+    dz = torch.sigmoid(z) * ds
+    dqh, dkh = (c * dz) @ kh, (c * dz).transpose(-1, -2) @ qh
+    dq = (dqh - qh * (qh * dqh).sum(-1, keepdim=True)) / qn
+    dk = (dkh - kh * (kh * dkh).sum(-1, keepdim=True)) / kn
+    return dq, dk, p.transpose(-1, -2) @ grad_out
+
+
+@pytest.mark.parametrize("power", [None, 3, 15])
+def test_closed_form_backward(power):
+    inputs, allowed = causal(23)
+    out, grads = testing.differentiate(
+        lambda *x: fa.softplus_attention(*x, power=power, mask=fa.Mask(causal=True), backend="reference"),
+        inputs,
+    )
+    with torch.no_grad():
+        expected = closed_form(*inputs, power, allowed, testing.output_gradients(out)[0].double())
+    for actual, wanted in zip(grads, expected, strict=True):
+        assert testing.max_error(actual, wanted) < 1e-10 * (1 + testing.max_finite(wanted))
+
+
+@pytest.mark.parametrize("power", [1, 15, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_power_overflows(power, dtype):
+    """One aligned key among many: s/mean is about 60, whose 64th power is no float32."""
+    length = 600
+    k = torch.zeros(1, 1, length, 64, dtype=dtype)
+    k[..., 1] = -1
+    k[0, 0, 77] = torch.eye(64)[0]
+    q = torch.eye(64, dtype=dtype)[:1].expand(1, 1, 1, 64)
+    v = testing.random_tensor(1, 1, length, 16, dtype=dtype)
+    out, grads = testing.differentiate(
+        lambda *x: fa.softplus_attention(*x, power=power),
+        (q.clone().requires_grad_(), k.requires_grad_(), v.requires_grad_()),
+    )
+    assert all(x.isfinite().all() for x in (*out, *grads))
+    # scores: softplus(c) once and log 2 elsewhere, so the others have lost their weight to relu
+    assert testing.max_error(out[0][0, 0, 0], v[0, 0, 77]) <= torch.finfo(dtype).eps * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_scores_reweight_to_nothing(dtype):
+    q = testing.random_tensor(1, 2, 40, 16, dtype=dtype, requires_grad=True)
+    k = testing.random_tensor(1, 2, 1, 16, dtype=dtype).expand(1, 2, 40, 16).clone().requires_grad_()
+    v = testing.random_tensor(1, 2, 40, 8, dtype=dtype, seed=1, requires_grad=True)
+    (out,), grads = testing.differentiate(
+        lambda *x: fa.softplus_attention(*x, power=15, mask=fa.Mask(causal=True)), (q, k, v)
+    )
+    assert (out[:, :, 3:] == 0).all()
+    mean = v[:, :, :3].double().cumsum(2) / torch.arange(1, 4).view(1, 1, 3, 1)
+    # the first three rows have no offset: equal weights, rounded once as weights and once as the sum
+    assert testing.max_error(out[:, :, :3], mean) <= 2 * torch.finfo(dtype).eps * testing.max_finite(v)
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, 3:] == 0).all()
+
+
+def test_rows_without_keys_are_zero():
+    q, k, v = testing.attention_inputs(2, 2, 1, 7, 9, 8)
+    mask = fa.Mask(key_lengths=torch.tensor([0, 9]))
+    for power in (None, 3):
+        (out,), grads = testing.differentiate(
+            lambda *x, power=power: fa.softplus_attention(*x, power=power, mask=mask), (q, k, v)
+        )
+        assert (out[0] == 0).all() and (out[1] != 0).any()
+        assert all((g[0] == 0).all() and g.isfinite().all() for g in grads)
+
+
+def test_zero_vectors_are_not_nan():
+    for dtype in (torch.float32, torch.float16):
+        q, k, v = testing.attention_inputs(1, 1, 1, 12, 12, 8, dtype=dtype)
+        with torch.no_grad():
+            q[0, 0, 5], k[0, 0, 7] = 0, 0
+        (out,), grads = testing.differentiate(
+            lambda *x: fa.softplus_attention(*x, power=3, mask=fa.Mask(causal=True)), (q, k, v)
+        )
+        assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
+        assert (grads[0][0, 0, 5] == 0).all() and (grads[1][0, 0, 7] == 0).all()
+
+
+def test_opcheck_and_compile():
+    q, k, v = testing.attention_inputs(1, 4, 2, 12, 12, 8)
+    mask = fa.Mask(causal=True, key_lengths=torch.tensor([11]))
+    args = (q, k, v, 3.0, *mask.schema_args("test", q, k), "")
+    torch.library.opcheck(torch.ops.fastattn.softplus_attention.default, args)
+
+    def layer(q, k, v):
+        return fa.softplus_attention(q * 2, k, v, power=3, mask=mask).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, wanted = testing.differentiate(layer, (q, k, v))
+    actual, grads = testing.differentiate(compiled, (q, k, v))
+    for a, b in zip((*actual, *grads), (*expected, *wanted), strict=True):
+        assert testing.max_error(a, b) <= 1e-6 * (1 + testing.max_finite(b))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"power": 0.5}, ValueError, "power must be None or a finite number of at least 1, given 0.5"),
+        ({"power": math.inf}, ValueError, "power must be None or a finite number"),
+        ({"power": "3"}, TypeError, "power must be a number"),
+        ({"mask": "causal"}, TypeError, "mask must be a fastattn.Mask"),
+        ({"backend": "cuda"}, NotImplementedError, "softplus_attention: there is no cuda backend"),
+    ],
+)
+def test_errors_name_the_argument(options, error, message):
+    q, k, v = testing.attention_inputs(1, 2, 2, 4, 4, 8)
+    with pytest.raises(error, match=message):
+        fa.softplus_attention(q, k, v, **options)
+
+
+def test_empty_head_dim_is_refused():
+    with pytest.raises(ValueError, match="q must have a head dim of 1 or more"):
+        fa.softplus_attention(*(torch.zeros(1, 1, 2, 0),) * 3)
+
+
+def test_statistics_of_the_definition():
+    (q, k, v), allowed = causal(9)
+    mask = fa.Mask(causal=True).schema_args("test", q, k)
+    _, statistics = definition(q, k, v, 3.0, *mask)
+    assert statistics.shape == (1, 2, 9, 3)
+    assert (statistics[:, :, :3, 0] == 0).all() and (statistics[:, :, 3:, 0] > 0).all()
