@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastattn import testing
+from fastattn import _native, testing
 
 settings.register_profile(
     "fastattn",
@@ -28,3 +28,10 @@ def nan_outputs():
     """torch.empty gives NaN inside the test: an output that a kernel leaves unwritten fails it."""
     with testing.nan_filled_outputs():
         yield
+
+
+@pytest.fixture(params=testing.isas())
+def isa(request):
+    """Runs the test once for each instruction set this machine has."""
+    with _native.use_cpu_isa(request.param):
+        yield request.param

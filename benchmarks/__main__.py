@@ -1,0 +1,67 @@
+"""python -m benchmarks <group> [--quick] [--case GLOB] [--out DIR]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import limits, registry, report, runner
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Times fastattn against its peers."
+    )
+    parser.add_argument("group", help="peak (the machine's limits), all, or: " + ", ".join(registry.groups()))
+    parser.add_argument("--quick", action="store_true", help="a few rows, few rounds")
+    parser.add_argument("--case", default="*", metavar="GLOB", help="only rows whose name matches")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="for JSON and picture"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads")
+    parser.add_argument("--list", action="store_true", help="only name the rows")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = registry.groups() if options.group == "all" else [options.group]
+    chosen = {}
+    if options.group != "peak":
+        chosen = {g: registry.select(g, quick=options.quick, pattern=options.case) for g in names}
+        if not any(chosen.values()):
+            parser.error(f"no row matches group {options.group!r}, case {options.case!r}")
+    if options.list:
+        for group, cases in chosen.items():
+            print("\n".join(f"{group}: {case.name}" for case in cases))
+        return 0
+
+    console = Console()
+    torch.manual_seed(0)
+    env = report.environment()
+    console.print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, load {env['load']}")
+    measured = limits.measure(quick=options.quick)
+    report.print_limits(console, measured)
+    if options.group == "peak":
+        report.write_json(options.out / "peak.json", report.as_json("peak", env, measured, []))
+        return 0
+    failed = False
+    for group, cases in chosen.items():
+        results = []
+        for i, case in enumerate(cases):
+            with console.status(f"{group} {i + 1}/{len(cases)}: {case.name}"):
+                results.append(runner.run(case, measured, quick=options.quick))
+        console.print(report.table(group, results))
+        data = report.as_json(group, env, measured, results)
+        report.write_json(options.out / f"{group}.json", data)
+        picture = options.out / f"{group}.png"
+        shown = report.write_picture(picture, group, results, measured)
+        console.print(f"wrote {options.out / f'{group}.json'}" + (f" and {picture}" if shown else ""))
+        failed |= any(not r.correct for r in results)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

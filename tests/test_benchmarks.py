@@ -1,0 +1,84 @@
+"""The benchmark runner: no speed figure from a wrong result, ratios and bars as documented."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn import testing
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks import registry, report, runner
+
+
+def scaled(x):
+    return 2 * x
+
+
+def problem(dtype, n, own=scaled, peer=scaled):
+    def missing(x):
+        raise NotImplementedError("there is no such thing here")
+
+    return registry.Problem(
+        inputs=(testing.random_tensor(n, dtype=dtype, requires_grad=True),),
+        contenders={"fastattn": own, "peer": peer, "absent": missing},
+        reference=scaled,
+        bytes=8 * n,
+    )
+
+
+CASE = registry.Case(
+    "group", "scaled", problem, {"n": 100}, torch.float32, bars=(registry.faster_than("peer", 1e-6),)
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(runner, "SAMPLE_SECONDS", 1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+def test_a_right_result_is_timed_against_the_peers_that_run(direction):
+    result = runner.run(dataclasses.replace(CASE, direction=direction), {"copy": 10.0}, quick=True)
+    assert result.correct and set(result.times) == {"fastattn", "peer"}
+    assert result.bar_met(CASE.bars[0]) is True and result.share > 0
+    assert "no such thing" in result.not_run["absent"]
+    assert result.bar_met(registry.faster_than("absent", 1)) is None
+    assert result.bar_met(registry.time_at_most("peer", 1e-9)) is False
+
+
+def test_a_wrong_result_gives_no_figures():
+    def wrong_forward(x):
+        return 2.001 * x
+
+    def wrong_gradient(x):
+        return x + x.detach()
+
+    for own, direction in ((wrong_forward, "forward"), (wrong_gradient, "backward")):
+        case = dataclasses.replace(CASE, options={"own": own}, direction=direction)
+        result = runner.run(case, {}, quick=True)
+        assert not result.correct and not result.times and "WRONG" in result.error
+    peer = runner.run(dataclasses.replace(CASE, options={"peer": wrong_forward}), {}, quick=True)
+    assert peer.correct and "peer" not in peer.times and "another result" in peer.not_run["peer"]
+
+
+def test_results_are_written_as_json_and_shown(tmp_path):
+    results = [runner.run(CASE, {}, quick=True)]
+    report.table("group", results)
+    path = tmp_path / "new" / "group.json"
+    report.write_json(path, report.as_json("group", report.environment(), {"copy": 10.0}, results))
+    row = json.loads(path.read_text())["results"][0]
+    assert row["name"] == "scaled fp32 n=100 forward" and row["bars"][0]["met"] is True
+    assert [p.name for p in path.parent.iterdir()] == ["group.json"]
+
+
+def test_rows_have_names_of_their_own_and_bars_name_their_peers():
+    cases = registry.all_cases()
+    assert len({(c.group, c.name) for c in cases}) == len(cases)
+    assert registry.select("recurrence", pattern="swiglu*forward")
+    with pytest.raises(ValueError, match="direction"):
+        registry.Case("group", "op", problem, {}, torch.float32, "sideways")
