@@ -11,30 +11,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
-import logging
 import math
-import os
 import pkgutil
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastattn import _device
+from fastattn import _device, _tables
 
-SCHEMA = 1
-MAX_BYTES = 4 << 20  # a table is a few kilobytes; anything larger is not one
 REACH = 3.0  # octaves a tuned size may be away from the call's before the default is the better guess
 _MEMO = 4096  # sizes remembered for one structural key
 
 Value = int | str
 Key = Mapping[str, Any]
-_Entry = tuple[tuple[float, ...], dict[str, Value]]  # (log2 of the sizes, values)
-logger = logging.getLogger("fastattn")
+_Entry = tuple[tuple[float, ...], dict[str, Value], str]  # (log2 of the sizes, values, source)
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Declaration:
             return f"names are not {', '.join(self.parameters)}"
         for name, parameter in self.parameters.items():
             if not parameter.accepts(values[name]):
-                return f"{name}={_brief(values[name])} is not allowed"
+                return f"{name}={_tables.brief(values[name])} is not allowed"
         return self.feasible(values, key, target) if self.feasible is not None else None
 
 
@@ -90,24 +82,32 @@ class Choice:
     source: str
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """One look-up as a kernel made it."""
+
+    op: str
+    backend: str
+    structural: dict[str, Any]
+    sizes: dict[str, int]
+
+
 @dataclass
 class _Bucket:
-    """What one structural key has on one device: entries of every table, best rung first."""
+    """What one structural key has on one device."""
 
     declaration: Declaration
     structural: dict[str, Any]
     target: _device.Target
-    rungs: list[tuple[str, list[_Entry]]]  # (source, [(log2 sizes, values)])
+    entries: list[_Entry]
     memo: dict[tuple, Choice] = field(default_factory=dict)
     default: Choice | None = None  # set where no size can change the answer
 
 
 _declared: dict[tuple[str, str], Declaration] = {}
 _buckets: dict[tuple, _Bucket] = {}
-_tables: dict[_device.Target, list[tuple[str, dict]]] = {}
-_installed: dict[_device.Target, dict] = {}
 _override: dict[tuple[str, str], Choice] = {}
-_complained: set[str] = set()
+_watchers: list[list[Lookup]] = []
 _lock = threading.RLock()
 
 
@@ -159,6 +159,10 @@ def lookup(op: str, backend: str, *, structural: Key, sizes: Mapping[str, int], 
 
     structural and sizes hold the declared names; device is a torch.device, a string or a Target.
     """
+    if _watchers:
+        seen = Lookup(op, backend, dict(structural), dict(sizes))
+        for watcher in _watchers:
+            watcher.append(seen)
     if _override:
         forced = _override.get((op, backend))
         if forced is not None:
@@ -186,13 +190,15 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
             raise TypeError(f"{op}.{backend}: {name}={value!r} must be a string, integer or bool")
     target = _device.target(device)
     with _lock:
-        rungs = []
-        for source, table in tables(target):
-            found = entries(declaration, table, structural, target, source)
-            if found:
-                rungs.append((source, found))
-        bucket = _Bucket(declaration, dict(structural), target, rungs)
-        if not rungs and declaration.default is None:
+        found: list[_Entry] = []
+        for source, table in _tables.tables(target):
+            places = {
+                place for place, _, _ in found
+            }  # an earlier table's entry for a size hides a later one's
+            more = entries(declaration, table, structural, target, source)
+            found += [entry for entry in more if entry[0] not in places]
+        bucket = _Bucket(declaration, dict(structural), target, found)
+        if not found and declaration.default is None:
             bucket.default = Choice(MappingProxyType(declaration.defaults({}, target)), "default")
         if len(_buckets) > _MEMO:
             _buckets.clear()
@@ -203,24 +209,26 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
 def entries(
     declaration: Declaration, table: dict, structural: Key, target: _device.Target, source: str
 ) -> list[_Entry]:
-    """The table's usable entries for one structural key: (log2 of the sizes, values)."""
+    """The table's usable entries for one structural key."""
     usable = []
-    for entry in table_entries(table, declaration.op, declaration.backend):
+    for entry in _tables.table_entries(table, declaration.op, declaration.backend):
         key, sizes = entry.get("key"), entry.get("sizes")
         if not isinstance(key, dict) or not _same_key(key, structural):
             continue
         if not isinstance(sizes, dict) or sizes.keys() != set(declaration.sizes):
             continue
         if any(type(size) is not int or not 0 < size < 2**63 for size in sizes.values()):
-            complain(f"{source}: {declaration.op}.{declaration.backend} has a bad size, entry ignored")
+            _tables.complain(
+                f"{source}: {declaration.op}.{declaration.backend} has a bad size, entry ignored"
+            )
             continue
         config = entry.get("config")
         reason = declaration.refuses(config, {**structural, **sizes}, target)
         if reason is not None:
-            complain(f"{source}: {declaration.op}.{declaration.backend}: {reason}, entry ignored")
+            _tables.complain(f"{source}: {declaration.op}.{declaration.backend}: {reason}, entry ignored")
             continue
         place = tuple(math.log2(sizes[name]) for name in declaration.sizes)
-        usable.append((place, {name: config[name] for name in declaration.parameters}))
+        usable.append((place, {name: config[name] for name in declaration.parameters}, source))
     return usable
 
 
@@ -237,13 +245,10 @@ def _choose(bucket: _Bucket, sizes: Mapping[str, int]) -> Choice:
     place = tuple(math.log2(max(1, sizes[name])) for name in declaration.sizes)
     key = {**bucket.structural, **sizes}
     choice = None
-    for source, found in bucket.rungs:
-        for values in nearest(found, place):
-            # tuned for a neighbouring size, so feasibility is asked again for this one
-            if declaration.refuses(values, key, target) is None:
-                choice = Choice(MappingProxyType(values), source)
-                break
-        if choice is not None:
+    for _, values, source in nearest(bucket.entries, place):
+        # tuned for a neighbouring size, so feasibility is asked again for this one
+        if declaration.refuses(values, key, target) is None:
+            choice = Choice(MappingProxyType(values), source)
             break
     if choice is None:
         choice = Choice(MappingProxyType(declaration.defaults(key, target)), "default")
@@ -254,14 +259,14 @@ def _choose(bucket: _Bucket, sizes: Mapping[str, int]) -> Choice:
     return choice
 
 
-def nearest(found: list[_Entry], place: tuple[float, ...]) -> Iterator[dict[str, Value]]:
-    """Values of the entries within REACH octaves in every size, nearest first."""
+def nearest(found: list[_Entry], place: tuple[float, ...]) -> list[_Entry]:
+    """The entries within REACH octaves in every size, nearest first; among equals the earlier table's."""
 
     def gaps(entry: _Entry) -> list[float]:
         return [abs(tuned - wanted) for tuned, wanted in zip(entry[0], place, strict=True)]
 
     near = [entry for entry in found if max(gaps(entry), default=0.0) <= REACH]
-    return (values for _, values in sorted(near, key=lambda entry: sum(gap * gap for gap in gaps(entry))))
+    return sorted(near, key=lambda entry: sum(gap * gap for gap in gaps(entry)))
 
 
 @contextlib.contextmanager
@@ -289,132 +294,28 @@ def override(configs: Mapping[tuple[str, str], Mapping[str, Value]]) -> Iterator
             _override.update(before)
 
 
+@contextlib.contextmanager
+def watch() -> Iterator[list[Lookup]]:
+    """Collect every look-up made while the context lasts: how the tuner learns which keys a call uses."""
+    seen: list[Lookup] = []
+    with _lock:
+        _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        with _lock:
+            _watchers[:] = [watcher for watcher in _watchers if watcher is not seen]
+
+
 def reload() -> None:
     """Forget every table and choice; the next look-up reads the files again."""
     with _lock:
-        _tables.clear()
+        _tables.forget()
         _buckets.clear()
-        _complained.clear()
 
 
 def install(device: Any, table: dict | None) -> None:
     """Use this table in place of every file's on a device (None: the files again)."""
-    target = _device.target(device)
     with _lock:
-        if table is None:
-            _installed.pop(target, None)
-        else:
-            _installed[target] = table
+        _tables.install(_device.target(device), table)
         reload()
-
-
-def cache_dir() -> Path:
-    """Where this user's tables (`tables/`) and studies (`studies/`) live."""
-    chosen = os.environ.get("FASTATTN_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
-
-
-def shipped_dir() -> Path | None:
-    """The tables that came with the package."""
-    spec = importlib.util.find_spec("fastattn.autotune")
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) / "configs" if places else None
-
-
-def directories() -> list[Path]:
-    """Where tables are looked for, best first."""
-    explicit = os.environ.get("FASTATTN_CONFIG_DIR")
-    ladder = [Path(explicit)] if explicit else []
-    ladder.append(cache_dir() / "tables")
-    shipped = shipped_dir()
-    return ladder + ([shipped] if shipped is not None else [])
-
-
-def tables(target: _device.Target) -> list[tuple[str, dict]]:
-    """(source, table) of every readable table for a device, best first."""
-    with _lock:
-        if target in _installed:
-            table = _installed[target]
-            if reason := unfit(table, target):
-                complain(f"synchronised table: {reason}, ignored")
-                return []
-            return [("synchronised", table)]
-        if target not in _tables:
-            _tables[target] = []
-            for directory in directories():
-                path = directory / f"{target.slug}.json"
-                table = read_table(path, target)
-                if table is not None:
-                    _tables[target].append((str(path), table))
-        return _tables[target]
-
-
-def read_table(path: Path, target: _device.Target | None = None) -> dict | None:
-    """A table's contents, or None with one log line where the file is not one that can be used."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
-        complain(f"{path}: not a regular file under {MAX_BYTES >> 20} MiB, ignored")
-        return None
-    try:
-        with open(path, "rb") as file:
-            table = json.loads(file.read(MAX_BYTES + 1).decode("utf-8"))
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        complain(f"{path}: unreadable ({type(error).__name__}), ignored")
-        return None
-    reason = unfit(table, target)
-    if reason is not None:
-        complain(f"{path}: {reason}, ignored")
-        return None
-    return table
-
-
-def unfit(table: Any, target: _device.Target | None) -> str | None:
-    """Why this is not a table for the device, or None."""
-    if not isinstance(table, dict):
-        return "not a table"
-    if type(table.get("schema")) is not int or table["schema"] != SCHEMA:
-        return f"schema {_brief(table.get('schema'))} is not {SCHEMA}"
-    if target is not None and not target.matches(table.get("device")):
-        return "made for another device"
-    return None
-
-
-def table_entries(table: dict, op: str, backend: str) -> list[dict]:
-    """The entries of one op and backend, or nothing where the table's shape is wrong."""
-    level: Any = table
-    for name in ("ops", op, backend):
-        level = level.get(name) if isinstance(level, dict) else None
-    found = level.get("entries") if isinstance(level, dict) else None
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
-def _brief(value: Any) -> str:
-    return repr(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
-
-
-def complain(message: str) -> None:
-    """One log line, once for each message until tables are reloaded."""
-    if message not in _complained and len(_complained) < 1000:
-        _complained.add(message)
-        logger.warning("%s", message)
-
-
-def _set_level() -> None:
-    level = os.environ.get("FASTATTN_LOG", "").upper()
-    if level in logging.getLevelNamesMapping():
-        logger.setLevel(level)
-        if not logger.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("fastattn: %(message)s"))
-            logger.addHandler(handler)
-            logger.propagate = False
-
-
-_set_level()

@@ -1,0 +1,1 @@
+"""The autotuner: explicit, offline, per device. `fastattn tune` is its command line."""

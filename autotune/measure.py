@@ -1,0 +1,238 @@
+"""Judging one configuration on the device: first right, then timed beside the default.
+
+Times are of calls in interleaved rounds, each after the last-level cache was filled with something else, so
+that neither a drifting clock nor a hot cache picks the winner. What is compared is a round's ratio to the
+default's time in the same round; its median carries an interval, and a gain counts once the interval does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastattn.autotune.space import Config, Shape, Workload
+
+from fastattn import _config, _device, testing
+
+FLUSH_LIMIT = 128 << 20  # bytes rewritten between CPU calls at most
+GPU_FLUSH = 512 << 20  # long enough that the host has queued the call before the device gets to it
+
+
+class Case:
+    """One shape of a workload, ready to run."""
+
+    def __init__(self, workload: Workload, shape: Shape, device: torch.device, seed: int):
+        self.workload, self.shape = workload, shape
+        inputs = workload.inputs(shape, device, seed)
+        self.inputs = testing.fresh(inputs) if workload.backward else _without_gradients(inputs)
+        self.outputs: tuple = ()
+        self.grads: tuple = ()
+        self._expected: tuple[tuple, tuple] | None = None
+        if workload.backward:
+            self.outputs = testing.as_tuple(workload.call(shape, *self.inputs))
+            self.grads = testing.output_gradients(self.outputs)
+            pairs = [
+                (output, grad.to(output))
+                for output, grad in zip(self.outputs, self.grads, strict=True)
+                if grad is not None and output.requires_grad
+            ]
+            self._pairs = tuple(zip(*pairs, strict=True))
+            self._leaves = [x for x in self.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def run(self) -> tuple:
+        if self.workload.backward:
+            outputs, grads = self._pairs
+            return torch.autograd.grad(outputs, self._leaves, grads, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            return testing.as_tuple(self.workload.call(self.shape, *self.inputs))
+
+    def expected(self) -> tuple[tuple, tuple]:
+        """(truth in float64, eager in the inputs' dtype), computed once."""
+        if self._expected is None:
+            precise = testing.to_float64(self.inputs)
+            self._expected = self._reference(precise), self._reference(self.inputs)
+        return self._expected
+
+    def _reference(self, inputs: Sequence[Any]) -> tuple:
+        def reference(*arguments):
+            return self.workload.reference(self.shape, *arguments)
+
+        if self.workload.backward:
+            return testing.differentiate(reference, inputs, self.grads)[1]
+        with torch.no_grad():
+            return testing.as_tuple(reference(*inputs))
+
+    def check(self, actual: tuple) -> None:
+        """Raise AssertionError where a result is over the op's error budget."""
+        truth, eager = self.expected()
+        assert len(actual) == len(truth), f"{len(actual)} results, the reference has {len(truth)}"
+        factor, terms = (3.0 if self.workload.backward else 2.0), self.workload.terms(self.shape)
+        for a, t, e in zip(actual, truth, eager, strict=True):
+            if t is None:
+                assert a is None or not a.any(), "a gradient should be absent or zero"
+                continue
+            testing.assert_close_to_truth(a, t, e, factor=factor, terms=terms)
+
+    def budget(self) -> list[float]:
+        """Each result's error budget over its largest value."""
+        factor, terms = (3.0 if self.workload.backward else 2.0), self.workload.terms(self.shape)
+        shares = []
+        for t, e in zip(*self.expected(), strict=True):
+            largest = testing.max_finite(t) if t is not None else 0.0
+            if largest == 0.0:
+                shares.append(0.0)
+                continue
+            allowed = testing.rounding_band(t, e.dtype, terms) + factor * testing.max_error(e, t)
+            shares.append(allowed / largest)
+        return shares
+
+
+def _without_gradients(inputs: Sequence[Any]) -> tuple:
+    return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+class Bench:
+    """The shapes of one bucket on one device."""
+
+    def __init__(self, workload: Workload, shapes: Sequence[Shape], device: str, seed: int, default: Config):
+        self.workload, self.default = workload, default
+        self.device = torch.device(device)
+        self.random = random.Random(seed)
+        self.cases = [Case(workload, shape, self.device, seed) for shape in shapes]
+        self.checks = [self._checked(case, seed) for case in self.cases]
+        self._wanted: list[tuple] | None = None
+        size = _device.target(self.device).l3 * 5 // 4 if self.device.type == "cpu" else GPU_FLUSH
+        size = min(max(size, 8 << 20), FLUSH_LIMIT) if self.device.type == "cpu" else size
+        self._flush = torch.zeros(size // 4, device=self.device)
+
+    def _checked(self, case: Case, seed: int) -> Case:
+        smaller = self.workload.check_shape(case.shape)
+        return case if smaller == case.shape else Case(self.workload, smaller, self.device, seed)
+
+    def forced(self, config: Config):
+        return _config.override({(self.workload.op, self.workload.backend): config})
+
+    def check(self, config: Config) -> None:
+        """Raise AssertionError unless the configuration is right on every shape."""
+        for case in self.checks:
+            case.expected()
+            with testing.nan_filled_outputs(), self.forced(config):
+                actual = case.run()
+            case.check(actual)
+
+    def agree(self, config: Config) -> None:
+        """Raise AssertionError where the result at a full shape is not the default's.
+
+        Two results within budget differ by at most two budgets; the budget over the largest value is taken
+        from the checked shape, and doubled for what the longer sums of the full shape add.
+        """
+        if self._wanted is None:
+            with self.forced(self.default):
+                self._wanted = [case.run() for case in self.cases]
+        for case, checked, wanted in zip(self.cases, self.checks, self._wanted, strict=True):
+            with self.forced(config):
+                actual = case.run()
+            for a, w, share in zip(actual, wanted, checked.budget(), strict=True):
+                if w is not None:
+                    error, allowed = testing.max_error(a, w), 4 * share * testing.max_finite(w)
+                    assert error <= allowed, f"differs from the default by {error:.3e}, allowed {allowed:.3e}"
+
+    def time(
+        self, configs: Sequence[Config], rounds: int, *, seconds: float = math.inf, hopeless: float = math.inf
+    ) -> list[list[list[float]]]:
+        """Seconds of each call: [config][shape][round], of whole rounds, at least one.
+
+        Rounds end after `seconds`, and once every configuration but the first is over `hopeless` times it.
+        """
+        times: list[list[list[float]]] = [[[] for _ in self.cases] for _ in configs]
+        for config in configs:  # warm up: compile, fault pages in
+            with self.forced(config):
+                for case in self.cases:
+                    case.run()
+        started = time.perf_counter()
+        order = list(range(len(configs)))
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for done in range(1, rounds + 1):
+                self.random.shuffle(order)
+                for at, case in enumerate(self.cases):
+                    for place in order:
+                        with self.forced(configs[place]):
+                            times[place][at].append(self._timed(case))
+                if time.perf_counter() - started > seconds:
+                    break
+                if done < rounds and all(geomean_ratio(one, times[0]) > hopeless for one in times[1:]):
+                    break
+        finally:
+            if collecting:
+                gc.enable()
+        return times
+
+    def _timed(self, case: Case) -> float:
+        self._flush.add_(1.0)
+        if self.device.type == "cpu":
+            started = time.perf_counter()
+            case.run()
+            return time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            start.record()
+            case.run()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A configuration beside the default: medians over rounds, of all shapes of a bucket together."""
+
+    seconds: float  # geometric mean over shapes
+    default_seconds: float
+    ratio: float  # median of the rounds' ratios, below 1 is faster than the default
+    spread: float  # half width of the ratio's 95 % interval
+
+    @property
+    def faster(self) -> bool:
+        return self.ratio + self.spread < 1.0
+
+
+def round_ratios(times: Sequence[Sequence[float]], default: Sequence[Sequence[float]]) -> list[float]:
+    """Each round's geometric mean over shapes of time / default time."""
+    per_shape = [
+        [one / other for one, other in zip(a, b, strict=False)] for a, b in zip(times, default, strict=True)
+    ]
+    return [math.exp(statistics.fmean(map(math.log, ratios))) for ratios in zip(*per_shape, strict=True)]
+
+
+def geomean_ratio(times: Sequence[Sequence[float]], default: Sequence[Sequence[float]]) -> float:
+    return statistics.median(round_ratios(times, default))
+
+
+def compare(times: Sequence[Sequence[float]], default: Sequence[Sequence[float]]) -> Comparison:
+    """Times are [shape][round] of the same rounds."""
+    ratios = round_ratios(times, default)
+    if len(ratios) >= 4:
+        low, _, high = statistics.quantiles(ratios, n=4)
+        spread = 1.58 * (high - low) / math.sqrt(len(ratios))  # the notch of a box plot
+    else:
+        spread = 1.0  # too few rounds to tell
+    return Comparison(
+        typical_seconds(times),
+        typical_seconds(default),
+        statistics.median(ratios),
+        spread,
+    )
+
+
+def typical_seconds(times: Sequence[Sequence[float]]) -> float:
+    """The geometric mean over shapes of the median over rounds."""
+    return math.exp(statistics.fmean(math.log(statistics.median(one)) for one in times))

@@ -1,0 +1,186 @@
+"""What is tuned: the call an op is timed by, and the points its parameters may take.
+
+An op joins the tuner with `ops/<op>/workload.py`, a module with `WORKLOADS`, a tuple of Workload. Which keys
+a call looks its configuration up by is not repeated there: the tuner runs the call and watches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastattn import _config
+from fastattn._config import Declaration, Value
+from fastattn._device import Target
+
+MAX_PRODUCT = 1 << 20  # a space larger than this is a mistake in its declaration
+
+Shape = Mapping[str, Any]  # what a workload makes inputs from: strings, numbers and bools, nothing else
+Config = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of one backend that exercises the parameters declared as (op, backend).
+
+    shapes(effort, target) gives the calls worth tuning for, "quick" the few that matter most, "full" more.
+    inputs(shape, device, seed) makes a call's arguments; tensors that require gradients are differentiated
+    where `backward` is set. call(shape, *inputs) runs the backend, reference(shape, *inputs) is the same in
+    plain torch for any float dtype. With `backward` the gradient computation is what is timed and compared.
+    terms(shape) is the length of the longest sum behind one output element: it scales the error budget.
+    check_shape(shape) is a smaller call with the same key, for references that cost far more than the kernel;
+    a finalist is still compared with the default's result at the full shape.
+    """
+
+    op: str
+    backend: str
+    shapes: Callable[[str, Target], Sequence[Shape]]
+    inputs: Callable[..., tuple]
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    backward: bool = False
+    terms: Callable[[Shape], int] = field(default=lambda shape: 1)
+    devices: tuple[str, ...] = ("cpu",)  # torch device types
+    check_shape: Callable[[Shape], Shape] = field(default=lambda shape: shape)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.backend}"
+
+
+def workload_modules() -> list[str]:
+    """The modules of installed ops that describe workloads."""
+    from fastattn import ops
+
+    names = [f"{module.name}.workload" for module in pkgutil.iter_modules(ops.__path__, "fastattn.ops.")]
+    return [name for name in names if importlib.util.find_spec(name) is not None]
+
+
+def load_workloads(modules: Sequence[str]) -> dict[str, tuple[str, Workload]]:
+    """{"op.backend": (module, workload)} of these modules, their declarations made."""
+    found = {}
+    for module in modules:
+        for workload in importlib.import_module(module).WORKLOADS:
+            found[workload.name] = (module, workload)
+    return found
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One entry of a table: a structural key, its sizes rounded in log2, and the shapes it is tuned on."""
+
+    op: str
+    backend: str
+    structural: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    shapes: tuple[Shape, ...]
+    keys: tuple[Mapping[str, Any], ...]  # structural and exact sizes of each shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.backend}"
+
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in (*self.structural.items(), *self.sizes.items()))
+
+    def study_name(self, target: Target) -> str:
+        fields = json.dumps({**self.structural, **self.sizes}, sort_keys=True)
+        return f"{self.name} {fields} on {target.kind} {target.slug}"
+
+
+def round_size(size: int) -> int:
+    """The nearest power of two in log2."""
+    return 1 << round(math.log2(size)) if size > 0 else 1
+
+
+def make_buckets(op: str, backend: str, calls: Sequence[tuple[Shape, Mapping, Mapping]]) -> list[Bucket]:
+    """Group (shape, structural, sizes) of an op's calls into buckets, in the order they first appear."""
+    groups: dict[str, list] = {}
+    for shape, structural, sizes in calls:
+        rounded = {name: round_size(size) for name, size in sizes.items()}
+        place = json.dumps([structural, rounded], sort_keys=True)
+        groups.setdefault(place, []).append((shape, structural, sizes, rounded))
+    buckets = []
+    for members in groups.values():
+        _, structural, _, rounded = members[0]
+        shapes = tuple(shape for shape, *_ in members)
+        keys = tuple({**structural, **sizes} for _, _, sizes, _ in members)
+        buckets.append(Bucket(op, backend, structural, rounded, shapes, keys))
+    return buckets
+
+
+class Space:
+    """The feasible points of one bucket, and which of them are neighbours."""
+
+    def __init__(self, declaration: Declaration, keys: Sequence[Mapping[str, Any]], target: Target):
+        self.names = tuple(declaration.parameters)
+        self.options = tuple(_ordered(parameter.allowed) for parameter in declaration.parameters.values())
+        self.total = math.prod(len(options) for options in self.options)
+        if self.total > MAX_PRODUCT:
+            raise ValueError(
+                f"{declaration.op}.{declaration.backend}: {self.total} points are too many to list"
+            )
+        self.refused: Counter[str] = Counter()  # infeasible points by reason
+        self.points: list[tuple[Value, ...]] = []
+        for point in itertools.product(*self.options):
+            config = self.config(point)
+            reasons = (declaration.refuses(config, key, target) for key in keys)
+            reason = next((reason for reason in reasons if reason is not None), None)
+            if reason is None:
+                self.points.append(point)
+            else:
+                self.refused[reason] += 1
+        self._known = frozenset(self.points)
+        self.default = self.point(declaration.defaults(keys[0], target))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __contains__(self, point: object) -> bool:
+        return point in self._known
+
+    def config(self, point: tuple[Value, ...]) -> Config:
+        return dict(zip(self.names, point, strict=True))
+
+    def point(self, config: Mapping[str, Value]) -> tuple[Value, ...]:
+        return tuple(config[name] for name in self.names)
+
+    def neighbours(self, point: tuple[Value, ...]) -> Iterator[tuple[Value, ...]]:
+        """Feasible points one step away: the next value either way of a number, any other of a variant."""
+        for place, options in enumerate(self.options):
+            at = options.index(point[place])
+            if numeric(options):
+                steps = [options[i] for i in (at - 1, at + 1) if 0 <= i < len(options)]
+            else:
+                steps = [option for option in options if option != point[place]]
+            for value in steps:
+                near = (*point[:place], value, *point[place + 1 :])
+                if near in self:
+                    yield near
+
+    def coordinates(self, point: tuple[Value, ...]) -> tuple[float, ...]:
+        """A point's position in [0, 1] per parameter: its rank among the options."""
+        return tuple(
+            options.index(value) / max(1, len(options) - 1)
+            for options, value in zip(self.options, point, strict=True)
+        )
+
+
+def _ordered(allowed: tuple[Value, ...]) -> tuple[Value, ...]:
+    return tuple(sorted(set(allowed))) if numeric(allowed) else tuple(dict.fromkeys(allowed))
+
+
+def numeric(options: Sequence[Value]) -> bool:
+    return all(isinstance(option, int) for option in options)
+
+
+def space_of(bucket: Bucket, target: Target) -> Space:
+    return Space(_config.declared()[bucket.op, bucket.backend], bucket.keys, target)
