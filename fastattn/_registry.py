@@ -115,6 +115,18 @@ def register_op(
         )
 
 
+@contextmanager
+def _autograd_inside_an_op():
+    """Record gradients although an op's implementation runs below autograd."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    exclude = torch._C._dispatch_tls_local_exclude_set() - keys
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude),
+        torch.enable_grad(),
+    ):
+        yield
+
+
 def reference_backward(fn: Callable, outputs: int, wrt: Sequence[int]) -> Callable:
     """The reference backend of an op's backward: vector-Jacobian products of `fn` by recomputation.
 
@@ -125,18 +137,21 @@ def reference_backward(fn: Callable, outputs: int, wrt: Sequence[int]) -> Callab
     def implementation(*args):
         grads, args = args[:outputs], args[outputs:]
         present = [i for i in wrt if args[i] is not None]
-
-        def partial(*leaves):
-            full = list(args)
-            for i, leaf in zip(present, leaves, strict=True):
-                full[i] = leaf
+        full = list(args)
+        with _autograd_inside_an_op():
+            for i in present:
+                full[i] = args[i].detach().requires_grad_()
             result = fn(*full)
             result = result if isinstance(result, tuple) else (result,)
-            return tuple(r for r, g in zip(result, grads, strict=True) if g is not None)
-
-        kept = tuple(g for g in grads if g is not None)
-        _, pullback = torch.func.vjp(partial, *(args[i] for i in present))
-        found = dict(zip(present, pullback(kept), strict=True))
+            pairs = [(r, g) for r, g in zip(result, grads, strict=True) if g is not None]
+            pulled = torch.autograd.grad(
+                [r for r, _ in pairs],
+                [full[i] for i in present],
+                [g for _, g in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        found = dict(zip(present, pulled, strict=True))
         absent = next(a for a in args if isinstance(a, torch.Tensor)).new_empty(0)
         result = tuple(found[i].contiguous() if i in found else absent.clone() for i in wrt)
         return result if len(result) > 1 else result[0]
