@@ -9,6 +9,15 @@ from .ops.attention import attention, sigmoid_attention
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.recurrence import gated, rms_norm, rotary, swiglu
 from .ops.reweighted import softplus_attention
+from .ops.vocab import (
+    linear_cross_entropy,
+    nearest_codes,
+    stablemax_cross_entropy,
+    vq_argmax,
+    vq_cross_entropy,
+    vq_logits,
+    vq_sample,
+)
 
 __version__ = "0.1.0"
 
@@ -23,13 +32,20 @@ __all__ = [
     "gated",
     "gated_attention",
     "grouped_attention",
+    "linear_cross_entropy",
+    "nearest_codes",
     "rms_norm",
     "rotary",
     "set_backend",
     "sigmoid_attention",
     "sinkhorn",
     "softplus_attention",
+    "stablemax_cross_entropy",
     "swiglu",
+    "vq_argmax",
+    "vq_cross_entropy",
+    "vq_logits",
+    "vq_sample",
     *_LAZY,
 ]
 

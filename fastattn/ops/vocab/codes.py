@@ -1,0 +1,178 @@
+"""A head whose V rows are K shared vectors (VQ-logits, arXiv 2505.10202): every op is a K-way problem, never a V-way one.
+
+The logit of token i is h . codebook[codes[i]] + bias[i]. With beta_k the logsumexp of bias over the tokens of code k
+(log of their number without a bias, -inf for a code of none), logsumexp over tokens equals logsumexp_k(h . codebook_k + beta_k).
+"""
+
+import torch
+
+from ... import _checks
+from ..._registry import requested
+from . import schema_codes  # noqa: F401  registers the ops
+from ._arguments import REDUCTIONS, check_matrix, check_rows, check_target, check_wide, needed
+
+
+def _check_head(
+    op: str, h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    check_rows(op, "h", h)
+    check_matrix(op, "codebook", codebook, "K")
+    check_rows(op, "h", h, codebook.shape[1])
+    _checks.check_floating(op, h=h, codebook=codebook)
+    _checks.check_integer(op, "codes", codes, dims=1)
+    if codes.shape[0] < 1:
+        raise ValueError(f"fastattn.{op}: codes must name a code for 1 token or more, given none")
+    _checks.check_range(op, "codes", codes, 0, codebook.shape[0])
+    if bias is not None:
+        check_wide(op, "bias", bias, h)
+        _checks.check_shape(op, "bias", bias, tuple(codes.shape), "one a token of codes")
+    _checks.check_same_device(op, h=h, codebook=codebook, codes=codes, bias=bias)
+
+
+def vq_logits(
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """All V logits of a vector-quantised head, for code that wants them: h . codebook[codes[i]] + bias[i].
+
+    K products a row and one look-up a token (arXiv 2505.10202, section 3). Losses, greedy choice and sampling have ops
+    that never form this: vq_cross_entropy, vq_argmax, vq_sample.
+
+    h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
+    codes: (V,), int32 or int64 in [0, K); a code may have no token. bias: (V,), h's dtype or float32, default none.
+    Returns (..., V) in h's dtype, one rounding from float32. Differentiable once in h, codebook and bias.
+    Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "vq_logits"
+    _check_head(op, h, codebook, codes, bias)
+    logits = torch.ops.fastattn.vq_logits(
+        h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, backend)
+    )
+    return logits.reshape(*h.shape[:-1], codes.shape[0])
+
+
+def vq_cross_entropy(
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    shadow: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of target under a vector-quantised head, from K logits a row: equal to the softmax over all V tokens.
+
+    loss = logsumexp_k(h . codebook_k + beta_k) - h . codebook[codes[target]] - bias[target], with beta_k the logsumexp of bias
+    over the tokens of code k (arXiv 2505.10202; the bias is ours). Nothing of size (N, V) or (V, K) is held.
+    Rows with target == ignore_index are dropped before the product, have loss 0 and a gradient of exactly 0.
+
+    h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
+    codes: (V,), int32 or int64 in [0, K), any pattern. target: (...), int32 or int64 in [0, V) or ignore_index.
+    bias: (V,), h's dtype or float32, default none; without it all tokens of a code are equally likely.
+    shadow: (V, d), floating: changes no value, and takes the straight-through gradient, the one that the rows of a dense head would
+    get at the logits used here. Costs O(V d) in backward. Default none.
+    reduction: "mean" over the rows that are not ignored (0 when there are none), "sum" or "none".
+    Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, codebook, bias and shadow; codebook's
+    gradient accumulates in float32. Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "vq_cross_entropy"
+    _check_head(op, h, codebook, codes, bias)
+    tokens = codes.shape[0]
+    check_target(op, target, tuple(h.shape[:-1]), tokens, ignore_index)
+    if shadow is not None:
+        check_wide(op, "shadow", shadow, h)
+        _checks.check_shape(op, "shadow", shadow, (tokens, h.shape[-1]), "a row a token of codes")
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+    _checks.check_same_device(op, h=h, target=target, shadow=shadow)
+    loss = torch.ops.fastattn.vq_cross_entropy(
+        h.reshape(-1, h.shape[-1]),
+        codebook,
+        codes,
+        bias,
+        shadow,
+        target.reshape(-1),
+        ignore_index,
+        reduction,
+        0 if reduction == "none" else needed(h, codebook, bias, shadow),
+        requested(op, backend),
+    )[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def vq_argmax(
+    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, *, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The token of the largest logit, from K logits a row; equal logits go to the lowest token id.
+
+    argmax_k (h . codebook_k + the largest bias of code k's tokens), then that token: the argmax of vq_logits in exact arithmetic.
+    Codes within rounding of the best are compared again in float64.
+
+    h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
+    codes: (V,), int32 or int64 in [0, K). bias: (V,), h's dtype or float32, default none.
+    Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "vq_argmax"
+    _check_head(op, h, codebook, codes, bias)
+    found = torch.ops.fastattn.vq_argmax(
+        h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, None)
+    )
+    return found.reshape(h.shape[:-1])
+
+
+def vq_sample(
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """One token a row, drawn from softmax(vq_logits / temperature): first a code, then a token of the code.
+
+    Code k has probability softmax_k(h . codebook_k / temperature + beta_k), beta_k the logsumexp of bias / temperature over its
+    tokens, of which token i is drawn in proportion to exp(bias[i] / temperature). Never forms (N, V).
+
+    h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
+    codes: (V,), int32 or int64 in [0, K). bias: (V,), h's dtype or float32, default none; a bias of -inf is never drawn.
+    temperature: more than zero, default 1. generator: of h's device, default torch's own; two float64 uniforms a row are taken from it.
+    Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "vq_sample"
+    _check_head(op, h, codebook, codes, bias)
+    _checks.check_positive(op, "temperature", temperature)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"fastattn.{op}: generator must be a torch.Generator, given {_checks.describe(generator)}"
+        )
+    rows = h.reshape(-1, h.shape[-1])
+    uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
+    found = torch.ops.fastattn.vq_sample(
+        rows, codebook, codes, bias, uniform, float(temperature), requested(op, None)
+    )
+    return found.reshape(h.shape[:-1])
+
+
+def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The code nearest to each row in Euclidean distance, equal distances to the lowest code; never holds (V, K).
+
+    argmin_k |x - codebook_k|^2, the assignment step of vector quantisation ("Neural Discrete Representation Learning",
+    arXiv 1711.00937, equation 1). Codes within rounding of the nearest are compared again in float64.
+
+    x: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), x's dtype.
+    Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "nearest_codes"
+    check_rows(op, "x", x)
+    check_matrix(op, "codebook", codebook, "K")
+    check_rows(op, "x", x, codebook.shape[1])
+    _checks.check_floating(op, x=x, codebook=codebook)
+    found = torch.ops.fastattn.nearest_codes(x.reshape(-1, x.shape[-1]), codebook, requested(op, None))
+    return found.reshape(x.shape[:-1])

@@ -1,0 +1,147 @@
+"""Losses over dense logits: the last linear layer and its cross-entropy in one op, and HRM's StableMax loss."""
+
+import torch
+
+from ... import _checks
+from ..._registry import requested
+from . import schema
+from ._arguments import (
+    REDUCTIONS,
+    check_matrix,
+    check_positive_values,
+    check_rows,
+    check_target,
+    check_wide,
+    needed,
+    statistics_dtype,
+)
+
+# With this many classes or fewer the gradients are found in the forward pass, from the logits of a few hundred rows
+# at a time: three matrix products in all. With more, such a chunk and the saved (V, d) gradient would be most of the
+# memory used, so backward finds the logits again from the log-sum-exp: four products.
+ONE_PASS_CLASSES = 65536
+
+
+def linear_cross_entropy(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    transform: str | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    temperature: float | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of the classes x = h weight^T + bias, without ever holding (N, V) of anything.
+
+    In this order: x = softcap * tanh(x / softcap) when a softcap is given; x = x / temperature; for "stablemax",
+    x = sign(x) log(1 + |x|), which makes softmax StableMax ("Grokking at the Edge of Numerical Stability",
+    arXiv 2501.04697, equation 5). Then, with lse = logsumexp(x),
+
+        loss = lse - x[target] + z_loss * lse^2.
+
+    Rows with target == ignore_index cost nothing: they are dropped before the product, have loss 0 and a gradient of exactly 0.
+
+    h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. weight: (V, d), h's dtype.
+    target: (...), int32 or int64, in [0, V) or ignore_index. bias: (V,), h's dtype or float32; -inf leaves a class out.
+    transform: None (softmax) or "stablemax". softcap: more than zero, default none. z_loss: factor, default 0.
+    temperature: a number or one a row (...), h's dtype or float32, more than zero; default none.
+    reduction: "mean" over the rows that are not ignored (0 when there are none, where torch gives nan), "sum" or "none".
+
+    Products of low-precision inputs accumulate in float32, and weight's gradient in float32 over all rows.
+    Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, weight, bias and a tensor temperature.
+    Gradients of "mean" and "sum" over at most 65536 classes are found in the forward pass, while the logits are at hand (three
+    matrix products instead of four); "none", whose gradient comes row by row, and larger V find the logits again.
+    Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "linear_cross_entropy"
+    check_rows(op, "h", h)
+    check_matrix(op, "weight", weight, "V")
+    check_rows(op, "h", h, weight.shape[1])
+    _checks.check_floating(op, h=h, weight=weight)
+    classes = weight.shape[0]
+    check_target(op, target, tuple(h.shape[:-1]), classes, ignore_index)
+    if bias is not None:
+        check_wide(op, "bias", bias, h)
+        _checks.check_shape(op, "bias", bias, (classes,), "one a class")
+    _checks.check_choice(op, "transform", transform, schema.TRANSFORMS)
+    if softcap is not None:
+        _checks.check_positive(op, "softcap", softcap)
+    _checks.check_positive(op, "z_loss", z_loss, zero=True)
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+    temperature = _temperature(op, temperature, h, target)
+    _checks.check_same_device(op, h=h, target=target, bias=bias, temperature=temperature)
+
+    rows = h.reshape(-1, h.shape[-1])
+    gradients = 0
+    if reduction != "none" and classes <= ONE_PASS_CLASSES:
+        gradients = needed(h, weight, bias, temperature)
+    loss = torch.ops.fastattn.linear_cross_entropy(
+        rows,
+        weight,
+        bias,
+        target.reshape(-1),
+        temperature,
+        schema.TRANSFORMS.index(transform),
+        float(softcap or 0.0),
+        float(z_loss),
+        ignore_index,
+        reduction,
+        gradients,
+        requested(op, backend),
+    )[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _temperature(
+    op: str, temperature: float | torch.Tensor | None, h: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor | None:
+    """One a row, in the dtype of the statistics."""
+    if temperature is None:
+        return None
+    dtype = statistics_dtype(h)
+    if not isinstance(temperature, torch.Tensor):
+        _checks.check_positive(op, "temperature", temperature)
+        return torch.full((target.numel(),), float(temperature), dtype=dtype, device=h.device)
+    check_wide(op, "temperature", temperature, h)
+    _checks.check_shape(op, "temperature", temperature, tuple(h.shape[:-1]), "one a row")
+    check_positive_values(op, "temperature", temperature)
+    return temperature.reshape(-1).to(dtype)
+
+
+def stablemax_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of StableMax probabilities s(x) / sum s(x), with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below
+    ("Grokking at the Edge of Numerical Stability", arXiv 2501.04697, equation 5), as HRM trains with.
+
+    The sum is taken in float32, which is enough: s grows like x, not like e^x, so nothing overflows and no maximum is subtracted.
+
+    logits: (..., V), float32, bfloat16, float16 (float64 on the reference backend), any strides.
+    target: (...), int32 or int64, in [0, V) or ignore_index; such a row has loss 0 and a gradient of exactly 0.
+    reduction: "mean" over the rows that are not ignored (0 when there are none), "sum" or "none".
+    Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in logits.
+    Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "stablemax_cross_entropy"
+    check_rows(op, "logits", logits)
+    _checks.check_floating(op, logits=logits)
+    check_target(op, target, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+    _checks.check_same_device(op, logits=logits, target=target)
+    loss, _ = torch.ops.fastattn.stablemax_cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index, requested(op, backend)
+    )
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    total = loss.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)

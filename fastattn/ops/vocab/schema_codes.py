@@ -1,0 +1,153 @@
+"""torch.ops.fastattn.{vq_logits, vq_cross_entropy, vq_argmax, vq_sample, nearest_codes}: schema, fake, autograd, backends."""
+
+import torch
+
+from ..._registry import Backend, register_op
+from ._arguments import statistics_dtype
+from .schema import (
+    bits,
+    gradients_like,
+    reference_backend,
+    refuse_second_order,
+    saved_or_recomputed,
+    selected,
+)
+
+# --- vq_logits -------------------------------------------------------------------------------------------------------
+
+
+def _load_logits_backward():
+    from .reference import vq_logits_gradients
+
+    def vq_logits_backward(grad, *args):
+        *args, wanted = args
+        return selected(vq_logits_gradients(grad, *args), wanted, grad)
+
+    return vq_logits_backward
+
+
+def _logits_setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _logits_backward(ctx, grad):
+    refuse_second_order("vq_logits")
+    wanted = bits(ctx.needs_input_grad[i] for i in (0, 1, 3))
+    found = torch.ops.fastattn.vq_logits_backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    dh, dcodebook, dbias = (g if wanted >> i & 1 else None for i, g in enumerate(found))
+    return dh, dcodebook, None, dbias, None
+
+
+register_op(
+    "vq_logits",
+    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
+    fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
+    backends=(reference_backend("vq_logits"),),
+    backward=_logits_backward,
+    setup_context=_logits_setup,
+)
+register_op(
+    "vq_logits_backward",
+    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, int wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
+    backends=(Backend("reference", _load_logits_backward),),
+)
+
+
+# --- vq_cross_entropy ------------------------------------------------------------------------------------------------
+
+_DIFFERENTIABLE = (0, 1, 3, 4)  # h, codebook, bias, shadow
+
+
+def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
+    lse = h.new_empty(h.shape[0], dtype=statistics_dtype(h))
+    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
+    return loss, lse, *gradients_like((h, codebook, bias, shadow), gradients)
+
+
+def _load_loss():
+    from . import reference
+
+    def vq_cross_entropy(h, *args):
+        *args, gradients = args
+        loss, lse = reference.vq_cross_entropy(h, *args)
+        found = (None,) * 4
+        if gradients:
+            found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *args)
+        return loss, lse, *selected(found, gradients, h)
+
+    return vq_cross_entropy
+
+
+def _load_loss_backward():
+    from .reference import vq_cross_entropy_gradients
+
+    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, lse, *options):
+        *options, wanted = options
+        found = vq_cross_entropy_gradients(grad, h, codebook, codes, bias, shadow, target, *options)
+        return selected(found, wanted, h)
+
+    return vq_cross_entropy_backward
+
+
+def _loss_setup(ctx, inputs, output):
+    *tensors, ctx.ignore_index, ctx.reduction, ctx.gradients, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    refuse_second_order("vq_cross_entropy")
+    saved, found = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+
+    def recompute(wanted):
+        return torch.ops.fastattn.vq_cross_entropy_backward(
+            grad, *saved, ctx.ignore_index, ctx.reduction, wanted, ctx.backend
+        )
+
+    wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
+    dh, dcodebook, dbias, dshadow = saved_or_recomputed(wanted, ctx.gradients, grad, found, recompute)
+    return dh, dcodebook, None, dbias, dshadow, None, None, None, None, None
+
+
+register_op(
+    "vq_cross_entropy",
+    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
+    "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_loss_fake,
+    backends=(Backend("reference", _load_loss),),
+    backward=_loss_backward,
+    setup_context=_loss_setup,
+)
+register_op(
+    "vq_cross_entropy_backward",
+    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor lse, "
+    "int ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted: (
+        gradients_like((h, codebook, bias, shadow), wanted)
+    ),
+    backends=(Backend("reference", _load_loss_backward),),
+)
+
+
+# --- choices of a token or a code ------------------------------------------------------------------------------------
+
+
+def _one_a_row(rows, *_):
+    return rows.new_empty(rows.shape[0], dtype=torch.int64)
+
+
+for _name, _schema in (
+    ("vq_argmax", "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor"),
+    (
+        "vq_sample",
+        "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor uniform, float temperature, str backend) -> Tensor",
+    ),
+    ("nearest_codes", "(Tensor x, Tensor codebook, str backend) -> Tensor"),
+):
+    register_op(_name, _schema, fake=_one_a_row, backends=(reference_backend(_name),))

@@ -1,0 +1,276 @@
+"""Vocabulary ops as torch ops: definitions against plain torch, gradients, opcheck, compile, error messages."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn as fa
+
+V, D, N, K = 13, 5, 7, 4
+
+
+def head(dtype=torch.float64, requires_grad=False):
+    g = torch.Generator().manual_seed(0)
+    t = {
+        "h": torch.randn(N, D, generator=g),
+        "weight": torch.randn(V, D, generator=g),
+        "codebook": torch.randn(K, D, generator=g),
+        "bias": torch.randn(V, generator=g),
+        "temperature": torch.rand(N, generator=g) + 0.5,
+    }
+    t = {k: v.to(dtype).requires_grad_(requires_grad) for k, v in t.items()}
+    t["target"] = torch.randint(0, V, (N,), generator=g)
+    t["target"][2] = -100
+    t["codes"] = torch.randint(0, K - 1, (V,), generator=g)  # the last code is empty
+    return t
+
+
+def test_softmax_is_torchs():
+    t = head()
+    for reduction in ("none", "sum", "mean"):
+        loss = fa.linear_cross_entropy(t["h"], t["weight"], t["target"], bias=t["bias"], reduction=reduction)
+        dense = F.cross_entropy(F.linear(t["h"], t["weight"], t["bias"]), t["target"], reduction=reduction)
+        torch.testing.assert_close(loss, dense)
+
+
+def test_options_by_hand():
+    t = head()
+    x = F.linear(t["h"], t["weight"], t["bias"])
+    x = 2.0 * torch.tanh(x / 2.0) / t["temperature"][:, None]
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x))
+    target = t["target"].clamp(min=0)
+    expected = -torch.log(s.gather(1, target[:, None])[:, 0] / s.sum(1)) + 0.1 * torch.log(s.sum(1)) ** 2
+    expected[2] = 0
+    loss = fa.linear_cross_entropy(
+        t["h"],
+        t["weight"],
+        t["target"],
+        bias=t["bias"],
+        transform="stablemax",
+        softcap=2.0,
+        z_loss=0.1,
+        temperature=t["temperature"],
+        reduction="none",
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_stablemax_is_hrms():
+    """HRM's own form: s(x) in float64, log of its share."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 4, V, generator=g, dtype=torch.float64) * 30
+    target = torch.randint(0, V, (3, 4), generator=g)
+    s = torch.where(logits < 0, 1 / (1 - logits + 1e-30), logits + 1)
+    expected = -torch.log((s / s.sum(-1, keepdim=True)).gather(-1, target[..., None])[..., 0])
+    torch.testing.assert_close(fa.stablemax_cross_entropy(logits, target, reduction="none"), expected)
+
+
+def test_quantised_head_is_the_dense_head_of_its_rows():
+    t = head()
+    rows = t["codebook"][t["codes"]]
+    dense = F.linear(t["h"], rows, t["bias"])
+    torch.testing.assert_close(fa.vq_logits(t["h"], t["codebook"], t["codes"], bias=t["bias"]), dense)
+    loss = fa.vq_cross_entropy(t["h"], t["codebook"], t["codes"], t["target"], bias=t["bias"])
+    torch.testing.assert_close(loss, F.cross_entropy(dense, t["target"]))
+    assert torch.equal(fa.vq_argmax(t["h"], t["codebook"], t["codes"], bias=t["bias"]), dense.argmax(1))
+    distance = torch.cdist(t["weight"], t["codebook"])
+    assert torch.equal(fa.nearest_codes(t["weight"], t["codebook"]), distance.argmin(1))
+
+
+LOSSES = {
+    "linear": (("h", "weight"), {}),
+    "stablemax": (
+        ("h", "weight", "bias", "temperature"),
+        {"transform": "stablemax", "softcap": 2.0, "z_loss": 0.1},
+    ),
+    "codes": (("h", "codebook", "bias"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_gradcheck(kind, reduction):
+    names, options = LOSSES[kind]
+    t = head(requires_grad=True)
+
+    def loss(*given):
+        a = t | dict(zip(names, given, strict=True))
+        if kind == "codes":
+            return fa.vq_cross_entropy(
+                a["h"], a["codebook"], a["codes"], a["target"], bias=a["bias"], reduction=reduction
+            )
+        extra = {k: a[k] for k in ("bias", "temperature") if k in names}
+        return fa.linear_cross_entropy(
+            a["h"], a["weight"], a["target"], reduction=reduction, **extra, **options
+        )
+
+    assert torch.autograd.gradcheck(loss, tuple(t[k] for k in names))
+
+
+def test_gradcheck_of_logits():
+    t = head(requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda h, c, b: fa.vq_logits(h, c, t["codes"], bias=b), (t["h"], t["codebook"], t["bias"])
+    )
+    logits = (t["h"].detach() @ t["weight"].detach().T).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fa.stablemax_cross_entropy(x, t["target"]), (logits,))
+
+
+def test_shadow_gets_the_dense_gradient():
+    t = head(requires_grad=True)
+    shadow = torch.zeros(V, D, dtype=torch.float64, requires_grad=True)
+    loss = fa.vq_cross_entropy(t["h"], t["codebook"], t["codes"], t["target"], bias=t["bias"], shadow=shadow)
+    rows = t["codebook"].detach()[t["codes"]].requires_grad_()
+    dense = F.cross_entropy(F.linear(t["h"], rows, t["bias"]), t["target"])
+    torch.testing.assert_close(loss, dense)
+    torch.testing.assert_close(torch.autograd.grad(loss, shadow)[0], torch.autograd.grad(dense, rows)[0])
+
+
+def calls(dtype):
+    """(op, arguments) of every registered op."""
+    t = head(dtype, requires_grad=True)
+    ops = torch.ops.fastattn
+    h, weight, bias, temperature = t["h"], t["weight"], t["bias"], t["temperature"]
+    target, codes, codebook = t["target"], t["codes"], t["codebook"]
+    options = (1, 2.0, 0.1, -100)
+    one, row = torch.ones((), dtype=dtype), torch.ones(N, dtype=dtype)
+    linear = (h, weight, bias, target, temperature)
+    yield ops.linear_cross_entropy, (*linear, *options, "mean", 15, "")
+    yield ops.linear_cross_entropy, (*linear, *options, "none", 0, "")
+    yield ops.linear_cross_entropy, (h, weight, None, target, None, 0, 0.0, 0.0, -100, "sum", 0, "")
+    detached = tuple(x.detach() for x in linear)
+    yield ops.linear_cross_entropy_backward, (one, *detached, row, *options, "mean", 15, "")
+    logits = (h @ weight.T).detach()
+    yield ops.stablemax_cross_entropy, (logits.clone().requires_grad_(), target, -100, "")
+    yield ops.stablemax_cross_entropy_backward, (row, logits, target, row, -100, "")
+    yield ops.vq_logits, (h, codebook, codes, bias, "")
+    quantised = (h.detach(), codebook.detach(), codes, bias.detach())
+    yield ops.vq_logits_backward, (torch.ones(N, V, dtype=dtype), *quantised, 7, "")
+    shadow = torch.zeros(V, D, dtype=dtype, requires_grad=True)
+    yield ops.vq_cross_entropy, (h, codebook, codes, bias, shadow, target, -100, "mean", 15, "")
+    yield ops.vq_cross_entropy, (h, codebook, codes, bias, shadow, target, -100, "none", 0, "")
+    yield (
+        ops.vq_cross_entropy_backward,
+        (one, *quantised, shadow.detach(), target, row, -100, "mean", 15, ""),
+    )
+    yield ops.vq_argmax, (*quantised, "")
+    yield ops.vq_sample, (*quantised, torch.rand(N, 2, dtype=torch.float64), 0.7, "")
+    yield ops.nearest_codes, (weight.detach(), codebook.detach(), "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    for op, arguments in calls(dtype):
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_compiles_to_one_graph():
+    t = head(torch.float32, requires_grad=True)
+
+    def step(h, weight, codebook, bias):
+        a = fa.linear_cross_entropy(h, weight, t["target"], bias=bias, transform="stablemax", temperature=2.0)
+        b = fa.vq_cross_entropy(h, codebook, t["codes"], t["target"], bias=bias, reduction="none")
+        c = fa.stablemax_cross_entropy(h @ weight.T, t["target"])
+        d = fa.vq_logits(h, codebook, t["codes"])
+        with torch.no_grad():
+            tokens = fa.vq_argmax(h, codebook, t["codes"]) + fa.nearest_codes(h, codebook)
+        return a + b.sum() + c + d.square().mean(), tokens
+
+    inputs = [t[k] for k in ("h", "weight", "codebook", "bias")]
+    eager, tokens = step(*inputs)
+    compiled, tokens_compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(compiled, eager)
+    assert torch.equal(tokens, tokens_compiled)
+    pairs = zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("rows", [0, N])
+def test_no_rows_left(reduction, rows):
+    """All rows ignored, or none given: zero loss and gradients, never nan."""
+    t = head(torch.float32, requires_grad=True)
+    h, target = t["h"][:rows], torch.full((rows,), -1)
+    options = {"ignore_index": -1, "reduction": reduction}
+    losses = (
+        fa.linear_cross_entropy(h, t["weight"], target, bias=t["bias"], **options),
+        fa.vq_cross_entropy(h, t["codebook"], t["codes"], target, bias=t["bias"], **options),
+        fa.stablemax_cross_entropy(h @ t["weight"].T, target, **options),
+    )
+    for loss in losses:
+        assert loss.shape == (target.shape if reduction == "none" else ())
+        assert not loss.any()
+        for g in torch.autograd.grad(
+            loss.sum(), [t[k] for k in ("h", "weight", "codebook", "bias")], allow_unused=True
+        ):
+            assert g is None or not g.any()
+
+
+def test_ignored_rows_may_hold_anything():
+    t = head(torch.float32)
+    h = t["h"].clone()
+    h[2] = math.nan
+    h.requires_grad_()
+    for loss in (
+        fa.linear_cross_entropy(h, t["weight"], t["target"]),
+        fa.linear_cross_entropy(h, t["weight"], t["target"], reduction="none").sum(),
+        fa.vq_cross_entropy(h, t["codebook"], t["codes"], t["target"]),
+        fa.stablemax_cross_entropy(h, t["target"].clamp(max=D - 1)),
+    ):
+        (grad,) = torch.autograd.grad(loss, h)
+        assert loss.isfinite() and grad.isfinite().all() and not grad[2].any()
+
+
+def test_second_order_is_refused():
+    t = head(torch.float32, requires_grad=True)
+    loss = fa.linear_cross_entropy(t["h"], t["weight"], t["target"])
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(loss, t["h"], create_graph=True)
+
+
+def refused():
+    t = head(torch.float32)
+    h, w, c, b, y, m = (t[k] for k in ("h", "weight", "codebook", "bias", "target", "codes"))
+    lce, vqce, stable = fa.linear_cross_entropy, fa.vq_cross_entropy, fa.stablemax_cross_entropy
+    yield lambda: lce(h, w[:, 1:], y), ValueError, "linear_cross_entropy: h must have a last dim of 4"
+    yield lambda: lce(h, w.double(), y), TypeError, "weight is float64 but h is float32"
+    yield lambda: lce(h, w, y[1:]), ValueError, r"target must have shape \(7\)"
+    yield lambda: lce(h, w, y + V), ValueError, r"target must lie in \[0, 13\) or -100, given"
+    yield lambda: lce(h, w, y.float()), TypeError, "target must be int32 or int64, given a float32"
+    yield lambda: lce(h, w, y, transform="entmax"), ValueError, "transform must be one of None, 'stablemax'"
+    yield lambda: lce(h, w, y, reduction="max"), ValueError, "reduction must be one of 'none', 'sum', 'mean'"
+    yield lambda: lce(h, w, y, softcap=0.0), ValueError, "softcap must be more than zero"
+    yield lambda: lce(h, w, y, z_loss=-1.0), ValueError, "z_loss must be zero or more"
+    yield lambda: lce(h, w, y, temperature=torch.zeros(N)), ValueError, "temperature must be more than zero"
+    yield lambda: lce(h, w, y, temperature=torch.ones(3)), ValueError, "temperature must have shape"
+    yield lambda: lce(h, w, y, bias=b[1:]), ValueError, r"bias must have shape \(13\) \(one a class\)"
+    yield lambda: lce(h, w, y, bias=b.half()), TypeError, "bias must be float32, given a float16"
+    yield lambda: lce(h, w, y, ignore_index=0.5), TypeError, "ignore_index must be an int"
+    yield lambda: lce(h, w, y, backend="triton"), NotImplementedError, "there is no triton backend"
+    yield lambda: lce(h, w, y, backend="best"), ValueError, "backend must be None or one of"
+    yield lambda: lce(h, w[0], y), ValueError, "weight must have 2 dimensions"
+    yield lambda: lce(h.to("meta"), w, y), ValueError, "weight is on cpu but h is on meta"
+    yield lambda: stable(h, y), ValueError, r"target must lie in \[0, 5\) or -100"
+    yield lambda: stable(y, y), TypeError, "logits must be one of float32"
+    yield lambda: vqce(h, c, m + K, y), ValueError, r"vq_cross_entropy: codes must lie in \[0, 4\), given"
+    yield lambda: vqce(h, c, m - 5, y), ValueError, r"codes must lie in \[0, 4\), given -"
+    yield lambda: vqce(h, c, m.float(), y), TypeError, "codes must be int32 or int64"
+    yield lambda: vqce(h, c, m[None], y), ValueError, "codes must have 1 dimensions"
+    yield lambda: vqce(h, c, m, y + V), ValueError, "target must lie in"
+    yield lambda: vqce(h, c, m, y, bias=b[1:]), ValueError, "one a token of codes"
+    yield lambda: vqce(h, c, m, y, shadow=c), ValueError, "shadow must have shape"
+    yield lambda: fa.vq_logits(h, c[:, 1:], m), ValueError, "vq_logits: h must have a last dim of 4"
+    yield lambda: fa.vq_argmax(h, c, m[:0]), ValueError, "codes must name a code for 1 token or more"
+    yield lambda: fa.vq_sample(h, c, m, temperature=0), ValueError, "temperature must be more than zero"
+    yield lambda: fa.vq_sample(h, c, m, generator=3), TypeError, "generator must be a torch.Generator"
+    yield lambda: fa.nearest_codes(w, c[:0]), ValueError, r"codebook must be \(K, d\)"
+    yield lambda: fa.nearest_codes([1.0], c), TypeError, "x must be a tensor"
+
+
+def test_refusals_name_the_argument():
+    for call, error, message in refused():
+        with pytest.raises(error, match=message):
+            call()
