@@ -1,0 +1,199 @@
+"""Masks: their definition against a loop over pairs, and their errors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import masks, testing
+
+
+def loop_allowed(lq, lk, causal=False, left=None, right=None, prefix=None, keys=None):
+    """One sequence, pair by pair, in the words of the documentation."""
+    allowed = torch.zeros(lq, lk, dtype=torch.bool)
+    for i in range(lq):
+        for j in range(lk):
+            diagonal = i + lk - lq
+            ok = True
+            if causal or prefix is not None:
+                ok = j <= diagonal or (prefix is not None and diagonal < prefix and j < prefix)
+            if left is not None:
+                ok &= j >= diagonal - left
+            if right is not None:
+                ok &= j <= diagonal + right
+            if keys is not None:
+                ok &= j < keys
+            allowed[i, j] = ok
+    return allowed
+
+
+def dense(mask, batch, lq, lk):
+    q, k = torch.empty(batch, 1, lq, 4), torch.empty(batch, 1, lk, 4)
+    found = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
+    return found.expand(batch, 1, lq, lk)[:, 0]
+
+
+sides = st.one_of(st.none(), st.integers(0, 9))
+
+
+@given(
+    lq=st.integers(0, 9),
+    lk=st.integers(0, 9),
+    causal=st.booleans(),
+    left=sides,
+    right=sides,
+    prefixes=st.one_of(st.none(), st.lists(st.integers(0, 9), min_size=2, max_size=2)),
+    keys=st.one_of(st.none(), st.lists(st.integers(0, 9), min_size=2, max_size=2)),
+)
+def test_definition_of_a_batch(lq, lk, causal, left, right, prefixes, keys):
+    prefixes = None if prefixes is None else [min(p, lk) for p in prefixes]
+    keys = None if keys is None else [min(n, lk) for n in keys]
+    mask = fa.Mask(
+        causal=causal,
+        window=(left, right),
+        prefix_lengths=None if prefixes is None else torch.tensor(prefixes),
+        key_lengths=None if keys is None else torch.tensor(keys),
+    )
+    found = dense(mask, 2, lq, lk)
+    for b in range(2):
+        prefix, n = (None if x is None else x[b] for x in (prefixes, keys))
+        assert torch.equal(found[b], loop_allowed(lq, lk, causal, left, right, prefix, n))
+
+
+@given(
+    documents=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=0, max_size=4
+    ),
+    padding=st.integers(0, 3),
+    causal=st.booleans(),
+    left=sides,
+    prefixed=st.booleans(),
+)
+def test_definition_of_packed_documents(documents, padding, causal, left, prefixed):
+    starts_q, starts_k = [0], [0]
+    for nq, nk, _ in documents:
+        starts_q.append(starts_q[-1] + nq)
+        starts_k.append(starts_k[-1] + nk)
+    lq, lk = starts_q[-1] + padding, starts_k[-1] + padding
+    prefixes = [min(p, nk) for _, nk, p in documents]
+    mask = fa.Mask(
+        causal=causal,
+        window=(left, None),
+        cu_seqlens_q=torch.tensor(starts_q),
+        cu_seqlens_k=torch.tensor(starts_k),
+        prefix_lengths=torch.tensor(prefixes, dtype=torch.int64) if prefixed else None,
+    )
+    expected = torch.zeros(lq, lk, dtype=torch.bool)
+    for n, (nq, nk, _) in enumerate(documents):
+        block = loop_allowed(nq, nk, causal, left, None, prefixes[n] if prefixed else None)
+        expected[starts_q[n] : starts_q[n + 1], starts_k[n] : starts_k[n + 1]] = block
+    assert torch.equal(dense(mask, 1, lq, lk)[0], expected)
+
+
+def test_dense_is_an_intersection_and_broadcasts():
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.rand(2, 1, 5, 7, generator=generator) < 0.5
+    found = dense(fa.Mask(causal=True, dense=bits), 2, 5, 7)
+    assert torch.equal(found, bits[:, 0] & loop_allowed(5, 7, causal=True))
+    assert torch.equal(dense(fa.Mask(dense=bits[0, 0]), 2, 5, 7), bits[:1, 0].expand(2, 5, 7))
+
+
+def test_sequence_keys_counts_the_rows_own_sequence():
+    cpu = torch.device("cpu")
+    assert masks.sequence_keys(3, 7, cpu, None, None, None).unique().tolist() == [7]
+    lengths = torch.tensor([2, 0], dtype=torch.int32)
+    assert masks.sequence_keys(3, 7, cpu, None, None, lengths)[:, 0, 0, 0].tolist() == [2, 1]
+    starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    assert masks.sequence_keys(4, 4, cpu, starts, starts, None).flatten().tolist() == [1, 2, 2, 1]
+
+
+def ints(*values):
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fa.Mask(causal=1), TypeError, "Mask: causal must be a bool, given int 1"),
+        (lambda: fa.Mask(window=3), TypeError, r"Mask: window must be \(left, right\), given 3"),
+        (lambda: fa.Mask(window=(-1, 0)), ValueError, "window counts keys"),
+        (lambda: fa.Mask(cu_seqlens_k=ints(0, 2)), ValueError, "cu_seqlens_k needs cu_seqlens_q"),
+        (lambda: fa.Mask(cu_seqlens_q=ints(1, 2)), ValueError, "cu_seqlens_q must start at 0, given 1"),
+        (
+            lambda: fa.Mask(cu_seqlens_q=ints(0, 5, 3)),
+            ValueError,
+            "must not decrease, given 5 then 3 at position 2",
+        ),
+        (
+            lambda: fa.Mask(cu_seqlens_q=ints(0, -5)),
+            ValueError,
+            "must not decrease, given 0 then -5 at position 1",
+        ),
+        (lambda: fa.Mask(cu_seqlens_q=torch.tensor([], dtype=torch.int32)), ValueError, "at least one entry"),
+        (
+            lambda: fa.Mask(cu_seqlens_q=torch.tensor([0.0, 1.0])),
+            TypeError,
+            "cu_seqlens_q must be int32 or int64",
+        ),
+        (lambda: fa.Mask(cu_seqlens_q=ints(0, 2, 3), cu_seqlens_k=ints(0, 2)), ValueError, "they must agree"),
+        (
+            lambda: fa.Mask(cu_seqlens_q=ints(0, 2), prefix_lengths=ints(1, 1)),
+            ValueError,
+            "2 entries for 1 documents",
+        ),
+        (
+            lambda: fa.Mask(cu_seqlens_q=ints(0, 2, 3), prefix_lengths=ints(1, 2)),
+            ValueError,
+            r"\[1\] is 2, longer than",
+        ),
+        (
+            lambda: fa.Mask(cu_seqlens_q=ints(0, 2), key_lengths=ints(3)),
+            ValueError,
+            "longer than its document of 2",
+        ),
+        (
+            lambda: fa.Mask(prefix_lengths=ints(-1)),
+            ValueError,
+            "prefix_lengths must be zero or more, given -1",
+        ),
+        (lambda: fa.Mask(prefix_lengths=[1]), TypeError, "prefix_lengths must be a tensor, given list"),
+        (lambda: fa.Mask(key_lengths=ints(2**40)), ValueError, "at most 2\\*\\*31 - 1 is allowed"),
+        (lambda: fa.Mask(dense=torch.ones(2, 2)), TypeError, "dense must be a bool tensor"),
+        (
+            lambda: fa.Mask(dense=torch.ones(1, 1, 1, 2, 2, dtype=torch.bool)),
+            ValueError,
+            "given 5 dimensions",
+        ),
+    ],
+)
+def test_bad_masks(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda: fa.Mask(cu_seqlens_q=ints(0, 4)), "packed documents .* need a batch of one, given 2"),
+        (lambda: fa.Mask(prefix_lengths=ints(1)), "prefix_lengths has 1 entries for a batch of 2"),
+        (lambda: fa.Mask(prefix_lengths=ints(1, 6)), "prefix_lengths holds 6, longer than the 5 keys given"),
+        (lambda: fa.Mask(key_lengths=ints(1, 6)), "key_lengths holds 6, longer than the 5 keys given"),
+        (lambda: fa.Mask(dense=torch.ones(3, 5, dtype=torch.bool)), "does not broadcast to"),
+        (lambda: fa.Mask(dense=torch.ones(4, 5, dtype=torch.bool, device="meta")), "dense mask is on meta"),
+    ],
+)
+def test_masks_that_do_not_fit_the_call(mask, message):
+    q, k, v = testing.attention_inputs(2, 2, 2, 4, 5, requires_grad=False)
+    with pytest.raises(ValueError, match=f"fastattn.attention: .*{message}"):
+        fa.attention(q, k, v, mask=mask())
+
+
+def test_packed_offsets_past_the_tokens():
+    q, k, v = testing.attention_inputs(1, 2, 2, 4, requires_grad=False)
+    with pytest.raises(ValueError, match="cu_seqlens_q ends at 9, past the 4 tokens given"):
+        fa.attention(q, k, v, mask=fa.Mask(cu_seqlens_q=ints(0, 9)))
+
+
+def test_a_mask_prints_what_it_holds():
+    assert repr(fa.Mask(causal=True, window=(3, None))) == "Mask(causal, window=(3, -1))"
