@@ -77,6 +77,44 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("rows", &RotaryParams::rows)
       .def_readwrite("inverse", &RotaryParams::inverse)
       .def_readwrite("threads", &RotaryParams::threads);
+  py::class_<AttentionParams>(m, "AttentionParams")
+      .def(py::init<>())
+      .def_readwrite("q", &AttentionParams::q)
+      .def_readwrite("k", &AttentionParams::k)
+      .def_readwrite("v", &AttentionParams::v)
+      .def_readwrite("out", &AttentionParams::out)
+      .def_readwrite("lse", &AttentionParams::lse)
+      .def_readwrite("bias", &AttentionParams::bias)
+      .def_readwrite("prefix_lengths", &AttentionParams::prefix_lengths)
+      .def_readwrite("cu_seqlens_q", &AttentionParams::cu_seqlens_q)
+      .def_readwrite("cu_seqlens_k", &AttentionParams::cu_seqlens_k)
+      .def_readwrite("key_lengths", &AttentionParams::key_lengths)
+      .def_readwrite("dense", &AttentionParams::dense)
+      .def_readwrite("tile_class", &AttentionParams::tile_class)
+      .def_readwrite("grad_out", &AttentionParams::grad_out)
+      .def_readwrite("grad_lse", &AttentionParams::grad_lse)
+      .def_readwrite("grad_q", &AttentionParams::grad_q)
+      .def_readwrite("grad_k", &AttentionParams::grad_k)
+      .def_readwrite("grad_v", &AttentionParams::grad_v)
+      .def_readwrite("scale", &AttentionParams::scale)
+      .def_readwrite("bias_value", &AttentionParams::bias_value)
+      .def_readwrite("score", &AttentionParams::score)
+      .def_readwrite("default_bias", &AttentionParams::default_bias)
+      .def_readwrite("causal", &AttentionParams::causal)
+      .def_readwrite("window_left", &AttentionParams::window_left)
+      .def_readwrite("window_right", &AttentionParams::window_right)
+      .def_readwrite("block_q", &AttentionParams::block_q)
+      .def_readwrite("block_k", &AttentionParams::block_k)
+      .def_readwrite("pack_kib", &AttentionParams::pack_kib)
+      .def_readwrite("chunk_k", &AttentionParams::chunk_k)
+      .def_readwrite("threads", &AttentionParams::threads);
+  py::class_<TileClassParams>(m, "TileClassParams")
+      .def(py::init<>())
+      .def_readwrite("dense", &TileClassParams::dense)
+      .def_readwrite("classes", &TileClassParams::classes)
+      .def_readwrite("block_q", &TileClassParams::block_q)
+      .def_readwrite("block_k", &TileClassParams::block_k)
+      .def_readwrite("threads", &TileClassParams::threads);
 
   m.def("rms_norm", run(&KernelTable::rms_norm));
   m.def("rms_norm_backward", run(&KernelTable::rms_norm_backward));
@@ -85,4 +123,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("gated", run(&KernelTable::gated));
   m.def("gated_backward", run(&KernelTable::gated_backward));
   m.def("rotary", run(&KernelTable::rotary));
+  m.def("attention_forward", run(&KernelTable::attention_forward));
 }

@@ -42,4 +42,29 @@ struct RotaryParams {
   int32_t threads = 1;
 };
 
+// out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D); bias,
+// dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors are int32.
+struct AttentionParams {
+  Tensor q, k, v, out, lse;
+  Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense: 0 nothing attends, 1 everything, 2 mixed
+  Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
+  double scale = 1, bias_value = 0;
+  int32_t score = 0;
+  int32_t default_bias = 0;  // use -log(keys of the sequence) in place of bias_value
+  int32_t causal = 0;
+  int64_t window_left = -1, window_right = -1;
+  int64_t block_q = 96, block_k = 64;  // rows and keys of a tile
+  int64_t pack_kib = 16384;            // packed keys and values kept at a time
+  int64_t chunk_k = 512;               // decoding: keys of one task
+  int32_t threads = 1;
+};
+
+// classes (B or 1, H or 1, tiles of rows, tiles of keys) u8 of a dense bool mask, as tile_class above.
+struct TileClassParams {
+  Tensor dense, classes;
+  int64_t block_q = 96, block_k = 64;
+  int32_t threads = 1;
+};
+
 }  // namespace fastattn

@@ -13,6 +13,7 @@ struct KernelTable {
   void (*gated)(const GateParams&);
   void (*gated_backward)(const GateParams&);
   void (*rotary)(const RotaryParams&);
+  void (*attention_forward)(const AttentionParams&);
 };
 
 namespace cpu {

@@ -1,7 +1,5 @@
 // Row kernels of a recurrence step: one pass over memory each, float32 inside, one rounding at the end.
 #pragma once
-#include <type_traits>
-
 #include "parallel.h"
 
 namespace fastattn {
@@ -191,16 +189,6 @@ static void rotary_rows(const RotaryParams& p) {
 }
 
 // --- entry points: one a kernel, switching on the dtype -------------------------------------------------------------
-
-template <class F>
-FASTATTN_INLINE void with_dtype(DType dtype, const F& f) {
-  if (dtype == DType::f32)
-    f((float*)nullptr);
-  else if (dtype == DType::bf16)
-    f((bf16*)nullptr);
-  else
-    f((f16*)nullptr);
-}
 
 static void rms_norm(const RmsNormParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { rms_norm_rows<std::remove_pointer_t<decltype(t)>>(p); });

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -41,7 +42,9 @@ FASTATTN_INLINE vf splat(float x) { return x - vf{}; }
 FASTATTN_INLINE vu splat_u(uint32_t x) { return x - vu{}; }
 FASTATTN_INLINE vf as_vf(vu x) { return (vf)x; }
 FASTATTN_INLINE vu as_vu(vf x) { return (vu)x; }
-FASTATTN_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+FASTATTN_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+FASTATTN_INLINE vf keep(vi mask, vf a) { return (vf)(mask & (vi)a); }
+FASTATTN_INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 FASTATTN_INLINE vu select_u(vi mask, vu a, vu b) { return (a & (vu)mask) | (b & ~(vu)mask); }
 
 // The larger and the smaller of two; b where either is NaN.
@@ -62,6 +65,29 @@ FASTATTN_INLINE vf vmin(vf a, vf b) {
 #else
   return select(a < b, a, b);
 #endif
+}
+// Both give back the second operand where either is NaN: here x, so a NaN stays.
+FASTATTN_INLINE vf at_least(vf x, float low) { return vmax(splat(low), x); }
+FASTATTN_INLINE vf at_most(vf x, float high) { return vmin(splat(high), x); }
+
+// 1 / x within 3e-7 for 2^-125 <= x <= 2^125, at most 2^-125 above.
+FASTATTN_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  const vf r = (vf)_mm256_rcp_ps((__m256)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// The lane numbers.
+FASTATTN_INLINE vi iota() {
+  vi x{};
+  for (int i = 0; i < W; i++) x[i] = i;
+  return x;
 }
 
 // Sums and maxima in one fixed order (halves), so that results do not depend on the call.
@@ -106,10 +132,14 @@ FASTATTN_INLINE vf from_bf16(vh x) { return as_vf(widen(x) << 16); }
 
 // Round to nearest even; NaN stays a (quiet) NaN.
 FASTATTN_INLINE vh to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
   const vu u = as_vu(x);
   const vu rounded = (u + splat_u(0x7fff) + ((u >> 16) & splat_u(1))) >> 16;
   const vu nan = (u >> 16) | splat_u(0x40);
   return narrow(select_u(x == x, rounded, nan));
+#endif
 }
 
 FASTATTN_INLINE vf from_f16(vh x) {
@@ -190,6 +220,29 @@ FASTATTN_INLINE vf rounded_to(vf x, const float*) { return x; }
 FASTATTN_INLINE vf rounded_to(vf x, const bf16*) { return from_bf16(to_bf16(x)); }
 FASTATTN_INLINE vf rounded_to(vf x, const f16*) { return from_f16(to_f16(x)); }
 
+// W booleans of one byte as a mask.
+FASTATTN_INLINE vi load_bools(const uint8_t* p) {
+  typedef uint8_t vb __attribute__((vector_size(W)));
+  vb x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, vi) != 0;
+}
+
+// --- bf16 dot ---------------------------------------------------------------------------------------------------------
+
+// acc + a1 * b1 + a0 * b0 a lane, a and b holding two bf16: products exact, sums in float32, subnormals flushed, the odd
+// element first, as VDPBF16PS does.
+FASTATTN_INLINE vf dot_pairs(vf acc, vu a, vu b) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const auto flush = [](vf x) { return select(vabs(x) < splat(0x1p-126f), (vf)((vi)x & int32_t(0x80000000)), x); };
+  const vf a1 = flush((vf)(a & 0xffff0000u)), b1 = flush((vf)(b & 0xffff0000u));
+  const vf a0 = flush((vf)(a << 16)), b0 = flush((vf)(b << 16));
+  return flush(flush(acc + a1 * b1) + a0 * b0);
+#endif
+}
+
 // --- functions -------------------------------------------------------------------------------------------------------
 
 // e^r and n of x = n ln2 + r, |r| <= ln2/2, for |x| <= 127 * ln2; degree 6, relative error < 2e-7. NaN stays NaN.
@@ -222,6 +275,38 @@ FASTATTN_INLINE vf sigmoid(vf x) {
   vi n;
   const vf p = exp_reduced(vmin(splat(87.0f), vmax(splat(-87.0f), -x)), &n);
   return splat(1.0f) / (splat(1.0f) + p * (vf)((n + 127) << 23));
+}
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+
+// 2^f for |f| <= 1/2, relative error 9.2e-8 before rounding.
+FASTATTN_INLINE vf exp2_fraction(vf f) {
+  vf p = f * 1.326472726e-3f + 9.671512700e-3f;
+  p = p * f + 5.550733744e-2f;
+  p = p * f + 2.402224208e-1f;
+  p = p * f + 6.931469776e-1f;
+  return p * f + 1.0f;
+}
+// p * 2^n where t = n + kRound and no exponent leaves the normal range.
+FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return (vf)((vi)p + ((vi)t << 23)); }
+
+// 2^x for x <= 127, relative error below 2e-7; 0 below -126 (-inf too), NaN stays NaN.
+FASTATTN_INLINE vf exp2_bounded(vf x) {
+  const vf y = at_least(x, -126.0f);
+  const vf t = y + kRound;
+  const vf p = exp2_fraction(y - (t - kRound));
+  return keep(~(x < splat(-126.0f)), scale_by_rounded(p, t));
+}
+
+// f gets a null pointer of the element type.
+template <class F>
+FASTATTN_INLINE void with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32)
+    f((float*)nullptr);
+  else if (dtype == DType::bf16)
+    f((bf16*)nullptr);
+  else
+    f((f16*)nullptr);
 }
 
 }  // namespace FASTATTN_ISA

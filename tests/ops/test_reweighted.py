@@ -200,7 +200,7 @@ def test_empty_head_dim_is_refused():
 
 
 def test_statistics_of_the_definition():
-    (q, k, v), allowed = causal(9)
+    (q, k, v), _ = causal(9)
     mask = fa.Mask(causal=True).schema_args("test", q, k)
     _, statistics = definition(q, k, v, 3.0, *mask)
     assert statistics.shape == (1, 2, 9, 3)

@@ -28,6 +28,25 @@ def _fake_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *opti
     )
 
 
+def _cpu(name: str) -> Backend:
+    def load():
+        from . import cpu
+
+        return getattr(cpu, name)
+
+    def supports(*args):
+        from . import cpu
+
+        return cpu.refusal(name, *args)
+
+    def configure(*args):
+        from . import cpu
+
+        return cpu.configure(name, *args)
+
+    return Backend("cpu", load, supports, configure, devices=("cpu",))
+
+
 def _load_reference():
     from .reference import attention
 
@@ -81,7 +100,7 @@ register_op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends=(Backend("reference", _load_reference),),
+    backends=(_cpu("attention"), Backend("reference", _load_reference)),
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -1,0 +1,16 @@
+"""What the attention kernels can be tuned by."""
+
+from ..._config import Parameter, declare
+
+# Rows are rounded up to the kernel's register rows, keys to its panel.
+declare(
+    "attention",
+    "cpu",
+    parameters={
+        "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
+        "block_k": Parameter(64, (32, 64, 128, 192, 256)),
+        "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+    },
+    structural=("dtype", "score", "head_dim", "value_dim"),
+    sizes=("batch", "heads", "kv_heads", "q_length", "k_length"),
+)

@@ -1,0 +1,104 @@
+// How a scaled product becomes an attention weight: one functor a score, in the order of fastattn/scores.py.
+//
+// M is the arithmetic of a vector (or of one float): M::V and static exp2_bounded, exp2_fraction, scale_by_rounded,
+// at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the bias.
+#pragma once
+#include <cstdint>
+
+namespace fastattn {
+
+// What a row or its sequence adds to a score.
+struct ScoreRow {
+  float shift = 0;     // softmax: subtracted from x * c; softplus: added to it
+  float factor = 1;    // sigmoid: 2^(fraction of -bias * log2(e)); softplus: 1 / row sum, when known
+  float exponent = 0;  // sigmoid: the integer part
+};
+
+template <class M>
+struct SoftmaxScore {
+  using V = typename M::V;
+  static constexpr int kCode = 0;
+  static constexpr bool kMaximum = true;     // the row maximum is subtracted before the exponential
+  static constexpr bool kNormalised = true;  // weights are divided by their row sum
+  static constexpr bool kSlope = false;      // the derivative is not the weight itself
+
+  static ScoreRow constants(double) { return {}; }  // a constant bias cancels; only the log-sum-exp has it
+  // Row constants that make weight() the normalised one, from log2 of the row sum (without the bias) .
+  static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
+    return M::exp2_bounded(x * c - row.shift);
+  }
+  static inline __attribute__((always_inline)) V weight_and_slope(V x, float c, const ScoreRow& row, V* slope) {
+    return *slope = weight(x, c, row);
+  }
+};
+
+template <class M>
+struct SigmoidScore {
+  using V = typename M::V;
+  static constexpr int kCode = 1;
+  static constexpr bool kMaximum = false;
+  static constexpr bool kNormalised = false;
+  static constexpr bool kSlope = true;
+
+  // exp(-bias) = factor * 2^exponent: a large bias costs no bits of x.
+  static ScoreRow constants(double bias) {
+    double e = -bias * 1.4426950408889634;
+    e = e > 1e6 ? 1e6 : e < -1e6 ? -1e6 : e;
+    ScoreRow row;
+    row.exponent = (float)__builtin_nearbyint(e);
+    row.factor = (float)__builtin_exp2(e - __builtin_nearbyint(e));
+    return row;
+  }
+  // exp(-(s + bias)), kept between 2^-124.5 and 2^124.5.
+  static inline __attribute__((always_inline)) V odds_against(V x, float c, const ScoreRow& row) {
+    const V y = M::at_most(M::at_least(x * -c, -124.0f - row.exponent), 124.0f - row.exponent);
+    const float round = 12582912.0f + row.exponent;  // see kRound in vec.h
+    const V t = y + round;
+    return M::scale_by_rounded(M::exp2_fraction(y - (t - round)) * row.factor, t);
+  }
+  static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
+    return M::reciprocal(1.0f + odds_against(x, c, row));
+  }
+  static inline __attribute__((always_inline)) V weight_and_slope(V x, float c, const ScoreRow& row, V* slope) {
+    const V odds = odds_against(x, c, row);
+    const V w = M::reciprocal(1.0f + odds);
+    *slope = odds * w * w;
+    return w;
+  }
+};
+
+template <class M>
+struct SoftplusScore {
+  using V = typename M::V;
+  static constexpr int kCode = 2;
+  static constexpr bool kMaximum = false;
+  static constexpr bool kNormalised = true;
+  static constexpr bool kSlope = true;
+
+  static ScoreRow constants(double bias) {
+    ScoreRow row;
+    row.shift = (float)(bias * 1.4426950408889634);
+    return row;
+  }
+  // max(s, 0) + log(1 + e), log(1 + e) = 2 atanh(u) with u = e / (2 + e): accurate for small e too.
+  static inline __attribute__((always_inline)) V softplus(V x, V e) {
+    const V u = e * M::reciprocal(e + 2.0f);
+    const V z = u * u;
+    V p = z * 1.400601048e-1f + 1.400089945e-1f;
+    p = p * z + 2.001076380e-1f;
+    p = p * z + 3.333320814e-1f;
+    return M::at_least(x, 0.0f) * 0.69314718056f + (u + u) * (p * z + 1.0f);
+  }
+  static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
+    x = x * c + row.shift;
+    return softplus(x, M::exp2_bounded(-M::abs(x)));
+  }
+  static inline __attribute__((always_inline)) V weight_and_slope(V x, float c, const ScoreRow& row, V* slope) {
+    x = x * c + row.shift;
+    const V e = M::exp2_bounded(-M::abs(x));
+    *slope = M::select_negative(x, e, V{} + 1.0f) * M::reciprocal(1.0f + e) * row.factor;
+    return softplus(x, e) * row.factor;
+  }
+};
+
+}  // namespace fastattn

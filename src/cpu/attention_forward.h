@@ -1,0 +1,281 @@
+// Tiled attention forward: keys and values are packed once a key head, then blocks of query rows run on their own.
+#pragma once
+
+#include "attention_problem.h"
+#include "scratch.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Memory carved off one allocation, every piece aligned to 64 bytes.
+struct Arena {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = (T*)next;
+    next += round_up(count * (int64_t)sizeof(T), 64);
+    return p;
+  }
+};
+
+// Sizes of the packed operands of one key head, in words.
+template <class Unit>
+struct PackedHead {
+  int64_t capacity;  // steps of keys
+  int64_t key_words, value_words;
+  PackedHead(const Problem& problem, int64_t keys) {
+    capacity = steps_of<Unit>(keys);
+    key_words = round_up(round_up(keys, kPanel) * steps_of<Unit>(problem.head_dim), 16);
+    value_words = round_up(capacity * round_up(problem.value_dim, W), 16);
+  }
+  int64_t words() const { return key_words + value_words; }
+};
+
+// Weights of one row of scores over the columns, in place of them or as bf16; adds them to the row sum.
+template <class Score, bool kMasked, class Out>
+FASTATTN_INLINE void weigh_row(const float* x, Out* out, const Columns& columns, float c, const ScoreRow& constants,
+                               const RowMask& mask, float* sum) {
+  vf total = Score::kNormalised ? load(sum) : vf{};
+  for (int64_t j = columns.begin; j < columns.end; j += W) {
+    vf w = Score::weight(load(x + j), c, constants);
+    if (kMasked && !Score::kMaximum) w = keep(mask.at(j), w);
+    if (Score::kNormalised) total += w;
+    store(out + j, w);
+  }
+  if (Score::kNormalised) store(sum, total);
+}
+
+template <class Unit, class Score>
+struct ForwardBlock {
+  using Word = typename Unit::Word;
+  using Weight = std::conditional_t<Unit::kStep == 2, bf16, float>;
+
+  const Problem& problem;
+  int64_t block_q, block_k, q_steps, out_columns;
+  Word* q;          // (block_q, q_steps)
+  float* scores;    // (block_q, block_k)
+  Weight* weights;  // (block_q, block_k), the scores' own memory when they are floats
+  float* out;       // (block_q, out_columns)
+  float* top;       // (block_q) running maximum of x * c
+  float* sums;      // (block_q, W) running row sum, by lanes
+  RowRanges ranges;
+
+  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k) {
+    const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
+    int64_t words = block_q * (q_steps + block_k + out_columns + 1 + W);
+    if (Unit::kStep == 2) words += block_q * block_k / 2;
+    return words * 4 + RowRanges::bytes(block_q) + 64 * 8;
+  }
+
+  ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena arena)
+      : problem(problem),
+        block_q(block_q),
+        block_k(block_k),
+        q_steps(steps_of<Unit>(problem.head_dim)),
+        out_columns(round_up(problem.value_dim, W)),
+        q(arena.take<Word>(block_q * q_steps)),
+        scores(arena.take<float>(block_q * block_k)),
+        weights(Unit::kStep == 2 ? arena.take<Weight>(block_q * block_k) : (Weight*)scores),
+        out(arena.take<float>(block_q * out_columns)),
+        top(arena.take<float>(block_q)),
+        sums(arena.take<float>(block_q * W)),
+        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+
+  // Rows [first, first + rows) of one query head of a sequence, against its packed keys and values.
+  void run(const Sequence& s, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
+           int64_t capacity) {
+    const AttentionParams& p = problem.p;
+    const int64_t groups = (rows + kRows - 1) / kRows;
+    ranges.fill(s, first, rows);
+    memset(out, 0, size_t(groups * kRows * out_columns) * 4);
+    memset(sums, 0, size_t(groups * kRows * W) * 4);
+    for (int64_t i = 0; i < groups * kRows; i++) top[i] = -__builtin_inff();
+    if (ranges.begin < ranges.end)
+      pack_rows<Unit>(q, q_steps, matrix(p.q, s.batch, head, s.q_begin + first), rows, problem.head_dim, problem.sign);
+    const ScoreRow constants = Score::constants(s.bias);
+    const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, first / block_q, 0, 1);
+    for (int64_t n = ranges.begin / block_k * block_k; n < ranges.end; n += block_k) {
+      const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
+      if (kind == 0) continue;
+      score_tile(n, groups, keys, s.keys);
+      weigh_tile(s, head, first, rows, n, constants, kind == 2);
+      add_values(n, groups, values, capacity, s.keys);
+    }
+    finish(s, head, first, rows);
+  }
+
+  void score_tile(int64_t n, int64_t groups, const Word* keys, int64_t count) {
+    const int64_t end = min64(round_up(min64(ranges.end, count), kPanel), n + block_k);
+    for (int64_t j = n; j < end; j += kPanel) {
+      const Word* panel = keys + j * q_steps;
+      for (int64_t g = 0; g < groups; g++) {
+        if (ranges.group_high[g] <= j || ranges.group_low[g] >= j + kPanel) continue;
+        float* to = scores + g * kRows * block_k + (j - n);
+        product<Unit>(q + g * kRows * q_steps, q_steps, panel, q_steps,
+                      [&](int i, int v, vf x) { store(to + i * block_k + v * W, x); });
+      }
+    }
+  }
+
+  void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n, ScoreRow constants,
+                  bool mixed) {
+    const AttentionParams& p = problem.p;
+    const int64_t there = min64(block_k, s.keys - n);
+    for (int64_t i = 0; i < rows; i++) {
+      const Columns columns(ranges, i / kRows, n, there);
+      if (columns.empty()) continue;
+      float* x = scores + i * block_k;
+      Weight* w = weights + i * block_k;
+      float c = problem.c;
+      if (p.bias.data) {
+        const char* bias =
+            plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
+        add_bias(x, columns, c, bias, p.bias.dtype, there);
+        c = 1;
+      }
+      RowMask mask{clip(ranges.low[i] - n), clip(ranges.high[i] - n), nullptr, there};
+      if (mixed) mask.dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + first + i, s.k_begin + n, 1);
+      const bool all = mask.all(columns);
+      if constexpr (Score::kMaximum) {
+        if (!all)
+          for (int64_t j = columns.begin; j < columns.end; j += W)
+            store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
+        raise_top(x, columns, c, i);
+        constants.shift = top[i] == -__builtin_inff() ? 0.0f : top[i];
+      }
+      if (all || Score::kMaximum)
+        weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W);
+      else
+        weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W);
+    }
+  }
+
+  // The running maximum takes the row's scores in; what is summed so far is rescaled to a larger one.
+  void raise_top(const float* x, const Columns& columns, float c, int64_t i) {
+    static_assert(kPanel % (2 * W) == 0);
+    vf a = splat(-__builtin_inff()), b = a;
+    for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+      a = vmax(a, load(x + j));
+      b = vmax(b, load(x + j + W));
+    }
+    const float found = reduce_max(vmax(a, b)) * c;
+    if (!(found > top[i])) return;
+    if (top[i] != -__builtin_inff()) {
+      const vf factor = splat(exp2_bounded(splat(top[i] - found))[0]);
+      float* o = out + i * out_columns;
+      for (int64_t j = 0; j < out_columns; j += W) store(o + j, load(o + j) * factor);
+      store(sums + i * W, load(sums + i * W) * factor);
+    }
+    top[i] = found;
+  }
+
+  void add_values(int64_t n, int64_t groups, const Word* values, int64_t capacity, int64_t count) {
+    constexpr int64_t kStep = Unit::kStep;
+    const int64_t weight_row = block_k / kStep;
+    for (int64_t d = 0; d < out_columns; d += kPanel) {
+      const int64_t width = min64(kPanel, out_columns - d);
+      const Word* panel = values + d * capacity;
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t begin = max64(ranges.group_low[g], n) / kStep;
+        const int64_t end = (min64(min64(ranges.group_high[g], count), n + block_k) + kStep - 1) / kStep;
+        if (begin >= end) continue;
+        add_product<Unit>(int(width / W), out + g * kRows * out_columns + d, out_columns,
+                          (const Word*)weights + g * kRows * weight_row + (begin - n / kStep), weight_row, 1,
+                          panel + begin * width, end - begin);
+      }
+    }
+  }
+
+  void finish(const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+    const AttentionParams& p = problem.p;
+    const Matrix to = matrix(p.out, s.batch, head, s.q_begin + first);
+    float* lse = p.lse.data
+                     ? (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + first
+                     : nullptr;
+    for (int64_t i = 0; i < rows; i++) {
+      float factor = 1;
+      if (Score::kNormalised) {
+        const float sum = reduce_add(load(sums + i * W));
+        factor = sum == 0 ? 0.0f : 1 / sum;
+        if (lse) {
+          double log_sum = __builtin_log((double)sum);  // -inf for nothing to attend
+          if (Score::kMaximum && sum != 0) log_sum += (double)top[i] * kLn2Double + s.bias;
+          lse[i] = (float)log_sum;
+        }
+      }
+      store_row(to, i, out + i * out_columns, problem.value_dim, factor);
+    }
+  }
+
+  static int32_t clip(int64_t x) { return (int32_t)max64(min64(x, INT32_MAX), INT32_MIN); }
+};
+
+template <class Unit, class Score>
+static void forward_tiled(const AttentionParams& p) {
+  const Problem problem(p);
+  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  int64_t longest_q = 0, longest_k = 0;
+  for (int64_t s = 0; s < problem.sequences; s++) {
+    const Sequence r = problem.sequence(s);
+    longest_q = max64(longest_q, r.q_length);
+    longest_k = max64(longest_k, r.keys);
+  }
+  const PackedHead<Unit> packed(problem, longest_k);
+  const int64_t blocks = (longest_q + block_q - 1) / block_q;
+  const int64_t pairs = problem.sequences * problem.kv_heads;
+  const int64_t wave = max64(1, min64(pairs, p.pack_kib * 256 / max64(packed.words(), 1)));
+  const int64_t block_bytes = round_up(ForwardBlock<Unit, Score>::bytes(problem, block_q, block_k), 4096);
+  char* memory = (char*)cpu::scratch(0, size_t(wave * packed.words() * 4 + p.threads * block_bytes));
+  using Word = typename Unit::Word;
+  Word* store = (Word*)(memory + p.threads * block_bytes);
+
+  constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
+  const int64_t pack_tasks = (longest_k + kPackRows - 1) / kPackRows;
+  for (int64_t begin = 0; begin < pairs; begin += wave) {
+    const int64_t count = min64(wave, pairs - begin);
+    parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int) {
+      const int64_t pair = task / pack_tasks, first = task % pack_tasks * kPackRows;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      const int64_t head = (begin + pair) % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
+      if (rows <= 0) return;
+      Word* to = store + pair * packed.words();
+      pack_transposed<Unit>(to + first * steps_of<Unit>(problem.head_dim),
+                            matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
+      pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
+                        matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
+    });
+    parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
+      const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      // the last rows of a causal sequence have the most keys, so they start first
+      const int64_t first = (blocks - 1 - task % blocks) * block_q;
+      if (first >= s.q_length) return;
+      const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
+      const Word* keys = store + pair * packed.words();
+      ForwardBlock<Unit, Score> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
+      block.run(s, head, first, min64(block_q, s.q_length - first), keys, keys + packed.key_words, packed.capacity);
+    });
+  }
+}
+
+template <class Unit>
+static void forward_scored(const AttentionParams& p) {
+  switch (p.score) {
+    case SoftmaxScore<Arithmetic>::kCode:
+      return forward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
+    case SigmoidScore<Arithmetic>::kCode:
+      return forward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
+    default:
+      return forward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
+  }
+}
+
+static void attention_forward(const AttentionParams& p) {
+#if defined(FASTATTN_BF16_DOT)
+  if (p.q.dtype == DType::bf16) return forward_scored<Pairs>(p);
+#endif
+  forward_scored<Singles>(p);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,199 @@
+// What an attention call asks for, sequence by sequence: the keys each row may attend and where its elements are.
+#pragma once
+
+#include "../common/score.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+struct Arithmetic {
+  typedef vf V;
+  FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded(x); }
+  FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction(x); }
+  FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return FASTATTN_ISA::scale_by_rounded(p, t); }
+  FASTATTN_INLINE vf at_least(vf x, float low) { return FASTATTN_ISA::at_least(x, low); }
+  FASTATTN_INLINE vf at_most(vf x, float high) { return FASTATTN_ISA::at_most(x, high); }
+  FASTATTN_INLINE vf abs(vf x) { return vabs(x); }
+  FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
+  FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
+};
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.69314718f;
+constexpr double kLn2Double = 0.693147180559945309;
+
+// One batch element or one packed document. `keys` of its k_length keys may be attended at all.
+struct Sequence {
+  int64_t batch, q_begin, q_length, k_begin, k_length, keys, prefix;
+  bool causal;
+  int64_t window_left, window_right;
+  double bias;
+
+  // Keys [low, high) that row i may attend; low >= high when there are none.
+  void interval(int64_t i, int32_t* low, int32_t* high) const {
+    const int64_t diagonal = i + k_length - q_length;
+    int64_t lo = 0, hi = keys;
+    if (causal) hi = min64(hi, max64(diagonal + 1, prefix));
+    if (window_left >= 0) lo = max64(lo, diagonal - window_left);
+    if (window_right >= 0) hi = min64(hi, diagonal + window_right + 1);
+    if (hi <= lo) lo = INT32_MAX, hi = 0;
+    *low = (int32_t)lo;
+    *high = (int32_t)hi;
+  }
+};
+
+struct Problem {
+  const AttentionParams& p;
+  int64_t heads, kv_heads, group, head_dim, value_dim;
+  int64_t documents;  // -1: not packed
+  int64_t sequences;  // packed: one more, the rows and keys after the last document
+  float c;            // |scale| * log2(e)
+  float sign;         // of the scale, or 0
+
+  explicit Problem(const AttentionParams& params) : p(params) {
+    heads = p.q.size[1];
+    kv_heads = p.k.size[1];
+    group = heads / kv_heads;
+    head_dim = p.q.size[3];
+    value_dim = p.v.size[3];
+    documents = p.cu_seqlens_q.data ? p.cu_seqlens_q.size[3] - 1 : -1;
+    sequences = documents < 0 ? p.q.size[0] : documents + 1;
+    sign = p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f;
+    c = p.scale == 0 ? 1.0f : (float)(__builtin_fabs(p.scale) * 1.4426950408889634);
+  }
+
+  Sequence sequence(int64_t s) const {
+    Sequence r;
+    const auto index = [](const Tensor& t, int64_t i) { return (int64_t)((const int32_t*)t.data)[i]; };
+    const bool after = s == documents;
+    if (documents < 0) {
+      r.batch = s;
+      r.q_begin = r.k_begin = 0;
+      r.q_length = p.q.size[2];
+      r.k_length = p.k.size[2];
+    } else {
+      r.batch = 0;
+      r.q_begin = index(p.cu_seqlens_q, s);
+      r.k_begin = index(p.cu_seqlens_k, s);
+      r.q_length = (after ? p.q.size[2] : index(p.cu_seqlens_q, s + 1)) - r.q_begin;
+      r.k_length = (after ? p.k.size[2] : index(p.cu_seqlens_k, s + 1)) - r.k_begin;
+    }
+    r.keys = after ? 0 : r.k_length;
+    if (p.key_lengths.data && !after) r.keys = min64(r.keys, index(p.key_lengths, s));
+    r.prefix = p.prefix_lengths.data && !after ? index(p.prefix_lengths, s) : 0;
+    r.causal = p.causal;
+    r.window_left = p.window_left;
+    r.window_right = p.window_right;
+    r.bias = p.default_bias ? -__builtin_log((double)max64(r.keys, 1)) : p.bias_value;
+    return r;
+  }
+};
+
+// Rows from `row` on of one head.
+FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int64_t row) {
+  const int64_t offset = batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
+  const int64_t width = t.dtype == DType::f32 ? 4 : 2;
+  return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
+}
+
+// The keys that the rows of one block attend: [low, high) of each row, and their union for each kRows rows.
+struct RowRanges {
+  int32_t *low, *high;              // (rows)
+  int32_t *group_low, *group_high;  // (rows / kRows)
+  int32_t begin, end;               // union over the block
+
+  static int64_t bytes(int64_t rows) { return round_up((2 * rows + 2 * (rows / kRows)) * 4, 64); }
+
+  RowRanges(void* memory, int64_t capacity) {
+    low = (int32_t*)memory;
+    high = low + capacity;
+    group_low = high + capacity;
+    group_high = group_low + capacity / kRows;
+  }
+  void fill(const Sequence& s, int64_t first, int64_t rows) {
+    begin = INT32_MAX;
+    end = 0;
+    for (int64_t g = 0; g * kRows < rows; g++) {
+      int32_t lo = INT32_MAX, hi = 0;
+      for (int64_t i = g * kRows; i < min64(rows, (g + 1) * kRows); i++) {
+        s.interval(first + i, low + i, high + i);
+        lo = low[i] < lo ? low[i] : lo;
+        hi = high[i] > hi ? high[i] : hi;
+      }
+      group_low[g] = lo;
+      group_high[g] = hi;
+      begin = lo < begin ? lo : begin;
+      end = hi > end ? hi : end;
+    }
+  }
+};
+
+// Columns [begin, end) of a tile of keys from `first` on that a group of rows needs, in whole panels.
+struct Columns {
+  int64_t begin, end;
+  Columns(const RowRanges& r, int64_t g, int64_t first, int64_t keys) {
+    const int64_t lo = max64(r.group_low[g] - first, 0), hi = min64(r.group_high[g] - first, keys);
+    begin = lo < hi ? lo / kPanel * kPanel : 0;
+    end = lo < hi ? round_up(hi, kPanel) : 0;
+  }
+  bool empty() const { return begin >= end; }
+};
+
+// Which keys of a tile one row attends, by vectors of columns.
+struct RowMask {
+  int32_t low, high;     // in columns of the tile
+  const uint8_t* dense;  // its row of the dense mask from the tile's first column on, or null
+  int64_t keys;          // columns that exist
+
+  bool all(const Columns& c) const { return !dense && low <= c.begin && high >= c.end; }
+  vi at(int64_t column) const {
+    const vi j = iota() + (int32_t)column;
+    vi mask = (j >= low) & (j < high);
+    if (dense) {
+      if (column + W <= keys) {
+        mask &= load_bools(dense + column);
+      } else {
+        uint8_t part[W] = {};
+        if (column < keys) memcpy(part, dense + column, size_t(keys - column));
+        mask &= load_bools(part);
+      }
+    }
+    return mask;
+  }
+};
+
+// One head's rows of a tensor broadcast to (B, H, Lq, Lk), null when absent.
+FASTATTN_INLINE const char* plane(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t column,
+                                  int64_t width) {
+  if (!t.data) return nullptr;
+  return (const char*)t.data + (batch * t.stride[0] + head * t.stride[1] + row * t.stride[2] + column) * width;
+}
+
+// x = x * c + bias * log2(e) over the columns of one row; `bias` starts at the tile's first column.
+FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float c, const char* bias, DType dtype,
+                                int64_t keys) {
+  with_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* b = (const T*)bias;
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
+      const vf add = j + W <= keys ? load(b + j) : j < keys ? load_n(b + j, (int)(keys - j)) : vf{};
+      store(x + j, load(x + j) * c + add * kLog2E);
+    }
+  });
+}
+
+// A row of `columns` floats times `factor` to memory of any dtype.
+FASTATTN_NOINLINE void store_row(Matrix to, int64_t row, const float* from, int64_t columns, float factor) {
+  with_dtype(to.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)to.data + row * to.stride;
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) store(out + j, load(from + j) * factor);
+    if (j < columns) store_n(out + j, load(from + j) * factor, (int)(columns - j));
+  });
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

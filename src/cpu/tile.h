@@ -1,0 +1,111 @@
+// Blocked products on packed operands: the building bricks of every attention kernel.
+//
+// A product is C (rows, columns) += A (rows, steps) * B (steps, columns) in registers of kRows x kVecs vectors.
+// A is read by broadcast, from any two strides; B is packed in panels of up to kPanel columns, a panel being
+// (steps, columns of the panel). Operands are made of 32-bit words: one float, or two bf16 that are neighbours
+// along the contracted dimension (steps are then pairs).
+#pragma once
+
+#include "vec.h"
+
+#define FASTATTN_UNROLL _Pragma("GCC unroll 16")
+#define FASTATTN_NOINLINE static __attribute__((noinline))
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+#if defined(__aarch64__)
+constexpr int kVecs = 4;
+#else
+constexpr int kVecs = W == 16 ? 4 : 2;  // 6 x 4 accumulators of 32 registers, 6 x 2 of 16
+#endif
+constexpr int kRows = 6;
+constexpr int kPanel = kVecs * W;
+
+FASTATTN_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Singles {
+  typedef float Word;
+  static constexpr int kStep = 1;  // contracted elements a word holds
+  FASTATTN_INLINE vf multiply_add(vf acc, const Word* a, vf b) { return acc + splat(*a) * b; }
+  FASTATTN_INLINE vf load_b(const Word* b) { return load(b); }
+};
+
+struct Pairs {
+  typedef uint32_t Word;
+  static constexpr int kStep = 2;
+  FASTATTN_INLINE vf multiply_add(vf acc, const Word* a, vu b) { return dot_pairs(acc, splat_u(*a), b); }
+  FASTATTN_INLINE vu load_b(const Word* b) {
+    vu x;
+    memcpy(&x, b, sizeof x);
+    return x;
+  }
+};
+
+// acc += A * B for kRows rows and V vectors of one panel; a_row and a_step are A's strides in words.
+template <class Unit, int V>
+FASTATTN_INLINE void accumulate(vf (&acc)[kRows][V], const typename Unit::Word* a, int64_t a_row, int64_t a_step,
+                                const typename Unit::Word* b, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    decltype(Unit::load_b(b)) column[V];
+    FASTATTN_UNROLL
+    for (int j = 0; j < V; ++j) column[j] = Unit::load_b(b + j * W);
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      FASTATTN_UNROLL
+      for (int j = 0; j < V; ++j) acc[i][j] = Unit::multiply_add(acc[i][j], a + i * a_row, column[j]);
+    }
+    a += a_step;
+    b += V * W;
+  }
+}
+
+// One block of scores: out(i, j) gets row i of kRows and vector j of the panel.
+template <class Unit, class Out>
+FASTATTN_INLINE void product(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b, int64_t steps,
+                             Out out) {
+  vf acc[kRows][kVecs];
+  FASTATTN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTATTN_UNROLL
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = vf{};
+  }
+  accumulate<Unit, kVecs>(acc, a, a_row, 1, b, steps);
+  FASTATTN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTATTN_UNROLL
+    for (int j = 0; j < kVecs; ++j) out(i, j, acc[i][j]);
+  }
+}
+
+template <class Unit, int V>
+FASTATTN_NOINLINE void add_product_block(float* c, int64_t c_row, const typename Unit::Word* a, int64_t a_row,
+                                         int64_t a_step, const typename Unit::Word* b, int64_t steps) {
+  vf acc[kRows][V];
+  FASTATTN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTATTN_UNROLL
+    for (int j = 0; j < V; ++j) acc[i][j] = load(c + i * c_row + j * W);
+  }
+  accumulate<Unit, V>(acc, a, a_row, a_step, b, steps);
+  FASTATTN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTATTN_UNROLL
+    for (int j = 0; j < V; ++j) store(c + i * c_row + j * W, acc[i][j]);
+  }
+}
+
+// C (kRows, vecs * W) += A * B for one panel of `vecs` vectors.
+template <class Unit>
+FASTATTN_INLINE void add_product(int vecs, float* c, int64_t c_row, const typename Unit::Word* a, int64_t a_row,
+                                 int64_t a_step, const typename Unit::Word* b, int64_t steps) {
+  if constexpr (kVecs == 4) {
+    if (vecs == 4) return add_product_block<Unit, 4>(c, c_row, a, a_row, a_step, b, steps);
+    if (vecs == 3) return add_product_block<Unit, 3>(c, c_row, a, a_row, a_step, b, steps);
+  }
+  if (vecs == 2) return add_product_block<Unit, 2>(c, c_row, a, a_row, a_step, b, steps);
+  return add_product_block<Unit, 1>(c, c_row, a, a_row, a_step, b, steps);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,40 @@
+"""The native CPU attention against its definition, on every instruction set this machine runs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import _config, testing
+from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
+
+# small tiles, so that short sequences cross many of their edges
+TILES = {("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096}}
+SCORES = ("softmax", "sigmoid", "softplus")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles():
+    with _config.override(TILES):
+        yield
+
+
+def run(backend, score, mask, **options):
+    def op(q, k, v):
+        return fa.attention(
+            q, k, v, score=score, mask=mask, backend=backend, return_lse=score != "sigmoid", **options
+        )
+
+    return op
+
+
+@given(problem=testing.attention_problems(), score=st.sampled_from(SCORES), dtype=st.sampled_from(DTYPES))
+def test_forward_is_within_the_error_budget(isa, nan_outputs, problem, score, dtype):
+    inputs = problem.inputs(dtype, requires_grad=False)
+    mask = problem.mask()
+    actual = run("cpu", score, mask)(*inputs)
+    testing.assert_within_budget(
+        actual, run("reference", score, mask), inputs, terms=problem.k_len + problem.head_dim
+    )
