@@ -9,6 +9,7 @@ from .ops.attention import attention, sigmoid_attention
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.recurrence import gated, rms_norm, rotary, swiglu
 from .ops.reweighted import softplus_attention
+from .ops.sdpa import scaled_dot_product_attention
 from .ops.vocab import (
     linear_cross_entropy,
     nearest_codes,
@@ -36,6 +37,7 @@ __all__ = [
     "nearest_codes",
     "rms_norm",
     "rotary",
+    "scaled_dot_product_attention",
     "set_backend",
     "sigmoid_attention",
     "sinkhorn",

@@ -1,0 +1,151 @@
+"""torch.nn.functional.scaled_dot_product_attention by fastattn's kernels."""
+
+import torch
+
+from .. import _checks
+from ..masks import Mask
+from .attention import attention
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """softmax(scale * query key^T + mask) value, with torch's arguments and torch's meaning of each.
+
+    `torch.nn.functional.scaled_dot_product_attention = fastattn.scaled_dot_product_attention` runs an
+    unmodified model. Differentiable in query, key, value and a floating attn_mask.
+
+    query: (..., Lq, D); key: (..., Lk, D); value: (..., Lk, Dv): one floating dtype and device, 2 or more
+        dimensions, leading ones broadcast.
+    attn_mask: broadcastable to (..., Lq, Lk). bool: True = attend. Floating, of query's dtype or float32:
+        added to the scaled scores (float32 beside a narrower query computes in float32).
+    dropout_p: only 0.
+    is_causal: query i attends keys up to i, the first query aligned with the first key, whatever the
+        lengths. With an attn_mask, both apply.
+    scale: default 1/sqrt(D).
+    enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads serves that many.
+
+    Returns (..., Lq, Dv). A row with nothing to attend to is 0, as in torch. Raises ValueError, TypeError or
+    NotImplementedError naming the argument.
+    """
+    op = "scaled_dot_product_attention"
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _checks.check_tensor(op, name, t)
+        if t.dim() < 2:
+            raise ValueError(
+                f"fastattn.{op}: {name} must have 2 or more dimensions, given {_checks.describe(t)}"
+            )
+    _checks.check_floating(op, query=query, key=key, value=value)
+    if dropout_p != 0:
+        raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"fastattn.{op}: key has head dim {key.shape[-1]}, query has {query.shape[-1]}; they must agree"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"fastattn.{op}: value has length {value.shape[-2]}, key has {key.shape[-2]}; they must agree"
+        )
+    dtype = query.dtype
+    if attn_mask is not None:
+        _check_mask(op, attn_mask, query)
+        if attn_mask.is_floating_point() and attn_mask.dtype != dtype:
+            query, key, value = query.float(), key.float(), value.float()
+    lq, lk = query.shape[-2], key.shape[-2]
+    q, k, v, leading = _four_dims(op, query, key, value, enable_gqa)
+    bias = dense = None
+    if attn_mask is not None:
+        mask = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
+        dense, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+    window = None
+    if is_causal:
+        # fastattn aligns the last query with the last key: keys past the last query are cut, queries past the
+        # last key shift the diagonal
+        if lk > lq:
+            k, v, dense, bias = k[:, :, :lq], v[:, :, :lq], _first_keys(dense, lq), _first_keys(bias, lq)
+        window = (None, max(lq - lk, 0))
+    mask = Mask(window=window, dense=dense) if window is not None or dense is not None else None
+    out = attention(q, k, v, scale=scale, bias=bias, mask=mask)
+    return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
+
+
+def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:
+    _checks.check_tensor(op, "attn_mask", mask)
+    _checks.check_same_device(op, query=query, attn_mask=mask)
+    if mask.dtype not in (torch.bool, query.dtype) and not (
+        mask.dtype == torch.float32 and query.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"fastattn.{op}: attn_mask must be bool, float32 or query's {query.dtype}, given {mask.dtype}"
+        )
+    if mask.dim() < 2:
+        raise ValueError(
+            f"fastattn.{op}: attn_mask must broadcast to (..., Lq, Lk) and have 2 or more dimensions, given"
+            f" {_checks.describe(mask)}"
+        )
+
+
+def _four_dims(
+    op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """q, k, v as (B, H, L, D), and the leading dims of the result that B and H stand for."""
+    shared = 2
+    if enable_gqa:
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if t.dim() < 3:
+                raise ValueError(
+                    f"fastattn.{op}: {name} must have 3 or more dimensions with enable_gqa, given"
+                    f" {_checks.describe(t)}"
+                )
+        heads = query.shape[-3]
+        for name, t in (("key", key), ("value", value)):
+            if t.shape[-3] == 0 or heads % t.shape[-3]:
+                raise ValueError(
+                    f"fastattn.{op}: {name} has {t.shape[-3]} heads, which does not divide query's {heads}"
+                )
+        if key.shape[-3] != value.shape[-3]:
+            key = key.repeat_interleave(heads // key.shape[-3], dim=-3)
+            value = value.repeat_interleave(heads // value.shape[-3], dim=-3)
+        shared = 3
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-shared] for t in (query, key, value)))
+    except RuntimeError:
+        raise ValueError(
+            f"fastattn.{op}: the leading dims of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
+            f" {tuple(value.shape)} do not broadcast"
+        ) from None
+
+    def expand(t: torch.Tensor) -> torch.Tensor:
+        t = t.expand(*batch, *t.shape[-shared:])
+        while t.dim() < 4:
+            t = t.unsqueeze(0)
+        return t.flatten(0, -4) if t.dim() > 4 else t
+
+    leading = (*batch, query.shape[-3]) if enable_gqa else tuple(batch)
+    return expand(query), expand(key), expand(value), leading
+
+
+def _mask_four_dims(op: str, mask: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
+    """`mask`, broadcastable to `full` = (..., Lq, Lk), as at most (B, H, Lq, Lk) with every dim 1 or full."""
+    padded = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > len(full) or any(a not in (1, b) for a, b in zip(padded, full, strict=True)):
+        raise ValueError(
+            f"fastattn.{op}: attn_mask of shape {tuple(mask.shape)} does not broadcast to (..., Lq, Lk) = {full}"
+        )
+    if len(full) <= 4:
+        return mask
+    batch = padded[:-3]
+    if any(n != 1 for n in batch):
+        return mask.expand(*full[:-3], *padded[-3:]).flatten(0, -4)
+    return mask.reshape(padded[-3:])
+
+
+def _first_keys(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    return mask if mask is None or mask.shape[-1] == 1 else mask[..., :keys]
