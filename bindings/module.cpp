@@ -124,4 +124,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("gated_backward", run(&KernelTable::gated_backward));
   m.def("rotary", run(&KernelTable::rotary));
   m.def("attention_forward", run(&KernelTable::attention_forward));
+  m.def("attention_backward", run(&KernelTable::attention_backward));
 }

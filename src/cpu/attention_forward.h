@@ -7,17 +7,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Memory carved off one allocation, every piece aligned to 64 bytes.
-struct Arena {
-  char* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = (T*)next;
-    next += round_up(count * (int64_t)sizeof(T), 64);
-    return p;
-  }
-};
-
 // Sizes of the packed operands of one key head, in words.
 template <class Unit>
 struct PackedHead {
@@ -133,8 +122,7 @@ struct ForwardBlock {
         add_bias(x, columns, c, bias, p.bias.dtype, there);
         c = 1;
       }
-      RowMask mask{clip(ranges.low[i] - n), clip(ranges.high[i] - n), nullptr, there};
-      if (mixed) mask.dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + first + i, s.k_begin + n, 1);
+      const RowMask mask(p, s, ranges, head, first, i, n, there, mixed);
       const bool all = mask.all(columns);
       if constexpr (Score::kMaximum) {
         if (!all)
@@ -206,8 +194,6 @@ struct ForwardBlock {
       store_row(to, i, out + i * out_columns, problem.value_dim, factor);
     }
   }
-
-  static int32_t clip(int64_t x) { return (int32_t)max64(min64(x, INT32_MAX), INT32_MIN); }
 };
 
 template <class Unit, class Score>

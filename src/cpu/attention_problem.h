@@ -31,16 +31,20 @@ struct Sequence {
   int64_t window_left, window_right;
   double bias;
 
-  // Keys [low, high) that row i may attend; low >= high when there are none.
-  void interval(int64_t i, int32_t* low, int32_t* high) const {
+  // Both never decrease with the row.
+  int64_t first_key(int64_t i) const { return window_left < 0 ? 0 : max64(0, i + k_length - q_length - window_left); }
+  int64_t end_key(int64_t i) const {
     const int64_t diagonal = i + k_length - q_length;
-    int64_t lo = 0, hi = keys;
-    if (causal) hi = min64(hi, max64(diagonal + 1, prefix));
-    if (window_left >= 0) lo = max64(lo, diagonal - window_left);
-    if (window_right >= 0) hi = min64(hi, diagonal + window_right + 1);
-    if (hi <= lo) lo = INT32_MAX, hi = 0;
-    *low = (int32_t)lo;
-    *high = (int32_t)hi;
+    int64_t end = keys;
+    if (causal) end = min64(end, max64(diagonal + 1, prefix));
+    if (window_right >= 0) end = min64(end, diagonal + window_right + 1);
+    return end;
+  }
+  // Keys [low, high) that row i may attend; low > high when there are none.
+  void interval(int64_t i, int32_t* low, int32_t* high) const {
+    const int64_t first = first_key(i), end = end_key(i);
+    *low = first < end ? (int32_t)first : INT32_MAX;
+    *high = first < end ? (int32_t)end : 0;
   }
 };
 
@@ -98,6 +102,17 @@ FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int6
   return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
 }
 
+// Memory carved off one allocation, every piece aligned to 64 bytes.
+struct Arena {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = (T*)next;
+    next += round_up(count * (int64_t)sizeof(T), 64);
+    return p;
+  }
+};
+
 // The keys that the rows of one block attend: [low, high) of each row, and their union for each kRows rows.
 struct RowRanges {
   int32_t *low, *high;              // (rows)
@@ -141,12 +156,25 @@ struct Columns {
   bool empty() const { return begin >= end; }
 };
 
+// One head's rows of a tensor broadcast to (B, H, Lq, Lk), null when absent.
+FASTATTN_INLINE const char* plane(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t column,
+                                  int64_t width) {
+  if (!t.data) return nullptr;
+  return (const char*)t.data + (batch * t.stride[0] + head * t.stride[1] + row * t.stride[2] + column) * width;
+}
+
 // Which keys of a tile one row attends, by vectors of columns.
 struct RowMask {
   int32_t low, high;     // in columns of the tile
   const uint8_t* dense;  // its row of the dense mask from the tile's first column on, or null
   int64_t keys;          // columns that exist
 
+  // Row `row` of a block of rows from `first` on, a tile of keys from `n` on; dense counts only in a mixed tile.
+  RowMask(const AttentionParams& p, const Sequence& s, const RowRanges& ranges, int64_t head, int64_t first,
+          int64_t row, int64_t n, int64_t keys, bool mixed)
+      : low(ranges.low[row] - (int32_t)n), high(ranges.high[row] - (int32_t)n), dense(nullptr), keys(keys) {
+    if (mixed) dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + first + row, s.k_begin + n, 1);
+  }
   bool all(const Columns& c) const { return !dense && low <= c.begin && high >= c.end; }
   vi at(int64_t column) const {
     const vi j = iota() + (int32_t)column;
@@ -163,13 +191,6 @@ struct RowMask {
     return mask;
   }
 };
-
-// One head's rows of a tensor broadcast to (B, H, Lq, Lk), null when absent.
-FASTATTN_INLINE const char* plane(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t column,
-                                  int64_t width) {
-  if (!t.data) return nullptr;
-  return (const char*)t.data + (batch * t.stride[0] + head * t.stride[1] + row * t.stride[2] + column) * width;
-}
 
 // x = x * c + bias * log2(e) over the columns of one row; `bias` starts at the tile's first column.
 FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float c, const char* bias, DType dtype,

@@ -14,6 +14,7 @@ struct KernelTable {
   void (*gated_backward)(const GateParams&);
   void (*rotary)(const RotaryParams&);
   void (*attention_forward)(const AttentionParams&);
+  void (*attention_backward)(const AttentionParams&);
 };
 
 namespace cpu {

@@ -10,7 +10,10 @@ from fastattn import _config, testing
 from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
 
 # small tiles, so that short sequences cross many of their edges
-TILES = {("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096}}
+TILES = {
+    ("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096},
+    ("attention_backward", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096},
+}
 SCORES = ("softmax", "sigmoid", "softplus")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,4 +40,16 @@ def test_forward_is_within_the_error_budget(isa, nan_outputs, problem, score, dt
     actual = run("cpu", score, mask)(*inputs)
     testing.assert_within_budget(
         actual, run("reference", score, mask), inputs, terms=problem.k_len + problem.head_dim
+    )
+
+
+@given(problem=testing.attention_problems(), score=st.sampled_from(SCORES), dtype=st.sampled_from(DTYPES))
+def test_gradients_are_within_the_error_budget(isa, nan_outputs, problem, score, dtype):
+    mask = problem.mask()
+    testing.check_op(
+        run("cpu", score, mask),
+        run("reference", score, mask),
+        problem.inputs(dtype),
+        terms=problem.k_len * max(1, problem.heads // problem.kv_heads) + problem.q_len + problem.head_dim,
+        names=("q", "k", "v"),
     )

@@ -64,54 +64,98 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
     return t.expand(shape)
 
 
-def attention(
-    q,
-    k,
-    v,
-    bias,
-    score,
-    scale,
-    bias_value,
-    causal,
-    window_left,
-    window_right,
-    prefix_lengths,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    key_lengths,
-    dense,
-):
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    config = _lookup("attention", q, k, v, score).values
-    plane = (*q.shape[:3], k.shape[2])
-    _native.kernel("attention_forward")(
+def _mask_fields(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    prefix_lengths: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    key_lengths: torch.Tensor | None,
+    dense: torch.Tensor | None,
+) -> dict:
+    return {
+        "causal": int(causal),
+        "window_left": window_left,
+        "window_right": window_right,
+        "prefix_lengths": prefix_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "key_lengths": key_lengths,
+        "dense": _plane(dense, (*q.shape[:3], k.shape[2])),
+    }
+
+
+def _call(
+    name: str, q, k, v, bias, score: int, scale: float, bias_value: float | None, mask, **tensors
+) -> None:
+    _native.kernel(name)(
         _native.params(
             "AttentionParams",
             q=_rows(q),
             k=_rows(k),
             v=_rows(v),
-            out=out,
-            lse=lse if lse.numel() else None,
-            bias=_plane(bias, plane),
-            dense=_plane(dense, plane),
-            prefix_lengths=prefix_lengths,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            key_lengths=key_lengths,
+            bias=_plane(bias, (*q.shape[:3], k.shape[2])),
+            score=score,
             scale=scale,
             bias_value=bias_value or 0.0,
-            default_bias=int(bias_value is None and bias is None),
-            score=score,
-            causal=int(causal),
-            window_left=window_left,
-            window_right=window_right,
+            default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None),
             threads=_native.threads(),
-            **config,
+            **_mask_fields(q, k, *mask),
+            **tensors,
         )
     )
+
+
+def attention(q, k, v, bias, score, scale, bias_value, *mask):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
+    if out.numel():
+        config = _lookup("attention", q, k, v, score).values
+        statistics = lse if lse.numel() else None
+        _call(
+            "attention_forward",
+            q,
+            k,
+            v,
+            bias,
+            score,
+            scale,
+            bias_value,
+            mask,
+            out=out,
+            lse=statistics,
+            **config,
+        )
     return out, lse
+
+
+def attention_backward(
+    grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, scale, bias_value, *mask
+):
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    normalised = BY_CODE[score].normalised
+    _call(
+        "attention_backward",
+        q,
+        k,
+        v,
+        bias,
+        score,
+        scale,
+        bias_value,
+        mask,
+        out=out,
+        lse=lse if normalised else None,
+        grad_out=_rows(grad_out),
+        grad_lse=grad_lse if normalised else None,
+        grad_q=grads[0],
+        grad_k=grads[1],
+        grad_v=grads[2],
+        **_lookup("attention_backward", q, k, v, score).values,
+    )
+    return *grads, q.new_empty(0)

@@ -109,5 +109,5 @@ register_op(
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool bias_grad, "
     f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(Backend("reference", _load_reference_backward),),
+    backends=(_cpu("attention_backward"), Backend("reference", _load_reference_backward)),
 )

@@ -14,3 +14,15 @@ declare(
     structural=("dtype", "score", "head_dim", "value_dim"),
     sizes=("batch", "heads", "kv_heads", "q_length", "k_length"),
 )
+
+declare(
+    "attention_backward",
+    "cpu",
+    parameters={
+        "block_q": Parameter(48, (24, 48, 72, 96, 144, 192)),
+        "block_k": Parameter(96, (32, 64, 96, 128, 192, 256)),
+        "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+    },
+    structural=("dtype", "score", "head_dim", "value_dim"),
+    sizes=("batch", "heads", "kv_heads", "q_length", "k_length"),
+)

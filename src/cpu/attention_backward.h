@@ -1,0 +1,423 @@
+// Tiled attention backward: dV = P^T dO, dS = slope * (dO V^T - delta), dK = scale * dS^T Q, dQ = scale * dS K, with
+// the weights P recomputed from the row statistics. Keys are the outer loop: a task owns the key blocks of one slice of
+// one key head, so nobody else writes their dK and dV, and adds its share of dQ to a buffer of its own; shares are
+// summed in order.
+#pragma once
+
+#include "attention_problem.h"
+#include "scratch.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// The query side of one query head, packed: rows as the left operand and as the right one.
+template <class Unit>
+struct PackedQueries {
+  using Word = typename Unit::Word;
+  int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
+  int64_t row_words, grad_row_words, panel_words, grad_panel_words, share_words;
+
+  PackedQueries(const Problem& problem, int64_t rows, int64_t slices)
+      : capacity(rows),
+        q_steps(steps_of<Unit>(problem.head_dim)),
+        o_steps(steps_of<Unit>(problem.value_dim)),
+        q_columns(round_up(problem.head_dim, W)),
+        o_columns(round_up(problem.value_dim, W)),
+        slices(slices) {
+    row_words = round_up(rows * q_steps, 16);
+    grad_row_words = round_up(rows * o_steps, 16);
+    panel_words = round_up(steps_of<Unit>(rows) * q_columns, 16);
+    grad_panel_words = round_up(steps_of<Unit>(rows) * o_columns, 16);
+    share_words = round_up(rows * q_columns, 16);
+  }
+  int64_t words() const {
+    return row_words + grad_row_words + panel_words + grad_panel_words + 2 * round_up(capacity, 16) +
+           slices * share_words;
+  }
+
+  struct View {
+    Word *rows, *grad_rows, *panels, *grad_panels;
+    float* statistic;  // softmax: subtracted from x * c; softplus: 1 / row sum
+    float* delta;      // sum(dO * O) - dlse
+    float* shares;     // (slices, capacity, q_columns) of dQ / scale
+  };
+  View view(char* memory) const {
+    Arena arena{memory};
+    View v;
+    v.rows = arena.take<Word>(row_words);
+    v.grad_rows = arena.take<Word>(grad_row_words);
+    v.panels = arena.take<Word>(panel_words);
+    v.grad_panels = arena.take<Word>(grad_panel_words);
+    v.statistic = arena.take<float>(capacity);
+    v.delta = arena.take<float>(capacity);
+    v.shares = arena.take<float>(slices * share_words);
+    return v;
+  }
+};
+
+// sum(a * b) of two rows of any one dtype.
+FASTATTN_NOINLINE float dot_rows(Matrix a, Matrix b, int64_t row, int64_t columns) {
+  float result = 0;
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *x = (const T*)a.data + row * a.stride, *y = (const T*)b.data + row * b.stride;
+    vf sum{};
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) sum += load(x + j) * load(y + j);
+    if (j < columns) sum += load_n(x + j, (int)(columns - j)) * load_n(y + j, (int)(columns - j));
+    result = reduce_add(sum);
+  });
+  return result;
+}
+
+// Rows [first, first + rows) of one head to its packed operands and statistics.
+template <class Unit, class Score>
+static void pack_queries(const Problem& problem, const PackedQueries<Unit>& packed,
+                         const typename PackedQueries<Unit>::View& to, const Sequence& s, int64_t head, int64_t first,
+                         int64_t rows) {
+  const AttentionParams& p = problem.p;
+  const int64_t row = s.q_begin + first;
+  const Matrix q = matrix(p.q, s.batch, head, row), grad = matrix(p.grad_out, s.batch, head, row);
+  pack_rows<Unit>(to.rows + first * packed.q_steps, packed.q_steps, q, rows, problem.head_dim, problem.sign);
+  pack_rows<Unit>(to.grad_rows + first * packed.o_steps, packed.o_steps, grad, rows, problem.value_dim, 1.0f);
+  const int64_t capacity = steps_of<Unit>(packed.capacity);
+  pack_panels<Unit>(to.panels, capacity, first / Unit::kStep, q, rows, problem.head_dim);
+  pack_panels<Unit>(to.grad_panels, capacity, first / Unit::kStep, grad, rows, problem.value_dim);
+  const int64_t padded = round_up(rows, kRows);
+  memset(to.statistic + first, 0, size_t(padded) * 4);
+  memset(to.delta + first, 0, size_t(padded) * 4);
+  if (!Score::kNormalised) return;
+  const Matrix out = matrix(p.out, s.batch, head, row);
+  const auto statistic = [&](const Tensor& t) {
+    return (const float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
+  };
+  const float* lse = statistic(p.lse);
+  for (int64_t i = 0; i < rows; i++) {
+    const double z = lse[i * p.lse.stride[3]];
+    const bool nothing = z == -__builtin_inf();
+    float delta = nothing ? 0.0f : dot_rows(grad, out, i, problem.value_dim);
+    if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
+    to.delta[first + i] = delta;
+    if (Score::kMaximum)
+      to.statistic[first + i] = nothing ? __builtin_inff() : (float)((z - s.bias) / kLn2Double);
+    else
+      to.statistic[first + i] = nothing ? 0.0f : (float)__builtin_exp(-z);
+  }
+}
+
+template <class Unit, class Score>
+struct BackwardBlock {
+  using Word = typename Unit::Word;
+  using Queries = PackedQueries<Unit>;
+  static constexpr int64_t kStep = Unit::kStep;
+
+  const Problem& problem;
+  const Queries& packed;
+  int64_t block_q, block_k, row;      // row: columns between rows of a tile
+  Word *keys, *key_panels, *values;   // K^T and V^T to contract head dims, K to contract keys
+  float *grad_keys, *grad_values;     // (block_k, head dims)
+  float *weights, *slopes;            // (block_q, row); slopes become dS and are the weights' memory for softmax
+  Word *weights_t, *grads_t, *grads;  // what the products read: the same memory for floats, bf16 pairs otherwise
+  RowRanges ranges;
+
+  static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
+
+  // Takes every buffer from the arena and touches none.
+  BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
+      : problem(problem),
+        packed(packed),
+        block_q(block_q),
+        block_k(block_k),
+        row(padded_row(block_k)),
+        keys(arena.take<Word>(block_k * packed.q_steps)),
+        key_panels(arena.take<Word>(steps_of<Unit>(block_k) * packed.q_columns)),
+        values(arena.take<Word>(block_k * packed.o_steps)),
+        grad_keys(arena.take<float>(row * packed.q_columns)),
+        grad_values(arena.take<float>(row * packed.o_columns)),
+        weights(arena.take<float>(block_q * row)),
+        slopes(Score::kSlope ? arena.take<float>(block_q * row) : weights),
+        weights_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)weights),
+        grads_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)slopes),
+        grads(kStep == 2 ? arena.take<Word>(block_q * row / 2) : (Word*)slopes),
+        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+
+  // Keys [n, n + block_k) of one key head against every row of its query heads.
+  void run(const Sequence& s, int64_t kv_head, int64_t n, const char* memory, int64_t slice) {
+    const AttentionParams& p = problem.p;
+    const int64_t owned = min64(block_k, s.k_length - n), there = min64(owned, s.keys - n);
+    memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
+    memset(grad_values, 0, size_t(row * packed.o_columns) * 4);
+    if (there > 0 && s.q_length > 0) {
+      const Matrix k = matrix(p.k, s.batch, kv_head, s.k_begin + n), v = matrix(p.v, s.batch, kv_head, s.k_begin + n);
+      pack_transposed<Unit>(keys, k, there, problem.head_dim);
+      pack_transposed<Unit>(values, v, there, problem.value_dim);
+      pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
+      for (int64_t g = 0; g < problem.group; g++) {
+        const typename Queries::View queries = packed.view((char*)memory + g * packed.words() * 4);
+        const int64_t head = kv_head * problem.group + g;
+        for (int64_t m = 0; m < s.q_length; m += block_q) {
+          const int64_t rows = min64(block_q, s.q_length - m);
+          if (s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) continue;
+          tile(s, head, m, rows, n, there, queries, slice);
+        }
+      }
+    }
+    // rows of masked keys may have met leftovers of another tile in the last group of rows
+    for (int64_t j = max64(there, 0); j < owned; j++) {
+      memset(grad_keys + j * packed.q_columns, 0, size_t(packed.q_columns) * 4);
+      memset(grad_values + j * packed.o_columns, 0, size_t(packed.o_columns) * 4);
+    }
+    const Matrix dk = matrix(p.grad_k, s.batch, kv_head, s.k_begin + n),
+                 dv = matrix(p.grad_v, s.batch, kv_head, s.k_begin + n);
+    for (int64_t j = 0; j < owned; j++) {
+      store_row(dk, j, grad_keys + j * packed.q_columns, problem.head_dim, (float)p.scale);
+      store_row(dv, j, grad_values + j * packed.o_columns, problem.value_dim, 1.0f);
+    }
+  }
+
+  void tile(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there,
+            const typename Queries::View& queries, int64_t slice) {
+    const AttentionParams& p = problem.p;
+    const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, m / block_q, n / block_k, 1);
+    const int kind = classes ? *classes : p.dense.data ? 2 : 1;
+    if (kind == 0) return;
+    ranges.fill(s, m, rows);
+    const int64_t groups = (rows + kRows - 1) / kRows, used = round_up(there, kPanel);
+
+    const Word* q = queries.rows + m * packed.q_steps;
+    over_panels(groups, n, there, [&](int64_t g, int64_t j) {
+      float* to = weights + g * kRows * row + j;
+      product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
+                    [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
+    });
+    weigh(s, head, m, rows, n, there, used, queries, kind == 2);
+    pair_rows(weights, weights_t, groups, used);
+    contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
+
+    const Word* grad = queries.grad_rows + m * packed.o_steps;
+    over_panels(groups, n, there, [&](int64_t g, int64_t j) {
+      float* to = slopes + g * kRows * row + j;
+      const float* delta = queries.delta + m + g * kRows;
+      product<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
+                    [&](int i, int v, vf x) {
+                      float* at = to + i * row + v * W;
+                      store(at, load(at) * (x - delta[i]));
+                    });
+    });
+    pair_rows(slopes, grads_t, groups, used);
+    contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
+    pair_columns(groups, used);
+    float* share = queries.shares + slice * packed.share_words + m * packed.q_columns;
+    contract_keys(share, groups, n, there);
+  }
+
+  // f(group of rows, first column) for every panel of the tile that some row of the group attends.
+  template <class F>
+  FASTATTN_INLINE void over_panels_of(const RowRanges& ranges, int64_t groups, int64_t n, int64_t there, const F& f) {
+    for (int64_t j = 0; j < there; j += kPanel)
+      for (int64_t g = 0; g < groups; g++)
+        if (ranges.group_high[g] > n + j && ranges.group_low[g] < n + j + kPanel) f(g, j);
+  }
+  template <class F>
+  void over_panels(int64_t groups, int64_t n, int64_t there, const F& f) {
+    over_panels_of(ranges, groups, n, there, f);
+  }
+
+  // Scores to normalised weights and slopes; what no row attends becomes zero.
+  void weigh(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there, int64_t used,
+             const typename Queries::View& queries, bool mixed) {
+    const AttentionParams& p = problem.p;
+    ScoreRow constants = Score::constants(s.bias);
+    for (int64_t i = 0; i < round_up(rows, kRows); i++) {
+      float *x = weights + i * row, *slope = slopes + i * row;
+      const Columns columns(ranges, i / kRows, n, there);
+      if (i >= rows || columns.empty()) {
+        memset(x, 0, size_t(used) * 4);
+        if (Score::kSlope) memset(slope, 0, size_t(used) * 4);
+        continue;
+      }
+      for (float* t : {x, slope}) {
+        memset(t, 0, size_t(columns.begin) * 4);
+        memset(t + columns.end, 0, size_t(used - columns.end) * 4);
+      }
+      float c = problem.c;
+      if (p.bias.data) {
+        const char* bias =
+            plane(p.bias, s.batch, head, s.q_begin + m + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
+        add_bias(x, columns, c, bias, p.bias.dtype, there);
+        c = 1;
+      }
+      if (Score::kMaximum) constants.shift = queries.statistic[m + i];
+      if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
+      const RowMask mask(p, s, ranges, head, m, i, n, there, mixed);
+      if (mask.all(columns))
+        weigh_row<false>(x, slope, columns, c, constants, mask);
+      else
+        weigh_row<true>(x, slope, columns, c, constants, mask);
+    }
+  }
+  template <bool kMasked>
+  FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,
+                                 const RowMask& mask) {
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
+      vf t, w = Score::weight_and_slope(load(x + j), c, constants, &t);
+      if (kMasked) {
+        const vi attended = mask.at(j);
+        w = keep(attended, w);
+        t = keep(attended, t);
+      }
+      store(x + j, w);
+      if (Score::kSlope) store(slope + j, t);
+    }
+  }
+
+  // bf16 pairs of neighbouring rows, a word a column: (rows / 2, row).
+  void pair_rows(const float* from, Word* to, int64_t groups, int64_t used) {
+    if constexpr (kStep == 2) {
+      for (int64_t i = 0; i < groups * kRows; i += 2)
+        for (int64_t j = 0; j < used; j += W) {
+          const vu low = widen(to_bf16(load(from + i * row + j))),
+                   high = widen(to_bf16(load(from + (i + 1) * row + j)));
+          const vu x = low | (high << 16);
+          memcpy(to + i / 2 * row + j, &x, sizeof x);
+        }
+    } else {
+      (void)from, (void)to, (void)groups, (void)used;
+    }
+  }
+  // dS as bf16, so that neighbouring keys are pairs: (rows, row / 2).
+  void pair_columns(int64_t groups, int64_t used) {
+    if constexpr (kStep == 2) {
+      for (int64_t i = 0; i < groups * kRows; i++)
+        for (int64_t j = 0; j < used; j += W) store((bf16*)grads + i * row + j, load(slopes + i * row + j));
+    } else {
+      (void)groups, (void)used;
+    }
+  }
+
+  // to (keys, columns) += tile^T (keys, rows) * panels (rows, columns), over the rows that attend any of kRows keys.
+  void contract_rows(const Word* tile_t, const Word* panels, int64_t m, int64_t rows, int64_t groups, int64_t n,
+                     int64_t there, float* to, int64_t columns) {
+    for (int64_t j = 0; j < there; j += kRows) {
+      int64_t first = 0, end = groups;
+      const auto misses = [&](int64_t g) {
+        return ranges.group_high[g] <= n + j || ranges.group_low[g] >= n + j + kRows;
+      };
+      while (first < end && misses(first)) first++;
+      while (first < end && misses(end - 1)) end--;
+      const int64_t begin = first * kRows / kStep, steps = (min64(end * kRows, rows) + kStep - 1) / kStep - begin;
+      if (steps <= 0) continue;
+      for (int64_t d = 0; d < columns; d += kPanel) {
+        const int64_t width = min64(kPanel, columns - d);
+        add_product<Unit>(int(width / W), to + j * columns + d, columns, tile_t + begin * row + j, 1, row,
+                          panels + d * steps_of<Unit>(packed.capacity) + (m / kStep + begin) * width, steps);
+      }
+    }
+  }
+
+  // dQ / scale += dS (rows, keys) * K (keys, columns).
+  void contract_keys(float* to, int64_t groups, int64_t n, int64_t there) {
+    const int64_t columns = packed.q_columns;
+    for (int64_t d = 0; d < columns; d += kPanel) {
+      const int64_t width = min64(kPanel, columns - d);
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t begin = max64(ranges.group_low[g] - n, 0) / kStep;
+        const int64_t end = (min64(ranges.group_high[g] - n, there) + kStep - 1) / kStep;
+        if (begin >= end) continue;
+        add_product<Unit>(int(width / W), to + g * kRows * columns + d, columns,
+                          grads + g * kRows * (row / kStep) + begin, row / kStep, 1,
+                          key_panels + d * steps_of<Unit>(block_k) + begin * width, end - begin);
+      }
+    }
+  }
+};
+
+template <class Unit, class Score>
+static void backward_tiled(const AttentionParams& p) {
+  const Problem problem(p);
+  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  int64_t longest_q = 0, longest_k = 0;
+  for (int64_t i = 0; i < problem.sequences; i++) {
+    const Sequence s = problem.sequence(i);
+    longest_q = max64(longest_q, s.q_length);
+    longest_k = max64(longest_k, s.k_length);
+  }
+  const int64_t blocks = (longest_q + block_q - 1) / block_q;
+  const int64_t pairs = problem.sequences * problem.kv_heads;
+  if (pairs == 0) return;
+  // from what does not change with the documents, so that neither do their gradients
+  const int64_t heads = p.k.size[0] * problem.kv_heads;
+  const int64_t slices = heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads;
+
+  const PackedQueries<Unit> packed(problem, blocks * block_q, slices);
+  const int64_t pair_bytes = problem.group * packed.words() * 4;
+  const int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
+  char* const origin = (char*)4096;
+  Arena measure{origin};
+  BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, measure);
+  const int64_t block_bytes = round_up(measure.next - origin, 4096);
+  char* memory = (char*)cpu::scratch(0, size_t(p.threads * block_bytes + wave * pair_bytes));
+  memset(memory, 0, size_t(p.threads * block_bytes));
+  char* store = memory + p.threads * block_bytes;
+
+  for (int64_t begin = 0; begin < pairs; begin += wave) {
+    const int64_t count = min64(wave, pairs - begin);
+    const int64_t row_tasks = count * problem.group * blocks;
+    // f(view, sequence, query head, first row, rows) for one block of rows of one query head
+    const auto over_rows = [&](const auto& f) {
+      parallel_items(row_tasks, p.threads, [&](int64_t task, int) {
+        const int64_t pair = task / (problem.group * blocks), g = task / blocks % problem.group;
+        const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+        const int64_t first = task % blocks * block_q;
+        if (first >= s.q_length) return;
+        f(packed.view(store + pair * pair_bytes + g * packed.words() * 4), s,
+          (begin + pair) % problem.kv_heads * problem.group + g, first, min64(block_q, s.q_length - first));
+      });
+    };
+    over_rows([&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
+      for (int64_t i = 0; i < slices; i++)
+        memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
+               size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+    });
+    parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
+      const int64_t pair = task / slices, slice = task % slices;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      Arena arena{memory + thread * block_bytes};
+      BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
+      for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
+        block.run(s, (begin + pair) % problem.kv_heads, n, store + pair * pair_bytes, slice);
+    });
+    over_rows([&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      float* total = view.shares + first * packed.q_columns;
+      for (int64_t i = 1; i < slices; i++)
+        for (int64_t j = 0; j < rows * packed.q_columns; j += W)
+          FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
+      const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
+      for (int64_t i = 0; i < rows; i++)
+        store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+    });
+  }
+}
+
+template <class Unit>
+static void backward_scored(const AttentionParams& p) {
+  switch (p.score) {
+    case SoftmaxScore<Arithmetic>::kCode:
+      return backward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
+    case SigmoidScore<Arithmetic>::kCode:
+      return backward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
+    default:
+      return backward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
+  }
+}
+
+static void attention_backward(const AttentionParams& p) {
+#if defined(FASTATTN_BF16_DOT)
+  if (p.q.dtype == DType::bf16) return backward_scored<Pairs>(p);
+#endif
+  backward_scored<Singles>(p);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
