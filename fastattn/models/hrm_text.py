@@ -12,6 +12,7 @@ from ..masks import positions as document_positions
 from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
 from ..nn.cache import KeyValueCache
 from ..nn.recurrence import HierarchicalRecurrence
+from ..ops.vocab import linear_cross_entropy
 from . import checkpoint
 from .generate import generate
 from .hrm_text_config import HrmTextConfig
@@ -159,7 +160,8 @@ class HrmText(nn.Module):
             )
         loss = None
         if labels is not None:
-            loss = self._loss(hidden, _shift(labels, input_ids, positions, lengths))
+            target = _shift(labels, input_ids, positions, lengths)
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, target, ignore_index=IGNORE)
         return HrmTextOutput(self.lm_head(hidden) if return_logits else None, loss, cache)
 
     def hidden_states(
@@ -282,13 +284,6 @@ class HrmText(nn.Module):
             )
         if value.device.type == "cpu" and (value.min() < low or value.max() > high):
             raise ValueError(f"HrmText: {name} is {value.tolist()}; each must be from {low} to {high}")
-
-    def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Mean cross-entropy over the targets that count; 0, with zero gradients, when there is none."""
-        counted = target != IGNORE
-        logits = self.lm_head(hidden[counted])  # (labels that count, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, target[counted], reduction="sum") / counted.sum().clamp(min=1)
 
     generate = generate
 
