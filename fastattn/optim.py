@@ -1,4 +1,4 @@
-"""Optimizers of the recurrent models: Adam-atan2 with a moving average of the weights."""
+"""Optimizers of the recurrent models: Adam-atan2 with averaged weights, sign descent on puzzle embeddings."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,6 +105,41 @@ class AdamATan2(Optimizer):
             with torch.no_grad():
                 for p, value in held.items():
                     p.copy_(value)
+
+
+class SignSGD:
+    """Sign descent with decoupled weight decay on the rows of a puzzle embedding that were used::
+
+        w[id] = (1 - lr * weight_decay) * w[id] - lr * sign(sum of the gradients of id's uses)
+
+    Args:
+        embedding: a module with ``weights`` (rows, dim) and ``touched``, a list it keeps of its uses: identifiers
+            (B,) and the leaf (B, dim) whose gradient counts.
+        lr, weight_decay: as above.
+    """
+
+    def __init__(self, embedding: nn.Module, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
+        if not lr >= 0 or not weight_decay >= 0:
+            raise ValueError(f"SignSGD: lr {lr} and weight_decay {weight_decay} must not be negative")
+        embedding.touched = []
+        self.embedding = embedding
+        self.lr = lr
+        self.weight_decay = weight_decay
+
+    def zero_grad(self) -> None:
+        self.embedding.touched.clear()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        used = [(ids, rows.grad) for ids, rows in self.embedding.touched if rows.grad is not None]
+        self.embedding.touched.clear()
+        if not used:
+            return
+        weights = self.embedding.weights
+        ids, place = torch.cat([ids for ids, _ in used]).unique(return_inverse=True)
+        grad = torch.zeros(len(ids), weights.shape[1], dtype=weights.dtype, device=weights.device)
+        grad.index_add_(0, place, torch.cat([grad for _, grad in used]).to(weights.dtype))
+        weights[ids] = weights[ids] * (1 - self.lr * self.weight_decay) - self.lr * grad.sign()
 
 
 def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Models built on the ops."""
 
 from .checkpoint import CheckpointError
+from .hrm import Hrm, HrmConfig
 from .hrm_text import HrmText, HrmTextOutput
 from .hrm_text_config import HrmTextConfig
 
-__all__ = ["CheckpointError", "HrmText", "HrmTextConfig", "HrmTextOutput"]
+__all__ = ["CheckpointError", "Hrm", "HrmConfig", "HrmText", "HrmTextConfig", "HrmTextOutput"]

@@ -122,7 +122,7 @@ def resolve(
     if missing or unexpected:
         lists = [
             f"{len(names)} {title}: {', '.join(sorted(names))}"
-            for title, names in (("missing", missing), ("unexpected", unexpected))
+            for title, names in (("missing", set(missing)), ("unexpected", set(unexpected)))
             if names
         ]
         raise CheckpointError(f"{file.path}: the tensors do not fit the model; {'; '.join(lists)}")

@@ -1,0 +1,373 @@
+"""HRM (arXiv 2506.21734) on puzzles: segments of hierarchical recurrence, halting, deep supervision; TRM's shape too."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.blocks import PostNormBlock, PostNormStack, Routing
+from ..nn.recurrence import HierarchicalRecurrence
+from ..ops.vocab import stablemax_cross_entropy
+from . import checkpoint
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class HrmConfig:
+    """Shape of an HRM; the defaults are the published Sudoku model (27,275,266 parameters).
+
+    Args:
+        vocab_size, seq_len: tokens, and cells of a puzzle.
+        num_puzzles, puzzle_emb_dim: a trained vector for each puzzle identifier, put before the cells as
+            ceil(puzzle_emb_dim / hidden_size) positions. Default dim: hidden_size; 0 has none.
+        hidden_size, num_heads, intermediate_size: intermediate_size defaults to 8/3 * hidden_size rounded up
+            to a multiple of 256.
+        H_layers, L_layers, H_cycles, L_cycles: blocks of each stack, and its calls.
+        shared_stack: one stack in both roles (TRM).
+        full_last_cycle: gradients through the whole last H cycle (TRM), not its last two calls only.
+        halt_max_steps: segments at most, and always in evaluation.
+        halt_exploration: probability that a sample may not halt before a random number of segments.
+        q_continue: learn the value of going on, from one more forward a step. Without it (TRM) a sample
+            halts when q_halt > 0.
+    """
+
+    vocab_size: int = 11
+    seq_len: int = 81
+    num_puzzles: int = 1
+    puzzle_emb_dim: int | None = None
+    hidden_size: int = 512
+    num_heads: int = 8
+    intermediate_size: int | None = None
+    H_layers: int = 4
+    L_layers: int = 4
+    H_cycles: int = 2
+    L_cycles: int = 2
+    shared_stack: bool = False
+    full_last_cycle: bool = False
+    halt_max_steps: int = 16
+    halt_exploration: float = 0.1
+    q_continue: bool = True
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.puzzle_emb_dim is None:
+            object.__setattr__(self, "puzzle_emb_dim", self.hidden_size)
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", -(round(self.hidden_size * 8 / 3) // -256) * 256)
+        for name in (
+            *("vocab_size", "seq_len", "num_puzzles", "hidden_size", "num_heads", "intermediate_size"),
+            *("H_layers", "L_layers", "H_cycles", "L_cycles", "halt_max_steps"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"HrmConfig: {name} is {value!r}; it must be an int of at least 1")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"HrmConfig: hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
+            )
+        if self.puzzle_emb_dim < 0:
+            raise ValueError(f"HrmConfig: puzzle_emb_dim is {self.puzzle_emb_dim}; it must not be negative")
+        if not 0 <= self.halt_exploration <= 1:
+            raise ValueError(
+                f"HrmConfig: halt_exploration is {self.halt_exploration}; it must be from 0 to 1"
+            )
+        if self.shared_stack and self.H_layers != self.L_layers:
+            raise ValueError(
+                f"HrmConfig: shared_stack needs as many H_layers ({self.H_layers}) as L_layers ({self.L_layers})"
+            )
+
+    @property
+    def puzzle_len(self) -> int:
+        """Positions that the puzzle's vector takes."""
+        return -(self.puzzle_emb_dim // -self.hidden_size)
+
+    @classmethod
+    def trm(cls, **changes: Any) -> "HrmConfig":
+        """The shape of TRM (arXiv 2510.04871): one stack of two blocks, 3 x 6 cycles, no second forward."""
+        shape = {
+            "H_layers": 2,
+            "L_layers": 2,
+            "H_cycles": 3,
+            "L_cycles": 6,
+            "shared_stack": True,
+            "full_last_cycle": True,
+            "q_continue": False,
+        }
+        return cls(**(shape | changes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HrmConfig":
+        values = {key: value for key, value in values.items() if key != "model_type"}
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"HrmConfig: unknown key {unknown[0]!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "hrm", **asdict(self)}
+
+
+@dataclass
+class HrmCarry:
+    """Where each row of a batch stands between segments."""
+
+    zH: Tensor  # (B, P + L, D), no gradient
+    zL: Tensor  # (B, P + L, D), no gradient
+    steps: Tensor  # (B,) int64, segments done on the row's puzzle
+    halted: Tensor  # (B,) bool: the row takes the next sample
+    inputs: Tensor  # (B, L) int64
+    labels: Tensor  # (B, L) int64, -100 ignored
+    puzzle_ids: Tensor  # (B,) int64
+
+
+@dataclass
+class HrmOutput:
+    logits: Tensor  # (B, L, V)
+    q_halt: Tensor  # (B,) float32
+    q_continue: Tensor  # (B,) float32
+    loss: Tensor  # (), mean over the rows
+    correct: Tensor  # (B,) bool, every counted cell right
+
+
+class PuzzleEmbedding(nn.Module):
+    """A vector for each puzzle, trained by :class:`fastattn.optim.SignSGD` on the rows a batch touches.
+
+    ``weights`` (num_puzzles, dim) is a buffer. ``touched``, a list once an optimizer asks for it, keeps of each
+    use in training the identifiers and the leaf whose gradient the optimizer reads.
+    """
+
+    def __init__(self, num_puzzles: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(num_puzzles, dim))
+        self.touched: list[tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weights[ids]  # (B, dim)
+        if self.touched is not None and self.training and torch.is_grad_enabled():
+            rows.requires_grad_()
+            self.touched.append((ids, rows))
+        return rows
+
+
+class Hrm(nn.Module):
+    """HRM: each segment refines the state by nested cycles of two stacks, most of them without gradients.
+
+    ::
+
+        x = sqrt(D) * concat(puzzle_emb[id], tok_emb[inputs])
+        segment: zL = L_stack(zL + zH + x) per L call; zH = H_stack(zH + zL) per H call
+        logits = zH @ lm_head.T on the cells; (q_halt, q_continue) = q_head(zH[:, 0])
+    """
+
+    def __init__(self, config: HrmConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.q_head = nn.Linear(D, 2)
+        if config.puzzle_emb_dim:
+            self.puzzle_emb = PuzzleEmbedding(config.num_puzzles, config.puzzle_emb_dim)
+        self.register_buffer("H_init", torch.empty(D))
+        self.register_buffer("L_init", torch.empty(D))
+
+        def stack(layers: int) -> PostNormStack:
+            return PostNormStack(
+                [
+                    PostNormBlock(
+                        D,
+                        config.num_heads,
+                        D // config.num_heads,
+                        config.intermediate_size,
+                        rope_theta=config.rope_theta,
+                        eps=config.rms_norm_eps,
+                    )
+                    for _ in range(layers)
+                ]
+            )
+
+        L_stack = stack(config.L_layers)
+        H_stack = L_stack if config.shared_stack else stack(config.H_layers)
+        self.recurrence = HierarchicalRecurrence(L_stack, H_stack, config.H_cycles, config.L_cycles)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normals of deviation 1/sqrt(fan in); q_head starts at an almost certain "do not halt"."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _truncated_normal_(module.weight, module.in_features**-0.5)
+        _truncated_normal_(self.embed_tokens.weight, self.config.hidden_size**-0.5)
+        _truncated_normal_(self.H_init, 1.0)
+        _truncated_normal_(self.L_init, 1.0)
+        with torch.no_grad():
+            self.q_head.weight.zero_()
+            self.q_head.bias.fill_(-5.0)
+
+    def embed(self, inputs: Tensor, puzzle_ids: Tensor) -> Tensor:
+        """x (B, P + L, D): the puzzle's vector, then its cells."""
+        x = self.embed_tokens(inputs)
+        if self.config.puzzle_emb_dim:
+            B, P, D = len(inputs), self.config.puzzle_len, self.config.hidden_size
+            rows = F.pad(self.puzzle_emb(puzzle_ids), (0, P * D - self.config.puzzle_emb_dim))
+            x = torch.cat([rows.view(B, P, D).to(x.dtype), x], 1)
+        return x * self.config.hidden_size**0.5
+
+    def segment(self, zH: Tensor, zL: Tensor, inputs: Tensor, puzzle_ids: Tensor) -> tuple[Tensor, ...]:
+        """One segment: (zH, zL, logits (B, L, V), q_halt (B,), q_continue (B,)); the q's in float32."""
+        credit = self.recurrence.credit(1, self.config.L_cycles if self.config.full_last_cycle else 1)
+        positions = torch.arange(zH.shape[1], device=zH.device)
+        x = self.embed(inputs, puzzle_ids)
+        zH, zL = self.recurrence(zH, zL, inject=x, gradient_calls=credit, routing=Routing(None, positions))
+        q = self.q_head(zH[:, 0]).float()
+        return zH, zL, self.lm_head(zH[:, self.config.puzzle_len :]), q[:, 0], q[:, 1]
+
+    def initial_carry(self, batch_size: int) -> HrmCarry:
+        """Every row halted, so that the first forward takes a sample for each."""
+        device, config = self.H_init.device, self.config
+        state = self.H_init.expand(batch_size, config.puzzle_len + config.seq_len, -1)
+        cells = torch.zeros(batch_size, config.seq_len, dtype=torch.int64, device=device)
+        row = cells[:, 0]
+        return HrmCarry(state, state, row, torch.ones_like(row, dtype=torch.bool), cells, cells, row)
+
+    def forward(
+        self, carry: HrmCarry, batch: Mapping[str, Tensor], *, generator: torch.Generator | None = None
+    ) -> tuple[HrmCarry, HrmOutput]:
+        """One segment on every row; rows that have halted first take the batch's sample in their place.
+
+        Args:
+            carry: from :meth:`initial_carry` or the last call.
+            batch: ``inputs`` (B, L), ``labels`` (B, L) with -100 ignored, and ``puzzle_ids`` (B,), integers.
+            generator: for the exploration of halting in training.
+
+        The loss of a row is its StableMax cross-entropy averaged over the counted cells, plus half of the
+        binary cross-entropies of q_halt (against "every cell is right") and, with ``q_continue``, of
+        q_continue (against the next segment's value).
+        """
+        config = self.config
+        inputs, labels, puzzle_ids = self._check(batch, len(carry.halted))
+        fresh = carry.halted
+        row, cells = fresh[:, None], fresh[:, None, None]
+        inputs = torch.where(row, inputs, carry.inputs)
+        labels = torch.where(row, labels, carry.labels)
+        puzzle_ids = torch.where(fresh, puzzle_ids, carry.puzzle_ids)
+        zH = torch.where(cells, self.H_init, carry.zH)
+        zL = torch.where(cells, self.L_init, carry.zL)
+        steps = torch.where(fresh, 0, carry.steps) + 1
+
+        zH, zL, logits, q_halt, q_continue = self.segment(zH, zL, inputs, puzzle_ids)
+        zH, zL = zH.detach(), zL.detach()
+        counted = labels != IGNORE
+        correct = ((logits.argmax(-1) == labels) | ~counted).all(-1)
+        loss = stablemax_cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view(labels.shape)
+        loss = loss.sum(-1) / counted.sum(-1).clamp(min=1)
+        q_loss = F.binary_cross_entropy_with_logits(q_halt, correct.float(), reduction="none")
+
+        last = steps >= config.halt_max_steps
+        halted = last
+        if self.training and config.halt_max_steps > 1:
+            with torch.no_grad():
+                halted = last | (q_halt > (q_continue if config.q_continue else 0.0))
+                explore = torch.rand(len(steps), device=steps.device, generator=generator)
+                least = torch.randint(
+                    2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=generator
+                )
+                halted = halted & ((explore >= config.halt_exploration) | (steps >= least))
+                if config.q_continue:
+                    *_, next_halt, next_continue = self.segment(zH, zL, inputs, puzzle_ids)
+                    target = torch.where(last, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()
+            if config.q_continue:
+                q_loss = q_loss + F.binary_cross_entropy_with_logits(q_continue, target, reduction="none")
+        carry = HrmCarry(zH, zL, steps, halted, inputs, labels, puzzle_ids)
+        return carry, HrmOutput(logits, q_halt, q_continue, (loss + 0.5 * q_loss).mean(), correct)
+
+    @torch.no_grad()
+    def solve(self, inputs: Tensor, puzzle_ids: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields after each of ``halt_max_steps`` segments (tokens (B, L), q_halt (B,)) for inputs (B, L)."""
+        if puzzle_ids is None:
+            puzzle_ids = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+        inputs, _, puzzle_ids = self._check(
+            {"inputs": inputs, "labels": inputs, "puzzle_ids": puzzle_ids}, len(inputs)
+        )
+        shape = (len(inputs), self.config.puzzle_len + self.config.seq_len, -1)
+        zH, zL = self.H_init.expand(shape), self.L_init.expand(shape)
+        for _ in range(self.config.halt_max_steps):
+            zH, zL, logits, q_halt, _ = self.segment(zH, zL, inputs, puzzle_ids)
+            yield logits.argmax(-1), q_halt
+
+    def _check(self, batch: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = {
+            "inputs": (rows, self.config.seq_len),
+            "labels": (rows, self.config.seq_len),
+            "puzzle_ids": (rows,),
+        }
+        for name, shape in shapes.items():
+            if name not in batch:
+                raise ValueError(f"Hrm: batch lacks {name!r}")
+            value = batch[name]
+            if tuple(value.shape) != shape or value.is_floating_point():
+                raise ValueError(
+                    f"Hrm: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; it must be int, {shape}"
+                )
+        limits = {"inputs": self.config.vocab_size, "puzzle_ids": self.config.num_puzzles}
+        for name, limit in limits.items():
+            value = batch[name]
+            if value.device.type == "cpu" and value.numel() and not 0 <= value.min() <= value.max() < limit:
+                raise ValueError(f"Hrm: {name} must be from 0 to {limit - 1}")
+        return tuple(batch[name].long() for name in shapes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        *,
+        config: HrmConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Hrm":
+        """Loads ``config.json`` and ``model.safetensors``, under the reference's tensor names (with or without
+        ``_orig_mod.``); missing or unexpected ones are an error that lists them."""
+        if config is None:
+            path = os.path.join(directory, checkpoint.CONFIG)
+            values = checkpoint.load_json(path)
+            try:
+                config = HrmConfig.from_dict(values)
+            except (TypeError, ValueError) as error:
+                raise checkpoint.CheckpointError(f"{path}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        file = checkpoint.TensorFile(directory)
+        wanted = {name: [(reference_name(name, config),)] for name in model.state_dict()}
+        checkpoint.fill(model, file, checkpoint.resolve(wanted, file), dtype=dtype, device=device)
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes ``config.json`` and ``model.safetensors``, each replaced whole."""
+        tensors = {reference_name(name, self.config): tensor for name, tensor in self.state_dict().items()}
+        checkpoint.save_tensors(os.path.join(directory, checkpoint.WEIGHTS), tensors)
+        checkpoint.save_json(os.path.join(directory, checkpoint.CONFIG), self.config.to_dict())
+
+
+def reference_name(name: str, config: HrmConfig) -> str:
+    """The name in the reference's files of a tensor of :meth:`Hrm.state_dict`."""
+    H_level = "L_level" if config.shared_stack else "H_level"
+    for ours, theirs in (
+        ("recurrence.L_stack", "L_level"),
+        ("recurrence.H_stack", H_level),
+        ("embed_tokens.weight", "embed_tokens.embedding_weight"),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.inner.{name}"
+
+
+def _truncated_normal_(weight: Tensor, std: float) -> Tensor:
+    """Normal within two deviations, widened so that the deviation after truncation is ``std``."""
+    wide = std / 0.8796256610342398  # the deviation of a unit normal truncated at +-2
+    return nn.init.trunc_normal_(weight, std=wide, a=-2 * wide, b=2 * wide)
