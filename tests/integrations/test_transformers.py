@@ -1,0 +1,293 @@
+"""transformers models on fastattn: equal to eager attention, and no mask is ever dropped."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import masks
+from fastattn.integrations.transformers import attention_forward, recognise
+
+VOCAB = 61
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GEMMA2 = {**COMMON, "sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": None}
+CONFIGS = {
+    "hrm_text": lambda: transformers.HrmTextConfig(
+        **{k: v for k, v in COMMON.items() if k not in ("num_hidden_layers", "num_key_value_heads")},
+        num_hidden_layers=1,  # in each of the two stacks
+        H_cycles=2,
+        L_cycles=2,
+    ),
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0,
+        embd_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON),
+    "gemma": lambda: transformers.GemmaConfig(**COMMON),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA2, attn_logit_softcapping=None),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA2, sliding_window_pattern=2),
+}  # fmt: skip
+LENGTH = 13  # past gemma's window of 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    fa.integrations.transformers.register()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    return build(request.param)
+
+
+def build(name):
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="fastattn")
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.2)  # the default initialisation leaves logits too small to tell a wrong mask
+    return made.eval()
+
+
+def tokens(batch=2, length=LENGTH, seed=1):
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, implementation, *args, **kwargs):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return model(*args, **kwargs).logits
+
+
+def assert_equal_to_eager(model, *args, rows=None, **kwargs):
+    actual, expected = (logits(model, name, *args, **kwargs) for name in ("fastattn", "eager"))
+    if rows is not None:
+        actual, expected = actual[rows], expected[rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_logits_equal_eager_attention(model):
+    assert_equal_to_eager(model, tokens())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_equals_eager_attention_and_is_not_attended(model, side):
+    ids = tokens()
+    keep = torch.ones_like(ids)
+    padded = (slice(None), slice(0, 4)) if side == "left" else (slice(None), slice(-4, None))
+    keep[1:][padded] = 0
+    positions = (keep.cumsum(-1) - 1).clamp(min=0)
+    rows = keep.bool()
+    assert_equal_to_eager(model, ids, attention_mask=keep, position_ids=positions, rows=rows)
+    other = torch.where(rows, ids, ids.flip(0))
+    first, second = (
+        logits(model, "fastattn", i, attention_mask=keep, position_ids=positions) for i in (ids, other)
+    )
+    assert torch.equal(first[rows], second[rows])
+
+
+def test_a_future_token_cannot_change_a_past_logit(model):
+    ids = tokens()
+    full = logits(model, "fastattn", ids)
+    for t in (1, 5, LENGTH - 1):
+        changed = ids.clone()
+        changed[:, t:] = tokens(seed=2)[:, t:]
+        after = logits(model, "fastattn", changed)
+        assert torch.equal(after[:, :t], full[:, :t])
+        assert not torch.equal(after[:, t:], full[:, t:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_cached_decoding_equals_one_pass(model, padded):
+    ids = tokens()
+    keep = torch.ones_like(ids)
+    if padded:
+        keep[1, :3] = 0
+    positions = (keep.cumsum(-1) - 1).clamp(min=0)
+    whole = logits(model, "eager", ids, attention_mask=keep, position_ids=positions)
+    model.set_attn_implementation("fastattn")
+    cache, found = None, []
+    with torch.no_grad():
+        for start, stop in ((0, 6), (6, 9), (9, 10), (10, 11), (11, LENGTH)):
+            step = model(
+                ids[:, start:stop],
+                attention_mask=keep[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = step.past_key_values
+            found.append(step.logits)
+    rows = keep.bool()
+    actual, expected = torch.cat(found, 1)[rows], whole[rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_equals_eager_attention(model, cache):
+    ids = tokens(length=7)
+    keep = torch.ones_like(ids)
+    keep[1, :2] = 0
+    found = {}
+    for name in ("fastattn", "eager"):
+        model.set_attn_implementation(name)
+        found[name] = model.generate(
+            ids, attention_mask=keep, max_new_tokens=4, do_sample=False, cache_implementation=cache, eos_token_id=None,
+            pad_token_id=0, disable_compile=True,
+        )  # fmt: skip
+    assert torch.equal(found["fastattn"], found["eager"])
+
+
+def test_gradients_equal_eager_attention(model):
+    ids = tokens()
+    gradients = {}
+    for name in ("fastattn", "eager"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients["fastattn"].keys() == gradients["eager"].keys() and gradients["eager"]
+    for n, expected in gradients["eager"].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(
+            gradients["fastattn"][n], expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=n: f"{n}: {m}"
+        )
+
+
+def prefix_types(lengths):
+    return (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_hrm_text_prefix_lm(padded):
+    model = build("hrm_text")
+    ids, types = tokens(), prefix_types([6, 3])
+    keep = torch.ones_like(ids)
+    if padded:
+        keep[1, 9:] = 0
+    assert_equal_to_eager(model, ids, token_type_ids=types, attention_mask=keep, rows=keep.bool())
+    full = logits(model, "fastattn", ids, token_type_ids=types)
+    changed = ids.clone()
+    changed[:, 8:] = tokens(seed=2)[:, 8:]
+    assert torch.equal(logits(model, "fastattn", changed, token_type_ids=types)[:, :8], full[:, :8])
+    changed = ids.clone()
+    changed[:, 5] = tokens(seed=2)[:, 5]  # in the first row's prefix, after the second row's
+    after = logits(model, "fastattn", changed, token_type_ids=types)
+    assert not torch.equal(after[0, 0], full[0, 0]) and torch.equal(after[1, :5], full[1, :5])
+
+
+def test_hrm_text_prefix_lm_decodes_from_its_cache():
+    model = build("hrm_text")
+    ids, types = tokens(batch=1), prefix_types([6])
+    whole = logits(model, "eager", ids, token_type_ids=types)
+    model.set_attn_implementation("fastattn")
+    with torch.no_grad():
+        step = model(ids[:, :6], token_type_ids=types[:, :6], use_cache=True)
+        found = [step.logits]
+        for t in range(6, LENGTH):
+            step = model(ids[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
+            found.append(step.logits)
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_what_is_not_served_is_refused():
+    soft = transformers.Gemma2Config(**GEMMA2, attn_logit_softcapping=20.0)
+    model = transformers.AutoModelForCausalLM.from_config(soft, attn_implementation="fastattn").eval()
+    with pytest.raises(NotImplementedError, match="soft cap"):
+        model(tokens())
+    dropping = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, attn_pdrop=0.1)
+    model = transformers.AutoModelForCausalLM.from_config(dropping, attn_implementation="fastattn")
+    with pytest.raises(NotImplementedError, match=r"dropout is 0\.1"):
+        model.train()(tokens())
+    q = torch.zeros(1, 2, 3, 4)
+    for name in ("s_aux", "head_mask", "cache", "output_attentions"):
+        with pytest.raises(NotImplementedError, match=name):
+            attention_forward(torch.nn.Module(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_loads_from_a_directory(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="fastattn"
+    ).eval()
+    assert loaded.config._attn_implementation == "fastattn"
+    assert_equal_to_eager(loaded, tokens())
+
+
+def test_additive_masks_and_position_biases_are_added():
+    torch.manual_seed(3)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    bias, allowed = torch.randn(1, 4, 5, 7), torch.rand(2, 1, 5, 7) < 0.7
+    additive = torch.zeros(2, 1, 5, 7).masked_fill(~allowed, -torch.inf)
+    expected = fa.attention(q, k, v, bias=bias, mask=fa.Mask(dense=allowed)).transpose(1, 2)
+    for mask in (allowed, additive):
+        out, _ = attention_forward(torch.nn.Module(), q, k, v, mask, position_bias=bias)
+        torch.testing.assert_close(out, expected)
+
+
+@given(data=st.data())
+def test_recognised_masks_mean_the_same(data):
+    """Any mask, structured or not: attention under what was recognised is attention under the tensor."""
+    batch, lq = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    lk = lq + data.draw(st.integers(0, 4))
+    i, j = torch.arange(lq)[:, None] + data.draw(st.integers(0, lk - lq)), torch.arange(lk)
+    allowed = (j <= i) if data.draw(st.booleans()) else torch.ones(lq, lk, dtype=torch.bool)
+    allowed = allowed.expand(batch, 1, lq, lk).clone()
+    if data.draw(st.booleans()):
+        allowed |= (
+            j < torch.tensor([data.draw(st.integers(0, lk)) for _ in range(batch)])[:, None, None, None]
+        )
+    if data.draw(st.booleans()):
+        allowed &= j > i - data.draw(st.integers(1, 6))
+    if data.draw(st.booleans()):
+        allowed &= (
+            j < torch.tensor([data.draw(st.integers(0, lk)) for _ in range(batch)])[:, None, None, None]
+        )
+    if data.draw(st.booleans()):
+        flip = tuple(data.draw(st.integers(0, n - 1)) for n in allowed.shape)
+        allowed[flip] = ~allowed[flip]
+    mask, keys = recognise(allowed, lk)
+    mask = mask or fa.Mask()
+    q, k = torch.empty(batch, 1, lq, 4), torch.empty(batch, 1, keys, 4)
+    meant = masks.dense_allowed(lq, keys, q.device, *mask.schema_args("attention", q, k))
+    assert (
+        torch.equal(meant.expand(batch, 1, lq, keys), allowed[..., :keys]) and not allowed[..., keys:].any()
+    )
+
+
+def test_common_masks_are_recognised_and_a_changed_tensor_is_read_again():
+    lq, window = 12, 4
+    i, j = torch.arange(lq)[:, None], torch.arange(lq)
+    causal = (j <= i)[None, None]
+    prefix = torch.tensor([5, 0])[:, None, None, None]
+    for allowed, options in (
+        (causal, {"causal"}),
+        (causal & (j > i - window), {"causal", "window_left"}),
+        (causal | (j < prefix), {"causal", "prefix_lengths"}),
+        ((causal | (j < prefix)) & (j < torch.tensor([12, 9])[:, None, None, None]),
+         {"causal", "prefix_lengths", "key_lengths"}),
+    ):  # fmt: skip
+        mask, keys = recognise(allowed, lq)
+        assert keys == lq and mask.dense is None and mask.causal
+        assert (mask.window_left >= 0) == ("window_left" in options)
+        assert (mask.prefix_lengths is not None) == ("prefix_lengths" in options)
+        assert (mask.key_lengths is not None) == ("key_lengths" in options)
+    assert recognise(causal, lq)[0] is recognise(causal, lq)[0]
+    changed = causal.clone()
+    recognise(changed, lq)
+    changed[0, 0, 7, 2] = False
+    assert recognise(changed, lq)[0].dense is changed
