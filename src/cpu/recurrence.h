@@ -111,23 +111,36 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
   });
 }
 
-// Element-wise gates: f(a, b), and f(a, b, grad, &da, &db) for their gradients.
-FASTATTN_INLINE vf swiglu_forward(vf gate, vf up) { return gate * sigmoid(gate) * up; }
-FASTATTN_INLINE void swiglu_backward(vf gate, vf up, vf grad, vf* dgate, vf* dup) {
-  const vf s = sigmoid(gate);
-  const vf silu = gate * s;
-  *dup = grad * silu;
-  *dgate = grad * up * (s + silu * (splat(1.0f) - s));
-}
-FASTATTN_INLINE vf gated_forward(vf gate, vf x) { return sigmoid(gate) * x; }
-FASTATTN_INLINE void gated_backward(vf gate, vf x, vf grad, vf* dgate, vf* dx) {
-  const vf s = sigmoid(gate);
-  *dx = grad * s;
-  *dgate = grad * x * s * (splat(1.0f) - s);
+// Gates: forward(s, a, b) and backward(s, a, b, grad, &da, &db) with s = sigmoid(a).
+struct SwiGlu {
+  FASTATTN_INLINE vf forward(vf s, vf a, vf b) { return a * s * b; }
+  FASTATTN_INLINE void backward(vf s, vf a, vf b, vf grad, vf* da, vf* db) {
+    const vf silu = a * s;
+    *db = grad * silu;
+    *da = grad * b * (s + silu * (splat(1.0f) - s));
+  }
+};
+struct Gated {
+  FASTATTN_INLINE vf forward(vf s, vf, vf b) { return s * b; }
+  FASTATTN_INLINE void backward(vf s, vf, vf b, vf grad, vf* da, vf* db) {
+    *db = grad * s;
+    *da = grad * b * s * (splat(1.0f) - s);
+  }
+};
+
+// f.template operator()<U>(column, n): U whole vectors (n == W) at a time, then one by one, the last of n < W.
+template <int U, class F>
+FASTATTN_INLINE void for_blocks(int64_t columns, const F& f) {
+  int64_t j = 0;
+  for (; j + U * W <= columns; j += U * W) f.template operator()<U>(j, W);
+  for (; j + W <= columns; j += W) f.template operator()<1>(j, W);
+  if (j < columns) f.template operator()<1>(j, (int)(columns - j));
 }
 
-template <class T, class F>
-static void gate_rows(const GateParams& p, const F& f) {
+constexpr int kGateVectors = 2;
+
+template <class Gate, class T>
+static void gate_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
   parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns), [&](int64_t begin, int64_t end, int) {
@@ -135,13 +148,18 @@ static void gate_rows(const GateParams& p, const F& f) {
       const T* a = row_of<const T>(p.a, rows, r);
       const T* b = row_of<const T>(p.b, rows, r);
       T* out = row_of<T>(p.out, rows, r);
-      for_columns(columns, [&](int64_t j, int n) { put(out + j, f(get(a + j, n), get(b + j, n)), n); });
+      for_blocks<kGateVectors>(columns, [&]<int U>(int64_t j, int n) {
+        vf x[U], s[U];
+        FASTATTN_EACH(i, U) x[i] = get(a + j + i * W, n);
+        sigmoids<U>(x, s);
+        FASTATTN_EACH(i, U) put(out + j + i * W, Gate::forward(s[i], x[i], get(b + j + i * W, n)), n);
+      });
     }
   });
 }
 
-template <class T, class F>
-static void gate_backward_rows(const GateParams& p, const F& f) {
+template <class Gate, class T>
+static void gate_backward_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
   parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns), [&](int64_t begin, int64_t end, int) {
@@ -151,11 +169,17 @@ static void gate_backward_rows(const GateParams& p, const F& f) {
       const T* grad = row_of<const T>(p.grad_out, rows, r);
       T* grad_a = row_of<T>(p.grad_a, rows, r);
       T* grad_b = row_of<T>(p.grad_b, rows, r);
-      for_columns(columns, [&](int64_t j, int n) {
-        vf da, db;
-        f(get(a + j, n), get(b + j, n), get(grad + j, n), &da, &db);
-        put(grad_a + j, da, n);
-        put(grad_b + j, db, n);
+      for_blocks<kGateVectors>(columns, [&]<int U>(int64_t j, int n) {
+        vf x[U], s[U];
+        FASTATTN_EACH(i, U) x[i] = get(a + j + i * W, n);
+        sigmoids<U>(x, s);
+        FASTATTN_EACH(i, U) {
+          const int64_t c = j + i * W;
+          vf da, db;
+          Gate::backward(s[i], x[i], get(b + c, n), get(grad + c, n), &da, &db);
+          put(grad_a + c, da, n);
+          put(grad_b + c, db, n);
+        }
       });
     }
   });
@@ -197,26 +221,16 @@ static void rms_norm_backward(const RmsNormBackwardParams& p) {
   with_dtype(p.total.dtype, [&](auto* t) { rms_norm_backward_rows<std::remove_pointer_t<decltype(t)>>(p); });
 }
 static void swiglu(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) {
-    gate_rows<std::remove_pointer_t<decltype(t)>>(p, [](vf a, vf b) { return swiglu_forward(a, b); });
-  });
+  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
 }
 static void swiglu_backward(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) {
-    gate_backward_rows<std::remove_pointer_t<decltype(t)>>(
-        p, [](vf a, vf b, vf g, vf* da, vf* db) { swiglu_backward(a, b, g, da, db); });
-  });
+  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
 }
 static void gated(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) {
-    gate_rows<std::remove_pointer_t<decltype(t)>>(p, [](vf a, vf b) { return gated_forward(a, b); });
-  });
+  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
 }
 static void gated_backward(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) {
-    gate_backward_rows<std::remove_pointer_t<decltype(t)>>(
-        p, [](vf a, vf b, vf g, vf* da, vf* db) { gated_backward(a, b, g, da, db); });
-  });
+  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
 }
 static void rotary(const RotaryParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { rotary_rows<std::remove_pointer_t<decltype(t)>>(p); });

@@ -228,10 +228,11 @@ FASTATTN_INLINE vi load_bools(const uint8_t* p) {
   return __builtin_convertvector(x, vi) != 0;
 }
 
-// --- bf16 dot ---------------------------------------------------------------------------------------------------------
+// --- bf16 dot
+// ---------------------------------------------------------------------------------------------------------
 
-// acc + a1 * b1 + a0 * b0 a lane, a and b holding two bf16: products exact, sums in float32, subnormals flushed, the odd
-// element first, as VDPBF16PS does.
+// acc + a1 * b1 + a0 * b0 a lane, a and b holding two bf16: products exact, sums in float32, subnormals flushed, the
+// odd element first, as VDPBF16PS does.
 FASTATTN_INLINE vf dot_pairs(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -245,36 +246,53 @@ FASTATTN_INLINE vf dot_pairs(vf acc, vu a, vu b) {
 
 // --- functions -------------------------------------------------------------------------------------------------------
 
-// e^r and n of x = n ln2 + r, |r| <= ln2/2, for |x| <= 127 * ln2; degree 6, relative error < 2e-7. NaN stays NaN.
-FASTATTN_INLINE vf exp_reduced(vf x, vi* n) {
+#define FASTATTN_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+
+// p[i] = e^r and n[i] of x[i] = n ln2 + r, |r| <= ln2/2, for |x| <= 127 ln2; degree 6, relative error < 2e-7; NaN stays
+// NaN. U vectors step by step together: one alone is bound by latency.
+template <int U>
+FASTATTN_INLINE void exp_reduced(const vf* x, vf* p, vi* n) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-  const vf shifted = x * splat(1.44269504f) + magic;
-  const vf whole = shifted - magic;
-  const vf r = (x - whole * splat(0.693145752f)) - whole * splat(1.42860677e-6f);
-  vf p = splat(1.3981999e-3f);
-  p = p * r + splat(8.3334519e-3f);
-  p = p * r + splat(4.1665703e-2f);
-  p = p * r + splat(1.6666664e-1f);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  *n = (vi)shifted - (vi)magic;
-  return p * r + splat(1.0f);
+  vf shifted[U], r[U];
+  FASTATTN_EACH(i, U) shifted[i] = x[i] * splat(1.44269504f) + magic;
+  FASTATTN_EACH(i, U) p[i] = shifted[i] - magic;
+  FASTATTN_EACH(i, U) r[i] = x[i] - p[i] * splat(0.693145752f);
+  FASTATTN_EACH(i, U) r[i] = r[i] - p[i] * splat(1.42860677e-6f);
+  FASTATTN_EACH(i, U) p[i] = r[i] * splat(1.3981999e-3f) + splat(8.3334519e-3f);
+  FASTATTN_EACH(i, U) p[i] = p[i] * r[i] + splat(4.1665703e-2f);
+  FASTATTN_EACH(i, U) p[i] = p[i] * r[i] + splat(1.6666664e-1f);
+  FASTATTN_EACH(i, U) p[i] = p[i] * r[i] + splat(0.5f);
+  FASTATTN_EACH(i, U) p[i] = p[i] * r[i] + splat(1.0f);
+  FASTATTN_EACH(i, U) p[i] = p[i] * r[i] + splat(1.0f);
+  FASTATTN_EACH(i, U) n[i] = (vi)shifted[i] - (vi)magic;
 }
 
 // e^x: 0 below -104, infinity above 89, denormals in between right.
 FASTATTN_INLINE vf exp(vf x) {
+  vf p;
   vi n;
-  const vf p = exp_reduced(vmin(splat(89.0f), vmax(splat(-104.0f), x)), &n);
+  const vf clamped = vmin(splat(89.0f), vmax(splat(-104.0f), x));
+  exp_reduced<1>(&clamped, &p, &n);
   // two factors of about 2^(n/2), so that neither overflows where the product does not
   const vi half = n >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
 }
 
-// 1 / (1 + e^-x); relative error < 4e-7 down to x = -87, constant below.
+// s[i] = 1 / (1 + e^-x[i]); relative error < 4e-7 down to x = -87, constant below.
+template <int U>
+FASTATTN_INLINE void sigmoids(const vf* x, vf* s) {
+  vf clamped[U], p[U];
+  vi n[U];
+  FASTATTN_EACH(i, U) clamped[i] = vmax(splat(-87.0f), -x[i]);
+  FASTATTN_EACH(i, U) clamped[i] = vmin(splat(87.0f), clamped[i]);
+  exp_reduced<U>(clamped, p, n);
+  FASTATTN_EACH(i, U) p[i] = splat(1.0f) + p[i] * (vf)((n[i] + 127) << 23);
+  FASTATTN_EACH(i, U) s[i] = splat(1.0f) / p[i];
+}
 FASTATTN_INLINE vf sigmoid(vf x) {
-  vi n;
-  const vf p = exp_reduced(vmin(splat(87.0f), vmax(splat(-87.0f), -x)), &n);
-  return splat(1.0f) / (splat(1.0f) + p * (vf)((n + 127) << 23));
+  vf s;
+  sigmoids<1>(&x, &s);
+  return s;
 }
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
