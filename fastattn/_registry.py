@@ -4,11 +4,13 @@ An op is one `torch.library` definition (schema, fake, autograd) whose last sche
 Its backends are tried in order, the reference last; one that is asked for by name and cannot serve the call raises.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -44,6 +46,35 @@ class Backend:
         if self.devices is not None and device.type not in self.devices:
             return f"it serves {' and '.join(self.devices)} tensors, not {device.type}"
         return self.supports(*args)
+
+
+@cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def triton_backend(
+    module: str, name: str, *, refusal: str = "refusal", configure: str | None = None
+) -> Backend:
+    """The Triton backend of an op: functions of `module`, which is imported when a call first reaches it.
+
+    It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+    def function(name):
+        return getattr(importlib.import_module(module), name)
+
+    def supports(*args):
+        return _triton_missing() or function(refusal)(*args)
+
+    return Backend(
+        "triton",
+        lambda: function(name),
+        supports,
+        None if configure is None else lambda *args: function(configure)(*args),
+        devices=("cuda", "cpu") if interpreted else ("cuda",),
+    )
 
 
 @dataclass(frozen=True)

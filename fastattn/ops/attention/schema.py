@@ -3,7 +3,7 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op
+from ..._registry import Backend, reference_backward, register_op, triton_backend
 from ...scores import BY_CODE
 
 _OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
@@ -100,7 +100,11 @@ register_op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends=(_cpu("attention"), Backend("reference", _load_reference)),
+    backends=(
+        _cpu("attention"),
+        triton_backend("fastattn.ops.attention.triton", "attention", configure="configure"),
+        Backend("reference", _load_reference),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -109,5 +113,9 @@ register_op(
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool bias_grad, "
     f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(_cpu("attention_backward"), Backend("reference", _load_reference_backward)),
+    backends=(
+        _cpu("attention_backward"),
+        triton_backend("fastattn.ops.attention.triton_backward", "attention_backward", configure="configure"),
+        Backend("reference", _load_reference_backward),
+    ),
 )

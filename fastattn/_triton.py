@@ -1,0 +1,206 @@
+"""What every Triton kernel shares: offsets, tiles, products, launching, and compiling ahead of time.
+
+The only module outside `ops/*/triton.py` that imports triton; `import fastattn` does not import it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from . import _device
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+NO_LIMIT = 1 << 30  # a window side without one; with a length added it still fits 32 bits
+LONGEST = 1 << 29
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# --- device functions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits: a tensor may hold more than 2**31 elements."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def load_tile(
+    base, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
+):
+    """(ROWS, COLUMNS) from `base`, zero past column WIDTH and, when MASKED, past row `count`; columns lie side by side."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    if MASKED:
+        if WIDTH == COLUMNS:
+            return tl.load(at, mask=(rows < count)[:, None], other=0.0)
+        return tl.load(at, mask=(rows < count)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    if WIDTH == COLUMNS:
+        return tl.load(at)
+    return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, count, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Round `value` (ROWS, COLUMNS) to the element type at `base` and store its first `count` rows and WIDTH columns."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    keep = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b with float32 sums. The interpreter's product of bfloat16 is wrong, so there both sides are widened first."""
+    if _INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# --- host side -----------------------------------------------------------------------------------------------------
+
+
+def refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why Triton cannot serve these floating tensors, or None."""
+    for t in tensors:
+        if t is not None and t.dtype not in DTYPES:
+            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+    return None
+
+
+def block(size: int, smallest: int = 16) -> int:
+    """The power of two that holds `size`."""
+    return max(smallest, triton.next_power_of_2(size))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are formed: three TF32 products, as accurate as float32 ones, unless torch was told that one will do.
+
+    Products of 16-bit types are exact either way. AMD has no such mode.
+    """
+    hip = _recording.target.kind == "hip" if _recording is not None else torch.version.hip is not None
+    if dtype != torch.float32 or hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def last_dim_contiguous(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def target(device: torch.device) -> _device.Target:
+    """The device's description; while launches are recorded, the one they are recorded for."""
+    return _recording.target if _recording is not None else _device.target(device)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as recorded: what `compile_ahead` needs to build the same binary."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    target: _device.Target
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+_OPTIONS = ("num_warps", "num_stages")
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Start `kernel` on the device of its first tensor. Nothing happens for an empty grid."""
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, args, meta))
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
+
+
+@contextmanager
+def recorded(target: _device.Target) -> Iterator[list[Launch]]:
+    """Inside, launches are written down instead of run, with the configuration that `target` would use.
+
+    Tensors may be on the meta device. For compiling ahead of time and for tests.
+    """
+    global _recording
+    previous, _recording = _recording, _Recording(target, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = previous
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
+
+
+def compile_ahead(launched: Launch, target: GPUTarget):
+    """Compile a recorded launch for `target` with no driver: the specialisation that the launch itself would compile.
+
+    Pointers count as 16-byte aligned, as torch allocates them. Returns triton's compiled kernel (`.asm`, `.metadata`).
+    """
+    kernel = launched.kernel
+    values = dict(zip(kernel.arg_names, launched.args, strict=False))
+    values |= {name: value for name, value in launched.meta.items() if name not in _OPTIONS}
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    options = {name: launched.meta[name] for name in _OPTIONS if name in launched.meta}
+    return triton.compile(source, target=target, options=options)
+
+
+# Shared memory one block may use: the limits a configuration has to keep to on the devices we compile for.
+TARGETS = {
+    name: (GPUTarget(backend, arch, warp), _device.Target(kind, name, name, units=units, shared=shared << 10))
+    for name, backend, arch, warp, kind, units, shared in (
+        ("sm_80", "cuda", 80, 32, "cuda", 108, 163),
+        ("sm_86", "cuda", 86, 32, "cuda", 84, 99),
+        ("sm_89", "cuda", 89, 32, "cuda", 128, 99),
+        ("sm_90", "cuda", 90, 32, "cuda", 132, 227),
+        ("sm_100", "cuda", 100, 32, "cuda", 148, 227),
+        ("sm_120", "cuda", 120, 32, "cuda", 170, 99),
+        ("gfx942", "hip", "gfx942", 64, "hip", 304, 64),
+    )
+}

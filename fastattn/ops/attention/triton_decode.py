@@ -1,0 +1,150 @@
+"""Attention of few queries against many keys: the keys are split over programs and the parts merged in a fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _triton
+from ..._triton import offset
+from .triton_tiles import attend, finish, key_interval, score_shift, sequence
+
+_MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+def _attention_decode_kernel(
+    q, k, v, bias, dense, parts, tops, totals,
+    prefix_lengths, key_lengths,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k,
+    kv_heads, splits, span, length_q, length_k, window_left, window_right, scale2, bias2,
+    WEIGHT: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr, LOG_N: tl.constexpr,
+    CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    split = program % splits
+    kv_head = (program // splits) % kv_heads
+    batch = program // splits // kv_heads
+    _, _, lq, lk, prefix, key_length = sequence(
+        batch, prefix_lengths, None, None, key_lengths, length_q, length_k
+    )
+    rows = tl.arange(0, BLOCK_M)  # (query head of the group, query)
+    head = kv_head * GROUP + rows // lq
+    row = rows % lq
+    inside = rows < GROUP * lq
+    shift2 = score_shift(bias2, key_length, LOG_N)
+
+    begin, end = key_interval(row, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    first_begin, first_end = key_interval(
+        lq * 0, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
+    )
+    last_begin, last_end = key_interval(lq - 1, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    low, high = split * span, split * span + span  # this program's keys
+    begin, end = tl.maximum(begin, low), tl.where(inside, tl.minimum(end, high), 0)
+    first_begin, first_end = tl.maximum(first_begin, low), tl.minimum(first_end, high)
+    last_begin, last_end = tl.maximum(last_begin, low), tl.minimum(last_end, high)
+
+    columns = tl.arange(0, BLOCK_D)
+    q_rows = q + offset(batch, q_b) + offset(head, q_h) + offset(row, q_l)
+    q_tile = tl.load(
+        q_rows[:, None] + columns[None, :], mask=inside[:, None] & (columns < HEAD_DIM)[None, :], other=0.0
+    )
+    k_base = k + offset(batch, k_b) + offset(kv_head, k_h)
+    v_base = v + offset(batch, v_b) + offset(kv_head, v_h)
+    bias_rows = None
+    if bias is not None:
+        bias_rows = bias + offset(batch, bias_b) + offset(head, bias_h) + offset(row, bias_q)
+    dense_rows = None
+    if dense is not None:
+        dense_rows = dense + offset(batch, dense_b) + offset(head, dense_h) + offset(row, dense_q)
+    acc, top, total = attend(
+        q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, None, begin, end,
+        first_begin, first_end, last_begin, last_end, lk, scale2, shift2,
+        WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+
+    # parts (splits, B * Hkv, GROUP * Lq, Dv), tops and totals without the last
+    group = split * (tl.num_programs(0) // splits) + batch * kv_heads + kv_head
+    part_rows = offset(group, GROUP * lq) + rows
+    columns_v = tl.arange(0, BLOCK_DV)
+    keep = inside[:, None] & (columns_v < V_DIM)[None, :]
+    tl.store(parts + offset(part_rows, V_DIM)[:, None] + columns_v[None, :], acc, mask=keep)
+    if NORMALISED:
+        tl.store(totals + part_rows, total, mask=inside)
+    if SHIFTED:
+        tl.store(tops + part_rows, top, mask=inside)
+
+
+@triton.jit
+def _attention_merge_kernel(
+    parts, tops, totals, out, lse, splits, count,
+    SHIFTED: tl.constexpr, NORMALISED: tl.constexpr, V_DIM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of out (B, H, Lq, Dv), whose order parts keep
+    inside = rows < count
+    columns = tl.arange(0, BLOCK_DV)
+    keep = inside[:, None] & (columns < V_DIM)[None, :]
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for split in range(0, splits):
+        at = offset(rows * 0 + split, count) + rows
+        part = tl.load(parts + offset(at, V_DIM)[:, None] + columns[None, :], mask=keep, other=0.0)
+        factor = tl.full([ROWS], 1.0, tl.float32)
+        if SHIFTED:
+            part_top = tl.load(tops + at, mask=inside, other=float("-inf"))
+            new_top = tl.maximum(top, part_top)
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+            rescale = tl.exp2(top - finite)
+            factor = tl.exp2(part_top - finite)
+            acc = acc * rescale[:, None]
+            total = total * rescale
+            top = new_top
+        acc += part * factor[:, None]
+        if NORMALISED:
+            total += tl.load(totals + at, mask=inside, other=0.0) * factor
+    acc, row_lse = finish(acc, top, total, SHIFTED, NORMALISED)
+    at = out + offset(rows, V_DIM)[:, None] + columns[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=keep)
+    if NORMALISED:
+        tl.store(lse + rows, row_lse, mask=inside)
+
+
+def fits(problem) -> bool:
+    """Few enough rows for one tile a key head, and enough keys to be worth splitting."""
+    rows = problem.group * problem.length_q
+    return not problem.packed and 0 < rows <= _MOST_ROWS and problem.length_k >= 4 * rows
+
+
+def attention(p) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and log-sum-exp of a problem that `fits`."""
+    out, lse = p.output(*p.q.shape[:3], p.v_dim), p.statistics()
+    if out.numel() == 0:
+        return out, lse
+    config = p.choose("attention_decode").values
+    groups = p.batch * p.kv_heads
+    wanted = triton.cdiv(config["waves"] * _triton.target(p.q.device).units, groups)
+    splits = max(1, min(wanted, triton.cdiv(p.length_k, config["keys_per_split"])))
+    span = triton.cdiv(triton.cdiv(p.length_k, splits), config["block_n"]) * config["block_n"]
+    splits = triton.cdiv(p.length_k, span)
+    count = groups * p.group * p.length_q
+    parts = p.q.new_empty(splits, count, p.v_dim, dtype=torch.float32)
+    tops, totals = p.q.new_empty(2, splits, count, dtype=torch.float32)
+    _triton.launch(
+        _attention_decode_kernel, (splits * groups,),
+        p.q, p.k, p.v, p.bias, p.dense, parts, tops, totals, p.indices[0], p.indices[3],
+        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *p.strides(p.bias, 4), *p.strides(p.dense, 4),
+        p.kv_heads, splits, span, p.length_q, p.length_k, *p.window, p.scale2, p.bias2,
+        **p.constants(), BLOCK_M=_triton.block(p.group * p.length_q), BLOCK_N=config["block_n"],
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+    constants = p.constants()
+    _triton.launch(
+        _attention_merge_kernel, (triton.cdiv(count, 4),), parts, tops, totals, out, lse, splits, count,
+        **{name: constants[name] for name in ("SHIFTED", "NORMALISED", "V_DIM", "BLOCK_DV")},
+        ROWS=4, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,219 @@
+"""Device functions that the attention kernels share: which keys a row attends, and one query tile over a range of keys."""
+
+import triton
+import triton.language as tl
+
+from ..._triton import LN2, LOG2E, dot, load_tile, offset
+
+_LN2 = tl.constexpr(LN2)
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr):
+    """[begin, end) of the keys that query `rows` attend; both ends never decrease with the row."""
+    diagonal = rows + (lk - lq)
+    end = tl.minimum(diagonal + window_right + 1, key_length)
+    if CAUSAL:
+        end = tl.minimum(end, tl.maximum(diagonal + 1, prefix))
+    begin = tl.maximum(diagonal - window_left, 0)
+    return begin, end
+
+
+@triton.jit
+def query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr):
+    """[begin, end) of the queries that attend `keys`: the same relation read the other way."""
+    diagonal = keys - (lk - lq)
+    begin = tl.maximum(diagonal - window_right, 0)
+    if CAUSAL:
+        begin = tl.where(keys < prefix, begin, tl.maximum(begin, diagonal))
+    end = tl.minimum(diagonal + window_left + 1, lq)
+    return begin, tl.where(keys < key_length, end, 0)
+
+
+@triton.jit
+def sequence(
+    document,
+    prefix_lengths,
+    offsets_q,
+    offsets_k,
+    key_lengths,
+    length_q,
+    length_k,
+):
+    """(first query, first key, queries, keys, prefix, key length) of one document, or of one batch entry."""
+    start_q = length_q * 0
+    start_k = start_q
+    lq = length_q
+    lk = length_k
+    if offsets_q is not None:
+        start_q = tl.load(offsets_q + document)
+        start_k = tl.load(offsets_k + document)
+        lq = tl.load(offsets_q + document + 1) - start_q
+        lk = tl.load(offsets_k + document + 1) - start_k
+    prefix = length_q * 0
+    if prefix_lengths is not None:
+        prefix = tl.load(prefix_lengths + document)
+    key_length = lk
+    if key_lengths is not None:
+        key_length = tl.minimum(tl.load(key_lengths + document), lk)
+    return start_q, start_k, lq, lk, prefix, key_length
+
+
+@triton.jit
+def score_shift(bias2, key_length, LOG_N: tl.constexpr):
+    """What is added to every scaled product, in base 2."""
+    if LOG_N:
+        return -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
+    return bias2
+
+
+@triton.jit
+def attend_tile(
+    acc,  # (M, Dv)
+    top,  # (M,) running maximum, base 2
+    total,  # (M,) running normaliser
+    q_tile,  # (M, D)
+    k_base,
+    v_base,
+    k_l,
+    v_l,
+    bias_rows,  # (M,) pointers to each row's bias, or None
+    bias_k,
+    dense_rows,
+    dense_k,
+    begin,  # (M,) interval of keys
+    end,
+    tile,
+    lk,
+    scale2,
+    shift2,
+    WEIGHT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys added to a query tile's running state."""
+    first = tile * BLOCK_N
+    keys = first + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    s = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
+    s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2 + shift2  # (M, N)
+    if bias_rows is not None:
+        at = bias_rows[:, None] + offset(keys, bias_k)[None, :]
+        inside = (end > 0)[:, None] & (keys < lk)[None, :]
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    if MASKED:
+        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
+        if dense_rows is not None:
+            at = dense_rows[:, None] + offset(keys, dense_k)[None, :]
+            allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
+    if SHIFTED:
+        if MASKED:
+            s = tl.where(allowed, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = WEIGHT(s - finite[:, None])
+        rescale = tl.exp2(top - finite)
+        total = total * rescale + tl.sum(weight, 1)
+        acc = acc * rescale[:, None]
+        top = new_top
+    else:
+        weight = WEIGHT(s)
+        if MASKED:
+            weight = tl.where(allowed, weight, 0.0)
+        if NORMALISED:
+            total = total + tl.sum(weight, 1)
+    v_tile = load_tile(v_base + offset(first, v_l), v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
+    acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, top, total
+
+
+@triton.jit
+def attend(
+    q_tile,
+    k_base,
+    v_base,
+    k_l,
+    v_l,
+    bias_rows,
+    bias_k,
+    dense_rows,
+    dense_k,
+    tile_classes,  # this row of tiles' classes (0 = nothing to attend), or None
+    begin,
+    end,
+    first_begin,  # intervals of the first and the last row
+    first_end,
+    last_begin,
+    last_end,
+    lk,
+    scale2,
+    shift2,
+    WEIGHT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A query tile over all the keys that it attends: (acc (M, Dv), top (M,), total (M,))."""
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # Tiles [full, full_end) need no test of their elements; those on either side do.
+    tile_begin = first_begin // BLOCK_N
+    tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
+    if dense_rows is not None:
+        full = tile_end
+        full_end = tile_end
+    else:
+        full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), tile_end)
+        full_end = tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, tile_end)
+        full_end = tl.maximum(full_end, full)
+        for tile in range(full, full_end):
+            acc, top, total = attend_tile(
+                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
+                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                BLOCK_DV, False, PRECISION,
+            )  # fmt: skip
+    left = full - tile_begin
+    for step in range(0, left + (tile_end - full_end)):
+        tile = tl.where(step < left, tile_begin + step, full_end + step - left)
+        if tile_classes is None:
+            acc, top, total = attend_tile(
+                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
+                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                BLOCK_DV, True, PRECISION,
+            )  # fmt: skip
+        elif tl.load(tile_classes + tile) != 0:
+            acc, top, total = attend_tile(
+                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
+                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                BLOCK_DV, True, PRECISION,
+            )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def finish(acc, top, total, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr):
+    """(normalised output, natural log-sum-exp); 0 and -inf for a row with nothing to attend to."""
+    lse = total
+    if NORMALISED:
+        nothing = total == 0.0
+        acc = acc / tl.where(nothing, 1.0, total)[:, None]
+        lse = tl.log2(tl.where(nothing, 1.0, total))
+        if SHIFTED:
+            lse += tl.where(nothing, 0.0, top)
+        lse = tl.where(nothing, float("-inf"), lse * _LN2)
+    return acc, lse

@@ -1,0 +1,161 @@
+"""What the Triton attention kernels can be tuned by, and what fits a device."""
+
+from ..._config import Parameter, declare
+
+_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SCORED = ("dtype", "score", "head_dim", "value_dim", "mask")
+_LENGTHS = ("batch", "heads", "kv_heads", "q_length", "k_length")
+
+
+def _padded(key, name: str) -> int:
+    return max(16, 1 << (key[name] - 1).bit_length())
+
+
+def _tile_bytes(key, rows: int, *names: str) -> int:
+    return rows * sum(_padded(key, name) for name in names) * _WIDTHS[key["dtype"]]
+
+
+def _reads_shared(key, target) -> bool:
+    """Tensor cores of Hopper and later take operands from shared memory; so do the three TF32 products of float32."""
+    return key["dtype"] == "float32" or target.arch.startswith(("sm_9", "sm_10"))
+
+
+def _forward_bytes(values, key, target) -> int:
+    """Shared memory: the key and value tiles in flight, the weights, and the query tile where products read it from there."""
+    flying = _tile_bytes(key, values["block_n"], "head_dim", "value_dim") * values["num_stages"]
+    if _reads_shared(key, target):
+        flying += _tile_bytes(key, values["block_m"], "head_dim")
+    return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
+
+
+def _forward_fits(values, key, target) -> str | None:
+    if target.kind == "cpu":
+        return None
+    wanted = _forward_bytes(values, key, target)
+    if wanted > target.shared:
+        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    # float32 accumulator and scores of one program, in 32-bit registers of its threads
+    registers = (
+        values["block_m"] * (_padded(key, "value_dim") + values["block_n"]) // (32 * values["num_warps"])
+    )
+    return f"needs about {registers} registers a thread" if registers > 224 else None
+
+
+def _largest(shapes, key, target, fits):
+    """The first shape that the device has room for; the last one is for none that has."""
+    names = ("block_m", "block_n", "num_warps", "num_stages")
+    for shape in shapes:
+        values = dict(zip(names, shape, strict=True))
+        if fits(values, key, target) is None:
+            return values
+    return values
+
+
+def _forward_default(key, target):
+    if target.kind == "cpu":  # the interpreter: several tiles even at test sizes
+        return {"block_m": 32, "block_n": 16}
+    if not key:
+        return {}
+    shapes = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2))
+    small = ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+    # float32 products unroll to three times the code: large tiles take half a minute to compile
+    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, _forward_fits)
+
+
+declare(
+    "attention",
+    "triton",
+    parameters={
+        "block_m": Parameter(64, (16, 32, 64, 128, 256)),
+        "block_n": Parameter(32, (16, 32, 64, 128, 256)),
+        "num_warps": Parameter(4, (1, 2, 4, 8)),
+        "num_stages": Parameter(2, (1, 2, 3, 4)),
+    },
+    structural=_SCORED,
+    sizes=_LENGTHS,
+    feasible=_forward_fits,
+    default=_forward_default,
+)
+
+
+def _decode_fits(values, key, target) -> str | None:
+    return _forward_fits(values | {"block_m": 64}, key, target)
+
+
+def _decode_default(key, target):
+    if target.kind == "cpu":
+        return {"block_n": 16, "keys_per_split": 32}
+    if not key:
+        return {}
+    for block_n, stages in ((128, 3), (64, 3), (64, 2), (32, 2), (16, 1)):
+        values = {"block_n": block_n, "num_stages": stages, "num_warps": 4}
+        if _decode_fits(values, key, target) is None:
+            break
+    return values
+
+
+declare(
+    "attention_decode",
+    "triton",
+    parameters={
+        "block_n": Parameter(32, (16, 32, 64, 128, 256)),
+        "keys_per_split": Parameter(256, (32, 128, 256, 512, 1024, 4096)),
+        "waves": Parameter(2, (1, 2, 4)),
+        "num_warps": Parameter(4, (1, 2, 4, 8)),
+        "num_stages": Parameter(2, (1, 2, 3, 4)),
+    },
+    structural=_SCORED,
+    sizes=_LENGTHS,
+    feasible=_decode_fits,
+    default=_decode_default,
+)
+
+
+def _backward_bytes(values, key, target) -> int:
+    """Shared memory of the larger kernel: one side's tiles in flight, the other's held where products read it from there."""
+    m, n, names = values["block_m"], values["block_n"], ("head_dim", "value_dim")
+    flying = _tile_bytes(key, max(m, n), *names) * values["num_stages"]
+    if _reads_shared(key, target):
+        flying += _tile_bytes(key, max(m, n), *names)
+    return flying + 2 * m * n * _WIDTHS[key["dtype"]]
+
+
+def _backward_fits(values, key, target) -> str | None:
+    if target.kind == "cpu":
+        return None
+    wanted = _backward_bytes(values, key, target)
+    if wanted > target.shared:
+        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    rows = max(values["block_m"], values["block_n"])
+    held = (
+        rows * (_padded(key, "head_dim") + _padded(key, "value_dim"))
+        + 2 * values["block_m"] * values["block_n"]
+    )
+    registers = held // (32 * values["num_warps"])
+    return f"needs about {registers} registers a thread" if registers > 224 else None
+
+
+def _backward_default(key, target):
+    if target.kind == "cpu":
+        return {"block_m": 16, "block_n": 32}
+    if not key:
+        return {}
+    shapes = ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1))
+    small = ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, _backward_fits)
+
+
+declare(
+    "attention_backward",
+    "triton",
+    parameters={
+        "block_m": Parameter(32, (16, 32, 64, 128)),
+        "block_n": Parameter(32, (16, 32, 64, 128)),
+        "num_warps": Parameter(4, (1, 2, 4, 8)),
+        "num_stages": Parameter(1, (1, 2, 3, 4)),
+    },
+    structural=_SCORED,
+    sizes=_LENGTHS,
+    feasible=_backward_fits,
+    default=_backward_default,
+)

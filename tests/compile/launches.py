@@ -1,0 +1,74 @@
+"""Launches of every op's Triton kernels, recorded on the meta device for a target."""
+
+import torch
+
+from fastattn import _triton
+from fastattn.scores import SCORES
+
+# What fast tests compile for; the slow ones take every target.
+SAMPLED = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def indices(n: int) -> torch.Tensor:
+    return empty(n, dtype=torch.int32)
+
+
+def attention_arguments(
+    score: str = "softmax",
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    v_dim: int | None = None,
+    *,
+    heads: int = 16,
+    kv_heads: int = 4,
+    q_length: int = 4096,
+    k_length: int = 4096,
+    mask: str = "packed",
+    bias: bool = False,
+) -> tuple:
+    """The forward op's arguments less the backend."""
+    packed, dense = mask == "packed", mask == "dense"
+    v_dim = head_dim if v_dim is None else v_dim
+    return (
+        empty(1, heads, q_length, head_dim, dtype=dtype),
+        empty(1, kv_heads, k_length, head_dim, dtype=dtype),
+        empty(1, kv_heads, k_length, v_dim, dtype=dtype),
+        empty(1, heads, q_length, k_length, dtype=dtype) if bias else None,
+        SCORES[score].code,
+        0.1,
+        None if SCORES[score].log_n_bias else 0.0,
+        packed or mask == "causal",
+        512 if mask == "window" else -1,
+        0 if mask == "window" else -1,
+        indices(5) if packed else None,
+        indices(6) if packed else None,
+        indices(6) if packed else None,
+        q_length,
+        k_length,
+        None,
+        empty(1, 1, q_length, k_length, dtype=torch.bool) if dense else None,
+    )
+
+
+def attention(target: str, **options) -> list[_triton.Launch]:
+    from fastattn.ops.attention.triton import attention
+
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        attention(*attention_arguments(**options))
+    return launches
+
+
+def attention_backward(target: str, **options) -> list[_triton.Launch]:
+    from fastattn.ops.attention.triton_backward import attention_backward
+
+    q, k, v, bias, score, *rest = attention_arguments(**options)
+    out = empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    normalised = next(row for row in SCORES.values() if row.code == score).normalised
+    lse = empty(*(q.shape[:3] if normalised else (0,)), dtype=torch.float32)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        attention_backward(out, None, q, k, v, bias, out, lse, bias is not None, score, *rest)
+    return launches

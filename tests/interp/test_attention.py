@@ -1,0 +1,144 @@
+"""Triton attention in the interpreter, against the reference: every score, every kind of mask, gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import fastattn as fa
+from fastattn import testing
+from fastattn.masks import Mask
+from fastattn.scores import SCORES
+
+MASKS = {
+    "full": lambda: None,
+    "causal": lambda: Mask(causal=True),
+    "window": lambda: Mask(window=(9, 4)),
+    "prefix": lambda: Mask(prefix_lengths=torch.tensor([7])),
+    "key_lengths": lambda: Mask(causal=True, key_lengths=torch.tensor([13])),
+    "packed_prefix": lambda: Mask(
+        cu_seqlens_q=torch.tensor([0, 9, 9, 36]), prefix_lengths=torch.tensor([4, 0, 20])
+    ),
+    "dense": lambda: Mask(dense=torch.rand(1, 1, 37, 37, generator=torch.Generator().manual_seed(3)) > 0.8),
+}
+
+
+def compare(inputs, score="softmax", mask=None, terms=64, **options):
+    returns = SCORES[score].normalised
+
+    def run(backend):
+        def fn(q, k, v, *bias):
+            extra = {"bias": bias[0]} if bias else {}
+            return fa.attention(
+                q, k, v, score=score, mask=mask, return_lse=returns, backend=backend, **extra, **options
+            )
+
+        return fn
+
+    testing.check_op(run("triton"), run("reference"), inputs, terms=terms, names=("q", "k", "v", "bias"))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("score", SCORES)
+def test_masks(score, kind, nan_outputs):
+    compare(testing.attention_inputs(1, 2, 1, 37, 37, 24, 12, layout="odd"), score, MASKS[kind]())
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("score", SCORES)
+def test_low_dtypes(score, dtype, nan_outputs):
+    compare(testing.attention_inputs(1, 2, 2, 20, 35, 16, dtype=dtype), score, Mask(causal=True))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", [(1, 1, 20, 1), (1, 2, 20, 35)])
+def test_tensor_bias(score, shape, nan_outputs):
+    bias = testing.random_tensor(*shape, requires_grad=True)
+    compare((*testing.attention_inputs(1, 2, 1, 20, 35, 16), bias), score, Mask(window=(20, None)))
+
+
+@pytest.mark.parametrize("kind", ("full", "causal", "window", "key_lengths", "dense", "bias"))
+@pytest.mark.parametrize("score", SCORES)
+def test_decoding(score, kind, nan_outputs):
+    """Few queries: keys are split over programs, some of which have none to attend."""
+    mask = {
+        "causal": Mask(causal=True),
+        "window": Mask(window=(40, 0)),
+        "key_lengths": Mask(key_lengths=torch.tensor([0, 71])),
+        "dense": Mask(dense=torch.rand(2, 4, 2, 75, generator=torch.Generator().manual_seed(3)) > 0.7),
+    }.get(kind)
+    q, k, v = testing.attention_inputs(2, 4, 2, 2, 75, 16, 20, requires_grad=False)
+    bias = testing.random_tensor(2, 1, 2, 75) if kind == "bias" else None
+    returns = SCORES[score].normalised
+
+    def run(backend):
+        return lambda q, k, v: fa.attention(
+            q,
+            k,
+            v,
+            score=score,
+            mask=mask,
+            bias=None if bias is None else bias.to(q.dtype),
+            return_lse=returns,
+            backend=backend,
+        )
+
+    testing.assert_within_budget(run("triton")(q, k, v), run("reference"), (q, k, v), terms=75)
+
+
+@settings(max_examples=8)
+@given(problem=testing.attention_problems(max_len=40, head_dims=(1, 8, 17), max_heads=2))
+def test_problems(problem):
+    with testing.nan_filled_outputs():
+        compare(problem.inputs(), "softmax", problem.mask())
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(problem=testing.attention_problems(max_len=40))
+@pytest.mark.parametrize("score", SCORES)
+def test_all_problems(score, problem):
+    with testing.nan_filled_outputs():
+        compare(problem.inputs(), score, problem.mask())
+
+
+@pytest.mark.parametrize("config", [{"block_m": 64, "block_n": 16}, {"block_m": 16, "block_n": 64}])
+def test_other_tiles(config):
+    from fastattn import _config
+
+    with _config.override({(op, "triton"): config for op in ("attention", "attention_backward")}):
+        compare(testing.attention_inputs(1, 1, 1, 70, 37, 8), "softmax", Mask(causal=True, window=(50, None)))
+
+
+def test_packed_documents_do_not_touch_each_other():
+    offsets = torch.tensor([0, 11, 30])
+    q, k, v = testing.attention_inputs(1, 1, 1, 30, 30, 16, requires_grad=False)
+    mask = Mask(causal=True, cu_seqlens_q=offsets)
+    before = fa.attention(q, k, v, mask=mask, backend="triton")
+    for t in (q, k, v):
+        t[:, :, 11:] = torch.randn_like(t[:, :, 11:])
+    after = fa.attention(q, k, v, mask=mask, backend="triton")
+    assert torch.equal(before[:, :, :11], after[:, :, :11])
+
+
+def test_small_sigmoid_weights_keep_relative_accuracy():
+    # One key and v = 1 give the weight itself: 1/(1 + exp2(-s2)) has four roundings, s2 = s * log2(e) two more,
+    # whose absolute error |s2| * 1.5 eps the exponential turns into a relative one: (4 + 1.5 * 60) eps at s = -40.
+    s = torch.linspace(-40, -2, 16).view(1, 1, 16, 1)
+    one = torch.ones(1, 1, 1, 1)
+    out = fa.attention(s, one, one, score="sigmoid", scale=1.0, bias=0.0, backend="triton")
+    assert testing.relative_error(out, torch.sigmoid(s.double())) < 94 * testing.EPS32
+
+
+def test_explain_names_the_configuration():
+    q, k, v = testing.attention_inputs(1, 1, 1, 20, 20, 16, requires_grad=False)
+    found = fa.explain("attention", q, k, v, backend="triton")
+    assert found.backend == "triton" and found.config["block_m"] == 32
+
+
+def test_refused_clearly():
+    q, k, v = testing.attention_inputs(1, 1, 1, 4, 4, 300, requires_grad=False)
+    with pytest.raises(NotImplementedError, match="head dims 1 to 256"):
+        fa.attention(q, k, v, backend="triton")
+    q, k, v = testing.attention_inputs(1, 1, 1, 4, 4, 8, dtype=torch.float64, requires_grad=False)
+    with pytest.raises(NotImplementedError, match="float64"):
+        fa.attention(q, k, v, backend="triton")
