@@ -51,6 +51,7 @@ class BucketResult:
 class Listener:
     """Told what a run does; the command line shows it."""
 
+    def budgeted(self, seconds: float) -> None: ...
     def planned(self, buckets: Sequence[Bucket]) -> None: ...
     def started(self, result: BucketResult, seconds: float) -> None: ...
     def tried(self, result: BucketResult, config: Config, outcome: Outcome) -> None: ...
@@ -147,15 +148,19 @@ def tune(
     seed: int = 0,
     threads: int | None = None,
     listener: Listener | None = None,
+    started: float | None = None,
 ) -> Run:
     """Tune ops on a device and merge what was found into the user's table, bucket by bucket.
 
-    budget is in seconds, start-up included; storage is any Optuna storage, by default a journal in the cache.
+    budget is in seconds, counted from `started` (time.monotonic(), by default now); storage is any Optuna storage, by default a journal in the cache.
     """
     if effort not in BUDGETS:
         raise ValueError(f"tune: effort is {effort!r}, allowed are {', '.join(BUDGETS)}")
     clock = search.Clock(BUDGETS[effort] if budget is None else budget)
+    if started is not None:
+        clock.started = started
     listener = listener or Listener()
+    listener.budgeted(clock.seconds)
     trials_storage = study.open_storage(storage) if storage else None
     results, skipped = [], []
     with Worker(device, threads=threads) as worker:

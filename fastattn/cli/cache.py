@@ -1,0 +1,263 @@
+"""`fastattn cache`: look into the tuned tables, check them, move them between machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+_File = Annotated[Path, typer.Argument()]
+_Ops = Annotated[list[str] | None, typer.Argument(help="Ops, such as attention; all by default.")]
+
+
+def register(app: typer.Typer) -> None:
+    cache = typer.Typer(
+        help="The tuned tables: show, why, verify, export, import, clear.", no_args_is_help=True
+    )
+    cache.command()(show)
+    cache.command()(why)
+    cache.command()(verify)
+    cache.command("export")(export)
+    cache.command("import")(import_)
+    cache.command()(clear)
+    app.add_typer(cache, name="cache")
+
+
+def show(ops: _Ops = None, device: _Device = "cpu") -> None:
+    """Every entry of every table that serves a device, best table first."""
+    from fastattn.autotune.table import every_entry
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fastattn import _config, _device, _tables
+
+    console = _console()
+    _config.tunings()
+    target = _device.target(device)
+    console.print(f"{target.name}, {target.arch}, {target.units} units", markup=False)
+    shown = False
+    for source, table in _tables.tables(target):
+        rows = Table(title=escape(source), title_justify="left", box=None, pad_edge=False)
+        for name in ("op", "bucket", "configuration"):
+            rows.add_column(name, overflow="fold")
+        for name in ("time", "gain", "spread"):
+            rows.add_column(name, justify="right", no_wrap=True)
+        for op, backend, entry in every_entry(table):
+            if not ops or op in ops or f"{op}.{backend}" in ops:
+                bucket = f"{_fields(entry.get('key'))} {_fields(entry.get('sizes'))}"
+                cells = (f"{op}.{backend}", bucket, _fields(entry.get("config")), *_figures(entry))
+                rows.add_row(*(escape(_plain(cell)) for cell in cells))
+        if rows.row_count:
+            shown = True
+            console.print(rows)
+    if not shown:
+        console.print("no tuned entries: built-in defaults are in use (fastattn tune makes some)")
+
+
+def why(
+    op: Annotated[str, typer.Argument(help="op.backend, such as attention.cpu.")],
+    key: Annotated[
+        list[str] | None, typer.Argument(help="The key's fields, such as dtype=bfloat16 length=512.")
+    ] = None,
+    device: _Device = "cpu",
+) -> None:
+    """Which configuration a call gets and where from: every table's nearest entry, taken or passed over."""
+    from fastattn.autotune.table import every_entry, refusal
+
+    from fastattn import _config, _device, _tables
+
+    from .tune import fields_of
+
+    console = _console()
+    name, _, backend = op.partition(".")
+    declared = _config.tunings()
+    backends = [other for known, other in declared if known == name]
+    backend = backend or (backends[0] if len(backends) == 1 else "")
+    if (name, backend) not in declared:
+        known = ", ".join(sorted(".".join(one) for one in declared))
+        raise ValueError(f"cache why: no tuned op {op}; there is {known}")
+    declaration, target = declared[name, backend], _device.target(device)
+    given = fields_of(" ".join(key or ()))
+    wanted = (*declaration.structural, *declaration.sizes)
+    if given.keys() != set(wanted):
+        raise ValueError(
+            f"cache why: {name}.{backend} needs the fields {' '.join(f'{one}=...' for one in wanted)}"
+        )
+    structural = {field: given[field] for field in declaration.structural}
+    sizes = {field: given[field] for field in declaration.sizes}
+    choice = _config.lookup(name, backend, structural=structural, sizes=sizes, device=target)
+    console.print(f"{_fields(choice.values)}  from {_plain(choice.source)}", markup=False)
+    sources = dict(_tables.tables(target))
+    for directory in _tables.directories():
+        path = str(directory / f"{target.slug}.json")
+        if path not in sources:
+            reason = "cannot be used" if Path(path).exists() else "is not there"
+            console.print(f"  {path} {reason}", markup=False, soft_wrap=True)
+            continue
+        console.print(f"  {path}", markup=False, soft_wrap=True)
+        for found_op, found_backend, entry in every_entry(sources[path]):
+            if (found_op, found_backend) != (name, backend):
+                continue
+            reason = refusal(name, backend, entry, target)
+            if reason is None and entry["key"] != structural:
+                continue
+            reason = reason or _distance(entry["sizes"], sizes)
+            console.print(
+                f"    {_fields(entry.get('sizes'))}: {_plain(reason)}", markup=False, soft_wrap=True
+            )
+
+
+def verify(
+    device: _Device = "cpu",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every entry against the default again (20 rounds).")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds of --measure.")] = 20,
+) -> None:
+    """Check that every entry is one a look-up would take; exits with 1 where one is not.
+
+    With --measure each entry's shapes run again, interleaved with the default, and one that is slower than the
+    default by more than the spread fails as well.
+    """
+    from fastattn.autotune.table import every_entry, refusal
+
+    from fastattn import _config, _device, _tables
+
+    console = _console()
+    _config.tunings()
+    target = _device.target(device)
+    bad = good = 0
+    for source, table in _tables.tables(target):
+        for op, backend, entry in every_entry(table):
+            reason = refusal(op, backend, entry, target)
+            if reason is not None:
+                bad += 1
+                text = f"{source}: {op}.{backend} {_fields(entry.get('key'))}: {reason}"
+                console.print(_plain(text), markup=False, soft_wrap=True)
+            else:
+                good += 1
+    for directory in _tables.directories():
+        path = directory / f"{target.slug}.json"
+        if path.exists() and _tables.read_table(path, target) is None:
+            bad += 1
+            console.print(f"{path}: not a table for this device", markup=False, soft_wrap=True)
+    console.print(f"{good} entries are good, {bad} problems")
+    slower = _measure(console, target, device, rounds) if measure else 0
+    if bad or slower:
+        raise typer.Exit(1)
+
+
+def export(path: _File, device: _Device = "cpu") -> None:
+    """Write your table for a device to a file, to share or to ship."""
+    from fastattn.autotune.table import user_path, write
+
+    from fastattn import _device, _tables
+
+    target = _device.target(device)
+    table = _tables.read_table(user_path(target), target)
+    if table is None:
+        raise ValueError(f"cache export: there is no table at {user_path(target)} (fastattn tune makes one)")
+    write(path, table)
+    _console().print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def import_(path: _File) -> None:
+    """Merge a table from elsewhere into yours, after checking every entry; it may be for another device."""
+    from fastattn.autotune.table import import_table
+
+    from fastattn import _config
+
+    _config.tunings()
+    written, count = import_table(path)
+    _console().print(f"{count} entries merged into {written}", markup=False, soft_wrap=True)
+
+
+def clear(
+    ops: _Ops = None,
+    device: _Device = "cpu",
+    trials: Annotated[bool, typer.Option("--trials", help="Forget the measured trials as well.")] = False,
+) -> None:
+    """Remove your tuned entries for a device, of these ops or of all; shipped tables stay."""
+    from fastattn.autotune.table import remove, user_path
+
+    from fastattn import _device, _tables
+
+    target = _device.target(device)
+    found = remove(user_path(target), target, ops or ())
+    if trials:
+        for file in (_tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):
+            found = True
+            file.unlink()
+    _console().print("removed" if found else "there was nothing to remove")
+
+
+def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
+    """Re-measure the entries in effect; returns how many are slower than their default."""
+    import math
+
+    from fastattn.autotune.remeasure import remeasure
+
+    from fastattn import _tables
+
+    slower, ratios = 0, []
+    for name, label, compared, failure in remeasure(_tables.tables(target), target, device, rounds):
+        if compared is None:
+            console.print(f"{name} {label}: {failure}", markup=False, soft_wrap=True)
+            continue
+        worse = compared.ratio - compared.spread > 1.0
+        slower += worse
+        ratios.append(compared.ratio)
+        verdict = "SLOWER" if worse else f"{1 / compared.ratio:.2f}×"
+        text = f"{name} {label}: {verdict} ± {100 * compared.spread:.1f} %"
+        console.print(text, markup=False, soft_wrap=True)
+    if ratios:
+        mean = math.exp(-sum(map(math.log, ratios)) / len(ratios))
+        console.print(f"measured {len(ratios)} entries: geometric mean gain {mean:.2f}×, {slower} slower")
+    return slower
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _fields(values: Any) -> str:
+    if not hasattr(values, "items"):
+        return "?"
+    return _plain(" ".join(f"{name}={value}" for name, value in values.items()))
+
+
+def _plain(text: str) -> str:
+    """Without control characters: a table may come from anywhere, and a terminal obeys them."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))[:500]
+
+
+def _figures(entry: dict) -> tuple[str, str, str]:
+    from fastattn.autotune.report import duration
+
+    def number(name: str) -> float | None:
+        value = entry.get(name)
+        return float(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else None
+
+    time, ratio, spread = number("time_us"), number("ratio"), number("spread")
+    return (
+        duration(time * 1e-6) if time else "",
+        f"{1 / ratio:.2f}×" if ratio else "",
+        f"± {100 * spread:.1f} %" if spread else "",
+    )
+
+
+def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> str:
+    from math import log2
+
+    from fastattn._config import REACH
+
+    octaves = {name: abs(log2(tuned[name]) - log2(max(1, sizes[name]))) for name in sizes}
+    worst = max(octaves, key=octaves.__getitem__, default=None)
+    if worst is None or octaves[worst] == 0:
+        return "the same sizes"
+    far = f", over the {REACH:g} a tuned size reaches" if octaves[worst] > REACH else ""
+    return f"{octaves[worst]:.1f} octaves away in {worst}{far}"
