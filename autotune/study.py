@@ -49,7 +49,7 @@ class _KernelLock:
         self._lock = FileLock(path + ".flock")
 
     def acquire(self) -> bool:
-        self._lock.acquire(timeout=60)
+        self._lock.acquire(timeout=60, poll_interval=0.005)
         return True
 
     def release(self) -> None:
