@@ -23,6 +23,7 @@ SMALL = 300  # points that may be swept
 ROUNDS = 3  # of a first look
 HOPELESS = 2.0  # times the best ratio: not timed any further
 SEMIFINAL_ROUNDS, FINAL_ROUNDS, GUARD_ROUNDS = 10, 50, 40
+LEAST_ROUNDS = 5  # of the last race, to tell anything by
 FINALISTS = 5
 MIN_GAIN = 0.02  # a smaller gain is not worth a table entry that departs from the default
 EXPLORE, RACE = 0.6, 0.8  # shares of the budget used when exploration and the race end
@@ -175,7 +176,7 @@ def decide(space: Space, trials: Trials, evaluator: Evaluator, clock: Clock) -> 
             trials.known[runners[0]] = Outcome(None, failure.reason, failure.detail)
             runners = runners[1:]
             continue
-        comparison = compare(times[1], times[0])
+        comparison = _measured(times[1], times[0])
         if comparison.faster and comparison.ratio <= 1 - MIN_GAIN:
             return Winner(config, comparison)
         alone = compare(times[0], times[0])
@@ -183,7 +184,13 @@ def decide(space: Space, trials: Trials, evaluator: Evaluator, clock: Clock) -> 
             default, alone, kept=f"best other took {comparison.ratio:.2f} ± {comparison.spread:.2f}"
         )
     times = evaluator.race([default], SEMIFINAL_ROUNDS, max(clock.left(), 0.5))
-    return Winner(default, compare(times[0], times[0]), kept="nothing else ran")
+    return Winner(default, _measured(times[0], times[0]), kept="nothing else ran")
+
+
+def _measured(times: list[list[float]], default: list[list[float]]) -> Comparison:
+    if len(times[0]) < LEAST_ROUNDS:
+        raise Failure("out of time", f"after {len(times[0])} rounds of the last race")
+    return compare(times, default)
 
 
 def _race(

@@ -60,12 +60,14 @@ def workload_modules() -> list[str]:
     """The modules of installed ops that describe workloads."""
     from fastattn import ops
 
-    names = [f"{module.name}.workload" for module in pkgutil.iter_modules(ops.__path__, "fastattn.ops.")]
+    folders = [module for module in pkgutil.iter_modules(ops.__path__, "fastattn.ops.") if module.ispkg]
+    names = [f"{folder.name}.workload" for folder in folders]
     return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def load_workloads(modules: Sequence[str]) -> dict[str, tuple[str, Workload]]:
     """{"op.backend": (module, workload)} of these modules, their declarations made."""
+    _config.tunings()
     found = {}
     for module in modules:
         for workload in importlib.import_module(module).WORKLOADS:
@@ -89,11 +91,17 @@ class Bucket:
         return f"{self.op}.{self.backend}"
 
     def label(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in (*self.structural.items(), *self.sizes.items()))
+        return label(self.structural, self.sizes)
 
     def study_name(self, target: Target) -> str:
         fields = json.dumps({**self.structural, **self.sizes}, sort_keys=True)
         return f"{self.name} {fields} on {target.kind} {target.slug}"
+
+
+def label(structural: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """A key for people: names of variants speak for themselves."""
+    fields = (*structural.items(), *sizes.items())
+    return " ".join(value if isinstance(value, str) else f"{name}={value}" for name, value in fields)
 
 
 def round_size(size: int) -> int:

@@ -7,15 +7,16 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from fastattn.autotune.report import duration, gain
-from fastattn.autotune.space import Bucket, Config
-from fastattn.autotune.study import Outcome
-from fastattn.autotune.tuner import BucketResult, Listener, Run
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from fastattn.autotune.report import duration, gain
+from fastattn.autotune.space import Bucket, Config
+from fastattn.autotune.study import Outcome
+from fastattn.autotune.tuner import BucketResult, Listener, Run
 
 
 class Progress(Listener):

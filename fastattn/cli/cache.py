@@ -27,11 +27,11 @@ def register(app: typer.Typer) -> None:
 
 def show(ops: _Ops = None, device: _Device = "cpu") -> None:
     """Every entry of every table that serves a device, best table first."""
-    from fastattn.autotune.table import every_entry
     from rich.markup import escape
     from rich.table import Table
 
     from fastattn import _config, _device, _tables
+    from fastattn.autotune.table import every_entry
 
     console = _console()
     _config.tunings()
@@ -64,9 +64,8 @@ def why(
     device: _Device = "cpu",
 ) -> None:
     """Which configuration a call gets and where from: every table's nearest entry, taken or passed over."""
-    from fastattn.autotune.table import every_entry, refusal
-
     from fastattn import _config, _device, _tables
+    from fastattn.autotune.table import every_entry, refusal
 
     from .tune import fields_of
 
@@ -121,9 +120,8 @@ def verify(
     With --measure each entry's shapes run again, interleaved with the default, and one that is slower than the
     default by more than the spread fails as well.
     """
-    from fastattn.autotune.table import every_entry, refusal
-
     from fastattn import _config, _device, _tables
+    from fastattn.autotune.table import every_entry, refusal
 
     console = _console()
     _config.tunings()
@@ -151,9 +149,8 @@ def verify(
 
 def export(path: _File, device: _Device = "cpu") -> None:
     """Write your table for a device to a file, to share or to ship."""
-    from fastattn.autotune.table import user_path, write
-
     from fastattn import _device, _tables
+    from fastattn.autotune.table import user_path, write
 
     target = _device.target(device)
     table = _tables.read_table(user_path(target), target)
@@ -165,9 +162,8 @@ def export(path: _File, device: _Device = "cpu") -> None:
 
 def import_(path: _File) -> None:
     """Merge a table from elsewhere into yours, after checking every entry; it may be for another device."""
-    from fastattn.autotune.table import import_table
-
     from fastattn import _config
+    from fastattn.autotune.table import import_table
 
     _config.tunings()
     written, count = import_table(path)
@@ -180,9 +176,8 @@ def clear(
     trials: Annotated[bool, typer.Option("--trials", help="Forget the measured trials as well.")] = False,
 ) -> None:
     """Remove your tuned entries for a device, of these ops or of all; shipped tables stay."""
-    from fastattn.autotune.table import remove, user_path
-
     from fastattn import _device, _tables
+    from fastattn.autotune.table import remove, user_path
 
     target = _device.target(device)
     found = remove(user_path(target), target, ops or ())
@@ -197,9 +192,8 @@ def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
     """Re-measure the entries in effect; returns how many are slower than their default."""
     import math
 
-    from fastattn.autotune.remeasure import remeasure
-
     from fastattn import _tables
+    from fastattn.autotune.remeasure import remeasure
 
     slower, ratios = 0, []
     for name, label, compared, failure in remeasure(_tables.tables(target), target, device, rounds):

@@ -1,0 +1,130 @@
+"""`fastattn tune` and `fastattn cache` as typed."""
+
+import json
+
+import pytest
+import typer
+from fastattn.autotune import space
+from fastattn.autotune import table as tables
+from planted import entry, table
+from typer.testing import CliRunner
+
+from fastattn import _config, _tables
+from fastattn.cli import cache, tune
+
+KEY = ["dtype=float32", "head_dim=64"]
+
+
+@pytest.fixture
+def run(synthetic, monkeypatch):
+    app = typer.Typer()
+    cache.register(app)
+    tune.register(app)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*words):
+        _config.reload()
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return command
+
+
+@pytest.fixture
+def filled(target, synthetic):
+    entries = [entry(512, 64) | {"time_us": 750.0, "ratio": 0.75, "spread": 0.01}, entry(2048, 128)]
+    tables.merge(tables.user_path(target), target, {("planted", "cpu"): entries})
+
+
+def test_show(run, filled):
+    code, text = run("cache", "show")
+    assert code == 0 and "planted.cpu" in text and "tile=64" in text
+    assert "750 µs" in text and "1.33×" in text and "± 1.0 %" in text
+    assert "tile" not in run("cache", "show", "other")[1]
+
+
+def test_show_without_tables(run):
+    assert "built-in defaults" in run("cache", "show")[1]
+
+
+def test_show_is_safe_against_control_characters(run, target, synthetic):
+    spoilt = table(target, entry(512, "\x1b[2Jtile", "[red]plain"))
+    tables.write(tables.user_path(target), spoilt)
+    text = run("cache", "show")[1]
+    assert "\x1b" not in text and "?[2Jtile" in text and "[red]plain" in text
+
+
+def test_why(run, filled, target):
+    code, text = run("cache", "why", "planted", *KEY, "length=600")
+    assert code == 0 and text.startswith(f"tile=64 variant=plain  from {tables.user_path(target)}")
+    assert "length=512: 0.2 octaves away in length" in text and "length=2048: 1.8 octaves" in text
+    assert "is not there" in text
+    assert "over the 3 a tuned size reaches" in run("cache", "why", "planted.cpu", *KEY, "length=9")[1]
+    with pytest.raises(ValueError, match=r"needs the fields dtype=\.\.\. head_dim=\.\.\. length=\.\.\."):
+        run("cache", "why", "planted", *KEY)
+    with pytest.raises(ValueError, match="no tuned op strange"):
+        run("cache", "why", "strange")
+
+
+def test_verify(run, filled, target):
+    assert run("cache", "verify") == (0, "2 entries are good, 0 problems\n")
+    tables.write(tables.user_path(target), table(target, entry(512, 63), entry(512, 64)))
+    code, text = run("cache", "verify")
+    assert code == 1 and "tile=63 is not allowed" in text and "1 entries are good, 1 problems" in text
+    tables.user_path(target).write_text("{")
+    code, text = run("cache", "verify")
+    assert code == 1 and "not a table for this device" in text
+
+
+def test_export_clear_import(run, filled, target, tmp_path):
+    path = tmp_path / "table.json"
+    assert run("cache", "export", path)[0] == 0
+    assert run("cache", "clear", "planted")[1] == "removed\n"
+    assert "built-in defaults" in run("cache", "show")[1]
+    assert "2 entries merged" in run("cache", "import", path)[1]
+    assert run("cache", "clear")[1] == "removed\n" and not tables.user_path(target).exists()
+    assert run("cache", "clear")[1] == "there was nothing to remove\n"
+    with pytest.raises(ValueError, match="there is no table"):
+        run("cache", "export", path)
+
+
+def test_tune_and_measure_again(run, target, monkeypatch, tmp_path):
+    monkeypatch.setattr(space, "workload_modules", lambda: ["planted"])
+    words = ["--ops", "planted", "--shapes", "length=300", "--budget", "10m", "--threads", "1"]
+    code, text = run("tune", *words, "--report", tmp_path / "report.html")
+    assert code == 0 and "2.67×" in text and "geometric mean gain over 1 buckets: 2.67×" in text
+    assert "8 configurations tried in" in text and "<svg" in (tmp_path / "report.html").read_text()
+    found = _tables.read_table(tables.user_path(target), target)["ops"]["planted"]["cpu"]["entries"]
+    assert [one["sizes"] for one in found] == [{"length": 256}]
+    slower = json.loads(json.dumps(found[0]))
+    slower["sizes"]["length"] = 1024
+    slower["config"] = {"tile": 16, "variant": "plain"}  # 3 ms against the default's 2
+    tables.merge(tables.user_path(target), target, {("planted", "cpu"): [slower]})
+    code, text = run("cache", "verify", "--measure")
+    assert code == 1 and "length=256: 2.67× ± 0.0 %" in text and "length=1024: SLOWER" in text
+    assert "measured 2 entries: geometric mean gain 1.33×, 1 slower" in text
+
+
+@pytest.mark.parametrize("text,seconds", [("60s", 60), ("2m", 120), ("1.5h", 5400), ("7", 7)])
+def test_budgets(text, seconds):
+    assert tune.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "fast", "1d", "inf"])
+def test_bad_budgets(text):
+    with pytest.raises(ValueError, match="expected a time"):
+        tune.seconds_of(text)
+
+
+def test_fields():
+    fields = tune.fields_of("length=4096,causal=true dtype=bfloat16")
+    assert fields == {"length": 4096, "causal": True, "dtype": "bfloat16"}
+    for bad in ("length", "=4", "length="):
+        with pytest.raises(ValueError, match="expected fields"):
+            tune.fields_of(bad)
+
+
+def test_written_tables_are_json(filled, target):
+    json.loads(tables.user_path(target).read_text())
