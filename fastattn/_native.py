@@ -29,9 +29,18 @@ def ref(t: torch.Tensor) -> _core.Tensor:
     return _Tensor(t.data_ptr(), DTYPES[t.dtype], tuple(t.shape), t.stride())
 
 
+@cache
+def _struct(name: str) -> type:
+    return type(name, (getattr(_core, name),), {"__slots__": ("fields",)})
+
+
 def params(name: str, **fields):
-    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent."""
-    struct = getattr(_core, name)()
+    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent.
+
+    It keeps the tensors alive: a copy made for the call may have no other owner while the kernel runs.
+    """
+    struct = _struct(name)()
+    struct.fields = fields
     for field, value in fields.items():
         if isinstance(value, torch.Tensor):
             value = ref(value)
