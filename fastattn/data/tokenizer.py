@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer of a run, and how an example becomes tokens."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,19 +93,31 @@ class Tokenizer:
             for p, r in zip(prompts, responses, strict=True)
         ]
 
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece: a character is given out once all its bytes are there."""
-        seen: list[int] = []
-        shown = ""
-        for token in tokens:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
-        text = self.decode(seen)
-        if len(text) > len(shown):
-            yield text[len(shown) :]
+    def text_stream(self) -> "TextStream":
+        return TextStream(self)
+
+
+class TextStream:
+    """Text of tokens that come one at a time: a character is given out once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """What `token` adds; "" while a character is incomplete."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._rest(text)
+
+    def finish(self) -> str:
+        """What is left, an incomplete character shown as U+FFFD."""
+        return self._rest(self._tokenizer.decode(self._tokens))
+
+    def _rest(self, text: str) -> str:
+        new, self._shown = text[len(self._shown) :], text
+        return new
 
 
 def _tokenizers():

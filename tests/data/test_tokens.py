@@ -31,11 +31,16 @@ def test_a_sample_is_prompt_then_response(tokenizer):
         assert tokenizer.decode(tokens[prefix:]) == example.response
 
 
+def streamed(tokenizer, tokens):
+    stream = tokenizer.text_stream()
+    return [*(stream.push(token) for token in tokens), stream.finish()]
+
+
 @given(st.text())
 def test_any_text_survives(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
-    assert "".join(tokenizer.stream(tokens)) == text
+    assert "".join(streamed(tokenizer, tokens)) == text
 
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
@@ -46,8 +51,9 @@ def test_text_that_spells_a_special_token_is_text(tokenizer, special):
 
 
 def test_a_character_is_streamed_whole(tokenizer):
-    pieces = list(tokenizer.stream(tokenizer.encode("a🐍b")))
+    pieces = streamed(tokenizer, tokenizer.encode("a🐍b"))
     assert "🐍" in pieces and "".join(pieces) == "a🐍b"
+    assert streamed(tokenizer, tokenizer.encode("🐍")[:2])[-1] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_save_and_load(tokenizer, tmp_path):

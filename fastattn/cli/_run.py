@@ -1,0 +1,255 @@
+"""What `train` and `demo` share: starting a run, its progress on the screen, its end."""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from fastattn.data.jsonl import Example
+    from fastattn.data.tokenizer import Sample, Tokenizer
+    from fastattn.models import HrmText, HrmTextConfig
+    from fastattn.report import Answer
+    from fastattn.training import TrainConfig, Trainer
+
+console = Console(highlight=False, soft_wrap=True)
+
+# The model `train` makes when no --config is given: two stacks of one block, called eight times a token.
+SMALL_MODEL = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 512,
+}
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C (or SIGTERM) came; a second one interrupts at once.
+
+    A step that is under way ends first, so that what is saved can be resumed exactly.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("stopping after this step; once more to stop at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def model_config(path: Path | None, vocab_size: int) -> "HrmTextConfig":
+    """The model of a new run: SMALL_MODEL, or what the JSON file says."""
+    from fastattn.models import HrmTextConfig
+
+    if path is None:
+        return HrmTextConfig(vocab_size=vocab_size, **SMALL_MODEL)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object of HrmTextConfig keys")
+    try:
+        return HrmTextConfig.from_dict({"vocab_size": vocab_size} | values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def start(
+    folder: Path,
+    shape: "HrmTextConfig",
+    tokenizer: "Tokenizer",
+    samples: "list[Sample]",
+    held_out: "list[Sample]",
+    config: "TrainConfig",
+) -> "Trainer":
+    """A fresh run; its weights come from the config's seed."""
+    import torch
+
+    from fastattn.models import HrmText
+    from fastattn.training import Trainer
+
+    torch.manual_seed(config.seed)
+    return Trainer(folder, HrmText(shape), tokenizer, samples, held_out, config)
+
+
+def plan_steps(trainer: "Trainer", minutes: float) -> None:
+    """Gives a fresh run as many steps as fit in `minutes` on this machine, by trying a few."""
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"--minutes is {minutes}; it must be positive")
+    config = trainer.config
+    cheaper = 1 - 0.3 * config.credit_warmup  # while gradients reach less far, steps take less
+    steps = max(10, math.floor(60 * minutes / (trainer.seconds_per_step() * cheaper)))
+    trainer.config = replace(
+        config,
+        steps=steps,
+        eval_every=max(1, steps // 8),
+        save_every=max(1, steps // 4),
+        warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+    )
+
+
+def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
+    """Runs `trainer` with a progress bar, or a line now and then where there is no terminal.
+
+    Returns False when Ctrl-C ended it. `limit_s` ends the run early where the machine got slower.
+    """
+    start = time.monotonic()
+    with stop_requested() as interrupted, _Display(trainer) as display:
+
+        def stop() -> bool:
+            late = limit_s is not None and time.monotonic() - start > limit_s
+            if late:
+                console.print(f"stopping at step {trainer.step_number}: the machine is slower than it was")
+            return late or interrupted()
+
+        trainer.run(display.show, stop)
+        return trainer.done or not interrupted()
+
+
+class _Display:
+    """Loss, tokens a second and time left while a run goes on."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
+        self._loss = self._speed = self._held_out = math.nan
+        self._start = time.monotonic()
+        self._first = trainer.step_number
+        self._next_line = 0.0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(
+                "train", total=trainer.config.steps, completed=trainer.step_number, text=""
+            )
+
+    def __enter__(self) -> "_Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, row: dict[str, Any]) -> None:
+        if "held_out" in row:
+            self._held_out = row["held_out"]
+            console.print(f"  step {row['step']:>5,}  held-out loss {row['held_out']:.3f}")
+            return
+        self._loss = _blend(self._loss, row["loss"])
+        self._speed = _blend(self._speed, row["tokens"] / row["seconds"])
+        text = f"loss {self._loss:.3f}  {self._speed:,.0f} tokens/s  {duration(self._left(row['step']))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], text=text)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + 15.0
+            console.print(f"  step {row['step']:>5,} of {self._trainer.config.steps:,}  {text}")
+
+    def _left(self, step: int) -> float:
+        each = (time.monotonic() - self._start) / max(1, step - self._first)
+        return each * (self._trainer.config.steps - step)
+
+
+def respond(
+    model: "HrmText",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    show: Callable[[str], None] = lambda text: None,
+    **sampling: Any,
+) -> str:
+    """The model's response to `prompt`; `show` gets it piece by piece as it is made."""
+    import torch
+
+    ids = torch.tensor([tokenizer.prompt(prompt)])
+    room = model.config.max_position_embeddings - ids.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"prompt: has {ids.shape[1]} tokens; this model takes {model.config.max_position_embeddings}, "
+            "the response among them"
+        )
+    stream = tokenizer.text_stream()
+    pieces: list[str] = []
+
+    def push(token: torch.Tensor) -> None:
+        pieces.append(stream.push(token.item()))
+        show(pieces[-1])
+
+    model.generate(
+        ids,
+        max_new_tokens=min(max_new_tokens, room),
+        stop_tokens=(tokenizer.end_of_response,),
+        stream=push,
+        **sampling,
+    )
+    pieces.append(stream.finish())
+    show(pieces[-1])
+    return "".join(pieces)
+
+
+def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: int = 64) -> "list[Answer]":
+    """What the averaged model says to each example's instruction, beside what the example has."""
+    from fastattn.report import Answer
+
+    with trainer.optimizer.averaged():
+        said = [
+            respond(trainer.model, trainer.tokenizer, e.instruction, max_new_tokens=max_new_tokens)
+            for e in examples
+        ]
+    return [Answer(e.instruction, s.strip(), e.response) for e, s in zip(examples, said, strict=True)]
+
+
+def write_report(trainer: "Trainer", title: str, summary: str, shown: "list[Answer]", path: Path) -> Path:
+    """Writes the run's report."""
+    from fastattn import report
+    from fastattn.cli._environment import environment
+
+    history = trainer.history
+    steps = [row for row in history if "loss" in row]
+    held_out = [row["held_out"] for row in history if "held_out" in row]
+    notes = []
+    if held_out:
+        notes.append((f"{held_out[0]:.2f} → {held_out[-1]:.2f}", "held-out loss, nats per token"))
+    if steps:
+        seconds, tokens = sum(row["seconds"] for row in steps), sum(row["tokens"] for row in steps)
+        notes.append((duration(seconds), f"training, {len(steps):,} steps"))
+        notes.append((f"{tokens / seconds:,.0f}", f"tokens a second, {tokens / 1e6:.2f} M in all"))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    notes.append((f"{parameters / 1e6:.2f} M", "parameters"))
+    return report.write(
+        path,
+        report.Report(title, summary, history, shown, trainer.op_times(), environment(), notes),
+    )
+
+
+def _blend(old: float, new: float) -> float:
+    return new if math.isnan(old) else 0.9 * old + 0.1 * new
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,50 @@
+"""`fastattn generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
+    model: Annotated[Path, typer.Option(help="Folder made by `fastattn train`.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that add up to p.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Answer a prompt with a trained model, token by token as they come."""
+    import torch
+
+    from fastattn.cli import _run
+    from fastattn.data.tokenizer import Tokenizer
+    from fastattn.models import HrmText
+
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    if not model.is_dir():
+        raise FileNotFoundError(f"{model}: no such folder; `fastattn train` makes one")
+    tokenizer = Tokenizer.load(model)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    _run.respond(
+        HrmText.from_pretrained(model),
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        show=show,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    print()

@@ -1,0 +1,103 @@
+"""`fastattn train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+
+
+def train(
+    data: Annotated[
+        Path, typer.Option(help="JSONL file: one object a line with `instruction` and `response`.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the model, its training state and report.html.")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="JSONL file to evaluate on. Default: every 20th example of --data.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with HrmTextConfig keys; vocab_size is filled in. Default: a 1.7 M model."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps. Default: what --minutes allows.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Train about this long; not used with --steps.")] = 5.0,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer trained on --data.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed batch, at most.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="After a short linear warm-up, constant.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's choice.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --output; its own options hold, --threads aside."
+        ),
+    ] = False,
+) -> None:
+    """Train a small HRM-Text on instruction-response text.
+
+    Ctrl-C ends the current step and saves; **--resume** goes on from there, bit for bit where the number of
+    threads is the same. The folder then answers: **fastattn generate --model DIR "prompt"**.
+    """
+    import torch
+
+    from fastattn.cli import _run
+    from fastattn.data.jsonl import read_jsonl
+    from fastattn.data.tokenizer import Tokenizer
+    from fastattn.training import STATE, TrainConfig, Trainer
+
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+    examples = read_jsonl(data)
+    if held_out is None:
+        test = examples[19::20]
+        examples = [example for i, example in enumerate(examples) if i % 20 != 19]
+    else:
+        test = read_jsonl(held_out)
+    if resume:
+        tokenizer = Tokenizer.load(output)
+        trainer = Trainer.resume(output, tokenizer, tokenizer.samples(examples), tokenizer.samples(test))
+        _run.console.print(f"resuming {output} at step {trainer.step_number:,} of {trainer.config.steps:,}")
+        if trainer.threads != torch.get_num_threads():
+            _run.console.print(
+                f"the run was on {trainer.threads} threads and goes on with {torch.get_num_threads()}: results "
+                "will be close, not equal bit by bit"
+            )
+    else:
+        if (output / STATE).exists():
+            raise ValueError(
+                f"{output}: holds a run already; give --resume to go on with it, or another folder"
+            )
+        tokenizer = Tokenizer.train(examples, vocab_size)
+        shape = _run.model_config(config, tokenizer.vocab_size)
+        options = TrainConfig(
+            steps=1 if steps is None else steps,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        trainer = _run.start(
+            output, shape, tokenizer, tokenizer.samples(examples), tokenizer.samples(test), options
+        )
+        if steps is None:
+            _run.plan_steps(trainer, minutes)
+    if _run.train(trainer):
+        path = _run.write_report(
+            trainer,
+            f"fastattn train: {data.name}",
+            f"HRM-Text trained on {len(examples):,} examples, evaluated on {len(test):,} held out.",
+            _run.answers(trainer, test[:8]),
+            output / "report.html",
+        )
+        _run.console.print(f"model in {output}, report in {path}")
+    else:
+        _run.console.print(f"saved at step {trainer.step_number:,}; go on with --resume")
+        raise typer.Exit(130)

@@ -1,0 +1,248 @@
+"""The page a training run leaves: one HTML file with its pictures inside, readable without a network."""
+
+import html
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from fastattn import _files
+
+_INK, _MUTED, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
+_ACCENT, _WARM, _PALE = "#2563a8", "#c2571a", "#b9c4d1"
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """Time spent in one op itself, not in what it calls."""
+
+    name: str  # as torch's profiler has it: aten::mm, fastattn::attention_forward
+    seconds: float
+    calls: int
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("fastattn::")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out prompt, what the model said, and what the documentation says."""
+
+    prompt: str
+    said: str
+    documented: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows.
+
+    history: rows with step, loss, tokens, seconds and bp_steps; rows of an evaluation have held_out instead.
+    """
+
+    title: str
+    summary: str
+    history: Sequence[dict[str, Any]]
+    answers: Sequence[Answer] = ()
+    op_times: Sequence[OpTime] = ()
+    environment: Sequence[tuple[str, str]] = ()
+    notes: Sequence[tuple[str, str]] = field(default=())  # (figure, what it counts), shown large at the top
+
+
+def write(path: str | os.PathLike, report: Report) -> Path:
+    """Writes the page, whole or not at all, and returns its path. Needs matplotlib."""
+    parts = [_tiles(report.notes)]
+    steps = [row for row in report.history if "loss" in row]
+    if steps:
+        parts.append(_section("Loss", _loss_picture(report.history), _LOSS_TEXT))
+        parts.append(_section("Speed", _speed_picture(steps), _SPEED_TEXT))
+    if report.op_times:
+        parts.append(_section("Where the time went", _op_picture(report.op_times), _OPS_TEXT))
+    if report.answers:
+        parts.append(_section("Answers to held-out prompts", _answers(report.answers), _ANSWERS_TEXT))
+    if report.environment:
+        parts.append(_section("Environment", _table(report.environment), ""))
+    page = _PAGE.substitute(
+        title=html.escape(report.title), summary=html.escape(report.summary), body="\n".join(parts)
+    )
+    _files.write_text(path, page)
+    return Path(path)
+
+
+def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    out, average, weight = [], 0.0, 0.0
+    for value in values:
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+_LOSS_TEXT = (
+    "Cross-entropy in nats per response token; lower is better. The thin line is each step's batch, the thick "
+    "one its moving average, the points the held-out examples under the averaged weights. The dashed line is "
+    "where the untrained model stood."
+)
+_SPEED_TEXT = (
+    "Tokens through forward, backward and optimizer step in a second. The step-like fall in the first fifth is "
+    "warm-up deep credit assignment: gradients reach further and further back through the recurrence."
+)
+_OPS_TEXT = (
+    "Self time of each op over a few training steps, from torch's profiler. Dark bars are fastattn's own ops."
+)
+_ANSWERS_TEXT = (
+    "None of these objects was trained on. A model this small, trained for minutes, knows the shape of an "
+    "answer and guesses the rest from the name."
+)
+
+
+def _loss_picture(history: Sequence[dict[str, Any]]) -> str:
+    steps = [row for row in history if "loss" in row]
+    held_out = [(row["step"], row["held_out"]) for row in history if "held_out" in row]
+    figure, axes = _figure(3.4)
+    x = [row["step"] for row in steps]
+    losses = [row["loss"] for row in steps]
+    axes.plot(x, losses, color=_PALE, linewidth=0.7, label="training batch")
+    axes.plot(x, smoothed(losses), color=_ACCENT, linewidth=2.0, label="moving average")
+    if held_out:
+        axes.axhline(held_out[0][1], color=_MUTED, linewidth=1, linestyle=(0, (5, 4)))
+        axes.plot(
+            *zip(*held_out, strict=True), "o-", color=_WARM, linewidth=1.2, markersize=4, label="held out"
+        )
+        last_step, last = held_out[-1]
+        axes.annotate(f"{last:.2f}", (last_step, last), (6, 4), textcoords="offset points", color=_WARM)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _svg(figure, "Loss by training step")
+
+
+def _speed_picture(steps: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure(2.6)
+    x = [row["step"] for row in steps]
+    speeds = [row["tokens"] / row["seconds"] for row in steps]
+    axes.plot(x, speeds, color=_PALE, linewidth=0.7)
+    axes.plot(x, smoothed(speeds), color=_ACCENT, linewidth=2.0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("tokens / s")
+    return _svg(figure, "Tokens per second by training step")
+
+
+def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
+    total = sum(t.seconds for t in times)
+    ranked = sorted(times, key=lambda t: t.seconds, reverse=True)
+    rows = [(t.name, t.seconds / total, _ACCENT if t.ours else _PALE) for t in ranked[:shown]]
+    rest = sum(t.seconds for t in ranked[shown:]) / total
+    if rest:
+        rows.append((f"{len(ranked) - shown} others", rest, _GRID))
+    names, shares, colors = zip(*reversed(rows), strict=True)
+    figure, axes = _figure(0.5 + 0.29 * len(rows))
+    bars = axes.barh(names, [100 * share for share in shares], color=colors, height=0.72)
+    axes.bar_label(
+        bars, labels=[f"{100 * share:.1f} %" for share in shares], padding=4, color=_INK, fontsize=9
+    )
+    axes.set_xlim(0, 112 * max(shares))
+    axes.xaxis.set_visible(False)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return _svg(figure, "Share of time by op")
+
+
+def _figure(height: float):
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
+
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_PALE)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9, length=3)
+    axes.xaxis.label.set_color(_MUTED)
+    axes.yaxis.label.set_color(_MUTED)
+    return figure, axes
+
+
+def _svg(figure, label: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return f'<figure role="img" aria-label="{html.escape(label)}">{text[text.index("<svg") :]}</figure>'
+
+
+def _tiles(notes: Sequence[tuple[str, str]]) -> str:
+    tiles = (
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in notes
+    )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _section(title: str, content: str, text: str) -> str:
+    return f"<section><h2>{title}</h2>{content}<p>{text}</p></section>"
+
+
+def _answers(answers: Sequence[Answer]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(a.prompt)}</td><td class='said'>{html.escape(a.said)}</td>"
+        f"<td>{html.escape(a.documented)}</td></tr>"
+        for a in answers
+    )
+    head = "<tr><th>Prompt</th><th>The model</th><th>The documentation</th></tr>"
+    return f"<table class='answers'>{head}{rows}</table>"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1c2430;
+       background: #f5f7f9; margin: 0; }
+main { max-width: 920px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 28px; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 0 0 14px; }
+header p { color: #556070; margin: 0 0 24px; max-width: 70ch; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.tiles div, section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; }
+.tiles div { padding: 14px 16px; }
+.tiles b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; }
+.tiles span { color: #6b7684; font-size: 13px; }
+section { padding: 20px 24px 10px; margin-top: 16px; }
+section p { color: #6b7684; font-size: 14px; margin: 10px 0; max-width: 80ch; }
+figure { margin: 0; }
+svg { width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-top: 1px solid #eceff3; }
+tr:first-child > * { border-top: 0; }
+th { color: #6b7684; font-weight: 500; white-space: nowrap; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.answers td { width: 33%; }
+.said { font-weight: 600; }
+</style>
+</head>
+<body>
+<main>
+<header><h1>$title</h1><p>$summary</p></header>
+$body
+</main>
+</body>
+</html>
+""")

@@ -1,0 +1,291 @@
+"""Training HRM-Text on packed instruction-response samples: the loop behind `fastattn train`."""
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn import _files
+from fastattn.data.packing import Order, batches, check_lengths
+from fastattn.data.tokenizer import Sample, Tokenizer
+from fastattn.models import HrmText
+from fastattn.optim import AdamATan2, load_state_tensors, state_tensors
+from fastattn.report import OpTime
+from fastattn.training_state import fingerprint, read_state, write_state
+
+STATE, HISTORY = "training.safetensors", "history.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run trains. Everything a resumed run must share with its start.
+
+    steps: optimizer steps. batch_tokens: tokens of a packed batch, at most. learning_rate: reached after
+    warmup_steps, then constant. ema: decay of the averaged weights that are evaluated and saved.
+    credit_warmup: fraction of the steps over which gradients come to reach the whole last cycle.
+    eval_tokens: held-out tokens an evaluation looks at. eval_every, save_every: steps between them.
+    """
+
+    steps: int
+    batch_tokens: int = 2048
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    ema: float = 0.98
+    credit_warmup: float = 0.2
+    seed: int = 0
+    eval_every: int = 100
+    eval_tokens: int = 16384
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "eval_every", "eval_tokens", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "seed", "credit_warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train: ema is {self.ema}; it must be at least 0 and under 1")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"train: unknown key {', '.join(map(repr, sorted(unknown)))}")
+        return cls(**values)
+
+
+def bp_steps_at(step: int, config: TrainConfig, longest: int) -> int:
+    """Warm-up deep credit assignment: stack calls with gradients, from 2 to `longest` (arXiv 2605.20613)."""
+    ramp = config.credit_warmup * config.steps
+    share = 1.0 if step >= ramp else step / ramp
+    return 2 + int(share * (longest - 2))
+
+
+class Trainer:
+    """A run: model, optimizer, place in the data, and the folder where it is saved.
+
+    Its folder holds the averaged model (config.json, model.safetensors), tokenizer.json, history.jsonl and
+    training.safetensors, which has all that a resumed run needs and appears whole or not at all.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: HrmText,
+        tokenizer: Tokenizer,
+        samples: list[Sample],
+        held_out: list[Sample],
+        config: TrainConfig,
+    ) -> None:
+        self.folder, self.model, self.tokenizer, self.config = Path(folder), model, tokenizer, config
+        check_lengths(
+            samples, min(config.batch_tokens, model.config.max_position_embeddings), "training data"
+        )
+        check_lengths(held_out, model.config.max_position_embeddings, "held-out data")
+        self.optimizer = _optimizer(model, config)
+        self.order = Order(samples, config.batch_tokens, config.seed)
+        self.held_out = _first_tokens(held_out, config.eval_tokens)
+        self.step_number = 0
+        self.threads = torch.get_num_threads()  # of the last save, when resumed
+        self.history: list[dict[str, Any]] = []
+        self._data = fingerprint(samples)
+
+    @classmethod
+    def resume(
+        cls, folder: str | os.PathLike, tokenizer: Tokenizer, samples: list[Sample], held_out: list[Sample]
+    ) -> "Trainer":
+        """The run that `folder` holds, at its last save; `threads` says how many it ran on.
+
+        Raises FileNotFoundError or ValueError: no state, an unreadable or half-written one, other data.
+        """
+        from fastattn.models import HrmTextConfig
+
+        path = Path(folder) / STATE
+        tensors, meta = read_state(path)
+        config = TrainConfig.from_dict(meta["config"])
+        model = HrmText(HrmTextConfig.from_dict(meta["model"]))
+        trainer = cls(folder, model, tokenizer, samples, held_out, config)
+        if meta["data"] != trainer._data:
+            raise ValueError(f"{path}: the run was started on other data or another tokenizer")
+        parts = {
+            part: {name[len(part) + 1 :]: t for name, t in tensors.items() if name.startswith(part + ".")}
+            for part in ("model", "optimizer")
+        }
+        try:
+            model.load_state_dict(parts["model"])
+            load_state_tensors(trainer.optimizer, model, parts["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: does not fit its own config: {error}") from error
+        trainer.order = Order(samples, config.batch_tokens, config.seed, meta["epoch"], meta["position"])
+        trainer.step_number, trainer.threads = meta["step"], meta["threads"]
+        trainer.history = [row for row in _read_history(folder) if row["step"] <= meta["step"]]
+        torch.set_rng_state(tensors["rng"])
+        return trainer
+
+    @property
+    def done(self) -> bool:
+        return self.step_number >= self.config.steps
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; returns its row of the history."""
+        start = time.perf_counter()
+        config, shape = self.config, self.model.config
+        batch = self.order.next()
+        bp_steps = bp_steps_at(self.step_number, config, shape.H_cycles + shape.L_cycles)
+        rate = config.learning_rate * min(1.0, (self.step_number + 1) / max(1, config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._loss(batch, bp_steps)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"train: the loss is {loss.item()} at step {self.step_number}; lower learning_rate"
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        row = {
+            "step": self.step_number,
+            "loss": loss.item(),
+            "tokens": batch.tokens,
+            "seconds": time.perf_counter() - start,
+            "bp_steps": bp_steps,
+        }
+        self.history.append(row)
+        return row
+
+    def evaluate(self) -> float:
+        """Held-out loss in nats per response token under the averaged weights; a row of the history too."""
+        with self.optimizer.averaged():
+            loss = held_out_loss(self.model, self.held_out, self.config.batch_tokens)
+        self.history.append({"step": self.step_number, "held_out": loss})
+        return loss
+
+    def run(
+        self,
+        on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Steps, evaluates and saves until done or until `stop()` says so; what it reached is saved."""
+        if self.held_out and not any("held_out" in row for row in self.history):
+            on_step({"step": self.step_number, "held_out": self.evaluate()})
+        while not self.done and not stop():
+            on_step(self.step())
+            if self.held_out and (self.done or self.step_number % self.config.eval_every == 0):
+                on_step({"step": self.step_number, "held_out": self.evaluate()})
+            if self.step_number % self.config.save_every == 0 and not self.done:
+                self.save()
+        self.save()
+
+    def save(self) -> None:
+        """Writes the folder. The state goes before the model that is derived from it."""
+        self.tokenizer.save(self.folder)
+        rows = "".join(json.dumps(row) + "\n" for row in self.history)
+        _files.write_text(self.folder / HISTORY, rows)
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{n}": t for n, t in state_tensors(self.optimizer, self.model).items()}
+        tensors["rng"] = torch.get_rng_state()
+        meta = {
+            "step": self.step_number,
+            "epoch": self.order.epoch,
+            "position": self.order.position,
+            "config": asdict(self.config),
+            "model": self.model.config.to_dict(),
+            "data": self._data,
+            "threads": torch.get_num_threads(),
+        }
+        write_state(self.folder / STATE, tensors, meta)
+        with self.optimizer.averaged():
+            self.model.save_pretrained(self.folder)
+
+    def seconds_per_step(self, steps: int = 3) -> float:
+        """How long a step with the longest gradients takes, tried on a copy."""
+        trial = self._copy(credit_warmup=0.0)
+        trial.step()  # the first one loads and allocates
+        start = time.perf_counter()
+        for _ in range(steps):
+            trial.step()
+        return (time.perf_counter() - start) / steps
+
+    def op_times(self, steps: int = 3) -> list[OpTime]:
+        """Self time of every op over a few steps with the longest gradients, tried on a copy."""
+        from torch.profiler import ProfilerActivity, profile
+
+        trial = self._copy(credit_warmup=0.0)
+        trial.step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(steps):
+                trial.step()
+        return [
+            OpTime(event.key, event.self_cpu_time_total / 1e6, event.count)
+            for event in profiler.key_averages()
+            if event.self_cpu_time_total > 0
+        ]
+
+    def _loss(self, batch, bp_steps: int) -> torch.Tensor:
+        return self.model(
+            batch.input_ids,
+            prefix_lengths=batch.prefix_lengths,
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels,
+            bp_steps=bp_steps,
+        ).loss
+
+    def _copy(self, **changes: Any) -> "Trainer":
+        trial = copy.copy(self)
+        trial.model = copy.deepcopy(self.model)
+        trial.config = TrainConfig(**(asdict(self.config) | changes))
+        trial.optimizer = _optimizer(trial.model, trial.config)
+        trial.order = copy.copy(self.order)
+        trial.history = []
+        return trial
+
+
+@torch.no_grad()
+def held_out_loss(model: HrmText, samples: Sequence[Sample], batch_tokens: int) -> float:
+    """Mean cross-entropy in nats over every response token of `samples`."""
+    total, count = 0.0, 0
+    for batch in batches(list(samples), batch_tokens):
+        loss = model(
+            batch.input_ids,
+            prefix_lengths=batch.prefix_lengths,
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels,
+        ).loss
+        total += loss.item() * batch.response_tokens
+        count += batch.response_tokens
+    return total / count
+
+
+def _optimizer(model: HrmText, config: TrainConfig) -> AdamATan2:
+    return AdamATan2(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, ema=config.ema
+    )
+
+
+def _first_tokens(samples: list[Sample], limit: int) -> list[Sample]:
+    """As many samples as fit in `limit` tokens, drawn evenly over the list."""
+    generator = torch.Generator().manual_seed(0)
+    taken, total = [], 0
+    for i in torch.randperm(len(samples), generator=generator).tolist():
+        total += len(samples[i].tokens)
+        if taken and total > limit:
+            break
+        taken.append(samples[i])
+    return taken
+
+
+def _read_history(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    path = Path(folder) / HISTORY
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

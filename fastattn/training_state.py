@@ -1,0 +1,66 @@
+"""The one file a run resumes from: safetensors, with what is not a tensor as JSON in its header."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastattn import _files
+from fastattn.data.tokenizer import Sample
+
+_FORMAT = 1
+_KEYS = {
+    "step": int,
+    "epoch": int,
+    "position": int,
+    "config": dict,
+    "model": dict,
+    "data": str,
+    "threads": int,
+}
+
+
+def write_state(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Writes the state, whole or not at all: an interrupted save leaves the last one."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"fastattn_training": json.dumps({"format": _FORMAT, **meta})}
+    with _files.replacing(path) as temporary:
+        save_file(ready, temporary, metadata=header)
+
+
+def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, what is not a tensor); FileNotFoundError or ValueError saying what is wrong with the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; there is no run to resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("fastattn_training")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: unreadable or only half written: {error}") from error
+    if header is None:
+        raise ValueError(f"{path}: is a safetensors file, but not the state of a training run")
+    meta = json.loads(header)
+    if meta.get("format") != _FORMAT:
+        raise ValueError(f"{path}: has format {meta.get('format')}; this version reads {_FORMAT}")
+    for key, kind in _KEYS.items():
+        if not isinstance(meta.get(key), kind):
+            raise ValueError(f"{path}: its header lacks {key!r}")
+    if "rng" not in tensors:
+        raise ValueError(f"{path}: the tensor 'rng' is missing")
+    return tensors, meta
+
+
+def fingerprint(samples: list[Sample]) -> str:
+    """A digest of the tokens, by which a resumed run knows its data again."""
+    digest = hashlib.sha256()
+    for tokens, prefix in samples:
+        digest.update(np.array([len(tokens), prefix, *tokens], dtype=np.int64).tobytes())
+    return digest.hexdigest()

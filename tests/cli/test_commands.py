@@ -1,0 +1,215 @@
+"""The commands as a person meets them: what they leave, what they print, what they refuse."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import fastattn
+from fastattn.cli import build_app, main
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
+
+
+def train_args(data, config, output, *more):
+    options = ("--vocab-size", 300, "--batch-tokens", 128, "--config", config)
+    return ("train", "--data", data, "--output", output, *options, *more)
+
+
+def test_help_lists_the_commands(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in ("train", "generate", "doctor", "demo"):
+        assert re.search(rf"^\W*{name}\s+\w", out, re.M), name
+    assert run("--version")[1] == f"fastattn {fastattn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Usage: fastattn" in out
+
+
+def test_train_leaves_a_model_that_answers(run, trained):
+    assert {path.name for path in trained.iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json"),
+        *("training.safetensors", "history.jsonl", "report.html"),
+    }
+    rows = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["step"] == 0 and rows[0]["held_out"] > rows[-1]["held_out"]
+    answer = ("generate", "--model", trained, "--max-new-tokens", 8)
+    code, out, err = run(*answer, "What is list3?")
+    assert (code, err) == (0, "") and out.endswith("\n")
+    assert run(*answer, "What is list3?")[1] == out
+    drawn = [run(*answer, "--temperature", 2.0, "--seed", seed, "What is list3?")[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_report_needs_no_network(trained):
+    page = (trained / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<svg") == 3  # loss, speed, ops
+    assert "What is" in page and "fastattn::" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page)
+
+
+def test_doctor(run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for word in ("processor", "instruction set", "torch", "backends on cpu", "rms_norm", "tuned tables"):
+        assert word in out
+
+
+def test_a_prompt_from_standard_input(run, trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is list3?\n"))
+    piped = run("generate", "--model", trained, "--max-new-tokens", 8, "-")
+    assert piped == run("generate", "--model", trained, "--max-new-tokens", 8, "What is list3?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "prompt: is empty"), ("long " * 200, "this model takes 64"), ("-", "prompt: is empty")],
+    ids=["empty", "too long", "empty input"],
+)
+def test_prompts_that_cannot_be_answered(run, trained, monkeypatch, prompt, message):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = run("generate", "--model", trained, prompt)
+    assert code == 2
+    assert err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", -1), "temperature"),
+        (("--top-k", 0, "--temperature", 1), "top_k"),
+        (("--top-p", 0, "--temperature", 1), "top_p"),
+        (("--max-new-tokens", 0), "max_new_tokens"),
+    ],
+)
+def test_sampling_options_are_checked(run, trained, options, message):
+    code, _, err = run("generate", "--model", trained, *options, "What is list3?")
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "half written"),
+        ("config.json", b'{"hidden_size": 32', "not readable as JSON"),
+        ("config.json", b'{"vocab_size": 300, "hiden_size": 32}', "unknown key 'hiden_size'"),
+        ("config.json", b'{"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 2}', "do not fit"),
+        ("tokenizer.json", b"{}", "not a tokenizer"),
+    ],
+)
+def test_a_model_that_cannot_be_read(run, trained, tmp_path, name, content, message):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    code, _, err = run("generate", "--model", folder, "What is list3?")
+    assert code == 2 and message in err and str(folder) in err and "Traceback" not in err
+
+
+def test_no_model(run, tmp_path):
+    code, _, err = run("generate", "--model", tmp_path / "none", "x")
+    assert code == 2 and "no such folder" in err
+    code, _, err = run("generate", "--model", tmp_path, "x")
+    assert code == 2 and "no such file" in err
+
+
+GOOD = '{"instruction": "a", "response": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + '{"instruction": "a"\n', ("bad.jsonl:2:", "not JSON")),
+        (GOOD + GOOD + '{"instruction": "a"}\n', ("bad.jsonl:3:", "'response' is missing")),
+        (GOOD + '{"instruction": "a", "response": ""}\n', ("bad.jsonl:2:", "'response' is empty")),
+        ("", ("bad.jsonl", "holds no example")),
+        (GOOD + '{"instruction": "a", "response": "' + "word " * 300 + '"}\n', ("example 2", "at most 64")),
+    ],
+    ids=["half a line", "no response", "empty response", "empty file", "too long"],
+)
+def test_training_data_that_cannot_be_used(run, config, tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    code, _, err = run(*train_args(path, config, tmp_path / "run"))
+    assert code == 2 and "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 0), "steps is 0"),
+        (("--minutes", 0), "--minutes is 0"),
+        (("--minutes", "nan"), "--minutes is nan"),
+        (("--threads", 0), "--threads is 0"),
+        (("--vocab-size", 10), "vocab_size is 10"),
+        (("--learning-rate", -1), "learning_rate is -1"),
+        (("--batch-tokens", 4), "at most 4 are allowed"),
+        (("--held-out", "none.jsonl"), "no such file"),
+    ],
+)
+def test_training_options_are_checked(run, data, config, tmp_path, options, message):
+    code, _, err = run(*train_args(data, config, tmp_path / "run", *options))
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"hiden_size": 32}', "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        ('{"hidden_size": 30, "num_attention_heads": 4}', "does not divide"),
+        ('{"hidden_size": "32"}', "hidden_size"),
+        ("[]", "must hold a JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_config_that_cannot_be(run, data, tmp_path, text, message):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    code, _, err = run(*train_args(data, path, tmp_path / "run"))
+    assert code == 2 and message in err and "odd.json" in err
+
+
+def test_a_run_is_not_overwritten(run, data, config, trained):
+    before = (trained / "training.safetensors").read_bytes()
+    code, _, err = run(*train_args(data, config, trained, "--steps", 2))
+    assert code == 2 and "--resume" in err
+    assert (trained / "training.safetensors").read_bytes() == before
+
+
+def test_resuming_what_cannot_be(run, data, config, trained, tmp_path):
+    def attempt(folder, source=data):
+        code, _, err = run(*train_args(source, config, folder, "--resume"))
+        assert code == 2 and "Traceback" not in err
+        return err
+
+    assert "no such file" in attempt(tmp_path)
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    state = folder / "training.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 3])
+    assert "half written" in attempt(folder)
+    save_file(load_file(trained / "model.safetensors"), state)
+    assert "not the state of a training run" in attempt(folder)
+    state.write_bytes(whole)
+    other = tmp_path / "other.jsonl"
+    other.write_text(GOOD * 30)
+    assert "other data" in attempt(folder, other)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(**kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("fastattn.cli.build_app", lambda: broken)
+    with pytest.raises(TypeError):
+        main(["doctor"])
