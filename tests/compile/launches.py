@@ -72,3 +72,21 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         attention_backward(out, None, q, k, v, bias, out, lse, bias is not None, score, *rest)
     return launches
+
+
+def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    from fastattn.ops.recurrence import triton as kernels
+
+    x = empty(2, 100, 1536, dtype=dtype)
+    weight = empty(1536, dtype=dtype)
+    q, k = empty(2, 12, 100, 128, dtype=dtype), empty(2, 4, 100, 128, dtype=dtype)
+    gates = empty(2, 100, 8192, dtype=dtype)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        _, total, rstd = kernels.rms_norm(x, x, weight, 1e-6)
+        kernels.rms_norm(x, None, None, 1e-6)
+        kernels.rms_norm_backward(x, x, total, weight, rstd, 1e-6)
+        kernels.rms_norm_backward(x, None, total, None, rstd, 1e-6)
+        kernels.swiglu_backward(kernels.swiglu(gates), gates)
+        kernels.gated_backward(kernels.gated(x, x), x, x)
+        kernels.rotary(q, k, empty(100, dtype=torch.int64), 1e4, False)
+    return launches

@@ -61,6 +61,18 @@ def test_decoding(target):
     compile_all(target, launches.attention(target, mask="causal", q_length=1, k_length=4096))
 
 
+@pytest.mark.parametrize("target", ("sm_90", "gfx942"))
+def test_recurrence(target):
+    compile_all(target, launches.recurrence(target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", _triton.TARGETS)
+@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
+def test_all_recurrence(target, dtype):
+    compile_all(target, launches.recurrence(target, dtype))
+
+
 def test_float32():
     compile_all("sm_86", launches.attention("sm_86", dtype=torch.float32, head_dim=32))
 

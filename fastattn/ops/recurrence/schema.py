@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import Backend, reference_backward, register_op
+from ..._registry import Backend, reference_backward, register_op, triton_backend
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -35,6 +35,10 @@ def _cpu(name: str):
         return cpu.configure(name, *args)
 
     return Backend("cpu", load, supports, configure, devices=("cpu",))
+
+
+def _triton(name: str):
+    return triton_backend("fastattn.ops.recurrence.triton", name, configure="configure")
 
 
 def _reference_vjp(name: str, outputs: int, wrt: tuple[int, ...]):
@@ -96,7 +100,7 @@ register_op(
     "rms_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_rms_norm_fake,
-    backends=(_cpu("rms_norm"), _reference("rms_norm")),
+    backends=(_cpu("rms_norm"), _triton("rms_norm"), _reference("rms_norm")),
     backward=_rms_norm_backward,
     setup_context=_rms_norm_setup,
 )
@@ -105,7 +109,11 @@ register_op(
     "(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight, Tensor rstd, float eps, str backend) "
     "-> (Tensor, Tensor)",
     fake=_rms_norm_backward_fake,
-    backends=(_cpu("rms_norm_backward"), Backend("reference", _load_rms_norm_backward)),
+    backends=(
+        _cpu("rms_norm_backward"),
+        _triton("rms_norm_backward"),
+        Backend("reference", _load_rms_norm_backward),
+    ),
 )
 
 
@@ -129,7 +137,7 @@ register_op(
     "swiglu",
     "(Tensor gate_up, str backend) -> Tensor",
     fake=_swiglu_fake,
-    backends=(_cpu("swiglu"), _reference("swiglu")),
+    backends=(_cpu("swiglu"), _triton("swiglu"), _reference("swiglu")),
     backward=_swiglu_backward,
     setup_context=_swiglu_setup,
 )
@@ -137,7 +145,7 @@ register_op(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up, str backend) -> Tensor",
     fake=lambda grad, gate_up: _contiguous_like(gate_up),
-    backends=(_cpu("swiglu_backward"), _reference_vjp("swiglu", 1, (0,))),
+    backends=(_cpu("swiglu_backward"), _triton("swiglu_backward"), _reference_vjp("swiglu", 1, (0,))),
 )
 
 
@@ -157,7 +165,7 @@ register_op(
     "gated",
     "(Tensor x, Tensor gate, str backend) -> Tensor",
     fake=lambda x, gate: _contiguous_like(x),
-    backends=(_cpu("gated"), _reference("gated")),
+    backends=(_cpu("gated"), _triton("gated"), _reference("gated")),
     backward=_gated_backward,
     setup_context=_gated_setup,
 )
@@ -165,7 +173,7 @@ register_op(
     "gated_backward",
     "(Tensor grad, Tensor x, Tensor gate, str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, gate: (_contiguous_like(x), _contiguous_like(gate)),
-    backends=(_cpu("gated_backward"), _reference_vjp("gated", 1, (0, 1))),
+    backends=(_cpu("gated_backward"), _triton("gated_backward"), _reference_vjp("gated", 1, (0, 1))),
 )
 
 
@@ -187,7 +195,7 @@ register_op(
     "rotary",
     "(Tensor q, Tensor k, Tensor positions, float theta, bool inverse, str backend) -> (Tensor, Tensor)",
     fake=lambda q, k, positions, theta, inverse: (_contiguous_like(q), _contiguous_like(k)),
-    backends=(_cpu("rotary"), _reference("rotary")),
+    backends=(_cpu("rotary"), _triton("rotary"), _reference("rotary")),
     backward=_rotary_backward,
     setup_context=_rotary_setup,
 )
