@@ -197,6 +197,10 @@ class Hrm(nn.Module):
         self.recurrence = HierarchicalRecurrence(L_stack, H_stack, config.H_cycles, config.L_cycles)
         self.reset_parameters()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the stacks in place; see :meth:`HierarchicalRecurrence.compile`."""
+        self.recurrence.compile(*args, **kwargs)
+
     def reset_parameters(self) -> None:
         """Truncated normals of deviation 1/sqrt(fan in); q_head starts at an almost certain "do not halt"."""
         for module in self.modules():

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class HrmText(nn.Module):
 
         self.recurrence = HierarchicalRecurrence(stack(), stack(), config.H_cycles, config.L_cycles)
         self.reset_parameters()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the stacks in place; see :meth:`HierarchicalRecurrence.compile`."""
+        self.recurrence.compile(*args, **kwargs)
 
     def reset_parameters(self) -> None:
         """Draws every weight again, from torch's default generator."""

@@ -34,6 +34,15 @@ class HierarchicalRecurrence(nn.Module):
         self.H_cycles = H_cycles
         self.L_cycles = L_cycles
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each stack by itself, in place, as ``torch.compile`` with the same arguments would.
+
+        What is compiled does not grow with the cycles: a stack is traced once with gradients and once without.
+        (``torch.compile`` of the whole module is right too, but traces every call.)
+        """
+        for stack in {self.L_stack: None, self.H_stack: None}:
+            stack.compile(*args, **kwargs)
+
     @property
     def calls(self) -> int:
         """Stack calls in one forward."""
