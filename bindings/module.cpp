@@ -108,6 +108,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("pack_kib", &AttentionParams::pack_kib)
       .def_readwrite("chunk_k", &AttentionParams::chunk_k)
       .def_readwrite("threads", &AttentionParams::threads);
+  py::class_<ReweightedParams, AttentionParams>(m, "ReweightedParams")
+      .def(py::init<>())
+      .def_readwrite("statistics", &ReweightedParams::statistics)
+      .def_readwrite("power", &ReweightedParams::power)
+      .def_readwrite("reweigh", &ReweightedParams::reweigh);
   py::class_<TileClassParams>(m, "TileClassParams")
       .def(py::init<>())
       .def_readwrite("dense", &TileClassParams::dense)
@@ -125,4 +130,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("rotary", run(&KernelTable::rotary));
   m.def("attention_forward", run(&KernelTable::attention_forward));
   m.def("attention_backward", run(&KernelTable::attention_backward));
+  m.def("reweighted_forward", run(&KernelTable::reweighted_forward));
+  m.def("reweighted_backward", run(&KernelTable::reweighted_backward));
 }

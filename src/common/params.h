@@ -42,8 +42,9 @@ struct RotaryParams {
   int32_t threads = 1;
 };
 
-// out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D); bias,
-// dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors are int32.
+// out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
+// bias, dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors
+// are int32.
 struct AttentionParams {
   Tensor q, k, v, out, lse;
   Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
@@ -58,6 +59,14 @@ struct AttentionParams {
   int64_t pack_kib = 16384;            // packed keys and values kept at a time
   int64_t chunk_k = 512;               // decoding: keys of one task
   int32_t threads = 1;
+};
+
+// LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of
+// weights.
+struct ReweightedParams : AttentionParams {
+  Tensor statistics;
+  double power = 1;
+  int32_t reweigh = 0;
 };
 
 // classes (B or 1, H or 1, tiles of rows, tiles of keys) u8 of a dense bool mask, as tile_class above.

@@ -15,6 +15,8 @@ struct KernelTable {
   void (*rotary)(const RotaryParams&);
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionParams&);
+  void (*reweighted_forward)(const ReweightedParams&);
+  void (*reweighted_backward)(const ReweightedParams&);
 };
 
 namespace cpu {

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import masks, testing
-from fastattn.ops.reweighted.reference import softplus_attention as definition
+from fastattn import _native, masks, testing
 
 
 def published(q, k, v, power, allowed):
@@ -199,9 +198,133 @@ def test_empty_head_dim_is_refused():
         fa.softplus_attention(*(torch.zeros(1, 1, 2, 0),) * 3)
 
 
-def test_statistics_of_the_definition():
-    (q, k, v), _ = causal(9)
-    mask = fa.Mask(causal=True).schema_args("test", q, k)
-    _, statistics = definition(q, k, v, 3.0, *mask)
-    assert statistics.shape == (1, 2, 9, 3)
-    assert (statistics[:, :, :3, 0] == 0).all() and (statistics[:, :, 3:, 0] > 0).all()
+# --- native kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=testing.isas())
+def isa(request):
+    with _native.use_cpu_isa(request.param):
+        yield request.param
+
+
+def native(power, mask):
+    return lambda *x: fa.softplus_attention(*x, power=power, mask=mask, backend="cpu")
+
+
+def defined(power, mask):
+    return lambda *x: fa.softplus_attention(*x, power=power, mask=mask, backend="reference")
+
+
+def conditioning(q, k, v, power, mask):
+    """How far float32 scores can move the output.
+
+    A score is off by ds <= (sqrt(D) + 4) eps (1 + c) (a sum of D products, its scale, one softplus), and so are the row's maximum
+    and mean: x = 1 - (max - s) / (max - mean), at most 1, is off by dx <= 4 ds / (max - mean), its power by p x^(p-1) dx, and
+    the output, a mean of v by these weights, by 2 max|v| p dx sum x^(p-1) / sum x^p.
+    """
+    args = mask.schema_args("test", q, k)
+    _, statistics = torch.ops.fastattn.softplus_attention(
+        q.double(), k.double(), v.double(), power, *args, "reference"
+    )
+    _, lower = torch.ops.fastattn.softplus_attention(
+        q.double(), k.double(), v.double(), max(power - 1, 1e-9), *args, "reference"
+    )
+    n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args).sum(-1)
+    c = math.log(q.shape[3]) * n.clamp(min=1).log()
+    ds = (math.sqrt(q.shape[3]) + 4) * testing.EPS32 * (1 + c)
+    spread = ds * statistics[..., 1] * lower[..., 2] / statistics[..., 2].clamp(min=1e-30)
+    return float(8 * power * testing.max_finite(v) * spread.max()) if spread.numel() else 0.0
+
+
+@given(
+    problem=testing.attention_problems(head_dims=(2, 3, 8, 17, 64)), power=st.sampled_from([1.0, 2.5, 15.0])
+)
+def test_native_reweighting_under_every_mask(isa, problem, power):
+    q, k, v = problem.inputs(requires_grad=False)
+    mask = problem.mask() or fa.Mask()
+    truth = defined(power, mask)(q.double(), k.double(), v.double())
+    bound = testing.rounding_band(truth, torch.float32, k.shape[2]) + conditioning(q, k, v, power, mask)
+    with testing.nan_filled_outputs():
+        actual = native(power, mask)(q, k, v)
+    assert testing.max_error(actual, truth) <= bound
+
+
+@given(problem=testing.attention_problems(head_dims=(1, 3, 8, 17, 64)))
+def test_native_lssa_under_every_mask(isa, problem):
+    mask = problem.mask() or fa.Mask()
+    with testing.nan_filled_outputs():
+        testing.check_op(native(None, mask), defined(None, mask), problem.inputs(), terms=problem.k_len + 16)
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        fa.Mask(causal=True),
+        fa.Mask(),
+        fa.Mask(window=(20, 3)),
+        fa.Mask(prefix_lengths=torch.tensor([30])),
+        fa.Mask(causal=True, cu_seqlens_q=torch.tensor([0, 31, 31, 66])),
+        fa.Mask(dense=(torch.arange(75)[:, None] * torch.arange(75)) % 3 != 1),
+    ],
+    ids=["causal", "full", "window", "prefix", "packed", "dense"],
+)
+def test_native_gradients(isa, nan_outputs, mask, dtype):
+    inputs = testing.attention_inputs(1, 2, 1, 75, 75, 32, 24, dtype=dtype, layout="odd")
+    for power in (3.0, 15.0):
+        testing.check_op(native(power, mask), defined(power, mask), inputs, terms=75, names="qkv")
+
+
+def test_native_decoding_continues_the_prefill(isa, nan_outputs):
+    """A few rows against a cache take the path that packs a tile at a time."""
+    q, k, v = testing.attention_inputs(2, 8, 2, 300, 300, 32, requires_grad=False)
+    lengths = torch.tensor([300, 211])
+    for power in (None, 15.0):
+        for rows in (1, 3):
+            mask = fa.Mask(causal=True, key_lengths=lengths)
+            step = q[:, :, 300 - rows :]
+            truth = defined(power, mask)(step.double(), k.double(), v.double())
+            bound = testing.rounding_band(truth, torch.float32, 300)
+            bound += conditioning(step, k, v, power, mask) if power else 0
+            assert testing.max_error(native(power, mask)(step, k, v), truth) <= bound
+
+
+def test_native_is_deterministic(isa):
+    """One key head on two threads: its gradients are summed from two parts, in order."""
+    inputs = testing.attention_inputs(1, 4, 1, 200, 200, 16)
+    runs = [testing.differentiate(native(3.0, fa.Mask(causal=True)), inputs) for _ in range(3)]
+    for out, grads in runs[1:]:
+        assert torch.equal(out[0], runs[0][0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_aligned_key_among_65536(isa, nan_outputs, dtype):
+    length = 65536
+    q = testing.random_tensor(1, 1, 2, 64, dtype=dtype)
+    k = testing.random_tensor(1, 1, length, 64, dtype=dtype, seed=1)
+    k[0, 0, 12345] = q[0, 0, 0]
+    v = testing.random_tensor(1, 1, length, 8, dtype=dtype, seed=2)
+    out = native(15, fa.Mask())(q, k, v)
+    truth = defined(15, fa.Mask())(q.double(), k.double(), v.double())
+    # the aligned key scores 46 where no other of 65,536 random ones reaches 30: its value, all but alone
+    assert testing.max_error(truth[0, 0, 0], v[0, 0, 12345]) < 1e-2
+    bound = testing.rounding_band(truth, dtype, 1) + conditioning(q, k, v, 15.0, fa.Mask())
+    assert testing.max_error(out, truth) <= bound
+
+
+def test_packed_documents_do_not_touch_each_other(isa):
+    q, k, v = testing.attention_inputs(1, 2, 2, 90, 90, 16, requires_grad=False)
+    mask = fa.Mask(causal=True, cu_seqlens_q=torch.tensor([0, 41, 90]))
+    before = native(15, mask)(q, k, v)
+    k[:, :, 41:], v[:, :, 41:] = 7, 9
+    assert torch.equal(native(15, mask)(q, k, v)[:, :, :41], before[:, :, :41])
+
+
+def test_strided_last_dims(isa):
+    """Copied for the call, and kept while it runs: a freed copy would be overwritten by the output."""
+    wide = testing.random_tensor(2, 2, 33, 16)
+    q, k, v = (wide.roll(i, -1)[..., ::2] for i in range(3))
+    assert torch.equal(
+        native(3, fa.Mask())(q, k, v), native(3, fa.Mask())(*(x.contiguous() for x in (q, k, v)))
+    )

@@ -64,7 +64,7 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
     return t.expand(shape)
 
 
-def _mask_fields(
+def mask_fields(
     q: torch.Tensor,
     k: torch.Tensor,
     causal: bool,
@@ -78,6 +78,7 @@ def _mask_fields(
     key_lengths: torch.Tensor | None,
     dense: torch.Tensor | None,
 ) -> dict:
+    """The mask's fields of a kernel's parameters."""
     return {
         "causal": int(causal),
         "window_left": window_left,
@@ -105,7 +106,7 @@ def _call(
             bias_value=bias_value or 0.0,
             default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None),
             threads=_native.threads(),
-            **_mask_fields(q, k, *mask),
+            **mask_fields(q, k, *mask),
             **tensors,
         )
     )

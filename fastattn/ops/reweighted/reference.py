@@ -15,7 +15,10 @@ FEW = 3  # rows with at most this many keys have no offset
 def softplus_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, power: float | None, *mask: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), statistics (B, Hq, Lq, 3): threshold, 1 / (maximum - threshold) or 0, sum of weights)."""
+    """(out (B, Hq, Lq, Dv), statistics (B, Hq, Lq, 3): highest score, 1 / (highest - threshold) or 0, sum of weights).
+
+    LSSA has no threshold: its first two statistics are 0 and 1.
+    """
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     allowed = masks.dense_allowed(lq, lk, q.device, *mask)
@@ -25,8 +28,8 @@ def softplus_attention(
     s = torch.nn.functional.softplus(c * dots)
     s = s.masked_fill(~allowed, 0.0)
     if power is None or lk == 0:
-        threshold = torch.zeros_like(n).expand(*s.shape[:-1], 1)
-        height = torch.ones_like(threshold)
+        highest = s.new_zeros(*s.shape[:-1], 1)
+        height = torch.ones_like(highest)
         weight = s
     else:
         mean = s.sum(-1, keepdim=True) / n.clamp(min=1)
@@ -42,7 +45,7 @@ def softplus_attention(
     nothing = total == 0
     out = (weight / total.masked_fill(nothing, 1.0)).to(v.dtype) @ v
     reciprocal = (1 / height).masked_fill(height == 0, 0.0)
-    return out, torch.cat([threshold, reciprocal, total], dim=-1).detach()
+    return out, torch.cat([highest, reciprocal, total], dim=-1).detach()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

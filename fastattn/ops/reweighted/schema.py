@@ -18,6 +18,25 @@ def _fake_backward(grad_out, q, k, v, out, statistics, power, *mask):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
+def _cpu(name: str) -> Backend:
+    def load():
+        from . import cpu
+
+        return getattr(cpu, name)
+
+    def supports(*args):
+        from . import cpu
+
+        return cpu.refusal(name, *args)
+
+    def configure(*args):
+        from . import cpu
+
+        return cpu.configure(name, *args)
+
+    return Backend("cpu", load, supports, configure, devices=("cpu",))
+
+
 def _load_reference():
     from .reference import softplus_attention
 
@@ -61,7 +80,7 @@ register_op(
     "softplus_attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends=(Backend("reference", _load_reference),),
+    backends=(_cpu("softplus_attention"), Backend("reference", _load_reference)),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -70,5 +89,5 @@ register_op(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(Backend("reference", _load_reference_backward),),
+    backends=(_cpu("softplus_attention_backward"), Backend("reference", _load_reference_backward)),
 )

@@ -1,0 +1,304 @@
+// LSSA and LSSAR forward: s = softplus(c_i qh_i.kh_j), with a power w = relu(1 - (max - s) / (max - threshold))^power.
+// A block computes its rows of scores once, takes their statistics, turns them into weights in place, and adds values.
+#pragma once
+
+#include "rows.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// log2(x) for normal x > 0, absolute error 2e-7; -126 or less below.
+FASTATTN_INLINE vf log2_positive(vf x) {
+  const vi bits = (vi)x - 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  const vf e = __builtin_convertvector(bits >> 23, vf);
+  const vf m = (vf)((bits & 0x7fffff) + 0x3f3504f3);
+  const vf u = (m - 1.0f) * reciprocal(m + 1.0f);
+  const vf z = u * u;
+  vf p = z * 0.32059889f + 0.41219858f;  // 2 / (ln(2) (2 n + 1))
+  p = p * z + 0.57707802f;
+  p = p * z + 0.96179669f;
+  p = p * z + 2.88539008f;
+  return e + u * p;
+}
+
+// x^p for 0 <= x <= 1; 0^0 = 1.
+struct Power {
+  float p;
+  int whole;  // p where it is an integer, else -1
+  explicit Power(double power) : p((float)power), whole(power == (double)(int)power ? (int)power : -1) {}
+  FASTATTN_INLINE vf of(vf x, const Power& power) {
+    if (power.whole < 0) return keep(x > 0.0f, exp2_bounded(log2_positive(x) * power.p));
+    vf result = splat(1.0f);
+    for (int n = power.whole; n; n >>= 1) {
+      if (n & 1) result *= x;
+      x *= x;
+    }
+    return result;
+  }
+};
+
+constexpr float kEqual = 8 * 1.1920929e-7f;  // scores of a row within kEqual * (1 + c) are all equal
+constexpr int64_t kFew = 3;                  // rows with at most this many keys have no threshold
+constexpr float kNegligible = 0x1p-25f;      // of a row's sum of weights, which is at least 1
+
+// What a row's scores are made of: softplus(dot * scale * reciprocal of the key), scale = c / |q|.
+struct RowScale {
+  float c, scale, reciprocal_norm;
+  float top, reciprocal_height;  // highest score, 1 / (highest - threshold) or 0
+  int64_t keys;
+};
+
+FASTATTN_INLINE void row_scales(RowScale* to, const Problem& problem, const RowRanges& ranges, const Sequence& s,
+                                const BlockRows& rows) {
+  const double log_dim = __builtin_log((double)problem.head_dim);
+  for (int64_t r = 0; r < rows.count; r++) {
+    RowScale& row = to[r];
+    row.keys = attended(problem.p, ranges, s, rows, r);
+    row.c = (float)(log_dim * __builtin_log((double)max64(row.keys, 1)));
+    reciprocal_norms(&row.reciprocal_norm, matrix(problem.p.q, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 1,
+                     problem.head_dim, 1);
+    row.scale = row.c * row.reciprocal_norm;
+  }
+}
+
+// The statistics of one row of the op: highest score, 1 / (highest - threshold), sum of weights.
+FASTATTN_INLINE float* statistics_of(const ReweightedParams& p, const Sequence& s, const BlockRows& rows, int64_t r) {
+  const int64_t row = (s.batch * p.q.size[1] + rows.head_of(r)) * p.q.size[2] + s.q_begin + rows.row_of(r);
+  return (float*)p.statistics.data + row * 3;
+}
+
+template <class Unit>
+struct ReweightedBlock {
+  using Word = typename Unit::Word;
+  using Weight = std::conditional_t<Unit::kStep == 2, bf16, float>;
+
+  const Problem& problem;
+  const ReweightedParams& p;
+  Power power;
+  int64_t block_q, block_k, stride, q_steps, out_columns, weight_stride;
+  Word* q;                    // (block_q, q_steps) and the zero rows after a head's last
+  float* scores;              // (block_q, stride) from key `base` on; -1 where a row does not attend
+  Weight* weights;            // (block_q, weight_stride): the scores' own memory when they are floats
+  float* out;                 // (block_q, out_columns)
+  float *sums, *tops, *lows;  // (block_q, W) by lanes
+  float* totals;              // (block_q, W) sums of weights, by lanes
+  RowScale* scale;
+  RowRanges ranges;
+  int64_t base = 0;
+
+  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k, int64_t stride) {
+    const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
+    int64_t words = block_q * (stride + out_columns + 4 * W) + (block_q + kRows) * q_steps;
+    if (Unit::kStep == 2) words += block_q * block_k / 2;
+    return words * 4 + block_q * (int64_t)sizeof(RowScale) + RowRanges::bytes(block_q) + 64 * 12;
+  }
+
+  ReweightedBlock(const Problem& problem, const ReweightedParams& p, int64_t block_q, int64_t block_k, int64_t stride,
+                  Arena& arena)
+      : problem(problem),
+        p(p),
+        power(p.power),
+        block_q(block_q),
+        block_k(block_k),
+        stride(stride),
+        q_steps(steps_of<Unit>(problem.head_dim)),
+        out_columns(round_up(problem.value_dim, W)),
+        weight_stride(Unit::kStep == 2 ? block_k : stride),
+        q(arena.take<Word>((block_q + kRows) * q_steps)),
+        scores(arena.take<float>(block_q * stride)),
+        weights(Unit::kStep == 2 ? arena.take<Weight>(block_q * block_k) : (Weight*)scores),
+        out(arena.take<float>(block_q * out_columns)),
+        sums(arena.take<float>(block_q * W)),
+        tops(arena.take<float>(block_q * W)),
+        lows(arena.take<float>(block_q * W)),
+        totals(arena.take<float>(block_q * W)),
+        scale(arena.take<RowScale>(block_q)),
+        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+
+  template <class Panels>
+  void run(const BlockRows& rows, const Sequence& s, const Panels& panels) {
+    const int64_t groups = (rows.count + kRows - 1) / kRows;
+    fill_ranges(ranges, s, rows);
+    memset(out, 0, size_t(groups * kRows * out_columns) * 4);
+    memset(sums, 0, size_t(groups * kRows * W) * 4);
+    memset(totals, 0, size_t(groups * kRows * W) * 4);
+    for (int64_t i = 0; i < groups * kRows * W; i++) tops[i] = 0, lows[i] = __builtin_inff();
+    if (ranges.begin < ranges.end) pack_block<Unit>(q, q_steps, p.q, s, rows, problem.head_dim);
+    row_scales(scale, problem, ranges, s, rows);
+    base = ranges.begin < ranges.end ? ranges.begin / block_k * block_k : 0;
+    for (int64_t n = base; n < ranges.end; n += block_k) {
+      const int64_t there = min64(block_k, s.keys - n);
+      tile_products<Unit>(scores + n - base, stride, q, q_steps, panels.key_panels(n), ranges, groups, n,
+                          min64(round_up(min64(ranges.end - n, there), kPanel), block_k));
+      score_tile(rows, s, n, there, panels.key_reciprocals(n));
+      if (!p.reweigh) add_tile(rows, n, there, panels);
+    }
+    if (p.reweigh) {
+      for (int64_t r = 0; r < rows.count; r++) take_statistics(r);
+      for (int64_t n = base; n < ranges.end; n += block_k) add_tile(rows, n, min64(block_k, s.keys - n), panels);
+    }
+    for (int64_t r = 0; r < rows.count; r++) {
+      const float total = reduce_add(load((p.reweigh ? totals : sums) + r * W));
+      float* statistics = statistics_of(p, s, rows, r);
+      statistics[0] = p.reweigh ? scale[r].top : 0.0f;
+      statistics[1] = p.reweigh ? scale[r].reciprocal_height : 1.0f;
+      statistics[2] = total;
+      store_row(matrix(p.out, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 0, out + r * out_columns,
+                problem.value_dim, total > 0 ? 1 / total : 0.0f);
+    }
+  }
+
+  void score_tile(const BlockRows& rows, const Sequence& s, int64_t n, int64_t there, const float* reciprocals) {
+    for (int64_t r = 0; r < rows.count; r++) {
+      const Columns columns(ranges, r / kRows, n, there);
+      if (columns.empty()) continue;
+      const RowMask mask = row_mask(p, ranges, s, rows, r, n, there);
+      float* x = scores + r * stride + (n - base);
+      const float factor = scale[r].scale * kLog2E;
+      if (mask.all(columns))
+        score_row<false>(x, columns, factor, reciprocals, mask, r);
+      else
+        score_row<true>(x, columns, factor, reciprocals, mask, r);
+    }
+  }
+
+  template <bool kMasked>
+  void score_row(float* x, const Columns& columns, float factor, const float* reciprocals, const RowMask& mask,
+                 int64_t r) {
+    vf sum = load(sums + r * W), top = load(tops + r * W), low = load(lows + r * W);
+    const float masked = p.reweigh ? -1.0f : 0.0f;
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
+      const vf z = load(x + j) * (load(reciprocals + j) * factor);
+      vf y = SoftplusScore<Arithmetic>::softplus(z, exp2_bounded(-vabs(z)));
+      if (kMasked) {
+        const vi attends = mask.at(j);
+        low = vmin(low, select(attends, y, splat(__builtin_inff())));
+        sum += keep(attends, y);
+        y = select(attends, y, splat(masked));
+      } else {
+        low = vmin(low, y);
+        sum += y;
+      }
+      top = vmax(top, y);
+      store(x + j, y);
+    }
+    store(sums + r * W, sum);
+    store(tops + r * W, top);
+    store(lows + r * W, low);
+  }
+
+  // The mean is taken as a distance below the maximum, which keeps its digits where the scores are close together.
+  void take_statistics(int64_t r) {
+    const float top = reduce_max(load(tops + r * W)), low = -reduce_max(-load(lows + r * W));
+    const int64_t keys = scale[r].keys;
+    float height = top;  // above the threshold
+    if (keys > kFew) {
+      height = 0;
+      if (top - low > kEqual * (1 + scale[r].c)) {
+        vf below{};
+        const int64_t g = r / kRows;
+        const float* x = scores + r * stride;
+        for (int64_t j = (ranges.group_low[g] - base) / kPanel * kPanel; j < ranges.group_high[g] - base; j += W)
+          below += keep(load(x + j) >= 0.0f, top - load(x + j));
+        height = reduce_add(below) / (float)keys;
+      }
+    }
+    scale[r].top = top;
+    scale[r].reciprocal_height = height > 0 ? 1 / height : 0.0f;
+  }
+
+  // Scores of the tile become weights, and the values they weigh are added; a group whose weights round to nothing in
+  // the row's sum is left out.
+  template <class Panels>
+  void add_tile(const BlockRows& rows, int64_t n, int64_t there, const Panels& panels) {
+    bool prepared = false;
+    constexpr int64_t kStep = Unit::kStep;
+    for (int64_t g = 0; g * kRows < rows.count; g++) {
+      const Columns columns(ranges, g, n, there);
+      if (columns.empty()) continue;
+      bool counts = !p.reweigh;
+      for (int64_t r = g * kRows; r < min64(rows.count, (g + 1) * kRows); r++) counts |= weigh_row(r, n, columns);
+      if (!counts) continue;
+      if (!prepared) panels.prepare_values(n);
+      prepared = true;
+      const int64_t begin = max64(ranges.group_low[g] - n, 0) / kStep;
+      const int64_t end = (min64(ranges.group_high[g] - n, there) + kStep - 1) / kStep;
+      const Word* a = (const Word*)(weights + g * kRows * weight_stride + (Unit::kStep == 2 ? 0 : n - base)) + begin;
+      for (int64_t d = 0; d < out_columns; d += kPanel) {
+        const int64_t width = min64(kPanel, out_columns - d);
+        add_product<Unit>(int(width / W), out + g * kRows * out_columns + d, out_columns, a, weight_stride / kStep, 1,
+                          panels.value_panel(n, d, width) + begin * width, end - begin);
+      }
+    }
+  }
+
+  // True when some weight of the row counts.
+  bool weigh_row(int64_t r, int64_t n, const Columns& columns) {
+    float* x = scores + r * stride + (n - base);
+    Weight* w = Unit::kStep == 2 ? weights + r * weight_stride : (Weight*)x;
+    if (!p.reweigh) {
+      if (Unit::kStep == 2)
+        for (int64_t j = columns.begin; j < columns.end; j += W) store(w + j, load(x + j));
+      return true;
+    }
+    const float top = scale[r].top, reciprocal = scale[r].reciprocal_height;
+    if (reciprocal == 0) {
+      for (int64_t j = columns.begin; j < columns.end; j += W) store(w + j, vf{});
+      return false;
+    }
+    vf total = load(totals + r * W), most{};
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
+      const vf y = Power::of(at_least(1.0f - (top - load(x + j)) * reciprocal, 0.0f), power);
+      total += y;
+      most = vmax(most, y);
+      store(w + j, y);
+    }
+    store(totals + r * W, total);
+    return reduce_max(most) * (float)scale[r].keys >= kNegligible;
+  }
+};
+
+constexpr int64_t kStreamedRows = 48;  // a key head that serves so few rows is packed a tile at a time
+constexpr int64_t kScoreKib = 1024;    // scores of a block of rows
+
+template <class Unit>
+static void reweighted_tiled(const ReweightedParams& p) {
+  const Problem problem(p);
+  const Longest longest(problem);
+  const int64_t block_k = round_up(p.block_k, kPanel);
+  const bool streamed = longest.q * problem.group <= kStreamedRows;
+  int64_t block_q = streamed ? round_up(longest.q * problem.group, kRows) : p.block_q;
+  const int64_t columns = block_columns(p, longest.k, block_q, block_k);
+  if (!streamed) block_q = block_rows(block_q, columns, kScoreKib);
+  const int64_t stride = score_stride(columns);
+  const int64_t bytes = ReweightedBlock<Unit>::bytes(problem, block_q, block_k, stride);
+  if (!streamed) {
+    for_packed_blocks<Unit>(
+        problem, longest, block_q, bytes, true,
+        [&](const BlockRows& rows, const Sequence& s, const PackedPanels<Unit>& panels, Arena arena) {
+          ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena).run(rows, s, panels);
+        });
+    return;
+  }
+  const int64_t each = round_up(bytes + StreamedPanels<Unit>::bytes(problem, block_k), 4096);
+  char* memory = (char*)cpu::scratch(0, size_t(p.threads * each));
+  parallel_items(problem.sequences * problem.kv_heads, p.threads, [&](int64_t task, int thread) {
+    const Sequence s = problem.sequence(task / problem.kv_heads);
+    if (s.q_length == 0) return;
+    const int64_t head = task % problem.kv_heads;
+    Arena arena{memory + thread * each};
+    const StreamedPanels<Unit> panels(problem, s, head, block_k, arena);
+    ReweightedBlock<Unit> block(problem, p, block_q, block_k, stride, arena);
+    block.run(BlockRows{head * problem.group, 0, s.q_length, s.q_length * problem.group}, s, panels);
+  });
+}
+
+static void reweighted_forward(const ReweightedParams& p) {
+#if defined(FASTATTN_BF16_DOT)
+  if (p.q.dtype == DType::bf16) return reweighted_tiled<Pairs>(p);
+#endif
+  reweighted_tiled<Singles>(p);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,240 @@
+// Blocks of query rows that keep their whole rows of scores: for weights that need a row's statistics before any of
+// them is known, and for backward passes that need every weight of a row.
+#pragma once
+
+#include "attention_forward.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Rows of one block: `span` rows from `first` on of each of some consecutive heads, head by head.
+struct BlockRows {
+  int64_t head, first, span, count;
+  int64_t head_of(int64_t r) const { return head + r / span; }
+  int64_t row_of(int64_t r) const { return first + r % span; }
+};
+
+// Floats between rows of a score buffer: off multiples of a page, which would share cache sets.
+FASTATTN_INLINE int64_t score_stride(int64_t columns) { return columns % 512 == 0 ? columns + 16 : columns; }
+
+// The most columns a block's rows may span, in whole tiles of block_k from a multiple of it on.
+FASTATTN_INLINE int64_t block_columns(const AttentionParams& p, int64_t longest_k, int64_t block_q, int64_t block_k) {
+  int64_t columns = longest_k;
+  if (p.window_left >= 0 && (p.window_right >= 0 || (p.causal && !p.prefix_lengths.data)))
+    columns = min64(columns, block_q + p.window_left + max64(p.window_right, 0) + block_k);
+  return round_up(columns, block_k) + block_k;
+}
+
+// Rows of a block whose scores take about `kib` kilobytes, at most `most`.
+FASTATTN_INLINE int64_t block_rows(int64_t most, int64_t columns, int64_t kib) {
+  return max64(kRows, min64(round_up(most, kRows), kib * 256 / max64(columns, 1) / kRows * kRows));
+}
+
+struct Longest {
+  int64_t q = 0, k = 0;
+  explicit Longest(const Problem& problem) {
+    for (int64_t s = 0; s < problem.sequences; s++) {
+      const Sequence r = problem.sequence(s);
+      q = max64(q, r.q_length);
+      k = max64(k, r.keys);
+    }
+  }
+};
+
+// Sum of squares of a row in double where float32 would lose it.
+template <class T>
+FASTATTN_INLINE double square_norm(const T* x, int64_t n) {
+  vf sum{};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) sum += load(x + j) * load(x + j);
+  if (j < n) sum += load_n(x + j, int(n - j)) * load_n(x + j, int(n - j));
+  const float found = reduce_add(sum);
+  if (found > 1e-25f && found < 1e30f) return found;
+  double exact = 0;
+  for (j = 0; j < n; j++) {
+    const double v = load_n(x + j, 1)[0];
+    exact += v * v;
+  }
+  return exact;
+}
+
+// 1 / |row| of `rows` rows, 0 for a row of norm at most 1e-12, and 0 up to `capacity`.
+FASTATTN_NOINLINE void reciprocal_norms(float* to, Matrix src, int64_t rows, int64_t columns, int64_t capacity) {
+  with_dtype(src.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t i = 0; i < rows; i++) {
+      const double norm = __builtin_sqrt(square_norm((const T*)src.data + i * src.stride, columns));
+      to[i] = norm > 1e-12 ? (float)(1 / norm) : 0.0f;
+    }
+  });
+  for (int64_t i = rows; i < capacity; i++) to[i] = 0;
+}
+
+// RowRanges of a block whose rows may belong to several heads.
+FASTATTN_INLINE void fill_ranges(RowRanges& r, const Sequence& s, const BlockRows& rows) {
+  r.begin = INT32_MAX;
+  r.end = 0;
+  for (int64_t g = 0; g * kRows < rows.count; g++) {
+    int32_t lo = INT32_MAX, hi = 0;
+    for (int64_t i = g * kRows; i < min64(rows.count, (g + 1) * kRows); i++) {
+      s.interval(rows.row_of(i), r.low + i, r.high + i);
+      lo = r.low[i] < lo ? r.low[i] : lo;
+      hi = r.high[i] > hi ? r.high[i] : hi;
+    }
+    r.group_low[g] = lo;
+    r.group_high[g] = hi;
+    r.begin = lo < r.begin ? lo : r.begin;
+    r.end = hi > r.end ? hi : r.end;
+  }
+}
+
+template <class Unit>
+FASTATTN_INLINE void pack_block(typename Unit::Word* to, int64_t stride, const Tensor& t, const Sequence& s,
+                                const BlockRows& rows, int64_t columns) {
+  for (int64_t r = 0; r < rows.count; r += rows.span)
+    pack_rows<Unit>(to + r * stride, stride, matrix(t, s.batch, rows.head_of(r), s.q_begin + rows.first),
+                    min64(rows.span, rows.count - r), columns, 1.0f);
+}
+
+// Which columns of the tile at key n row r of a block attends.
+FASTATTN_INLINE RowMask row_mask(const AttentionParams& p, const RowRanges& ranges, const Sequence& s,
+                                 const BlockRows& rows, int64_t r, int64_t n, int64_t there) {
+  return RowMask(p, s, ranges, rows.head_of(r), rows.row_of(r) - r, r, n, there, true);
+}
+
+// Keys that row r attends.
+FASTATTN_INLINE int64_t attended(const AttentionParams& p, const RowRanges& ranges, const Sequence& s,
+                                 const BlockRows& rows, int64_t r) {
+  const int64_t low = ranges.low[r], high = ranges.high[r];
+  if (high <= low) return 0;
+  const uint8_t* dense =
+      (const uint8_t*)plane(p.dense, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r), s.k_begin, 1);
+  if (!dense) return high - low;
+  int64_t n = 0;
+  for (int64_t j = low; j < high; j++) n += dense[j] != 0;
+  return n;
+}
+
+// Products of a block's rows with the panels of the tile at key n, for the groups of rows that need them.
+template <class Unit>
+FASTATTN_INLINE void tile_products(float* to, int64_t stride, const typename Unit::Word* a, int64_t steps,
+                                   const typename Unit::Word* panels, const RowRanges& ranges, int64_t groups,
+                                   int64_t n, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    for (int64_t g = 0; g < groups; g++) {
+      if (ranges.group_high[g] <= n + j || ranges.group_low[g] >= n + j + kPanel) continue;
+      float* block = to + g * kRows * stride + j;
+      product<Unit>(a + g * kRows * steps, steps, panels + j * steps, steps,
+                    [&](int i, int v, vf x) { store(block + i * stride + v * W, x); });
+    }
+  }
+}
+
+// Panels of one key head, packed whole before any block runs.
+template <class Unit>
+struct PackedPanels {
+  using Word = typename Unit::Word;
+  const Word *keys, *values;
+  const float* reciprocals;
+  int64_t q_steps, capacity;
+
+  const Word* key_panels(int64_t n) const { return keys + n * q_steps; }
+  const float* key_reciprocals(int64_t n) const { return reciprocals + n; }
+  void prepare_values(int64_t) const {}
+  const Word* value_panel(int64_t n, int64_t d, int64_t width) const {
+    return values + d * capacity + n / Unit::kStep * width;
+  }
+};
+
+// Panels packed a tile at a time by the one block that reads them.
+template <class Unit>
+struct StreamedPanels {
+  using Word = typename Unit::Word;
+  Matrix k, v;
+  int64_t keys, head_dim, value_dim, block_k;
+  Word *key_words, *value_words;
+  float* norms;
+
+  static int64_t bytes(const Problem& problem, int64_t block_k) {
+    const int64_t words = block_k * (steps_of<Unit>(problem.head_dim) + round_up(problem.value_dim, W) + 1);
+    return words * 4 + 64 * 3;
+  }
+  StreamedPanels(const Problem& problem, const Sequence& s, int64_t head, int64_t block_k, Arena& arena)
+      : k(matrix(problem.p.k, s.batch, head, s.k_begin)),
+        v(matrix(problem.p.v, s.batch, head, s.k_begin)),
+        keys(s.keys),
+        head_dim(problem.head_dim),
+        value_dim(problem.value_dim),
+        block_k(block_k),
+        key_words(arena.take<Word>(block_k * steps_of<Unit>(problem.head_dim))),
+        value_words(arena.take<Word>(block_k * round_up(problem.value_dim, W))),
+        norms(arena.take<float>(block_k)) {}
+
+  Matrix rows_from(const Matrix& m, int64_t n) const {
+    return {(const char*)m.data + n * m.stride * (m.dtype == DType::f32 ? 4 : 2), m.stride, m.dtype};
+  }
+  const Word* key_panels(int64_t n) const {
+    const int64_t rows = min64(block_k, keys - n);
+    pack_transposed<Unit>(key_words, rows_from(k, n), rows, head_dim);
+    reciprocal_norms(norms, rows_from(k, n), rows, head_dim, block_k);
+    return key_words;
+  }
+  const float* key_reciprocals(int64_t) const { return norms; }
+  void prepare_values(int64_t n) const {
+    pack_panels<Unit>(value_words, block_k / Unit::kStep, 0, rows_from(v, n), min64(block_k, keys - n), value_dim);
+  }
+  const Word* value_panel(int64_t, int64_t d, int64_t) const { return value_words + d * (block_k / Unit::kStep); }
+};
+
+// Key heads of sequences packed in waves, then blocks of query rows: run(block rows, sequence, panels, thread memory).
+template <class Unit, class Run>
+static void for_packed_blocks(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
+                              bool norms, const Run& run) {
+  using Word = typename Unit::Word;
+  const AttentionParams& p = problem.p;
+  const PackedHead<Unit> packed(problem, longest.k);
+  const int64_t norm_words = norms ? round_up(longest.k, kPanel) + kPanel : 0;
+  const int64_t words = packed.words() + round_up(norm_words, 16);
+  const int64_t blocks = (longest.q + block_q - 1) / block_q;
+  const int64_t pairs = problem.sequences * problem.kv_heads;
+  const int64_t wave = max64(1, min64(pairs, p.pack_kib * 256 / max64(words, 1)));
+  block_bytes = round_up(block_bytes, 4096);
+  char* memory = (char*)cpu::scratch(0, size_t(wave * words * 4 + p.threads * block_bytes));
+  Word* store = (Word*)(memory + p.threads * block_bytes);
+  const int64_t q_steps = steps_of<Unit>(problem.head_dim);
+
+  constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
+  const int64_t pack_tasks = (longest.k + kPackRows - 1) / kPackRows;
+  for (int64_t begin = 0; begin < pairs; begin += wave) {
+    const int64_t count = min64(wave, pairs - begin);
+    parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int) {
+      const int64_t pair = task / pack_tasks, first = task % pack_tasks * kPackRows;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      const int64_t head = (begin + pair) % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
+      if (rows <= 0) return;
+      Word* to = store + pair * words;
+      const Matrix keys = matrix(p.k, s.batch, head, s.k_begin + first);
+      pack_transposed<Unit>(to + first * q_steps, keys, rows, problem.head_dim);
+      pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
+                        matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
+      if (norms)
+        reciprocal_norms((float*)(to + packed.words()) + first, keys, rows, problem.head_dim, round_up(rows, kPanel));
+    });
+    parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
+      const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      // the last rows of a causal sequence have the most keys, so they start first
+      const int64_t first = (blocks - 1 - task % blocks) * block_q;
+      if (first >= s.q_length) return;
+      const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
+      const int64_t rows = min64(block_q, s.q_length - first);
+      const Word* to = store + pair * words;
+      const PackedPanels<Unit> panels{to, to + packed.key_words, (const float*)(to + packed.words()), q_steps,
+                                      packed.capacity};
+      run(BlockRows{head, first, rows, rows}, s, panels, Arena{memory + thread * block_bytes});
+    });
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
