@@ -120,6 +120,75 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("block_q", &TileClassParams::block_q)
       .def_readwrite("block_k", &TileClassParams::block_k)
       .def_readwrite("threads", &TileClassParams::threads);
+  py::class_<VocabRowsParams>(m, "VocabRowsParams")
+      .def(py::init<>())
+      .def_readwrite("x", &VocabRowsParams::x)
+      .def_readwrite("out", &VocabRowsParams::out)
+      .def_readwrite("bias", &VocabRowsParams::bias)
+      .def_readwrite("target", &VocabRowsParams::target)
+      .def_readwrite("temperature", &VocabRowsParams::temperature)
+      .def_readwrite("row_max", &VocabRowsParams::row_max)
+      .def_readwrite("row_sum", &VocabRowsParams::row_sum)
+      .def_readwrite("picked", &VocabRowsParams::picked)
+      .def_readwrite("lse", &VocabRowsParams::lse)
+      .def_readwrite("grad", &VocabRowsParams::grad)
+      .def_readwrite("grad_temperature", &VocabRowsParams::grad_temperature)
+      .def_readwrite("first", &VocabRowsParams::first)
+      .def_readwrite("ignore_index", &VocabRowsParams::ignore_index)
+      .def_readwrite("softcap", &VocabRowsParams::softcap)
+      .def_readwrite("z_loss", &VocabRowsParams::z_loss)
+      .def_readwrite("stablemax", &VocabRowsParams::stablemax)
+      .def_readwrite("statistics", &VocabRowsParams::statistics)
+      .def_readwrite("gradient", &VocabRowsParams::gradient)
+      .def_readwrite("threads", &VocabRowsParams::threads);
+  py::class_<VocabTokensParams>(m, "VocabTokensParams")
+      .def(py::init<>())
+      .def_readwrite("codes", &VocabTokensParams::codes)
+      .def_readwrite("bias", &VocabTokensParams::bias)
+      .def_readwrite("beta", &VocabTokensParams::beta)
+      .def_readwrite("sums", &VocabTokensParams::sums)
+      .def_readwrite("best", &VocabTokensParams::best)
+      .def_readwrite("mass", &VocabTokensParams::mass)
+      .def_readwrite("out", &VocabTokensParams::out)
+      .def_readwrite("order", &VocabTokensParams::order)
+      .def_readwrite("offsets", &VocabTokensParams::offsets)
+      .def_readwrite("inverse_temperature", &VocabTokensParams::inverse_temperature);
+  py::class_<VocabSampleParams>(m, "VocabSampleParams")
+      .def(py::init<>())
+      .def_readwrite("scores", &VocabSampleParams::scores)
+      .def_readwrite("uniform", &VocabSampleParams::uniform)
+      .def_readwrite("beta", &VocabSampleParams::beta)
+      .def_readwrite("bias", &VocabSampleParams::bias)
+      .def_readwrite("order", &VocabSampleParams::order)
+      .def_readwrite("offsets", &VocabSampleParams::offsets)
+      .def_readwrite("out", &VocabSampleParams::out)
+      .def_readwrite("inverse_temperature", &VocabSampleParams::inverse_temperature)
+      .def_readwrite("threads", &VocabSampleParams::threads);
+  py::class_<VocabBestParams>(m, "VocabBestParams")
+      .def(py::init<>())
+      .def_readwrite("scores", &VocabBestParams::scores)
+      .def_readwrite("x", &VocabBestParams::x)
+      .def_readwrite("codebook", &VocabBestParams::codebook)
+      .def_readwrite("offset", &VocabBestParams::offset)
+      .def_readwrite("ids", &VocabBestParams::ids)
+      .def_readwrite("out", &VocabBestParams::out)
+      .def_readwrite("slack", &VocabBestParams::slack)
+      .def_readwrite("offset_slack", &VocabBestParams::offset_slack)
+      .def_readwrite("threads", &VocabBestParams::threads);
+  py::class_<VocabDotsParams>(m, "VocabDotsParams")
+      .def(py::init<>())
+      .def_readwrite("x", &VocabDotsParams::x)
+      .def_readwrite("codebook", &VocabDotsParams::codebook)
+      .def_readwrite("out", &VocabDotsParams::out)
+      .def_readwrite("squares", &VocabDotsParams::squares)
+      .def_readwrite("threads", &VocabDotsParams::threads);
+  py::class_<VocabExpandParams>(m, "VocabExpandParams")
+      .def(py::init<>())
+      .def_readwrite("scores", &VocabExpandParams::scores)
+      .def_readwrite("codes", &VocabExpandParams::codes)
+      .def_readwrite("bias", &VocabExpandParams::bias)
+      .def_readwrite("logits", &VocabExpandParams::logits)
+      .def_readwrite("threads", &VocabExpandParams::threads);
 
   m.def("rms_norm", run(&KernelTable::rms_norm));
   m.def("rms_norm_backward", run(&KernelTable::rms_norm_backward));
@@ -132,4 +201,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("attention_backward", run(&KernelTable::attention_backward));
   m.def("reweighted_forward", run(&KernelTable::reweighted_forward));
   m.def("reweighted_backward", run(&KernelTable::reweighted_backward));
+  m.def("vocab_rows", run(&KernelTable::vocab_rows));
+  m.def("vocab_code_bias", run(&KernelTable::vocab_code_bias));
+  m.def("vocab_best_tokens", run(&KernelTable::vocab_best_tokens));
+  m.def("vocab_bias_gradient", run(&KernelTable::vocab_bias_gradient));
+  m.def("vocab_group", run(&KernelTable::vocab_group));
+  m.def("vocab_sample", run(&KernelTable::vocab_sample));
+  m.def("vocab_best", run(&KernelTable::vocab_best));
+  m.def("vocab_dots", run(&KernelTable::vocab_dots));
+  m.def("vocab_expand", run(&KernelTable::vocab_expand));
+  m.def("vocab_collect", run(&KernelTable::vocab_collect));
 }

@@ -76,4 +76,56 @@ struct TileClassParams {
   int32_t threads = 1;
 };
 
+// Logits (R, C) of classes first .. first + C, in stages. Prepared in place: + bias, soft cap, / temperature (f32
+// only). statistics: row_max, row_sum and picked (the target's transformed logit) take these columns in. gradient: out
+// (may be x) becomes the gradient of grad * loss, for x as it came, from lse (R,); with statistics too, lse is found
+// first.
+struct VocabRowsParams {
+  Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
+  Tensor row_max, row_sum, picked, lse;      // (R,) f32
+  Tensor grad, grad_temperature;             // (R,) f32; the second is added to
+  int64_t first = 0, ignore_index = 0;       // rows with this target give zeros
+  double softcap = 0, z_loss = 0;            // softcap 0: none
+  int32_t stablemax = 0, statistics = 0, gradient = 0;
+  int32_t threads = 1;
+};
+
+// The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
+struct VocabTokensParams {
+  Tensor codes, bias;
+  Tensor beta, sums;      // (K,) f32 logsumexp of bias * inverse_temperature by code; (K,) f64 scratch
+  Tensor best;            // (K,) i64 the first token of the largest bias, V where a code has none; beta: that bias
+  Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - beta_c) * mass_c with c = codes_i
+  Tensor order, offsets;  // (V,) i32 tokens by code, lowest first; (K + 1,) i64 where each code's begin
+  double inverse_temperature = 1;
+};
+
+// out (R,) i64: for each row a code from softmax(scores * inverse_temperature + beta), then one of its tokens.
+struct VocabSampleParams {
+  Tensor scores, uniform;  // (R, K) f32, overwritten; (R, 2) f64
+  Tensor beta, bias, order, offsets, out;
+  double inverse_temperature = 1;
+  int32_t threads = 1;
+};
+
+// out (R,) i64: the id of the largest x . codebook_k + offset_k, the lowest id among equals; scores (R, K) f32 hold the
+// products to within slack * |x| + offset_slack, and candidates that close are compared in f64.
+struct VocabBestParams {
+  Tensor scores, x, codebook, offset, ids, out;  // offset (K,) f64; ids (K,) i64 or absent (k)
+  double slack = 0, offset_slack = 0;
+  int32_t threads = 1;
+};
+
+// out (R, K) f32 = x (R, d) codebook (K, d)^T for a few rows; squares (K,) f32, if given, of the codebook's rows.
+struct VocabDotsParams {
+  Tensor x, codebook, out, squares;
+  int32_t threads = 1;
+};
+
+// logits (R, V) = scores (R, K) f32 at codes, + bias; or, collect: scores = the sum of logits by code.
+struct VocabExpandParams {
+  Tensor scores, codes, bias, logits;
+  int32_t threads = 1;
+};
+
 }  // namespace fastattn

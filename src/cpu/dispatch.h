@@ -17,6 +17,16 @@ struct KernelTable {
   void (*attention_backward)(const AttentionParams&);
   void (*reweighted_forward)(const ReweightedParams&);
   void (*reweighted_backward)(const ReweightedParams&);
+  void (*vocab_rows)(const VocabRowsParams&);
+  void (*vocab_code_bias)(const VocabTokensParams&);
+  void (*vocab_best_tokens)(const VocabTokensParams&);
+  void (*vocab_bias_gradient)(const VocabTokensParams&);
+  void (*vocab_group)(const VocabTokensParams&);
+  void (*vocab_sample)(const VocabSampleParams&);
+  void (*vocab_best)(const VocabBestParams&);
+  void (*vocab_dots)(const VocabDotsParams&);
+  void (*vocab_expand)(const VocabExpandParams&);
+  void (*vocab_collect)(const VocabExpandParams&);
 };
 
 namespace cpu {

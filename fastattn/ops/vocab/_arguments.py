@@ -50,12 +50,23 @@ def check_positive_values(op: str, name: str, t: torch.Tensor) -> None:
         raise ValueError(f"fastattn.{op}: {name} must be more than zero everywhere, given {t.min().item()!r}")
 
 
-def check_target(op: str, target: torch.Tensor, shape: tuple, classes: int, ignore_index: int) -> None:
+def check_target(op: str, target: torch.Tensor, shape: tuple, ignore_index: int) -> None:
+    """Everything but the contents, which the implementations check: they see them when compiled too."""
     _checks.check_integer(op, "target", target)
     _checks.check_shape(op, "target", target, shape, "one class a row")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {_checks.describe(ignore_index)}")
+
+
+def check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
     _checks.check_range(op, "target", target, 0, classes, also=ignore_index)
+
+
+def check_codes(op: str, codes: torch.Tensor, count: int) -> None:
+    if codes.device.type == "cpu":
+        low, high = torch.aminmax(codes)
+        if low < 0 or high >= count:  # then once more, for the message
+            _checks.check_range(op, "codes", codes, 0, count)
 
 
 def needed(*tensors: torch.Tensor | None) -> int:

@@ -22,7 +22,6 @@ def _check_head(
     _checks.check_integer(op, "codes", codes, dims=1)
     if codes.shape[0] < 1:
         raise ValueError(f"fastattn.{op}: codes must name a code for 1 token or more, given none")
-    _checks.check_range(op, "codes", codes, 0, codebook.shape[0])
     if bias is not None:
         check_wide(op, "bias", bias, h)
         _checks.check_shape(op, "bias", bias, tuple(codes.shape), "one a token of codes")
@@ -85,7 +84,7 @@ def vq_cross_entropy(
     op = "vq_cross_entropy"
     _check_head(op, h, codebook, codes, bias)
     tokens = codes.shape[0]
-    check_target(op, target, tuple(h.shape[:-1]), tokens, ignore_index)
+    check_target(op, target, tuple(h.shape[:-1]), ignore_index)
     if shadow is not None:
         check_wide(op, "shadow", shadow, h)
         _checks.check_shape(op, "shadow", shadow, (tokens, h.shape[-1]), "a row a token of codes")

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     check_rows(op, "h", h, weight.shape[1])
     _checks.check_floating(op, h=h, weight=weight)
     classes = weight.shape[0]
-    check_target(op, target, tuple(h.shape[:-1]), classes, ignore_index)
+    check_target(op, target, tuple(h.shape[:-1]), ignore_index)
     if bias is not None:
         check_wide(op, "bias", bias, h)
         _checks.check_shape(op, "bias", bias, (classes,), "one a class")
@@ -135,7 +135,7 @@ def stablemax_cross_entropy(
     op = "stablemax_cross_entropy"
     check_rows(op, "logits", logits)
     _checks.check_floating(op, logits=logits)
-    check_target(op, target, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
+    check_target(op, target, tuple(logits.shape[:-1]), ignore_index)
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     _checks.check_same_device(op, logits=logits, target=target)
     loss, _ = torch.ops.fastattn.stablemax_cross_entropy(

@@ -199,7 +199,8 @@ def vq_cross_entropy_gradients(
 def vq_argmax(
     h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return _first_largest(dense_logits(h.double(), codebook.double()[codes.long()], bias))
+    scores = (h.double() @ codebook.double().T)[:, codes.long()]  # (N, V), bitwise one value a code
+    return _first_largest(scores if bias is None else scores + bias)
 
 
 def _first_largest(x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """torch.ops.fastattn.linear_cross_entropy and stablemax_cross_entropy: schema, fake, autograd, backends."""
 
+import importlib
+
 import torch
 
 from ..._registry import Backend, register_op
-from ._arguments import statistics_dtype
+from ._arguments import check_targets, statistics_dtype
 
 TRANSFORMS = (None, "stablemax")
 _OPTIONS = "int transform, float softcap, float z_loss, int ignore_index, str reduction"
@@ -46,6 +48,44 @@ def saved_or_recomputed(
     return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
 
 
+def reference_backend(name: str, check=None) -> Backend:
+    """reference.<name>, after check(*args)."""
+
+    def load():
+        from . import reference
+
+        defined = getattr(reference, name)
+        if check is None:
+            return defined
+
+        def checked(*args):
+            check(*args)
+            return defined(*args)
+
+        return checked
+
+    return Backend("reference", load)
+
+
+def cpu_backend(module: str, name: str, *, tuned: bool = True) -> Backend:
+    """fastattn.ops.vocab.<module>.<name>, configured by the module's `configure` when it is tuned."""
+
+    def load():
+        return getattr(_module(module), name)
+
+    def supports(*args):
+        return _module(module).refusal(*args)
+
+    def configure(*args):
+        return _module(module).configure(*args)
+
+    return Backend("cpu", load, supports, configure if tuned else None, devices=("cpu",))
+
+
+def _module(name: str):
+    return importlib.import_module(f"fastattn.ops.vocab.{name}")
+
+
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
 
 
@@ -74,8 +114,9 @@ def _fake_backward(grad, h, weight, bias, target, temperature, lse, *options):
 def _load_reference():
     from . import reference
 
-    def linear_cross_entropy(h, *args):
-        *args, gradients = args
+    def linear_cross_entropy(h, weight, bias, target, *args):
+        *args, gradients = (weight, bias, target, *args)
+        check_targets("linear_cross_entropy", target, weight.shape[0], args[-2])
         loss, lse = reference.linear_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
@@ -126,7 +167,7 @@ register_op(
     "(Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, "
     f"{_OPTIONS}, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends=(Backend("reference", _load_reference),),
+    backends=(cpu_backend("cpu", "linear_cross_entropy"), Backend("reference", _load_reference)),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -135,7 +176,10 @@ register_op(
     "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor lse, "
     f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(Backend("reference", _load_reference_backward),),
+    backends=(
+        cpu_backend("cpu", "linear_cross_entropy_backward", tuned=False),
+        Backend("reference", _load_reference_backward),
+    ),
 )
 
 
@@ -147,13 +191,8 @@ def _stablemax_fake(logits, target, ignore_index):
     return loss, torch.empty_like(loss)
 
 
-def reference_backend(name: str) -> Backend:
-    def load():
-        from . import reference
-
-        return getattr(reference, name)
-
-    return Backend("reference", load)
+def _check_stablemax(logits, target, ignore_index):
+    check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
 
 
 def _stablemax_setup(ctx, inputs, output):
@@ -181,7 +220,10 @@ register_op(
     "stablemax_cross_entropy",
     "(Tensor logits, Tensor target, int ignore_index, str backend) -> (Tensor, Tensor)",
     fake=_stablemax_fake,
-    backends=(reference_backend("stablemax_cross_entropy"),),
+    backends=(
+        cpu_backend("cpu", "stablemax_cross_entropy", tuned=False),
+        reference_backend("stablemax_cross_entropy", _check_stablemax),
+    ),
     backward=_stablemax_backward,
     setup_context=_stablemax_setup,
 )
@@ -189,5 +231,8 @@ register_op(
     "stablemax_cross_entropy_backward",
     "(Tensor grad, Tensor logits, Tensor target, Tensor lse, int ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    backends=(reference_backend("stablemax_cross_entropy_backward"),),
+    backends=(
+        cpu_backend("cpu", "stablemax_cross_entropy_backward", tuned=False),
+        reference_backend("stablemax_cross_entropy_backward"),
+    ),
 )

@@ -3,15 +3,24 @@
 import torch
 
 from ..._registry import Backend, register_op
-from ._arguments import statistics_dtype
+from ._arguments import check_codes, check_targets, statistics_dtype
 from .schema import (
     bits,
+    cpu_backend,
     gradients_like,
     reference_backend,
     refuse_second_order,
     saved_or_recomputed,
     selected,
 )
+
+
+def _checked_codes(name: str) -> Backend:
+    def check(h, codebook, codes, *args):
+        check_codes(name, codes, codebook.shape[0])
+
+    return reference_backend(name, check)
+
 
 # --- vq_logits -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +52,7 @@ register_op(
     "vq_logits",
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
     fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
-    backends=(reference_backend("vq_logits"),),
+    backends=(cpu_backend("cpu_codes", "vq_logits"), _checked_codes("vq_logits")),
     backward=_logits_backward,
     setup_context=_logits_setup,
 )
@@ -52,7 +61,10 @@ register_op(
     "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, int wanted, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
-    backends=(Backend("reference", _load_logits_backward),),
+    backends=(
+        cpu_backend("cpu_codes", "vq_logits_backward", tuned=False),
+        Backend("reference", _load_logits_backward),
+    ),
 )
 
 
@@ -70,8 +82,10 @@ def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction
 def _load_loss():
     from . import reference
 
-    def vq_cross_entropy(h, *args):
-        *args, gradients = args
+    def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, *args):
+        *args, gradients = (codebook, codes, bias, shadow, target, ignore_index, *args)
+        check_codes("vq_cross_entropy", codes, codebook.shape[0])
+        check_targets("vq_cross_entropy", target, codes.shape[0], ignore_index)
         loss, lse = reference.vq_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
@@ -120,7 +134,7 @@ register_op(
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
-    backends=(Backend("reference", _load_loss),),
+    backends=(cpu_backend("cpu_codes", "vq_cross_entropy"), Backend("reference", _load_loss)),
     backward=_loss_backward,
     setup_context=_loss_setup,
 )
@@ -131,7 +145,10 @@ register_op(
     fake=lambda grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted: (
         gradients_like((h, codebook, bias, shadow), wanted)
     ),
-    backends=(Backend("reference", _load_loss_backward),),
+    backends=(
+        cpu_backend("cpu_codes", "vq_cross_entropy_backward", tuned=False),
+        Backend("reference", _load_loss_backward),
+    ),
 )
 
 
@@ -150,4 +167,12 @@ for _name, _schema in (
     ),
     ("nearest_codes", "(Tensor x, Tensor codebook, str backend) -> Tensor"),
 ):
-    register_op(_name, _schema, fake=_one_a_row, backends=(reference_backend(_name),))
+    register_op(
+        _name,
+        _schema,
+        fake=_one_a_row,
+        backends=(
+            cpu_backend("cpu_codes", _name),
+            reference_backend(_name) if _name == "nearest_codes" else _checked_codes(_name),
+        ),
+    )

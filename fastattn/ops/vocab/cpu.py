@@ -1,0 +1,395 @@
+"""Losses over dense logits on the CPU: library matrix products in chunks, one native row kernel between them.
+
+Gradients in the forward pass (one pass): for a chunk of rows, logits of all classes, then their gradient in place, then
+its products with weight and h. Otherwise (tiles): the forward pass keeps a running maximum and sum a row over tiles of
+classes, and backward finds each tile again from the log-sum-exp. A tile of weight's gradient is then one product over
+all rows, so nothing of weight's size is held beside the gradient itself.
+
+Low-precision inputs are widened a block at a time: products are float32, logits and sums never rounded to less.
+"""
+
+import torch
+
+from ... import _config, _native
+from ..._config import Choice
+from . import tuning  # noqa: F401  declares what configure looks up
+from ._arguments import check_targets
+
+_MIB = 1 << 20
+_TILE_ROWS = 8192
+_WIDENED = 1 << 22  # elements of weight widened to float32 at once
+_NEVER = -(2**63)  # an ignore_index that no row left has
+
+
+def refusal(first: torch.Tensor, *_) -> str | None:
+    """Why the CPU kernels cannot serve a call with this first floating argument, or None."""
+    if first.dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
+    return None
+
+
+def configure(h, weight, *_) -> Choice:
+    return _config.lookup(
+        "linear_cross_entropy",
+        "cpu",
+        structural={"dtype": str(h.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, h.shape[0]), "classes": weight.shape[0], "width": weight.shape[1]},
+        device="cpu",
+    )
+
+
+def call(name: str, struct: str, **fields) -> None:
+    _native.kernel(name)(_native.params(struct, **fields))
+
+
+class Rows:
+    """The rows whose target is not ignored; all of them, without a copy, when none is."""
+
+    def __init__(self, target: torch.Tensor, ignore_index: int) -> None:
+        kept = target != ignore_index
+        self.index = None if bool(kept.all()) else kept.nonzero()[:, 0]
+        self.total = target.shape[0]
+        self.count = self.total if self.index is None else self.index.shape[0]
+
+    def of(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or self.index is None else t.index_select(0, self.index)
+
+    def spread(self, t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """t back at its rows, zero at the ignored ones."""
+        t = t.to(dtype or t.dtype)
+        if self.index is None:
+            return t
+        return t.new_zeros(self.total, *t.shape[1:]).index_copy_(0, self.index, t)
+
+    def reduced(self, loss: torch.Tensor, reduction: str) -> torch.Tensor:
+        if reduction == "none":
+            return self.spread(loss)
+        return loss.sum() * self.scale(reduction)
+
+    def scale(self, reduction: str) -> float:
+        return 1.0 / max(1, self.count) if reduction == "mean" else 1.0
+
+    def upstream(self, grad: torch.Tensor, reduction: str) -> torch.Tensor:
+        """The gradient of each kept row's loss, float32."""
+        if reduction == "none":
+            return self.of(grad).contiguous()
+        return (grad * self.scale(reduction)).expand(self.count).contiguous()
+
+
+class Statistics:
+    """Per row: the largest logit so far, the sum of exponentials relative to it, the target's logit, the log-sum-exp."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        rows = like.shape[0]
+        self.largest = like.new_full((rows,), -torch.inf, dtype=torch.float32)
+        self.total = like.new_zeros(rows, dtype=torch.float32)
+        self.picked = like.new_zeros(rows, dtype=torch.float32)
+        self.lse = like.new_zeros(rows, dtype=torch.float32)
+
+    def finish(self, stablemax: bool) -> None:
+        torch.log(self.total, out=self.lse)
+        if not stablemax:
+            self.lse += self.largest
+
+    def losses(self, z_loss: float) -> torch.Tensor:
+        loss = self.lse - self.picked
+        return loss + z_loss * self.lse.square() if z_loss else loss
+
+
+def run_rows(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    begin: int,
+    end: int,
+    *,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    statistics: Statistics | None = None,
+    lse: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+    grad_temperature: torch.Tensor | None = None,
+    ignore_index: int = _NEVER,
+    **options,
+) -> None:
+    """The row kernel on rows begin .. end of the per-row tensors; x (end - begin, C) is overwritten unless `out` is given."""
+    if begin == end:
+        return
+
+    def part(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t[begin:end]
+
+    fields = {"lse": part(lse)}
+    if statistics is not None:
+        fields = {
+            "row_max": part(statistics.largest),
+            "row_sum": part(statistics.total),
+            "picked": part(statistics.picked),
+            "lse": part(statistics.lse),
+        }
+    call(
+        "vocab_rows",
+        "VocabRowsParams",
+        x=x,
+        out=x if out is None else out,
+        bias=bias,
+        target=part(target),
+        temperature=part(temperature),
+        grad=part(grad),
+        grad_temperature=part(grad_temperature),
+        statistics=int(statistics is not None),
+        gradient=int(grad is not None),
+        ignore_index=ignore_index,
+        threads=_native.threads(),
+        **fields,
+        **options,
+    )
+
+
+def blocks(weight: torch.Tensor, columns: int | None = None):
+    """(begin, end, float32 rows of weight): all at once when it is float32 already, else as many as are widened at once."""
+    count, width = weight.shape
+    if columns is None:
+        columns = count if weight.dtype == torch.float32 else max(64, _WIDENED // width)
+    for begin in range(0, count, columns):
+        yield begin, min(count, begin + columns), weight[begin : begin + columns].float()
+
+
+def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """out = a b, or out += a b after the first time."""
+    if first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
+
+
+def _one_pass(h, weight, bias, target, temperature, options, scale, wanted, chunk_mib):
+    """Statistics and the gradients of h, weight, bias and temperature, from whole rows of logits."""
+    count, width = h.shape
+    classes = weight.shape[0]
+    statistics = Statistics(h)
+    rows = max(1, min(count, chunk_mib * _MIB // (4 * classes)))
+    logits = h.new_empty(rows, classes)
+    dh = h.new_empty(count, width) if wanted & 1 else None
+    dweight = (h.new_empty if count else h.new_zeros)(classes, width) if wanted & 2 else None
+    dbias = h.new_zeros(classes) if wanted & 4 else None
+    dtemperature = h.new_zeros(count) if wanted & 8 else h.new_empty(count)
+    grad = h.new_full((count,), scale)
+    for begin in range(0, count, rows):
+        end = min(count, begin + rows)
+        x, part = logits[: end - begin], h[begin:end]
+        for c0, c1, block in blocks(weight):
+            torch.mm(part, block.T, out=x[:, c0:c1])
+        run_rows(
+            x,
+            target,
+            begin,
+            end,
+            bias=bias,
+            temperature=temperature,
+            statistics=statistics,
+            grad=grad,
+            grad_temperature=dtemperature,
+            **options,
+        )
+        for c0, c1, block in blocks(weight) if dh is not None else ():
+            product(dh[begin:end], x[:, c0:c1], block, first=c0 == 0)
+        if dweight is not None:
+            product(dweight, x.T, part, first=begin == 0)
+        if dbias is not None:
+            dbias += x.sum(0)
+    return statistics, (dh, dweight, dbias, dtemperature if wanted & 8 else None)
+
+
+def _tiles(count: int, classes: int, tile_mib: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of logits."""
+    rows = max(1, min(count, _TILE_ROWS))
+    columns = tile_mib * _MIB // (4 * rows) // 64 * 64
+    return rows, max(64, min(classes, columns))
+
+
+def _tile_statistics(h, weight, bias, target, temperature, options, tile_mib) -> Statistics:
+    statistics = Statistics(h)
+    rows, columns = _tiles(h.shape[0], weight.shape[0], tile_mib)
+    buffer = h.new_empty(rows * columns)
+    for c0, c1, block in blocks(weight, columns):
+        for begin in range(0, h.shape[0], rows):
+            end = min(h.shape[0], begin + rows)
+            x = buffer[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0)
+            torch.mm(h[begin:end], block.T, out=x)
+            run_rows(
+                x,
+                target,
+                begin,
+                end,
+                first=c0,
+                bias=None if bias is None else bias[c0:c1],
+                temperature=temperature,
+                statistics=statistics,
+                **options,
+            )
+    statistics.finish(options["stablemax"])
+    return statistics
+
+
+def _tile_gradients(h, weight, bias, target, temperature, lse, grad, options, wanted, tile_mib):
+    """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` a row."""
+    count, width = h.shape
+    rows, columns = _tiles(count, weight.shape[0], tile_mib)
+    buffer = h.new_empty(rows * columns)
+    dh = h.new_empty(count, width) if wanted & 1 else None
+    dweight = None
+    if wanted & 2:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if count == 0:
+            dweight.zero_()
+    dbias = h.new_zeros(weight.shape[0]) if wanted & 4 else None
+    dtemperature = h.new_zeros(count) if wanted & 8 else h.new_empty(count)
+    for c0, c1, block in blocks(weight, columns):
+        if dweight is not None:
+            tile = dweight[c0:c1] if dweight.dtype == torch.float32 else torch.empty_like(block)
+        for begin in range(0, count, rows):
+            end = min(count, begin + rows)
+            x, part = buffer[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0), h[begin:end]
+            torch.mm(part, block.T, out=x)
+            run_rows(
+                x,
+                target,
+                begin,
+                end,
+                first=c0,
+                bias=None if bias is None else bias[c0:c1],
+                temperature=temperature,
+                lse=lse,
+                grad=grad,
+                grad_temperature=dtemperature,
+                **options,
+            )
+            if dh is not None:
+                product(dh[begin:end], x, block, first=c0 == 0)
+            if dweight is not None:
+                product(tile, x.T, part, first=begin == 0)
+            if dbias is not None:
+                dbias[c0:c1] += x.sum(0)
+        if dweight is not None and dweight.dtype != torch.float32 and count:
+            dweight[c0:c1] = tile
+    return dh, dweight, dbias, dtemperature if wanted & 8 else None
+
+
+def _prepared(h, bias, target, temperature, ignore_index):
+    rows = Rows(target, ignore_index)
+    bias = None if bias is None else bias.float().contiguous()
+    return rows, rows.of(h).float(), bias, rows.of(target).contiguous(), _contiguous(rows.of(temperature))
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _options(transform: int, softcap: float, z_loss: float) -> dict:
+    return {"stablemax": int(transform == 1), "softcap": softcap, "z_loss": z_loss}
+
+
+def _returned(rows: Rows, found, h, weight, bias, temperature) -> tuple[torch.Tensor, ...]:
+    dh, dweight, dbias, dtemperature = found
+    return (
+        h.new_empty(0) if dh is None else rows.spread(dh, h.dtype),
+        h.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        h.new_empty(0) if dbias is None else dbias.to(bias.dtype),
+        h.new_empty(0) if dtemperature is None else rows.spread(dtemperature, temperature.dtype),
+    )
+
+
+def linear_cross_entropy(
+    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
+):
+    check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
+    config = configure(h, weight).values
+    options = _options(transform, softcap, z_loss)
+    rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
+    found = (None,) * 4
+    if gradients:
+        statistics, found = _one_pass(
+            wide,
+            weight,
+            wide_bias,
+            kept,
+            tau,
+            options,
+            rows.scale(reduction),
+            gradients,
+            config["chunk_mib"],
+        )
+    else:
+        statistics = _tile_statistics(wide, weight, wide_bias, kept, tau, options, config["tile_mib"])
+    loss = rows.reduced(statistics.losses(z_loss), reduction)
+    return loss, rows.spread(statistics.lse), *_returned(rows, found, h, weight, bias, temperature)
+
+
+def linear_cross_entropy_backward(
+    grad,
+    h,
+    weight,
+    bias,
+    target,
+    temperature,
+    lse,
+    transform,
+    softcap,
+    z_loss,
+    ignore_index,
+    reduction,
+    wanted,
+):
+    options = _options(transform, softcap, z_loss)
+    rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
+    found = _tile_gradients(
+        wide,
+        weight,
+        wide_bias,
+        kept,
+        tau,
+        rows.of(lse).contiguous(),
+        rows.upstream(grad, reduction),
+        options,
+        wanted,
+        configure(h, weight).values["tile_mib"],
+    )
+    return _returned(rows, found, h, weight, bias, temperature)
+
+
+# --- stablemax_cross_entropy -----------------------------------------------------------------------------------------
+
+
+def stablemax_cross_entropy(logits, target, ignore_index):
+    check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
+    statistics = Statistics(logits)
+    run_rows(
+        _native.rows(logits),
+        target,
+        0,
+        logits.shape[0],
+        statistics=statistics,
+        stablemax=1,
+        ignore_index=ignore_index,
+    )
+    ignored = target == ignore_index
+    statistics.finish(True)
+    lse = statistics.lse.masked_fill_(ignored, 0)
+    return statistics.losses(0).masked_fill_(ignored, 0), lse
+
+
+def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    run_rows(
+        _native.rows(logits),
+        target,
+        0,
+        logits.shape[0],
+        out=out,
+        lse=lse,
+        grad=grad.contiguous(),
+        stablemax=1,
+        ignore_index=ignore_index,
+    )
+    return out

@@ -1,0 +1,311 @@
+"""Heads of shared rows on the CPU: K-way matrix products in chunks, native kernels over codes and tokens."""
+
+import torch
+
+from ... import _config, _native
+from ..._config import Choice
+from . import tuning  # noqa: F401  declares what configure looks up
+from ._arguments import check_codes, check_targets
+from .cpu import _MIB, Rows, Statistics, call, product, refusal, run_rows
+
+__all__ = ["refusal"]
+
+_FEW = 4  # rows up to here are multiplied natively: a pass over the codebook, in its own dtype
+
+
+def configure(h, codebook, *_) -> Choice:
+    return _config.lookup(
+        "vq_cross_entropy",
+        "cpu",
+        structural={"dtype": str(h.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, h.shape[0]), "codes": codebook.shape[0], "width": codebook.shape[1]},
+        device="cpu",
+    )
+
+
+def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0) -> torch.Tensor:
+    """beta (K,): the logsumexp of bias over each code's tokens."""
+    beta = torch.empty(count, dtype=torch.float32)
+    call(
+        "vocab_code_bias",
+        "VocabTokensParams",
+        codes=codes,
+        bias=bias,
+        beta=beta,
+        sums=torch.empty(count, dtype=torch.float64),
+        inverse_temperature=inverse_temperature,
+    )
+    return beta
+
+
+def _chunks(rows: int, columns: int, mib: int):
+    """(begin, end) of rows whose (rows, columns) float32 scores fit in `mib`."""
+    step = max(1, mib * _MIB // (4 * columns))
+    return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
+
+
+def _scores(
+    x: torch.Tensor,
+    codebook: torch.Tensor,
+    wide: torch.Tensor | None,
+    squares: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x codebook^T in float32; `wide` is the codebook in float32 where there are more than a few rows.
+
+    Without it, `squares` (K,) takes the squared norms of the codebook's rows in the same pass.
+    """
+    if wide is not None:
+        return torch.mm(x.float(), wide.T)
+    out = torch.empty(x.shape[0], codebook.shape[0], dtype=torch.float32)
+    if x.shape[0]:
+        call(
+            "vocab_dots",
+            "VocabDotsParams",
+            x=_native.rows(x),
+            codebook=_native.rows(codebook),
+            out=out,
+            squares=squares,
+            threads=_native.threads(),
+        )
+    return out
+
+
+def _wide(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor | None:
+    return codebook.float() if x.shape[0] > _FEW else None
+
+
+# --- vq_cross_entropy ------------------------------------------------------------------------------------------------
+
+
+def _loss(h, codebook, codes, bias, target, *, scale=None, lse=None, grad=None, wanted=0, mib=16):
+    """Statistics (unless lse is given) and the gradients of h, codebook, bias and shadow; h and codebook float32."""
+    count, width = h.shape
+    classes = codebook.shape[0]
+    beta = _code_bias(codes, bias, classes)  # (K,)
+    code_of = codes[target.long()].contiguous()  # (rows,)
+    statistics = Statistics(h) if lse is None else None
+    if scale is not None:
+        grad = h.new_full((count,), scale)
+    dh = h.new_zeros(count, width) if wanted & 1 else None
+    dcodebook = h.new_zeros(classes, width) if wanted & 10 else None
+    mass = h.new_zeros(classes) if wanted & 4 else None
+    chunks = _chunks(count, classes, mib)
+    scores = h.new_empty(chunks[0][1] if chunks else 0, classes)
+    for begin, end in chunks:
+        x, part = scores[: end - begin], h[begin:end]
+        torch.mm(part, codebook.T, out=x)
+        run_rows(x, code_of, begin, end, bias=beta, statistics=statistics, lse=lse, grad=grad)
+        if dh is not None:
+            torch.mm(x, codebook, out=dh[begin:end])
+        if dcodebook is not None:
+            product(dcodebook, x.T, part, first=begin == 0)
+        if mass is not None:
+            mass += x.sum(0)
+    if statistics is not None:
+        if grad is None:
+            statistics.finish(False)
+        # the row kernel's target logit has beta of the code where the token's own bias belongs
+        statistics.picked -= beta.clamp(min=torch.finfo(torch.float32).min)[code_of.long()]
+        if bias is not None:
+            statistics.picked += bias[target.long()]
+    return statistics, _token_gradients(
+        h, codes, bias, target, code_of, beta, grad, wanted, (dh, dcodebook, mass)
+    )
+
+
+def _token_gradients(h, codes, bias, target, code_of, beta, grad, wanted, found):
+    """(dh, dcodebook, dbias, dshadow) from those over codes: a token's share of its code is exp(bias - beta)."""
+    dh, dcodebook, mass = found
+    dbias = dshadow = None
+    if wanted & 4:
+        mass.index_add_(0, code_of.long(), grad)  # what the one-hot had taken out
+        dbias = _shares(codes, bias, beta, mass).index_add_(0, target.long(), grad, alpha=-1)
+    if wanted & 8:
+        weighted = h * grad[:, None]
+        whole = dcodebook.index_add(0, code_of.long(), weighted)  # P^T h
+        dshadow = whole.index_select(0, codes.long())
+        dshadow *= _shares(codes, bias, beta, torch.ones_like(beta))[:, None]
+        dshadow.index_add_(0, target.long(), weighted, alpha=-1)
+    return dh, dcodebook if wanted & 2 else None, dbias, dshadow
+
+
+def _shares(codes, bias, beta, mass) -> torch.Tensor:
+    """(V,): exp(bias - beta of the token's code) * mass of the code."""
+    out = torch.empty(codes.shape[0], dtype=torch.float32)
+    call("vocab_bias_gradient", "VocabTokensParams", codes=codes, bias=bias, beta=beta, mass=mass, out=out)
+    return out
+
+
+def _returned(rows: Rows, found, tensors) -> tuple[torch.Tensor, ...]:
+    dh, *others = found
+    h, *likes = tensors
+    return (
+        h.new_empty(0) if dh is None else rows.spread(dh, h.dtype),
+        *(h.new_empty(0) if g is None else g.to(like.dtype) for g, like in zip(others, likes, strict=True)),
+    )
+
+
+def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
+    check_codes("vq_cross_entropy", codes, codebook.shape[0])
+    check_targets("vq_cross_entropy", target, codes.shape[0], ignore_index)
+    rows = Rows(target, ignore_index)
+    statistics, found = _loss(
+        rows.of(h).float(),
+        codebook.float(),
+        codes.contiguous(),
+        _float(bias),
+        rows.of(target),
+        scale=rows.scale(reduction) if gradients else None,
+        wanted=gradients,
+        mib=configure(h, codebook).values["chunk_mib"],
+    )
+    loss = rows.reduced(statistics.losses(0), reduction)
+    return loss, rows.spread(statistics.lse), *_returned(rows, found, (h, codebook, bias, shadow))
+
+
+def vq_cross_entropy_backward(
+    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+):
+    rows = Rows(target, ignore_index)
+    _, found = _loss(
+        rows.of(h).float(),
+        codebook.float(),
+        codes.contiguous(),
+        _float(bias),
+        rows.of(target),
+        lse=rows.of(lse).contiguous(),
+        grad=rows.upstream(grad, reduction),
+        wanted=wanted,
+        mib=configure(h, codebook).values["chunk_mib"],
+    )
+    return _returned(rows, found, (h, codebook, bias, shadow))
+
+
+# --- vq_logits -------------------------------------------------------------------------------------------------------
+
+
+def _expand(name: str, scores, codes, bias, logits) -> None:
+    call(
+        name,
+        "VocabExpandParams",
+        scores=scores,
+        codes=codes,
+        bias=bias,
+        logits=logits,
+        threads=_native.threads(),
+    )
+
+
+def vq_logits(h, codebook, codes, bias):
+    check_codes("vq_logits", codes, codebook.shape[0])
+    logits = h.new_empty(h.shape[0], codes.shape[0])
+    codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
+    for begin, end in _chunks(h.shape[0], codebook.shape[0], configure(h, codebook).values["chunk_mib"]):
+        _expand("vocab_expand", _scores(h[begin:end], codebook, wide), codes, bias, logits[begin:end])
+    return logits
+
+
+def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
+    count, classes = h.shape[0], codebook.shape[0]
+    grad, codes, wide = _native.rows(grad), codes.contiguous(), codebook.float()
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else h.new_empty(0)
+    dcodebook = wide.new_zeros(wide.shape) if wanted & 2 else None
+    for begin, end in (
+        _chunks(count, classes, configure(h, codebook).values["chunk_mib"]) if wanted & 3 else ()
+    ):
+        x = wide.new_empty(end - begin, classes)
+        _expand("vocab_collect", x, codes, None, grad[begin:end])
+        if wanted & 1:
+            dh[begin:end] = x @ wide
+        if wanted & 2:
+            dcodebook.addmm_(x.T, h[begin:end].float())
+    dbias = grad.sum(0, dtype=torch.float32).to(bias.dtype) if wanted & 4 else h.new_empty(0)
+    return dh, h.new_empty(0) if dcodebook is None else dcodebook.to(codebook.dtype), dbias
+
+
+# --- choices of a token or a code ------------------------------------------------------------------------------------
+
+
+def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
+    """The id of the largest x . codebook_k + offset_k (float64), the lowest among equals.
+
+    The float32 products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order of summation, and
+    adding offsets in float64 keeps that; twice that is what two scores must differ by to be surely in order. The norm is
+    itself a float32 sum, hence 1.01.
+    """
+    found = torch.empty(x.shape[0], dtype=torch.int64)
+    x, codebook, wide = _native.rows(x), _native.rows(codebook), _wide(x, codebook)
+    squares = torch.empty(codebook.shape[0], dtype=torch.float32)
+    if wide is not None:
+        torch.linalg.vecdot(wide, wide, out=squares)
+    finite = offset[offset.isfinite()].abs()
+    spread = float(finite.max()) * torch.finfo(torch.float64).eps if finite.numel() else 0.0
+    for begin, end in _chunks(x.shape[0], codebook.shape[0], mib):
+        scores = _scores(x[begin:end], codebook, wide, squares)
+        norm = float(squares.max()) ** 0.5
+        call(
+            "vocab_best",
+            "VocabBestParams",
+            scores=scores,
+            x=x[begin:end],
+            codebook=codebook,
+            offset=offset,
+            ids=ids,
+            out=found[begin:end],
+            slack=1.01 * (x.shape[1] + 4) * torch.finfo(torch.float32).eps * norm,
+            offset_slack=spread,
+            threads=_native.threads(),
+        )
+    return found
+
+
+def vq_argmax(h, codebook, codes, bias):
+    check_codes("vq_argmax", codes, codebook.shape[0])
+    count = codebook.shape[0]
+    largest = torch.empty(count, dtype=torch.float32)
+    best = torch.empty(count, dtype=torch.int64)
+    call(
+        "vocab_best_tokens",
+        "VocabTokensParams",
+        codes=codes.contiguous(),
+        bias=_float(bias),
+        beta=largest,
+        best=best,
+    )
+    return _best(h, codebook, largest.double(), best, configure(h, codebook).values["chunk_mib"])
+
+
+def nearest_codes(x, codebook):
+    half_squares = codebook.double().square().sum(1).div_(-2)
+    return _best(x, codebook, half_squares, None, configure(x, codebook).values["chunk_mib"])
+
+
+def vq_sample(h, codebook, codes, bias, uniform, temperature):
+    check_codes("vq_sample", codes, codebook.shape[0])
+    count = codebook.shape[0]
+    codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
+    order = torch.empty(codes.shape[0], dtype=torch.int32)
+    offsets = torch.empty(count + 1, dtype=torch.int64)
+    call("vocab_group", "VocabTokensParams", codes=codes, order=order, offsets=offsets)
+    beta = _code_bias(codes, bias, count, 1 / temperature)
+    found = torch.empty(h.shape[0], dtype=torch.int64)
+    uniform = uniform.contiguous()
+    for begin, end in _chunks(h.shape[0], count, configure(h, codebook).values["chunk_mib"]):
+        call(
+            "vocab_sample",
+            "VocabSampleParams",
+            scores=_scores(h[begin:end], codebook, wide),
+            uniform=uniform[begin:end],
+            beta=beta,
+            bias=bias,
+            order=order,
+            offsets=offsets,
+            out=found[begin:end],
+            inverse_temperature=1 / temperature,
+            threads=_native.threads(),
+        )
+    return found

@@ -1,0 +1,23 @@
+"""What the CPU losses can be tuned by: how much of the logits is held at once."""
+
+from ..._config import Parameter, declare
+
+# MiB of float32 logits held at once: whole rows when the gradients are found in the forward pass, else a tile of
+# rows and classes.
+declare(
+    "linear_cross_entropy",
+    "cpu",
+    parameters={
+        "chunk_mib": Parameter(64, (16, 32, 64, 128)),
+        "tile_mib": Parameter(4, (2, 4, 8, 16, 32)),
+    },
+    structural=("dtype",),
+    sizes=("rows", "classes", "width"),
+)
+declare(
+    "vq_cross_entropy",
+    "cpu",
+    parameters={"chunk_mib": Parameter(16, (4, 8, 16, 32, 64))},
+    structural=("dtype",),
+    sizes=("rows", "codes", "width"),
+)

@@ -1,0 +1,381 @@
+"""The CPU vocabulary ops against their definitions in float64, over shapes, dtypes, options and instruction sets."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import testing
+from fastattn.ops.vocab import cpu, cpu_codes, reference
+
+# Relative to the largest value of the float64 result. Loss and gradients are sums of at most 600 products or exponentials in
+# float32, whose errors (each under 4 eps of the largest term) add up to under 600 * 4 * eps32 / 2 = 7e-5 if all had
+# one sign; random signs leave far less, and 1e-5 is asked for. A loss is a difference of two logits and a gradient one of
+# probabilities, each rounded at eps32 of itself: where they cancel to less than a tenth, a tenth is what counts.
+RELATIVE = 1e-5
+
+
+def relative(actual, truth):
+    return testing.max_error(actual, truth) / max(testing.max_finite(truth), 0.1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """MiB become KiB, so that a small problem has several chunks and tiles."""
+    monkeypatch.setattr(cpu, "_MIB", 1 << 8)
+    monkeypatch.setattr(cpu_codes, "_MIB", 1 << 8)
+    monkeypatch.setattr(cpu, "_TILE_ROWS", 8)
+    monkeypatch.setattr(cpu, "_WIDENED", 1 << 8)
+
+
+def compare(op, leaves, grad, tolerance=RELATIVE, **options):
+    """op and its reference, outputs and gradients, the second in float64."""
+    found, gradients = testing.differentiate(lambda *a: op(*a, backend="cpu", **options), leaves, (grad,))
+    truth, true = testing.differentiate(
+        lambda *a: op(*a, backend="reference", **options), testing.to_float64(leaves), (grad,)
+    )
+    assert relative(found[0], truth[0]) <= tolerance
+    assert len(gradients) == len(true)
+    for a, b in zip(gradients, true, strict=True):
+        assert relative(a, b) <= tolerance
+    return found, gradients
+
+
+def dense_problem(n, v, d, seed, ignored, dtype=torch.float32, index=torch.int64):
+    h = testing.random_tensor(n, d, seed=seed, dtype=dtype, requires_grad=True)
+    weight = testing.random_tensor(v, d, seed=seed + 1, dtype=dtype, requires_grad=True)
+    bias = testing.random_tensor(v, seed=seed + 2, requires_grad=True)
+    g = torch.Generator().manual_seed(seed)
+    tau = (torch.rand(n, generator=g) + 0.5).requires_grad_()
+    target = torch.randint(0, v, (n,), generator=g).to(index)
+    target[torch.rand(n, generator=g) < ignored] = -100
+    upstream = torch.rand(n, generator=g) - 0.3  # per row, of either sign
+    return h, weight, bias, tau, target, upstream
+
+
+@given(
+    n=st.integers(0, 40),
+    v=st.integers(1, 600),
+    d=st.integers(1, 40),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+    transform=st.sampled_from([None, "stablemax"]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    extras=st.tuples(st.booleans(), st.booleans()),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 99),
+)
+def test_linear_cross_entropy(
+    isa,
+    nan_outputs,
+    small_chunks,
+    n,
+    v,
+    d,
+    ignored,
+    reduction,
+    transform,
+    softcap,
+    z_loss,
+    extras,
+    index,
+    seed,
+):
+    h, weight, bias, tau, target, upstream = dense_problem(n, v, d, seed, ignored, index=index)
+    leaves = (h, weight, *([bias] if extras[0] else []), *([tau] if extras[1] else []))
+
+    def op(h, weight, *rest, backend):
+        rest = list(rest)
+        return fa.linear_cross_entropy(
+            h,
+            weight,
+            target,
+            bias=rest.pop(0) if extras[0] else None,
+            temperature=rest.pop(0) if extras[1] else None,
+            transform=transform,
+            softcap=softcap,
+            z_loss=z_loss,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    grad = upstream if reduction == "none" else torch.tensor(1.7)
+    _, gradients = compare(op, leaves, grad)
+    assert not gradients[0][target == -100].any()
+
+
+@given(
+    n=st.integers(0, 40),
+    v=st.integers(1, 300),
+    k=st.integers(1, 50),
+    d=st.integers(1, 40),
+    pattern=st.sampled_from(["any", "one", "all", "gaps"]),
+    ignored=st.sampled_from([0.0, 0.5]),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+    biased=st.booleans(),
+    shadowed=st.booleans(),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 99),
+)
+def test_vq_cross_entropy(
+    isa, nan_outputs, small_chunks, n, v, k, d, pattern, ignored, reduction, biased, shadowed, index, seed
+):
+    h, shadow, bias, _, target, upstream = dense_problem(n, v, d, seed, ignored, index=index)
+    codes, k = code_pattern(pattern, v, k, seed)
+    codebook = testing.random_tensor(k, d, seed=seed + 3, requires_grad=True)
+    leaves = (h, codebook, *([bias] if biased else []), *([shadow] if shadowed else []))
+
+    def op(h, codebook, *rest, backend):
+        rest = list(rest)
+        return fa.vq_cross_entropy(
+            h,
+            codebook,
+            codes.to(index),
+            target,
+            bias=rest.pop(0) if biased else None,
+            shadow=rest.pop(0) if shadowed else None,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    grad = upstream if reduction == "none" else torch.tensor(1.7)
+    _, gradients = compare(op, leaves, grad)
+    assert not gradients[0][target == -100].any()
+
+
+def code_pattern(pattern, v, k, seed):
+    """(codes (V,), K): any, all tokens on one code, a code each, or every other code empty."""
+    g = torch.Generator().manual_seed(seed)
+    if pattern == "all":
+        return torch.randperm(v, generator=g), v
+    if pattern == "one":
+        return torch.full((v,), k - 1), k
+    codes = torch.randint(0, k, (v,), generator=g)
+    return (codes // 2 * 2 if pattern == "gaps" else codes), k
+
+
+@given(
+    n=st.integers(0, 9),
+    v=st.integers(1, 300),
+    k=st.integers(1, 20),
+    d=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_vq_logits(isa, nan_outputs, small_chunks, n, v, k, d, seed):
+    h, _, bias, *_ = dense_problem(n, v, d, seed, 0)
+    codes, _ = code_pattern("any", v, k, seed)
+    codebook = testing.random_tensor(k, d, seed=seed + 3, requires_grad=True)
+
+    def op(h, codebook, bias, backend):
+        return fa.vq_logits(h, codebook, codes, bias=bias, backend=backend)
+
+    compare(op, (h, codebook, bias), testing.random_tensor(n, v, seed=seed))
+
+
+@given(
+    n=st.integers(0, 9),
+    v=st.integers(1, 200),
+    scale=st.sampled_from([1.0, 30.0, 1e4]),
+    layout=st.sampled_from(["contiguous", "odd"]),
+    seed=st.integers(0, 99),
+)
+def test_stablemax(isa, nan_outputs, n, v, scale, layout, seed):
+    logits = testing.random_tensor(n, v, seed=seed, scale=scale, layout=layout, requires_grad=True)
+    *_, target, upstream = dense_problem(n, v, 1, seed, 0.3)
+
+    def op(logits, backend):
+        return fa.stablemax_cross_entropy(logits, target, reduction="none", backend=backend)
+
+    compare(op, (logits,), upstream)
+
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_low_precision(isa, nan_outputs, small_chunks, dtype, reduction):
+    """Losses are float32 and as exact as float32's; gradients are rounded once to their tensor's dtype."""
+    h, weight, bias, tau, target, upstream = dense_problem(23, 150, 17, 5, 0.3, dtype)
+    codebook = testing.random_tensor(11, 17, seed=6, dtype=dtype, requires_grad=True)
+    codes, _ = code_pattern("any", 150, 11, 7)
+    grad = upstream if reduction == "none" else torch.tensor(1.0)
+
+    def linear(h, weight, bias, tau, backend):
+        return fa.linear_cross_entropy(
+            h,
+            weight,
+            target,
+            bias=bias,
+            temperature=tau,
+            transform="stablemax",
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def codes_loss(h, codebook, bias, backend):
+        return fa.vq_cross_entropy(
+            h, codebook, codes, target, bias=bias, reduction=reduction, backend=backend
+        )
+
+    def stable(logits, backend):
+        return fa.stablemax_cross_entropy(logits, target % 17, reduction=reduction, backend=backend)
+
+    for op, leaves in (
+        (linear, (h, weight, bias, tau)),
+        (codes_loss, (h, codebook, bias)),
+        (stable, (h,)),
+    ):
+        found, gradients = compare(op, leaves, grad, tolerance=torch.finfo(dtype).eps / 2 + RELATIVE)
+        assert found[0].dtype == torch.float32
+        assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+        truth = op(*testing.to_float64(leaves), backend="reference")
+        assert relative(found[0], truth) <= RELATIVE
+
+
+@pytest.mark.parametrize("v", [1, 3, 64, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_choices(isa, v, dtype):
+    """argmax and nearest codes are the exact ones, one row at a time or many."""
+    for n in (1, 30):
+        h, _, bias, *_ = dense_problem(n, v, 21, v, 0, dtype)
+        h = h.detach()
+        for k, pattern in ((1, "any"), (40, "gaps"), (1, "all")):
+            codes, k = code_pattern(pattern, v, k, 3)
+            codebook = testing.random_tensor(k, 21, seed=9, dtype=dtype)
+            for b in (None, bias.detach()):
+                expected = reference.vq_argmax(h, codebook, codes, b)
+                assert torch.equal(fa.vq_argmax(h, codebook, codes, bias=b), expected)
+            assert torch.equal(fa.nearest_codes(h, codebook), reference.nearest_codes(h, codebook))
+
+
+def test_ties_go_to_the_lowest(isa):
+    """Codes with one vector, whose products a library may round differently by place."""
+    vector = testing.random_tensor(1, 67, seed=1)
+    codebook = vector.repeat(39, 1)
+    x = testing.random_tensor(50, 67, seed=2)
+    assert not fa.nearest_codes(x, codebook).any()
+    codes = torch.arange(39).flip(0)
+    assert not fa.vq_argmax(x, codebook, codes).any()
+    assert not fa.vq_argmax(x[:1], codebook, codes, bias=torch.zeros(39)).any()
+    bias = torch.zeros(39)
+    bias[[7, 30]] = 1.0
+    assert (fa.vq_argmax(x, codebook, codes, bias=bias) == 7).all()
+
+
+def test_rows_of_nan_choose_a_valid_token(isa):
+    h = torch.full((2, 5), math.nan)
+    codes = torch.tensor([3, 3, 1])
+    codebook = testing.random_tensor(4, 5, seed=1)
+    assert fa.vq_argmax(h, codebook, codes).tolist() == [0, 0]
+    assert all(0 <= t < 3 for t in fa.vq_sample(h, codebook, codes).tolist())
+
+
+def chi_square_limit(bins):
+    """Beyond which a true sampler falls once in 1e6 (Wilson-Hilferty, normal quantile 4.75)."""
+    f = bins - 1
+    return f * (1 - 2 / (9 * f) + 4.75 * math.sqrt(2 / (9 * f))) ** 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("biased", [False, True])
+def test_samples_follow_the_dense_distribution(isa, biased, temperature):
+    """Chi-square over 60 tokens of 40000 draws; tokens expected fewer than 5 times are pooled."""
+    draws, v, k, d = 40000, 60, 9, 6
+    h, _, bias, *_ = dense_problem(1, v, d, 4, 0)
+    codes, _ = code_pattern("gaps", v, k, 1)
+    codebook = testing.random_tensor(k, d, seed=2, scale=0.5)
+    bias = bias.detach() if biased else None
+    if biased:
+        bias[5] = -math.inf
+    rows = h.detach().expand(draws, d)
+    g = torch.Generator().manual_seed(0)
+    tokens = fa.vq_sample(rows, codebook, codes, bias=bias, temperature=temperature, generator=g)
+    logits = reference.dense_logits(h.detach().double(), codebook.double()[codes], bias)[0]
+    expected = torch.softmax(logits / temperature, 0) * draws
+    counts = torch.bincount(tokens, minlength=v).double()
+    if biased:
+        assert counts[5] == 0
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(counts.numel())
+
+
+def test_sampling_is_the_references(isa):
+    """The same uniforms give the same tokens, but for uniforms within rounding of a boundary."""
+    h, _, bias, *_ = dense_problem(300, 80, 7, 8, 0)
+    codes, _ = code_pattern("any", 80, 12, 2)
+    codebook = testing.random_tensor(12, 7, seed=3)
+    uniform = torch.rand(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    args = (h.detach(), codebook, codes, bias.detach(), uniform, 0.8)
+    same = torch.ops.fastattn.vq_sample(*args, "cpu") == torch.ops.fastattn.vq_sample(*args, "reference")
+    assert same.float().mean() > 0.99
+
+
+def test_infinite_bias_leaves_a_class_out(isa):
+    h, weight, bias, *_ = dense_problem(6, 30, 5, 2, 0)
+    bias = bias.detach()
+    bias[[3, 29]] = -math.inf
+    target = torch.tensor([0, 1, 2, 4, 5, 6])
+    tau = torch.full((6,), 1.3, requires_grad=True)
+    rest = [i for i in range(30) if i not in (3, 29)]
+    place = torch.tensor([rest.index(int(t)) for t in target])
+    for transform in (None, "stablemax"):
+        loss = fa.linear_cross_entropy(h, weight, target, bias=bias, temperature=tau, transform=transform)
+        found = torch.autograd.grad(loss, (h, weight, tau))
+        without = fa.linear_cross_entropy(
+            h, weight[rest], place, bias=bias[rest], temperature=tau, transform=transform
+        )
+        for a, b in zip(found, torch.autograd.grad(without, (h, weight, tau)), strict=True):
+            torch.testing.assert_close(a, b)
+    codes = torch.arange(30) % 4
+    codes[29] = 4  # a code whose only token is left out
+    codebook = testing.random_tensor(5, 5, seed=4, requires_grad=True)
+    grads = []
+    for which, y, b in ((slice(None), target, bias), (rest, place, bias[rest])):
+        b = b.clone().requires_grad_()
+        loss = fa.vq_cross_entropy(h, codebook, codes[which], y, bias=b)
+        dh, dcodebook, db = torch.autograd.grad(loss, (h, codebook, b))
+        grads.append((loss, dh, dcodebook, db if len(db) < 30 else db[rest]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    blocked = fa.vq_cross_entropy(h, codebook, codes, torch.full((6,), 29), bias=bias)
+    assert blocked == math.inf
+
+
+def test_bad_contents_are_refused_when_compiled():
+    """Index tensors are checked where their contents are seen: in the op, compiled or not."""
+    h, weight, *_ = dense_problem(4, 10, 3, 1, 0)
+    step = torch.compile(
+        lambda target: fa.linear_cross_entropy(h.detach(), weight.detach(), target),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    step(torch.tensor([0, 1, 2, 9]))
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 10\) or -100, given 10"):
+        step(torch.tensor([0, 1, 2, 10]))
+
+
+def test_repeats_bitwise():
+    h, weight, bias, _, target, _ = dense_problem(64, 500, 24, 3, 0.2)
+    runs = []
+    for _ in range(2):
+        loss = fa.linear_cross_entropy(h, weight, target, bias=bias)
+        runs.append((loss, *torch.autograd.grad(loss, (h, weight, bias))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_explains():
+    h, weight, *_ = dense_problem(4, 10, 3, 1, 0)
+    found = fa.explain("linear_cross_entropy", h, weight, torch.zeros(4, dtype=torch.int64))
+    assert found.backend == "cpu" and set(found.config) == {"chunk_mib", "tile_mib"}
+    found = fa.explain("linear_cross_entropy", h.double(), weight.double(), torch.zeros(4, dtype=torch.int64))
+    assert found.backend == "reference" and "float64" in found.ruled_out["cpu"]
+    codes = torch.zeros(10, dtype=torch.int64)
+    assert fa.explain("vq_argmax", h, weight, codes).backend == "cpu"
