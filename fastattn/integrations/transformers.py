@@ -32,16 +32,21 @@ def register() -> None:
     Afterwards `AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn")` and
     `model.set_attn_implementation("fastattn")` work. May be called again. Raises ImportError without transformers.
     """
+    interface, mask_interface, sdpa_mask = require("integrations.transformers.register")
+    interface.register(NAME, attention_forward)
+    mask_interface.register(NAME, sdpa_mask)
+
+
+def require(what: str) -> tuple[Any, Any, Any]:
+    """(AttentionInterface, AttentionMaskInterface, sdpa_mask) of transformers, or an ImportError naming `what` needs them."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            "fastattn.integrations.transformers.register: needs transformers 5.9 or later; "
-            "pip install 'fastattn[hf]'"
+            f"fastattn.{what}: needs transformers 5.9 or later; pip install 'fastattn[hf]'"
         ) from error
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return AttentionInterface, AttentionMaskInterface, sdpa_mask
 
 
 def attention_forward(
@@ -61,7 +66,7 @@ def attention_forward(
     attention_mask: None, bool (True = attend) or additive, each broadcastable to (B, Hq, Lq, Lk).
     Raises NotImplementedError for dropout, a soft cap, attention sinks, a paged cache and output_attentions.
     """
-    _refuse(dropout, kwargs)
+    refuse(dropout, kwargs)
     if attention_mask is None:
         # what torch's function does with is_causal: the first query aligned with the first key, so that an
         # empty preallocated cache is read up to the queries only; one query attends everything
@@ -80,7 +85,8 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError for arguments that change the result and are not served."""
     if dropout:
         raise NotImplementedError(
             f"fastattn: attention dropout is {dropout}, only 0 is served; set attention_dropout (attn_pdrop) to 0 "

@@ -1,0 +1,234 @@
+"""Focus (arXiv 2604.03260): a router that gives tokens their groups, and its retrofit to a frozen transformers model."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _checks
+from ..masks import Mask
+from ..ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
+
+NAME = "fastattn_focus"
+
+
+class FocusRouter(nn.Module):
+    """Groups of tokens from their hidden states: scores = (h W) C^T, balanced by Sinkhorn's iterations.
+
+    d_model: width of h. groups: G, at most 63. group_dim: width of the centroids.
+    top_k: groups of a token at inference. window: keys before a query that it always attends.
+    temperature, iterations, causal: as in `fastattn.sinkhorn`. causal (default) keeps a token's groups from depending on later
+        tokens; the plain form of the paper lets a causal model see the future through its routing.
+    sharpness, gate: of `fastattn.gated_attention`, the form that trains the router.
+
+    Parameters: projection (group_dim, d_model) and centroids (G, group_dim). In training mode a retrofitted layer runs
+    `gated_attention` on the assignment, in eval mode `grouped_attention` on the signatures.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        groups: int = 8,
+        group_dim: int = 16,
+        *,
+        top_k: int = 1,
+        window: int = 128,
+        temperature: float = 0.1,
+        iterations: int = 10,
+        causal: bool = True,
+        sharpness: float = 1.0,
+        gate: str = "multiply",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("groups", groups), ("group_dim", group_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"fastattn.FocusRouter: {name} must be an integer of at least 1, given {value!r}"
+                )
+        if not 1 <= top_k <= groups:
+            raise ValueError(f"fastattn.FocusRouter: top_k must lie in [1, {groups}], given {top_k!r}")
+        self.top_k, self.window = top_k, window
+        self.temperature, self.iterations, self.causal = temperature, iterations, causal
+        self.sharpness, self.gate = sharpness, gate
+        self.projection = nn.Parameter(torch.empty(group_dim, d_model, device=device, dtype=dtype))
+        self.centroids = nn.Parameter(torch.empty(groups, group_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def reset_parameters(self) -> None:
+        """Scores start with a variance of 1 / group_dim for hidden states of unit variance."""
+        nn.init.normal_(self.projection, std=self.projection.shape[1] ** -0.5)
+        nn.init.normal_(self.centroids, std=self.centroids.shape[1] ** -1.0)
+
+    def extra_repr(self) -> str:
+        groups, group_dim = self.centroids.shape
+        return (
+            f"d_model={self.projection.shape[1]}, groups={groups}, group_dim={group_dim}, top_k={self.top_k}"
+        )
+
+    def scores(self, h: torch.Tensor) -> torch.Tensor:
+        """(h W) C^T: (B, L, d_model) -> (B, L, G)."""
+        _checks.check_tensor("FocusRouter", "h", h, dims=3)
+        if h.shape[2] != self.projection.shape[1]:
+            raise ValueError(
+                f"fastattn.FocusRouter: h must be (B, L, {self.projection.shape[1]}), given {_checks.describe(h)}"
+            )
+        return h.to(self.projection.dtype) @ self.projection.T @ self.centroids.T
+
+    def forward(self, h: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The assignment (B, L, G) of hidden states (B, L, d_model); rows from `lengths` (B,) on are 0. For training."""
+        return self._balanced(h, lengths)[0]
+
+    def signature(
+        self,
+        h: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        potentials: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(signatures int64 (B, L), column potentials (B, 1, G)). For inference.
+
+        potentials: those of the prefill, frozen, when h continues it.
+        """
+        with torch.no_grad():
+            assignment, potentials = self._balanced(h, lengths, potentials)
+        return focus_groups(assignment, top_k=self.top_k), potentials
+
+    def _balanced(self, h, lengths, potentials=None):
+        return sinkhorn(
+            self.scores(h),
+            temperature=self.temperature,
+            iterations=self.iterations,
+            causal=self.causal,
+            lengths=lengths,
+            potentials=potentials,
+            return_potentials=True,
+        )
+
+    @staticmethod
+    def retrofit(model: nn.Module, **options: Any) -> nn.ModuleList:
+        """Give every attention layer of a transformers model a router of its own and freeze everything else.
+
+        The model runs in eval mode with its own attention replaced: a layer whose router is in training mode (as they are
+        returned) gates its distant scores, one whose router is in eval mode attends only its window and shared groups.
+        Train with `torch.optim.Adam(routers.parameters())` and finish with `routers.eval()`.
+
+        model: a decoder of transformers 5.9 or later whose layers use the attention interface (gpt2, llama, hrm_text, ...).
+        options: FocusRouter's, but d_model. Returns the routers as a ModuleList, one an attention layer, in order.
+
+        Cached generation keeps each token's signature beside its key and freezes the potentials of the prefill. It serves caches
+        that grow (DynamicCache) and rows that stay in place (greedy and sampling, not beam search).
+        Raises ImportError without transformers; ValueError where the model has no such layer, or has routers already.
+        """
+        from ..integrations.transformers import require
+
+        interface, masks, sdpa_mask = require("nn.FocusRouter.retrofit")
+        layers = [
+            m for m in model.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", None) is True
+        ]
+        if not layers:
+            raise ValueError(
+                f"fastattn.FocusRouter.retrofit: {type(model).__name__} has no causal attention layer"
+            )
+        if any(hasattr(m, "focus_router") for m in layers):
+            raise ValueError(f"fastattn.FocusRouter.retrofit: {type(model).__name__} has routers already")
+        interface.register(NAME, attention_forward)
+        masks.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+        model.requires_grad_(False)
+        model.eval()
+        routers = nn.ModuleList()
+        for layer in layers:
+            weight = next(layer.parameters())
+            router = FocusRouter(model.config.hidden_size, device=weight.device, **options)
+            layer.focus_router = router
+            layer.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
+            routers.append(router)
+        model.register_forward_pre_hook(_forget_caches(routers), with_kwargs=True)
+        return routers.train()
+
+
+def _keep_hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    layer.focus_input = args[0] if args else kwargs["hidden_states"]
+
+
+def _forget_caches(routers: nn.ModuleList):
+    def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            for router in routers:
+                router._caches.clear()
+
+    return hook
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function of a retrofitted layer: query (B, Hq, Lq, D) -> ((B, Lq, Hq, D), None)."""
+    from ..integrations.transformers import recognise, refuse
+
+    refuse(dropout, kwargs)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise NotImplementedError("fastattn: Focus serves bool attention masks, not additive ones")
+    mask, keys = None, key.shape[2]
+    if attention_mask is not None:
+        mask, keys = recognise(attention_mask, keys)
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    router, h = module.focus_router, module.focus_input
+    module.focus_input = None
+    lengths = mask.key_lengths if mask is not None and query.shape[2] == keys else None
+    if router.training:
+        out = gated_attention(
+            query,
+            key,
+            value,
+            router(h, lengths=lengths),
+            window=router.window,
+            sharpness=router.sharpness,
+            gate=router.gate,
+            scale=scaling,
+            mask=mask,
+        )
+    else:
+        groups, key_groups = _signatures(router, h, lengths, keys)
+        out = grouped_attention(
+            query,
+            key,
+            value,
+            groups,
+            key_groups=key_groups,
+            window=router.window,
+            scale=scaling,
+            mask=mask or Mask(causal=True),
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _signatures(
+    router: FocusRouter, h: torch.Tensor, lengths: torch.Tensor | None, keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(signatures of h, signatures of all keys). A layer that runs several times a step has a cache for each time, told
+    apart by their lengths: those that this step has reached already are longer."""
+    past = keys - h.shape[1]
+    if past == 0:
+        groups, potentials = router.signature(h, lengths=lengths)
+        router._caches.append((groups, potentials))
+        return groups, groups
+    for i, (before, potentials) in enumerate(router._caches):
+        if before.shape == (h.shape[0], past):
+            groups, _ = router.signature(h, potentials=potentials)
+            router._caches[i] = (torch.cat([before, groups], dim=1), potentials)
+            return groups, router._caches[i][0]
+    raise NotImplementedError(
+        f"fastattn: Focus has no signatures for {past} cached keys; it serves caches that grow from an empty one, rows in place"
+    )
