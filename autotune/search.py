@@ -23,8 +23,8 @@ SMALL = 300  # points that may be swept
 ROUNDS = 3  # of a first look
 HOPELESS = 2.0  # times the best ratio: not timed any further
 SEMIFINAL_ROUNDS, FINAL_ROUNDS, GUARD_ROUNDS = 10, 50, 40
-LEAST_ROUNDS = 5  # of the last race, to tell anything by
 FINALISTS = 5
+NEEDED = 16  # trials' worth of time below which a bucket tells too little: fewer buckets are better then
 MIN_GAIN = 0.02  # a smaller gain is not worth a table entry that departs from the default
 EXPLORE, RACE = 0.6, 0.8  # shares of the budget used when exploration and the race end
 
@@ -36,7 +36,7 @@ class Evaluator(Protocol):
         """Check a configuration and take a first look at its time."""
 
     def race(self, configs: Sequence[Config], rounds: int, seconds: float) -> list[list[list[float]]]:
-        """[config][shape][round] in seconds; raises Failure."""
+        """[config][shape][round] in seconds, of worker.LEAST_ROUNDS at least; raises Failure."""
 
     def agree(self, config: Config) -> None:
         """Raise Failure where its result at full size is not the default's."""
@@ -47,7 +47,11 @@ class Clock:
     """A budget in seconds that has started running."""
 
     seconds: float
+    limit: float = 0.0  # seconds that `need` may extend the budget to
     started: float = field(default_factory=time.monotonic)
+
+    def need(self, seconds: float) -> None:
+        self.seconds = max(self.seconds, min(seconds, self.limit))
 
     def left(self, share: float = 1.0) -> float:
         """Seconds until this share of the budget is used."""
@@ -87,6 +91,7 @@ def explore(
         raise Failure("error", f"the default {space.config(space.default)} is not feasible here")
     if space.default not in trials.known:
         explorer.evaluate(space.default)
+        clock.need(NEEDED * explorer.cost)
     outcome = trials.known[space.default]
     if outcome.ratio is None:
         raise Failure(outcome.reason, f"the default fails: {outcome.detail}")
@@ -164,33 +169,29 @@ def decide(space: Space, trials: Trials, evaluator: Evaluator, clock: Clock) -> 
     runners = [point for point in trials.best(max(FINALISTS, timed // 4)) if point != space.default]
     while runners:
         if len(runners) > FINALISTS:
-            runners = _race(space, evaluator, runners, SEMIFINAL_ROUNDS, clock.left(0.7))[:FINALISTS]
+            if clock.left(0.7) > 0:
+                runners = _race(space, evaluator, runners, SEMIFINAL_ROUNDS, clock.left(0.7))
+            runners = runners[:FINALISTS]
         runners = _race(space, evaluator, runners, FINAL_ROUNDS, clock.left(RACE))
         if not runners:
             break
         config = space.config(runners[0])
         try:
             evaluator.agree(config)
-            times = evaluator.race([default, config], GUARD_ROUNDS, max(clock.left(), 0.5))
+            times = evaluator.race([default, config], GUARD_ROUNDS, clock.left())
         except Failure as failure:
             trials.known[runners[0]] = Outcome(None, failure.reason, failure.detail)
             runners = runners[1:]
             continue
-        comparison = _measured(times[1], times[0])
+        comparison = compare(times[1], times[0])
         if comparison.faster and comparison.ratio <= 1 - MIN_GAIN:
             return Winner(config, comparison)
         alone = compare(times[0], times[0])
         return Winner(
             default, alone, kept=f"best other took {comparison.ratio:.2f} ± {comparison.spread:.2f}"
         )
-    times = evaluator.race([default], SEMIFINAL_ROUNDS, max(clock.left(), 0.5))
-    return Winner(default, _measured(times[0], times[0]), kept="nothing else ran")
-
-
-def _measured(times: list[list[float]], default: list[list[float]]) -> Comparison:
-    if len(times[0]) < LEAST_ROUNDS:
-        raise Failure("out of time", f"after {len(times[0])} rounds of the last race")
-    return compare(times, default)
+    times = evaluator.race([default], SEMIFINAL_ROUNDS, clock.left())
+    return Winner(default, compare(times[0], times[0]), kept="nothing else ran")
 
 
 def _race(
@@ -199,7 +200,7 @@ def _race(
     """The points by their median ratio to the default, best first; those that fail drop out."""
     configs = [space.config(point) for point in (space.default, *points)]
     try:
-        times = evaluator.race(configs, rounds, max(seconds, 0.1))
+        times = evaluator.race(configs, rounds, seconds)
     except Failure:
         survivors = [point for point in points if _runs(space, evaluator, point)]
         return _race(space, evaluator, survivors, rounds, seconds) if len(survivors) < len(points) else []

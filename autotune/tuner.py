@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,7 +98,7 @@ class Candidates:
 
     def race(self, configs: Sequence[Config], rounds: int, seconds: float) -> list[list[list[float]]]:
         request = {"do": "race", "configs": list(configs), "rounds": rounds, "seconds": seconds}
-        return self.worker.ask(request, seconds + 2 * self.limit)
+        return self.worker.ask(request, max(seconds, 0.0) + 4 * self.limit)
 
     def agree(self, config: Config) -> None:
         self.worker.ask({"do": "agree", "config": config}, 2 * self.limit)
@@ -178,7 +177,8 @@ def tune(
                 break
             result = BucketResult(bucket)
             results.append(result)
-            _tune_bucket(result, worker, module, target, trials_storage, share, seed, listener)
+            bucket_clock = search.Clock(share, limit=clock.left())
+            _tune_bucket(result, worker, module, target, trials_storage, bucket_clock, seed, listener)
             if result.config is not None:
                 table.merge(path, target, {(bucket.op, bucket.backend): [entry_of(result)]})
             listener.finished(result)
@@ -200,13 +200,11 @@ def _tune_bucket(
     module: str,
     target: _device.Target,
     storage: Any,
-    seconds: float,
+    clock: search.Clock,
     seed: int,
     listener: Listener,
 ) -> None:
-    started = time.monotonic()
-    clock = search.Clock(seconds)
-    listener.started(result, seconds)
+    listener.started(result, clock.seconds)
     try:
         points = Space(
             _config.declared()[result.bucket.op, result.bucket.backend], result.bucket.keys, target
@@ -229,7 +227,7 @@ def _tune_bucket(
         result.importances = trials.importances()
     except (Failure, Unavailable) as failure:
         result.failure = str(failure)
-    result.seconds = time.monotonic() - started
+    result.seconds = clock.seconds - clock.left()
 
 
 def entry_of(result: BucketResult) -> table.Entry:

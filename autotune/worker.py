@@ -19,6 +19,7 @@ import tempfile
 import threading
 from typing import Any
 
+LEAST_ROUNDS = 5  # of a race, to tell anything by
 START_LIMIT = 120.0  # seconds for a new process to import torch and reach the device
 GRACE = 10.0  # seconds after a request's limit before a worker whose parent has gone ends itself
 
@@ -198,7 +199,7 @@ class Server:
         return self.bench.time(configs, rounds, hopeless=inf if hopeless is None else hopeless)
 
     def race(self, configs: list[dict], rounds: int, seconds: float) -> list:
-        return self.bench.time(configs, rounds, seconds=seconds)
+        return self.bench.time(configs, rounds, least=LEAST_ROUNDS, seconds=seconds)
 
     def agree(self, config: dict) -> None:
         self.bench.agree(config)

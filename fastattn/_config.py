@@ -21,7 +21,7 @@ from typing import Any
 
 from fastattn import _device, _tables
 
-REACH = 3.0  # octaves a tuned size may be away from the call's before the default is the better guess
+REACH = 2.0  # octaves a tuned size may be away from the call's before the default is the better guess
 _MEMO = 4096  # sizes remembered for one structural key
 
 Value = int | str

@@ -53,8 +53,8 @@ def test_structure_exact_and_sizes_nearest(put, target):
 
 def test_far_sizes_keep_the_default(put, target):
     put(table(target, entry(512, 64)))
-    assert look_up(512 * 8).values["tile"] == 64
-    assert look_up(512 * 8 + 1).source == "default"
+    assert look_up(512 * 4).values["tile"] == 64
+    assert look_up(512 * 4 + 1).source == "default"
     assert look_up(0).source == "default"
 
 

@@ -13,31 +13,51 @@ from ... import Mask
 from . import attention
 
 _CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
+_SCORES = ("softmax", "sigmoid")
 
 
-def _shape(dtype: str, score: str, head_dim: int, length: int, **fields) -> dict:
-    shape = {"batch": 1, "heads": 8, "kv_heads": 8, "length": length, "head_dim": head_dim}
-    return {**shape, "dtype": dtype, "score": score, "causal": True, **fields}
+def _shape(dtype: str, score: str, length: int, *, causal: bool = True, **fields) -> dict:
+    """`length` counts keys; queries too unless `queries` is given."""
+    shape = {"batch": 1, "heads": 8, "kv_heads": 8, "length": length, "head_dim": 64}
+    return {**shape, "dtype": dtype, "score": score, "causal": causal, **fields}
 
 
-def _shapes(effort: str, target) -> list[dict]:
-    dtypes, scores = ("float32", "bfloat16"), ("softmax", "sigmoid")
+def _cpu_shapes(effort: str, target) -> list[dict]:
+    kinds = list(itertools.product(("float32", "bfloat16"), _SCORES))
+    # no mask kind in the key: a winner has to do well with and without one
+    near = [((448, True), (640, False))]
     if effort == "quick":
-        return [
-            _shape(dtype, score, 64, length)
-            for length, dtype, score in itertools.product((1024, 256), dtypes, scores)
-        ]
+        return [_shape(*kind, length, causal=causal) for kind in kinds for length, causal in near[0]]
+    near += [((120, True), (144, False)), ((1900, True), (2048, False)), ((6000, True),)]
     shapes = [
-        _shape(dtype, score, head_dim, length, causal=causal)
-        for head_dim, length, dtype, score, causal in itertools.product(
-            (64, 128, 96, 32), (1024, 256, 4096), dtypes, scores, (True, False)
-        )
+        _shape(*kind, length, causal=causal, head_dim=head_dim)
+        for head_dim, pair, kind in itertools.product((64, 128, 96, 32), near, kinds)
+        for length, causal in pair
     ]
-    for dtype, score in itertools.product(dtypes, scores):  # odd lengths, grouped heads, a batch
-        shapes.append(_shape(dtype, score, 64, 1000))
-        shapes.append(_shape(dtype, score, 64, 1024, kv_heads=2))
-        shapes.append(_shape(dtype, score, 64, 512, batch=8))
+    for kind in kinds:  # grouped heads, a batch
+        shapes += [_shape(*kind, 1024, heads=16, kv_heads=2), _shape(*kind, 512, batch=8)]
     return shapes
+
+
+def _gpu_shapes(effort: str, target) -> list[dict]:
+    fields = {"batch": 2, "heads": 16, "kv_heads": 16}
+    if effort == "quick":
+        kinds = [("bfloat16", score, 128, causal) for score, causal in (("softmax", True), ("sigmoid", True))]
+        lengths = (4000,)
+    else:
+        kinds = itertools.product(("bfloat16", "float16", "float32"), _SCORES, (64, 128), (True, False))
+        lengths = (4000, 1024, 16384)
+    return [
+        _shape(dtype, score, length, causal=causal, head_dim=head_dim, **fields)
+        for (dtype, score, head_dim, causal), length in itertools.product(kinds, lengths)
+    ]
+
+
+def _decode_shapes(effort: str, target) -> list[dict]:
+    dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16")
+    lengths = (4000,) if effort == "quick" else (1000, 4000, 32000)
+    fields = {"queries": 1, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    return [_shape(dtype, "softmax", length, **fields) for dtype in dtypes for length in lengths]
 
 
 def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
@@ -45,8 +65,9 @@ def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
         shape["batch"],
         shape["heads"],
         shape["kv_heads"],
+        shape.get("queries", shape["length"]),
         shape["length"],
-        head_dim=shape["head_dim"],
+        shape["head_dim"],
         dtype=getattr(torch, shape["dtype"]),
         seed=seed,
         device=device,
@@ -62,21 +83,32 @@ def _call(backend: str):
 
 
 def _check_shape(shape: dict) -> dict:
-    heads = 2 if shape["heads"] == shape["kv_heads"] else shape["heads"] // shape["kv_heads"]
-    kv_heads = heads if shape["heads"] == shape["kv_heads"] else 1
-    length = min(shape["length"], _CHECKED)
-    return {**shape, "batch": 1, "heads": heads, "kv_heads": kv_heads, "length": length}
+    """Fewer heads and a shorter length, grouped as before."""
+    grouped = shape["heads"] // shape["kv_heads"]
+    kv_heads = 2 if grouped == 1 else 1
+    smaller = {"batch": 1, "heads": kv_heads * grouped, "kv_heads": kv_heads}
+    return {**shape, **smaller, "length": min(shape["length"], _CHECKED)}
+
+
+def _workload(op: str, backend: str, shapes, device: str) -> Workload:
+    return Workload(
+        op,
+        backend,
+        shapes=shapes,
+        inputs=_inputs,
+        call=_call(backend),
+        reference=_call("reference"),
+        backward=op == "attention_backward",
+        terms=lambda shape: shape["length"],
+        check_shape=_check_shape,
+        devices=(device,),
+    )
 
 
 WORKLOADS = (
-    Workload(
-        "attention",
-        "cpu",
-        shapes=_shapes,
-        inputs=_inputs,
-        call=_call("cpu"),
-        reference=_call("reference"),
-        terms=lambda shape: shape["length"],
-        check_shape=_check_shape,
-    ),
+    _workload("attention", "cpu", _cpu_shapes, "cpu"),
+    _workload("attention_backward", "cpu", _cpu_shapes, "cpu"),
+    _workload("attention", "triton", _gpu_shapes, "cuda"),
+    _workload("attention_backward", "triton", _gpu_shapes, "cuda"),
+    _workload("attention_decode", "triton", _decode_shapes, "cuda"),
 )
