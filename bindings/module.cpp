@@ -106,6 +106,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("block_q", &AttentionParams::block_q)
       .def_readwrite("block_k", &AttentionParams::block_k)
       .def_readwrite("pack_kib", &AttentionParams::pack_kib)
+      .def_readwrite("decode_rows", &AttentionParams::decode_rows)
       .def_readwrite("chunk_k", &AttentionParams::chunk_k)
       .def_readwrite("threads", &AttentionParams::threads);
   py::class_<ReweightedParams, AttentionParams>(m, "ReweightedParams")
@@ -211,4 +212,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("vocab_dots", run(&KernelTable::vocab_dots));
   m.def("vocab_expand", run(&KernelTable::vocab_expand));
   m.def("vocab_collect", run(&KernelTable::vocab_collect));
+  m.def("classify_tiles", run(&KernelTable::classify_tiles));
 }

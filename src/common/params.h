@@ -57,6 +57,7 @@ struct AttentionParams {
   int64_t window_left = -1, window_right = -1;
   int64_t block_q = 96, block_k = 64;  // rows and keys of a tile
   int64_t pack_kib = 16384;            // packed keys and values kept at a time
+  int64_t decode_rows = 8;             // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;               // decoding: keys of one task
   int32_t threads = 1;
 };
@@ -69,7 +70,8 @@ struct ReweightedParams : AttentionParams {
   int32_t reweigh = 0;
 };
 
-// classes (B or 1, H or 1, tiles of rows, tiles of keys) u8 of a dense bool mask, as tile_class above.
+// classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k elements,
+// which the kernel rounds up to its own multiples.
 struct TileClassParams {
   Tensor dense, classes;
   int64_t block_q = 96, block_k = 64;

@@ -249,7 +249,7 @@ struct BackwardBlock {
       }
       if (Score::kMaximum) constants.shift = queries.statistic[m + i];
       if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
-      const RowMask mask(p, s, ranges, head, m, i, n, there, mixed);
+      const RowMask mask(p, s, ranges, head, m + i, i, n, there, mixed);
       if (mask.all(columns))
         weigh_row<false>(x, slope, columns, c, constants, mask);
       else

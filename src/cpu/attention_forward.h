@@ -1,8 +1,7 @@
 // Tiled attention forward: keys and values are packed once a key head, then blocks of query rows run on their own.
 #pragma once
 
-#include "attention_problem.h"
-#include "scratch.h"
+#include "attention_decode.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -90,7 +89,9 @@ struct ForwardBlock {
       weigh_tile(s, head, first, rows, n, constants, kind == 2);
       add_values(n, groups, values, capacity, s.keys);
     }
-    finish(s, head, first, rows);
+    for (int64_t i = 0; i < rows; i++)
+      finish_row<Score>(p, s, head, first + i, out + i * out_columns, problem.value_dim, reduce_add(load(sums + i * W)),
+                        top[i]);
   }
 
   void score_tile(int64_t n, int64_t groups, const Word* keys, int64_t count) {
@@ -122,7 +123,7 @@ struct ForwardBlock {
         add_bias(x, columns, c, bias, p.bias.dtype, there);
         c = 1;
       }
-      const RowMask mask(p, s, ranges, head, first, i, n, there, mixed);
+      const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
       const bool all = mask.all(columns);
       if constexpr (Score::kMaximum) {
         if (!all)
@@ -173,27 +174,6 @@ struct ForwardBlock {
       }
     }
   }
-
-  void finish(const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-    const AttentionParams& p = problem.p;
-    const Matrix to = matrix(p.out, s.batch, head, s.q_begin + first);
-    float* lse = p.lse.data
-                     ? (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + first
-                     : nullptr;
-    for (int64_t i = 0; i < rows; i++) {
-      float factor = 1;
-      if (Score::kNormalised) {
-        const float sum = reduce_add(load(sums + i * W));
-        factor = sum == 0 ? 0.0f : 1 / sum;
-        if (lse) {
-          double log_sum = __builtin_log((double)sum);  // -inf for nothing to attend
-          if (Score::kMaximum && sum != 0) log_sum += (double)top[i] * kLn2Double + s.bias;
-          lse[i] = (float)log_sum;
-        }
-      }
-      store_row(to, i, out + i * out_columns, problem.value_dim, factor);
-    }
-  }
 };
 
 template <class Unit, class Score>
@@ -203,9 +183,11 @@ static void forward_tiled(const AttentionParams& p) {
   int64_t longest_q = 0, longest_k = 0;
   for (int64_t s = 0; s < problem.sequences; s++) {
     const Sequence r = problem.sequence(s);
+    if (decodes(problem, r)) continue;
     longest_q = max64(longest_q, r.q_length);
     longest_k = max64(longest_k, r.keys);
   }
+  if (longest_q == 0) return;
   const PackedHead<Unit> packed(problem, longest_k);
   const int64_t blocks = (longest_q + block_q - 1) / block_q;
   const int64_t pairs = problem.sequences * problem.kv_heads;
@@ -223,7 +205,7 @@ static void forward_tiled(const AttentionParams& p) {
       const int64_t pair = task / pack_tasks, first = task % pack_tasks * kPackRows;
       const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
       const int64_t head = (begin + pair) % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
-      if (rows <= 0) return;
+      if (rows <= 0 || decodes(problem, s)) return;
       Word* to = store + pair * packed.words();
       pack_transposed<Unit>(to + first * steps_of<Unit>(problem.head_dim),
                             matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
@@ -235,7 +217,7 @@ static void forward_tiled(const AttentionParams& p) {
       const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
       // the last rows of a causal sequence have the most keys, so they start first
       const int64_t first = (blocks - 1 - task % blocks) * block_q;
-      if (first >= s.q_length) return;
+      if (first >= s.q_length || decodes(problem, s)) return;
       const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
       const Word* keys = store + pair * packed.words();
       ForwardBlock<Unit, Score> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
@@ -244,23 +226,24 @@ static void forward_tiled(const AttentionParams& p) {
   }
 }
 
-template <class Unit>
+template <class Score>
 static void forward_scored(const AttentionParams& p) {
-  switch (p.score) {
-    case SoftmaxScore<Arithmetic>::kCode:
-      return forward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
-    case SigmoidScore<Arithmetic>::kCode:
-      return forward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
-    default:
-      return forward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
-  }
+  if (p.decode_rows > 0) forward_decoded<Score>(p);
+#if defined(FASTATTN_BF16_DOT)
+  if (p.q.dtype == DType::bf16) return forward_tiled<Pairs, Score>(p);
+#endif
+  forward_tiled<Singles, Score>(p);
 }
 
 static void attention_forward(const AttentionParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return forward_scored<Pairs>(p);
-#endif
-  forward_scored<Singles>(p);
+  switch (p.score) {
+    case SoftmaxScore<Arithmetic>::kCode:
+      return forward_scored<SoftmaxScore<Arithmetic>>(p);
+    case SigmoidScore<Arithmetic>::kCode:
+      return forward_scored<SigmoidScore<Arithmetic>>(p);
+    default:
+      return forward_scored<SoftplusScore<Arithmetic>>(p);
+  }
 }
 
 }  // namespace FASTATTN_ISA

@@ -148,6 +148,7 @@ struct RowRanges {
 // Columns [begin, end) of a tile of keys from `first` on that a group of rows needs, in whole panels.
 struct Columns {
   int64_t begin, end;
+  Columns(int64_t begin, int64_t end) : begin(begin), end(end) {}
   Columns(const RowRanges& r, int64_t g, int64_t first, int64_t keys) {
     const int64_t lo = max64(r.group_low[g] - first, 0), hi = min64(r.group_high[g] - first, keys);
     begin = lo < hi ? lo / kPanel * kPanel : 0;
@@ -169,11 +170,12 @@ struct RowMask {
   const uint8_t* dense;  // its row of the dense mask from the tile's first column on, or null
   int64_t keys;          // columns that exist
 
-  // Row `row` of a block of rows from `first` on, a tile of keys from `n` on; dense counts only in a mixed tile.
-  RowMask(const AttentionParams& p, const Sequence& s, const RowRanges& ranges, int64_t head, int64_t first,
-          int64_t row, int64_t n, int64_t keys, bool mixed)
-      : low(ranges.low[row] - (int32_t)n), high(ranges.high[row] - (int32_t)n), dense(nullptr), keys(keys) {
-    if (mixed) dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + first + row, s.k_begin + n, 1);
+  // Row `row` of the sequence, at `index` of the ranges, in a tile of keys from `n` on; dense counts only in a mixed
+  // tile.
+  RowMask(const AttentionParams& p, const Sequence& s, const RowRanges& ranges, int64_t head, int64_t row,
+          int64_t index, int64_t n, int64_t keys, bool mixed)
+      : low(ranges.low[index] - (int32_t)n), high(ranges.high[index] - (int32_t)n), dense(nullptr), keys(keys) {
+    if (mixed) dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + row, s.k_begin + n, 1);
   }
   bool all(const Columns& c) const { return !dense && low <= c.begin && high >= c.end; }
   vi at(int64_t column) const {
@@ -214,6 +216,22 @@ FASTATTN_NOINLINE void store_row(Matrix to, int64_t row, const float* from, int6
     for (; j + W <= columns; j += W) store(out + j, load(from + j) * factor);
     if (j < columns) store_n(out + j, load(from + j) * factor, (int)(columns - j));
   });
+}
+
+// The output and log-sum-exp of one row of a sequence, from its weighted values, row sum and the maximum they are
+// relative to.
+template <class Score>
+FASTATTN_INLINE void finish_row(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row,
+                                const float* from, int64_t columns, float sum, float top) {
+  float factor = 1;
+  if (Score::kNormalised) {
+    factor = sum == 0 ? 0.0f : 1 / sum;
+    double lse = __builtin_log((double)sum);  // -inf where nothing is attended
+    if (Score::kMaximum && sum != 0) lse += (double)top * kLn2Double + s.bias;
+    float* to = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + row;
+    *to = (float)lse;
+  }
+  store_row(matrix(p.out, s.batch, head, s.q_begin + row), 0, from, columns, factor);
 }
 
 }  // namespace FASTATTN_ISA

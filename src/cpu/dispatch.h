@@ -27,6 +27,7 @@ struct KernelTable {
   void (*vocab_dots)(const VocabDotsParams&);
   void (*vocab_expand)(const VocabExpandParams&);
   void (*vocab_collect)(const VocabExpandParams&);
+  void (*classify_tiles)(const TileClassParams&);
 };
 
 namespace cpu {

@@ -99,7 +99,7 @@ FASTATTN_INLINE void pack_block(typename Unit::Word* to, int64_t stride, const T
 // Which columns of the tile at key n row r of a block attends.
 FASTATTN_INLINE RowMask row_mask(const AttentionParams& p, const RowRanges& ranges, const Sequence& s,
                                  const BlockRows& rows, int64_t r, int64_t n, int64_t there) {
-  return RowMask(p, s, ranges, rows.head_of(r), rows.row_of(r) - r, r, n, there, true);
+  return RowMask(p, s, ranges, rows.head_of(r), rows.row_of(r), r, n, there, true);
 }
 
 // Keys that row r attends.

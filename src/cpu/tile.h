@@ -10,6 +10,7 @@
 
 #define FASTATTN_UNROLL _Pragma("GCC unroll 16")
 #define FASTATTN_NOINLINE static __attribute__((noinline))
+#define FASTATTN_NOINLINE_MEMBER __attribute__((noinline))
 
 namespace fastattn {
 namespace FASTATTN_ISA {

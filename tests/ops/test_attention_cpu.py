@@ -11,7 +11,7 @@ from fastattn.ops.attention import tuning  # noqa: F401  declares what is overri
 
 # small tiles, so that short sequences cross many of their edges
 TILES = {
-    ("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096},
+    ("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096, "chunk_k": 64},
     ("attention_backward", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096},
 }
 SCORES = ("softmax", "sigmoid", "softplus")
@@ -53,3 +53,27 @@ def test_gradients_are_within_the_error_budget(isa, nan_outputs, problem, score,
         terms=problem.k_len * max(1, problem.heads // problem.kv_heads) + problem.q_len + problem.head_dim,
         names=("q", "k", "v"),
     )
+
+
+@given(
+    score=st.sampled_from(SCORES),
+    dtype=st.sampled_from(DTYPES),
+    q_len=st.integers(1, 3),
+    k_len=st.integers(0, 300),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from((1, 5, 16, 33, 64)),
+    v_dim=st.sampled_from((1, 7, 24, 64)),
+    options=st.sampled_from(({}, {"causal": True}, {"window": (40, 0)}, {"key_lengths": [70, 3]})),
+    layout=st.sampled_from(testing.LAYOUTS),
+)
+def test_decoding_merges_chunks_of_keys(
+    isa, nan_outputs, score, dtype, q_len, k_len, group, head_dim, v_dim, options, layout
+):
+    if "key_lengths" in options:
+        options = {"key_lengths": torch.tensor(options["key_lengths"]).clamp(max=k_len)}
+    mask = fa.Mask(**options)
+    inputs = testing.attention_inputs(
+        2, 2 * group, 2, q_len, k_len, head_dim, v_dim, dtype=dtype, layout=layout, requires_grad=False
+    )
+    actual = run("cpu", score, mask)(*inputs)
+    testing.assert_within_budget(actual, run("reference", score, mask), inputs, terms=k_len + head_dim)

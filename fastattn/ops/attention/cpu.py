@@ -1,12 +1,18 @@
 """Tiled attention on the CPU: outputs allocated, parameters filled, one kernel call."""
 
+from collections import OrderedDict
+from collections.abc import Mapping
+
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ... import _config, _native
 from ...scores import BY_CODE
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
+_CLASSED_MASKS = 32
+_classes: OrderedDict[tuple, tuple[StorageWeakRef, torch.Tensor]] = OrderedDict()
 
 
 def refusal(name: str, *args) -> str | None:
@@ -64,6 +70,42 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
     return t.expand(shape)
 
 
+def _tile_classes(dense: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
+    """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask: 0 empty, 1 full, 2 mixed.
+
+    Kept for as long as the same memory, unchanged, is used: keyed by its storage, version counter and layout.
+    """
+    block_q, block_k = config["block_q"], config["block_k"]
+    key = None
+    if not dense.is_inference():  # an inference tensor has no version counter
+        storage = StorageWeakRef(dense.untyped_storage())
+        layout = (dense.storage_offset(), tuple(dense.shape), dense.stride())
+        key = (storage.cdata, dense._version, layout, block_q, block_k, _native.cpu_isa())
+        found = _classes.get(key)
+        # the weak reference keeps the address from being given to another storage
+        if found is not None:
+            return found[1]
+    tiles = (-(-dense.shape[2] // block_q), -(-dense.shape[3] // block_k))
+    classes = torch.empty(*dense.shape[:2], *tiles, dtype=torch.uint8)
+    _native.kernel("classify_tiles")(
+        _native.params(
+            "TileClassParams",
+            dense=dense,
+            classes=classes,
+            block_q=block_q,
+            block_k=block_k,
+            threads=_native.threads(),
+        )
+    )
+    if key is not None:
+        for old in [k for k, (kept, _) in _classes.items() if kept.expired()]:
+            _classes.pop(old, None)
+        _classes[key] = (storage, classes)
+        if len(_classes) > _CLASSED_MASKS:
+            _classes.popitem(last=False)
+    return classes
+
+
 def mask_fields(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -92,8 +134,25 @@ def mask_fields(
 
 
 def _call(
-    name: str, q, k, v, bias, score: int, scale: float, bias_value: float | None, mask, **tensors
+    name: str,
+    config: _config.Choice,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    score: int,
+    scale: float,
+    bias_value: float | None,
+    *mask,
+    **tensors,
 ) -> None:
+    fields = mask_fields(q, k, *mask)
+    dense = fields["dense"]
+    # tiles of packed documents start at each document, not where the mask's would
+    if dense is not None and fields["cu_seqlens_q"] is None and dense.numel():
+        once = dense[: 1 if dense.stride(0) == 0 else None, : 1 if dense.stride(1) == 0 else None]
+        classes = _tile_classes(once, config.values)
+        fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
     _native.kernel(name)(
         _native.params(
             "AttentionParams",
@@ -106,7 +165,8 @@ def _call(
             bias_value=bias_value or 0.0,
             default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None),
             threads=_native.threads(),
-            **mask_fields(q, k, *mask),
+            **fields,
+            **config.values,
             **tensors,
         )
     )
@@ -116,40 +176,25 @@ def attention(q, k, v, bias, score, scale, bias_value, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
     if out.numel():
-        config = _lookup("attention", q, k, v, score).values
+        config = _lookup("attention", q, k, v, score)
         statistics = lse if lse.numel() else None
-        _call(
-            "attention_forward",
-            q,
-            k,
-            v,
-            bias,
-            score,
-            scale,
-            bias_value,
-            mask,
-            out=out,
-            lse=statistics,
-            **config,
-        )
+        options = (bias, score, scale, bias_value, *mask)
+        _call("attention_forward", config, q, k, v, *options, out=out, lse=statistics)
     return out, lse
 
 
-def attention_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, scale, bias_value, *mask
-):
+def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, *options):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     normalised = BY_CODE[score].normalised
     _call(
         "attention_backward",
+        _lookup("attention_backward", q, k, v, score),
         q,
         k,
         v,
         bias,
         score,
-        scale,
-        bias_value,
-        mask,
+        *options,
         out=out,
         lse=lse if normalised else None,
         grad_out=_rows(grad_out),
@@ -157,6 +202,5 @@ def attention_backward(
         grad_q=grads[0],
         grad_k=grads[1],
         grad_v=grads[2],
-        **_lookup("attention_backward", q, k, v, score).values,
     )
     return *grads, q.new_empty(0)

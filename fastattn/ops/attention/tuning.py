@@ -11,6 +11,8 @@ declare(
         "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
         "block_k": Parameter(64, (32, 64, 128, 192, 256)),
         "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+        "decode_rows": Parameter(8, (0, 4, 8, 16)),
+        "chunk_k": Parameter(512, (64, 256, 512, 1024, 2048)),
     },
     structural=("dtype", "score", "head_dim", "value_dim"),
     sizes=("batch", "heads", "kv_heads", "q_length", "k_length"),
