@@ -271,5 +271,5 @@ def model_config(data: SudokuData | FolderData, *, size: str = "small", trm: boo
     shape = dict(data.config)
     if size == "small":
         shape |= {"hidden_size": 64, "num_heads": 4, "intermediate_size": 192}
-        shape |= {"H_layers": 2, "L_layers": 2, "halt_max_steps": 8, "q_continue": False}
+        shape |= {"H_layers": 2, "L_layers": 2, "q_continue": False}
     return HrmConfig.trm(**shape) if trm else HrmConfig(**shape)

@@ -12,9 +12,16 @@ def register(app: typer.Typer) -> None:
 
 def train(
     data: Annotated[
-        Path, typer.Option(help="JSONL file: one object a line with `instruction` and `response`.")
+        Path,
+        typer.Option(
+            help="JSONL file: one object a line with `instruction` and `response`. For --model hrm: sudoku, "
+            "sudoku-9x9, or a folder of puzzles."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the model, its training state and report.html.")],
+    model: Annotated[
+        str, typer.Option(help="hrm-text, or hrm: puzzles, with more options under `fastattn train-hrm`.")
+    ] = "hrm-text",
     held_out: Annotated[
         Path | None, typer.Option(help="JSONL file to evaluate on. Default: every 20th example of --data.")
     ] = None,
@@ -45,6 +52,26 @@ def train(
     Ctrl-C ends the current step and saves; **--resume** goes on from there, bit for bit where the number of
     threads is the same. The folder then answers: **fastattn generate --model DIR "prompt"**.
     """
+    if model not in ("hrm-text", "hrm"):
+        raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
+    if model == "hrm":
+        given = {
+            "--held-out": held_out is not None,
+            "--config": config is not None,
+            "--vocab-size": vocab_size != 2048,
+            "--batch-tokens": batch_tokens != 2048,
+            "--learning-rate": learning_rate != 2e-3,
+            "--resume": resume,
+        }
+        for option in (option for option, is_given in given.items() if is_given):
+            raise ValueError(
+                f"{option} is for --model hrm-text; HRM's own options are under fastattn train-hrm"
+            )
+        from fastattn.cli.train_hrm import train_hrm
+
+        limits = {} if steps is None else {"steps": steps}
+        return train_hrm(output, str(data), minutes=minutes, seed=seed, threads=threads, **limits)
+
     import torch
 
     from fastattn.cli import _run

@@ -13,9 +13,11 @@ def register(app: typer.Typer) -> None:
 def train_hrm(
     output: Annotated[Path, typer.Option(help="Folder for the model, accuracy.json and accuracy.png.")],
     data: Annotated[
-        str, typer.Option(help="sudoku, or a folder in HRM's layout with train and test splits.")
+        str,
+        typer.Option(
+            help="sudoku (4 x 4), sudoku-9x9, or a folder in HRM's layout with train and test splits."
+        ),
     ] = "sudoku",
-    box: Annotated[int, typer.Option(help="Sudoku's box: 2 is 4 x 4, 3 is 9 x 9.")] = 2,
     blanks: Annotated[
         str | None, typer.Option(help="Blank cells, FEWEST-MOST. Default: 6-10, or 4-12 for 9 x 9.")
     ] = None,
@@ -47,7 +49,8 @@ def train_hrm(
             raise ValueError(f"--threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     console = Console(highlight=False)
-    if data == "sudoku":
+    box = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}.get(data)
+    if box is not None:
         source = training_hrm.SudokuData(box, blanks=_blanks(blanks, box), puzzles=puzzles, seed=seed)
     else:
         source = training_hrm.FolderData(data)
@@ -79,7 +82,7 @@ def train_hrm(
             progress=lambda step, loss: status.update(f"step {step:,}, loss {loss:.3f}"),
         )
     training_hrm.save_run(output, model, points, options)
-    if data == "sudoku":
+    if box is not None:
         for text in training_hrm.show_steps(model, source.held_out):
             console.print(f"\n{text}")
     console.print(f"model, accuracy.json and accuracy.png in {output}")

@@ -201,6 +201,10 @@ class Hrm(nn.Module):
         """Compiles the stacks in place; see :meth:`HierarchicalRecurrence.compile`."""
         self.recurrence.compile(*args, **kwargs)
 
+    def activation_checkpointing(self, on: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        self.recurrence.activation_checkpointing(on)
+
     def reset_parameters(self) -> None:
         """Truncated normals of deviation 1/sqrt(fan in); q_head starts at an almost certain "do not halt"."""
         for module in self.modules():

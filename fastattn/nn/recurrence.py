@@ -43,6 +43,15 @@ class HierarchicalRecurrence(nn.Module):
         for stack in {self.L_stack: None, self.H_stack: None}:
             stack.compile(*args, **kwargs)
 
+    def activation_checkpointing(self, on: bool = True) -> None:
+        """Sets ``activation_checkpointing`` of both stacks, which then recompute in the backward."""
+        for stack in (self.L_stack, self.H_stack):
+            if not hasattr(stack, "activation_checkpointing"):
+                raise NotImplementedError(
+                    f"HierarchicalRecurrence: {type(stack).__name__} has no activation_checkpointing"
+                )
+            stack.activation_checkpointing = on
+
     @property
     def calls(self) -> int:
         """Stack calls in one forward."""

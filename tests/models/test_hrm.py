@@ -181,6 +181,17 @@ def test_exploration_keeps_rows_for_a_uniform_number_of_steps():
     assert abs(int(carry.halted.sum()) - 200) <= 50
 
 
+def test_activation_checkpointing_gives_the_same_gradients():
+    grads = []
+    for on in (False, True):
+        model = make(q_continue=False)
+        model.activation_checkpointing(on)
+        _, out = model(model.initial_carry(3), batch())
+        out.loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_solve_equals_the_segments_of_forward():
     model = make().eval()
     data = batch()

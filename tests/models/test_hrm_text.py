@@ -1,5 +1,7 @@
 """HrmText: packing, padding, credit, equality with transformers, errors."""
 
+import copy
+
 import pytest
 import torch
 
@@ -154,6 +156,19 @@ def test_equal_to_transformers(pair, prefixes):
         else:
             expected_grad = grads[name.replace(".attn.", ".self_attn.")]
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_the_truth_as_transformers(pair):
+    ours, theirs = pair
+    ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(3))
+    prefix = torch.tensor([3, 12, 0, 7])
+    kinds = (torch.arange(12) < prefix[:, None]).long()
+    truth = copy.deepcopy(ours).double()(ids, prefix_lengths=prefix).logits
+    low = copy.deepcopy(ours).bfloat16()(ids, prefix_lengths=prefix).logits
+    yardstick = copy.deepcopy(theirs).bfloat16()(ids, token_type_ids=kinds).logits
+    # recurrence amplifies roundings: twice eager's error is the budget of every op, taken here over the mean
+    assert (low.double() - truth).abs().mean() <= 2 * (yardstick.double() - truth).abs().mean()
 
 
 @torch.no_grad()
