@@ -59,7 +59,7 @@ def main() -> int:
         picture = options.out / f"{group}.png"
         shown = report.write_picture(picture, group, results, measured)
         console.print(f"wrote {options.out / f'{group}.json'}" + (f" and {picture}" if shown else ""))
-        failed |= any(not r.correct for r in results)
+        failed |= any(r.wrong for r in results)
     return int(failed)
 
 

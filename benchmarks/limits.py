@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from fastattn import _native
+
 COPY_BYTES = 256 << 20  # past any last-level cache
+PEAK_ITERATIONS = 200_000  # a millisecond or less, so that some try is undisturbed
 MATMUL = (256, 512, 1024, 2048)  # widths tried, the next one while a product takes under MATMUL_SECONDS
 MATMUL_SECONDS = 0.02
 
@@ -26,13 +29,37 @@ def best(call: Callable[[], object], tries: int) -> float:
 def measure(quick: bool = False) -> dict[str, float]:
     """GFLOP/s for arithmetic, GB/s for memory; "bf16 dot" only where the machine has such an instruction."""
     tries = 5 if quick else 15
-    limits = {}
+    limits = {"fp32 fma": arithmetic_peak(False, tries)}
+    if dot := arithmetic_peak(True, tries):
+        limits["bf16 dot"] = dot
     for name, dtype in (("torch matmul fp32", torch.float32), ("torch matmul bf16", torch.bfloat16)):
         limits[name] = _matmul(dtype, tries)
     source, target = (torch.zeros(COPY_BYTES // 4) for _ in range(2))
     limits["copy"] = 2 * COPY_BYTES / best(lambda: target.copy_(source), tries) / 1e9
     limits["read"] = COPY_BYTES / best(source.sum, tries) / 1e9
     return limits
+
+
+def arithmetic_peak(bf16: bool, tries: int) -> float:
+    """GFLOP/s of multiply-adds in registers on torch's threads; 0 without a bf16 dot instruction."""
+    threads = torch.get_num_threads()
+    sink, operations = torch.empty(threads), torch.empty(1, dtype=torch.int64)
+
+    def run(iterations: int) -> None:
+        _native.kernel("peak")(
+            _native.params(
+                "PeakParams",
+                sink=sink,
+                operations=operations,
+                iterations=iterations,
+                bf16=int(bf16),
+                threads=threads,
+            )
+        )
+
+    run(1)
+    seconds = best(lambda: run(PEAK_ITERATIONS), 8 * tries)
+    return float(operations) * PEAK_ITERATIONS * threads / seconds / 1e9
 
 
 def _matmul(dtype: torch.dtype, tries: int) -> float:

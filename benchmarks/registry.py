@@ -109,6 +109,7 @@ class Case:
     quick: bool = False  # also part of --quick
     series: str = ""  # rows of one series are a line in the picture, against shape["L"]
     options: Mapping[str, object] = field(default_factory=dict)  # passed to build, not shown
+    needs: Mapping[str, float] = field(default_factory=dict)  # limits a machine must reach for the row to run
 
     def __post_init__(self):
         if self.direction not in DIRECTIONS:

@@ -65,7 +65,8 @@ def add_row(table: Table, result: Result) -> None:
     name = result.case.name
     missing = [f"[dim]{peer}: {why}[/]" for peer, why in result.not_run.items() if peer != OWN]
     if not result.correct:
-        table.add_row(name, f"[red]{result.error}[/]", "", "", "\n".join(missing), "")
+        colour = "red" if result.wrong else "yellow"
+        table.add_row(name, f"[{colour}]{result.error}[/]", "", "", "\n".join(missing), "")
         return
     own = result.times[OWN]
     rate = ""

@@ -37,6 +37,7 @@ class Timing:
 class Result:
     case: Case
     correct: bool = False
+    wrong: bool = False
     error: str = ""  # why there are no figures
     times: dict[str, Timing] = field(default_factory=dict)
     ratios: dict[str, Timing] = field(default_factory=dict)  # peer's time over ours
@@ -65,6 +66,10 @@ class Result:
 
 def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Result:
     result = Result(case)
+    for name, least in case.needs.items():
+        if limits.get(name, 0.0) < least:
+            result.error = f"not run: needs {name} of {least:g}, this machine has {limits.get(name, 0.0):.3g}"
+            return result
     problem = case.problem()
     result.flops, result.bytes = problem.flops, problem.bytes
     calls: dict[str, Callable] = {}
@@ -77,12 +82,12 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
             # peers that a machine does not have are part of the picture, not a failure
             result.not_run[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
     if OWN not in calls:
-        result.error = f"not run: {result.not_run[OWN]}"
+        result.error, result.wrong = f"not run: {result.not_run[OWN]}", True
         return result
     try:
         wrong = _check(case, problem, calls)
     except AssertionError as error:
-        result.error = f"WRONG: {error}"
+        result.error, result.wrong = f"WRONG: {error}", True
         return result
     for name, why in wrong.items():
         result.not_run[name] = f"another result: {why}"

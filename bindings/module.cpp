@@ -191,6 +191,14 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("logits", &VocabExpandParams::logits)
       .def_readwrite("threads", &VocabExpandParams::threads);
 
+  py::class_<PeakParams>(m, "PeakParams")
+      .def(py::init<>())
+      .def_readwrite("sink", &PeakParams::sink)
+      .def_readwrite("operations", &PeakParams::operations)
+      .def_readwrite("iterations", &PeakParams::iterations)
+      .def_readwrite("bf16", &PeakParams::bf16)
+      .def_readwrite("threads", &PeakParams::threads);
+
   m.def("rms_norm", run(&KernelTable::rms_norm));
   m.def("rms_norm_backward", run(&KernelTable::rms_norm_backward));
   m.def("swiglu", run(&KernelTable::swiglu));
@@ -213,4 +221,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("vocab_expand", run(&KernelTable::vocab_expand));
   m.def("vocab_collect", run(&KernelTable::vocab_collect));
   m.def("classify_tiles", run(&KernelTable::classify_tiles));
+  m.def("peak", run(&KernelTable::peak));
 }

@@ -12,7 +12,7 @@ from fastattn import testing
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import registry, report, runner
+from benchmarks import limits, registry, report, runner
 
 
 def scaled(x):
@@ -39,6 +39,7 @@ CASE = registry.Case(
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(runner, "SAMPLE_SECONDS", 1e-5)
+    monkeypatch.setattr(limits, "PEAK_ITERATIONS", 100)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
@@ -82,3 +83,8 @@ def test_rows_have_names_of_their_own_and_bars_name_their_peers():
     assert registry.select("recurrence", pattern="swiglu*forward")
     with pytest.raises(ValueError, match="direction"):
         registry.Case("group", "op", problem, {}, torch.float32, "sideways")
+
+
+def test_the_arithmetic_peak_is_measured_on_every_instruction_set(isa):
+    assert limits.arithmetic_peak(False, 1) > 0
+    assert (limits.arithmetic_peak(True, 1) > 0) == (isa == "avx512bf16")

@@ -130,4 +130,13 @@ struct VocabExpandParams {
   int32_t threads = 1;
 };
 
+// `iterations` of multiply-add chains in registers on every thread. operations (1,) i64: counted in one iteration of one
+// thread, 0 where the instruction set has no bf16 dot; sink (threads,) f32 keeps the work from being dropped.
+struct PeakParams {
+  Tensor sink, operations;
+  int64_t iterations = 1;
+  int32_t bf16 = 0;
+  int32_t threads = 1;
+};
+
 }  // namespace fastattn

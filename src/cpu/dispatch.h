@@ -28,6 +28,7 @@ struct KernelTable {
   void (*vocab_expand)(const VocabExpandParams&);
   void (*vocab_collect)(const VocabExpandParams&);
   void (*classify_tiles)(const TileClassParams&);
+  void (*peak)(const PeakParams&);
 };
 
 namespace cpu {

@@ -28,7 +28,7 @@ CONFIGS = {
         **{k: v for k, v in COMMON.items() if k not in ("num_hidden_layers", "num_key_value_heads")},
         num_hidden_layers=1,  # in each of the two stacks
         H_cycles=2,
-        L_cycles=2,
+        L_cycles=1,
     ),
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "gpt2": lambda: transformers.GPT2Config(

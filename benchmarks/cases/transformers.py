@@ -1,0 +1,86 @@
+"""A whole model: transformers' HRM-Text on "fastattn" against its own "sdpa"."""
+
+import functools
+
+import torch
+
+import fastattn as fa
+from benchmarks.registry import Case, Problem, faster_than
+from fastattn import testing
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@functools.cache
+def _model(dtype):
+    import transformers
+
+    fa.integrations.transformers.register()
+    torch.manual_seed(0)
+    config = transformers.HrmTextConfig(
+        vocab_size=1024, hidden_size=1536, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=12,
+        head_dim=128, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _tokens(length):
+    ids = torch.randint(1, 1024, (1, length), generator=torch.Generator().manual_seed(0))
+    return ids, (torch.arange(length) < length // 2).long()[None]
+
+
+def _compare(actual, expected, dtype):
+    """Two implementations of one model differ by roundings of the residual stream, eps each, random in sign."""
+    scale = testing.max_finite(expected)
+    error = testing.max_error(actual, expected)
+    assert error <= 16 * torch.finfo(dtype).eps * scale, (
+        f"logits differ by {error:.2e}, the largest is {scale:.2e}"
+    )
+
+
+def prefill(dtype, tokens):
+    ids, types = _tokens(tokens)
+
+    def run(implementation):
+        model = _model(dtype).eval()
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return model(ids, token_type_ids=types, use_cache=False, logits_to_keep=1).logits
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "sdpa")},
+        check=lambda: _compare(run("fastattn"), run("sdpa"), dtype),
+    )
+
+
+def training(dtype, tokens):
+    """Loss and gradients. The weights stay as they are, so that every round does the same work."""
+    ids, types = _tokens(tokens)
+
+    def run(implementation):
+        model = _model(dtype).train()
+        model.set_attn_implementation(implementation)
+        model.zero_grad(set_to_none=False)
+        loss = model(ids, token_type_ids=types, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def gradient_of_queries(implementation):
+        run(implementation)
+        return _model(dtype).model.H_module.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "sdpa")},
+        check=lambda: _compare(gradient_of_queries("fastattn"), gradient_of_queries("sdpa"), dtype),
+    )
+
+
+CASES = [
+    Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, BF16, "step",
+         (faster_than("sdpa", 1.6),), needs={"torch matmul bf16": 100}),  # 2 TFLOP of linear layers a pass
+    Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, FP32, "step"),
+    Case("attention", "transformers hrm_text training step", training, {"tokens": 1024}, FP32, "step",
+         (faster_than("sdpa", 1.3),)),
+]  # fmt: skip
