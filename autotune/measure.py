@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,49 +34,48 @@ class Case:
     def __init__(self, workload: Workload, shape: Shape, device: torch.device, seed: int):
         self.workload, self.shape = workload, shape
         inputs = workload.inputs(shape, device, seed)
-        self.inputs = testing.fresh(inputs) if workload.backward else _without_gradients(inputs)
-        self.outputs: tuple = ()
+        self.inputs = _without_gradients(inputs) if workload.timed == "forward" else testing.fresh(inputs)
         self.grads: tuple = ()
         self._expected: tuple[tuple, tuple] | None = None
-        if workload.backward:
-            self.outputs = testing.as_tuple(workload.call(shape, *self.inputs))
-            self.grads = testing.output_gradients(self.outputs)
+        if workload.timed != "forward":
+            outputs = testing.as_tuple(workload.call(shape, *self.inputs))
+            self.grads = testing.output_gradients(outputs)
+        if workload.timed == "backward":
             pairs = [
                 (output, grad.to(output))
-                for output, grad in zip(self.outputs, self.grads, strict=True)
+                for output, grad in zip(outputs, self.grads, strict=True)
                 if grad is not None and output.requires_grad
             ]
             self._pairs = tuple(zip(*pairs, strict=True))
             self._leaves = [x for x in self.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def run(self) -> tuple:
-        if self.workload.backward:
+        if self.workload.timed == "backward":
             outputs, grads = self._pairs
             return torch.autograd.grad(outputs, self._leaves, grads, retain_graph=True, allow_unused=True)
-        with torch.no_grad():
-            return testing.as_tuple(self.workload.call(self.shape, *self.inputs))
+        return self._results(self.workload.call, self.inputs)
 
     def expected(self) -> tuple[tuple, tuple]:
         """(truth in float64, eager in the inputs' dtype), computed once."""
         if self._expected is None:
             precise = testing.to_float64(self.inputs)
-            self._expected = self._reference(precise), self._reference(self.inputs)
+            reference = self.workload.reference
+            self._expected = self._results(reference, precise), self._results(reference, self.inputs)
         return self._expected
 
-    def _reference(self, inputs: Sequence[Any]) -> tuple:
-        def reference(*arguments):
-            return self.workload.reference(self.shape, *arguments)
-
-        if self.workload.backward:
-            return testing.differentiate(reference, inputs, self.grads)[1]
-        with torch.no_grad():
-            return testing.as_tuple(reference(*inputs))
+    def _results(self, call: Callable[..., Any], inputs: Sequence[Any]) -> tuple:
+        """What is compared: the outputs, the gradients, or both."""
+        if self.workload.timed == "forward":
+            with torch.no_grad():
+                return testing.as_tuple(call(self.shape, *inputs))
+        outputs, grads = testing.differentiate(lambda *given: call(self.shape, *given), inputs, self.grads)
+        return grads if self.workload.timed == "backward" else (*outputs, *grads)
 
     def check(self, actual: tuple) -> None:
         """Raise AssertionError where a result is over the op's error budget."""
         truth, eager = self.expected()
         assert len(actual) == len(truth), f"{len(actual)} results, the reference has {len(truth)}"
-        factor, terms = (3.0 if self.workload.backward else 2.0), self.workload.terms(self.shape)
+        factor, terms = (2.0 if self.workload.timed == "forward" else 3.0), self.workload.terms(self.shape)
         for a, t, e in zip(actual, truth, eager, strict=True):
             if t is None:
                 assert a is None or not a.any(), "a gradient should be absent or zero"
@@ -85,7 +84,7 @@ class Case:
 
     def budget(self) -> list[float]:
         """Each result's error budget over its largest value."""
-        factor, terms = (3.0 if self.workload.backward else 2.0), self.workload.terms(self.shape)
+        factor, terms = (2.0 if self.workload.timed == "forward" else 3.0), self.workload.terms(self.shape)
         shares = []
         for t, e in zip(*self.expected(), strict=True):
             largest = testing.max_finite(t) if t is not None else 0.0

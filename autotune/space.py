@@ -33,8 +33,9 @@ class Workload:
 
     shapes(effort, target) gives the calls worth tuning for, "quick" the few that matter most, "full" more.
     inputs(shape, device, seed) makes a call's arguments; tensors that require gradients are differentiated
-    where `backward` is set. call(shape, *inputs) runs the backend, reference(shape, *inputs) is the same in
-    plain torch for any float dtype. With `backward` the gradient computation is what is timed and compared.
+    unless `timed` is "forward". call(shape, *inputs) runs the backend, reference(shape, *inputs) is the same in
+    plain torch for any float dtype. `timed` says what is measured and compared: the call ("forward"), the
+    computation of its gradients ("backward"), or "both" in one, for ops that find gradients while they are at it.
     terms(shape) is the length of the longest sum behind one output element: it scales the error budget.
     check_shape(shape) is a smaller call with the same key, for references that cost far more than the kernel;
     a finalist is still compared with the default's result at the full shape.
@@ -46,7 +47,7 @@ class Workload:
     inputs: Callable[..., tuple]
     call: Callable[..., Any]
     reference: Callable[..., Any]
-    backward: bool = False
+    timed: str = "forward"
     terms: Callable[[Shape], int] = field(default=lambda shape: 1)
     devices: tuple[str, ...] = ("cpu",)  # torch device types
     check_shape: Callable[[Shape], Shape] = field(default=lambda shape: shape)

@@ -170,6 +170,7 @@ class Server:
         target = _device.target(self.device)
         shapes = [dict(shape) for shape in workload.shapes(effort, target)]
         if given:
+            shapes = shapes or list(workload.shapes("full", target))
             shapes = _replace_fields(shapes, given, name)
         calls = []
         for shape in shapes:

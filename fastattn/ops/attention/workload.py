@@ -98,7 +98,7 @@ def _workload(op: str, backend: str, shapes, device: str) -> Workload:
         inputs=_inputs,
         call=_call(backend),
         reference=_call("reference"),
-        backward=op == "attention_backward",
+        timed="backward" if op == "attention_backward" else "forward",
         terms=lambda shape: shape["length"],
         check_shape=_check_shape,
         devices=(device,),

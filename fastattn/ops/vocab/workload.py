@@ -1,0 +1,86 @@
+"""The calls that the losses are tuned by: a training step's loss and its gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn import testing
+from fastattn.autotune.space import Workload
+
+from .codes import vq_cross_entropy
+from .linear import linear_cross_entropy
+
+_CHECKED = 70  # rows at which a candidate is compared with the reference
+
+
+def _linear_shapes(effort: str, target) -> list[dict]:
+    if effort == "quick":  # logits worth chunking take too long for a quick run
+        return []
+    return [
+        {"rows": rows, "classes": classes, "width": 512, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+        for rows, classes in ((2048, 16384), (1024, 65536))
+    ]
+
+
+def _linear_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+    options = {"dtype": getattr(torch, shape["dtype"]), "requires_grad": True, "device": device}
+    h = testing.random_tensor(shape["rows"], shape["width"], seed=seed, **options)
+    weight = testing.random_tensor(shape["classes"], shape["width"], seed=seed + 1, scale=0.05, **options)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(shape["classes"], (shape["rows"],), generator=generator).to(device)
+    return h, weight, target
+
+
+def _linear(backend: str):
+    def call(shape: dict, h, weight, target):
+        return linear_cross_entropy(h, weight, target, backend=backend)
+
+    return call
+
+
+def _codes_shapes(effort: str, target) -> list[dict]:
+    dtypes = ("float32",) if effort == "quick" else ("float32", "bfloat16")
+    sizes = ((2048, 1024),) if effort == "quick" else ((2048, 1024), (8192, 4096))
+    return [
+        {"rows": rows, "codes": codes, "width": 256, "tokens": 8 * codes, "dtype": dtype}
+        for dtype in dtypes
+        for rows, codes in sizes
+    ]
+
+
+def _codes_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+    options = {"dtype": getattr(torch, shape["dtype"]), "requires_grad": True, "device": device}
+    h = testing.random_tensor(shape["rows"], shape["width"], seed=seed, **options)
+    codebook = testing.random_tensor(shape["codes"], shape["width"], seed=seed + 1, scale=0.05, **options)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(shape["codes"], (shape["tokens"],), generator=generator).to(device)
+    target = torch.randint(shape["tokens"], (shape["rows"],), generator=generator).to(device)
+    return h, codebook, codes, target
+
+
+def _codes(backend: str):
+    def call(shape: dict, h, codebook, codes, target):
+        return vq_cross_entropy(h, codebook, codes, target, backend=backend)
+
+    return call
+
+
+def _workload(op: str, shapes, inputs, call, classes: str) -> Workload:
+    return Workload(
+        op,
+        "cpu",
+        shapes=shapes,
+        inputs=inputs,
+        call=call("cpu"),
+        reference=call("reference"),
+        timed="both",
+        terms=lambda shape: max(shape[classes], shape["width"], shape["rows"]),
+        check_shape=lambda shape: {**shape, "rows": _CHECKED, classes: min(shape[classes], 500)},
+    )
+
+
+WORKLOADS = (
+    _workload("linear_cross_entropy", _linear_shapes, _linear_inputs, _linear, "classes"),
+    _workload("vq_cross_entropy", _codes_shapes, _codes_inputs, _codes, "codes"),
+)
