@@ -114,6 +114,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("statistics", &ReweightedParams::statistics)
       .def_readwrite("power", &ReweightedParams::power)
       .def_readwrite("reweigh", &ReweightedParams::reweigh);
+  py::class_<GroupedParams, AttentionParams>(m, "GroupedParams")
+      .def(py::init<>())
+      .def_readwrite("groups", &GroupedParams::groups)
+      .def_readwrite("key_groups", &GroupedParams::key_groups)
+      .def_readwrite("window", &GroupedParams::window);
   py::class_<TileClassParams>(m, "TileClassParams")
       .def(py::init<>())
       .def_readwrite("dense", &TileClassParams::dense)
@@ -210,6 +215,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("attention_backward", run(&KernelTable::attention_backward));
   m.def("reweighted_forward", run(&KernelTable::reweighted_forward));
   m.def("reweighted_backward", run(&KernelTable::reweighted_backward));
+  m.def("grouped_forward", run(&KernelTable::grouped_forward));
+  m.def("grouped_backward", run(&KernelTable::grouped_backward));
   m.def("vocab_rows", run(&KernelTable::vocab_rows));
   m.def("vocab_code_bias", run(&KernelTable::vocab_code_bias));
   m.def("vocab_best_tokens", run(&KernelTable::vocab_best_tokens));

@@ -70,6 +70,12 @@ struct ReweightedParams : AttentionParams {
   int32_t reweigh = 0;
 };
 
+// Causal softmax attention to a window and to shared groups. groups (B, Lq), key_groups (B, Lk) i64, contiguous.
+struct GroupedParams : AttentionParams {
+  Tensor groups, key_groups;
+  int64_t window = 0;
+};
+
 // classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k elements,
 // which the kernel rounds up to its own multiples.
 struct TileClassParams {

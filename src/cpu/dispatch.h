@@ -17,6 +17,8 @@ struct KernelTable {
   void (*attention_backward)(const AttentionParams&);
   void (*reweighted_forward)(const ReweightedParams&);
   void (*reweighted_backward)(const ReweightedParams&);
+  void (*grouped_forward)(const GroupedParams&);
+  void (*grouped_backward)(const GroupedParams&);
   void (*vocab_rows)(const VocabRowsParams&);
   void (*vocab_code_bias)(const VocabTokensParams&);
   void (*vocab_best_tokens)(const VocabTokensParams&);

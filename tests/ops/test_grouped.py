@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import _native, testing
 
 
 def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_lengths=None):
@@ -230,3 +230,91 @@ def test_router_errors_name_the_argument():
     q, k, v = testing.attention_inputs(1, 1, 1, 2, 4, 8)
     with pytest.raises(ValueError, match="key_groups is needed where q has another length"):
         fa.grouped_attention(q, k, v, torch.zeros(1, 2, dtype=torch.int64))
+
+
+# --- native kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=testing.isas())
+def isa(request):
+    with _native.use_cpu_isa(request.param):
+        yield request.param
+
+
+def call(groups, backend, **options):
+    return lambda q, k, v: fa.grouped_attention(q, k, v, groups, backend=backend, **options)
+
+
+@given(data=st.data())
+def test_native_is_the_rule(isa, data):
+    """Within 1e-5 of the dense float64 definition for every pattern of signatures, gradients within their budget."""
+    kv_heads = data.draw(st.integers(1, 2))
+    lengths = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=3))
+    packed = len(lengths) > 1
+    batch = 1 if packed else data.draw(st.integers(1, 2))
+    length = sum(lengths)
+    groups = data.draw(signatures(batch, length))
+    options = {"window": data.draw(st.integers(0, 40) | st.just(length))}
+    mask = {}
+    if packed:
+        mask["cu_seqlens_q"] = torch.tensor([0, *lengths]).cumsum(0)
+    if data.draw(st.booleans()):
+        mask["key_lengths"] = torch.tensor(
+            [data.draw(st.integers(0, n)) for n in (lengths if packed else lengths * batch)]
+        )
+    if data.draw(st.booleans()):
+        mask["window"] = (data.draw(st.integers(0, length)), None)
+    options["mask"] = fa.Mask(**mask) if mask else None
+    head_dim, value_dim = data.draw(st.sampled_from([(1, 3), (8, 8), (17, 33), (64, 16)]))
+    inputs = testing.attention_inputs(
+        batch, kv_heads * 2, kv_heads, length, length, head_dim, value_dim, layout="odd"
+    )
+    with testing.nan_filled_outputs():
+        actual = call(groups, "cpu", **options)(*inputs)
+    truth = call(groups, "reference", **options)(*testing.to_float64(inputs))
+    assert testing.max_error(actual, truth) <= 1e-5
+    with testing.nan_filled_outputs():
+        testing.check_op(
+            call(groups, "cpu", **options), call(groups, "reference", **options), inputs, terms=length + 16
+        )
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+@pytest.mark.parametrize(("count", "top_k"), [(8, 1), (16, 2), (4, 3), (60, 4)])
+def test_native_dtypes(isa, nan_outputs, dtype, count, top_k):
+    """60 groups: signatures of more than 32 bits; 4 groups with 3 each: one list of all is less work."""
+    groups = fa.focus_groups(
+        torch.rand(1, 200, count, generator=torch.Generator().manual_seed(0)), top_k=top_k
+    )
+    inputs = testing.attention_inputs(1, 2, 1, 200, 200, 32, dtype=dtype)
+    testing.check_op(call(groups, "cpu", window=20), call(groups, "reference", window=20), inputs, terms=200)
+
+
+def test_native_decoding(isa, nan_outputs):
+    q, k, v = testing.attention_inputs(2, 4, 2, 150, 150, 16, requires_grad=False)
+    groups = fa.focus_groups(torch.rand(2, 150, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    for rows in (1, 7):
+        step = {"window": 9, "key_groups": groups, "mask": fa.Mask(key_lengths=torch.tensor([150, 140]))}
+        last = (q[:, :, 150 - rows :], k, v)
+        actual = call(groups[:, 150 - rows :], "cpu", **step)(*last)
+        truth = call(groups[:, 150 - rows :], "reference", **step)(*(x.double() for x in last))
+        assert testing.max_error(actual, truth) <= testing.rounding_band(truth, torch.float32, 150)
+
+
+def test_native_is_deterministic(isa):
+    inputs = testing.attention_inputs(1, 4, 2, 200, 200, 16)
+    groups = fa.focus_groups(torch.rand(1, 200, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    runs = [testing.differentiate(call(groups, "cpu", window=9), inputs) for _ in range(3)]
+    for out, grads in runs[1:]:
+        assert torch.equal(out[0], runs[0][0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
+
+
+def test_dense_masks_take_the_definition():
+    q, k, v = testing.attention_inputs(1, 1, 1, 6, 6, 8)
+    groups = torch.ones(1, 6, dtype=torch.int64)
+    mask = fa.Mask(dense=torch.ones(6, 6, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="it does not serve a dense mask"):
+        fa.grouped_attention(q, k, v, groups, mask=mask, backend="cpu")
+    assert fa.explain("grouped_attention", q, k, v, groups, mask=mask).backend == "reference"
+    assert fa.explain("grouped_attention", q, k, v, groups).backend == "cpu"

@@ -23,6 +23,25 @@ def _reference(name: str) -> Backend:
     return Backend("reference", load)
 
 
+def _cpu(name: str) -> Backend:
+    def load():
+        from . import cpu
+
+        return getattr(cpu, name)
+
+    def supports(*args):
+        from . import cpu
+
+        return cpu.refusal(name, *args)
+
+    def configure(*args):
+        from . import cpu
+
+        return cpu.configure(name, *args)
+
+    return Backend("cpu", load, supports, configure, devices=("cpu",))
+
+
 def _reference_backward(name: str, wrt: tuple[int, ...], saved: int, first: int) -> Backend:
     """Vector-Jacobian products of the definition's first output; `saved` arguments follow the first `first` inputs."""
 
@@ -115,7 +134,7 @@ register_op(
     "grouped_attention",
     f"(Tensor q, Tensor k, Tensor v, {_GROUPED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
-    backends=(_reference("grouped_attention"),),
+    backends=(_cpu("grouped_attention"), _reference("grouped_attention")),
     backward=_grouped_backward,
     setup_context=_attention_setup,
 )
@@ -124,7 +143,10 @@ register_op(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GROUPED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
-    backends=(_reference_backward("grouped_attention", (0, 1, 2), saved=2, first=3),),
+    backends=(
+        _cpu("grouped_attention_backward"),
+        _reference_backward("grouped_attention", (0, 1, 2), saved=2, first=3),
+    ),
 )
 
 

@@ -1,0 +1,118 @@
+"""Grouped attention on the CPU: outputs allocated, parameters filled, one kernel call."""
+
+import torch
+
+from ... import _config, _native
+from ..attention.cpu import mask_fields
+from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+
+_LARGEST_HEAD_DIM = 256
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
+    q, k, v = _qkv(name, args)
+    if q.dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
+        if not 1 <= size <= _LARGEST_HEAD_DIM:
+            return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
+    if max(q.shape[2], k.shape[2]) >= 2**31:
+        return "it serves lengths below 2**31"
+    if args[-1] is not None:
+        return "it does not serve a dense mask"
+    return None
+
+
+def configure(name: str, *args) -> _config.Choice:
+    return _lookup(name, *_qkv(name, args))
+
+
+def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return args[1:4] if name.endswith("backward") else args[:3]
+
+
+def _lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _config.Choice:
+    return _config.lookup(
+        name,
+        "cpu",
+        structural={
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "head_dim": q.shape[3],
+            "value_dim": v.shape[3],
+        },
+        sizes={
+            "batch": q.shape[0],
+            "heads": q.shape[1],
+            "kv_heads": k.shape[1],
+            "q_length": q.shape[2],
+            "k_length": k.shape[2],
+        },
+        device="cpu",
+    )
+
+
+def _call(
+    kernel: str, name: str, q, k, v, groups, key_groups, window: int, scale: float, mask, **tensors
+) -> None:
+    _native.kernel(kernel)(
+        _native.params(
+            "GroupedParams",
+            q=_native.rows(q),
+            k=_native.rows(k),
+            v=_native.rows(v),
+            groups=groups.contiguous(),
+            key_groups=key_groups.contiguous(),
+            window=window,
+            scale=scale,
+            threads=_native.threads(),
+            **mask_fields(q, k, *mask),
+            **_lookup(name, q, k, v).values,
+            **tensors,
+        )
+    )
+
+
+def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        _call(
+            "grouped_forward",
+            "grouped_attention",
+            q,
+            k,
+            v,
+            groups,
+            key_groups,
+            window,
+            scale,
+            mask,
+            out=out,
+            lse=lse,
+        )
+    return out, lse
+
+
+def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    if any(g.numel() for g in grads):
+        _call(
+            "grouped_backward",
+            "grouped_attention_backward",
+            q,
+            k,
+            v,
+            groups,
+            key_groups,
+            window,
+            scale,
+            mask,
+            grad_out=_native.rows(grad_out),
+            out=_native.rows(out),
+            lse=lse.contiguous(),
+            grad_q=grads[0],
+            grad_k=grads[1],
+            grad_v=grads[2],
+        )
+    return grads

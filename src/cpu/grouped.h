@@ -1,0 +1,345 @@
+// Grouped sparse attention. Every pair of tokens is in exactly one list: the local list holds all tokens and counts the
+// pairs at most `window` apart; a group's list holds its members in order and counts the pairs further apart that share
+// no lower group. Within a list the keys of a row are an interval, so a list is attention over gathered rows.
+#pragma once
+
+#include "rows.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Tokens of one list with their signatures, in order of position.
+struct Members {
+  int32_t *position, *low, *high;  // (count): position in the sequence, halves of the signature
+  int64_t count;
+};
+
+struct GroupList {
+  Members queries, keys;
+  uint32_t low, high;  // bits of the signatures that decide whether this list counts a pair
+  bool test;           // some pair of this list has to be tested
+  bool shared;         // it counts pairs that share one of those bits; else pairs that share none
+};
+
+constexpr int kMostLists = 64;
+
+struct SequenceLists {
+  GroupList list[kMostLists];
+  int count;
+};
+
+FASTATTN_INLINE const int64_t* signatures(const Tensor& t, int64_t batch, int64_t first) {
+  return (const int64_t*)t.data + batch * t.stride[2] + first;
+}
+
+// The tokens among `length` whose signature has some bit of `bits`, written to memory from *next on.
+FASTATTN_INLINE Members members(const int64_t* signature, int64_t length, uint64_t bits, int32_t** next) {
+  Members m{*next, nullptr, nullptr, 0};
+  for (int64_t i = 0; i < length; i++)
+    if ((uint64_t)signature[i] & bits) m.position[m.count++] = (int32_t)i;
+  const int64_t room = round_up(m.count, 64) + 64;  // vectors may be read past the last member
+  m.low = m.position + room;
+  m.high = m.low + room;
+  for (int64_t i = 0; i < room; i++) {
+    const uint64_t s = i < m.count ? (uint64_t)signature[m.position[i]] : 0;
+    m.low[i] = (int32_t)(uint32_t)s;
+    m.high[i] = (int32_t)(uint32_t)(s >> 32);
+  }
+  *next = m.high + room;
+  return m;
+}
+
+FASTATTN_INLINE uint64_t union_of(const Members& m, uint64_t bits) {
+  uint64_t all = 0;
+  for (int64_t i = 0; i < m.count; i++) all |= (uint64_t)(uint32_t)m.low[i] | (uint64_t)(uint32_t)m.high[i] << 32;
+  return all & bits;
+}
+
+struct GroupedProblem : Problem {
+  const GroupedParams& g;
+  SequenceLists* lists;  // (sequences)
+  int32_t* next;
+  int most = 0;  // lists of any sequence
+
+  GroupedProblem(const GroupedParams& params) : Problem(params), g(params) {
+    int64_t tokens = 0, bits = 0;
+    const auto count = [&](const Tensor& t) {
+      for (int64_t b = 0; b < t.size[2]; b++)
+        for (int64_t i = 0; i < t.size[3]; i++) bits += __builtin_popcountll((uint64_t)signatures(t, b, 0)[i]);
+      tokens += t.size[2] * t.size[3];
+    };
+    count(g.groups);
+    count(g.key_groups);
+    const int64_t words = 3 * (bits + tokens + sequences * 2 * (kMostLists + 1) * 128);
+    char* memory = (char*)cpu::scratch(1, size_t(sequences * (int64_t)sizeof(SequenceLists) + words * 4));
+    lists = (SequenceLists*)memory;
+    next = (int32_t*)(memory + sequences * sizeof(SequenceLists));
+    for (int64_t s = 0; s < sequences; s++) {
+      build(sequence(s), lists[s]);
+      most = lists[s].count > most ? lists[s].count : most;
+    }
+  }
+
+  void build(const Sequence& s, SequenceLists& to) {
+    to.count = 0;
+    if (s.k_length <= g.window + 1) return;  // the window reaches everything
+    const int64_t *q = signatures(g.groups, s.batch, s.q_begin), *k = signatures(g.key_groups, s.batch, s.k_begin);
+    int64_t in_q[64] = {}, in_k[64] = {}, any_q = 0, any_k = 0, pairs = 0;
+    const auto tally = [](const int64_t* signature, int64_t length, int64_t* in) {
+      int64_t any = 0;
+      for (int64_t i = 0; i < length; i++) {
+        any += signature[i] != 0;
+        for (uint64_t rest = (uint64_t)signature[i]; rest; rest &= rest - 1) in[__builtin_ctzll(rest)]++;
+      }
+      return any;
+    };
+    any_q = tally(q, s.q_length, in_q);
+    any_k = tally(k, s.keys, in_k);
+    for (int b = 0; b < 64; b++) pairs += in_q[b] * in_k[b];
+    if (pairs == 0) return;
+    if (pairs > any_q * any_k) {  // so much overlap that one list of all is less work
+      GroupList& list = to.list[to.count++];
+      list = {members(q, s.q_length, ~0ull, &next), members(k, s.keys, ~0ull, &next), ~0u, ~0u, true, true};
+      return;
+    }
+    for (int b = 0; b < 64; b++) {
+      if (!in_q[b] || !in_k[b]) continue;
+      const uint64_t bit = 1ull << b, lower = bit - 1;
+      GroupList& list = to.list[to.count++];
+      list.queries = members(q, s.q_length, bit, &next);
+      list.keys = members(k, s.keys, bit, &next);
+      list.low = (uint32_t)lower;
+      list.high = (uint32_t)(lower >> 32);
+      list.test = (union_of(list.queries, lower) & union_of(list.keys, lower)) != 0;
+      list.shared = false;
+    }
+  }
+};
+
+// One list of one sequence: list 0 is the local one, whose tokens are the sequence's own.
+struct ListView {
+  const GroupedProblem& problem;
+  Sequence s;
+  const GroupList* list;  // null for the local list
+  int64_t rows, first_key, keys;
+
+  ListView(const GroupedProblem& problem, int64_t sequence, int number)
+      : problem(problem), s(problem.sequence(sequence)) {
+    list = number && number <= problem.lists[sequence].count ? problem.lists[sequence].list + number - 1 : nullptr;
+    if (list) {
+      rows = list->queries.count;
+      first_key = 0;
+      keys = list->keys.count;
+    } else {
+      rows = number ? 0 : s.q_length;
+      first_key = rows ? local_low(0) : 0;
+      keys = rows ? max64(0, s.end_key(rows - 1) - first_key) : 0;
+    }
+  }
+  int64_t local_low(int64_t i) const {
+    return max64(s.first_key(i), max64(0, i + s.k_length - s.q_length - problem.g.window));
+  }
+  int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
+  int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
+
+  // Members at positions below `position`.
+  int32_t below(int64_t position) const {
+    int64_t low = 0, high = list->keys.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (list->keys.position[middle] < position)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return (int32_t)low;
+  }
+
+  void fill(RowRanges& r, int64_t first, int64_t count) const {
+    r.begin = INT32_MAX;
+    r.end = 0;
+    for (int64_t g = 0; g * kRows < count; g++) {
+      int32_t lo = INT32_MAX, hi = 0;
+      for (int64_t i = g * kRows; i < min64(count, (g + 1) * kRows); i++) {
+        const int64_t token = row(first + i), diagonal = token + s.k_length - s.q_length;
+        int32_t begin, end;
+        if (list) {
+          begin = below(s.first_key(token));
+          end = below(min64(s.end_key(token), diagonal - problem.g.window));
+        } else {
+          begin = (int32_t)(local_low(token) - first_key);
+          end = (int32_t)(s.end_key(token) - first_key);
+        }
+        r.low[i] = begin < end ? begin : INT32_MAX;
+        r.high[i] = begin < end ? end : 0;
+        lo = r.low[i] < lo ? r.low[i] : lo;
+        hi = r.high[i] > hi ? r.high[i] : hi;
+      }
+      r.group_low[g] = lo;
+      r.group_high[g] = hi;
+      r.begin = lo < r.begin ? lo : r.begin;
+      r.end = hi > r.end ? hi : r.end;
+    }
+  }
+
+  // Which of W keys from j on row r's list counts, as far as signatures tell.
+  FASTATTN_INLINE vi counted(const GroupList& list, int64_t r, int64_t j) {
+    vi low, high;
+    memcpy(&low, list.keys.low + j, sizeof low);
+    memcpy(&high, list.keys.high + j, sizeof high);
+    const vi both = (low & (int32_t)((uint32_t)list.queries.low[r] & list.low)) |
+                    (high & (int32_t)((uint32_t)list.queries.high[r] & list.high));
+    return list.shared ? both != 0 : both == 0;
+  }
+};
+
+// `count` rows of a list from `first` on, as rows of memory: where they are when they follow each other, else copied.
+template <class Position>
+FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t count, int64_t columns, bool scattered,
+                              const Position& position) {
+  const int64_t width = from.dtype == DType::f32 ? 4 : 2;
+  if (!scattered) return {(const char*)from.data + position(first) * from.stride * width, from.stride, from.dtype};
+  for (int64_t i = 0; i < count; i++)
+    memcpy(to + i * columns * width, (const char*)from.data + position(first + i) * from.stride * width,
+           size_t(columns * width));
+  return {to, columns, from.dtype};
+}
+
+template <class Unit>
+struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
+  using Base = ForwardBlock<Unit, SoftmaxScore<Arithmetic>>;
+  using Word = typename Unit::Word;
+  char* rows_of_q;  // (block_q, D) gathered
+
+  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k) {
+    return Base::bytes(problem, block_q, block_k) + block_q * problem.head_dim * 4 + 64;
+  }
+  GroupedBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena arena)
+      : Base(problem, block_q, block_k, Arena{arena.next + round_up(block_q * problem.head_dim * 4, 64)}),
+        rows_of_q(arena.next) {}
+
+  // state: (rows of the sequence, state_columns): accumulated values, running maximum, running sum.
+  void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
+           int64_t capacity, float* state, int64_t state_columns) {
+    const AttentionParams& p = this->problem.p;
+    const int64_t groups = (rows + kRows - 1) / kRows, columns = this->out_columns;
+    view.fill(this->ranges, first, rows);
+    if (view.list && this->ranges.begin >= this->ranges.end) return;
+    const auto position = [&](int64_t r) { return view.row(r); };
+    const Matrix q = gather(rows_of_q, matrix(p.q, view.s.batch, head, view.s.q_begin), first, rows,
+                            this->problem.head_dim, view.list != nullptr, position);
+    pack_rows<Unit>(this->q, this->q_steps, q, rows, this->problem.head_dim, this->problem.sign);
+    memset(this->out, 0, size_t(groups * kRows * columns) * 4);
+    memset(this->sums, 0, size_t(groups * kRows * W) * 4);
+    for (int64_t i = 0; i < groups * kRows; i++) this->top[i] = -__builtin_inff();
+    if (view.list) {
+      for (int64_t i = 0; i < rows; i++) {
+        const float* from = state + view.row(first + i) * state_columns;
+        memcpy(this->out + i * columns, from, size_t(columns) * 4);
+        this->top[i] = from[columns];
+        this->sums[i * W] = from[columns + 1];
+      }
+    }
+    Sequence s = view.s;
+    s.keys = view.keys;
+    for (int64_t n = this->ranges.begin / this->block_k * this->block_k; n < this->ranges.end; n += this->block_k) {
+      this->score_tile(n, groups, keys, view.keys);
+      if (view.list && view.list->test) exclude(*view.list, first, rows, n, min64(this->block_k, view.keys - n));
+      this->weigh_tile(s, head, first, rows, n, ScoreRow{}, false);
+      this->add_values(n, groups, values, capacity, view.keys);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+      float* to = state + view.row(first + i) * state_columns;
+      memcpy(to, this->out + i * columns, size_t(columns) * 4);
+      to[columns] = this->top[i];
+      to[columns + 1] = reduce_add(load(this->sums + i * W));
+    }
+  }
+
+  void exclude(const GroupList& list, int64_t first, int64_t rows, int64_t n, int64_t there) {
+    for (int64_t i = 0; i < rows; i++) {
+      const Columns columns(this->ranges, i / kRows, n, there);
+      float* x = this->scores + i * this->block_k;
+      for (int64_t j = columns.begin; j < columns.end; j += W)
+        store(x + j, select(ListView::counted(list, first + i, n + j), load(x + j), splat(-__builtin_inff())));
+    }
+  }
+};
+
+template <class Unit>
+static void grouped_tiled(const GroupedParams& p) {
+  using Word = typename Unit::Word;
+  const GroupedProblem problem(p);
+  const Longest longest(problem);
+  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  const PackedHead<Unit> packed(problem, longest.k);
+  const int64_t out_columns = round_up(problem.value_dim, W), state_columns = out_columns + W;
+  const int64_t head_state = longest.q * state_columns;  // of one query head
+  const int64_t words = packed.words() + round_up(problem.group * head_state, 16);
+  const int64_t blocks = (longest.q + block_q - 1) / block_q, pairs = problem.sequences * problem.kv_heads;
+  const int64_t wave = max64(1, min64(pairs, 4 * p.pack_kib * 256 / max64(words, 1)));
+  constexpr int64_t kPackRows = 4 * kPanel;
+  const int64_t gathered = round_up(kPackRows * (problem.head_dim + problem.value_dim) * 4, 64);
+  const int64_t block_bytes = round_up(max64(GroupedBlock<Unit>::bytes(problem, block_q, block_k), gathered), 4096);
+  char* memory = (char*)cpu::scratch(0, size_t(wave * words * 4 + p.threads * block_bytes));
+  Word* store_at = (Word*)(memory + p.threads * block_bytes);
+  const int64_t pack_tasks = (longest.k + kPackRows - 1) / kPackRows, q_steps = steps_of<Unit>(problem.head_dim);
+
+  for (int64_t begin = 0; begin < pairs; begin += wave) {
+    const int64_t count = min64(wave, pairs - begin);
+    for (int number = 0; number <= problem.most; number++) {
+      parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int thread) {
+        const int64_t pair = begin + task / pack_tasks, first = task % pack_tasks * kPackRows;
+        const int64_t head = pair % problem.kv_heads;
+        const ListView view(problem, pair / problem.kv_heads, number);
+        const int64_t rows = min64(kPackRows, view.keys - first);
+        if (rows <= 0) return;
+        char* copy = memory + thread * block_bytes;
+        Word* to = store_at + task / pack_tasks * words;
+        const auto position = [&](int64_t j) { return view.key(j); };
+        const Matrix k = gather(copy, matrix(p.k, view.s.batch, head, view.s.k_begin), first, rows, problem.head_dim,
+                                view.list != nullptr, position);
+        pack_transposed<Unit>(to + first * q_steps, k, rows, problem.head_dim);
+        const Matrix v =
+            gather(copy + kPackRows * problem.head_dim * 4, matrix(p.v, view.s.batch, head, view.s.k_begin), first,
+                   rows, problem.value_dim, view.list != nullptr, position);
+        pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep, v, rows, problem.value_dim);
+      });
+      parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
+        const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
+        const ListView view(problem, (begin + pair) / problem.kv_heads, number);
+        const int64_t first = (blocks - 1 - task % blocks) * block_q;
+        if (first >= view.rows) return;
+        const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
+        const Word* keys = store_at + pair * words;
+        GroupedBlock<Unit> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
+        block.run(view, head, first, min64(block_q, view.rows - first), keys, keys + packed.key_words, packed.capacity,
+                  (float*)(keys + packed.words()) + in_group * head_state, state_columns);
+      });
+    }
+    parallel_items(count * problem.group, p.threads, [&](int64_t task, int) {
+      const int64_t pair = task / problem.group, in_group = task % problem.group;
+      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+      const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
+      const float* state = (const float*)(store_at + pair * words + packed.words()) + in_group * head_state;
+      const Matrix out = matrix(p.out, s.batch, head, s.q_begin);
+      float* lse = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
+      for (int64_t i = 0; i < s.q_length; i++) {
+        const float* row = state + i * state_columns;
+        const float top = row[out_columns], sum = row[out_columns + 1];
+        store_row(out, i, row, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
+        lse[i] = sum == 0 ? -__builtin_inff() : (float)((double)top * kLn2Double + __builtin_log((double)sum));
+      }
+    });
+  }
+}
+
+static void grouped_forward(const GroupedParams& p) {
+#if defined(FASTATTN_BF16_DOT)
+  if (p.q.dtype == DType::bf16) return grouped_tiled<Pairs>(p);
+#endif
+  grouped_tiled<Singles>(p);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
