@@ -1,0 +1,84 @@
+# make demo      set up, tune, train a small model on real text, let it answer, leave demo-run/report.html
+# make test      set up, then the whole test suite on the installed package
+# make test-all  with the slow tests
+# make lint      ruff and clang-format, as checks
+# make clean     remove what these made, the tuned tables in the user's cache aside
+#
+# Python 3.11 or 3.12 and a C++ compiler are needed. PYTHON=... picks the interpreter, PIP_FLAGS=... is passed to
+# every pip install (say, an index with CPU builds of torch), DEMO_FLAGS=... to `fastattn demo`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: demo test test-all lint clean setup-demo setup-test
+.NOTPARALLEL:
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS ?=
+DEMO_FLAGS ?=
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
+
+# Two test processes with two threads each share few cores: threads that wait must not spin.
+export OMP_WAIT_POLICY ?= passive
+
+demo: setup-demo
+	@tuned="$(VENV)/.tuned-$$($(call contents,src fastattn autotune))"; \
+	if [ -e "$$tuned" ]; then echo "== kernels: tuned before"; else \
+		echo "== kernels: tuning them for this machine, under a minute"; \
+		$(BIN)/fastattn tune --effort quick && rm -f $(VENV)/.tuned-* && touch "$$tuned"; fi
+	@$(BIN)/fastattn demo --output demo-run $(DEMO_FLAGS)
+
+test: setup-test
+	@$(call run_tests,not slow)
+
+test-all: setup-test
+	@$(call run_tests,slow or not slow)
+
+lint: setup-test
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find src bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | sort | xargs $(BIN)/clang-format --dry-run -Werror
+
+setup-demo:
+	@$(call setup,train$(comma)tune)
+
+setup-test:
+	@$(call setup,train$(comma)tune$(comma)hf$(comma)test$(comma)lint)
+
+clean:
+	rm -rf $(VENV) build demo-run
+
+comma := ,
+
+# A digest of files' names and contents, so that set-up follows what changed and not when.
+contents = { echo "$(PYTHON)"; find pyproject.toml constraints.txt CMakeLists.txt $(1) -type f \
+	-not -path '*/__pycache__/*' -not -name '*.so' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c 1-16
+
+# Installs the package from source, not in place, with extras $(1). torch comes first and pinned: left to itself, pip
+# may take its newest build, which brings gigabytes of CUDA packages.
+define setup
+[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or 3.12 found; give PYTHON=/path/to/python"; exit 1; }; \
+command -v "$${CXX:-c++}" > /dev/null || { echo "error: no C++ compiler found; install g++ or clang++"; exit 1; }; \
+stamp="$(VENV)/.ready-$(subst $(comma),-,$(1))-$$($(call contents,src bindings fastattn autotune))"; \
+if [ -e "$$stamp" ]; then echo "== set-up: done before"; exit 0; fi; \
+if [ ! -x $(BIN)/python ]; then echo "== set-up: $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); fi; \
+echo "== set-up: torch (a large download the first time)"; \
+$(PIP) -q torch; \
+echo "== set-up: build tools and packages for [$(1)]"; \
+$(PIP) -q scikit-build-core pybind11 cmake ninja; \
+echo "== set-up: fastattn, compiled from source"; \
+$(PIP) -q --no-build-isolation -Cbuild-dir=build/make ".[$(1)]"; \
+rm -f "$(VENV)/.ready-$(subst $(comma),-,$(1))-"*; touch "$$stamp"
+endef
+
+# From tests/, so that the installed package is imported and not the source beside it. The interpreter has to be
+# chosen before triton is imported, so its tests are a process of their own.
+define run_tests
+echo "== tests"; cd tests; \
+$(BIN)/pytest -n 2 --dist worksteal -m "$(1)" --ignore=interp .; \
+if [ -d interp ]; then echo "== tests: Triton kernels in the interpreter"; \
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m "$(1)" interp; fi
+endef
