@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt $(PIP_FLAGS)
 
 # Two test processes with two threads each share few cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= passive
@@ -66,11 +66,11 @@ stamp="$(VENV)/.ready-$(subst $(comma),-,$(1))-$$($(call contents,src bindings f
 if [ -e "$$stamp" ]; then echo "== set-up: done before"; exit 0; fi; \
 if [ ! -x $(BIN)/python ]; then echo "== set-up: $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); fi; \
 echo "== set-up: torch (a large download the first time)"; \
-$(PIP) -q torch; \
+$(PIP) -qq torch; \
 echo "== set-up: build tools and packages for [$(1)]"; \
-$(PIP) -q scikit-build-core pybind11 cmake ninja; \
+$(PIP) -qq scikit-build-core pybind11 cmake ninja; \
 echo "== set-up: fastattn, compiled from source"; \
-$(PIP) -q --no-build-isolation -Cbuild-dir=build/make ".[$(1)]"; \
+$(PIP) -qq --no-build-isolation -Cbuild-dir=build/make ".[$(1)]"; \
 rm -f "$(VENV)/.ready-$(subst $(comma),-,$(1))-"*; touch "$$stamp"
 endef
 
