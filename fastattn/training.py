@@ -34,8 +34,8 @@ class TrainConfig:
     """
 
     steps: int
-    batch_tokens: int = 2048
-    learning_rate: float = 2e-3
+    batch_tokens: int = 1024
+    learning_rate: float = 4e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
     ema: float = 0.98
@@ -130,6 +130,14 @@ class Trainer:
         trainer.history = [row for row in _read_history(folder) if row["step"] <= meta["step"]]
         torch.set_rng_state(tensors["rng"])
         return trainer
+
+    def replan(self, config: TrainConfig) -> None:
+        """Puts another config in place before the first step; the data's order and its batches stay."""
+        if self.step_number:
+            raise ValueError("train: a run that has begun keeps its config")
+        self.config = config
+        for group in self.optimizer.param_groups:
+            group |= {"weight_decay": config.weight_decay, "ema": config.ema}
 
     @property
     def done(self) -> bool:

@@ -97,12 +97,15 @@ def plan_steps(trainer: "Trainer", minutes: float) -> None:
     config = trainer.config
     cheaper = 1 - 0.3 * config.credit_warmup  # while gradients reach less far, steps take less
     steps = max(10, math.floor(60 * minutes / (trainer.seconds_per_step() * cheaper)))
-    trainer.config = replace(
-        config,
-        steps=steps,
-        eval_every=max(1, steps // 8),
-        save_every=max(1, steps // 4),
-        warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+    trainer.replan(
+        replace(
+            config,
+            steps=steps,
+            ema=1 - 1 / max(5.0, steps / 15),  # averages over the last fifteenth or so
+            eval_every=max(1, steps // 8),
+            save_every=max(1, steps // 4),
+            warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+        )
     )
 
 
@@ -111,16 +114,21 @@ def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
 
     Returns False when Ctrl-C ended it. `limit_s` ends the run early where the machine got slower.
     """
-    start = time.monotonic()
+    spent = 0.0
     with stop_requested() as interrupted, _Display(trainer) as display:
 
+        def show(row: dict[str, Any]) -> None:
+            nonlocal spent
+            spent += row.get("seconds", 0.0)
+            display.show(row)
+
         def stop() -> bool:
-            late = limit_s is not None and time.monotonic() - start > limit_s
+            late = limit_s is not None and spent > limit_s
             if late:
                 console.print(f"stopping at step {trainer.step_number}: the machine is slower than it was")
             return late or interrupted()
 
-        trainer.run(display.show, stop)
+        trainer.run(show, stop)
         return trainer.done or not interrupted()
 
 

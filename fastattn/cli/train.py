@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+_VOCAB_SIZE, _BATCH_TOKENS, _LEARNING_RATE = 2048, 1024, 4e-3
+
 
 def register(app: typer.Typer) -> None:
     app.command()(train)
@@ -35,9 +37,11 @@ def train(
         int | None, typer.Option(help="Optimizer steps. Default: what --minutes allows.")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Train about this long; not used with --steps.")] = 5.0,
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer trained on --data.")] = 2048,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed batch, at most.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="After a short linear warm-up, constant.")] = 2e-3,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer trained on --data.")] = _VOCAB_SIZE,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed batch, at most.")] = _BATCH_TOKENS,
+    learning_rate: Annotated[
+        float, typer.Option(help="After a short linear warm-up, constant.")
+    ] = _LEARNING_RATE,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's choice.")] = None,
     resume: Annotated[
@@ -58,9 +62,9 @@ def train(
         given = {
             "--held-out": held_out is not None,
             "--config": config is not None,
-            "--vocab-size": vocab_size != 2048,
-            "--batch-tokens": batch_tokens != 2048,
-            "--learning-rate": learning_rate != 2e-3,
+            "--vocab-size": vocab_size != _VOCAB_SIZE,
+            "--batch-tokens": batch_tokens != _BATCH_TOKENS,
+            "--learning-rate": learning_rate != _LEARNING_RATE,
             "--resume": resume,
         }
         for option in (option for option, is_given in given.items() if is_given):

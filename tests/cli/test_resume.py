@@ -132,6 +132,16 @@ def test_planning_and_profiling_leave_the_run_alone(fresh, tmp_path):
     same_files(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_plan_holds_until_the_first_step(fresh, tmp_path):
+    trainer = fresh(tmp_path)
+    _run.plan_steps(trainer, minutes=1e-6)
+    assert trainer.config.steps == 10 and trainer.config.ema == 0.8
+    assert trainer.optimizer.param_groups[0]["ema"] == 0.8
+    trainer.step()
+    with pytest.raises(ValueError, match="keeps its config"):
+        trainer.replan(CONFIG)
+
+
 def test_a_loss_that_is_not_finite_is_said(fresh, tmp_path):
     trainer = fresh(tmp_path)
     with torch.no_grad():
