@@ -90,3 +90,16 @@ def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton
         kernels.gated_backward(kernels.gated(x, x), x, x)
         kernels.rotary(q, k, empty(100, dtype=torch.int64), 1e4, False)
     return launches
+
+
+def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    from fastattn.ops.vocab import triton as kernels
+
+    h, weight, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
+    labels, lse = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
+    logits = empty(100, 32000, dtype=dtype)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
+        kernels.linear_cross_entropy(h, weight, None, labels, lse, 1, 0.0, 0.0, -100, "none", 0)
+        kernels.stablemax_cross_entropy_backward(lse, logits, labels, lse, -100)
+    return launches

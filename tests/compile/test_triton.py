@@ -66,11 +66,17 @@ def test_recurrence(target):
     compile_all(target, launches.recurrence(target))
 
 
+@pytest.mark.parametrize("target", ("sm_100",))
+def test_vocab(target):
+    compile_all(target, launches.vocab(target))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", _triton.TARGETS)
 @pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
-def test_all_recurrence(target, dtype):
+def test_all_row_kernels(target, dtype):
     compile_all(target, launches.recurrence(target, dtype))
+    compile_all(target, launches.vocab(target, dtype))
 
 
 def test_float32():

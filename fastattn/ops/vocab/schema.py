@@ -4,11 +4,12 @@ import importlib
 
 import torch
 
-from ..._registry import Backend, register_op
+from ..._registry import Backend, register_op, triton_backend
 from ._arguments import check_targets, statistics_dtype
 
 TRANSFORMS = (None, "stablemax")
 _OPTIONS = "int transform, float softcap, float z_loss, int ignore_index, str reduction"
+_TRITON = "fastattn.ops.vocab.triton"
 _DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
 
 
@@ -167,7 +168,11 @@ register_op(
     "(Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, "
     f"{_OPTIONS}, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends=(cpu_backend("cpu", "linear_cross_entropy"), Backend("reference", _load_reference)),
+    backends=(
+        cpu_backend("cpu", "linear_cross_entropy"),
+        triton_backend(_TRITON, "linear_cross_entropy", configure="configure"),
+        Backend("reference", _load_reference),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -178,6 +183,7 @@ register_op(
     fake=_fake_backward,
     backends=(
         cpu_backend("cpu", "linear_cross_entropy_backward", tuned=False),
+        triton_backend(_TRITON, "linear_cross_entropy_backward"),
         Backend("reference", _load_reference_backward),
     ),
 )
@@ -222,6 +228,7 @@ register_op(
     fake=_stablemax_fake,
     backends=(
         cpu_backend("cpu", "stablemax_cross_entropy", tuned=False),
+        triton_backend(_TRITON, "stablemax_cross_entropy", configure="configure_rows"),
         reference_backend("stablemax_cross_entropy", _check_stablemax),
     ),
     backward=_stablemax_backward,
@@ -233,6 +240,7 @@ register_op(
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     backends=(
         cpu_backend("cpu", "stablemax_cross_entropy_backward", tuned=False),
+        triton_backend(_TRITON, "stablemax_cross_entropy_backward", configure="configure_rows"),
         reference_backend("stablemax_cross_entropy_backward"),
     ),
 )

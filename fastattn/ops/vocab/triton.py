@@ -1,0 +1,305 @@
+"""Losses over dense logits in Triton: library matrix products in chunks of rows, one row kernel between them.
+
+Ignored rows take part in the products with a gradient of zero: leaving them out would make the call wait for the device.
+Products of 16-bit inputs have 16-bit operands and float32 results; logits are never rounded to less than float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _config, _triton
+from ..._triton import offset
+from . import tuning_triton  # noqa: F401  declares what is looked up
+
+_MIB = 1 << 20
+
+
+@triton.jit
+def _transform(x, bias, at, inside, softcap, tau, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(logit with bias, softcap and temperature, the softcap's slope)."""
+    if BIASED:
+        x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        bend = 2.0 / (1.0 + tl.exp(-2.0 * x / softcap)) - 1.0  # tanh
+        x = softcap * bend
+        slope = 1.0 - bend * bend
+    return x / tau, slope
+
+
+@triton.jit
+def _symlog(x):
+    """The logarithm of StableMax's weight."""
+    magnitude = tl.log(1.0 + tl.abs(x))
+    return tl.where(x >= 0, magnitude, -magnitude)
+
+
+@triton.jit
+def _vocab_rows_kernel(
+    x, out, bias, target, temperature, grad, loss, lse, grad_temperature,
+    x_row, out_row, classes, softcap, z_loss, ignore_index,
+    STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of logits: its loss and log-sum-exp (STATISTICS), and the loss's gradient (GRADIENT), perhaps in place."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    label = tl.load(target + row)
+    tau = tl.full([], 1.0, tl.float32)
+    if temperature is not None:
+        tau = tl.load(temperature + row).to(tl.float32)
+    x_base = x + offset(row, x_row)
+    out_base = out + offset(row, out_row)
+    if label == ignore_index:
+        if STATISTICS:
+            tl.store(loss + row, 0.0)
+            tl.store(lse + row, 0.0)
+        if GRADIENT:
+            for first in range(0, classes, BLOCK):
+                tl.store(
+                    out_base + first + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=first + at < classes
+                )
+            if grad_temperature is not None:
+                tl.store(grad_temperature + row, 0.0)
+        return
+    if STATISTICS:
+        # The target's logit is read before the sums below, and so before any thread writes a gradient over it.
+        always = label >= 0
+        picked, _picked_slope = _transform(
+            tl.load(x_base + label).to(tl.float32),
+            bias,
+            label,
+            always,
+            softcap,
+            tau,
+            bias is not None,
+            SOFTCAP,
+        )
+        if STABLEMAX:
+            picked = _symlog(picked)
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, classes, BLOCK):
+            inside = first + at < classes
+            value, _slope = _transform(
+                tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32), bias, first + at, inside, softcap,
+                tau, bias is not None, SOFTCAP,
+            )  # fmt: skip
+            if STABLEMAX:
+                # A sum of weights at least 0: no maximum is needed.
+                total += tl.where(inside, tl.where(value >= 0, value + 1.0, 1.0 / (1.0 + tl.abs(value))), 0.0)
+            else:
+                value = tl.where(inside, value, float("-inf"))
+                new_top = tl.maximum(top, value)
+                finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+                total = total * tl.exp(top - finite) + tl.exp(value - finite)
+                top = new_top
+        if STABLEMAX:
+            row_lse = tl.log(tl.sum(total, 0))
+        else:
+            row_top = tl.max(top, 0)
+            row_lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
+        tl.store(lse + row, row_lse)
+        tl.store(loss + row, row_lse - picked + z_loss * row_lse * row_lse)
+    else:
+        row_lse = tl.load(lse + row)
+    if GRADIENT:
+        upstream = tl.load(grad + row).to(tl.float32)
+        factor = (1.0 + 2.0 * z_loss * row_lse) * upstream
+        products = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, classes, BLOCK):
+            inside = first + at < classes
+            value, slope = _transform(
+                tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32), bias, first + at, inside, softcap,
+                tau, bias is not None, SOFTCAP,
+            )  # fmt: skip
+            if STABLEMAX:
+                g = tl.exp(_symlog(value) - row_lse) * factor
+            else:
+                g = tl.exp(value - row_lse) * factor
+            g = tl.where(first + at == label, g - upstream, g)
+            if STABLEMAX:
+                g = g / (1.0 + tl.abs(value))
+            products += tl.where(inside, g * value, 0.0)
+            tl.store(out_base + first + at, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
+        if grad_temperature is not None:
+            tl.store(grad_temperature + row, -tl.sum(products, 0) / tau)
+
+
+def refusal(*args) -> str | None:
+    return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
+
+
+def _choose(t: torch.Tensor, classes: int) -> _config.Choice:
+    return _config.lookup(
+        "vocab_rows",
+        "triton",
+        structural={"dtype": str(t.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, t.shape[0]), "classes": classes},
+        device=_triton.target(t.device),
+    )
+
+
+def configure(h, weight, *_) -> _config.Choice:
+    return _choose(h, weight.shape[0])
+
+
+def configure_rows(*args) -> _config.Choice:
+    logits = next(a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2)
+    return _choose(logits, logits.shape[1])
+
+
+def _row_kernel(
+    x, target, *, out=None, bias=None, temperature=None, grad=None, loss=None, lse=None, grad_temperature=None,
+    stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
+):  # fmt: skip
+    config = _choose(x, x.shape[1]).values
+    _triton.launch(
+        _vocab_rows_kernel, (x.shape[0],),
+        x, x if out is None else out, bias, target, temperature, grad, loss, lse, grad_temperature,
+        x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
+        STABLEMAX=stablemax, SOFTCAP=bool(softcap), STATISTICS=loss is not None, GRADIENT=grad is not None,
+        BLOCK=min(config["block"], _triton.block(x.shape[1])), num_warps=config["num_warps"],
+    )  # fmt: skip
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in float32, from operands of one dtype."""
+    if a.dtype == torch.float32 or a.device.type == "meta":
+        return torch.mm(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _chunks(rows: int, classes: int, mib: int) -> list[tuple[int, int]]:
+    step = max(1, mib * _MIB // (4 * classes))
+    return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
+
+
+def _pass(h, weight, bias, target, temperature, options, mib, *, grad=None, loss=None, lse=None, wanted=0):
+    """Statistics (where `loss` is given) and the gradients of h, weight, bias, temperature (where `grad` is) by chunks of rows."""
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else h.new_empty(0)
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
+    dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
+    dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
+    for begin, end in _chunks(h.shape[0], weight.shape[0], mib):
+        part = h[begin:end]
+        x = _product(part, weight.T)
+        rows = {
+            name: None if t is None else t[begin:end]
+            for name, t in (
+                ("temperature", temperature), ("grad", grad), ("loss", loss), ("lse", lse), ("grad_temperature", dtemperature)
+            )
+        }  # fmt: skip
+        _row_kernel(x, target[begin:end], bias=bias, **rows, **options)
+        if wanted & 3:
+            g = x.to(h.dtype)
+        if wanted & 1:
+            dh[begin:end] = _product(g, weight).to(h.dtype)
+        if dweight is not None:
+            dweight += _product(g.T, part)
+        if dbias is not None:
+            dbias += x.sum(0)
+    return (
+        dh,
+        h.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        h.new_empty(0) if dbias is None else dbias.to(bias.dtype),
+        h.new_empty(0) if dtemperature is None else dtemperature.to(temperature.dtype),
+    )
+
+
+def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -> dict:
+    return {"stablemax": transform == 1, "softcap": softcap, "z_loss": z_loss, "ignore_index": ignore_index}
+
+
+def _valid(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """How many rows count, at least 1: on the device."""
+    return (target != ignore_index).sum().clamp(min=1).float()
+
+
+def _upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
+    """The gradient of each row's loss, (N,) float32."""
+    if reduction == "none":
+        return grad.float().contiguous()
+    scale = grad.float() / _valid(target, ignore_index) if reduction == "mean" else grad.float()
+    return scale.expand(target.shape[0]).contiguous()
+
+
+def linear_cross_entropy(
+    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
+):
+    config = configure(h, weight).values
+    loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
+    one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
+    found = _pass(
+        h,
+        weight,
+        None if bias is None else bias.contiguous(),
+        target.contiguous(),
+        temperature,
+        _options(transform, softcap, z_loss, ignore_index),
+        config["chunk_mib"],
+        loss=loss,
+        lse=lse,
+        grad=_upstream(one, target, ignore_index, reduction) if gradients else None,
+        wanted=gradients,
+    )
+    if reduction != "none":
+        loss = loss.sum() / _valid(target, ignore_index) if reduction == "mean" else loss.sum()
+    else:
+        loss = loss.clone()
+    return loss, lse.clone(), *found
+
+
+def linear_cross_entropy_backward(
+    grad,
+    h,
+    weight,
+    bias,
+    target,
+    temperature,
+    lse,
+    transform,
+    softcap,
+    z_loss,
+    ignore_index,
+    reduction,
+    wanted,
+):
+    return _pass(
+        h,
+        weight,
+        None if bias is None else bias.contiguous(),
+        target.contiguous(),
+        temperature,
+        _options(transform, softcap, z_loss, ignore_index),
+        configure(h, weight).values["chunk_mib"],
+        lse=lse,
+        grad=_upstream(grad, target, ignore_index, reduction),
+        wanted=wanted,
+    )
+
+
+def stablemax_cross_entropy(logits, target, ignore_index):
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    logits = _triton.last_dim_contiguous(logits)
+    _row_kernel(logits, target.contiguous(), loss=loss, lse=lse, stablemax=True, ignore_index=ignore_index)
+    return loss, lse
+
+
+def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    logits = _triton.last_dim_contiguous(logits)
+    _row_kernel(
+        logits,
+        target.contiguous(),
+        out=out,
+        grad=grad.contiguous(),
+        lse=lse,
+        stablemax=True,
+        ignore_index=ignore_index,
+    )
+    return out

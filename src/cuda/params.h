@@ -1,0 +1,51 @@
+// Plain structs that the CUDA kernels take; as in src/common/params.h, strides count elements.
+#pragma once
+#include "device.cuh"
+
+namespace fastattn {
+namespace cuda {
+
+// scores and assignment (B, L, G) contiguous, potentials (B, G) f32, lengths (B,) i32 or null.
+// partial: workspace of B * blocks * G * 2 floats.
+struct SinkhornParams {
+  const void* scores = nullptr;
+  void* assignment = nullptr;
+  float* potentials = nullptr;
+  const int32_t* lengths = nullptr;
+  float* partial = nullptr;
+  int64_t batch = 0, length = 0;
+  int32_t iterations = 10;
+  float temperature = 0.1f;
+};
+
+// One row of logits a block: loss and log-sum-exp, and the loss's gradient over the logits when grad is given.
+// logits (rows, classes) f32 with a row stride; bias (classes,) f32 or null; target (rows,) i64; the rest (rows,) f32.
+struct VocabRowsParams {
+  float* logits = nullptr;
+  const float* bias = nullptr;
+  const int64_t* target = nullptr;
+  const float* temperature = nullptr;
+  const float* grad = nullptr;
+  float *loss = nullptr, *lse = nullptr, *grad_temperature = nullptr;
+  int64_t rows = 0, classes = 0, row_stride = 0, ignore_index = -100;
+  float softcap = 0, z_loss = 0;
+};
+
+// One token through a hierarchical recurrence at batch 1: H_cycles x (L_cycles L stacks, then the H stack).
+// Weights of stack s (0 = L, 1 = H), row-major: gqkv (layers, 4 * heads * head_dim, hidden) gate | q | k | v,
+// out (layers, hidden, heads * head_dim), gate_up (layers, 2 * inner, hidden), down (layers, hidden, inner).
+// Caches (calls, layers, heads, capacity, head_dim), call = h * (L_cycles + 1) + l. `position` tokens are cached before.
+struct DecodeParams {
+  const void *gqkv[2] = {}, *out[2] = {}, *gate_up[2] = {}, *down[2] = {};
+  void *k_cache = nullptr, *v_cache = nullptr;
+  const float *z_h = nullptr, *z_l = nullptr;  // (hidden,) scaled embedding and initial low state
+  const float *cos = nullptr, *sin = nullptr;  // (head_dim / 2,) of this position
+  float* result = nullptr;                     // (hidden,) final high state
+  float* workspace = nullptr;                  // decode_workspace(params, blocks) floats
+  int64_t capacity = 0, position = 0;
+  int32_t hidden = 0, heads = 0, head_dim = 0, inner = 0, layers = 0, h_cycles = 2, l_cycles = 3;
+  float eps = 1e-6f;
+};
+
+}  // namespace cuda
+}  // namespace fastattn

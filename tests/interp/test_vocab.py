@@ -1,0 +1,73 @@
+"""Triton vocabulary losses in the interpreter, against the reference."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import testing
+
+OPTIONS = {
+    "plain": {},
+    "stablemax": {"transform": "stablemax"},
+    "softcap": {"softcap": 3.0, "z_loss": 0.01},
+    "stablemax_softcap": {"transform": "stablemax", "softcap": 5.0, "z_loss": 0.01},
+}
+
+
+def labels(rows: int, classes: int) -> torch.Tensor:
+    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(5))
+    target[1] = -100
+    return target
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_linear_cross_entropy(options, reduction, nan_outputs):
+    rows, width, classes = 5, 8, 150
+    h = testing.random_tensor(rows, width, seed=1, requires_grad=True)
+    weight = testing.random_tensor(classes, width, seed=2, requires_grad=True)
+    bias = testing.random_tensor(classes, seed=3, requires_grad=True)
+    temperature = (testing.random_tensor(rows, seed=4).abs() + 0.5).requires_grad_()
+    target = labels(rows, classes)
+
+    def run(backend):
+        def fn(h, weight, bias, temperature):
+            return fa.linear_cross_entropy(
+                h,
+                weight,
+                target,
+                bias=bias,
+                temperature=temperature,
+                reduction=reduction,
+                backend=backend,
+                **OPTIONS[options],
+            )
+
+        return fn
+
+    testing.check_op(run("triton"), run("reference"), (h, weight, bias, temperature), terms=classes)
+
+
+def test_without_bias_and_in_chunks(monkeypatch):
+    from fastattn.ops.vocab import triton as kernels
+
+    monkeypatch.setattr(kernels, "_MIB", 4 * 70 * 2)  # two rows of logits a chunk
+    h = testing.random_tensor(5, 8, seed=1, requires_grad=True)
+    weight = testing.random_tensor(70, 8, seed=2, requires_grad=True)
+    target = labels(5, 70)
+
+    def run(backend):
+        return lambda h, weight: fa.linear_cross_entropy(h, weight, target, backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), (h, weight), terms=70)
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_stablemax_cross_entropy(dtype, nan_outputs):
+    logits = testing.random_tensor(4, 200, scale=30.0, dtype=dtype, layout="odd", requires_grad=True)
+    target = labels(4, 200)
+
+    def run(backend):
+        return lambda logits: fa.stablemax_cross_entropy(logits, target, reduction="none", backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), (logits,), terms=200)
