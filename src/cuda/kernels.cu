@@ -1,6 +1,6 @@
 // Default instantiations and their launches; other tile constants are compiled at run time (fastattn/_cuda.py).
-#include "launch.h"
-
+//
+// Each launch takes a params struct and a stream by address and returns null, or what went wrong.
 #include "decode.cuh"
 #include "sinkhorn.cuh"
 #include "vocab_rows.cuh"
@@ -49,38 +49,49 @@ cudaError_t sinkhorn_of(const SinkhornParams& p, int groups, int64_t blocks, cud
 
 }  // namespace
 
-const char* launch_sinkhorn(const SinkhornParams& p, DType dtype, int groups, int64_t blocks, uintptr_t stream) {
-  const cudaStream_t on = (cudaStream_t)stream;
-  cudaError_t error = cudaErrorInvalidValue;
-  if (dtype == DType::f32) error = sinkhorn_of<float>(p, groups, blocks, on);
-  if (dtype == DType::bf16) error = sinkhorn_of<bf16>(p, groups, blocks, on);
-  if (dtype == DType::f16) error = sinkhorn_of<f16>(p, groups, blocks, on);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-const char* launch_vocab_rows(const VocabRowsParams& p, bool stablemax, uintptr_t stream) {
-  const cudaStream_t on = (cudaStream_t)stream;
-  const unsigned blocks = (unsigned)(p.rows < (1 << 20) ? p.rows : (1 << 20));
-  if (blocks == 0) return nullptr;
-  if (stablemax)
-    vocab_rows<true, kThreads><<<blocks, kThreads, 0, on>>>(p);
-  else
-    vocab_rows<false, kThreads><<<blocks, kThreads, 0, on>>>(p);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-const char* launch_decode(const DecodeParams& p, DType dtype, uintptr_t stream) {
-  const cudaStream_t on = (cudaStream_t)stream;
-  const size_t shared = (size_t)decode_shared(p);
-  cudaError_t error = cudaErrorInvalidValue;
-  if (p.head_dim <= Decode<float, kThreads>::kMostDim && p.position < p.capacity) {
-    if (dtype == DType::f32) error = cooperative(decode_step<float, kThreads>, p, shared, 1 << 20, on);
-    if (dtype == DType::bf16) error = cooperative(decode_step<bf16, kThreads>, p, shared, 1 << 20, on);
-    if (dtype == DType::f16) error = cooperative(decode_step<f16, kThreads>, p, shared, 1 << 20, on);
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace cuda
 }  // namespace fastattn
+
+using namespace fastattn::cuda;
+
+#define FASTATTN_EXPORT extern "C" __attribute__((visibility("default"))) const char*
+
+static const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// blocks: as many as `partial` has room for; fewer run where the device holds fewer at once.
+FASTATTN_EXPORT fastattn_sinkhorn(const SinkhornParams* p, int dtype, int groups, int64_t blocks, void* stream) {
+  const cudaStream_t on = (cudaStream_t)stream;
+  cudaError_t error = cudaErrorInvalidValue;
+  if (dtype == kF32) error = sinkhorn_of<float>(*p, groups, blocks, on);
+  if (dtype == kBf16) error = sinkhorn_of<bf16>(*p, groups, blocks, on);
+  if (dtype == kF16) error = sinkhorn_of<f16>(*p, groups, blocks, on);
+  return message(error);
+}
+
+FASTATTN_EXPORT fastattn_vocab_rows(const VocabRowsParams* p, int stablemax, void* stream) {
+  const cudaStream_t on = (cudaStream_t)stream;
+  const unsigned blocks = (unsigned)(p->rows < (1 << 20) ? p->rows : (1 << 20));
+  if (blocks == 0) return nullptr;
+  if (stablemax)
+    vocab_rows<true, kThreads><<<blocks, kThreads, 0, on>>>(*p);
+  else
+    vocab_rows<false, kThreads><<<blocks, kThreads, 0, on>>>(*p);
+  return message(cudaGetLastError());
+}
+
+FASTATTN_EXPORT fastattn_decode_step(const DecodeParams* p, int dtype, void* stream) {
+  const cudaStream_t on = (cudaStream_t)stream;
+  const size_t shared = (size_t)decode_shared(*p);
+  cudaError_t error = cudaErrorInvalidValue;
+  if (p->head_dim <= Decode<float, kThreads>::kMostDim && p->position < p->capacity) {
+    if (dtype == kF32) error = cooperative(decode_step<float, kThreads>, *p, shared, 1 << 20, on);
+    if (dtype == kBf16) error = cooperative(decode_step<bf16, kThreads>, *p, shared, 1 << 20, on);
+    if (dtype == kF16) error = cooperative(decode_step<f16, kThreads>, *p, shared, 1 << 20, on);
+  }
+  return message(error);
+}
+
+FASTATTN_EXPORT fastattn_decode_workspace(const DecodeParams* p, int64_t* floats) {
+  *floats = decode_workspace(*p);
+  return nullptr;
+}

@@ -5,6 +5,9 @@
 namespace fastattn {
 namespace cuda {
 
+// Element types, numbered as DType in src/common/params.h.
+enum : int { kF32 = 0, kBf16 = 1, kF16 = 2 };
+
 // scores and assignment (B, L, G) contiguous, potentials (B, G) f32, lengths (B,) i32 or null.
 // partial: workspace of B * blocks * G * 2 floats.
 struct SinkhornParams {

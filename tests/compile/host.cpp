@@ -5,7 +5,18 @@
 
 using namespace fastattn::cuda;
 
+#include <cstddef>
+
 extern "C" {
+
+int64_t host_size_of_params(int32_t i) {
+  return i == 0 ? sizeof(SinkhornParams) : i == 1 ? sizeof(VocabRowsParams) : sizeof(DecodeParams);
+}
+int64_t host_last_field_of_params(int32_t i) {
+  return i == 0   ? offsetof(SinkhornParams, temperature)
+         : i == 1 ? offsetof(VocabRowsParams, z_loss)
+                  : offsetof(DecodeParams, eps);
+}
 
 void host_sinkhorn(const float* scores, float* assignment, float* potentials, const int32_t* lengths, float* partial,
                    int64_t batch, int64_t length, int32_t iterations, float temperature) {

@@ -195,3 +195,47 @@ def test_decode_step(host, position):
     )
     untouched = torch.arange(capacity) != position
     assert torch.equal(k_cache[:, :, :, untouched], before[0][:, :, :, untouched])
+
+
+def test_params_are_mirrored(host):
+    """Structs of fastattn/_cuda.py have the size and the last field's offset of src/cuda/params.h."""
+    from fastattn import _cuda
+
+    for i, struct in enumerate((_cuda.SinkhornParams, _cuda.VocabRowsParams, _cuda.DecodeParams)):
+        assert host.host_size_of_params(i) == ctypes.sizeof(struct)
+        assert host.host_last_field_of_params(i) == getattr(struct, struct._fields_[-1][0]).offset
+
+
+def nvrtc() -> ctypes.CDLL | None:
+    home = shutil.which("nvcc")
+    places = [] if home is None else sorted(Path(home).resolve().parents[1].glob("lib64/libnvrtc.so*"))
+    return ctypes.CDLL(str(places[0])) if places else None
+
+
+@pytest.mark.skipif(nvrtc() is None, reason="NVRTC is not installed")
+@pytest.mark.parametrize(
+    ("header", "kernel"),
+    [
+        ("sinkhorn.cuh", "fastattn::cuda::sinkhorn<fastattn::cuda::bf16, 24, 128>"),
+        ("vocab_rows.cuh", "fastattn::cuda::vocab_rows<true, 512>"),
+    ],
+)
+def test_compiles_at_run_time(header, kernel):
+    """What CuPy's RawModule would be given compiles without the standard library, with other tile constants."""
+    from fastattn import _cuda
+
+    library, program = nvrtc(), ctypes.c_void_p()
+    source = f'#include "{header}"\n'.encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"program.cu", 0, None, None) == 0
+    assert library.nvrtcAddNameExpression(program, kernel.encode()) == 0
+    include = Path(shutil.which("nvcc")).resolve().parents[1] / "include"
+    options = [f"-I{_cuda.sources()}", f"-I{include}", "--gpu-architecture=sm_90a", "-std=c++17"]
+    encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    failed = library.nvrtcCompileProgram(program, len(options), encoded)
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    assert size.value
