@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-DTYPES = {torch.float32: (0, "float"), torch.bfloat16: (1, "fastattn::cuda::bf16"), torch.float16: (2, "fastattn::cuda::f16")}
+DTYPES = {
+    torch.float32: (0, "float"),
+    torch.bfloat16: (1, "fastattn::cuda::bf16"),
+    torch.float16: (2, "fastattn::cuda::f16"),
+}
 GROUPS = (4, 8, 16, 32)  # of the built Sinkhorn kernel; others are compiled at run time
 
 _pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -133,7 +137,9 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
     return assignment, potentials
 
 
-def decode_step(weights, k_cache, v_cache, z_h, z_l, cos, sin, position: int, h_cycles: int, l_cycles: int, eps: float):
+def decode_step(
+    weights, k_cache, v_cache, z_h, z_l, cos, sin, position: int, h_cycles: int, l_cycles: int, eps: float
+):
     """The final high state (hidden,) float32 of one token at batch 1; its keys and values join the caches at `position`.
 
     weights: gqkv (2, layers, 4 * H * D, hidden), out (2, layers, hidden, H * D), gate_up (2, layers, 2 * inner, hidden) and
@@ -157,7 +163,9 @@ def decode_step(weights, k_cache, v_cache, z_h, z_l, cos, sin, position: int, h_
     for pair, shape in zip(weights, shapes, strict=True):
         for weight in pair:
             if tuple(weight.shape) != shape or weight.dtype != k_cache.dtype or not weight.is_contiguous():
-                raise ValueError(f"fastattn.{op}: a weight must be contiguous {shape}, given {tuple(weight.shape)}")
+                raise ValueError(
+                    f"fastattn.{op}: a weight must be contiguous {shape}, given {tuple(weight.shape)}"
+                )
     result = torch.empty_like(z_h)
     with torch.cuda.device(z_h.device):
         params = DecodeParams(

@@ -39,11 +39,16 @@ cudaError_t cooperative(void (*kernel)(P), const P& p, size_t shared, int64_t wa
 template <class T>
 cudaError_t sinkhorn_of(const SinkhornParams& p, int groups, int64_t blocks, cudaStream_t stream) {
   switch (groups) {
-    case 4: return cooperative(sinkhorn<T, 4, kThreads>, p, 0, blocks, stream);
-    case 8: return cooperative(sinkhorn<T, 8, kThreads>, p, 0, blocks, stream);
-    case 16: return cooperative(sinkhorn<T, 16, kThreads>, p, 0, blocks, stream);
-    case 32: return cooperative(sinkhorn<T, 32, kThreads>, p, 0, blocks, stream);
-    default: return cudaErrorInvalidValue;
+    case 4:
+      return cooperative(sinkhorn<T, 4, kThreads>, p, 0, blocks, stream);
+    case 8:
+      return cooperative(sinkhorn<T, 8, kThreads>, p, 0, blocks, stream);
+    case 16:
+      return cooperative(sinkhorn<T, 16, kThreads>, p, 0, blocks, stream);
+    case 32:
+      return cooperative(sinkhorn<T, 32, kThreads>, p, 0, blocks, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

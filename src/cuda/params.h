@@ -37,7 +37,8 @@ struct VocabRowsParams {
 // One token through a hierarchical recurrence at batch 1: H_cycles x (L_cycles L stacks, then the H stack).
 // Weights of stack s (0 = L, 1 = H), row-major: gqkv (layers, 4 * heads * head_dim, hidden) gate | q | k | v,
 // out (layers, hidden, heads * head_dim), gate_up (layers, 2 * inner, hidden), down (layers, hidden, inner).
-// Caches (calls, layers, heads, capacity, head_dim), call = h * (L_cycles + 1) + l. `position` tokens are cached before.
+// Caches (calls, layers, heads, capacity, head_dim), call = h * (L_cycles + 1) + l. `position` tokens are cached
+// before.
 struct DecodeParams {
   const void *gqkv[2] = {}, *out[2] = {}, *gate_up[2] = {}, *down[2] = {};
   void *k_cache = nullptr, *v_cache = nullptr;

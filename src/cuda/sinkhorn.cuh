@@ -30,7 +30,8 @@ FASTATTN_KERNEL sinkhorn(SinkhornParams p) {
         for (int g = lane; g < GROUPS; g += kWarp) row.add(widen(scores[t * GROUPS + g]) * scale + v[g], 1);
         const float high = warp_max(row.top);
         const float u = iteration == 0 ? 0 : -(high + logf(warp_sum(row.total * expf(row.top - high))));
-        for (int g = lane, i = 0; g < GROUPS; g += kWarp, i++) mine[i].add(widen(scores[t * GROUPS + g]) * scale + u, 1);
+        for (int g = lane, i = 0; g < GROUPS; g += kWarp, i++)
+          mine[i].add(widen(scores[t * GROUPS + g]) * scale + u, 1);
       }
       for (int g = lane, i = 0; g < GROUPS; g += kWarp, i++) {
         tops[warp][g] = mine[i].top;

@@ -24,9 +24,9 @@ void host_sinkhorn(const float* scores, float* assignment, float* potentials, co
 }
 
 void host_vocab_rows(float* logits, const float* bias, const int64_t* target, const float* temperature,
-                     const float* grad, float* loss, float* lse, float* grad_temperature, int64_t rows,
-                     int64_t classes, float softcap, float z_loss, int32_t stablemax) {
-  const VocabRowsParams p{logits, bias, target,  temperature, grad,    loss, lse,
+                     const float* grad, float* loss, float* lse, float* grad_temperature, int64_t rows, int64_t classes,
+                     float softcap, float z_loss, int32_t stablemax) {
+  const VocabRowsParams p{logits,           bias, target,  temperature, grad, loss,    lse,
                           grad_temperature, rows, classes, classes,     -100, softcap, z_loss};
   stablemax ? vocab_rows<true, 1>(p) : vocab_rows<false, 1>(p);
 }
@@ -48,5 +48,4 @@ void host_decode(float** t, int64_t capacity, int64_t position, int32_t hidden, 
   p.h_cycles = h_cycles, p.l_cycles = l_cycles, p.eps = eps;
   decode_step<float, 1>(p);
 }
-
 }

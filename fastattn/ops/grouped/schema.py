@@ -74,6 +74,25 @@ def _saved(ctx) -> tuple[list, tuple]:
     return inputs, ctx.saved_tensors[len(ctx.where) :]
 
 
+def _load_cuda_sinkhorn():
+    from ... import _cuda
+
+    def sinkhorn(scores, lengths, temperature, iterations, causal):
+        return _cuda.sinkhorn(scores, lengths, temperature, iterations)
+
+    return sinkhorn
+
+
+def _cuda_sinkhorn_refusal(scores, lengths, temperature, iterations, causal) -> str | None:
+    from ... import _cuda
+
+    if causal:
+        return "it serves column sums over the whole sequence, not causal ones"
+    if scores.dtype not in _cuda.DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
+    return _cuda.missing()
+
+
 # --- sinkhorn ------------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +115,10 @@ register_op(
         _contiguous_like(scores),
         scores.new_empty(scores.shape[0], 1, scores.shape[2], dtype=_statistics_dtype(scores)),
     ),
-    backends=(_reference("sinkhorn"),),
+    backends=(
+        Backend("cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, devices=("cuda",)),
+        _reference("sinkhorn"),
+    ),
     backward=_sinkhorn_backward,
     setup_context=_sinkhorn_setup,
 )
