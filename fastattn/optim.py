@@ -89,6 +89,17 @@ class AdamATan2(Optimizer):
                 if "ema" in state:
                     state["ema"].lerp_(weight, 1 - group["ema"])
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the state keeps its own dtype: torch would round masters to the parameters'."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for entry, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][entry] = value.detach().to(p.device, copy=True)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the parameters hold their moving averages (for evaluation or saving); outside, what they

@@ -47,6 +47,8 @@ class PuzzleFolder:
         folder = Path(directory) / split
         self.metadata = _read_metadata(folder / "dataset.json")
         self._sets = {name: self._read_set(folder, name) for name in self.metadata.sets}
+        if len(self) == 0:
+            raise ValueError(f"{folder}: holds no examples")
 
     def _read_set(self, folder: Path, name: str) -> dict[str, np.ndarray]:
         arrays = {}

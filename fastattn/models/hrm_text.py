@@ -141,10 +141,11 @@ class HrmText(nn.Module):
         """
         if return_logits is None:
             return_logits = labels is None
-        if cache is not None and labels is not None:
-            raise ValueError(
-                "HrmText: labels and cache exclude each other: a cached forward has no gradients"
-            )
+        for name, value in (("labels", labels), ("bp_steps", bp_steps)):
+            if cache is not None and value is not None:
+                raise ValueError(
+                    f"HrmText: {name} and cache exclude each other: a cached forward has no gradients"
+                )
         if cache is not None:
             with torch.no_grad():
                 hidden, _ = self.hidden_states(

@@ -115,6 +115,10 @@ def test_folder(folder):
         (lambda p: (p / "dataset.json").write_text("{"), "dataset.json: not a puzzle folder's metadata"),
         (lambda p: (p / "dataset.json").write_text(json.dumps({"vocab_size": 5})), "seq_len"),
         (lambda p: (p / "all__inputs.npy").write_bytes(b"half"), "all__inputs.npy: not readable"),
+        (
+            lambda p: (p / "dataset.json").write_text('{"seq_len": 4, "vocab_size": 5, "sets": []}'),
+            "no examples",
+        ),
         (lambda p: (p / "all__labels.npy").unlink(), "all__labels.npy: not readable"),
         (
             lambda p: np.save(p / "all__labels.npy", np.zeros((6, 3))),

@@ -78,6 +78,8 @@ def test_cache_limits(model):
         model.make_cache(1, 33)
     with pytest.raises(ValueError, match="labels and cache"):
         model(ids, labels=ids, cache=model.make_cache(2, 4))
+    with pytest.raises(ValueError, match="bp_steps and cache"):
+        model(ids, bp_steps=2, cache=model.make_cache(2, 4))
 
 
 def test_stop_tokens_and_stream(model):

@@ -66,6 +66,24 @@ def test_low_precision_parameters_have_masters():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_state_dict_keeps_masters(dtype):
+    model = nn.Linear(3, 2).to(dtype)
+    optimizer = AdamATan2(model.parameters(), lr=1e-4, ema=0.9)
+    train(model, optimizer, 3)
+    again = AdamATan2(model.parameters(), lr=1.0, ema=0.9)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["lr"] == 1e-4
+    for p, q in zip(model.parameters(), again.param_groups[0]["params"], strict=True):
+        assert again.state[q].keys() == optimizer.state[p].keys()
+        for entry, value in optimizer.state[p].items():
+            other = again.state[q][entry]
+            if isinstance(value, torch.Tensor):
+                assert other.dtype == torch.float32 and torch.equal(other, value) and other is not value
+            else:
+                assert other == value == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_from_a_file_is_exact(dtype, tmp_path):
     def make():
         torch.manual_seed(0)
