@@ -58,14 +58,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None) -> Tensor:
         B, L, _ = x.shape
         projected = (self.gqkv_proj if self.gate else self.qkv_proj)(x)
-        parts = projected.view(B, L, -1, self.num_heads, self.head_dim)  # (B, L, 3 or 4, H, D)
-        q, k, v = (parts[:, :, i].transpose(1, 2) for i in range(-3, 0))  # (B, H, L, D)
+        # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
+        *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
         q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
         if cache is not None:
             k, v = cache.append(k, v)
         out = attention(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
         if self.gate:
-            out = gated(out, parts[:, :, 0])
+            out = gated(out, gate[0])
         return self.o_proj(out.reshape(B, L, -1))
 
 
