@@ -1,4 +1,4 @@
-"""python -m benchmarks <group> [--quick] [--case GLOB] [--out DIR]"""
+"""python -m benchmarks <group> [--quick] [--case GLOB] [--out DIR | --keep]"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import limits, registry, report, runner
+from fastattn import _device
 
 
 def main() -> int:
@@ -21,6 +22,9 @@ def main() -> int:
     parser.add_argument("--case", default="*", metavar="GLOB", help="only rows whose name matches")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="for JSON and picture"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="write to benchmarks/results/<device>, kept in git"
     )
     parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads")
     parser.add_argument("--list", action="store_true", help="only name the rows")
@@ -38,7 +42,9 @@ def main() -> int:
             print("\n".join(f"{group}: {case.name}" for case in cases))
         return 0
 
-    console = Console()
+    if options.keep:
+        options.out = Path("benchmarks/results") / _device.target("cpu").slug
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     torch.manual_seed(0)
     env = report.environment()
     console.print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, load {env['load']}")

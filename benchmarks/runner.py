@@ -21,7 +21,8 @@ from fastattn import testing
 ROUNDS = 15
 QUICK_ROUNDS = 5
 SAMPLE_SECONDS = 0.02  # a shorter call is repeated within a sample
-CASE_SECONDS = 30.0  # rounds are dropped, down to QUICK_ROUNDS, where a row would take longer
+MINIMUM_ROUNDS = 3
+CASE_SECONDS = 20.0  # of measuring; a slow contender takes part in fewer rounds
 
 
 @dataclass
@@ -98,7 +99,7 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
     result.times = {name: _timing(s) for name, s in samples.items()}
     for name in samples:
         if name != OWN:
-            per_round = [a / b for a, b in zip(samples[name], samples[OWN], strict=True)]
+            per_round = [a / b for a, b in zip(samples[name], samples[OWN], strict=False)]
             spread = _timing(per_round)
             ratio = result.times[name].median / result.times[OWN].median
             result.ratios[name] = Timing(ratio, spread.low, spread.high)
@@ -108,19 +109,22 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
 
 
 def interleave(calls: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call for each contender and round."""
-    repeats, total = {}, 0.0
-    for name, call in calls.items():
-        once = _seconds(call, 1)
-        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
-        total += once * repeats[name]
-    if total * rounds > CASE_SECONDS:
-        rounds = max(min(rounds, QUICK_ROUNDS), int(CASE_SECONDS / total))
+    """Seconds a call for each contender, by round. A contender that has used up its share of CASE_SECONDS
+    leaves after MINIMUM_ROUNDS."""
+    repeats = {
+        name: max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(call, 1), 1e-7))) for name, call in calls.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            samples[name].append(_seconds(calls[name], repeats[name]) / repeats[name])
+            if i >= MINIMUM_ROUNDS and spent[name] * (i + 1) / i > CASE_SECONDS / len(names):
+                spent[name] = math.inf
+                continue
+            seconds = _seconds(calls[name], repeats[name])
+            spent[name] += seconds
+            samples[name].append(seconds / repeats[name])
     return samples
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import testing
+import fastattn as fa
+from fastattn import masks, testing
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 from benchmarks import limits, registry, report, runner
+from benchmarks.cases import attention
 
 
 def scaled(x):
@@ -88,3 +90,36 @@ def test_rows_have_names_of_their_own_and_bars_name_their_peers():
 def test_the_arithmetic_peak_is_measured_on_every_instruction_set(isa):
     assert limits.arithmetic_peak(False, 1) > 0
     assert (limits.arithmetic_peak(True, 1) > 0) == (isa == "avx512bf16")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in registry.select("attention") if c.op.split()[0] != "transformers" and c.shape["L"] >= 4096],
+    ids=lambda c: c.name,
+)
+def test_attention_rows_compute_what_they_say(case):
+    """The same rows at a length of 32: their reference, sampling, peers and yardsticks fit together."""
+    shape = {**case.shape, "L": 32, "H": min(case.shape["H"], 4), "Hkv": 2, "D": 8}
+    small = dataclasses.replace(case, shape=shape, options={**case.options, "mask_mod": None})
+    result = runner.run(small, {}, quick=True)
+    assert result.correct, result.error
+    assert {bar.peer for bar in case.bars} - {None} <= set(result.times)
+
+
+@pytest.mark.parametrize("mask", [None, fa.Mask(causal=True)], ids=repr)
+def test_attention_rows_check_gradients(mask):
+    shape = {"H": 2, "L": 24, "D": 8}
+    options = {"passes": 2.5, "mask": mask and (lambda n: mask), "yardsticks": ("full",)}
+    case = registry.Case("a", "a", attention.attention, shape, torch.float32, "backward", options=options)
+    result = runner.run(case, {}, quick=True)
+    assert result.correct, result.error
+    assert "sdpa" in result.ratios and "full" in result.ratios
+
+
+def test_pairs_of_a_mask_are_counted():
+    for mask in (fa.Mask(causal=True), fa.Mask(causal=True, window=(3, None)), fa.Mask(window=(1, 2)),
+                 fa.Mask(prefix_lengths=torch.tensor([5]))):  # fmt: skip
+        for lq, lk in ((9, 9), (4, 9)):
+            q, k = torch.empty(1, 1, lq, 1), torch.empty(1, 1, lk, 1)
+            allowed = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
+            assert attention._pairs(mask, lq, lk) == int(allowed.sum())
