@@ -119,6 +119,15 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("groups", &GroupedParams::groups)
       .def_readwrite("key_groups", &GroupedParams::key_groups)
       .def_readwrite("window", &GroupedParams::window);
+  py::class_<GatedParams, AttentionParams>(m, "GatedParams")
+      .def(py::init<>())
+      .def_readwrite("assignment", &GatedParams::assignment)
+      .def_readwrite("sharpness", &GatedParams::sharpness)
+      .def_readwrite("grad_query_assignment", &GatedParams::grad_query_assignment)
+      .def_readwrite("grad_key_assignment", &GatedParams::grad_key_assignment)
+      .def_readwrite("grad_sharpness", &GatedParams::grad_sharpness)
+      .def_readwrite("window", &GatedParams::window)
+      .def_readwrite("gate", &GatedParams::gate);
   py::class_<TileClassParams>(m, "TileClassParams")
       .def(py::init<>())
       .def_readwrite("dense", &TileClassParams::dense)
@@ -217,6 +226,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("reweighted_backward", run(&KernelTable::reweighted_backward));
   m.def("grouped_forward", run(&KernelTable::grouped_forward));
   m.def("grouped_backward", run(&KernelTable::grouped_backward));
+  m.def("gated_attention_forward", run(&KernelTable::gated_attention_forward));
+  m.def("gated_attention_backward", run(&KernelTable::gated_attention_backward));
   m.def("vocab_rows", run(&KernelTable::vocab_rows));
   m.def("vocab_code_bias", run(&KernelTable::vocab_code_bias));
   m.def("vocab_best_tokens", run(&KernelTable::vocab_best_tokens));

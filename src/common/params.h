@@ -76,6 +76,16 @@ struct GroupedParams : AttentionParams {
   int64_t window = 0;
 };
 
+// Causal softmax attention with gated distant scores. assignment (B, L, G) f32, sharpness () f32; gate 0 multiplies, 1 adds
+// the logarithm. Gradients to be summed over heads: grad_query_assignment (B, Hq, L, G), grad_key_assignment (B, Hkv, L, G),
+// grad_sharpness (B, Hq, L), all f32.
+struct GatedParams : AttentionParams {
+  Tensor assignment, sharpness;
+  Tensor grad_query_assignment, grad_key_assignment, grad_sharpness;
+  int64_t window = 0;
+  int32_t gate = 0;
+};
+
 // classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k elements,
 // which the kernel rounds up to its own multiples.
 struct TileClassParams {

@@ -19,6 +19,8 @@ struct KernelTable {
   void (*reweighted_backward)(const ReweightedParams&);
   void (*grouped_forward)(const GroupedParams&);
   void (*grouped_backward)(const GroupedParams&);
+  void (*gated_attention_forward)(const GatedParams&);
+  void (*gated_attention_backward)(const GatedParams&);
   void (*vocab_rows)(const VocabRowsParams&);
   void (*vocab_code_bias)(const VocabTokensParams&);
   void (*vocab_best_tokens)(const VocabTokensParams&);

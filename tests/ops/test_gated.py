@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import _native, testing
 
 
 def published(q, k, v, assignment, sharpness, window, gate):
@@ -114,3 +116,78 @@ def test_errors_name_the_argument(options, error, message):
     options = {"assignment": torch.zeros(1, 4, 3), **options}
     with pytest.raises(error, match=f"fastattn.gated_attention: {message}"):
         fa.gated_attention(q, k, v, **options)
+
+
+# --- native kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=testing.isas())
+def isa(request):
+    with _native.use_cpu_isa(request.param):
+        yield request.param
+
+
+def call(backend, **options):
+    return lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, sharpness=s, backend=backend, **options)
+
+
+@given(data=st.data())
+def test_native_under_every_mask(isa, data):
+    # some row has two keys: where none has, every true gradient is 0 and so is its budget
+    lengths = data.draw(st.lists(st.just(0) | st.integers(2, 60), min_size=1, max_size=3))
+    packed, length = len(lengths) > 1, sum(lengths)
+    batch, kv_heads = 1 if packed else data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    options = {
+        "window": data.draw(st.integers(0, 40)),
+        "gate": data.draw(st.sampled_from(["multiply", "log"])),
+    }
+    mask = {}
+    if packed:
+        mask["cu_seqlens_q"] = torch.tensor([0, *lengths]).cumsum(0)
+    if data.draw(st.booleans()):
+        mask["key_lengths"] = torch.tensor(
+            [data.draw(st.integers(min(n, 2), n)) for n in (lengths if packed else lengths * batch)]
+        )
+    if data.draw(st.booleans()):
+        mask["window"] = (data.draw(st.integers(1, 60)), None)
+    if data.draw(st.booleans()):
+        mask["dense"] = torch.rand(length, length, generator=torch.Generator().manual_seed(0)) < 0.7
+    options["mask"] = fa.Mask(**mask) if mask else None
+    head_dim, value_dim = data.draw(st.sampled_from([(1, 3), (17, 33), (64, 16)]))
+    q, k, v = testing.attention_inputs(
+        batch, kv_heads * 2, kv_heads, length, length, head_dim, value_dim, layout="odd"
+    )
+    groups = data.draw(st.sampled_from([1, 3, 8, 20]))
+    a = fa.sinkhorn(testing.random_tensor(batch, length, groups), temperature=1.0).requires_grad_()
+    sharpness = torch.tensor(data.draw(st.sampled_from([-2.0, 0.0, 1.0, 30.0])), requires_grad=True)
+    with testing.nan_filled_outputs():
+        testing.check_op(
+            call("cpu", **options),
+            call("reference", **options),
+            (q, k, v, a, sharpness),
+            terms=length + 16,
+            names=("q", "k", "v", "assignment", "sharpness"),
+        )
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_native_dtypes(isa, nan_outputs, dtype, gate):
+    q, k, v = testing.attention_inputs(2, 4, 2, 150, 150, 32, dtype=dtype)
+    a = fa.sinkhorn(testing.random_tensor(2, 150, 8), temperature=1.0).to(dtype).requires_grad_()
+    # one number whose terms cancel: eager's own error is luck in a low dtype and makes no budget
+    sharpness = torch.tensor(3.0, requires_grad=dtype == torch.float32)
+    options = {"window": 20, "gate": gate}
+    testing.check_op(
+        call("cpu", **options), call("reference", **options), (q, k, v, a, sharpness), terms=150 * 4
+    )
+
+
+def test_native_is_deterministic(isa):
+    q, k, v = testing.attention_inputs(1, 4, 1, 200, 200, 16)
+    a = fa.sinkhorn(testing.random_tensor(1, 200, 8), temperature=1.0).requires_grad_()
+    inputs = (q, k, v, a, torch.tensor(3.0, requires_grad=True))
+    runs = [testing.differentiate(call("cpu", window=20), inputs) for _ in range(3)]
+    for out, grads in runs[1:]:
+        assert torch.equal(out[0], runs[0][0][0])
+        assert all(torch.equal(x, y) for x, y in zip(grads, runs[0][1], strict=True))

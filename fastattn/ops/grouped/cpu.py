@@ -1,4 +1,4 @@
-"""Grouped attention on the CPU: outputs allocated, parameters filled, one kernel call."""
+"""Grouped and gated attention on the CPU: outputs allocated, parameters filled, one kernel call."""
 
 import torch
 
@@ -19,8 +19,12 @@ def refusal(name: str, *args) -> str | None:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
     if max(q.shape[2], k.shape[2]) >= 2**31:
         return "it serves lengths below 2**31"
-    if args[-1] is not None:
-        return "it does not serve a dense mask"
+    if name.startswith("grouped"):
+        return None if args[-1] is None else "it does not serve a dense mask"
+    assignment, sharpness = args[4:6] if name.endswith("backward") else args[3:5]
+    for what, t in (("assignment", assignment), ("sharpness", sharpness)):
+        if t.dtype not in _native.FAST_DTYPES:
+            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')} as {what}"
     return None
 
 
@@ -116,3 +120,92 @@ def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, 
             grad_v=grads[2],
         )
     return grads
+
+
+def _call_gated(
+    kernel: str,
+    name: str,
+    q,
+    k,
+    v,
+    assignment,
+    sharpness,
+    window: int,
+    gate: int,
+    scale: float,
+    mask,
+    **tensors,
+) -> None:
+    _native.kernel(kernel)(
+        _native.params(
+            "GatedParams",
+            q=_native.rows(q),
+            k=_native.rows(k),
+            v=_native.rows(v),
+            assignment=assignment.float().contiguous(),
+            sharpness=sharpness.float(),
+            window=window,
+            gate=gate,
+            scale=scale,
+            threads=_native.threads(),
+            **mask_fields(q, k, *mask),
+            **_lookup(name, q, k, v).values,
+            **tensors,
+        )
+    )
+
+
+def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        _call_gated(
+            "gated_attention_forward",
+            "gated_attention",
+            q,
+            k,
+            v,
+            assignment,
+            sharpness,
+            window,
+            gate,
+            scale,
+            mask,
+            out=out,
+            lse=lse,
+        )
+    return out, lse
+
+
+def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, window, gate, scale, *mask):
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    if not any(g.numel() for g in grads):
+        return *grads, torch.zeros_like(assignment), torch.zeros_like(sharpness)
+    tokens, groups = q.shape[2], assignment.shape[2]
+    by_query = q.new_empty(q.shape[0], q.shape[1], tokens, groups, dtype=torch.float32)
+    by_key = q.new_empty(q.shape[0], k.shape[1], tokens, groups, dtype=torch.float32)
+    by_row = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _call_gated(
+        "gated_attention_backward",
+        "gated_attention_backward",
+        q,
+        k,
+        v,
+        assignment,
+        sharpness,
+        window,
+        gate,
+        scale,
+        mask,
+        grad_out=_native.rows(grad_out),
+        out=_native.rows(out),
+        lse=lse.contiguous(),
+        grad_q=grads[0],
+        grad_k=grads[1],
+        grad_v=grads[2],
+        grad_query_assignment=by_query,
+        grad_key_assignment=by_key,
+        grad_sharpness=by_row,
+    )
+    grad_assignment = (by_query.sum(1) + by_key.sum(1)).to(assignment.dtype)
+    return *grads, grad_assignment, by_row.sum(dtype=torch.float64).to(sharpness.dtype)

@@ -191,7 +191,7 @@ register_op(
     "gated_attention",
     f"({_GATED_INPUTS}, {_GATED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
-    backends=(_reference("gated_attention"),),
+    backends=(_cpu("gated_attention"), _reference("gated_attention")),
     backward=_gated_backward,
     setup_context=_attention_setup,
 )
@@ -200,5 +200,8 @@ register_op(
     f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor lse, {_GATED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
-    backends=(_reference_backward("gated_attention", (0, 1, 2, 3, 4), saved=2, first=5),),
+    backends=(
+        _cpu("gated_attention_backward"),
+        _reference_backward("gated_attention", (0, 1, 2, 3, 4), saved=2, first=5),
+    ),
 )

@@ -1,4 +1,4 @@
-"""What the kernels of grouped attention can be tuned by."""
+"""What the kernels of grouped and gated attention can be tuned by."""
 
 from ..._config import Parameter, declare
 
@@ -7,19 +7,20 @@ _KEY = {
     "sizes": ("batch", "heads", "kv_heads", "q_length", "k_length"),
 }
 
-declare(
-    "grouped_attention",
-    "cpu",
-    parameters={
-        "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
-        "block_k": Parameter(64, (32, 64, 128, 192, 256)),
-        "pack_kib": Parameter(16384, (4096, 16384, 65536)),
-    },
-    **_KEY,
-)
-declare(
-    "grouped_attention_backward",
-    "cpu",
-    parameters={"block_q": Parameter(48, (24, 48, 72, 96, 144, 192))},
-    **_KEY,
-)
+for _name in ("grouped_attention", "gated_attention"):
+    declare(
+        _name,
+        "cpu",
+        parameters={
+            "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
+            "block_k": Parameter(64, (32, 64, 128, 192, 256)),
+            "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+        },
+        **_KEY,
+    )
+    declare(
+        f"{_name}_backward",
+        "cpu",
+        parameters={"block_q": Parameter(48, (24, 48, 72, 96, 144, 192))},
+        **_KEY,
+    )
