@@ -151,7 +151,7 @@ def fill(
             )
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        tensor = tensor.to(device=device, dtype=dtype)
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(
                 tensor, requires_grad=module._parameters[leaf].requires_grad

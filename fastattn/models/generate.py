@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..nn.vq_head import VQHead
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText
@@ -70,7 +72,7 @@ def generate(
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     new_tokens: list[Tensor] = []
     while True:
-        token = sample(model.lm_head(last), temperature, top_k, top_p, generator).to(input_ids.dtype)
+        token = _next(model.lm_head, last, temperature, top_k, top_p, generator).to(input_ids.dtype)
         if new_tokens:
             fill = new_tokens[-1] if config.pad_token_id is None else config.pad_token_id
             token = torch.where(ended, fill, token)
@@ -82,6 +84,22 @@ def generate(
             return torch.cat([input_ids, torch.stack(new_tokens, 1)], 1)
         hidden, _ = model.hidden_states(token[:, None], cache=cache)
         last = hidden[:, 0]
+
+
+def _next(
+    head: nn.Module,
+    last: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One token a row, from states (B, D); a quantised head gives it without all logits where it can."""
+    if isinstance(head, VQHead) and temperature == 0:
+        return head.argmax(last)
+    if isinstance(head, VQHead) and top_k is None and top_p is None:
+        return head.sample(last, temperature=temperature, generator=generator)
+    return sample(head(last), temperature, top_k, top_p, generator)
 
 
 def sample(

@@ -1,5 +1,6 @@
 """HRM-Text (arXiv 2605.20613): a language model that calls two small stacks many times."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ..masks import positions as document_positions
 from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
 from ..nn.cache import KeyValueCache
 from ..nn.recurrence import HierarchicalRecurrence
+from ..nn.vq_head import VQHead
 from ..ops.vocab import linear_cross_entropy
 from . import checkpoint
 from .generate import generate
@@ -47,7 +49,15 @@ class HrmText(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.head == "vq":
+            self.lm_head = VQHead(
+                config.hidden_size,
+                config.vocab_size,
+                config.codebook_size,
+                assignment=config.codebook_assignment,
+            )
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("z_L_init", torch.empty(config.hidden_size))
 
         def stack() -> PreNormStack:
@@ -75,12 +85,25 @@ class HrmText(nn.Module):
         """Draws every weight again, from torch's default generator."""
         std = self.config.initializer_range
         clipped_normal_(self.embed_tokens.weight, std)
-        clipped_normal_(self.lm_head.weight, std)
+        if isinstance(self.lm_head, VQHead):
+            self.lm_head.reset_parameters(std)
+        else:
+            clipped_normal_(self.lm_head.weight, std)
         clipped_normal_(self.z_L_init, 1.0)
         for stack in (self.recurrence.L_stack, self.recurrence.H_stack):
             for block in stack.layers:
                 block.attn.reset_parameters(std, std)
                 block.mlp.reset_parameters(std, self.config.intermediate_size**-0.5)
+
+    def quantize_head(self, codebook_size: int, *, assignment: str = "fixed", **options: Any) -> None:
+        """Replaces the dense output layer by a VQHead fitted to it, in place; see VQHead.from_linear for the options.
+
+        Its parameters are new: make the optimizer after this.
+        """
+        self.lm_head = VQHead.from_linear(self.lm_head, codebook_size, assignment=assignment, **options)
+        self.config = dataclasses.replace(
+            self.config, head="vq", codebook_size=codebook_size, codebook_assignment=assignment
+        )
 
     def activation_checkpointing(self, on: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
@@ -91,7 +114,7 @@ class HrmText(nn.Module):
         limit = self.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"HrmText: capacity {capacity} exceeds max_position_embeddings {limit}")
-        weight = self.lm_head.weight
+        weight = self.embed_tokens.weight
         return KeyValueCache(
             self.recurrence.calls,
             self.config.num_hidden_layers,
@@ -166,7 +189,10 @@ class HrmText(nn.Module):
         loss = None
         if labels is not None:
             target = _shift(labels, input_ids, positions, lengths)
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, target, ignore_index=IGNORE)
+            if isinstance(self.lm_head, VQHead):
+                loss = self.lm_head.loss(hidden, target, ignore_index=IGNORE)
+            else:
+                loss = linear_cross_entropy(hidden, self.lm_head.weight, target, ignore_index=IGNORE)
         return HrmTextOutput(self.lm_head(hidden) if return_logits else None, loss, cache)
 
     def hidden_states(
@@ -369,6 +395,8 @@ def _layouts(name: str) -> list[checkpoint.Source]:
     }
     if name in plain:
         return plain[name]
+    if name.startswith("lm_head."):  # of a quantised head
+        return [(name,)]
     _, stack, rest = name.split(".", 2)  # recurrence.L_stack.layers.0.attn.o_proj.weight
     layer, _, projection = rest.rpartition(".")[0].rpartition(".")
     split = {

@@ -44,6 +44,8 @@ class HrmTextConfig:
         initializer_range: default 1/sqrt(hidden_size).
         embedding_scale: factor on the embeddings; default 1 / initializer_range.
         prefix_lm: False refuses prefix lengths: every sample is causal.
+        head: "dense", or "vq": a fastattn.nn.VQHead of codebook_size vectors.
+        codebook_size, codebook_assignment: of the "vq" head; the second as VQHead's ``assignment``.
         pad_token_id, bos_token_id, eos_token_id: kept for the tokenizer's sake; padding of generated rows.
     """
 
@@ -62,6 +64,9 @@ class HrmTextConfig:
     initializer_range: float | None = None
     embedding_scale: float | None = None
     prefix_lm: bool = True
+    head: str = "dense"
+    codebook_size: int | None = None
+    codebook_assignment: str = "fixed"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -90,6 +95,12 @@ class HrmTextConfig:
                 raise ValueError(f"HrmTextConfig: {name} is {getattr(self, name)!r}; it must be positive")
         if self.embedding_scale is None:
             self._set("embedding_scale", 1.0 / self.initializer_range)
+        if self.head not in ("dense", "vq"):
+            raise ValueError(f"HrmTextConfig: head is {self.head!r}; it must be 'dense' or 'vq'")
+        if (self.head == "vq") != (self.codebook_size is not None):
+            raise ValueError(
+                f"HrmTextConfig: codebook_size is {self.codebook_size!r}; head 'vq' needs one and 'dense' has none"
+            )
         if isinstance(self.eos_token_id, list):
             self._set("eos_token_id", tuple(self.eos_token_id))
         credit = self.L_bp_cycles
@@ -182,4 +193,7 @@ class HrmTextConfig:
         for name in ("L_bp_cycles", "eos_token_id"):
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
+        if self.head == "dense":  # the released form has no such keys
+            for name in ("head", "codebook_size", "codebook_assignment"):
+                del values[name]
         return {"model_type": "hrm_text", "architectures": ["HrmTextForCausalLM"], **values}

@@ -2,5 +2,6 @@
 
 from .focus import FocusRouter
 from .recurrence import HierarchicalRecurrence
+from .vq_head import VQHead
 
-__all__ = ["FocusRouter", "HierarchicalRecurrence"]
+__all__ = ["FocusRouter", "HierarchicalRecurrence", "VQHead"]

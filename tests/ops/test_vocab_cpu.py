@@ -275,6 +275,17 @@ def test_rows_of_nan_choose_a_valid_token(isa):
     assert all(0 <= t < 3 for t in fa.vq_sample(h, codebook, codes).tolist())
 
 
+def test_choices_take_what_requires_gradients():
+    h, weight, bias, *_ = dense_problem(9, 9, 5, 1, 0)
+    codes = torch.arange(9)
+    for found in (
+        fa.vq_argmax(h, weight, codes, bias=bias),
+        fa.vq_sample(h, weight, codes, bias=bias),
+        fa.nearest_codes(h, weight),
+    ):
+        assert found.shape == (9,) and not found.requires_grad
+
+
 def chi_square_limit(bins):
     """Beyond which a true sampler falls once in 1e6 (Wilson-Hilferty, normal quantile 4.75)."""
     f = bins - 1

@@ -28,6 +28,10 @@ def _check_head(
     _checks.check_same_device(op, h=h, codebook=codebook, codes=codes, bias=bias)
 
 
+def _detached(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if t is None else t.detach() for t in tensors)
+
+
 def vq_logits(
     h: torch.Tensor,
     codebook: torch.Tensor,
@@ -119,9 +123,8 @@ def vq_argmax(
     """
     op = "vq_argmax"
     _check_head(op, h, codebook, codes, bias)
-    found = torch.ops.fastattn.vq_argmax(
-        h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, None)
-    )
+    rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
+    found = torch.ops.fastattn.vq_argmax(rows, codebook, codes, bias, requested(op, None))
     return found.reshape(h.shape[:-1])
 
 
@@ -151,7 +154,7 @@ def vq_sample(
         raise TypeError(
             f"fastattn.{op}: generator must be a torch.Generator, given {_checks.describe(generator)}"
         )
-    rows = h.reshape(-1, h.shape[-1])
+    rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
     found = torch.ops.fastattn.vq_sample(
         rows, codebook, codes, bias, uniform, float(temperature), requested(op, None)
@@ -173,5 +176,6 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     check_matrix(op, "codebook", codebook, "K")
     check_rows(op, "x", x, codebook.shape[1])
     _checks.check_floating(op, x=x, codebook=codebook)
-    found = torch.ops.fastattn.nearest_codes(x.reshape(-1, x.shape[-1]), codebook, requested(op, None))
+    rows, codebook = _detached(x.reshape(-1, x.shape[-1]), codebook)
+    found = torch.ops.fastattn.nearest_codes(rows, codebook, requested(op, None))
     return found.reshape(x.shape[:-1])
