@@ -1,5 +1,7 @@
 """The native CPU attention against its definition, on every instruction set this machine runs."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,10 +26,18 @@ def small_tiles():
         yield
 
 
-def run(backend, score, mask, **options):
+def run(backend, score, mask, bias=None, **options):
     def op(q, k, v):
         return fa.attention(
-            q, k, v, score=score, mask=mask, backend=backend, return_lse=score != "sigmoid", **options
+            q,
+            k,
+            v,
+            score=score,
+            mask=mask,
+            bias=bias.to(q.dtype) if isinstance(bias, torch.Tensor) else bias,
+            return_lse=score != "sigmoid",
+            backend=backend,
+            **options,
         )
 
     return op
@@ -77,3 +87,170 @@ def test_decoding_merges_chunks_of_keys(
     )
     actual = run("cpu", score, mask)(*inputs)
     testing.assert_within_budget(actual, run("reference", score, mask), inputs, terms=k_len + head_dim)
+
+
+def leaves(*shapes, dtype=torch.float32):
+    return [
+        testing.random_tensor(*shape, dtype=dtype, seed=i, requires_grad=True)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def results(q, k, v, score, **options):
+    """(out, dq, dk, dv) of one call on the CPU kernels."""
+    out = fa.attention(q, k, v, score=score, backend="cpu", **options)
+    return (out.detach(), *torch.autograd.grad(out, (q, k, v), testing.output_gradients((out,))))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_are_bitwise_equal(isa, score, dtype):
+    q, k, v = leaves((1, 4, 90, 24), (1, 2, 110, 24), (1, 2, 110, 17), dtype=dtype)
+    mask = fa.Mask(causal=True)
+    first = results(q, k, v, score, mask=mask)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(q, k, v, score, mask=mask), strict=True))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("other", (0, 3, 61))
+def test_documents_are_bitwise_independent(isa, score, other):
+    """A document alone, and packed after another one of any length and content: the same bits."""
+
+    def pack(before: int):
+        lengths = [before, 45, 2]
+        q, k, v = leaves(*[(1, 2, 45 + 2, d) for d in (16, 16, 20)])
+        strangers = [torch.randn(1, 2, before, t.shape[3]) * 9 for t in (q, k, v)]
+        q, k, v = (
+            torch.cat([s, t.detach()], 2).requires_grad_() for s, t in zip(strangers, (q, k, v), strict=True)
+        )
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        mask = fa.Mask(cu_seqlens_q=offsets, prefix_lengths=torch.tensor([0, 20, 0]))
+        out = fa.attention(q, k, v, score=score, mask=mask, backend="cpu")
+        grad = torch.cat(
+            [torch.zeros(1, 2, before, 20), testing.output_gradients((out[:, :, before:],))[0]], 2
+        )
+        return [t[:, :, before:] for t in (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))]
+
+    assert all(torch.equal(a, b) for a, b in zip(pack(17), pack(other), strict=True))
+
+
+def test_weights_of_a_decode_step_do_not_depend_on_other_documents(isa):
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (1, 130, 130))
+
+    def step(before: int):
+        rows, keys = torch.randn(1, 2, before, 16), torch.randn(1, 2, before, 16)
+        offsets = torch.tensor([0, before, before + 1]), torch.tensor([0, before, before + 130])
+        mask = fa.Mask(causal=True, cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
+        return fa.attention(
+            torch.cat([rows, q], 2),
+            torch.cat([keys, k], 2),
+            torch.cat([keys, v], 2),
+            mask=mask,
+            backend="cpu",
+        )[:, :, before:]
+
+    assert torch.equal(step(0), step(70))
+    assert torch.equal(step(0), fa.attention(q, k, v, backend="cpu"))
+
+
+def test_rows_with_nothing_to_attend(isa, nan_outputs):
+    q, k, v = leaves((1, 2, 30, 8), (1, 2, 20, 8), (1, 2, 20, 8))
+    mask = fa.Mask(causal=True)  # the last row is aligned with the last key: the first ten have none
+    out, lse = fa.attention(q, k, v, mask=mask, return_lse=True, backend="cpu")
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
+    assert not out[:, :, :10].any() and (lse[:, :, :10] == -torch.inf).all() and not dq[:, :, :10].any()
+    assert all(t.isfinite().all() for t in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("lengths", ((0, 5), (5, 0), (0, 0)))
+def test_empty_lengths(isa, nan_outputs, lengths):
+    q, k, v = leaves((2, 2, lengths[0], 8), (2, 2, lengths[1], 8), (2, 2, lengths[1], 8))
+    for score in SCORES:
+        assert all(not t.any() for t in results(q, k, v, score))
+
+
+@given(
+    problem=testing.attention_problems(("full", "causal", "key_lengths"), max_len=50),
+    score=st.sampled_from(SCORES),
+    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from(((1, 1), (1, 0), (0, 1))),
+    blocked=st.booleans(),
+)
+def test_tensor_bias(isa, nan_outputs, problem, score, dtype, shape, blocked):
+    bias = testing.random_tensor(1, 1, problem.q_len, problem.k_len, dtype=dtype, seed=9)
+    if not shape[0]:
+        bias = bias[:, :, :1]
+    if not shape[1]:
+        bias = bias[..., :1]
+    if blocked:
+        bias = bias.masked_fill(bias > 0.5, -torch.inf)
+    mask = problem.mask()
+    testing.check_op(
+        run("cpu", score, mask, bias=bias),
+        run("reference", score, mask, bias=bias),
+        problem.inputs(dtype),
+        terms=problem.k_len * max(1, problem.heads // problem.kv_heads) + problem.q_len + problem.head_dim,
+        names=("q", "k", "v"),
+    )
+
+
+@pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0))
+@pytest.mark.parametrize("score", SCORES)
+def test_any_scale_and_number_bias(isa, score, scale):
+    inputs = testing.attention_inputs(q_len=40, k_len=50)
+    options = {"scale": scale, "bias": -1.5}
+    testing.check_op(
+        run("cpu", score, None, **options), run("reference", score, None, **options), inputs, terms=106
+    )
+
+
+def test_small_sigmoid_weights_are_relatively_accurate(isa):
+    """bias -log(65536): each weight is about 1.5e-5. One key with v = 1 makes the output the weight itself.
+
+    The product of 16 terms and the exponent's argument, both below 4, are in error by a few eps32 * 4; the polynomial adds
+    9e-8 and the reciprocal 3e-7.
+    """
+    q, k, _ = testing.attention_inputs(1, 1, 1, 400, 1, 16, 1, requires_grad=False, scale=0.8)
+    v, bias = torch.ones(1, 1, 1, 1), -math.log(65536)
+    truth = torch.sigmoid(q.double() @ k.double().mT / 4 + bias)
+    assert testing.relative_error(fa.sigmoid_attention(q, k, v, bias=bias, backend="cpu"), truth) < 1e-6
+    low = [t.bfloat16() for t in (q, k, v)]
+    truth = torch.sigmoid(low[0].double() @ low[1].double().mT / 4 + bias)
+    assert testing.relative_error(fa.sigmoid_attention(*low, bias=bias, backend="cpu"), truth) < 1e-2
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_dense_mask_changed_in_place_is_classed_again(isa, score):
+    q, k, v = leaves((1, 2, 60, 8), (1, 2, 100, 8), (1, 2, 100, 8))
+    dense = torch.ones(60, 100, dtype=torch.bool)
+    mask = fa.Mask(dense=dense)
+    full = results(q, k, v, score, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(full, results(q, k, v, score), strict=True))
+    dense[:, 40:] = False
+    testing.check_op(run("cpu", score, mask), run("reference", score, mask), (q, k, v), terms=168)
+
+
+def test_masked_padding_may_hold_nan(isa):
+    q, k, v = testing.attention_inputs(2, 2, 2, 20, 90, 16, requires_grad=False)
+    lengths = torch.tensor([70, 33])
+    clean = fa.attention(q, k, v, mask=fa.Mask(key_lengths=lengths), backend="cpu")
+    for b, n in enumerate(lengths.tolist()):
+        k[b, :, n:] = v[b, :, n:] = torch.nan
+    assert torch.equal(clean, fa.attention(q, k, v, mask=fa.Mask(key_lengths=lengths), backend="cpu"))
+
+
+def test_a_nan_is_not_hidden(isa):
+    q, k, v = testing.attention_inputs(1, 1, 1, 20, 90, 16, requires_grad=False)
+    k[0, 0, 50, 3] = torch.nan
+    for score in SCORES:
+        assert fa.attention(q, k, v, score=score, backend="cpu").isnan().all()
+        assert fa.attention(q[:, :, :1], k, v, score=score, backend="cpu").isnan().all()
+
+
+def test_refusals_name_the_reason():
+    q = torch.randn(1, 1, 4, 300)
+    with pytest.raises(NotImplementedError, match="head dims from 1 to 256"):
+        fa.attention(q, q, q, backend="cpu")
+    with pytest.raises(NotImplementedError, match="float32, bfloat16 and float16"):
+        fa.attention(q[..., :8].double(), q[..., :8].double(), q[..., :8].double(), backend="cpu")
