@@ -55,7 +55,7 @@ struct AttentionParams {
   int32_t default_bias = 0;  // use -log(keys of the sequence) in place of bias_value
   int32_t causal = 0;
   int64_t window_left = -1, window_right = -1;
-  int64_t block_q = 96, block_k = 64;  // rows and keys of a tile
+  int64_t block_q = 96, block_k = 128;  // rows and keys of a tile
   int64_t pack_kib = 16384;            // packed keys and values kept at a time
   int64_t decode_rows = 8;             // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;               // decoding: keys of one task

@@ -146,6 +146,13 @@ static void pack_panels(typename Unit::Word* dst, int64_t capacity, int64_t firs
     for (int64_t c = 0; c < columns; c += kPanel) {
       const int64_t width = round_up(min64(kPanel, columns - c), W);
       typename Unit::Word* panel = dst + c * capacity + first * width;
+      if constexpr (Unit::kStep == 1) {
+        if (columns - c >= width) {
+          for (int64_t s = 0; s < rows; ++s)
+            for (int64_t j = 0; j < width; j += W) store(panel + s * width + j, load(data + s * src.stride + c + j));
+          continue;
+        }
+      }
       for (int64_t s = 0; s < steps_of<Unit>(rows); ++s) {
         for (int64_t j = 0; j < width; j += W) {
           const int64_t left = columns - c - j;

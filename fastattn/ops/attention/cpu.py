@@ -120,11 +120,11 @@ def mask_fields(
     key_lengths: torch.Tensor | None,
     dense: torch.Tensor | None,
 ) -> dict:
-    """The mask's fields of a kernel's parameters."""
+    """The mask's fields of a kernel's parameters, None where the struct's own default says the same."""
     return {
-        "causal": int(causal),
-        "window_left": window_left,
-        "window_right": window_right,
+        "causal": int(causal) or None,
+        "window_left": None if window_left < 0 else window_left,
+        "window_right": None if window_right < 0 else window_right,
         "prefix_lengths": prefix_lengths,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -160,10 +160,10 @@ def _call(
             k=_rows(k),
             v=_rows(v),
             bias=_plane(bias, (*q.shape[:3], k.shape[2])),
-            score=score,
+            score=score or None,
             scale=scale,
-            bias_value=bias_value or 0.0,
-            default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None),
+            bias_value=bias_value or None,
+            default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
             threads=_native.threads(),
             **fields,
             **config.values,

@@ -9,7 +9,7 @@ declare(
     "cpu",
     parameters={
         "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
-        "block_k": Parameter(64, (32, 64, 128, 192, 256)),
+        "block_k": Parameter(128, (32, 64, 128, 192, 256)),
         "pack_kib": Parameter(16384, (4096, 16384, 65536)),
         "decode_rows": Parameter(8, (0, 4, 8, 16)),
         "chunk_k": Parameter(512, (64, 256, 512, 1024, 2048)),
@@ -22,7 +22,7 @@ declare(
     "attention_backward",
     "cpu",
     parameters={
-        "block_q": Parameter(48, (24, 48, 72, 96, 144, 192)),
+        "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
         "block_k": Parameter(96, (32, 64, 96, 128, 192, 256)),
         "pack_kib": Parameter(16384, (4096, 16384, 65536)),
     },
