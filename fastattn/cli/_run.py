@@ -102,8 +102,8 @@ def plan_steps(trainer: "Trainer", minutes: float) -> None:
             config,
             steps=steps,
             ema=1 - 1 / max(5.0, steps / 15),  # averages over the last fifteenth or so
-            eval_every=max(1, steps // 8),
-            save_every=max(1, steps // 4),
+            eval_every=max(10, steps // 8),
+            save_every=max(10, steps // 4),
             warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
         )
     )

@@ -45,6 +45,12 @@ def data(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def tiny():
+    """HrmTextConfig keys of a model that trains in a moment."""
+    return dict(TINY)
+
+
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "model.json"

@@ -213,3 +213,39 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("fastattn.cli.build_app", lambda: broken)
     with pytest.raises(TypeError):
         main(["doctor"])
+
+
+def test_demo_goes_from_data_to_report(run, tiny, tmp_path, monkeypatch):
+    from fastattn.cli import _run
+    from fastattn.data import stdlib
+
+    examples, held_out = stdlib.build()
+    monkeypatch.setattr(stdlib, "build", lambda: (examples[::100], held_out[::25]))
+    monkeypatch.setattr(_run, "SMALL_MODEL", tiny | {"max_position_embeddings": 256})
+    folder = tmp_path / "demo-run"
+    code, out, err = run("demo", "--output", folder, "--minutes", 1e-4)
+    assert (code, err) == (0, "")
+    assert re.search(
+        r"held-out loss \d\.\d+ nats a token, -?\d\.\d+ below the untrained model's \d\.\d+", out
+    )
+    for part in (
+        "[1/5] data",
+        "[2/5] tokenizer",
+        "[3/5] training",
+        "[4/5] answers",
+        "[5/5] report",
+        "done in",
+    ):
+        assert part in out
+    for name in (
+        "train.jsonl",
+        "held-out.jsonl",
+        "report.html",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    ):
+        assert (folder / name).exists()
+    assert "answers to held-out prompts" in (folder / "report.html").read_text().lower()
+    assert (
+        run("generate", "--model", folder / "model", "--max-new-tokens", 4, "What does os.stat do?")[0] == 0
+    )
