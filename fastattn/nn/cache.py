@@ -57,6 +57,14 @@ class KeyValueCache:
         self.longest = 0
         self.ragged = False
 
+    def truncate(self, count: int) -> None:
+        """Keep the first ``count`` tokens of each row, or all it has; the prompt's keys don't depend on what
+        came after."""
+        if count < 0:
+            raise ValueError(f"KeyValueCache: count is {count}; it must not be negative")
+        self.lengths.clamp_(max=count)
+        self.longest = min(self.longest, count)
+
     def reserve(self, batch_size: int, count: int) -> Tensor:
         """Room for ``count`` more tokens a row; returns their positions (B, count)."""
         if batch_size != self.batch_size:

@@ -68,6 +68,19 @@ def test_a_prompt_cannot_be_extended(model):
     assert cache.longest == 4
 
 
+def test_truncating_a_cache_takes_tokens_back(model):
+    prompt, other = torch.randint(0, 30, (2, 4)), torch.randint(0, 30, (2, 2))
+    cache = model.make_cache(2, 8)
+    prefix = torch.tensor([4, 4])
+    model(prompt, prefix_lengths=prefix, cache=cache)
+    expected = model(other, cache=cache).logits
+    model(other, cache=cache)
+    cache.truncate(4)
+    assert torch.equal(model(other, cache=cache).logits, expected) and cache.longest == 6
+    with pytest.raises(ValueError, match="count is -1"):
+        cache.truncate(-1)
+
+
 def test_cache_limits(model):
     ids = torch.randint(0, 30, (2, 4))
     with pytest.raises(ValueError, match="exceed the capacity 3"):
