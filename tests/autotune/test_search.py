@@ -19,11 +19,12 @@ def gap(sweep, trials):
     return sweep.times[trials.best(1)[0]] / sweep.fastest - 1
 
 
-def test_near_the_optimum_after_25_evaluations():
+@pytest.mark.parametrize("sweep_of", [replay.modelled, replay.recorded])
+def test_near_the_optimum_after_25_evaluations(sweep_of):
     """Within 5 % in the median of 20 seeds, and no point is evaluated twice."""
     gaps = []
     for seed in range(20):
-        sweep = replay.modelled()
+        sweep = sweep_of()
         trials = explore(sweep, seed, most=25, every=False)
         assert len(sweep.calls) == len(set(sweep.calls)) == 25
         assert sweep.calls[0] == sweep.space.default

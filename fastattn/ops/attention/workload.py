@@ -39,6 +39,18 @@ def _cpu_shapes(effort: str, target) -> list[dict]:
     return shapes
 
 
+def _cpu_forward_shapes(effort: str, target) -> list[dict]:
+    shapes = _cpu_shapes(effort, target)
+    if effort != "quick":
+        shapes += [
+            _shape(dtype, "softmax", length, queries=1, heads=16, kv_heads=kv_heads)
+            for dtype in ("float32", "bfloat16")
+            for length in (1000, 4000)
+            for kv_heads in (16, 4)
+        ]
+    return shapes
+
+
 def _gpu_shapes(effort: str, target) -> list[dict]:
     fields = {"batch": 2, "heads": 16, "kv_heads": 16}
     if effort == "quick":
@@ -106,7 +118,7 @@ def _workload(op: str, backend: str, shapes, device: str) -> Workload:
 
 
 WORKLOADS = (
-    _workload("attention", "cpu", _cpu_shapes, "cpu"),
+    _workload("attention", "cpu", _cpu_forward_shapes, "cpu"),
     _workload("attention_backward", "cpu", _cpu_shapes, "cpu"),
     _workload("attention", "triton", _gpu_shapes, "cuda"),
     _workload("attention_backward", "triton", _gpu_shapes, "cuda"),
