@@ -1,6 +1,7 @@
 # make demo      set up, tune, train a small model on real text, let it answer, leave demo-run/report.html
 # make test      set up, then the whole test suite on the installed package
 # make test-all  with the slow tests
+# make gpu-check on a machine with a GPU: the package built in place with src/cuda, every GPU kernel checked and timed
 # make lint      ruff and clang-format, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
@@ -9,7 +10,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all lint clean setup-demo setup-test
+.PHONY: demo test test-all gpu-check lint clean setup-demo setup-test
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -35,6 +36,10 @@ test: setup-test
 
 test-all: setup-test
 	@$(call run_tests,slow or not slow)
+
+gpu-check: setup-test
+	$(PIP) --force-reinstall --no-deps -Ccmake.define.FASTATTN_CUDA=ON .
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: setup-test
 	@echo "== lint"

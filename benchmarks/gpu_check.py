@@ -1,0 +1,224 @@
+"""python -m benchmarks.gpu_check: hold every GPU kernel to its reference on this device, then time attention.
+
+Checks: outputs and gradients in float32, float16 and bfloat16 at the suite's error budgets; repeatability bit by bit;
+capture of forward and backward in a CUDA graph; the CUDA C++ kernels that are built; compute-sanitizer over the small
+shapes where it is installed. Writes <out>/<device>/check.json and exits 1 when a check failed. `--device cpu` with
+TRITON_INTERPRET=1 rehearses the checks, not the timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastattn as fa
+from fastattn import _device, testing
+from fastattn.scores import SCORES
+
+MASKS = {
+    "full": lambda n: None,
+    "causal": lambda n: fa.Mask(causal=True),
+    "window": lambda n: fa.Mask(window=(n // 3, n // 5)),
+    "packed_prefix": lambda n: fa.Mask(
+        cu_seqlens_q=torch.tensor([0, n // 3, n // 3, n]), prefix_lengths=torch.tensor([n // 9, 0, n // 4])
+    ),
+}
+
+
+def attention_checks(device: str, length: int, head_dim: int, dtypes) -> dict[str, Callable[[], None]]:
+    checks = {}
+    for score in SCORES:
+        for kind, make in MASKS.items():
+            for dtype in dtypes:
+                name = f"attention {score} {kind} {str(dtype).removeprefix('torch.')} L={length} D={head_dim}"
+                checks[name] = lambda s=score, m=make, d=dtype: one_attention(
+                    device, length, head_dim, s, m, d
+                )
+    return checks
+
+
+def one_attention(device: str, length: int, head_dim: int, score: str, make, dtype: torch.dtype) -> None:
+    inputs = testing.attention_inputs(1, 4, 2, length, length, head_dim, dtype=dtype, device="cpu")
+    inputs = tuple(t.detach().to(device).requires_grad_() for t in inputs)
+    mask = make(length)
+
+    def run(backend):
+        return lambda q, k, v: fa.attention(q, k, v, score=score, mask=mask, backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), inputs, terms=length)
+    first = testing.differentiate(run("triton"), inputs)
+    for _ in range(3):
+        again = testing.differentiate(run("triton"), inputs)
+        for a, b in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True):
+            assert torch.equal(a, b), "two runs differ"
+
+
+def other_checks(device: str) -> dict[str, Callable[[], None]]:
+    def made(*shape, seed):
+        return testing.random_tensor(*shape, seed=seed).to(device).requires_grad_()
+
+    def decoding():
+        q, k, v = (t.detach().to(device) for t in testing.attention_inputs(2, 8, 2, 1, 300, 64))
+        testing.assert_within_budget(
+            fa.attention(q, k, v, backend="triton"),
+            lambda q, k, v: fa.attention(q, k, v, backend="reference"),
+            (q, k, v),
+            terms=300,
+        )
+
+    def recurrence():
+        x, r = made(6, 130, seed=1), made(6, 130, seed=2)
+
+        def run(name, backend):
+            def fn(*args):
+                with fa.set_backend(backend):
+                    if name == "rms_norm":
+                        return fa.rms_norm(args[0], residual=args[1])
+                    return getattr(fa, name)(*args)
+
+            return fn
+
+        for name in ("swiglu", "gated", "rms_norm"):
+            args = (x,) if name == "swiglu" else (x, r)
+            testing.check_op(run(name, "triton"), run(name, "reference"), args, terms=130)
+
+    def losses():
+        h, weight = made(7, 32, seed=1), made(500, 32, seed=2)
+        target = torch.arange(7, device=device)
+        for transform in (None, "stablemax"):
+
+            def run(backend, transform=transform):
+                return lambda h, w: fa.linear_cross_entropy(
+                    h, w, target, transform=transform, backend=backend
+                )
+
+            testing.check_op(run("triton"), run("reference"), (h, weight), terms=500)
+
+    return {"split-key decoding": decoding, "recurrence pieces": recurrence, "vocabulary losses": losses}
+
+
+def cuda_checks() -> dict[str, Callable[[], None]]:
+    from fastattn import _cuda
+
+    def sinkhorn():
+        scores = testing.random_tensor(2, 5000, 8).cuda()
+        testing.assert_within_budget(
+            fa.sinkhorn(scores, backend="cuda"),
+            lambda s: fa.sinkhorn(s, backend="reference"),
+            (scores,),
+            terms=5000,
+        )
+
+    def graph():
+        q, k, v = testing.attention_inputs(1, 4, 2, 256, 256, 64, dtype=torch.bfloat16, device="cuda")
+        expected = testing.differentiate(lambda *a: fa.attention(*a, backend="triton"), (q, k, v))
+        grad = testing.output_gradients(expected[0])[0].to(q)
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            out = fa.attention(q, k, v, backend="triton")
+            grads = torch.autograd.grad(out, (q, k, v), grad)
+        captured.replay()
+        torch.cuda.synchronize()
+        for a, b in zip((out, *grads), (*expected[0], *expected[1]), strict=True):
+            assert torch.equal(a, b), "the graph's result differs"
+
+    checks: dict[str, Callable[[], None]] = {"CUDA graph of forward and backward": graph}
+    if _cuda.missing() is None:
+        checks["CUDA C++ sinkhorn"] = sinkhorn
+    return checks
+
+
+def timings() -> dict[str, float]:
+    """TFLOP/s of causal bfloat16 attention at D = 128, L = 8192, the median of 20 after warm-up; torch's SDPA beside it."""
+    from triton.testing import do_bench
+
+    length, heads, dim = 8192, 16, 128
+    q, k, v = testing.attention_inputs(
+        1, heads, heads, length, length, dim, dtype=torch.bfloat16, device="cuda"
+    )
+    work = 4 * heads * dim * length * length / 2
+    found = {}
+    for name, run in {
+        **{s: lambda s=s: fa.attention(q, k, v, score=s, mask=fa.Mask(causal=True)) for s in SCORES},
+        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }.items():
+        out = run()
+        grad = torch.ones_like(out)
+        found[f"{name} forward"] = work / do_bench(run, rep=200, return_mode="median") / 1e9
+
+        def backward(out=out, grad=grad):
+            torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+        found[f"{name} backward"] = 2.5 * work / do_bench(backward, rep=200, return_mode="median") / 1e9
+    return found
+
+
+def sanitize() -> str:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "not installed"
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check", "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return "clean" if done.returncode == 0 else f"exit {done.returncode}: {done.stdout[-2000:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--small", action="store_true", help="one small shape a kernel, nothing timed or written"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    options = parser.parse_args()
+    on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        print("gpu_check: there is no CUDA device; nothing was checked", file=sys.stderr)
+        return 2
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--device cpu needs TRITON_INTERPRET=1")
+    dtypes = (torch.float32,) if options.small else testing.LOW_DTYPES
+    checks = attention_checks(options.device, 40, 16, dtypes) | other_checks(options.device)
+    if on_gpu and not options.small:
+        checks |= attention_checks("cuda", 1000, 128, (torch.bfloat16,)) | cuda_checks()
+    results = {}
+    for name, check in checks.items():
+        started = time.perf_counter()
+        try:
+            check()
+            results[name] = "passed"
+        except Exception:
+            results[name] = traceback.format_exc(limit=3)
+        print(f"{results[name].splitlines()[-1][:100]:>10}  {name}  {time.perf_counter() - started:.1f} s")
+    failed = sum(result != "passed" for result in results.values())
+    if on_gpu and not options.small:
+        target = _device.target("cuda")
+        record = {
+            "device": target.describe(),
+            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+            "checks": results,
+            "sanitizer": sanitize(),
+            "tflops": timings() if not failed else {},
+        }
+        path = options.out / target.slug / "check.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+        print(f"wrote {path}")
+        failed += record["sanitizer"] not in ("clean", "not installed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
