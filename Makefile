@@ -21,15 +21,15 @@ PIP_FLAGS ?=
 DEMO_FLAGS ?=
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt $(PIP_FLAGS)
 
-# Two test processes with two threads each share few cores: threads that wait must not spin.
-export OMP_WAIT_POLICY ?= passive
-
 demo: setup-demo
 	@tuned="$(VENV)/.tuned-$$($(call contents,src fastattn autotune))"; \
 	if [ -e "$$tuned" ]; then echo "== kernels: tuned before"; else \
 		echo "== kernels: tuning them for this machine, under a minute"; \
 		$(BIN)/fastattn tune --effort quick && rm -f $(VENV)/.tuned-* && touch "$$tuned"; fi
 	@$(BIN)/fastattn demo --output demo-run $(DEMO_FLAGS)
+
+# Two test processes with two threads each share few cores: threads that wait must not spin.
+test test-all: export OMP_WAIT_POLICY := passive
 
 test: setup-test
 	@$(call run_tests,not slow)

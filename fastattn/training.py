@@ -1,11 +1,13 @@
 """Training HRM-Text on packed instruction-response samples: the loop behind `fastattn train`."""
 
+import contextlib
 import copy
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -230,14 +232,16 @@ class Trainer:
 
         trial = self._copy(credit_warmup=0.0)
         trial.step()
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with _native_stderr_closed(), profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
                 trial.step()
-        return [
-            OpTime(event.key, event.self_cpu_time_total / 1e6, event.count)
-            for event in profiler.key_averages()
-            if event.self_cpu_time_total > 0
-        ]
+        spent: dict[str, tuple[float, int]] = {}
+        for event in profiler.key_averages():
+            ours_or_torchs = event.key.startswith(("aten::", "fastattn::"))
+            name = event.key if ours_or_torchs else "autograd and other bookkeeping"
+            seconds, calls = spent.get(name, (0.0, 0))
+            spent[name] = seconds + event.self_cpu_time_total / 1e6, calls + event.count
+        return [OpTime(name, seconds, calls) for name, (seconds, calls) in spent.items() if seconds > 0]
 
     def _loss(self, batch, bp_steps: int) -> torch.Tensor:
         return self.model(
@@ -272,6 +276,21 @@ def held_out_loss(model: HrmText, samples: Sequence[Sample], batch_tokens: int) 
         total += loss.item() * batch.response_tokens
         count += batch.response_tokens
     return total / count
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Drops what compiled code writes to standard error: torch's profiler announces its start and stop there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _optimizer(model: HrmText, config: TrainConfig) -> AdamATan2:
