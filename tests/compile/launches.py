@@ -103,3 +103,14 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
         kernels.linear_cross_entropy(h, weight, None, labels, lse, 1, 0.0, 0.0, -100, "none", 0)
         kernels.stablemax_cross_entropy_backward(lse, logits, labels, lse, -100)
     return launches
+
+
+def reweighted(
+    target: str, dtype: torch.dtype = torch.bfloat16, power: float | None = 15.0
+) -> list[_triton.Launch]:
+    from fastattn.ops.reweighted.triton import softplus_attention
+
+    q, k, v, _, _, _, _, *mask = attention_arguments(dtype=dtype, head_dim=64)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        softplus_attention(q, k, v, power, *mask)
+    return launches

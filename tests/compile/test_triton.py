@@ -66,9 +66,12 @@ def test_recurrence(target):
     compile_all(target, launches.recurrence(target))
 
 
-@pytest.mark.parametrize("target", ("sm_100",))
-def test_vocab(target):
-    compile_all(target, launches.vocab(target))
+def test_vocab():
+    compile_all("sm_100", launches.vocab("sm_100"))
+
+
+def test_reweighted():
+    compile_all("sm_90", launches.reweighted("sm_90"))
 
 
 @pytest.mark.slow
@@ -77,6 +80,8 @@ def test_vocab(target):
 def test_all_row_kernels(target, dtype):
     compile_all(target, launches.recurrence(target, dtype))
     compile_all(target, launches.vocab(target, dtype))
+    compile_all(target, launches.reweighted(target, dtype))
+    compile_all(target, launches.reweighted(target, dtype, None))
 
 
 def test_float32():

@@ -3,7 +3,7 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op
+from ..._registry import Backend, reference_backward, register_op, triton_backend
 
 _OPTIONS = f"float? power, {masks.SCHEMA}"
 _INPUTS = 3  # q, k, v
@@ -80,7 +80,11 @@ register_op(
     "softplus_attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends=(_cpu("softplus_attention"), Backend("reference", _load_reference)),
+    backends=(
+        _cpu("softplus_attention"),
+        triton_backend("fastattn.ops.reweighted.triton", "softplus_attention", configure="configure"),
+        Backend("reference", _load_reference),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )
