@@ -67,7 +67,8 @@ contents = { echo "$(PYTHON)"; find pyproject.toml constraints.txt CMakeLists.tx
 define setup
 [ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or 3.12 found; give PYTHON=/path/to/python"; exit 1; }; \
 command -v "$${CXX:-c++}" > /dev/null || { echo "error: no C++ compiler found; install g++ or clang++"; exit 1; }; \
-stamp="$(VENV)/.ready-$(subst $(comma),-,$(1))-$$($(call contents,src bindings fastattn autotune))"; \
+contents=$$($(call contents,src bindings fastattn autotune)); \
+stamp="$(VENV)/.ready-$(subst $(comma),-,$(1))-$$contents"; \
 if [ -e "$$stamp" ]; then echo "== set-up: done before"; exit 0; fi; \
 if [ ! -x $(BIN)/python ]; then echo "== set-up: $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); fi; \
 echo "== set-up: torch (a large download the first time)"; \
@@ -76,7 +77,7 @@ echo "== set-up: build tools and packages for [$(1)]"; \
 $(PIP) -qq scikit-build-core pybind11 cmake ninja; \
 echo "== set-up: fastattn, compiled from source"; \
 $(PIP) -qq --no-build-isolation -Cbuild-dir=build/make ".[$(1)]"; \
-rm -f "$(VENV)/.ready-$(subst $(comma),-,$(1))-"*; touch "$$stamp"
+find $(VENV) -maxdepth 1 -name '.ready-*' -not -name "*-$$contents" -delete; touch "$$stamp"
 endef
 
 # From tests/, so that the installed package is imported and not the source beside it. The interpreter has to be
