@@ -1,31 +1,83 @@
-"""Softplus attention with and without re-weighting (LSSA, LSSAR) against the definition in plain torch."""
+"""LSSA and LSSAR against the published equation in plain torch and against own softmax attention."""
 
-import functools
+import math
 
 import torch
+import torch.nn.functional as F
 
 import fastattn as fa
-from benchmarks.registry import Case, Problem
+from benchmarks.registry import Case, Problem, faster_than, time_at_most
 from fastattn import testing
 
 BF16, FP32 = torch.bfloat16, torch.float32
+CHECKED_ROWS = 16
 BOTH = "forward+backward"
+EAGER_SCORES = 8 * 2048**2  # what eager torch is given at most: beyond, its scores are gigabytes
 
 
-def softplus(dtype, H, L, D, power):
+def _published(q, k, v, rows, power):
+    """The equation as printed, for some rows of a causal sequence."""
+    allowed = torch.arange(k.shape[2]) <= rows[:, None]
+    n = (rows + 1)[:, None].to(q.dtype)
+    c = math.log(q.shape[3]) * n.log()
+    s = F.softplus(c * (F.normalize(q[:, :, rows], dim=-1) @ F.normalize(k, dim=-1).mT))
+    s = s.masked_fill(~allowed, 0)
+    weights = s / s.sum(-1, keepdim=True)
+    if power is not None:
+        weights = torch.relu(weights * n - (n > 3).to(n.dtype)).masked_fill(~allowed, 0) ** power
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v
+
+
+def lssa(dtype, *, H, L, D, power=None, backward=False):
     q, k, v = testing.attention_inputs(1, H, H, L, L, D, dtype=dtype)
-    own = functools.partial(fa.softplus_attention, power=power, mask=fa.Mask(causal=True))
-    eager = functools.partial(own, backend="reference")
+    mask, everything = fa.Mask(causal=True), torch.arange(L)
+    rows = torch.linspace(0, L - 1, CHECKED_ROWS).long()
+    contenders = {
+        "fastattn": lambda q, k, v: fa.softplus_attention(q, k, v, power=power, mask=mask),
+        "own softmax": lambda q, k, v: fa.attention(q, k, v, mask=mask),
+    }
+    if H * L * L <= EAGER_SCORES:
+        contenders["eager"] = lambda q, k, v: _published(q, k, v, everything, power)
+
+    def one_head(q, k, v):
+        return _published(q[:, :1], k[:, :1], v[:, :1], everything, power)
+
     return Problem(
-        inputs=(q, k, v), contenders={"fastattn": own, "eager": eager}, reference=eager, terms=L + D
+        inputs=(q, k, v),
+        contenders=contenders,
+        reference=one_head if backward else lambda q, k, v: _published(q, k, v, rows, power),
+        select=(lambda x: x[:, :1]) if backward else (lambda x: x[:, :, rows]),
+        yardsticks=("own softmax",),
+        flops=(3.5 if backward else 1) * 2 * H * L * L * D,
+        terms=L + D,
     )
 
 
-SHAPE = {"H": 8, "L": 2048, "D": 64}
+SMALL, LONG = {"H": 8, "L": 2048, "D": 64}, {"H": 8, "L": 4096, "D": 64}
 CASES = [
-    Case("reweighted", "softplus causal", softplus, {**SHAPE, "power": power}, dtype, direction,
-         quick=dtype == FP32 and power == 15)
-    for power in (None, 15)
-    for dtype in (FP32, BF16)
-    for direction in ("forward", BOTH)
-]  # fmt: skip
+    Case(
+        "reweighted", "LSSAR p=15", lssa, SMALL, FP32, options={"power": 15}, bars=(faster_than("eager", 10),)
+    ),
+    Case(
+        "reweighted",
+        "LSSAR p=15",
+        lssa,
+        SMALL,
+        FP32,
+        direction=BOTH,
+        options={"power": 15, "backward": True},
+        bars=(faster_than("eager", 12),),
+    ),
+    Case(
+        "reweighted",
+        "LSSAR p=15",
+        lssa,
+        LONG,
+        BF16,
+        options={"power": 15},
+        bars=(time_at_most("own softmax", 2.2),),
+    ),
+    Case("reweighted", "LSSA", lssa, LONG, BF16, bars=(time_at_most("own softmax", 1.4),)),
+    Case("reweighted", "LSSA", lssa, SMALL, FP32, bars=(time_at_most("own softmax", 1.4),), quick=True),
+]

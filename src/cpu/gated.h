@@ -229,13 +229,15 @@ struct GatedGradientBlock : GradientBlock {
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       const vi attends = mask.at(j);
       const vf x = FASTATTN_ISA::load(w + j);
-      vf y = x * c, gate = splat(1.0f), agreement{};
+      vf y = x * c, gate = splat(1.0f), closed{}, agreement{};
       const vi distant = iota() + (int32_t)j < near;
       const bool gated = gates && j < near;
       if (gated) {
         agreement = FASTATTN_ISA::load(share + j);
         const vf z = agreement * (problem.sharpness * -kLog2E);
-        gate = select(distant, reciprocal(1.0f + exp2_bounded(at_most(z, 124.0f))), gate);
+        const vf odds = exp2_bounded(at_most(z, 124.0f)), open = reciprocal(1.0f + odds);
+        closed = odds * open;  // 1 - gate, with its digits where the gate is all but 1
+        gate = select(distant, open, gate);
         if (p.gate == 0)
           y *= gate;
         else
@@ -248,7 +250,7 @@ struct GatedGradientBlock : GradientBlock {
       if (!gates) continue;
       vf t{};
       if (gated) {
-        t = ds * (1.0f - gate);
+        t = ds * closed;
         if (p.gate == 0) t *= keep(attends, x) * scale * gate;
         t = keep(distant & attends, t);
         sharpness += t * keep(distant & attends, agreement);
