@@ -56,9 +56,9 @@ struct AttentionParams {
   int32_t causal = 0;
   int64_t window_left = -1, window_right = -1;
   int64_t block_q = 96, block_k = 128;  // rows and keys of a tile
-  int64_t pack_kib = 16384;            // packed keys and values kept at a time
-  int64_t decode_rows = 8;             // rows a key head up to which a sequence is decoded: keys read in place, split
-  int64_t chunk_k = 512;               // decoding: keys of one task
+  int64_t pack_kib = 16384;             // packed keys and values kept at a time
+  int64_t decode_rows = 8;              // rows a key head up to which a sequence is decoded: keys read in place, split
+  int64_t chunk_k = 512;                // decoding: keys of one task
   int32_t threads = 1;
 };
 
@@ -76,9 +76,9 @@ struct GroupedParams : AttentionParams {
   int64_t window = 0;
 };
 
-// Causal softmax attention with gated distant scores. assignment (B, L, G) f32, sharpness () f32; gate 0 multiplies, 1 adds
-// the logarithm. Gradients to be summed over heads: grad_query_assignment (B, Hq, L, G), grad_key_assignment (B, Hkv, L, G),
-// grad_sharpness (B, Hq, L), all f32.
+// Causal softmax attention with gated distant scores. assignment (B, L, G) f32, sharpness () f32; gate 0 multiplies, 1
+// adds the logarithm. Gradients to be summed over heads: grad_query_assignment (B, Hq, L, G), grad_key_assignment (B,
+// Hkv, L, G), grad_sharpness (B, Hq, L), all f32.
 struct GatedParams : AttentionParams {
   Tensor assignment, sharpness;
   Tensor grad_query_assignment, grad_key_assignment, grad_sharpness;
@@ -86,8 +86,8 @@ struct GatedParams : AttentionParams {
   int32_t gate = 0;
 };
 
-// classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k elements,
-// which the kernel rounds up to its own multiples.
+// classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k
+// elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {
   Tensor dense, classes;
   int64_t block_q = 96, block_k = 64;
@@ -146,8 +146,8 @@ struct VocabExpandParams {
   int32_t threads = 1;
 };
 
-// `iterations` of multiply-add chains in registers on every thread. operations (1,) i64: counted in one iteration of one
-// thread, 0 where the instruction set has no bf16 dot; sink (threads,) f32 keeps the work from being dropped.
+// `iterations` of multiply-add chains in registers on every thread. operations (1,) i64: counted in one iteration of
+// one thread, 0 where the instruction set has no bf16 dot; sink (threads,) f32 keeps the work from being dropped.
 struct PeakParams {
   Tensor sink, operations;
   int64_t iterations = 1;
