@@ -39,17 +39,25 @@ static void vocab_code_bias(const VocabTokensParams& p) {
   for (int64_t k = 0; k < codes; k++) beta[k] += (float)__builtin_log(sums[k]);
 }
 
-// Each code's token of the largest bias, the first of equals, and that bias.
-static void vocab_best_tokens(const VocabTokensParams& p) {
+template <class I>
+static void best_tokens_of(const VocabTokensParams& p, const I* code_of) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
+  const float* bias = (const float*)p.bias.data;
   float* largest = (float*)p.beta.data;
   int64_t* best = (int64_t*)p.best.data;
   for (int64_t k = 0; k < codes; k++) largest[k] = -kInfinity, best[k] = tokens;
-  for (int64_t i = 0; i < tokens; i++) {
-    const int64_t k = index_at(p.codes, i);
-    const float b = bias_at(p.bias, i);
-    if (best[k] == tokens || b > largest[k]) best[k] = i, largest[k] = b;
+  for (int64_t i = tokens - 1; i >= 0; i--) {  // backwards: the first of equals is written last
+    const int64_t k = code_of[i];
+    const float b = bias ? bias[i] : 0.0f;
+    if (!(b < largest[k])) best[k] = i, largest[k] = b;  // a NaN counts as largest, so that best is always a token
   }
+}
+// Each code's token of the largest bias, the first of equals, and that bias.
+static void vocab_best_tokens(const VocabTokensParams& p) {
+  if (p.codes.dtype == DType::i64)
+    best_tokens_of(p, (const int64_t*)p.codes.data);
+  else
+    best_tokens_of(p, (const int32_t*)p.codes.data);
 }
 
 static void vocab_bias_gradient(const VocabTokensParams& p) {
@@ -181,25 +189,35 @@ static void vocab_best_of(const VocabBestParams& p) {
   });
 }
 
+template <class T, bool Squares>
+FASTATTN_INLINE float dot_row(const T* x, const T* c, int64_t d, float* square) {
+  vf s[4] = {}, q[4] = {};
+  int64_t i = 0;
+  const auto add = [&](int64_t j, int n, int u) {
+    const vf a = get(c + j, n);
+    s[u] += get(x + j, n) * a;
+    if constexpr (Squares) q[u] += a * a;
+  };
+  for (; i + 4 * W <= d; i += 4 * W)
+    for (int u = 0; u < 4; u++) add(i + u * W, W, u);
+  for_columns(d - i, [&](int64_t j, int n) { add(i + j, n, 0); });
+  if constexpr (Squares) *square = reduce_add((q[0] + q[1]) + (q[2] + q[3]));
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
 template <class T>
 static void vocab_dots_of(const VocabDotsParams& p) {
   const int64_t rows = p.x.size[2], d = p.x.size[3], codes = p.codebook.size[2];
   parallel_ranges(codes, row_threads(p.threads, codes, d), [&](int64_t begin, int64_t end, int) {
     for (int64_t k = begin; k < end; k++) {
       const T* c = (const T*)p.codebook.data + k * p.codebook.stride[2];
-      if (p.squares.data) {
-        vf s = {};
-        for_columns(d, [&](int64_t j, int n) { s += get(c + j, n) * get(c + j, n); });
-        *float_at(p.squares, k) = reduce_add(s);
-      }
       for (int64_t r = 0; r < rows; r++) {
         const T* x = (const T*)p.x.data + r * p.x.stride[2];
-        vf s[4] = {};
-        int64_t i = 0;
-        for (; i + 4 * W <= d; i += 4 * W)
-          for (int u = 0; u < 4; u++) s[u] += load(x + i + u * W) * load(c + i + u * W);
-        for_columns(d - i, [&](int64_t j, int n) { s[0] += get(x + i + j, n) * get(c + i + j, n); });
-        ((float*)p.out.data)[r * p.out.stride[2] + k] = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+        float& out = ((float*)p.out.data)[r * p.out.stride[2] + k];
+        if (r == 0 && p.squares.data)
+          out = dot_row<T, true>(x, c, d, float_at(p.squares, k));
+        else
+          out = dot_row<T, false>(x, c, d, nullptr);
       }
     }
   });

@@ -90,8 +90,8 @@ def _loss(h, codebook, codes, bias, target, *, scale=None, lse=None, grad=None, 
     statistics = Statistics(h) if lse is None else None
     if scale is not None:
         grad = h.new_full((count,), scale)
-    dh = h.new_zeros(count, width) if wanted & 1 else None
-    dcodebook = h.new_zeros(classes, width) if wanted & 10 else None
+    dh = h.new_empty(count, width) if wanted & 1 else None
+    dcodebook = (h.new_empty if count else h.new_zeros)(classes, width) if wanted & 10 else None
     mass = h.new_zeros(classes) if wanted & 4 else None
     chunks = _chunks(count, classes, mib)
     scores = h.new_empty(chunks[0][1] if chunks else 0, classes)
