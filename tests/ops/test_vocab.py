@@ -249,7 +249,11 @@ def refused():
     yield lambda: lce(h, w, y, bias=b[1:]), ValueError, r"bias must have shape \(13\) \(one a class\)"
     yield lambda: lce(h, w, y, bias=b.half()), TypeError, "bias must be float32, given a float16"
     yield lambda: lce(h, w, y, ignore_index=0.5), TypeError, "ignore_index must be an int"
-    yield lambda: lce(h, w, y, backend="triton"), NotImplementedError, "there is no triton backend"
+    yield (
+        lambda: lce(h, w, y, backend="triton"),
+        NotImplementedError,
+        "triton: it serves cuda tensors, not cpu",
+    )
     yield lambda: lce(h, w, y, backend="best"), ValueError, "backend must be None or one of"
     yield lambda: lce(h, w[0], y), ValueError, "weight must have 2 dimensions"
     yield lambda: lce(h.to("meta"), w, y), ValueError, "weight is on cpu but h is on meta"
