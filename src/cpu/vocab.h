@@ -82,6 +82,41 @@ FASTATTN_INLINE float row_sum(const T* x, int64_t columns, const F& f) {
   return sum;
 }
 
+// out = e^(x - shift), and its sum.
+static float exponentials(const float* x, float* out, int64_t columns, vf shift) {
+  vf s[4] = {};
+  const auto put_at = [&](int64_t j) {
+    const vf e = exp(load(x + j) - shift);
+    store(out + j, e);
+    return e;
+  };
+  int64_t j = 0;
+  for (; j + 4 * W <= columns; j += 4 * W)
+    for (int i = 0; i < 4; i++) s[i] += put_at(j + i * W);
+  for (; j + W <= columns; j += W) s[0] += put_at(j);
+  float sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+  if (j < columns) {
+    const int n = (int)(columns - j);
+    const vf e = exp(load_n(x + j, n) - shift);
+    store_n(out + j, e, n);
+    for (int i = 0; i < n; i++) sum += e[i];
+  }
+  return sum;
+}
+
+// Statistics and gradient of a whole row of prepared logits, with one exponential an element; the target's share is
+// left in.
+static void softmax_row(const VocabRowsParams& p, int64_t r, const float* x, float* out, int64_t columns) {
+  const float largest = row_maximum(x, columns);
+  const float sum = exponentials(x, out, columns, splat(largest));
+  const float lse = largest + __builtin_logf(sum);
+  *float_at(p.row_max, r) = largest;
+  *float_at(p.row_sum, r) = sum;
+  *float_at(p.lse, r) = lse;
+  const vf weight = splat(*float_at(p.grad, r) * (1.0f + 2.0f * (float)p.z_loss * lse) / sum);
+  for_columns(columns, [&](int64_t j, int n) { put(out + j, get(out + j, n) * weight, n); });
+}
+
 template <class T, bool Stable>
 static void vocab_rows_of(const VocabRowsParams& p) {
   const int64_t columns = p.x.size[3];
@@ -106,6 +141,13 @@ static void vocab_rows_of(const VocabRowsParams& p) {
       const float y = here ? scalar_at(x + column) : 0.0f;
       float sum = 0;
 
+      if constexpr (!Stable && std::is_same_v<T, float>) {
+        if (p.statistics && p.gradient && cap == 0 && !p.temperature.data) {
+          softmax_row(p, r, x, out, columns);
+          if (here) *float_at(p.picked, r) = y, out[column] -= *float_at(p.grad, r);
+          continue;
+        }
+      }
       if (p.statistics) {
         float* total = float_at(p.row_sum, r);
         if constexpr (Stable) {
