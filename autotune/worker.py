@@ -88,7 +88,8 @@ class Worker:
         self._log.seek(0)
         self._log.truncate()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastattn.autotune.worker"],
+            # -P: a folder named fastattn where the user stands is not the package
+            [sys.executable, "-P", "-m", "fastattn.autotune.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
