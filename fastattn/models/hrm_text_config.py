@@ -45,7 +45,8 @@ class HrmTextConfig:
         embedding_scale: factor on the embeddings; default 1 / initializer_range.
         prefix_lm: False refuses prefix lengths: every sample is causal.
         head: "dense", or "vq": a fastattn.nn.VQHead of codebook_size vectors.
-        codebook_size, codebook_assignment: of the "vq" head; the second as VQHead's ``assignment``.
+        codebook_size, codebook_assignment: of the "vq" head; the second as VQHead's ``assignment``, whose
+            codes move when the training loop calls ``model.lm_head.update_codes()``.
         pad_token_id, bos_token_id, eos_token_id: kept for the tokenizer's sake; padding of generated rows.
     """
 
