@@ -32,7 +32,7 @@ class Failure(Exception):
         self.reason, self.detail = reason, detail
 
 
-class Unavailable(Exception):
+class Unavailable(OSError):
     """No worker can be started, or it cannot make what it is to measure; no candidate's doing."""
 
 
