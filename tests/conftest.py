@@ -1,10 +1,17 @@
 """Fixtures of the whole suite: repeatable hypothesis runs, NaN-filled outputs, two threads."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from fastattn import _native, testing
+
+# What a person has tuned on this machine is not what is tested; inherited by the processes that tests start.
+_cache = tempfile.TemporaryDirectory(prefix="fastattn-tests-")
+os.environ["FASTATTN_CACHE_DIR"] = _cache.name
 
 settings.register_profile(
     "fastattn",

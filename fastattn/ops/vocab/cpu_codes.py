@@ -52,15 +52,17 @@ def _scores(
     x: torch.Tensor,
     codebook: torch.Tensor,
     wide: torch.Tensor | None,
+    buffer: torch.Tensor,
     squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x codebook^T in float32; `wide` is the codebook in float32 where there are more than a few rows.
+    """x codebook^T in float32, in the first rows of `buffer`, which all chunks share: freed and taken again, large
+    chunks pile up in the allocator. `wide` is the codebook in float32 where there are more than a few rows.
 
     Without it, `squares` (K,) takes the squared norms of the codebook's rows in the same pass.
     """
+    out = buffer[: x.shape[0]]
     if wide is not None:
-        return torch.mm(x.float(), wide.T)
-    out = torch.empty(x.shape[0], codebook.shape[0], dtype=torch.float32)
+        return torch.mm(x.float(), wide.T, out=out)
     if x.shape[0]:
         call(
             "vocab_dots",
@@ -72,6 +74,11 @@ def _scores(
             threads=_native.threads(),
         )
     return out
+
+
+def _buffer(chunks: list[tuple[int, int]], columns: int) -> torch.Tensor:
+    """Room for the scores of any one chunk; the first is the longest."""
+    return torch.empty(chunks[0][1] if chunks else 0, columns, dtype=torch.float32)
 
 
 def _wide(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor | None:
@@ -204,8 +211,10 @@ def vq_logits(h, codebook, codes, bias):
     check_codes("vq_logits", codes, codebook.shape[0])
     logits = h.new_empty(h.shape[0], codes.shape[0])
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
-    for begin, end in _chunks(h.shape[0], codebook.shape[0], configure(h, codebook).values["chunk_mib"]):
-        _expand("vocab_expand", _scores(h[begin:end], codebook, wide), codes, bias, logits[begin:end])
+    chunks = _chunks(h.shape[0], codebook.shape[0], configure(h, codebook).values["chunk_mib"])
+    buffer = _buffer(chunks, codebook.shape[0])
+    for begin, end in chunks:
+        _expand("vocab_expand", _scores(h[begin:end], codebook, wide, buffer), codes, bias, logits[begin:end])
     return logits
 
 
@@ -244,8 +253,10 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
         torch.linalg.vecdot(wide, wide, out=squares)
     finite = offset[offset.isfinite()].abs()
     spread = float(finite.max()) * torch.finfo(torch.float64).eps if finite.numel() else 0.0
-    for begin, end in _chunks(x.shape[0], codebook.shape[0], mib):
-        scores = _scores(x[begin:end], codebook, wide, squares)
+    chunks = _chunks(x.shape[0], codebook.shape[0], mib)
+    buffer = _buffer(chunks, codebook.shape[0])
+    for begin, end in chunks:
+        scores = _scores(x[begin:end], codebook, wide, buffer, squares)
         norm = float(squares.max()) ** 0.5
         call(
             "vocab_best",
@@ -294,11 +305,13 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     beta = _code_bias(codes, bias, count, 1 / temperature)
     found = torch.empty(h.shape[0], dtype=torch.int64)
     uniform = uniform.contiguous()
-    for begin, end in _chunks(h.shape[0], count, configure(h, codebook).values["chunk_mib"]):
+    chunks = _chunks(h.shape[0], count, configure(h, codebook).values["chunk_mib"])
+    buffer = _buffer(chunks, count)
+    for begin, end in chunks:
         call(
             "vocab_sample",
             "VocabSampleParams",
-            scores=_scores(h[begin:end], codebook, wide),
+            scores=_scores(h[begin:end], codebook, wide, buffer),
             uniform=uniform[begin:end],
             beta=beta,
             bias=bias,
