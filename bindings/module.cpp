@@ -130,7 +130,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("gate", &GatedParams::gate);
   py::class_<TileClassParams>(m, "TileClassParams")
       .def(py::init<>())
-      .def_readwrite("dense", &TileClassParams::dense)
+      .def_readwrite("mask", &TileClassParams::mask)
       .def_readwrite("classes", &TileClassParams::classes)
       .def_readwrite("block_q", &TileClassParams::block_q)
       .def_readwrite("block_k", &TileClassParams::block_k)

@@ -48,7 +48,7 @@ struct RotaryParams {
 struct AttentionParams {
   Tensor q, k, v, out, lse;
   Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
-  Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense: 0 nothing attends, 1 everything, 2 mixed
+  Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
   double scale = 1, bias_value = 0;
   int32_t score = 0;
@@ -86,10 +86,10 @@ struct GatedParams : AttentionParams {
   int32_t gate = 0;
 };
 
-// classes u8 of a dense bool mask (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of block_q by block_k
-// elements, which the kernel rounds up to its own multiples.
+// classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
+// block_q by block_k elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {
-  Tensor dense, classes;
+  Tensor mask, classes;
   int64_t block_q = 96, block_k = 64;
   int32_t threads = 1;
 };

@@ -195,6 +195,24 @@ def test_tensor_bias(isa, nan_outputs, problem, score, dtype, shape, blocked):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_tiles_of_a_bias_that_let_nothing_through_are_skipped(isa, nan_outputs, score, dtype):
+    """What such tiles hold is not even read: a NaN past every row's last key stays there."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 400, 700, 16, dtype=dtype)
+    bias = torch.zeros(400, 700, dtype=dtype).masked_fill(
+        torch.arange(700) > torch.arange(400)[:, None], -torch.inf
+    )
+    options = {"bias": bias.expand(1, 1, 400, 700)}
+    testing.check_op(
+        run("cpu", score, None, **options), run("reference", score, None, **options), (q, k, v), terms=1116
+    )
+    clean = fa.attention(q, k, v, score=score, backend="cpu", **options)
+    with torch.no_grad():
+        k[:, :, 660:] = v[:, :, 660:] = torch.nan
+    assert torch.equal(clean, fa.attention(q, k, v, score=score, backend="cpu", **options))
+
+
 @pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0))
 @pytest.mark.parametrize("score", SCORES)
 def test_any_scale_and_number_bias(isa, score, scale):

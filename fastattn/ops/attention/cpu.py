@@ -12,6 +12,7 @@ from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
 _CLASSED_MASKS = 32
+_LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 _classes: OrderedDict[tuple, tuple[StorageWeakRef, torch.Tensor]] = OrderedDict()
 
 
@@ -70,27 +71,27 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
     return t.expand(shape)
 
 
-def _tile_classes(dense: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
-    """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask: 0 empty, 1 full, 2 mixed.
+def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
+    """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask or bias: 0 empty, 1 full, 2 mixed.
 
     Kept for as long as the same memory, unchanged, is used: keyed by its storage, version counter and layout.
     """
     block_q, block_k = config["block_q"], config["block_k"]
     key = None
-    if not dense.is_inference():  # an inference tensor has no version counter
-        storage = StorageWeakRef(dense.untyped_storage())
-        layout = (dense.storage_offset(), tuple(dense.shape), dense.stride())
-        key = (storage.cdata, dense._version, layout, block_q, block_k, _native.cpu_isa())
+    if not mask.is_inference():  # an inference tensor has no version counter
+        storage = StorageWeakRef(mask.untyped_storage())
+        layout = (mask.dtype, mask.storage_offset(), tuple(mask.shape), mask.stride())
+        key = (storage.cdata, mask._version, layout, block_q, block_k, _native.cpu_isa())
         found = _classes.get(key)
         # the weak reference keeps the address from being given to another storage
         if found is not None:
             return found[1]
-    tiles = (-(-dense.shape[2] // block_q), -(-dense.shape[3] // block_k))
-    classes = torch.empty(*dense.shape[:2], *tiles, dtype=torch.uint8)
+    tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
+    classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
     _native.kernel("classify_tiles")(
         _native.params(
             "TileClassParams",
-            dense=dense,
+            mask=mask,
             classes=classes,
             block_q=block_q,
             block_k=block_k,
@@ -147,10 +148,12 @@ def _call(
     **tensors,
 ) -> None:
     fields = mask_fields(q, k, *mask)
-    dense = fields["dense"]
+    bias = _plane(bias, (*q.shape[:3], k.shape[2]))
+    by_element = bias if fields["dense"] is None else fields["dense"]
+    few = q.shape[2] < _LEAST_CLASSED_ROWS
     # tiles of packed documents start at each document, not where the mask's would
-    if dense is not None and fields["cu_seqlens_q"] is None and dense.numel():
-        once = dense[: 1 if dense.stride(0) == 0 else None, : 1 if dense.stride(1) == 0 else None]
+    if by_element is not None and fields["cu_seqlens_q"] is None and by_element.numel() and not few:
+        once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = _tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
     _native.kernel(name)(
@@ -159,7 +162,7 @@ def _call(
             q=_rows(q),
             k=_rows(k),
             v=_rows(v),
-            bias=_plane(bias, (*q.shape[:3], k.shape[2])),
+            bias=bias,
             score=score or None,
             scale=scale,
             bias_value=bias_value or None,
