@@ -1,7 +1,7 @@
 """Run tests on the AVX-512 kernels without AVX-512: `python tests/native/emulated.py [pytest arguments]`.
 
 Builds the compiled module with FASTATTN_EMULATE_AVX512 (the same kernels, 64-byte vectors lowered to AVX2, the bf16 dot
-product in plain C++), puts it in the place of the installed one, and runs the attention tests on each instruction set.
+product in plain C++), puts it in the place of the installed one, and runs the ops' tests on each instruction set.
 """
 
 import importlib.util
@@ -14,7 +14,8 @@ import torch  # noqa: F401  before the compiled module: both use torch's OpenMP
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
-TESTS = [str(ROOT / "tests" / "ops" / "test_attention_cpu.py")]
+OPS = ("attention_cpu", "reweighted", "grouped", "gated", "recurrence", "vocab_cpu")
+TESTS = [*(str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in OPS), "-q"]
 
 
 def build() -> Path:
