@@ -1,6 +1,7 @@
-# make demo      set up, tune, train a small model on real text, let it answer, leave demo-run/report.html
+# make demo      set up, tune (demo-run/tune.html), train a small model on real text, let it answer (demo-run/report.html)
 # make test      set up, then the whole test suite on the installed package
 # make test-all  with the slow tests
+# make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
 # make gpu-check on a machine with a GPU: the package built in place with src/cuda, every GPU kernel checked and timed
 # make lint      ruff and clang-format, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
@@ -10,7 +11,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all gpu-check lint clean setup-demo setup-test
+.PHONY: demo test test-all test-emulated gpu-check lint clean setup-demo setup-test
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -25,7 +26,8 @@ demo: setup-demo
 	@tuned="$(VENV)/.tuned-$$($(call contents,src fastattn autotune))"; \
 	if [ -e "$$tuned" ]; then echo "== kernels: tuned before"; else \
 		echo "== kernels: tuning them for this machine, under a minute"; \
-		if $(BIN)/fastattn tune --effort quick; then rm -f $(VENV)/.tuned-*; touch "$$tuned"; \
+		mkdir -p demo-run; \
+		if $(BIN)/fastattn tune --effort quick --report demo-run/tune.html; then rm -f $(VENV)/.tuned-*; touch "$$tuned"; \
 		else echo "== kernels: tuning failed, the built-in tile sizes are used"; fi; fi
 	@$(BIN)/fastattn demo --output demo-run $(DEMO_FLAGS)
 
@@ -37,6 +39,9 @@ test: setup-test
 
 test-all: setup-test
 	@$(call run_tests,slow or not slow)
+
+test-emulated: setup-test
+	@echo "== tests: AVX-512 kernels, emulated"; cd tests; OMP_WAIT_POLICY=passive $(BIN)/python -P native/emulated.py
 
 gpu-check: setup-test
 	$(PIP) --force-reinstall --no-deps -Ccmake.define.FASTATTN_CUDA=ON .

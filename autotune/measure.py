@@ -223,6 +223,10 @@ class Comparison:
     def faster(self) -> bool:
         return self.ratio + self.spread < 1.0
 
+    @property
+    def slower(self) -> bool:
+        return self.ratio - self.spread > 1.0
+
 
 def round_ratios(times: Sequence[Sequence[float]], default: Sequence[Sequence[float]]) -> list[float]:
     """Each round's geometric mean over shapes of time / default time."""

@@ -101,8 +101,14 @@ def test_tune_and_measure_again(run, target, monkeypatch, tmp_path):
     slower = json.loads(json.dumps(found[0]))
     slower["sizes"]["length"] = 1024
     slower["config"] = {"tile": 16, "variant": "plain"}  # 3 ms against the default's 2
-    tables.merge(tables.user_path(target), target, {("planted", "cpu"): [slower]})
+    same = {
+        **slower,
+        "sizes": {"length": 4096},
+        "config": _config.declared()["planted", "cpu"].defaults({}, target),
+    }
+    tables.merge(tables.user_path(target), target, {("planted", "cpu"): [slower, same]})
     code, text = run("cache", "verify", "--measure")
+    assert "length=4096: is the default" in text
     assert code == 1 and "length=256: 2.67× ± 0.0 %" in text and "length=1024: SLOWER" in text
     assert "measured 2 entries: geometric mean gain 1.33×, 1 slower" in text
 
