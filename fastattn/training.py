@@ -18,6 +18,8 @@ from fastattn import _files
 from fastattn.data.packing import Order, batches, check_lengths
 from fastattn.data.tokenizer import Sample, Tokenizer
 from fastattn.models import HrmText
+from fastattn.nn import VQHead
+from fastattn.ops.vocab import nearest_codes
 from fastattn.optim import AdamATan2, load_state_tensors, state_tensors
 from fastattn.report import OpTime
 from fastattn.training_state import fingerprint, read_state, write_state
@@ -33,6 +35,7 @@ class TrainConfig:
     warmup_steps, then constant. ema: decay of the averaged weights that are evaluated and saved.
     credit_warmup: fraction of the steps over which gradients come to reach the whole last cycle.
     eval_tokens: held-out tokens an evaluation looks at. eval_every, save_every: steps between them.
+    update_codes_every: steps between updates of a quantised head's codes, where they are not fixed.
     """
 
     steps: int
@@ -46,9 +49,11 @@ class TrainConfig:
     eval_every: int = 100
     eval_tokens: int = 16384
     save_every: int = 200
+    update_codes_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "eval_every", "eval_tokens", "save_every"):
+        counts = ("steps", "batch_tokens", "eval_every", "eval_tokens", "save_every", "update_codes_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "seed", "credit_warmup"):
@@ -163,6 +168,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
+        head = moving_head(self.model)
+        if head is not None and self.step_number % config.update_codes_every == 0:
+            # seeded by the step, so that a resumed run reseeds dead codes as the whole one does
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step_number)
+            head.update_codes(generator=generator)
         row = {
             "step": self.step_number,
             "loss": loss.item(),
@@ -175,10 +185,24 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Held-out loss in nats per response token under the averaged weights; a row of the history too."""
-        with self.optimizer.averaged():
+        with self.averaged():
             loss = held_out_loss(self.model, self.held_out, self.config.batch_tokens)
         self.history.append({"step": self.step_number, "held_out": loss})
         return loss
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has its averaged weights, and moving codes are the nearest to those."""
+        head = moving_head(self.model)
+        codes = None if head is None else head.codes.clone()
+        with self.optimizer.averaged():
+            if head is not None:
+                head.codes.copy_(nearest_codes(head.weight.detach(), head.codebook.detach()))
+            try:
+                yield
+            finally:
+                if head is not None:
+                    head.codes.copy_(codes)
 
     def run(
         self,
@@ -214,7 +238,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         write_state(self.folder / STATE, tensors, meta)
-        with self.optimizer.averaged():
+        with self.averaged():
             self.model.save_pretrained(self.folder)
 
     def seconds_per_step(self, steps: int = 3) -> float:
@@ -260,6 +284,12 @@ class Trainer:
         trial.order = copy.copy(self.order)
         trial.history = []
         return trial
+
+
+def moving_head(model: HrmText) -> VQHead | None:
+    """The model's output layer, where it is a quantised one whose codes move in training."""
+    head = model.lm_head
+    return head if isinstance(head, VQHead) and head.assignment != "fixed" else None
 
 
 @torch.no_grad()

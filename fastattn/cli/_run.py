@@ -54,12 +54,12 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def model_config(path: Path | None, vocab_size: int) -> "HrmTextConfig":
-    """The model of a new run: SMALL_MODEL, or what the JSON file says."""
+def model_config(path: Path | None, vocab_size: int, **changes: Any) -> "HrmTextConfig":
+    """The model of a new run: SMALL_MODEL, or what the JSON file says, with `changes`."""
     from fastattn.models import HrmTextConfig
 
     if path is None:
-        return HrmTextConfig(vocab_size=vocab_size, **SMALL_MODEL)
+        return HrmTextConfig(vocab_size=vocab_size, **SMALL_MODEL, **changes)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -67,7 +67,7 @@ def model_config(path: Path | None, vocab_size: int) -> "HrmTextConfig":
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object of HrmTextConfig keys")
     try:
-        return HrmTextConfig.from_dict({"vocab_size": vocab_size} | values)
+        return HrmTextConfig.from_dict({"vocab_size": vocab_size} | values | changes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -223,7 +223,7 @@ def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: i
     """What the averaged model says to each example's instruction, beside what the example has."""
     from fastattn.report import Answer
 
-    with trainer.optimizer.averaged():
+    with trainer.averaged():
         said = [
             respond(trainer.model, trainer.tokenizer, e.instruction, max_new_tokens=max_new_tokens)
             for e in examples

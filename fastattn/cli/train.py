@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-_VOCAB_SIZE, _BATCH_TOKENS, _LEARNING_RATE = 2048, 1024, 4e-3
+_VOCAB_SIZE, _BATCH_TOKENS, _LEARNING_RATE, _CODEBOOK_SIZE = 2048, 1024, 4e-3, 256
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,12 @@ def train(
             help="JSON file with HrmTextConfig keys; vocab_size is filled in. Default: a 1.7 M model."
         ),
     ] = None,
+    head: Annotated[
+        str, typer.Option(help="dense, or vq: tokens share --codebook-size vectors (VQ-logits).")
+    ] = "dense",
+    codebook_size: Annotated[
+        int, typer.Option(help="Vectors of --head vq; its codes follow the training (straight-through).")
+    ] = _CODEBOOK_SIZE,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps. Default: what --minutes allows.")
     ] = None,
@@ -62,6 +68,8 @@ def train(
         given = {
             "--held-out": held_out is not None,
             "--config": config is not None,
+            "--head": head != "dense",
+            "--codebook-size": codebook_size != _CODEBOOK_SIZE,
             "--vocab-size": vocab_size != _VOCAB_SIZE,
             "--batch-tokens": batch_tokens != _BATCH_TOKENS,
             "--learning-rate": learning_rate != _LEARNING_RATE,
@@ -75,6 +83,16 @@ def train(
 
         limits = {} if steps is None else {"steps": steps}
         return train_hrm(output, str(data), minutes=minutes, seed=seed, threads=threads, **limits)
+
+    if head not in ("dense", "vq"):
+        raise ValueError(f"--head is {head!r}; it must be dense or vq")
+    if head == "dense" and codebook_size != _CODEBOOK_SIZE:
+        raise ValueError("--codebook-size is for --head vq")
+    changes = (
+        {"head": "vq", "codebook_size": codebook_size, "codebook_assignment": "straight_through"}
+        if head == "vq"
+        else {}
+    )
 
     import torch
 
@@ -108,7 +126,7 @@ def train(
                 f"{output}: holds a run already; give --resume to go on with it, or another folder"
             )
         tokenizer = Tokenizer.train(examples, vocab_size)
-        shape = _run.model_config(config, tokenizer.vocab_size)
+        shape = _run.model_config(config, tokenizer.vocab_size, **changes)
         options = TrainConfig(
             steps=1 if steps is None else steps,
             batch_tokens=batch_tokens,

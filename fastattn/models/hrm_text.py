@@ -54,6 +54,7 @@ class HrmText(nn.Module):
                 config.hidden_size,
                 config.vocab_size,
                 config.codebook_size,
+                config.codebook_bias,
                 assignment=config.codebook_assignment,
             )
         else:
@@ -102,7 +103,11 @@ class HrmText(nn.Module):
         """
         self.lm_head = VQHead.from_linear(self.lm_head, codebook_size, assignment=assignment, **options)
         self.config = dataclasses.replace(
-            self.config, head="vq", codebook_size=codebook_size, codebook_assignment=assignment
+            self.config,
+            head="vq",
+            codebook_size=codebook_size,
+            codebook_bias=self.lm_head.bias is not None,
+            codebook_assignment=assignment,
         )
 
     def activation_checkpointing(self, on: bool = True) -> None:

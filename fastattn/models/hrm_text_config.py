@@ -45,8 +45,8 @@ class HrmTextConfig:
         embedding_scale: factor on the embeddings; default 1 / initializer_range.
         prefix_lm: False refuses prefix lengths: every sample is causal.
         head: "dense", or "vq": a fastattn.nn.VQHead of codebook_size vectors.
-        codebook_size, codebook_assignment: of the "vq" head; the second as VQHead's ``assignment``, whose
-            codes move when the training loop calls ``model.lm_head.update_codes()``.
+        codebook_size, codebook_bias, codebook_assignment: of the "vq" head; the last as VQHead's ``assignment``,
+            whose codes move when the training loop calls ``model.lm_head.update_codes()``.
         pad_token_id, bos_token_id, eos_token_id: kept for the tokenizer's sake; padding of generated rows.
     """
 
@@ -67,6 +67,7 @@ class HrmTextConfig:
     prefix_lm: bool = True
     head: str = "dense"
     codebook_size: int | None = None
+    codebook_bias: bool = True
     codebook_assignment: str = "fixed"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -195,6 +196,6 @@ class HrmTextConfig:
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
         if self.head == "dense":  # the released form has no such keys
-            for name in ("head", "codebook_size", "codebook_assignment"):
+            for name in ("head", "codebook_size", "codebook_bias", "codebook_assignment"):
                 del values[name]
         return {"model_type": "hrm_text", "architectures": ["HrmTextForCausalLM"], **values}

@@ -49,6 +49,17 @@ def test_train_leaves_a_model_that_answers(run, trained):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_model_with_a_quantised_head_trains_and_answers(run, data, config, tmp_path):
+    options = ("--vocab-size", 300, "--batch-tokens", 128, "--config", config, "--steps", 11)
+    quantised = ("--head", "vq", "--codebook-size", 32)
+    code, _, err = run("train", "--data", data, "--output", tmp_path, *options, *quantised)
+    assert (code, err) == (0, "")
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["head"] == "vq" and values["codebook_size"] == 32
+    assert values["codebook_assignment"] == "straight_through"
+    assert run("generate", "--model", tmp_path, "--max-new-tokens", 4, "What is list3?")[0] == 0
+
+
 def test_the_report_needs_no_network(trained):
     page = (trained / "report.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -153,6 +164,9 @@ def test_training_data_that_cannot_be_used(run, config, tmp_path, text, words):
         (("--threads", 0), "--threads is 0"),
         (("--vocab-size", 10), "vocab_size is 10"),
         (("--learning-rate", -1), "learning_rate is -1"),
+        (("--head", "sparse"), "--head is 'sparse'; it must be dense or vq"),
+        (("--codebook-size", 8), "--codebook-size is for --head vq"),
+        (("--head", "vq", "--codebook-size", 0), "codebook_size"),
         (("--batch-tokens", 4), "at most 4 are allowed"),
         (("--held-out", "none.jsonl"), "no such file"),
     ],

@@ -7,15 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastattn as fa
 from fastattn.cli import _run
 from fastattn.data.jsonl import Example
 from fastattn.data.tokenizer import Tokenizer
-from fastattn.models import HrmTextConfig
+from fastattn.models import HrmText, HrmTextConfig
 from fastattn.training import STATE, TrainConfig, Trainer, bp_steps_at
 from fastattn.training_state import read_state
 
 EXAMPLES = [Example(f"What is {w}{n}?", f"A {w} of {n} parts.") for w in ("list", "set") for n in range(12)]
-CONFIG = TrainConfig(steps=8, batch_tokens=128, warmup_steps=3, eval_every=3, save_every=100, seed=5)
+CONFIG = TrainConfig(
+    steps=8, batch_tokens=128, warmup_steps=3, eval_every=3, save_every=100, update_codes_every=2, seed=5
+)
+VQ = {"head": "vq", "codebook_size": 40}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def parts():
 
 @pytest.fixture
 def fresh(parts):
-    def make(folder):
+    def make(folder, **changes):
         tokenizer, samples, held_out = parts
         shape = HrmTextConfig(
             vocab_size=tokenizer.vocab_size,
@@ -37,6 +41,7 @@ def fresh(parts):
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=64,
+            **changes,
         )
         return _run.start(folder, shape, tokenizer, samples, held_out, CONFIG)
 
@@ -55,12 +60,23 @@ def untimed(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_run_equals_one_that_never_stopped(fresh, parts, tmp_path, stop_after):
-    whole = fresh(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("stop_after", "head"),
+    [
+        (1, {}),
+        (3, {}),
+        (5, {}),
+        (3, VQ),
+        (3, VQ | {"codebook_assignment": "straight_through"}),
+        (5, VQ | {"codebook_assignment": "ema", "codebook_bias": False}),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_one_that_never_stopped(fresh, parts, tmp_path, stop_after, head):
+    whole = fresh(tmp_path / "whole", **head)
     whole.run()
 
-    first = fresh(tmp_path / "parts")
+    first = fresh(tmp_path / "parts", **head)
     first.run(stop=lambda: first.step_number >= stop_after)
     assert first.step_number == stop_after and not first.done
     torch.manual_seed(999)  # what ran in between must not matter
@@ -70,6 +86,25 @@ def test_a_resumed_run_equals_one_that_never_stopped(fresh, parts, tmp_path, sto
 
     same_files(tmp_path / "whole", tmp_path / "parts")
     assert untimed(second.history) == untimed(whole.history)
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "straight_through", "ema"])
+def test_codes_move_every_so_many_steps(fresh, tmp_path, assignment):
+    trainer = fresh(tmp_path, **VQ, codebook_assignment=assignment)
+    head = trainer.model.lm_head
+    codes = [head.codes.clone()]
+    for _ in range(4):
+        trainer.step()
+        codes.append(head.codes.clone())
+    moved = [not torch.equal(a, b) for a, b in zip(codes, codes[1:], strict=False)]
+    assert moved == [False, assignment != "fixed"] * 2
+    trainer.save()
+    saved = HrmText.from_pretrained(tmp_path).lm_head
+    if assignment == "fixed":
+        assert torch.equal(saved.codes, codes[-1])
+    else:
+        assert torch.equal(saved.codes, fa.nearest_codes(saved.weight, saved.codebook))
+    assert torch.equal(head.codes, codes[-1])  # the averaged weights' codes are theirs alone
 
 
 def test_ctrl_c_ends_the_step_and_saves(fresh, parts, tmp_path, monkeypatch):

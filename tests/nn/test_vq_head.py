@@ -180,13 +180,17 @@ def test_hrm_text_trains_generates_and_saves(tmp_path, assignment):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_hrm_text_is_converted_in_place():
+def test_hrm_text_is_converted_in_place(tmp_path):
     model = tiny()
     ids = torch.randint(0, 40, (1, 8))
     before = model(ids).logits
     model.quantize_head(40, iterations=2)
     torch.testing.assert_close(model(ids).logits, before)
-    assert model.config.head == "vq" and model.config.codebook_size == 40
+    assert model.config.head == "vq" and model.config.codebook_size == 40 and model.config.codebook_bias
+    plain = tiny()
+    plain.quantize_head(8, bias=False, iterations=2)
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(HrmText.from_pretrained(tmp_path)(ids).logits, plain(ids).logits)
     with pytest.raises(ValueError, match="head 'vq' needs one"):
         tiny(head="vq")
     with pytest.raises(ValueError, match="'dense' or 'vq'"):
