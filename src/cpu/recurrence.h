@@ -29,6 +29,38 @@ FASTATTN_INLINE void put(T* p, vf x, int n) {
     store_n(p, x, n);
 }
 
+// f.template operator()<V>(column, n) over a row: V == 2 whole vectors at a time, then V == 1, the last of n < W.
+template <class F>
+FASTATTN_INLINE void for_pairs(int64_t columns, const F& f) {
+  int64_t j = 0;
+  for (; j + 2 * W <= columns; j += 2 * W) f.template operator()<2>(j, W);
+  for_columns(columns - j, [&](int64_t rest, int n) { f.template operator()<1>(j + rest, n); });
+}
+template <int V, class T>
+FASTATTN_INLINE void get_pair(const T* p, int n, vf* x) {
+  if constexpr (V == 2)
+    load_pair(p, x);
+  else
+    x[0] = get(p, n);
+}
+// x becomes what was stored.
+template <int V, class T>
+FASTATTN_INLINE void put_pair(T* p, int n, vf* x) {
+  if constexpr (V == 2) {
+    store_pair(p, x);
+  } else {
+    put(p, x[0], n);
+    x[0] = rounded_to(x[0], p);
+  }
+}
+template <int V, class T>
+FASTATTN_INLINE void put_ordered(T* p, int n, const vf* x) {
+  if constexpr (V == 2)
+    store_two(p, x[0], x[1]);
+  else
+    put(p, x[0], n);
+}
+
 template <class T>
 static void rms_norm_rows(const RmsNormParams& p) {
   const Rows rows(p.x);
@@ -38,35 +70,41 @@ static void rms_norm_rows(const RmsNormParams& p) {
     for (int64_t r = begin; r < end; r++) {
       const T* x = row_of<const T>(p.x, rows, r);
       T* normed = row_of<T>(p.normed, rows, r);
-      vf squares[4] = {};
+      vf squares[2] = {};
       const T* source = x;
       if (p.residual.data) {
         const T* residual = row_of<const T>(p.residual, rows, r);
         T* total = row_of<T>(p.total, rows, r);
-        int lane = 0;
-        for_columns(columns, [&](int64_t j, int n) {
-          const vf s = rounded_to(get(x + j, n) + get(residual + j, n), total);
-          put(total + j, s, n);
-          squares[lane & 3] += s * s;
-          lane++;
+        for_pairs(columns, [&]<int V>(int64_t j, int n) {
+          vf s[V], other[V];
+          get_pair<V>(x + j, n, s);
+          get_pair<V>(residual + j, n, other);
+          FASTATTN_EACH(i, V) s[i] += other[i];
+          put_pair<V>(total + j, n, s);
+          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
         });
         source = total;
       } else {
-        int lane = 0;
-        for_columns(columns, [&](int64_t j, int n) {
-          const vf s = get(x + j, n);
-          squares[lane & 3] += s * s;
-          lane++;
+        for_pairs(columns, [&]<int V>(int64_t j, int n) {
+          vf s[V];
+          get_pair<V>(x + j, n, s);
+          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
         });
       }
-      const float sum = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
+      const float sum = reduce_add(squares[0] + squares[1]);
       const float rstd = 1.0f / __builtin_sqrtf(sum / (float)columns + (float)p.eps);
       *row_of<float>(p.rstd, rows, r) = rstd;
       // the row is in L1 by now
-      for_columns(columns, [&](int64_t j, int n) {
-        vf y = get(source + j, n) * splat(rstd);
-        if (weight) y *= get(weight + j, n);
-        put(normed + j, y, n);
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        vf y[V];
+        get_pair<V>(source + j, n, y);
+        FASTATTN_EACH(i, V) y[i] *= splat(rstd);
+        if (weight) {
+          vf w[V];
+          get_pair<V>(weight + j, n, w);
+          FASTATTN_EACH(i, V) y[i] *= w[i];
+        }
+        put_pair<V>(normed + j, n, y);
       });
     }
   });
@@ -87,33 +125,55 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
       T* grad = row_of<T>(p.grad, rows, r);
       const float rstd = *row_of<const float>(p.rstd, rows, r);
       vf dots[2] = {};
-      int lane = 0;
-      for_columns(columns, [&](int64_t j, int n) {
-        const vf xj = get(x + j, n);
-        vf g = get(grad_normed + j, n);
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        vf xj[V], g[V];
+        get_pair<V>(x + j, n, xj);
+        get_pair<V>(grad_normed + j, n, g);
         if (weight) {
-          put(partial + j, get(partial + j, n) + g * xj * splat(rstd), n);
-          g *= get(weight + j, n);
+          vf w[V], sum[V];  // sums in T's pair order
+          get_pair<V>(weight + j, n, w);
+          get_pair<V>(partial + j, n, sum);
+          FASTATTN_EACH(i, V) sum[i] += g[i] * xj[i] * splat(rstd);
+          put_pair<V>(partial + j, n, sum);
+          FASTATTN_EACH(i, V) g[i] *= w[i];
         }
-        dots[lane & 1] += g * xj;
-        lane++;
+        FASTATTN_EACH(i, V) dots[i] += g[i] * xj[i];
       });
       const float mean = reduce_add(dots[0] + dots[1]) / (float)columns;
       const vf slope = splat(mean * rstd * rstd);
-      for_columns(columns, [&](int64_t j, int n) {
-        vf g = get(grad_normed + j, n);
-        if (weight) g *= get(weight + j, n);
-        vf y = (g - get(x + j, n) * slope) * splat(rstd);
-        if (grad_total) y += get(grad_total + j, n);
-        put(grad + j, y, n);
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        vf xj[V], g[V];
+        get_pair<V>(x + j, n, xj);
+        get_pair<V>(grad_normed + j, n, g);
+        if (weight) {
+          vf w[V];
+          get_pair<V>(weight + j, n, w);
+          FASTATTN_EACH(i, V) g[i] *= w[i];
+        }
+        FASTATTN_EACH(i, V) g[i] = (g[i] - xj[i] * slope) * splat(rstd);
+        if (grad_total) {
+          vf through[V];
+          get_pair<V>(grad_total + j, n, through);
+          FASTATTN_EACH(i, V) g[i] += through[i];
+        }
+        put_pair<V>(grad + j, n, g);
       });
     }
+    if (weight)
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        if constexpr (V == 2) {
+          vf sum[2];
+          get_pair<2>(partial + j, n, sum);
+          unpair(weight, sum);
+          put_pair<2>(partial + j, n, sum);
+        }
+      });
   });
 }
 
-// Gates: forward(s, a, b) and backward(s, a, b, grad, &da, &db) with s = sigmoid(a).
+// Gates: forward(d, a, b) with sigmoid(a) = 1 / d, and backward(s, a, b, grad, &da, &db) with s = sigmoid(a).
 struct SwiGlu {
-  FASTATTN_INLINE vf forward(vf s, vf a, vf b) { return a * s * b; }
+  FASTATTN_INLINE vf forward(vf d, vf a, vf b) { return a / d * b; }
   FASTATTN_INLINE void backward(vf s, vf a, vf b, vf grad, vf* da, vf* db) {
     const vf silu = a * s;
     *db = grad * silu;
@@ -121,23 +181,12 @@ struct SwiGlu {
   }
 };
 struct Gated {
-  FASTATTN_INLINE vf forward(vf s, vf, vf b) { return s * b; }
+  FASTATTN_INLINE vf forward(vf d, vf, vf b) { return b / d; }
   FASTATTN_INLINE void backward(vf s, vf, vf b, vf grad, vf* da, vf* db) {
     *db = grad * s;
     *da = grad * b * s * (splat(1.0f) - s);
   }
 };
-
-// f.template operator()<U>(column, n): U whole vectors (n == W) at a time, then one by one, the last of n < W.
-template <int U, class F>
-FASTATTN_INLINE void for_blocks(int64_t columns, const F& f) {
-  int64_t j = 0;
-  for (; j + U * W <= columns; j += U * W) f.template operator()<U>(j, W);
-  for (; j + W <= columns; j += W) f.template operator()<1>(j, W);
-  if (j < columns) f.template operator()<1>(j, (int)(columns - j));
-}
-
-constexpr int kGateVectors = 2;
 
 template <class Gate, class T>
 static void gate_rows(const GateParams& p) {
@@ -148,11 +197,13 @@ static void gate_rows(const GateParams& p) {
       const T* a = row_of<const T>(p.a, rows, r);
       const T* b = row_of<const T>(p.b, rows, r);
       T* out = row_of<T>(p.out, rows, r);
-      for_blocks<kGateVectors>(columns, [&]<int U>(int64_t j, int n) {
-        vf x[U], s[U];
-        FASTATTN_EACH(i, U) x[i] = get(a + j + i * W, n);
-        sigmoids<U>(x, s);
-        FASTATTN_EACH(i, U) put(out + j + i * W, Gate::forward(s[i], x[i], get(b + j + i * W, n)), n);
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        vf x[V], y[V], d[V];
+        get_pair<V>(a + j, n, x);
+        sigmoid_divisors<V>(x, d, a);
+        get_pair<V>(b + j, n, y);
+        FASTATTN_EACH(i, V) y[i] = Gate::forward(d[i], x[i], y[i]);
+        put_pair<V>(out + j, n, y);
       });
     }
   });
@@ -169,17 +220,15 @@ static void gate_backward_rows(const GateParams& p) {
       const T* grad = row_of<const T>(p.grad_out, rows, r);
       T* grad_a = row_of<T>(p.grad_a, rows, r);
       T* grad_b = row_of<T>(p.grad_b, rows, r);
-      for_blocks<kGateVectors>(columns, [&]<int U>(int64_t j, int n) {
-        vf x[U], s[U];
-        FASTATTN_EACH(i, U) x[i] = get(a + j + i * W, n);
-        sigmoids<U>(x, s);
-        FASTATTN_EACH(i, U) {
-          const int64_t c = j + i * W;
-          vf da, db;
-          Gate::backward(s[i], x[i], get(b + c, n), get(grad + c, n), &da, &db);
-          put(grad_a + c, da, n);
-          put(grad_b + c, db, n);
-        }
+      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+        vf x[V], y[V], g[V], d[V], da[V], db[V];
+        get_pair<V>(a + j, n, x);
+        sigmoid_divisors<V>(x, d, a);
+        get_pair<V>(b + j, n, y);
+        get_pair<V>(grad + j, n, g);
+        FASTATTN_EACH(i, V) Gate::backward(splat(1.0f) / d[i], x[i], y[i], g[i], &da[i], &db[i]);
+        put_pair<V>(grad_a + j, n, da);
+        put_pair<V>(grad_b + j, n, db);
       });
     }
   });
@@ -201,11 +250,17 @@ static void rotary_rows(const RotaryParams& p) {
       for (int64_t h = 0; h < heads; h++) {
         const T* x = (const T*)p.x.data + batch * p.x.stride[0] + h * p.x.stride[1] + i * p.x.stride[2];
         T* out = (T*)p.out.data + batch * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
-        for_columns(half, [&](int64_t j, int n) {
-          const vf first = get(x + j, n), second = get(x + half + j, n);
-          const vf c = get(cos + j, n), s = get(sin + j, n) * sign;
-          put(out + j, first * c - second * s, n);
-          put(out + half + j, second * c + first * s, n);
+        for_pairs(half, [&]<int V>(int64_t j, int n) {
+          vf left[V], right[V];
+          FASTATTN_EACH(i, V) {
+            const int64_t at = j + i * W;
+            const vf first = get(x + at, n), second = get(x + half + at, n);
+            const vf c = get(cos + at, n), s = get(sin + at, n) * sign;
+            left[i] = first * c - second * s;
+            right[i] = second * c + first * s;
+          }
+          put_ordered<V>(out + j, n, left);
+          put_ordered<V>(out + half + j, n, right);
         });
       }
     }

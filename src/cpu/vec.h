@@ -92,11 +92,17 @@ FASTATTN_INLINE vi iota() {
 
 // Sums and maxima in one fixed order (halves), so that results do not depend on the call.
 FASTATTN_INLINE float reduce_add(vf x) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTATTN_WIDE)
+  __m128 t = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+#else
   float t[W];
   memcpy(t, &x, sizeof t);
   for (int w = W / 2; w > 0; w /= 2)
     for (int i = 0; i < w; i++) t[i] += t[i + w];
   return t[0];
+#endif
 }
 FASTATTN_INLINE float reduce_max(vf x) {
   float t[W];
@@ -130,15 +136,21 @@ FASTATTN_INLINE vh narrow(vu x) {
 
 FASTATTN_INLINE vf from_bf16(vh x) { return as_vf(widen(x) << 16); }
 
-// Round to nearest even; NaN stays a (quiet) NaN.
+// The bf16 nearest to x (ties to even) in the upper half of each word, the lower half being rubbish. Not for NaN.
+FASTATTN_INLINE vu bf16_rounded(vf x) {
+  const vu u = as_vu(x);
+  return u + splat_u(0x7fff) + ((u >> 16) & splat_u(1));
+}
+// The same for every x, given `rounded`: NaN stays a (quiet) NaN.
+FASTATTN_INLINE vu bf16_keeping_nan(vf x, vu rounded) {
+  return select_u(x == x, rounded, as_vu(x) | splat_u(0x400000));
+}
+
 FASTATTN_INLINE vh to_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  const vu u = as_vu(x);
-  const vu rounded = (u + splat_u(0x7fff) + ((u >> 16) & splat_u(1))) >> 16;
-  const vu nan = (u >> 16) | splat_u(0x40);
-  return narrow(select_u(x == x, rounded, nan));
+  return narrow(bf16_keeping_nan(x, bf16_rounded(x)) >> 16);
 #endif
 }
 
@@ -228,6 +240,110 @@ FASTATTN_INLINE vi load_bools(const uint8_t* p) {
   return __builtin_convertvector(x, vi) != 0;
 }
 
+// Whether a or b holds a NaN. Also true where there is no cheap way to find out.
+FASTATTN_INLINE bool maybe_nan(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(__SSE2__) && !defined(FASTATTN_WIDE)
+  return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+  return true;
+#endif
+}
+
+// Two vectors, one after the other.
+template <class T>
+FASTATTN_INLINE void store_two(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + W, b);
+}
+#if defined(__AVX512BF16__)
+FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  memcpy(p, &both, sizeof both);
+}
+#else
+// Both rounded to bf16, in the upper half of each word.
+FASTATTN_INLINE void round_two(vf a, vf b, vu* x, vu* y) {
+  *x = bf16_rounded(a);
+  *y = bf16_rounded(b);
+  if (__builtin_expect(maybe_nan(a, b), 0)) {
+    *x = bf16_keeping_nan(a, *x);
+    *y = bf16_keeping_nan(b, *y);
+  }
+}
+FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
+  vu x, y;
+  round_two(a, b, &x, &y);
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTATTN_WIDE)
+  const __m256i lanes = _mm256_packus_epi32((__m256i)(x >> 16), (__m256i)(y >> 16));
+  const __m256i both = _mm256_permute4x64_epi64(lanes, 0xd8);
+  memcpy(p, &both, sizeof both);
+#else
+  const vh first = narrow(x >> 16), second = narrow(y >> 16);
+  memcpy(p, &first, sizeof first);
+  memcpy(p + W, &second, sizeof second);
+#endif
+}
+#endif
+
+// --- pairs: 2W neighbours as two vectors, in an order that is the type's own -----------------------------------------
+//
+// A word of two bf16 splits into an even and an odd lane in one instruction each, and joins again as cheaply; memory's
+// order would take three times as many. For kernels whose operands have one type and whose elements are all alike.
+
+// low's upper halves in the lower halves of the words, high's in the upper ones.
+FASTATTN_INLINE vu join_halves(vu low, vu high) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(low >> 16), (__m512i)high);
+#elif defined(__AVX2__) && !defined(FASTATTN_WIDE)
+  return (vu)_mm256_blend_epi16((__m256i)(low >> 16), (__m256i)high, 0xaa);
+#else
+  return (low >> 16) | (high & splat_u(0xffff0000));
+#endif
+}
+
+template <class T>
+FASTATTN_INLINE void load_pair(const T* p, vf* x) {
+  x[0] = load(p);
+  x[1] = load(p + W);
+}
+// x becomes what was stored.
+template <class T>
+FASTATTN_INLINE void store_pair(T* p, vf* x) {
+  for (int i = 0; i < 2; i++) {
+    store(p + i * W, x[i]);
+    x[i] = rounded_to(x[i], p);
+  }
+}
+// x, loaded by load_pair of T, in memory's order.
+template <class T>
+FASTATTN_INLINE void unpair(const T*, vf*) {}
+
+#if !defined(__AVX512BF16__)
+FASTATTN_INLINE void load_pair(const bf16* p, vf* x) {
+  vu both;
+  memcpy(&both, p, sizeof both);
+  x[0] = as_vf(both << 16);
+  x[1] = as_vf(both & splat_u(0xffff0000));
+}
+FASTATTN_INLINE void store_pair(bf16* p, vf* x) {
+  vu even, odd;
+  round_two(x[0], x[1], &even, &odd);
+  const vu both = join_halves(even, odd);
+  memcpy(p, &both, sizeof both);
+  x[0] = as_vf(even & splat_u(0xffff0000));
+  x[1] = as_vf(odd & splat_u(0xffff0000));
+}
+FASTATTN_INLINE void unpair(const bf16*, vf* x) {
+  float ordered[2 * W];
+  for (int i = 0; i < 2 * W; i++) ordered[i] = x[i % 2][i / 2];
+  memcpy(x, ordered, sizeof ordered);
+}
+#endif
+
 // --- bf16 dot
 // ---------------------------------------------------------------------------------------------------------
 
@@ -278,21 +394,15 @@ FASTATTN_INLINE vf exp(vf x) {
   return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
 }
 
-// s[i] = 1 / (1 + e^-x[i]); relative error < 4e-7 down to x = -87, constant below.
+// d[i] = 1 + e^-x[i], the divisor of a sigmoid; relative error < 4e-7 down to x = -87, constant below.
 template <int U>
-FASTATTN_INLINE void sigmoids(const vf* x, vf* s) {
+FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const float*) {
   vf clamped[U], p[U];
   vi n[U];
   FASTATTN_EACH(i, U) clamped[i] = vmax(splat(-87.0f), -x[i]);
   FASTATTN_EACH(i, U) clamped[i] = vmin(splat(87.0f), clamped[i]);
   exp_reduced<U>(clamped, p, n);
-  FASTATTN_EACH(i, U) p[i] = splat(1.0f) + p[i] * (vf)((n[i] + 127) << 23);
-  FASTATTN_EACH(i, U) s[i] = splat(1.0f) / p[i];
-}
-FASTATTN_INLINE vf sigmoid(vf x) {
-  vf s;
-  sigmoids<1>(&x, &s);
-  return s;
+  FASTATTN_EACH(i, U) d[i] = splat(1.0f) + p[i] * (vf)((n[i] + 127) << 23);
 }
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
@@ -307,6 +417,22 @@ FASTATTN_INLINE vf exp2_fraction(vf f) {
 }
 // p * 2^n where t = n + kRound and no exponent leaves the normal range.
 FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return (vf)((vi)p + ((vi)t << 23)); }
+
+// For a result that is rounded to a half type: relative error < 1e-5, under a hundredth of bf16's rounding.
+template <int U, class T>
+FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const T*) {
+  const float log2e = 1.44269504f;
+  vf y[U], t[U], f[U], p[U];
+  FASTATTN_EACH(i, U) y[i] = at_most(at_least(x[i], -87.0f), 87.0f);
+  FASTATTN_EACH(i, U) t[i] = kRound - y[i] * log2e;
+  FASTATTN_EACH(i, U) p[i] = t[i] - kRound;
+  FASTATTN_EACH(i, U) f[i] = -p[i] - y[i] * log2e;
+  FASTATTN_EACH(i, U) p[i] = f[i] * 9.582852945e-3f + 5.590642616e-2f;
+  FASTATTN_EACH(i, U) p[i] = p[i] * f[i] + 2.402409911e-1f;
+  FASTATTN_EACH(i, U) p[i] = p[i] * f[i] + 6.931241751e-1f;
+  FASTATTN_EACH(i, U) p[i] = p[i] * f[i] + 1.0f;
+  FASTATTN_EACH(i, U) d[i] = scale_by_rounded(p[i], t[i]) + 1.0f;
+}
 
 // 2^x for x <= 127, relative error below 2e-7; 0 below -126 (-inf too), NaN stays NaN.
 FASTATTN_INLINE vf exp2_bounded(vf x) {
