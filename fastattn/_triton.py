@@ -3,9 +3,10 @@
 The only module outside `ops/*/triton.py` that imports triton; `import fastattn` does not import it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,22 @@ def load_tile(
     if WIDTH == COLUMNS:
         return tl.load(at)
     return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def gather_tile(base, rows, stride, inside, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """(rows, COLUMNS) from `base` at any rows, zero past column WIDTH and where not inside."""
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def scatter_tile(base, rows, stride, inside, value, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Round `value` to the element type at `base` and store its inside rows and first WIDTH columns at `rows`."""
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
@@ -136,6 +153,33 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **meta: Any) -> 
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **meta)
+
+
+@cache
+def _arguments(kernel: Callable) -> tuple[tuple[str, str, int], ...]:
+    """Each argument's name and, for the stride `<tensor>_<letter>`, the tensor and which of its dims."""
+    dims: dict[str, int] = {}
+    rows = []
+    for name in kernel.arg_names:
+        tensor, _, letter = name.rpartition("_")
+        if len(letter) == 1 and tensor in kernel.arg_names:
+            rows.append((name, tensor, dims.get(tensor, 0)))
+            dims[tensor] = dims.get(tensor, 0) + 1
+        else:
+            rows.append((name, "", 0))
+    return tuple(rows)
+
+
+def start(kernel: Callable, grid: tuple[int, ...], values: Mapping[str, Any], **options: int) -> None:
+    """Launch `kernel` with the values it names; more may be there. An argument `x_<letter>` is the next stride of tensor x,
+    0 where x is absent."""
+    arguments = []
+    for name, tensor, dim in _arguments(kernel):
+        if not tensor:
+            arguments.append(values[name])
+        else:
+            arguments.append(0 if values[tensor] is None else values[tensor].stride(dim))
+    launch(kernel, grid, *arguments, **options)
 
 
 @contextmanager

@@ -109,8 +109,10 @@ def reweighted(
     target: str, dtype: torch.dtype = torch.bfloat16, power: float | None = 15.0
 ) -> list[_triton.Launch]:
     from fastattn.ops.reweighted.triton import softplus_attention
+    from fastattn.ops.reweighted.triton_backward import softplus_attention_backward
 
     q, k, v, _, _, _, _, *mask = attention_arguments(dtype=dtype, head_dim=64)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        softplus_attention(q, k, v, power, *mask)
+        out, statistics = softplus_attention(q, k, v, power, *mask)
+        softplus_attention_backward(out, q, k, v, out, statistics, power, *mask)
     return launches

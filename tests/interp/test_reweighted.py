@@ -1,4 +1,4 @@
-"""Triton LSSA and LSSAR forward in the interpreter, against the reference."""
+"""Triton LSSA and LSSAR in the interpreter, against the reference: outputs and gradients."""
 
 import pytest
 import torch
@@ -17,16 +17,22 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("power", (None, 3, 15))
-def test_forward(power, kind, nan_outputs):
-    inputs = testing.attention_inputs(1, 2, 1, 31, 31, 24, 12, layout="odd", requires_grad=False)
-    mask = MASKS[kind]()
-
+def check(inputs, power, mask, terms=31):
     def run(backend):
         return lambda q, k, v: fa.softplus_attention(q, k, v, power=power, mask=mask, backend=backend)
 
-    testing.assert_within_budget(run("triton")(*inputs), run("reference"), inputs, terms=31)
+    testing.check_op(run("triton"), run("reference"), inputs, terms=terms, names=("q", "k", "v"))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("power", (None, 3, 15))
+def test_masks(power, kind, nan_outputs):
+    check(testing.attention_inputs(1, 2, 1, 31, 31, 24, 12, layout="odd"), power, MASKS[kind]())
+
+
+@pytest.mark.parametrize("power", (None, 3))
+def test_float16(power, nan_outputs):
+    check(testing.attention_inputs(1, 1, 1, 20, 35, 16, dtype=torch.float16), power, Mask(causal=True), 35)
 
 
 def test_equal_scores_give_nothing():

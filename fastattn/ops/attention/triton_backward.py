@@ -6,37 +6,45 @@ import triton.language as tl
 
 from ... import _triton
 from ..._triton import LOG2E, dot, load_tile, offset, store_tile
-from .triton import Problem
-from .triton import refusal as forward_refusal
 from .triton_classes import tile_classes
-from .triton_tiles import key_interval, query_interval, score_shift, sequence
+from .triton_problem import Problem
+from .triton_problem import refusal as forward_refusal
+from .triton_tiles import (
+    key_tile,
+    place,
+    query_interval,
+    query_intervals,
+    query_tile,
+    row_pointers,
+    score_shift,
+)
 
 _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
 def _attention_delta_kernel(
-    grad_out, out, grad_lse, delta, g_b, g_h, g_l, o_b, o_h, o_l, heads, length, count,
+    g, out, grad_lse, delta, g_b, g_h, g_l, out_b, out_h, out_l, heads, length_q, count,
     V_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta_i = dO_i.O_i - dlse_i over rows of (B, H, Lq)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_DV)
     inside = rows < count
-    batch, head, row = rows // length // heads, (rows // length) % heads, rows % length
+    batch, head, row = rows // length_q // heads, (rows // length_q) % heads, rows % length_q
     keep = inside[:, None] & (columns < V_DIM)[None, :]
-    g_rows = grad_out + offset(batch, g_b) + offset(head, g_h) + offset(row, g_l)
-    o_rows = out + offset(batch, o_b) + offset(head, o_h) + offset(row, o_l)
-    g = tl.load(g_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
-    o = tl.load(o_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
-    value = tl.sum(g * o, 1)
+    g_rows = place(g, batch, g_b, head, g_h, row, g_l)
+    out_rows = place(out, batch, out_b, head, out_h, row, out_l)
+    g_tile = tl.load(g_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+    out_tile = tl.load(out_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+    value = tl.sum(g_tile * out_tile, 1)
     if grad_lse is not None:
         value -= tl.load(grad_lse + rows, mask=inside, other=0.0)
     tl.store(delta + rows, value, mask=inside)
 
 
 @triton.jit
-def _score_gradient(
+def score_gradient(
     s, dp, lse, delta, allowed,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -84,7 +92,7 @@ def _query_tile_gradient(
             at = dense_rows[:, None] + offset(keys, dense_k)[None, :]
             allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
     dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
-    _, ds = _score_gradient(
+    _, ds = score_gradient(
         s, dp, lse[:, None], delta[:, None], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
     )
     if ds_rows is not None:
@@ -95,7 +103,7 @@ def _query_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, grad_out, lse, delta, dq, ds,
+    q, k, v, bias, dense, classes, g, lse, delta, dq, ds,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
@@ -105,57 +113,26 @@ def _attention_backward_q_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
-    head = (program // tiles) % heads
-    batch = program // tiles // heads
-    start_q, start_k, lq, lk, prefix, key_length = sequence(
-        batch, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
     )
     first = tile * BLOCK_M
     if first >= lq:
         return
-    entry = batch
-    if offsets_q is not None:
-        entry = batch * 0
-    rows = first + tl.arange(0, BLOCK_M)
-    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    end = tl.where(rows < lq, end, 0)
-    last = tl.minimum(first + BLOCK_M, lq) - 1
-    first_begin, first_end = key_interval(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
+    rows, begin, end, first_begin, first_end, last_begin, last_end = query_intervals(
+        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
     )
-    last_begin, last_end = key_interval(last, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-
-    q_base = q + offset(entry, q_b) + offset(head, q_h) + offset(start_q + first, q_l)
-    g_base = grad_out + offset(entry, g_b) + offset(head, g_h) + offset(start_q + first, g_l)
-    k_base = k + offset(entry, k_b) + offset(head // GROUP, k_h) + offset(start_k, k_l)
-    v_base = v + offset(entry, v_b) + offset(head // GROUP, v_h) + offset(start_k, v_l)
+    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
+    g_base = place(g, entry, g_b, head, g_h, start_q + first, g_l)
+    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
+    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
     statistics = offset(entry * heads + head, length_q) + start_q + rows
-    bias_rows = None
-    if bias is not None:
-        bias_rows = (
-            bias
-            + offset(entry, bias_b)
-            + offset(head, bias_h)
-            + offset(start_k, bias_k)
-            + offset(start_q + rows, bias_q)
-        )
+    bias_rows = row_pointers(bias, entry, bias_b, head, bias_h, start_q + rows, bias_q, start_k, bias_k)
+    dense_rows = row_pointers(dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k)
+    class_row = row_pointers(classes, entry, classes_b, head, classes_h, tile, classes_q, tile * 0, 0)
     ds_rows = None
     if ds is not None:
         ds_rows = ds + offset(statistics, length_k) + start_k
-    dense_rows = None
-    if dense is not None:
-        dense_rows = (
-            dense
-            + offset(entry, dense_b)
-            + offset(head, dense_h)
-            + offset(start_k, dense_k)
-            + offset(start_q + rows, dense_q)
-        )
-    class_row = None
-    if classes is not None:
-        class_row = classes + offset(entry, classes_b) + offset(head, classes_h) + offset(tile, classes_q)
 
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     g_tile = load_tile(g_base, g_l, lq - first, V_DIM, BLOCK_M, BLOCK_DV, True)
@@ -195,7 +172,7 @@ def _attention_backward_q_kernel(
                 dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
             )  # fmt: skip
-    dq_base = dq + offset(entry, dq_b) + offset(head, dq_h) + offset(start_q + first, dq_l)
+    dq_base = place(dq, entry, dq_b, head, dq_h, start_q + first, dq_l)
     store_tile(dq_base, dq_l, lq - first, acc * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
@@ -230,7 +207,7 @@ def _key_tile_gradient(
             at = dense_keys[:, None] + offset(rows, dense_q)[None, :]
             allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
     dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
-    weight, ds = _score_gradient(
+    weight, ds = score_gradient(
         s, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
     )
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, PRECISION)
@@ -240,7 +217,7 @@ def _key_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, grad_out, lse, delta, dk, dv,
+    q, k, v, bias, dense, classes, g, lse, delta, dk, dv,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
@@ -250,19 +227,12 @@ def _attention_backward_kv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    tile = program % tiles  # under a causal mask the first key tiles have most to do
-    kv_head = (program // tiles) % kv_heads
-    batch = program // tiles // kv_heads
-    start_q, start_k, lq, lk, prefix, key_length = sequence(
-        batch, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
     )
     first = tile * BLOCK_N
     if first >= lk:
         return
-    entry = batch
-    if offsets_q is not None:
-        entry = batch * 0
     keys = first + tl.arange(0, BLOCK_N)
     begin, end = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
     last = tl.minimum(first + BLOCK_N, lk) - 1
@@ -274,8 +244,8 @@ def _attention_backward_kv_kernel(
     valid = tl.minimum(last, key_length - 1)
     _, valid_end = query_interval(valid, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
 
-    k_base = k + offset(entry, k_b) + offset(kv_head, k_h) + offset(start_k + first, k_l)
-    v_base = v + offset(entry, v_b) + offset(kv_head, v_h) + offset(start_k + first, v_l)
+    k_base = place(k, entry, k_b, kv_head, k_h, start_k + first, k_l)
+    v_base = place(v, entry, v_b, kv_head, v_h, start_k + first, v_l)
     k_tile = load_tile(k_base, k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     v_tile = load_tile(v_base, v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, True)
     shift2 = score_shift(bias2, key_length, LOG_N)
@@ -293,28 +263,14 @@ def _attention_backward_kv_kernel(
     left = full - tile_begin
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        q_base = q + offset(entry, q_b) + offset(head, q_h) + offset(start_q, q_l)
-        g_base = grad_out + offset(entry, g_b) + offset(head, g_h) + offset(start_q, g_l)
-        heads = kv_heads * GROUP
-        statistics = offset(entry * heads + head, length_q) + start_q
-        bias_keys = None
-        if bias is not None:
-            bias_keys = (
-                bias
-                + offset(entry, bias_b)
-                + offset(head, bias_h)
-                + offset(start_q, bias_q)
-                + offset(start_k + keys, bias_k)
-            )
-        dense_keys = None
-        if dense is not None:
-            dense_keys = (
-                dense
-                + offset(entry, dense_b)
-                + offset(head, dense_h)
-                + offset(start_q, dense_q)
-                + offset(start_k + keys, dense_k)
-            )
+        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
+        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
+        bias_keys = row_pointers(bias, entry, bias_b, head, bias_h, start_q, bias_q, start_k + keys, bias_k)
+        dense_keys = row_pointers(
+            dense, entry, dense_b, head, dense_h, start_q, dense_q, start_k + keys, dense_k
+        )
+        class_column = row_pointers(classes, entry, classes_b, head, classes_h, tile * 0, classes_q, tile, 1)
         if dense is None:
             for at in range(full, full_end):
                 dk_acc, dv_acc = _key_tile_gradient(
@@ -330,25 +286,31 @@ def _attention_backward_kv_kernel(
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
-            elif (
-                tl.load(
-                    classes
-                    + offset(entry, classes_b)
-                    + offset(head, classes_h)
-                    + offset(at, classes_q)
-                    + tile
-                )
-                != 0
-            ):
+            elif tl.load(class_column + offset(at, classes_q)) != 0:
                 dk_acc, dv_acc = _key_tile_gradient(
                     dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, delta + statistics,
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
-    dk_base = dk + offset(entry, dk_b) + offset(kv_head, dk_h) + offset(start_k + first, dk_l)
-    dv_base = dv + offset(entry, dv_b) + offset(kv_head, dv_h) + offset(start_k + first, dv_l)
+    dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k + first, dk_l)
+    dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k + first, dv_l)
     store_tile(dk_base, dk_l, lk - first, dk_acc * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(dv_base, dv_l, lk - first, dv_acc, V_DIM, BLOCK_N, BLOCK_DV)
+
+
+def row_products(p: Problem, grad_out, out, lse, grad_lse=None) -> torch.Tensor:
+    """delta (B, H, Lq) float32: dO_i.O_i - dlse_i."""
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    values = p.values() | {
+        "g": grad_out,
+        "out": _triton.last_dim_contiguous(out),
+        "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+        "delta": delta,
+        "count": lse.numel(),
+        "ROWS": 16,
+    }
+    _triton.start(_attention_delta_kernel, (triton.cdiv(lse.numel(), 16),), values, num_warps=4)
+    return delta
 
 
 def refusal(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *options) -> str | None:
@@ -368,41 +330,14 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *
         dq, dk, dv = (t.zero_() for t in (dq, dk, dv))
         return dq, dk, dv, q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     config = p.choose("attention_backward").values
-    block_m, block_n = config["block_m"], config["block_n"]
     grad_out = _triton.last_dim_contiguous(grad_out)
-    delta = lse
-    if p.score.normalised:
-        delta = torch.empty_like(lse)
-        count = lse.numel()
-        _triton.launch(
-            _attention_delta_kernel, (triton.cdiv(count, 16),),
-            grad_out, _triton.last_dim_contiguous(out), None if grad_lse is None else grad_lse.contiguous(), delta,
-            *grad_out.stride()[:3], *out.stride()[:3], p.heads, p.length_q, count,
-            V_DIM=p.v_dim, ROWS=16, BLOCK_DV=_triton.block(p.v_dim), num_warps=4,
-        )  # fmt: skip
-    classes = tile_classes(p, block_m, block_n)
-    indices = p.indices
-    operands = (*p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *grad_out.stride()[:3])
-    extra = (*p.strides(p.bias, 4), *p.strides(p.dense, 4), *p.strides(classes, 3))
-    numbers = (p.length_q, p.length_k, *p.window, p.scale, p.scale2, p.bias2)
-    meta = p.constants() | {
-        "DERIVATIVE": p.score.triton[1],
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": config["num_warps"],
-        "num_stages": config["num_stages"],
+    more = {
+        "g": grad_out,
+        "lse": lse,
+        "delta": row_products(p, grad_out, out, lse, grad_lse) if p.score.normalised else lse,
+        "classes": tile_classes(p, config["block_m"], config["block_n"]),
     }
-    tiles = triton.cdiv(p.longest_k, block_n)
-    _triton.launch(
-        _attention_backward_kv_kernel, (tiles * p.kv_heads * p.sequences,),
-        p.q, p.k, p.v, p.bias, p.dense, classes, grad_out, lse, delta, dk, dv, *indices,
-        *operands, *dk.stride()[:3], *dv.stride()[:3], *extra, p.kv_heads, tiles, *numbers, **meta,
-    )  # fmt: skip
-    tiles = triton.cdiv(p.longest_q, block_m)
-    _triton.launch(
-        _attention_backward_q_kernel, (tiles * p.heads * p.sequences,),
-        p.q, p.k, p.v, p.bias, p.dense, classes, grad_out, lse, delta, dq, ds, *indices,
-        *operands, *dq.stride()[:3], *extra, p.heads, tiles, *numbers, **meta,
-    )  # fmt: skip
+    p.launch(_attention_backward_kv_kernel, config, over="keys", dk=dk, dv=dv, **more)
+    p.launch(_attention_backward_q_kernel, config, over="queries", dq=dq, ds=ds, **more)
     dbias = q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias

@@ -133,18 +133,20 @@ def attention(p) -> tuple[torch.Tensor, torch.Tensor]:
     count = groups * p.group * p.length_q
     parts = p.q.new_empty(splits, count, p.v_dim, dtype=torch.float32)
     tops, totals = p.q.new_empty(2, splits, count, dtype=torch.float32)
-    _triton.launch(
-        _attention_decode_kernel, (splits * groups,),
-        p.q, p.k, p.v, p.bias, p.dense, parts, tops, totals, p.indices[0], p.indices[3],
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *p.strides(p.bias, 4), *p.strides(p.dense, 4),
-        p.kv_heads, splits, span, p.length_q, p.length_k, *p.window, p.scale2, p.bias2,
-        **p.constants(), BLOCK_M=_triton.block(p.group * p.length_q), BLOCK_N=config["block_n"],
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
-    )  # fmt: skip
-    constants = p.constants()
-    _triton.launch(
-        _attention_merge_kernel, (triton.cdiv(count, 4),), parts, tops, totals, out, lse, splits, count,
-        **{name: constants[name] for name in ("SHIFTED", "NORMALISED", "V_DIM", "BLOCK_DV")},
-        ROWS=4, num_warps=4,
-    )  # fmt: skip
+    values = p.values() | {
+        "parts": parts,
+        "tops": tops,
+        "totals": totals,
+        "out": out,
+        "lse": lse,
+        "splits": splits,
+        "span": span,
+        "count": count,
+        "BLOCK_M": _triton.block(p.group * p.length_q),
+        "BLOCK_N": config["block_n"],
+        "ROWS": 4,
+    }
+    options = {name: config[name] for name in ("num_warps", "num_stages")}
+    _triton.start(_attention_decode_kernel, (splits * groups,), values, **options)
+    _triton.start(_attention_merge_kernel, (triton.cdiv(count, 4),), values, num_warps=4)
     return out, lse

@@ -61,11 +61,104 @@ def sequence(
 
 
 @triton.jit
+def query_tile(tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k):
+    """This program's work when there is one a tile of queries, head and sequence:
+    (tile, head, batch entry, first query, first key, queries, keys, prefix, key length)."""
+    program = tl.program_id(0)
+    # Under a causal mask the last tiles have most to do: they start first.
+    tile = tiles - 1 - program % tiles
+    head = (program // tiles) % heads
+    document = program // tiles // heads  # a batch entry, or a packed document
+    entry = document
+    if offsets_q is not None:
+        entry = document * 0
+    start_q, start_k, lq, lk, prefix, key_length = sequence(
+        document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    )
+    return tile, head, entry, start_q, start_k, lq, lk, prefix, key_length
+
+
+@triton.jit
+def key_tile(tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k):
+    """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
+    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    )
+    return tiles - 1 - tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length
+
+
+@triton.jit
+def query_intervals(
+    first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """(rows (M,), their key intervals begin and end (M,), and those of the first and of the last row)."""
+    rows = first + tl.arange(0, BLOCK_M)
+    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    end = tl.where(rows < lq, end, 0)
+    last = tl.minimum(first + BLOCK_M, lq) - 1
+    first_begin, first_end = key_interval(
+        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
+    )
+    last_begin, last_end = key_interval(last, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    return rows, begin, end, first_begin, first_end, last_begin, last_end
+
+
+@triton.jit
+def place(base, entry, stride_b, head, stride_h, row, stride_l):
+    """Where row `row` of (B, H, L, ...) begins."""
+    return base + offset(entry, stride_b) + offset(head, stride_h) + offset(row, stride_l)
+
+
+@triton.jit
+def row_pointers(base, entry, stride_b, head, stride_h, row, stride_l, column, stride_c):
+    """Where column `column` of row `row` of (B, H, L, C) is, or None where `base` is."""
+    pointers = base
+    if base is not None:
+        pointers = place(base, entry, stride_b, head, stride_h, row, stride_l) + offset(column, stride_c)
+    return pointers
+
+
+@triton.jit
 def score_shift(bias2, key_length, LOG_N: tl.constexpr):
     """What is added to every scaled product, in base 2."""
     if LOG_N:
         return -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
     return bias2
+
+
+@triton.jit
+def fold(
+    acc,  # (M, Dv)
+    top,  # (M,) running maximum, base 2
+    total,  # (M,) running normaliser
+    s,  # (M, N) scores, base 2
+    allowed,  # (M, N), when MASKED
+    v_tile,  # (N, Dv)
+    WEIGHT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of scores and values added to a query tile's running state."""
+    if SHIFTED:
+        if MASKED:
+            s = tl.where(allowed, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = WEIGHT(s - finite[:, None])
+        rescale = tl.exp2(top - finite)
+        total = total * rescale + tl.sum(weight, 1)
+        acc = acc * rescale[:, None]
+        top = new_top
+    else:
+        weight = WEIGHT(s)
+        if MASKED:
+            weight = tl.where(allowed, weight, 0.0)
+        if NORMALISED:
+            total = total + tl.sum(weight, 1)
+    acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, top, total
 
 
 @triton.jit
@@ -114,25 +207,10 @@ def attend_tile(
         if dense_rows is not None:
             at = dense_rows[:, None] + offset(keys, dense_k)[None, :]
             allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
-    if SHIFTED:
-        if MASKED:
-            s = tl.where(allowed, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = WEIGHT(s - finite[:, None])
-        rescale = tl.exp2(top - finite)
-        total = total * rescale + tl.sum(weight, 1)
-        acc = acc * rescale[:, None]
-        top = new_top
     else:
-        weight = WEIGHT(s)
-        if MASKED:
-            weight = tl.where(allowed, weight, 0.0)
-        if NORMALISED:
-            total = total + tl.sum(weight, 1)
+        allowed = None
     v_tile = load_tile(v_base + offset(first, v_l), v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
-    acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
-    return acc, top, total
+    return fold(acc, top, total, s, allowed, v_tile, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 from ..._config import Parameter, declare
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SCORED = ("dtype", "score", "head_dim", "value_dim", "mask")
-_LENGTHS = ("batch", "heads", "kv_heads", "q_length", "k_length")
+SCORED = ("dtype", "score", "head_dim", "value_dim", "mask")
+LENGTHS = ("batch", "heads", "kv_heads", "q_length", "k_length")
 
 
 def _padded(key, name: str) -> int:
@@ -28,7 +28,7 @@ def _forward_bytes(values, key, target) -> int:
     return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
 
 
-def _forward_fits(values, key, target) -> str | None:
+def forward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
     wanted = _forward_bytes(values, key, target)
@@ -51,7 +51,7 @@ def _largest(shapes, key, target, fits):
     return values
 
 
-def _forward_default(key, target):
+def forward_default(key, target):
     if target.kind == "cpu":  # the interpreter: several tiles even at test sizes
         return {"block_m": 32, "block_n": 16}
     if not key:
@@ -59,27 +59,32 @@ def _forward_default(key, target):
     shapes = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2))
     small = ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
     # float32 products unroll to three times the code: large tiles take half a minute to compile
-    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, _forward_fits)
+    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, forward_fits)
 
 
-declare(
-    "attention",
-    "triton",
-    parameters={
-        "block_m": Parameter(64, (16, 32, 64, 128, 256)),
-        "block_n": Parameter(32, (16, 32, 64, 128, 256)),
-        "num_warps": Parameter(4, (1, 2, 4, 8)),
-        "num_stages": Parameter(2, (1, 2, 3, 4)),
-    },
-    structural=_SCORED,
-    sizes=_LENGTHS,
-    feasible=_forward_fits,
-    default=_forward_default,
-)
+def declare_forward(op: str, fits=forward_fits, default=forward_default) -> None:
+    """Declare the tile sizes of a forward kernel of attention's shape."""
+    declare(
+        op,
+        "triton",
+        parameters={
+            "block_m": Parameter(64, (16, 32, 64, 128, 256)),
+            "block_n": Parameter(32, (16, 32, 64, 128, 256)),
+            "num_warps": Parameter(4, (1, 2, 4, 8)),
+            "num_stages": Parameter(2, (1, 2, 3, 4)),
+        },
+        structural=SCORED,
+        sizes=LENGTHS,
+        feasible=fits,
+        default=default,
+    )
+
+
+declare_forward("attention")
 
 
 def _decode_fits(values, key, target) -> str | None:
-    return _forward_fits(values | {"block_m": 64}, key, target)
+    return forward_fits(values | {"block_m": 64}, key, target)
 
 
 def _decode_default(key, target):
@@ -104,8 +109,8 @@ declare(
         "num_warps": Parameter(4, (1, 2, 4, 8)),
         "num_stages": Parameter(2, (1, 2, 3, 4)),
     },
-    structural=_SCORED,
-    sizes=_LENGTHS,
+    structural=SCORED,
+    sizes=LENGTHS,
     feasible=_decode_fits,
     default=_decode_default,
 )
@@ -120,7 +125,7 @@ def _backward_bytes(values, key, target) -> int:
     return flying + 2 * m * n * _WIDTHS[key["dtype"]]
 
 
-def _backward_fits(values, key, target) -> str | None:
+def backward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
     wanted = _backward_bytes(values, key, target)
@@ -135,27 +140,32 @@ def _backward_fits(values, key, target) -> str | None:
     return f"needs about {registers} registers a thread" if registers > 224 else None
 
 
-def _backward_default(key, target):
+def backward_default(key, target):
     if target.kind == "cpu":
         return {"block_m": 16, "block_n": 32}
     if not key:
         return {}
     shapes = ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1))
     small = ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
-    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, _backward_fits)
+    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, backward_fits)
 
 
-declare(
-    "attention_backward",
-    "triton",
-    parameters={
-        "block_m": Parameter(32, (16, 32, 64, 128)),
-        "block_n": Parameter(32, (16, 32, 64, 128)),
-        "num_warps": Parameter(4, (1, 2, 4, 8)),
-        "num_stages": Parameter(1, (1, 2, 3, 4)),
-    },
-    structural=_SCORED,
-    sizes=_LENGTHS,
-    feasible=_backward_fits,
-    default=_backward_default,
-)
+def declare_backward(op: str, fits=backward_fits, default=backward_default) -> None:
+    """Declare the tile sizes of the two backward kernels of attention's shape."""
+    declare(
+        op,
+        "triton",
+        parameters={
+            "block_m": Parameter(32, (16, 32, 64, 128)),
+            "block_n": Parameter(32, (16, 32, 64, 128)),
+            "num_warps": Parameter(4, (1, 2, 4, 8)),
+            "num_stages": Parameter(1, (1, 2, 3, 4)),
+        },
+        structural=SCORED,
+        sizes=LENGTHS,
+        feasible=fits,
+        default=default,
+    )
+
+
+declare_backward("attention_backward")

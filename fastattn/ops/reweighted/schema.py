@@ -93,5 +93,11 @@ register_op(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(_cpu("softplus_attention_backward"), Backend("reference", _load_reference_backward)),
+    backends=(
+        _cpu("softplus_attention_backward"),
+        triton_backend(
+            "fastattn.ops.reweighted.triton_backward", "softplus_attention_backward", configure="configure"
+        ),
+        Backend("reference", _load_reference_backward),
+    ),
 )

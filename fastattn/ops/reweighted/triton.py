@@ -6,17 +6,32 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config, _triton
+from ... import _config
 from ..._triton import LOG2E, dot, load_tile, offset, store_tile
 from ..._triton_scores import softplus_weight
-from ..attention.triton import Problem
-from ..attention.triton import refusal as attention_refusal
-from ..attention.triton_tiles import key_interval, sequence
+from ...scores import SCORES
+from ..attention.triton_problem import Problem
+from ..attention.triton_problem import refusal as attention_refusal
+from ..attention.triton_tiles import place, query_intervals, query_tile
+from . import tuning_triton  # noqa: F401  declares what is looked up
 
 _LOG2E = tl.constexpr(LOG2E)
 _EQUAL = tl.constexpr(8.0 * 2.0**-23)  # scores of a row within this times 1 + c are all equal
+_FEW = tl.constexpr(3.0)  # rows with at most this many keys have no threshold
 _SHORTEST = 1e-12
-_SOFTPLUS = 2  # the score whose tile sizes are used
+
+
+@triton.jit
+def row_scale(begin, end, log_dim):
+    """(n_i, c_i = log D log n_i) of rows."""
+    count = tl.maximum(end - begin, 0).to(tl.float32)
+    return count, log_dim * tl.log(tl.maximum(count, 1.0))
+
+
+@triton.jit
+def above_threshold(s, top, reciprocal):
+    """(s - threshold) / (top - threshold), at least 0, for threshold = top - 1 / reciprocal."""
+    return tl.maximum(1.0 - (top - s) * reciprocal, 0.0)
 
 
 @triton.jit
@@ -42,53 +57,39 @@ def _softplus_attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
-    head = (program // tiles) % heads
-    batch = program // tiles // heads
-    start_q, start_k, lq, lk, prefix, key_length = sequence(
-        batch, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
     )
     first = tile * BLOCK_M
     if first >= lq:
         return
-    entry = batch
-    if offsets_q is not None:
-        entry = batch * 0
-    rows = first + tl.arange(0, BLOCK_M)
-    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    end = tl.where(rows < lq, end, 0)
-    last = tl.minimum(first + BLOCK_M, lq) - 1
-    first_begin, _first_end = key_interval(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
+    rows, begin, end, first_begin, _first_end, _last_begin, last_end = query_intervals(
+        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
     )
-    _last_begin, last_end = key_interval(last, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
     tile_begin = first_begin // BLOCK_N
     tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
-    q_base = q + offset(entry, q_b) + offset(head, q_h) + offset(start_q + first, q_l)
-    k_base = k + offset(entry, k_b) + offset(head // GROUP, k_h) + offset(start_k, k_l)
-    v_base = v + offset(entry, v_b) + offset(head // GROUP, v_h) + offset(start_k, v_l)
+    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
+    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
+    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
 
-    count = tl.maximum(end - begin, 0).to(tl.float32)  # n_i
-    c = log_dim * tl.log(tl.maximum(count, 1.0))
+    count, c = row_scale(begin, end, log_dim)
     factor = c * _LOG2E
-    threshold = tl.zeros([BLOCK_M], tl.float32)
-    reciprocal = threshold + 1.0
+    top = tl.zeros([BLOCK_M], tl.float32)
+    reciprocal = top + 1.0
     if REWEIGH:
-        total = threshold
-        highest = threshold
+        total = top
         lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
         for at in range(tile_begin, tile_end):
             s, allowed = _scores(
                 q_tile, k_base, k_l, factor, begin, end, at, lk, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
             )
             total += tl.sum(tl.where(allowed, s, 0.0), 1)
-            highest = tl.maximum(highest, tl.max(tl.where(allowed, s, 0.0), 1))
+            top = tl.maximum(top, tl.max(tl.where(allowed, s, 0.0), 1))
             lowest = tl.minimum(lowest, tl.min(tl.where(allowed, s, float("inf")), 1))
-        threshold = tl.where(count > 3.0, total / tl.maximum(count, 1.0), 0.0)
-        equal = (count > 3.0) & (highest - lowest <= _EQUAL * (1.0 + c))
-        height = tl.where(equal | (count == 0.0), 0.0, highest - threshold)
+        threshold = tl.where(count > _FEW, total / tl.maximum(count, 1.0), 0.0)
+        equal = (count > _FEW) & (top - lowest <= _EQUAL * (1.0 + c))
+        height = tl.where(equal | (count == 0.0), 0.0, top - threshold)
         reciprocal = tl.where(height == 0.0, 0.0, 1.0 / tl.where(height == 0.0, 1.0, height))
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     weights = tl.zeros([BLOCK_M], tl.float32)
@@ -98,23 +99,33 @@ def _softplus_attention_forward_kernel(
         )
         if REWEIGH:
             # 2^(p log2 x), 0 at x = 0: each weight is at most 1, so no power overflows
-            s = tl.exp2(power * tl.log2(tl.maximum(s - threshold[:, None], 0.0) * reciprocal[:, None]))
+            s = tl.exp2(power * tl.log2(above_threshold(s, top[:, None], reciprocal[:, None])))
+            allowed = allowed & (reciprocal > 0.0)[:, None]
         weight = tl.where(allowed, s, 0.0)
         weights += tl.sum(weight, 1)
         key = at * BLOCK_N
         v_tile = load_tile(v_base + offset(key, v_l), v_l, lk - key, V_DIM, BLOCK_N, BLOCK_DV, True)
         acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
     acc = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
-    out_base = out + offset(entry, out_b) + offset(head, out_h) + offset(start_q + first, out_l)
+    out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)
     store_tile(out_base, out_l, lq - first, acc, V_DIM, BLOCK_M, BLOCK_DV)
     kept = statistics + offset(offset(entry * heads + head, length_q) + start_q + rows, 3)
-    tl.store(kept, threshold, mask=rows < lq)
+    tl.store(kept, top, mask=rows < lq)
     tl.store(kept + 1, reciprocal, mask=rows < lq)
     tl.store(kept + 2, weights, mask=rows < lq)
 
 
-def _problem(q, k, v, mask) -> Problem:
-    return Problem(q, k, v, None, _SOFTPLUS, 1.0, 0.0, *mask)
+def problem(q, k, v, mask) -> Problem:
+    return Problem(q, k, v, None, SCORES["softplus"].code, 1.0, 0.0, *mask)
+
+
+def power_values(p: Problem, power: float | None) -> dict:
+    """What the kernels take beside an attention call's values."""
+    return {
+        "log_dim": math.log(p.head_dim),
+        "power": 1.0 if power is None else float(power),
+        "REWEIGH": power is not None,
+    }
 
 
 def refusal(q, k, v, power, *mask) -> str | None:
@@ -124,32 +135,27 @@ def refusal(q, k, v, power, *mask) -> str | None:
 
 
 def configure(q, k, v, power, *mask) -> _config.Choice:
-    return _problem(q, k, v, mask).choose("attention")
+    return problem(q, k, v, mask).choose("softplus_attention")
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
+def unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x|, rounded to x's dtype; a vector shorter than _SHORTEST becomes 0."""
+    return direction(x)[0].to(x.dtype)
+
+
+def direction(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / |x|, 1 / |x|) in float32; 0 and 0 for a vector shorter than _SHORTEST."""
     norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-    return torch.where(norm > _SHORTEST, x.float() / norm.clamp(min=_SHORTEST), 0.0).to(x.dtype)
+    divisor = norm.masked_fill(norm <= _SHORTEST, torch.inf)
+    return x.float() / divisor, 1.0 / divisor
 
 
 def softplus_attention(q, k, v, power, *mask):
-    p = _problem(_unit(q), _unit(k), v, mask)
+    p = problem(unit(q), unit(k), v, mask)
     out = p.output(*q.shape[:3], p.v_dim)
     statistics = p.output(*q.shape[:3], 3, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, statistics
-    config = p.choose("attention").values
-    tiles = triton.cdiv(p.longest_q, config["block_m"])
-    constants = p.constants()
-    names = ("CAUSAL", "GROUP", "HEAD_DIM", "V_DIM", "BLOCK_D", "BLOCK_DV", "PRECISION")
-    _triton.launch(
-        _softplus_attention_forward_kernel, (tiles * p.heads * p.sequences,),
-        p.q, p.k, p.v, out, statistics, *p.indices,
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *out.stride()[:3],
-        p.heads, tiles, p.length_q, p.length_k, *p.window, math.log(p.head_dim), 1.0 if power is None else float(power),
-        REWEIGH=power is not None, **{name: constants[name] for name in names},
-        BLOCK_M=config["block_m"], BLOCK_N=config["block_n"],
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
-    )  # fmt: skip
+    if out.numel():
+        config = p.choose("softplus_attention").values
+        more = {"out": out, "statistics": statistics} | power_values(p, power)
+        p.launch(_softplus_attention_forward_kernel, config, over="queries", **more)
     return out, statistics

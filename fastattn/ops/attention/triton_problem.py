@@ -1,0 +1,141 @@
+"""One attention call as the Triton kernels take it: operands, mask, constants, tile sizes, launches."""
+
+import torch
+import triton
+
+from ... import _config, _triton
+from ..._triton import LOG2E
+from ...scores import BY_CODE
+from . import tuning_triton  # noqa: F401  declares what is looked up
+
+
+class Problem:
+    """One call's arguments as the kernels take them: the operands with strides, the mask, and the constants."""
+
+    def __init__(self, q, k, v, bias, score, scale, bias_value, causal, window_left, window_right, prefix_lengths,
+                 cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, dense):  # fmt: skip
+        self.q, self.k, self.v = (_triton.last_dim_contiguous(t) for t in (q, k, v))
+        self.score = BY_CODE[score]
+        self.batch, self.heads, self.length_q, self.head_dim = q.shape
+        self.kv_heads, self.length_k, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
+        full = (self.batch, self.heads, self.length_q, self.length_k)
+        self.bias = None if bias is None else bias.expand(full)
+        self.dense_mask = dense
+        self.dense = None if dense is None else dense.expand(full)
+        self.packed = cu_seqlens_q is not None
+        self.sequences = cu_seqlens_q.numel() - 1 if self.packed else self.batch
+        self.longest_q, self.longest_k = max_seqlen_q, max_seqlen_k
+        self.indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
+        self.window = tuple(
+            _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)
+        )
+        self.scale = scale
+        self.scale2 = scale * LOG2E
+        self.log_n = self.score.log_n_bias and bias_value is None and bias is None
+        self.bias2 = (bias_value or 0.0) * LOG2E
+        self.causal = causal
+        self.group = self.heads // max(1, self.kv_heads)
+        self.mask_kind = (
+            "dense" if dense is not None
+            else "packed" if self.packed
+            else "window" if window_left >= 0 or window_right >= 0
+            else "causal" if causal
+            else "full"
+        )  # fmt: skip
+
+    def choose(self, op: str) -> _config.Choice:
+        return _config.lookup(
+            op,
+            "triton",
+            structural={
+                "dtype": str(self.q.dtype).removeprefix("torch."),
+                "score": self.score.name,
+                "head_dim": self.head_dim,
+                "value_dim": self.v_dim,
+                "mask": self.mask_kind,
+            },
+            sizes={
+                "batch": max(1, self.sequences),
+                "heads": self.heads,
+                "kv_heads": self.kv_heads,
+                "q_length": max(1, self.longest_q),
+                "k_length": max(1, self.longest_k),
+            },
+            device=_triton.target(self.q.device),
+        )
+
+    def values(self) -> dict:
+        """Every value of the call that a kernel may name, tile sizes aside."""
+        weight, derivative = self.score.triton
+        prefix_lengths, offsets_q, offsets_k, key_lengths = self.indices
+        return {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "bias": self.bias,
+            "dense": self.dense,
+            "prefix_lengths": prefix_lengths,
+            "offsets_q": offsets_q,
+            "offsets_k": offsets_k,
+            "key_lengths": key_lengths,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "length_q": self.length_q,
+            "length_k": self.length_k,
+            "window_left": self.window[0],
+            "window_right": self.window[1],
+            "scale": self.scale,
+            "scale2": self.scale2,
+            "bias2": self.bias2,
+            "WEIGHT": weight,
+            "DERIVATIVE": derivative,
+            "SHIFTED": self.score.shifted,
+            "NORMALISED": self.score.normalised,
+            "LOG_N": self.log_n,
+            "CAUSAL": self.causal,
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "V_DIM": self.v_dim,
+            "BLOCK_D": _triton.block(self.head_dim),
+            "BLOCK_DV": _triton.block(self.v_dim),
+            "PRECISION": _triton.precision(self.q.dtype),
+        }
+
+    def launch(self, kernel, config, *, over: str, **more) -> None:
+        """Start `kernel` once a tile of the `over` ("queries" or "keys"), head and sequence, with the values it names.
+
+        config: tile sizes and options; more: values that the call itself does not have.
+        """
+        if over == "queries":
+            tiles, heads = triton.cdiv(self.longest_q, config["block_m"]), self.heads
+        else:
+            tiles, heads = triton.cdiv(self.longest_k, config["block_n"]), self.kv_heads
+        tile = {"tiles": tiles, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+        _triton.start(
+            kernel,
+            (tiles * heads * self.sequences,),
+            self.values() | tile | more,
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+        )
+
+    def statistics(self) -> torch.Tensor:
+        """lse before any kernel: -inf where packed rows may belong to no document."""
+        shape = self.q.shape[:3] if self.score.normalised else (0,)
+        if self.packed:
+            return self.q.new_full(shape, -torch.inf, dtype=torch.float32)
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def output(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An output that a kernel fills; rows past the last packed document stay zero."""
+        new = self.q.new_zeros if self.packed else self.q.new_empty
+        return new(shape, dtype=dtype or self.q.dtype)
+
+
+def refusal(q, k, v, bias, *options) -> str | None:
+    """Why the Triton kernels cannot serve this forward call, or None."""
+    if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256:
+        return f"it serves head dims 1 to 256, not {q.shape[3]} and {v.shape[3]}"
+    if max(q.shape[2], k.shape[2]) > _triton.LONGEST:
+        return f"it serves at most {_triton.LONGEST} tokens"
+    return _triton.refusal(q, k, v, bias)
