@@ -10,7 +10,7 @@ SAMPLED = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def indices(n: int) -> torch.Tensor:
@@ -115,4 +115,30 @@ def reweighted(
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         out, statistics = softplus_attention(q, k, v, power, *mask)
         softplus_attention_backward(out, q, k, v, out, statistics, power, *mask)
+    return launches
+
+
+def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[_triton.Launch]:
+    from fastattn.ops.grouped import triton, triton_backward
+
+    q, k, v, _, _, scale, _, *mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    signatures = empty(1, q.shape[2], dtype=torch.int64)
+    options = (signatures, signatures, 128, scale, *mask)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        out, lse = triton.grouped_attention(q, k, v, *options)
+        triton_backward.grouped_attention_backward(out, q, k, v, out, lse, *options)
+    return launches
+
+
+def gated(
+    target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, gate: int = 0
+) -> list[_triton.Launch]:
+    from fastattn.ops.grouped import triton_gated as kernels
+
+    q, k, v, _, _, scale, _, *mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)
+    options = (128, gate, scale, *mask)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        out, lse = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
+        kernels.gated_attention_backward(out, q, k, v, assignment, sharpness, out, lse, *options)
     return launches

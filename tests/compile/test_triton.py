@@ -77,6 +77,16 @@ def test_reweighted():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", _triton.TARGETS)
 @pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (32, 64, 128, 256))
+def test_all_grouped_and_gated(target, dtype, head_dim):
+    compile_all(target, launches.grouped(target, dtype, head_dim))
+    for gate in (0, 1):
+        compile_all(target, launches.gated(target, dtype, head_dim, gate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", _triton.TARGETS)
+@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
 def test_all_row_kernels(target, dtype):
     compile_all(target, launches.recurrence(target, dtype))
     compile_all(target, launches.vocab(target, dtype))
@@ -146,6 +156,7 @@ def test_offsets_are_64_bits_wide():
     """No row is multiplied by its stride in 32 bits; the probe finds such a product when there is one."""
     recorded = launches.attention("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
+    recorded += launches.grouped("sm_90") + launches.gated("sm_90")
     for launch, kernel in compiled("sm_90", recorded):
         ttir = kernel.asm["ttir"]
         assert re.search(r"arith\.muli .*i64", ttir)

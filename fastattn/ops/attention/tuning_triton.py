@@ -116,7 +116,7 @@ declare(
 )
 
 
-def _backward_bytes(values, key, target) -> int:
+def backward_bytes(values, key, target) -> int:
     """Shared memory of the larger kernel: one side's tiles in flight, the other's held where products read it from there."""
     m, n, names = values["block_m"], values["block_n"], ("head_dim", "value_dim")
     flying = _tile_bytes(key, max(m, n), *names) * values["num_stages"]
@@ -128,7 +128,7 @@ def _backward_bytes(values, key, target) -> int:
 def backward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
-    wanted = _backward_bytes(values, key, target)
+    wanted = backward_bytes(values, key, target)
     if wanted > target.shared:
         return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
     rows = max(values["block_m"], values["block_n"])
@@ -140,14 +140,14 @@ def backward_fits(values, key, target) -> str | None:
     return f"needs about {registers} registers a thread" if registers > 224 else None
 
 
-def backward_default(key, target):
+def backward_default(key, target, fits=backward_fits):
     if target.kind == "cpu":
         return {"block_m": 16, "block_n": 32}
     if not key:
         return {}
     shapes = ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1))
     small = ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
-    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, backward_fits)
+    return _largest(small if key["dtype"] == "float32" else shapes + small, key, target, fits)
 
 
 def declare_backward(op: str, fits=backward_fits, default=backward_default) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op
+from ..._registry import Backend, reference_backward, register_op, triton_backend
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,11 @@ register_op(
     "grouped_attention",
     f"(Tensor q, Tensor k, Tensor v, {_GROUPED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
-    backends=(_cpu("grouped_attention"), _reference("grouped_attention")),
+    backends=(
+        _cpu("grouped_attention"),
+        triton_backend(f"{__package__}.triton", "grouped_attention", configure="configure"),
+        _reference("grouped_attention"),
+    ),
     backward=_grouped_backward,
     setup_context=_attention_setup,
 )
@@ -167,6 +171,7 @@ register_op(
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
     backends=(
         _cpu("grouped_attention_backward"),
+        triton_backend(f"{__package__}.triton_backward", "grouped_attention_backward", configure="configure"),
         _reference_backward("grouped_attention", (0, 1, 2), saved=2, first=3),
     ),
 )
@@ -191,7 +196,11 @@ register_op(
     "gated_attention",
     f"({_GATED_INPUTS}, {_GATED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
-    backends=(_cpu("gated_attention"), _reference("gated_attention")),
+    backends=(
+        _cpu("gated_attention"),
+        triton_backend(f"{__package__}.triton_gated", "gated_attention", configure="configure"),
+        _reference("gated_attention"),
+    ),
     backward=_gated_backward,
     setup_context=_attention_setup,
 )
@@ -202,6 +211,12 @@ register_op(
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
     backends=(
         _cpu("gated_attention_backward"),
+        triton_backend(
+            f"{__package__}.triton_gated",
+            "gated_attention_backward",
+            refusal="refusal_backward",
+            configure="configure_backward",
+        ),
         _reference_backward("gated_attention", (0, 1, 2, 3, 4), saved=2, first=5),
     ),
 )

@@ -1,0 +1,181 @@
+"""Grouped attention in Triton, exact for any number of groups a token, without sorted copies.
+
+Two passes: over tokens ordered by signature for the pairs that share a group (pairs of tiles without one are skipped), then over
+tokens as they lie for the near pairs that share none, which carries on from the first pass's state.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _config, _triton
+from ..._triton import LOG2E, dot, gather_tile, offset, scatter_tile
+from ..attention.triton_problem import Problem
+from ..attention.triton_problem import refusal as attention_refusal
+from ..attention.triton_tiles import finish, fold, key_interval, place, query_tile
+from . import tuning_triton  # noqa: F401  declares what is looked up
+from .triton_tiles import (
+    SUMMARY,
+    _tile_summary_kernel,
+    next_live,
+    pairs,
+    tokens_of_tile,
+    union_and_common,
+)
+
+_LOG2E = tl.constexpr(LOG2E)
+_SUMMARY = tl.constexpr(SUMMARY)
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+def _grouped_forward_kernel(
+    q, k, v, groups, key_groups, order_q, order_k, summary, part, out, lse,
+    prefix_lengths, offsets_q, offsets_k, key_lengths,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, part_b, part_h, part_l, out_b, out_h, out_l, groups_b, key_groups_b,
+    order_q_b, order_k_b, summary_b,
+    heads, tiles, length_q, length_k, window_left, window_right, near, scale2,
+    SORTED: tl.constexpr, WEIGHT: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    )
+    first = tile * BLOCK_M
+    if first >= lq:
+        return
+    rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
+    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    end = tl.where(inside, end, 0)
+    signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
+    key_signatures = key_groups + offset(entry, key_groups_b) + start_k
+    q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
+    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
+    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
+    lse_rows = lse + (offset(entry * heads + head, length_q) + start_q + rows)
+    q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
+    highest_end = tl.max(end, 0)
+    if SORTED:
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        union, common = union_and_common(signature)
+        lowest_end = tl.min(end, 0)
+        latest_begin = tl.max(begin, 0)
+        summary_row = summary + offset(tl.program_id(0) // tiles // heads, summary_b)
+        stop = tl.cdiv(lk, BLOCK_N)
+        at = next_live(summary_row, lk * 0, stop, union, highest_end, True)
+    else:
+        acc = gather_tile(part_base, rows, part_l, inside, V_DIM, BLOCK_DV)
+        top = tl.load(lse_rows, mask=inside, other=float("-inf")) * _LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        begin = tl.maximum(begin, rows + (lk - lq) - near)
+        at = tl.min(begin, 0) // BLOCK_N
+        stop = tl.cdiv(highest_end, BLOCK_N)
+    while at < stop:
+        keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
+        k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
+        v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+        s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale2
+        whole = at < 0
+        if SORTED:
+            summed = summary_row + offset(at, _SUMMARY)
+            whole = (tl.load(summed + 1) & common) != 0
+            whole = whole & (tl.load(summed + 2) >= latest_begin) & (tl.load(summed + 3) < lowest_end)
+        if whole:
+            acc, top, total = fold(acc, top, total, s, None, v_tile, WEIGHT, True, True, False, PRECISION)
+        else:
+            key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
+            allowed = pairs(
+                rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
+                key_signature[None, :], near, lk, lq, SORTED,
+            )  # fmt: skip
+            acc, top, total = fold(acc, top, total, s, allowed, v_tile, WEIGHT, True, True, True, PRECISION)
+        if SORTED:
+            at = next_live(summary_row, at + 1, stop, union, highest_end, True)
+        else:
+            at += 1
+    acc, row_lse = finish(acc, top, total, True, True)
+    tl.store(lse_rows, row_lse, mask=inside)
+    if SORTED:
+        scatter_tile(part_base, rows, part_l, inside, acc, V_DIM, BLOCK_DV)
+    else:
+        out_base = place(out, entry, out_b, head, out_h, start_q, out_l)
+        scatter_tile(out_base, rows, out_l, inside, acc, V_DIM, BLOCK_DV)
+
+
+def problem(q, k, v, scale, mask) -> Problem:
+    return Problem(q, k, v, None, 0, scale, 0.0, *mask)
+
+
+def _order(signatures: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """(B, L) int32: the tokens of each document by signature, earlier ones first among equals, by position in it."""
+    order = signatures.argsort(dim=1, stable=True)
+    if offsets is None:
+        return order.int()
+    tokens = torch.arange(signatures.shape[1], device=signatures.device)
+    document = torch.bucketize(tokens, offsets.long(), right=True) - 1
+    order = order[0]
+    order = order[document[order].argsort(stable=True)]
+    return (order - offsets[document[order]])[None].int()
+
+
+def _summaries(p: Problem, signatures, order, offsets, tiles: int, length: int, block: int) -> torch.Tensor:
+    summary = signatures.new_empty(p.sequences, tiles, SUMMARY)
+    values = {
+        "signatures": signatures,
+        "order": order,
+        "offsets": offsets,
+        "summary": summary,
+        "tiles": tiles,
+    }
+    values |= {"length": length, "BLOCK": block}
+    _triton.start(_tile_summary_kernel, (p.sequences * tiles,), values, num_warps=1)
+    return summary
+
+
+def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: str) -> dict:
+    """What both passes over tiles of `over` take beside an attention call's values; `summary` is of the other side's tiles."""
+    groups, key_groups = groups.contiguous(), key_groups.contiguous()
+    _, offsets_q, offsets_k, _ = p.indices
+    order_q = _order(groups, offsets_q)
+    same = key_groups.data_ptr() == groups.data_ptr() and offsets_q is offsets_k
+    order_k = order_q if same and p.length_q == p.length_k else _order(key_groups, offsets_k)
+    if over == "queries":
+        block, longest = config["block_n"], p.longest_k
+        args = (key_groups, order_k, offsets_k, triton.cdiv(longest, block), p.length_k, block)
+    else:
+        block, longest = config["block_m"], p.longest_q
+        args = (groups, order_q, offsets_q, triton.cdiv(longest, block), p.length_q, block)
+    return {
+        "groups": groups,
+        "key_groups": key_groups,
+        "order_q": order_q,
+        "order_k": order_k,
+        "summary": _summaries(p, *args),
+        "near": min(near, _triton.LONGEST),
+    }
+
+
+def refusal(q, k, v, groups, key_groups, window, scale, *mask) -> str | None:
+    if mask[-1] is not None:
+        return "it does not serve a dense mask"
+    return attention_refusal(q, k, v, None)
+
+
+def configure(q, k, v, groups, key_groups, window, scale, *mask) -> _config.Choice:
+    return problem(q, k, v, scale, mask).choose("grouped_attention")
+
+
+def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
+    p = problem(q, k, v, scale, mask)
+    out, lse = p.output(*q.shape[:3], p.v_dim), p.statistics()
+    if out.numel() == 0 or p.length_k == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    config = p.choose("grouped_attention").values
+    more = sorted_values(p, groups, key_groups, window, config, over="queries")
+    more |= {"part": torch.empty_like(out, dtype=torch.float32), "out": out, "lse": lse}
+    for by_signature in (True, False):
+        p.launch(_grouped_forward_kernel, config, over="queries", SORTED=by_signature, **more)
+    return out, lse

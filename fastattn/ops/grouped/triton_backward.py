@@ -1,0 +1,207 @@
+"""Grouped attention's backward in Triton: the forward's two passes over queries for dQ, and over keys for dK and dV."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _triton
+from ..._triton import dot, gather_tile, offset, scatter_tile
+from ..attention.triton_backward import row_products, score_gradient
+from ..attention.triton_tiles import key_interval, key_tile, place, query_interval, query_tile
+from .triton import problem, sorted_values
+from .triton import refusal as forward_refusal
+from .triton_tiles import next_live, pairs, tokens_of_tile, union_and_common
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+def _grouped_backward_q_kernel(
+    q, k, v, g, groups, key_groups, order_q, order_k, summary, lse, delta, part, dq,
+    prefix_lengths, offsets_q, offsets_k, key_lengths,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, part_b, part_h, part_l, dq_b, dq_h, dq_l,
+    groups_b, key_groups_b, order_q_b, order_k_b, summary_b,
+    heads, tiles, length_q, length_k, window_left, window_right, near, scale, scale2,
+    SORTED: tl.constexpr, WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    )
+    first = tile * BLOCK_M
+    if first >= lq:
+        return
+    rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
+    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    end = tl.where(inside, end, 0)
+    signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
+    key_signatures = key_groups + offset(entry, key_groups_b) + start_k
+    q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
+    g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
+    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
+    statistics = offset(entry * heads + head, length_q) + start_q + rows
+    q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
+    g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
+    row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
+    row_delta = tl.load(delta + statistics, mask=inside, other=0.0)
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    highest_end = tl.max(end, 0)
+    if SORTED:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        union, _common = union_and_common(signature)
+        summary_row = summary + offset(tl.program_id(0) // tiles // heads, summary_b)
+        stop = tl.cdiv(lk, BLOCK_N)
+        at = next_live(summary_row, lk * 0, stop, union, highest_end, True)
+    else:
+        acc = gather_tile(part_base, rows, part_l, inside, HEAD_DIM, BLOCK_D)
+        begin = tl.maximum(begin, rows + (lk - lq) - near)
+        at = tl.min(begin, 0) // BLOCK_N
+        stop = tl.cdiv(highest_end, BLOCK_N)
+    while at < stop:
+        keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
+        k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
+        v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+        key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
+        allowed = pairs(
+            rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
+            key_signature[None, :], near, lk, lq, SORTED,
+        )  # fmt: skip
+        s = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * scale2
+        dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
+        _, ds = score_gradient(
+            s, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, True
+        )
+        acc = dot(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
+        if SORTED:
+            at = next_live(summary_row, at + 1, stop, union, highest_end, True)
+        else:
+            at += 1
+    if SORTED:
+        scatter_tile(part_base, rows, part_l, inside, acc, HEAD_DIM, BLOCK_D)
+    else:
+        dq_base = place(dq, entry, dq_b, head, dq_h, start_q, dq_l)
+        scatter_tile(dq_base, rows, dq_l, inside, acc * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+def _grouped_backward_kv_kernel(
+    q, k, v, g, groups, key_groups, order_q, order_k, summary, lse, delta, part_k, part_v, dk, dv,
+    prefix_lengths, offsets_q, offsets_k, key_lengths,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
+    part_k_b, part_k_h, part_k_l, part_v_b, part_v_h, part_v_l,
+    groups_b, key_groups_b, order_q_b, order_k_b, summary_b,
+    kv_heads, tiles, length_q, length_k, window_left, window_right, near, scale, scale2,
+    SORTED: tl.constexpr, WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
+    )
+    first = tile * BLOCK_N
+    if first >= lk:
+        return
+    keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, first, lk, BLOCK_N, SORTED)
+    low, high = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    high = tl.where(there, high, 0)
+    key_signature = tl.load(
+        key_groups + offset(entry, key_groups_b) + start_k + offset(keys, 1), mask=there, other=0
+    )
+    signatures = groups + offset(entry, groups_b) + start_q
+    k_base = place(k, entry, k_b, kv_head, k_h, start_k, k_l)
+    v_base = place(v, entry, v_b, kv_head, v_h, start_k, v_l)
+    part_k_base = place(part_k, entry, part_k_b, kv_head, part_k_h, start_k, part_k_l)
+    part_v_base = place(part_v, entry, part_v_b, kv_head, part_v_h, start_k, part_v_l)
+    k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
+    v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+    zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    earliest = tl.min(tl.where(high > 0, low, lq), 0)
+    if SORTED:
+        dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        union, _common = union_and_common(key_signature)
+        summary_row = summary + offset(tl.program_id(0) // tiles // kv_heads, summary_b)
+        stop = tl.cdiv(lq, BLOCK_M)
+        start = next_live(summary_row, lq * 0, stop, union, earliest, False)
+    else:
+        dk_acc = gather_tile(part_k_base, keys, part_k_l, there, HEAD_DIM, BLOCK_D)
+        dv_acc = gather_tile(part_v_base, keys, part_v_l, there, V_DIM, BLOCK_DV)
+        high = tl.minimum(high, keys - (lk - lq) + near + 1)
+        start = earliest // BLOCK_M
+        stop = tl.cdiv(tl.max(high, 0), BLOCK_M)
+    for member in range(0, GROUP):
+        head = kv_head * GROUP + member
+        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
+        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        at = start
+        while at < stop:
+            rows, inside = tokens_of_tile(
+                order_q, entry, order_q_b, start_q, at * BLOCK_M, lq, BLOCK_M, SORTED
+            )
+            begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+            end = tl.where(inside, end, 0)
+            signature = tl.load(signatures + offset(rows, 1), mask=inside, other=0)
+            statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q + rows
+            q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
+            g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
+            row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
+            row_delta = tl.load(delta + statistics, mask=inside, other=0.0)
+            allowed = pairs(
+                rows[None, :], there[:, None], begin[None, :], end[None, :], signature[None, :], keys[:, None],
+                key_signature[:, None], near, lk, lq, SORTED,
+            )  # fmt: skip
+            s = dot(k_tile, tl.trans(q_tile), zero, PRECISION) * scale2  # (N, M)
+            dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
+            weight, ds = score_gradient(
+                s, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, True
+            )
+            dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
+            dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)
+            if SORTED:
+                at = next_live(summary_row, at + 1, stop, union, earliest, False)
+            else:
+                at += 1
+    if SORTED:
+        scatter_tile(part_k_base, keys, part_k_l, there, dk_acc, HEAD_DIM, BLOCK_D)
+        scatter_tile(part_v_base, keys, part_v_l, there, dv_acc, V_DIM, BLOCK_DV)
+    else:
+        dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k, dk_l)
+        dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k, dv_l)
+        scatter_tile(dk_base, keys, dk_l, there, dk_acc * scale, HEAD_DIM, BLOCK_D)
+        scatter_tile(dv_base, keys, dv_l, there, dv_acc, V_DIM, BLOCK_DV)
+
+
+def refusal(grad_out, q, k, v, out, lse, *options) -> str | None:
+    return forward_refusal(q, k, v, *options) or _triton.refusal(grad_out)
+
+
+def configure(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+    return problem(q, k, v, scale, mask).choose("grouped_attention_backward")
+
+
+def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+    p = problem(q, k, v, scale, mask)
+    dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
+    if not dq.numel() or not dk.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    config = p.choose("grouped_attention_backward").values
+    grad_out = _triton.last_dim_contiguous(grad_out)
+    lse = lse.contiguous()
+    more = {
+        "g": grad_out,
+        "lse": lse,
+        "delta": row_products(p, grad_out, out, lse),
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
+    }
+    part, part_k, part_v = (torch.empty_like(t, dtype=torch.float32) for t in (dq, dk, dv))
+    for over, kernel, parts in (
+        ("queries", _grouped_backward_q_kernel, {"part": part}),
+        ("keys", _grouped_backward_kv_kernel, {"part_k": part_k, "part_v": part_v}),
+    ):
+        values = more | parts | sorted_values(p, groups, key_groups, window, config, over=over)
+        for by_signature in (True, False):
+            p.launch(kernel, config, over=over, SORTED=by_signature, **values)
+    return dq, dk, dv

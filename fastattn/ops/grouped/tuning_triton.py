@@ -1,0 +1,40 @@
+"""What the Triton kernels of grouped and gated attention can be tuned by: tiles of attention's shape."""
+
+from ..attention.tuning_triton import (
+    backward_bytes,
+    backward_default,
+    backward_fits,
+    declare_backward,
+    declare_forward,
+    forward_fits,
+)
+
+declare_forward("grouped_attention")
+declare_backward("grouped_attention_backward")
+
+
+def _gated_fits(values, key, target) -> str | None:
+    """Beside a forward's tiles, float32 agreements of the same shape and both sides' assignments."""
+    return forward_fits(values, {**key, "dtype": "float32"}, target) or backward_fits(values, key, target)
+
+
+def _gated_backward_fits(values, key, target) -> str | None:
+    """Two float32 (M, N) tiles go through shared memory for their products."""
+    if target.kind == "cpu":
+        return None
+    wanted = backward_bytes(values, key, target) + 2 * values["block_m"] * values["block_n"] * 4
+    if wanted > target.shared:
+        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    return backward_fits(values, key, target)
+
+
+def _gated_default(key, target):
+    return backward_default(key, target, _gated_fits)
+
+
+def _gated_backward_default(key, target):
+    return backward_default(key, target, _gated_backward_fits)
+
+
+declare_forward("gated_attention", _gated_fits, _gated_default)
+declare_backward("gated_attention_backward", _gated_backward_fits, _gated_backward_default)
