@@ -28,7 +28,7 @@ def _attention_delta_kernel(
     V_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta_i = dO_i.O_i - dlse_i over rows of (B, H, Lq)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_DV)
     inside = rows < count
     batch, head, row = rows // length_q // heads, (rows // length_q) % heads, rows % length_q
