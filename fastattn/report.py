@@ -1,7 +1,6 @@
 """The page a training run leaves: one HTML file with its pictures inside, readable without a network."""
 
 import html
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,7 @@ from string import Template
 from typing import Any
 
 from fastattn import _files
-
-_INK, _MUTED, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
-_ACCENT, _WARM, _PALE = "#2563a8", "#c2571a", "#b9c4d1"
+from fastattn.pictures import ACCENT, GRID, INK, MUTED, PALE, WARM, figure, svg
 
 
 @dataclass(frozen=True)
@@ -104,81 +101,59 @@ _ANSWERS_TEXT = (
 def _loss_picture(history: Sequence[dict[str, Any]]) -> str:
     steps = [row for row in history if "loss" in row]
     held_out = [(row["step"], row["held_out"]) for row in history if "held_out" in row]
-    figure, axes = _figure(3.4)
+    drawing, axes = figure(3.4)
     x = [row["step"] for row in steps]
     losses = [row["loss"] for row in steps]
-    axes.plot(x, losses, color=_PALE, linewidth=0.7, label="training batch")
-    axes.plot(x, smoothed(losses), color=_ACCENT, linewidth=2.0, label="moving average")
+    axes.plot(x, losses, color=PALE, linewidth=0.7, label="training batch")
+    axes.plot(x, smoothed(losses), color=ACCENT, linewidth=2.0, label="moving average")
     if held_out:
-        axes.axhline(held_out[0][1], color=_MUTED, linewidth=1, linestyle=(0, (5, 4)))
+        axes.axhline(held_out[0][1], color=MUTED, linewidth=1, linestyle=(0, (5, 4)))
         axes.plot(
-            *zip(*held_out, strict=True), "o-", color=_WARM, linewidth=1.2, markersize=4, label="held out"
+            *zip(*held_out, strict=True), "o-", color=WARM, linewidth=1.2, markersize=4, label="held out"
         )
         last_step, last = held_out[-1]
-        axes.annotate(f"{last:.2f}", (last_step, last), (6, 4), textcoords="offset points", color=_WARM)
+        axes.annotate(f"{last:.2f}", (last_step, last), (6, 4), textcoords="offset points", color=WARM)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, labelcolor=_INK)
-    return _svg(figure, "Loss by training step")
+    axes.legend(frameon=False, labelcolor=INK)
+    return _framed(drawing, "Loss by training step")
 
 
 def _speed_picture(steps: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(2.6)
+    drawing, axes = figure(2.6)
     x = [row["step"] for row in steps]
     speeds = [row["tokens"] / row["seconds"] for row in steps]
-    axes.plot(x, speeds, color=_PALE, linewidth=0.7)
-    axes.plot(x, smoothed(speeds), color=_ACCENT, linewidth=2.0)
+    axes.plot(x, speeds, color=PALE, linewidth=0.7)
+    axes.plot(x, smoothed(speeds), color=ACCENT, linewidth=2.0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("tokens / s")
-    return _svg(figure, "Tokens per second by training step")
+    return _framed(drawing, "Tokens per second by training step")
 
 
 def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
     total = sum(t.seconds for t in times)
     ranked = sorted(times, key=lambda t: t.seconds, reverse=True)
-    rows = [(t.name, t.seconds / total, _ACCENT if t.ours else _PALE) for t in ranked[:shown]]
+    rows = [(t.name, t.seconds / total, ACCENT if t.ours else PALE) for t in ranked[:shown]]
     rest = sum(t.seconds for t in ranked[shown:]) / total
     if rest:
-        rows.append((f"{len(ranked) - shown} others", rest, _GRID))
+        rows.append((f"{len(ranked) - shown} others", rest, GRID))
     names, shares, colors = zip(*reversed(rows), strict=True)
-    figure, axes = _figure(0.5 + 0.29 * len(rows))
+    drawing, axes = figure(0.5 + 0.29 * len(rows))
     bars = axes.barh(names, [100 * share for share in shares], color=colors, height=0.72)
     axes.bar_label(
-        bars, labels=[f"{100 * share:.1f} %" for share in shares], padding=4, color=_INK, fontsize=9
+        bars, labels=[f"{100 * share:.1f} %" for share in shares], padding=4, color=INK, fontsize=9
     )
     axes.set_xlim(0, 112 * max(shares))
     axes.xaxis.set_visible(False)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    return _svg(figure, "Share of time by op")
+    return _framed(drawing, "Share of time by op")
 
 
-def _figure(height: float):
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-    figure = Figure(figsize=(8.6, height), layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_PALE)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9, length=3)
-    axes.xaxis.label.set_color(_MUTED)
-    axes.yaxis.label.set_color(_MUTED)
-    return figure, axes
-
-
-def _svg(figure, label: str) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(label)}">{text[text.index("<svg") :]}</figure>'
+def _framed(drawing, label: str) -> str:
+    return f'<figure role="img" aria-label="{html.escape(label)}">{svg(drawing, label)}</figure>'
 
 
 def _tiles(notes: Sequence[tuple[str, str]]) -> str:

@@ -1,5 +1,6 @@
 """Transformer blocks of the recurrent models: pre-norm with a gate (HRM-Text) and post-norm (HRM)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,12 +35,21 @@ class Attention(nn.Module):
     """Multi-head softmax attention with rotary positions; one product makes (gate,) query, key and value.
 
     ``gate`` multiplies the result by the sigmoid of a fourth projection, elementwise over heads x head_dim.
+    ``attend``, called as ``fastattn.attention(q, k, v, mask=...)``, may be another of the attention ops.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, *, gate: bool, rope_theta: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        gate: bool,
+        rope_theta: float,
+        attend: Callable[..., Tensor] = attention,
     ) -> None:
         super().__init__()
+        self.attend = attend
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.rope_theta = rope_theta
@@ -64,7 +74,7 @@ class Attention(nn.Module):
         q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = attention(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
+        out = self.attend(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
         if self.gate:
             out = gated(out, gate[0])
         return self.o_proj(out.reshape(B, L, -1))
@@ -98,10 +108,13 @@ class PreNormBlock(nn.Module):
         *,
         rope_theta: float,
         eps: float,
+        attend: Callable[..., Tensor] = attention,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.attn = Attention(hidden_size, num_heads, head_dim, gate=True, rope_theta=rope_theta)
+        self.attn = Attention(
+            hidden_size, num_heads, head_dim, gate=True, rope_theta=rope_theta, attend=attend
+        )
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(

@@ -1,5 +1,6 @@
 """Stopping and going on: bit for bit, whatever stopped it."""
 
+import itertools
 import os
 import signal
 
@@ -96,7 +97,7 @@ def test_codes_move_every_so_many_steps(fresh, tmp_path, assignment):
     for _ in range(4):
         trainer.step()
         codes.append(head.codes.clone())
-    moved = [not torch.equal(a, b) for a, b in zip(codes, codes[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(codes)]
     assert moved == [False, assignment != "fixed"] * 2
     trainer.save()
     saved = HrmText.from_pretrained(tmp_path).lm_head

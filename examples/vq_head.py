@@ -1,0 +1,201 @@
+"""A dense output layer against quantised ones on real text: held-out loss, parameters, time.
+
+    python examples/vq_head.py            about 15 minutes on two cores; stop and repeat at will
+
+Trains the demo's small HRM-Text (fastattn.data.stdlib) with a dense head and with VQ heads of K vectors, with and
+without a bias a token; then converts the dense one by k-means and trains it on for a fifth of the steps.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from _common import Study, markdown, options
+
+import fastattn as fa
+from fastattn import pictures
+from fastattn.cli._run import SMALL_MODEL
+from fastattn.data import stdlib
+from fastattn.data.tokenizer import Tokenizer
+from fastattn.models import HrmText, HrmTextConfig
+from fastattn.training import TrainConfig, Trainer
+
+VOCABULARY, SIZES = 2048, (64, 256, 1024, 2048)
+BIASES = {"bias": True, "no bias": False}
+FURTHER_RATE = 1e-3  # of the steps after a conversion
+
+
+class Data:
+    """The demo's tokenizer and samples."""
+
+    def __init__(self, shape: dict | None) -> None:
+        examples, held_out = stdlib.build()
+        self.tokenizer = Tokenizer.train(examples, VOCABULARY)
+        self.samples, self.held_out = map(self.tokenizer.samples, (examples, held_out))
+        self.shape = SMALL_MODEL if shape is None else shape
+
+    def model(self, **head) -> HrmText:
+        return HrmText(HrmTextConfig(vocab_size=self.tokenizer.vocab_size, **self.shape, **head))
+
+
+def trained(
+    folder: Path, make: Callable[[], HrmText], data: Data, steps: int, seed: int, further: bool = False
+) -> dict:
+    """Trains what `make` gives and says what it reached; `further`: from a trained model."""
+    torch.manual_seed(seed)
+    model = make()
+    config = TrainConfig(
+        steps=steps,
+        seed=seed + further,
+        ema=1 - 1 / max(5.0, steps / 15),
+        warmup_steps=min(20, max(1, steps // 10)),
+        **({"credit_warmup": 0.0, "learning_rate": FURTHER_RATE} if further else {}),
+    )
+    trainer = Trainer(folder, model, data.tokenizer, data.samples, data.held_out, config)
+    before = trainer.evaluate() if further else None
+    rows = [trainer.step() for _ in range(steps)]
+    held_out = trainer.evaluate()
+    trainer.save()
+    full = [row for row in rows if row["bp_steps"] == rows[-1]["bp_steps"]]  # these do the same work
+    return {
+        "before": before,
+        "held_out": held_out,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "head": head_size(model.lm_head),
+        "microseconds_per_token": 1e6 * statistics.median(row["seconds"] / row["tokens"] for row in full),
+    }
+
+
+def head_size(head: torch.nn.Module) -> int:
+    """Parameters of the output layer that inference needs: not the rows that only the codes are found from."""
+    return sum(
+        p.numel()
+        for name, p in head.named_parameters()
+        if isinstance(head, torch.nn.Linear) or name != "weight"
+    )
+
+
+def head_times(
+    width: int, vocabulary: int, rows: int = 1024, rounds: int = 15
+) -> dict[str, dict[str, float]]:
+    """Microseconds a row of each head alone, medians of interleaved rounds."""
+    torch.manual_seed(0)
+    h = torch.randn(rows, width, requires_grad=True)
+    target = torch.randint(vocabulary, (rows,))
+    dense = torch.nn.Linear(width, vocabulary, bias=False)
+    calls = {
+        "dense": (
+            lambda: fa.linear_cross_entropy(h, dense.weight, target).backward(),
+            lambda: dense(h[:1]).argmax(-1),
+        )
+    }
+    for size in sizes(vocabulary):
+        head = fa.nn.VQHead(width, vocabulary, size)
+        calls[str(size)] = (
+            lambda head=head: head.loss(h, target).backward(),
+            lambda head=head: head.argmax(h[:1]),
+        )
+    taken: dict[str, list[list[float]]] = {name: [[], []] for name in calls}
+    for _ in range(rounds):
+        for name, both in calls.items():
+            for times, call in zip(taken[name], both, strict=True):
+                start = time.perf_counter()
+                with torch.set_grad_enabled(times is taken[name][0]):
+                    call()
+                times.append(1e6 * (time.perf_counter() - start))
+    return {
+        name: {"loss": statistics.median(loss) / rows, "greedy": statistics.median(greedy)}
+        for name, (loss, greedy) in taken.items()
+    }
+
+
+def sizes(vocabulary: int) -> list[int]:
+    return [size for size in SIZES if size <= vocabulary]
+
+
+def main(argv: Sequence[str] | None = None, shape: dict | None = None) -> Study:
+    given = options(__doc__, steps=400, argv=argv)
+    study = Study("vq_head", given)
+    data = Data(shape)
+    folder, steps, seed = given.output / "vq_head", given.steps, given.seed
+    further = max(1, steps // 5)
+
+    def scratch(name: str, **head) -> dict:
+        return study.run(name, lambda: trained(folder / name, lambda: data.model(**head), data, steps, seed))
+
+    def converted(name: str, make: Callable[[], HrmText]) -> dict:
+        return study.run(name, lambda: trained(folder / name, make, data, further, seed, further=True))
+
+    def quantised(size: int, bias: bool) -> HrmText:
+        model = HrmText.from_pretrained(folder / "dense")
+        model.quantize_head(size, bias=bias, seed=seed, progress=False)
+        return model
+
+    moving = {"head": "vq", "codebook_assignment": "straight_through"}
+    study.run("times", lambda: head_times(data.shape["hidden_size"], data.tokenizer.vocab_size))
+    scratch("dense")
+    converted("dense, further", lambda: HrmText.from_pretrained(folder / "dense"))
+    for size in sizes(data.tokenizer.vocab_size):
+        for label, bias in BIASES.items():
+            scratch(f"{size}, {label}", **moving, codebook_size=size, codebook_bias=bias)
+            converted(f"{size}, {label}, converted", lambda size=size, bias=bias: quantised(size, bias))
+    for assignment in ("fixed", "ema"):
+        scratch(f"256, {assignment}", head="vq", codebook_size=256, codebook_assignment=assignment)
+    study.finish(table(study.runs), {"vq_head_loss": loss_picture(study.runs)})
+    return study
+
+
+def table(runs: dict) -> str:
+    """One row a head; a dash where there was no such run."""
+
+    def cell(name: str, key: str, form: str = ".3f") -> str:
+        return format(runs[name][key], form) if name in runs else "–"
+
+    rows = []
+    for name in runs:
+        if name == "times" or name.endswith(("converted", "further")):
+            continue
+        after = "dense, further" if name == "dense" else f"{name}, converted"
+        times = runs["times"].get(name.split(",")[0]) if name == "dense" or name.endswith(", bias") else None
+        rows.append(
+            [
+                name if name == "dense" else f"K = {name}",
+                f"{runs[name]['head']:,}",
+                cell(name, "held_out"),
+                cell(after, "before"),
+                cell(after, "held_out"),
+                f"{runs[name]['microseconds_per_token']:.0f}",
+                *([f"{times['loss']:.2f}", f"{times['greedy']:.0f}"] if times else ["–", "–"]),
+            ]
+        )
+    head = ["head", "parameters", "from scratch", "converted", "and trained on"]
+    return markdown([*head, "step, µs a token", "loss, µs a token", "greedy token, µs"], rows)
+
+
+def loss_picture(runs: dict):
+    drawing, axes = pictures.figure(3.8)
+    for color, (label, _) in zip(pictures.LINES, BIASES.items(), strict=False):
+        for ending, style, what in (
+            ("", "o-", "from scratch"),
+            (", converted", "s--", "converted, trained on"),
+        ):
+            points = [
+                (k, runs[f"{k}, {label}{ending}"]["held_out"])
+                for k in SIZES
+                if f"{k}, {label}{ending}" in runs
+            ]
+            axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{what}, {label}")
+    for name, style in (("dense", ":"), ("dense, further", "-.")):
+        axes.axhline(runs[name]["held_out"], color=pictures.INK, linewidth=1, linestyle=style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SIZES, map(str, SIZES))
+    axes.set_xlabel("vectors K (the vocabulary has 2048 tokens)")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.legend(frameon=False, labelcolor=pictures.INK, fontsize=8)
+    return drawing
+
+
+if __name__ == "__main__":
+    main()
