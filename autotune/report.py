@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import math
 import platform
 from collections import Counter
@@ -13,17 +12,19 @@ from pathlib import Path
 
 from fastattn.autotune.tuner import BucketResult, Run
 
+from fastattn.pictures import figure, framed
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.lead { font-size: 1.1rem } .note { color: #5b6675 } svg { max-width: 100%; height: auto }
+.lead { font-size: 1.1rem } .note { color: #5b6675 } figure { margin: 0 } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #dfe4ea; vertical-align: top }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 code { font-size: .92em; overflow-wrap: anywhere }
 .won { color: #0b6e4f; font-weight: 600 }
 """
-_TUNED, _DEFAULT, _GRID = "#0b6e4f", "#9aa5b1", "#dfe4ea"
+_TUNED, _DEFAULT = "#0b6e4f", "#9aa5b1"
 
 
 def gain(results: Iterable[BucketResult]) -> float:
@@ -171,7 +172,7 @@ def _environment(run: Run) -> str:
 
 
 def _bars(tuned: Sequence[BucketResult]) -> str:
-    figure, axes = _figure(0.34 * len(tuned) + 1.0)
+    drawing, axes = figure(0.34 * len(tuned) + 1.0, grid="x")
     order = list(reversed(tuned))
     for place, one in enumerate(order):
         ratio = 1.0 if one.kept else one.comparison.ratio
@@ -188,11 +189,11 @@ def _bars(tuned: Sequence[BucketResult]) -> str:
     axes.set_yticks(range(len(order)), [_short(one) for one in order], fontsize=7.5)
     axes.set_xlabel("time over the default's (shorter is faster)")
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    return _svg(figure, "Time of each bucket's tuned configuration over its default's")
+    return framed(drawing, "Time of each bucket's tuned configuration over its default's")
 
 
 def _convergence(results: Sequence[BucketResult]) -> str:
-    figure, axes = _figure(3.0)
+    drawing, axes = figure(3.0)
     for one in results:
         best, steps = math.inf, []
         for _, outcome in one.trials:
@@ -205,7 +206,7 @@ def _convergence(results: Sequence[BucketResult]) -> str:
     axes.set_ylabel("best time / default's")
     if len(results) <= 12:
         axes.legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _svg(figure, "Best time so far against the number of configurations measured")
+    return framed(drawing, "Best time so far against the number of configurations measured")
 
 
 def _importances(tuned: Sequence[BucketResult]) -> str:
@@ -216,40 +217,17 @@ def _importances(tuned: Sequence[BucketResult]) -> str:
             shares.setdefault(one.bucket.name, {}).setdefault(name, []).append(share)
     labels = [(op, name, sum(one) / len(one)) for op, names in shares.items() for name, one in names.items()]
     labels.sort(key=lambda row: (row[0], row[2]))
-    figure, axes = _figure(0.26 * len(labels) + 0.8)
+    drawing, axes = figure(0.26 * len(labels) + 0.8, grid="x")
     axes.barh(range(len(labels)), [share for *_, share in labels], 0.7, color=_TUNED)
     axes.set_yticks(range(len(labels)), [f"{op}  {name}" for op, name, _ in labels], fontsize=8)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share")
-    return _svg(figure, "Importance of each parameter")
+    return framed(drawing, "Importance of each parameter")
 
 
 def _short(one: BucketResult) -> str:
     values = (*one.bucket.structural.values(), *one.bucket.sizes.values())
     return f"{one.bucket.name} {' '.join(map(str, values))}"
-
-
-def _figure(height: float):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color=_GRID, lw=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _svg(figure, description: str) -> str:
-    from matplotlib import rc_context
-
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": description, "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    drawing = text.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
 def _section(title: str, *parts: str) -> str:

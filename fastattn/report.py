@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from fastattn import _files
-from fastattn.pictures import ACCENT, GRID, INK, MUTED, PALE, WARM, figure, svg
+from fastattn.pictures import ACCENT, GRID, INK, MUTED, PALE, WARM, figure, framed
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _loss_picture(history: Sequence[dict[str, Any]]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False, labelcolor=INK)
-    return _framed(drawing, "Loss by training step")
+    return framed(drawing, "Loss by training step")
 
 
 def _speed_picture(steps: Sequence[dict[str, Any]]) -> str:
@@ -128,7 +128,7 @@ def _speed_picture(steps: Sequence[dict[str, Any]]) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("tokens / s")
-    return _framed(drawing, "Tokens per second by training step")
+    return framed(drawing, "Tokens per second by training step")
 
 
 def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
@@ -149,11 +149,7 @@ def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    return _framed(drawing, "Share of time by op")
-
-
-def _framed(drawing, label: str) -> str:
-    return f'<figure role="img" aria-label="{html.escape(label)}">{svg(drawing, label)}</figure>'
+    return framed(drawing, "Share of time by op")
 
 
 def _tiles(notes: Sequence[tuple[str, str]]) -> str:
