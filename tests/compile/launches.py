@@ -94,6 +94,7 @@ def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton
 
 def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
     from fastattn.ops.vocab import triton as kernels
+    from fastattn.ops.vocab import triton_codes
 
     h, weight, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
     labels, lse = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
@@ -102,6 +103,13 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
         kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
         kernels.linear_cross_entropy(h, weight, None, labels, lse, 1, 0.0, 0.0, -100, "none", 0)
         kernels.stablemax_cross_entropy_backward(lse, logits, labels, lse, -100)
+        codebook, codes = empty(1024, 64, dtype=dtype), empty(32000, dtype=torch.int64)
+        triton_codes.vq_cross_entropy(h, codebook, codes, bias, weight, labels, -100, "mean", 15)
+        triton_codes.vq_logits_backward(
+            triton_codes.vq_logits(h, codebook, codes, None), h, codebook, codes, None, 3
+        )
+        triton_codes.vq_argmax(h, codebook, codes, bias)
+        triton_codes.nearest_codes(h, codebook)
     return launches
 
 

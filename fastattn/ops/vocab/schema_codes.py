@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import Backend, register_op
+from ..._registry import Backend, register_op, triton_backend
 from ._arguments import check_codes, check_targets, statistics_dtype
 from .schema import (
     bits,
@@ -13,6 +13,11 @@ from .schema import (
     saved_or_recomputed,
     selected,
 )
+
+
+def _triton(name: str, *, tuned: bool = False) -> Backend:
+    configure = "configure" if tuned else None
+    return triton_backend("fastattn.ops.vocab.triton_codes", name, configure=configure)
 
 
 def _checked_codes(name: str) -> Backend:
@@ -52,7 +57,11 @@ register_op(
     "vq_logits",
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
     fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
-    backends=(cpu_backend("cpu_codes", "vq_logits"), _checked_codes("vq_logits")),
+    backends=(
+        cpu_backend("cpu_codes", "vq_logits"),
+        _triton("vq_logits", tuned=True),
+        _checked_codes("vq_logits"),
+    ),
     backward=_logits_backward,
     setup_context=_logits_setup,
 )
@@ -63,6 +72,7 @@ register_op(
     fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
     backends=(
         cpu_backend("cpu_codes", "vq_logits_backward", tuned=False),
+        _triton("vq_logits_backward"),
         Backend("reference", _load_logits_backward),
     ),
 )
@@ -134,7 +144,11 @@ register_op(
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
-    backends=(cpu_backend("cpu_codes", "vq_cross_entropy"), Backend("reference", _load_loss)),
+    backends=(
+        cpu_backend("cpu_codes", "vq_cross_entropy"),
+        _triton("vq_cross_entropy", tuned=True),
+        Backend("reference", _load_loss),
+    ),
     backward=_loss_backward,
     setup_context=_loss_setup,
 )
@@ -147,6 +161,7 @@ register_op(
     ),
     backends=(
         cpu_backend("cpu_codes", "vq_cross_entropy_backward", tuned=False),
+        _triton("vq_cross_entropy_backward"),
         Backend("reference", _load_loss_backward),
     ),
 )
@@ -173,6 +188,7 @@ for _name, _schema in (
         fake=_one_a_row,
         backends=(
             cpu_backend("cpu_codes", _name),
+            *(() if _name == "vq_sample" else (_triton(_name, tuned=True),)),
             reference_backend(_name) if _name == "nearest_codes" else _checked_codes(_name),
         ),
     )

@@ -164,7 +164,7 @@ def _row_kernel(
     )  # fmt: skip
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b in float32, from operands of one dtype."""
     if a.dtype == torch.float32 or a.device.type == "meta":
         return torch.mm(a, b)
@@ -173,20 +173,23 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a.float(), b.float())
 
 
-def _chunks(rows: int, classes: int, mib: int) -> list[tuple[int, int]]:
+def chunks(rows: int, classes: int, mib: int) -> list[tuple[int, int]]:
     step = max(1, mib * _MIB // (4 * classes))
     return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
 
-def _pass(h, weight, bias, target, temperature, options, mib, *, grad=None, loss=None, lse=None, wanted=0):
-    """Statistics (where `loss` is given) and the gradients of h, weight, bias, temperature (where `grad` is) by chunks of rows."""
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else h.new_empty(0)
+def chunked_rows(
+    h, weight, bias, target, temperature, options, mib, *, grad=None, loss=None, lse=None, wanted=0
+):
+    """Statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype), weight, bias and
+    temperature (float32) by chunks of rows."""
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
     dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
-    for begin, end in _chunks(h.shape[0], weight.shape[0], mib):
+    for begin, end in chunks(h.shape[0], weight.shape[0], mib):
         part = h[begin:end]
-        x = _product(part, weight.T)
+        x = product(part, weight.T)
         rows = {
             name: None if t is None else t[begin:end]
             for name, t in (
@@ -197,33 +200,34 @@ def _pass(h, weight, bias, target, temperature, options, mib, *, grad=None, loss
         if wanted & 3:
             g = x.to(h.dtype)
         if wanted & 1:
-            dh[begin:end] = _product(g, weight).to(h.dtype)
+            dh[begin:end] = product(g, weight).to(h.dtype)
         if dweight is not None:
-            dweight += _product(g.T, part)
+            dweight += product(g.T, part)
         if dbias is not None:
             dbias += x.sum(0)
-    return (
-        dh,
-        h.new_empty(0) if dweight is None else dweight.to(weight.dtype),
-        h.new_empty(0) if dbias is None else dbias.to(bias.dtype),
-        h.new_empty(0) if dtemperature is None else dtemperature.to(temperature.dtype),
-    )
+    return dh, dweight, dbias, dtemperature
+
+
+def returned(found, tensors) -> tuple[torch.Tensor, ...]:
+    """Gradients in their tensors' dtypes, (0,) for those that are None."""
+    h = tensors[0]
+    return tuple(h.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
 
 
 def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -> dict:
     return {"stablemax": transform == 1, "softcap": softcap, "z_loss": z_loss, "ignore_index": ignore_index}
 
 
-def _valid(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def valid_rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """How many rows count, at least 1: on the device."""
     return (target != ignore_index).sum().clamp(min=1).float()
 
 
-def _upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
+def upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
     """The gradient of each row's loss, (N,) float32."""
     if reduction == "none":
         return grad.float().contiguous()
-    scale = grad.float() / _valid(target, ignore_index) if reduction == "mean" else grad.float()
+    scale = grad.float() / valid_rows(target, ignore_index) if reduction == "mean" else grad.float()
     return scale.expand(target.shape[0]).contiguous()
 
 
@@ -233,7 +237,7 @@ def linear_cross_entropy(
     config = configure(h, weight).values
     loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
-    found = _pass(
+    found = chunked_rows(
         h,
         weight,
         None if bias is None else bias.contiguous(),
@@ -243,14 +247,14 @@ def linear_cross_entropy(
         config["chunk_mib"],
         loss=loss,
         lse=lse,
-        grad=_upstream(one, target, ignore_index, reduction) if gradients else None,
+        grad=upstream(one, target, ignore_index, reduction) if gradients else None,
         wanted=gradients,
     )
     if reduction != "none":
-        loss = loss.sum() / _valid(target, ignore_index) if reduction == "mean" else loss.sum()
+        loss = loss.sum() / valid_rows(target, ignore_index) if reduction == "mean" else loss.sum()
     else:
         loss = loss.clone()
-    return loss, lse.clone(), *found
+    return loss, lse.clone(), *returned(found, (h, weight, bias, temperature))
 
 
 def linear_cross_entropy_backward(
@@ -268,7 +272,7 @@ def linear_cross_entropy_backward(
     reduction,
     wanted,
 ):
-    return _pass(
+    found = chunked_rows(
         h,
         weight,
         None if bias is None else bias.contiguous(),
@@ -277,9 +281,10 @@ def linear_cross_entropy_backward(
         _options(transform, softcap, z_loss, ignore_index),
         configure(h, weight).values["chunk_mib"],
         lse=lse,
-        grad=_upstream(grad, target, ignore_index, reduction),
+        grad=upstream(grad, target, ignore_index, reduction),
         wanted=wanted,
     )
+    return returned(found, (h, weight, bias, temperature))
 
 
 def stablemax_cross_entropy(logits, target, ignore_index):

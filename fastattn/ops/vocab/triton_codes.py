@@ -1,0 +1,281 @@
+"""Heads of shared rows in Triton: K-way products and row kernels; sums over codes and tokens go in a fixed order, no atomics."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _triton
+from ..._triton import offset
+from .triton import chunked_rows, chunks, configure, product, refusal, returned, upstream, valid_rows
+
+__all__ = ["configure", "refusal"]
+
+_IGNORED = -1
+_SUM_BLOCK = 128
+
+
+@triton.jit
+def _segment_sum_kernel(
+    values, weights, order, offsets, out, columns, value_stride, BLOCK: tl.constexpr, WEIGHED: tl.constexpr
+):
+    """out[s] = sum of weights[t] values[t] over the rows t of segment s, in order."""
+    segment = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    acc = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.load(offsets + segment), tl.load(offsets + segment + 1)):
+        row = tl.load(order + i)
+        value = tl.load(values + offset(row, value_stride) + at, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHED:
+            value *= tl.load(weights + row)
+        acc += value
+    tl.store(out + offset(segment, columns) + at, acc, mask=inside)
+
+
+@triton.jit
+def _code_bias_kernel(bias, order, offsets, beta, largest, best, BLOCK: tl.constexpr):
+    """Of one code's tokens: the logsumexp of their bias, the largest one and the first token that has it."""
+    code = tl.program_id(0)
+    begin = tl.load(offsets + code)
+    end = tl.load(offsets + code + 1)
+    at = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    first = tl.full([BLOCK], 1 << 62, tl.int64)
+    for base in range(begin, end, BLOCK):
+        inside = base + at < end
+        token = tl.load(order + base + at, mask=inside, other=0)
+        value = tl.where(inside, 0.0, float("-inf"))
+        if bias is not None:
+            value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
+        # tokens of a code come in rising order: the first largest is the lowest
+        better = inside & ((value > top) | (first == 1 << 62))
+        first = tl.where(better, token, first)
+        top = tl.maximum(top, value)
+    most = tl.max(top, 0)
+    finite = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.zeros([BLOCK], tl.float32)
+    for base in range(begin, end, BLOCK):
+        inside = base + at < end
+        value = tl.where(inside, 0.0, float("-inf"))
+        if bias is not None:
+            token = tl.load(order + base + at, mask=inside, other=0)
+            value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
+        total += tl.exp(value - finite)
+    tl.store(beta + code, finite + tl.log(tl.sum(total, 0)))
+    tl.store(largest + code, most)
+    tl.store(best + code, tl.min(tl.where(top == most, first, 1 << 62), 0))
+
+
+@triton.jit
+def _expand_kernel(scores, codes, bias, out, classes, tokens, BLOCK: tl.constexpr):
+    """logits[n, i] = scores[n, codes[i]] + bias[i]."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tokens
+    code = tl.load(codes + at, mask=inside, other=0)
+    value = tl.load(scores + offset(row, classes) + code, mask=inside, other=0.0)
+    if bias is not None:
+        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offset(row, tokens) + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _best_kernel(
+    scores, x, codebook, offsets, ids, norms, out, classes, width, x_row, codebook_row, slack, spread,
+    BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The largest score + offset of one row: those within rounding of it are formed again in float64; the lowest id of equals."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_W)
+    score_row = scores + offset(row, classes)
+    top = tl.full([BLOCK], float("-inf"), tl.float64)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
+        top = tl.maximum(top, value + tl.load(offsets + first + at, mask=inside, other=float("-inf")))
+    floor = tl.max(top, 0) - 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
+    best = tl.full([], float("-inf"), tl.float64)
+    found = tl.full([], 1 << 62, tl.int64)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
+        value += tl.load(offsets + first + at, mask=inside, other=float("-inf"))
+        near = inside & (value >= floor)
+        code = tl.min(tl.where(near, first + at, classes), 0)
+        while code < classes:
+            exact = tl.zeros([BLOCK_W], tl.float64)
+            for begin in range(0, width, BLOCK_W):
+                there = begin + columns < width
+                a = tl.load(x + offset(row, x_row) + begin + columns, mask=there, other=0.0)
+                b = tl.load(codebook + offset(code, codebook_row) + begin + columns, mask=there, other=0.0)
+                exact += a.to(tl.float64) * b.to(tl.float64)
+            sum64 = tl.sum(exact, 0) + tl.load(offsets + code)
+            token = code.to(tl.int64)
+            if ids is not None:
+                token = tl.load(ids + code)
+            better = (sum64 > best) | ((sum64 == best) & (token < found))
+            found = tl.where(better, token, found)
+            best = tl.where(better, sum64, best)
+            code = tl.min(tl.where(near & (first + at > code), first + at, classes), 0)
+    tl.store(out + row, found)
+
+
+def _segments(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order (N,) of the rows by key, earlier first; offsets (count + 1,) of each key's rows in it); other keys are left out."""
+    ordered, order = keys.long().sort(stable=True)
+    bounds = torch.arange(count + 1, device=keys.device)
+    return order, torch.searchsorted(ordered, bounds)
+
+
+def _segment_sum(values, weights, keys, count: int) -> torch.Tensor:
+    """(count, C) float32: the rows of values (N, C), times weights (N,), summed by key."""
+    order, offsets = _segments(keys, count)
+    columns = values.shape[1]
+    out = values.new_empty(count, columns, dtype=torch.float32)
+    values = _triton.last_dim_contiguous(values)
+    block = min(_SUM_BLOCK, _triton.block(columns))
+    _triton.launch(
+        _segment_sum_kernel, (count, triton.cdiv(columns, block)), values, weights, order, offsets, out, columns,
+        values.stride(0), BLOCK=block, WEIGHED=weights is not None, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _code_statistics(codes, bias, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each code's tokens (beta, largest bias, first token that has it)."""
+    order, offsets = _segments(codes, count)
+    beta, largest = torch.empty(2, count, dtype=torch.float32, device=codes.device)
+    best = torch.empty(count, dtype=torch.int64, device=codes.device)
+    _triton.launch(
+        _code_bias_kernel, (count,), bias, order, offsets, beta, largest, best, BLOCK=128, num_warps=1
+    )
+    return beta, largest, best
+
+
+def _shares(codes, bias, beta) -> torch.Tensor:
+    """(V,): the probability of a token given its code."""
+    mine = -beta[codes] if bias is None else bias.float() - beta[codes]
+    return mine.exp()
+
+
+def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=None, lse=None, wanted=0):
+    """Gradients of h, codebook, bias and shadow; the row losses and log-sum-exps where `loss` is given."""
+    codes = codes.long()
+    bias = None if bias is None else bias.contiguous()
+    beta, _, _ = _code_statistics(codes, bias, codebook.shape[0])
+    counted = target != ignore_index
+    token = target.long().masked_fill(~counted, 0)
+    code = codes[token].masked_fill(~counted, _IGNORED)
+    # codebook's gradient serves shadow as well, and the sums over rows serve bias
+    inner = (wanted & 1) | (2 if wanted & 10 else 0) | (wanted & 4)
+    options = {"stablemax": False, "softcap": 0.0, "z_loss": 0.0, "ignore_index": _IGNORED}
+    mib = configure(h, codebook).values["chunk_mib"]
+    dh, dcodebook, mass, _ = chunked_rows(
+        h, codebook, beta, code, None, options, mib, grad=grad, loss=loss, lse=lse, wanted=inner
+    )
+    if loss is not None:
+        own = 0.0 if bias is None else bias.float()[token]
+        loss += (beta[code.clamp(min=0)] - own).masked_fill(~counted, 0.0)
+    dbias = dshadow = None
+    if wanted & 12:
+        count, tokens = codebook.shape[0], codes.shape[0]
+        label = token.masked_fill(~counted, _IGNORED)
+        share = _shares(codes, bias, beta)
+    if wanted & 4:
+        column = grad[:, None]
+        mass = mass + _segment_sum(column, None, code, count)[:, 0]  # what the one-hot had taken out
+        dbias = share * mass[codes] - _segment_sum(column, None, label, tokens)[:, 0]
+    if wanted & 8:
+        whole = dcodebook + _segment_sum(h, grad, code, count)  # P^T h
+        dshadow = share[:, None] * whole[codes] - _segment_sum(h, grad, label, tokens)
+    return dh, dcodebook if wanted & 2 else None, dbias, dshadow
+
+
+def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
+    loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
+    one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
+    grad = upstream(one, target, ignore_index, reduction) if gradients else None
+    found = _loss(
+        h, codebook, codes, bias, target, ignore_index, grad=grad, loss=loss, lse=lse, wanted=gradients
+    )
+    if reduction == "mean":
+        loss = loss.sum() / valid_rows(target, ignore_index)
+    else:
+        loss = loss.sum() if reduction == "sum" else loss.clone()
+    return loss, lse.clone(), *returned(found, (h, codebook, bias, shadow))
+
+
+def vq_cross_entropy_backward(
+    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+):
+    grad = upstream(grad, target, ignore_index, reduction)
+    found = _loss(
+        h, codebook, codes, bias, target, ignore_index, grad=grad, lse=lse.contiguous(), wanted=wanted
+    )
+    return returned(found, (h, codebook, bias, shadow))
+
+
+def vq_logits(h, codebook, codes, bias):
+    logits = h.new_empty(h.shape[0], codes.shape[0])
+    codes, bias = codes.contiguous(), None if bias is None else bias.contiguous()
+    classes, tokens = codebook.shape[0], codes.shape[0]
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        scores = product(h[begin:end], codebook.T)
+        _triton.launch(
+            _expand_kernel, (end - begin, triton.cdiv(tokens, 1024)), scores, codes, bias, logits[begin:end], classes,
+            tokens, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return logits
+
+
+def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
+    classes = codebook.shape[0]
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
+    dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32) if wanted & 2 else None
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        if not wanted & 3:
+            break
+        part = h[begin:end]
+        # tokens of a code summed for every row: (K, rows), whose 16-bit copy goes into the products
+        collected = _segment_sum(grad[begin:end].T.contiguous(), None, codes, classes).to(h.dtype)
+        if dh is not None:
+            dh[begin:end] = product(collected.T, codebook).to(h.dtype)
+        if dcodebook is not None:
+            dcodebook += product(collected, part)
+    dbias = grad.sum(0, dtype=torch.float32) if wanted & 4 else None
+    return returned((dh, dcodebook, dbias), (h, codebook, bias))
+
+
+def _best(x, codebook, offsets, ids) -> torch.Tensor:
+    """The id of the largest x . codebook_k + offsets_k (float64), the lowest among equals.
+
+    Products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order; 1.01 covers the norms' own rounding.
+    """
+    found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    x, codebook = _triton.last_dim_contiguous(x), _triton.last_dim_contiguous(codebook)
+    classes, width = codebook.shape
+    largest = torch.linalg.vector_norm(codebook.float(), dim=1).amax()
+    # one term of TF32 loses 2^-11 where torch was told that this will do
+    unit = (
+        2.0**-23 if torch.get_float32_matmul_precision() == "highest" or x.dtype != torch.float32 else 2.0**-9
+    )
+    norms = torch.linalg.vector_norm(x.float(), dim=1).double() * largest
+    spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52
+    for begin, end in chunks(x.shape[0], classes, configure(x, codebook).values["chunk_mib"]):
+        part = x[begin:end]
+        _triton.launch(
+            _best_kernel, (end - begin,), product(part, codebook.T), part, codebook, offsets, ids, norms[begin:end],
+            found[begin:end], classes, width, part.stride(0), codebook.stride(0), 1.01 * (width + 4) * unit, spread,
+            BLOCK=min(1024, _triton.block(classes)), BLOCK_W=min(256, _triton.block(width)), num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def vq_argmax(h, codebook, codes, bias):
+    _, largest, best = _code_statistics(codes, None if bias is None else bias.contiguous(), codebook.shape[0])
+    return _best(h, codebook, largest.double(), best)
+
+
+def nearest_codes(x, codebook):
+    return _best(x, codebook, codebook.double().square().sum(1) / -2, None)

@@ -1,0 +1,69 @@
+"""Triton heads of shared rows in the interpreter, against the reference."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import testing
+
+ROWS, WIDTH, CODES, TOKENS = 6, 24, 20, 70
+
+
+def head(dtype=torch.float32):
+    """h, codebook, codes (code 3 has no token), target (one row ignored)."""
+    generator = torch.Generator().manual_seed(5)
+    h = testing.random_tensor(ROWS, WIDTH, seed=1, dtype=dtype, layout="odd", requires_grad=True)
+    codebook = testing.random_tensor(CODES, WIDTH, seed=2, dtype=dtype, requires_grad=True)
+    codes = torch.randint(CODES, (TOKENS,), generator=generator)
+    codes[codes == 3] = 4
+    target = torch.randint(TOKENS, (ROWS,), generator=generator)
+    target[1] = -100
+    return h, codebook, codes, target
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("extra", (False, True), ids=("plain", "bias_and_shadow"))
+def test_vq_cross_entropy(reduction, extra, nan_outputs):
+    h, codebook, codes, target = head()
+    bias = testing.random_tensor(TOKENS, seed=3, requires_grad=True) if extra else None
+    shadow = testing.random_tensor(TOKENS, WIDTH, seed=4, requires_grad=True) if extra else None
+
+    def run(backend):
+        return lambda h, codebook, bias, shadow: fa.vq_cross_entropy(
+            h, codebook, codes, target, bias=bias, shadow=shadow, reduction=reduction, backend=backend
+        )
+
+    names = ("h", "codebook", "bias", "shadow")
+    testing.check_op(run("triton"), run("reference"), (h, codebook, bias, shadow), terms=TOKENS, names=names)
+
+
+def test_vq_cross_entropy_in_float16(nan_outputs):
+    h, codebook, codes, target = head(torch.float16)
+
+    def run(backend):
+        return lambda h, codebook: fa.vq_cross_entropy(h, codebook, codes, target, backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), (h, codebook), terms=TOKENS)
+
+
+def test_vq_logits(nan_outputs):
+    h, codebook, codes, _ = head()
+    bias = testing.random_tensor(TOKENS, seed=3, requires_grad=True)
+
+    def run(backend):
+        return lambda h, codebook, bias: fa.vq_logits(h, codebook, codes, bias=bias, backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), (h, codebook, bias), terms=TOKENS)
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_choices_are_exact(with_bias, nan_outputs):
+    """Equal codes and equal biases: the lowest token, and the lowest code."""
+    h, codebook, codes, _ = (t.detach() for t in head())
+    codebook[7] = codebook[11]
+    bias = testing.random_tensor(TOKENS, seed=3).round() if with_bias else None
+    with fa.set_backend("triton"):
+        token, code = fa.vq_argmax(h, codebook, codes, bias=bias), fa.nearest_codes(h, codebook)
+    with fa.set_backend("reference"):
+        assert torch.equal(token, fa.vq_argmax(h, codebook, codes, bias=bias))
+        assert torch.equal(code, fa.nearest_codes(h, codebook))
