@@ -205,6 +205,31 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("logits", &VocabExpandParams::logits)
       .def_readwrite("threads", &VocabExpandParams::threads);
 
+  py::class_<PackParams>(m, "PackParams")
+      .def(py::init<>())
+      .def_readwrite("source", &PackParams::source)
+      .def_readwrite("packed", &PackParams::packed)
+      .def_readwrite("bytes", &PackParams::bytes)
+      .def_readwrite("transposed", &PackParams::transposed)
+      .def_readwrite("parts", &PackParams::parts)
+      .def_readwrite("threads", &PackParams::threads);
+  py::class_<LinearParams>(m, "LinearParams")
+      .def(py::init<>())
+      .def_readwrite("x", &LinearParams::x)
+      .def_readwrite("gate", &LinearParams::gate)
+      .def_readwrite("packed", &LinearParams::packed)
+      .def_readwrite("residual", &LinearParams::residual)
+      .def_readwrite("out", &LinearParams::out)
+      .def_readwrite("product", &LinearParams::product)
+      .def_readwrite("rstd", &LinearParams::rstd)
+      .def_readwrite("eps", &LinearParams::eps)
+      .def_readwrite("transposed", &LinearParams::transposed)
+      .def_readwrite("norm", &LinearParams::norm)
+      .def_readwrite("gated_up", &LinearParams::gated_up)
+      .def_readwrite("block_rows", &LinearParams::block_rows)
+      .def_readwrite("block_columns", &LinearParams::block_columns)
+      .def_readwrite("block_steps", &LinearParams::block_steps)
+      .def_readwrite("threads", &LinearParams::threads);
   py::class_<PeakParams>(m, "PeakParams")
       .def(py::init<>())
       .def_readwrite("sink", &PeakParams::sink)
@@ -238,6 +263,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("vocab_dots", run(&KernelTable::vocab_dots));
   m.def("vocab_expand", run(&KernelTable::vocab_expand));
   m.def("vocab_collect", run(&KernelTable::vocab_collect));
+  m.def("pack", run(&KernelTable::pack));
+  m.def("linear", run(&KernelTable::linear));
   m.def("classify_tiles", run(&KernelTable::classify_tiles));
   m.def("peak", run(&KernelTable::peak));
 }

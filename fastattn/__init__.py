@@ -7,6 +7,7 @@ from ._registry import explain, set_backend
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
+from .ops.linear import fused_linear
 from .ops.recurrence import gated, rms_norm, rotary, swiglu
 from .ops.reweighted import softplus_attention
 from .ops.sdpa import scaled_dot_product_attention
@@ -30,6 +31,7 @@ __all__ = [
     "cpu_isas",
     "explain",
     "focus_groups",
+    "fused_linear",
     "gated",
     "gated_attention",
     "grouped_attention",

@@ -100,6 +100,34 @@ def rotary(dtype, H, L, D, moved):
     )
 
 
+def swiglu_block(dtype, rows, width, inner):
+    """x + W_down swiglu(W_gate_up rms(x))"""
+    x = testing.random_tensor(rows, width, dtype=dtype, seed=8, requires_grad=True)
+    gate_up = testing.random_tensor(
+        2 * inner, width, dtype=dtype, seed=9, scale=width**-0.5, requires_grad=True
+    )
+    down = testing.random_tensor(width, inner, dtype=dtype, seed=10, scale=inner**-0.5, requires_grad=True)
+
+    def ours(x, gate_up, down):
+        hidden = fa.fused_linear(x, gate_up, norm_eps=EPS, swiglu=True)
+        return fa.fused_linear(hidden, down, residual=x)
+
+    def eager(x, gate_up, down):
+        wide = _wide(x)
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        return x + F.linear(_swiglu(F.linear(normed, gate_up)), down)
+
+    def row_kernels(x, gate_up, down):
+        return x + F.linear(fa.swiglu(F.linear(fa.rms_norm(x, eps=EPS), gate_up)), down)
+
+    return Problem(
+        inputs=(x, gate_up, down),
+        contenders={"fastattn": ours, "eager": eager, "row kernels, torch's products": row_kernels},
+        reference=eager,
+        terms=max(rows, inner),
+    )
+
+
 def alternation(dtype, rows, width):
     """A torch op and one of ours taking turns, against each on its own: what two thread pools would cost."""
     x = testing.random_tensor(rows, width, dtype=dtype, seed=6)
@@ -128,6 +156,7 @@ def alternation(dtype, rows, width):
 
 NORM, WIDE = {"rows": 2048, "width": 1536}, {"rows": 2048, "width": 4096}
 HEADS = {"H": 12, "L": 2048, "D": 128}
+BLOCK = {"rows": 2048, "width": 512, "inner": 1536}
 BOTH = "forward+backward"
 
 # tensors moved: the forward reads its inputs and writes its outputs; the backward reads them and the output
@@ -149,6 +178,10 @@ CASES = [
     Case("recurrence", "gated", gated, NORM, BF16, BOTH, options={"moved": 3 + 5}),
     Case("recurrence", "rotary", rotary, HEADS, BF16, options={"moved": 2}),
     Case("recurrence", "rotary", rotary, HEADS, BF16, BOTH, options={"moved": 2 + 2}),
+    Case("recurrence", "swiglu block", swiglu_block, BLOCK, FP32, bars=(faster_than("eager", 2.2),)),
+    Case("recurrence", "swiglu block", swiglu_block, BLOCK, FP32, BOTH),
+    Case("recurrence", "swiglu block", swiglu_block, {**BLOCK, "rows": 256}, BF16),
+    Case("recurrence", "swiglu block", swiglu_block, {**BLOCK, "rows": 64}, BF16, BOTH),
     Case("recurrence", "alternation", alternation, {"rows": 64, "width": 512}, FP32,
          bars=(time_at_most("each alone", 1.10),), quick=True),
     Case("recurrence", "alternation", alternation, NORM, BF16, bars=(time_at_most("each alone", 1.10),)),

@@ -124,6 +124,7 @@ def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]
         "vq_cross_entropy": lambda dtype: (coded(dtype), {}),
         "vq_logits": lambda dtype: (coded(dtype)[:3], {}),
         "vq_argmax": lambda dtype: (coded(dtype)[:3], {}),
+        "fused_linear": lambda dtype: (head(dtype)[:2], {}),
         "rms_norm": rows(16, 64),
         "swiglu": rows(16, 64),
         "rotary": lambda dtype: (

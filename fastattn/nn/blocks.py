@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..masks import Mask
 from ..ops.attention import attention
+from ..ops.linear import fused_linear
 from ..ops.recurrence import gated, rms_norm, rotary, swiglu
 
 
@@ -29,6 +30,19 @@ def clipped_normal_(weight: Tensor, std: float) -> Tensor:
     """Normal draws wrapped into +-3 standard deviations by fmod; 1.01476 restores the deviation lost."""
     with torch.no_grad():
         return weight.normal_().fmod_(3.0).mul_(1.01476 * std)
+
+
+FUSED_ROWS = 16  # rows from which a product takes its neighbours along; fewer are bound by reading the weight
+
+
+def _fuses(x: Tensor, *projections: nn.Module) -> bool:
+    """Whether products of x run with their neighbours in one op: many rows on the CPU, plain linear layers."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() >= FUSED_ROWS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(p) is nn.Linear and p.weight.dtype == x.dtype for p in projections)
+    )
 
 
 class Attention(nn.Module):
@@ -65,9 +79,22 @@ class Attention(nn.Module):
         clipped_normal_((self.gqkv_proj if self.gate else self.qkv_proj).weight, in_std)
         clipped_normal_(self.o_proj.weight, out_std)
 
-    def forward(self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None) -> Tensor:
+    @property
+    def in_proj(self) -> nn.Linear:
+        return self.gqkv_proj if self.gate else self.qkv_proj
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        cache: AppendsKeys | None = None,
+        *,
+        fused: bool = False,
+        norm_eps: float | None = None,
+    ) -> Tensor:
+        """The attention of x. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
         B, L, _ = x.shape
-        projected = (self.gqkv_proj if self.gate else self.qkv_proj)(x)
+        projected = fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else self.in_proj(x)
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
@@ -75,6 +102,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         out = self.attend(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
+        if fused:
+            if self.gate:
+                return fused_linear(out, self.o_proj.weight, gate=gate[0], residual=x)
+            return fused_linear(out.reshape(B, L, -1), self.o_proj.weight, residual=x)
         if self.gate:
             out = gated(out, gate[0])
         return self.o_proj(out.reshape(B, L, -1))
@@ -92,12 +123,23 @@ class SwiGLU(nn.Module):
         clipped_normal_(self.gate_up_proj.weight, in_std)
         clipped_normal_(self.down_proj.weight, out_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, fused: bool = False, norm_eps: float | None = None) -> Tensor:
+        """As above. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
+        if fused:
+            hidden = fused_linear(x, self.gate_up_proj.weight, norm_eps=norm_eps, swiglu=True)
+            return fused_linear(hidden, self.down_proj.weight, residual=x)
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
+def projections(attention: Attention, mlp: SwiGLU) -> tuple[nn.Module, ...]:
+    return attention.in_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
 class PreNormBlock(nn.Module):
-    """Works on (normed, x): each residual addition is fused with the norm that reads it."""
+    """Works on (normed, x): each residual addition is fused with the norm that reads it.
+
+    With ``normed`` None on x alone: norms and additions are fused with the products, and None comes back.
+    """
 
     def __init__(
         self,
@@ -118,8 +160,11 @@ class PreNormBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(
-        self, normed: Tensor, x: Tensor, routing: Routing, cache: AppendsKeys | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, normed: Tensor | None, x: Tensor, routing: Routing, cache: AppendsKeys | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        if normed is None:
+            x = self.attn(x, routing, cache, fused=True, norm_eps=self.eps)
+            return None, self.mlp(x, fused=True, norm_eps=self.eps)
         normed, x = rms_norm(self.attn(normed, routing, cache), residual=x, eps=self.eps)
         return rms_norm(self.mlp(normed), residual=x, eps=self.eps)
 
@@ -139,12 +184,16 @@ class PreNormStack(nn.Module):
     def forward(
         self, state: Tensor, injection: Tensor, routing: Routing, cache: list[AppendsKeys] | None = None
     ) -> Tensor:
-        normed, x = rms_norm(injection, residual=state, eps=self.eps)
+        fused = all(_fuses(state, *projections(layer.attn, layer.mlp)) for layer in self.layers)
+        if fused:
+            normed, x = None, state + injection
+        else:
+            normed, x = rms_norm(injection, residual=state, eps=self.eps)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             args = (normed, x, routing, cache[i] if cache is not None else None)
             normed, x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-        return normed
+        return rms_norm(x, eps=self.eps) if fused else normed
 
 
 class PostNormBlock(nn.Module):
@@ -166,6 +215,9 @@ class PostNormBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if _fuses(x, *projections(self.self_attn, self.mlp)):
+            x = rms_norm(self.self_attn(x, routing, fused=True), eps=self.eps)
+            return rms_norm(self.mlp(x, fused=True), eps=self.eps)
         x, _ = rms_norm(self.self_attn(x, routing), residual=x, eps=self.eps)
         x, _ = rms_norm(self.mlp(x), residual=x, eps=self.eps)
         return x

@@ -146,6 +146,27 @@ struct VocabExpandParams {
   int32_t threads = 1;
 };
 
+// B (steps, columns) of a product, packed for the kernel into `packed`: source is (columns, steps), or (steps, columns)
+// when transposed. parts: the columns are that many equal runs, each padded by itself. packed absent: its size in bytes
+// goes to `bytes` (1,) i64.
+struct PackParams {
+  Tensor source, packed, bytes;
+  int32_t transposed = 0, parts = 1;
+  int32_t threads = 1;
+};
+
+// out (M, N) = epilogue(prologue(x) B), sums in f32. x (A, B, H, D): M = A * B rows of K = H * D elements; transposed:
+// (K, M). Prologue: * sigmoid(gate) as x, or * rstd of the row, which goes to rstd (M,) f32. Epilogue: gated_up, where
+// B has 2N columns, gate | up: silu(gate) * up, the product itself going to `product` (M, 2N) if that is given; then +
+// residual (M, N).
+struct LinearParams {
+  Tensor x, gate, packed, residual, out, product, rstd;
+  double eps = 0;
+  int32_t transposed = 0, norm = 0, gated_up = 0;
+  int64_t block_rows = 96, block_columns = 128, block_steps = 256;  // of a task, of its passes over the contraction
+  int32_t threads = 1;
+};
+
 // `iterations` of multiply-add chains in registers on every thread. operations (1,) i64: counted in one iteration of
 // one thread, 0 where the instruction set has no bf16 dot; sink (threads,) f32 keeps the work from being dropped.
 struct PeakParams {

@@ -31,6 +31,8 @@ struct KernelTable {
   void (*vocab_dots)(const VocabDotsParams&);
   void (*vocab_expand)(const VocabExpandParams&);
   void (*vocab_collect)(const VocabExpandParams&);
+  void (*pack)(const PackParams&);
+  void (*linear)(const LinearParams&);
   void (*classify_tiles)(const TileClassParams&);
   void (*peak)(const PeakParams&);
 };

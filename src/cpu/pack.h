@@ -136,15 +136,15 @@ static void pack_transposed(typename Unit::Word* dst, Matrix src, int64_t rows, 
 }
 
 // B operand contracted over the rows of src: columns become panels of up to kPanel columns, each (steps of `rows`,
-// columns rounded up to W). Panels are `capacity` steps long; the rows go to steps `first` on.
+// columns rounded up to `rounding`). Panels are `capacity` steps long; the rows go to steps `first` on.
 template <class Unit>
 static void pack_panels(typename Unit::Word* dst, int64_t capacity, int64_t first, Matrix src, int64_t rows,
-                        int64_t columns) {
+                        int64_t columns, int64_t rounding = W) {
   with_element<Unit>(src.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* data = static_cast<const T*>(src.data);
     for (int64_t c = 0; c < columns; c += kPanel) {
-      const int64_t width = round_up(min64(kPanel, columns - c), W);
+      const int64_t width = round_up(min64(kPanel, columns - c), rounding);
       typename Unit::Word* panel = dst + c * capacity + first * width;
       if constexpr (Unit::kStep == 1) {
         if (columns - c >= width) {
@@ -155,7 +155,7 @@ static void pack_panels(typename Unit::Word* dst, int64_t capacity, int64_t firs
       }
       for (int64_t s = 0; s < steps_of<Unit>(rows); ++s) {
         for (int64_t j = 0; j < width; j += W) {
-          const int64_t left = columns - c - j;
+          const int64_t left = max64(0, columns - c - j);
           const T* p = data + s * Unit::kStep * src.stride + c + j;
           vf x;
           if constexpr (Unit::kStep == 1)

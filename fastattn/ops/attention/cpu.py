@@ -1,19 +1,17 @@
 """Tiled attention on the CPU: outputs allocated, parameters filled, one kernel call."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ... import _config, _native
+from ..._versioned import VersionedCache
 from ...scores import BY_CODE
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
-_CLASSED_MASKS = 32
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
-_classes: OrderedDict[tuple, tuple[StorageWeakRef, torch.Tensor]] = OrderedDict()
+_classes = VersionedCache(entries=32, capacity=1 << 26)
 
 
 def refusal(name: str, *args) -> str | None:
@@ -74,37 +72,26 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
 def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
     """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask or bias: 0 empty, 1 full, 2 mixed.
 
-    Kept for as long as the same memory, unchanged, is used: keyed by its storage, version counter and layout.
+    Kept for as long as the same memory, unchanged, is used.
     """
     block_q, block_k = config["block_q"], config["block_k"]
-    key = None
-    if not mask.is_inference():  # an inference tensor has no version counter
-        storage = StorageWeakRef(mask.untyped_storage())
-        layout = (mask.dtype, mask.storage_offset(), tuple(mask.shape), mask.stride())
-        key = (storage.cdata, mask._version, layout, block_q, block_k, _native.cpu_isa())
-        found = _classes.get(key)
-        # the weak reference keeps the address from being given to another storage
-        if found is not None:
-            return found[1]
-    tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
-    classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
-    _native.kernel("classify_tiles")(
-        _native.params(
-            "TileClassParams",
-            mask=mask,
-            classes=classes,
-            block_q=block_q,
-            block_k=block_k,
-            threads=_native.threads(),
+
+    def make() -> torch.Tensor:
+        tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
+        classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
+        _native.kernel("classify_tiles")(
+            _native.params(
+                "TileClassParams",
+                mask=mask,
+                classes=classes,
+                block_q=block_q,
+                block_k=block_k,
+                threads=_native.threads(),
+            )
         )
-    )
-    if key is not None:
-        for old in [k for k, (kept, _) in _classes.items() if kept.expired()]:
-            _classes.pop(old, None)
-        _classes[key] = (storage, classes)
-        if len(_classes) > _CLASSED_MASKS:
-            _classes.popitem(last=False)
-    return classes
+        return classes
+
+    return _classes.get(mask, (block_q, block_k, _native.cpu_isa()), make)
 
 
 def mask_fields(

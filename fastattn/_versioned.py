@@ -1,0 +1,67 @@
+"""Results made from a tensor's contents, kept for as long as the same memory, unchanged, is used."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class VersionedCache:
+    """At most `entries` tensors of `capacity` bytes in all, the least recently used dropped first; thread-safe.
+
+    A result belongs to a tensor's storage (weakly), address, layout and version counter. Writes through
+    `.data` do not count there: with `sampled`, one element a row is compared as well, which such an update of a
+    whole matrix changes.
+    """
+
+    def __init__(self, entries: int, capacity: int, *, sampled: bool = False) -> None:
+        self._entries, self._capacity, self._sampled = entries, capacity, sampled
+        self._found: OrderedDict[tuple, tuple] = OrderedDict()
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(
+        self, source: torch.Tensor, key: tuple[Hashable, ...], make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """make(), or what it gave for this source and key before."""
+        if source.is_inference():  # no version counter
+            return make()
+        storage = StorageWeakRef(source.untyped_storage())
+        layout = (source.data_ptr(), tuple(source.shape), source.stride(), source.dtype)
+        full = (storage.cdata, source._version, layout, *key)
+        sample = self._sample(source)
+        with self._lock:
+            kept = self._found.get(full)
+            # the weak reference keeps the address from being given to another storage
+            if kept is not None and (sample is None or torch.equal(kept[2], sample)):
+                self._found.move_to_end(full)
+                return kept[1]
+        result = make()
+        with self._lock:
+            old = self._found.pop(full, None)
+            if old is not None:
+                self.bytes -= old[1].nbytes
+            stale = [k for k, entry in self._found.items() if entry[0].expired() or _outdated(k, full)]
+            for k in stale:
+                self.bytes -= self._found.pop(k)[1].nbytes
+            self._found[full] = (storage, result, None if sample is None else sample.clone())
+            self.bytes += result.nbytes
+            while len(self._found) > self._entries or self.bytes > self._capacity:
+                self.bytes -= self._found.popitem(last=False)[1][1].nbytes
+        return result
+
+    def _sample(self, source: torch.Tensor) -> torch.Tensor | None:
+        """Elements along the diagonals: one a row, another column each time."""
+        if not self._sampled:
+            return None
+        return source.detach().reshape(-1)[:: source.shape[-1] + 1]
+
+
+def _outdated(key: tuple, new: tuple) -> bool:
+    """Whether key is of an earlier version of new's memory."""
+    return key[0] == new[0] and key[2] == new[2] and key[1] != new[1]

@@ -1,0 +1,162 @@
+"""Fused products on the CPU: our kernel on packed weights, or torch's product between row kernels."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ... import _config, _native
+from ..._versioned import VersionedCache
+from ..recurrence import cpu as rows
+from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+
+_packed = VersionedCache(entries=4096, capacity=1 << 29, sampled=True)
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the CPU kernels cannot serve these arguments of `name`, or None."""
+    if args[0].dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(args[0].dtype).removeprefix('torch.')}"
+    return None
+
+
+def configure(name: str, *args) -> _config.Choice:
+    x, weight = args[:2] if name == "fused_linear" else args[1:3]
+    return _lookup(name, x, weight)
+
+
+def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _config.Choice:
+    return _config.lookup(
+        name,
+        "cpu",
+        structural={"dtype": str(x.dtype).removeprefix("torch.")},
+        sizes={
+            "rows": x.numel() // weight.shape[1],
+            "inputs": weight.shape[1],
+            "outputs": weight.shape[0],
+        },
+        device="cpu",
+    )
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (M, C) with a contiguous last dim."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
+    """source (columns, steps), or (steps, columns) when transposed, as the kernel reads it."""
+    options = {
+        "source": source,
+        "transposed": int(transposed),
+        "parts": parts,
+        "threads": _native.threads(),
+    }
+    size = torch.zeros(1, dtype=torch.int64)
+    _native.kernel("pack")(_native.params("PackParams", bytes=size, **options))
+    packed = torch.empty(int(size), dtype=torch.uint8)
+    _native.kernel("pack")(_native.params("PackParams", packed=packed, **options))
+    return packed
+
+
+def _packed_weight(weight: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
+    if not weight.is_contiguous():
+        return _pack(weight.contiguous(), transposed=transposed, parts=parts)
+    key = (transposed, parts, _native.cpu_isa())
+    return _packed.get(weight, key, lambda: _pack(weight, transposed=transposed, parts=parts))
+
+
+def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields):
+    blocks = {name: value for name, value in config.items() if name != "product"}
+    _native.kernel("linear")(
+        _native.params(
+            "LinearParams", x=x, packed=packed, out=out, threads=_native.threads(), **blocks, **fields
+        )
+    )
+
+
+def _before(x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product's operand (M, K) by row kernels, and rstd or (0,)."""
+    if eps is not None:
+        x, _, rstd = rows.rms_norm(x, None, None, eps)
+        return _flat(x), rstd
+    x = _flat(x if gate is None else rows.gated(x, gate).flatten(-2))
+    return x, x.new_empty(0, dtype=torch.float32)
+
+
+def fused_linear(x, weight, gate, residual, eps, swiglu, save):
+    lead = x.shape[:-1] if gate is None else x.shape[:-2]
+    columns = weight.shape[0]
+    out = x.new_empty(*lead, columns // 2 if swiglu else columns)
+    product = x.new_empty((*lead, columns) if swiglu and save else (0,))
+    config = _lookup("fused_linear", x, weight).values
+    if out.numel() == 0:
+        return out, product, x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
+    if config["product"] == "library":
+        a, rstd = _before(x, gate, eps)
+        if swiglu:
+            found = F.linear(a, weight)
+            product = found.view(product.shape) if save else product
+            out = rows.swiglu(found).view(out.shape)
+            out = out if residual is None else out.add_(residual)
+        elif residual is None:
+            torch.mm(a, weight.t(), out=out.view(-1, columns))
+        else:
+            torch.addmm(_flat(residual), a, weight.t(), out=out.view(-1, columns))
+        return out, product, rstd
+    rstd = x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
+    split = x.dim() <= 4 and gate is not None
+    rows4 = _heads(x) if split else _flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
+    _run(
+        config,
+        rows4,
+        _packed_weight(weight, transposed=False, parts=2 if swiglu else 1),
+        _flat(out),
+        gate=_heads(gate) if split else None,
+        residual=None if residual is None else _flat(residual),
+        product=_flat(product) if product.numel() else None,
+        rstd=rstd.view(-1) if eps is not None else None,
+        eps=eps,
+        norm=int(eps is not None),
+        gated_up=int(swiglu),
+    )
+    return out, product, rstd
+
+
+def _heads(t: torch.Tensor) -> torch.Tensor:
+    """(..., H, D) with a contiguous last dim."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def fused_linear_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
+    config = _lookup("fused_linear_backward", x, weight).values
+    library = config["product"] == "library"
+    dx = dgate = dweight = None
+    grad = _flat(rows.swiglu_backward(grad, product) if swiglu else grad)  # (M, N)
+    if need_weight:
+        # the norm or the gate is done again: a pass over x, where saving its result would hold another x
+        a, _ = _before(x, gate, eps)
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if grad.numel() == 0:
+            dweight.zero_()
+        elif library:
+            torch.mm(grad.t(), a, out=dweight)
+        else:
+            _run(config, grad, _pack(a, transposed=True), dweight, transposed=1)
+    if need_x:
+        da = x.new_empty(grad.shape[0], weight.shape[1])
+        if grad.shape[1] == 0:
+            da.zero_()
+        elif library:
+            torch.mm(grad, weight, out=da)
+        elif da.numel():
+            _run(config, grad[:, None], _packed_weight(weight, transposed=True), da)
+        da = da.view(x.shape)
+        if eps is not None:
+            dx, _ = rows.rms_norm_backward(da, None, x, None, rstd, eps)
+        elif gate is not None:
+            dx, dgate = rows.gated_backward(da, x, gate)
+        else:
+            dx = da
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dgate))

@@ -1,0 +1,243 @@
+"""Products with their neighbours: our kernel and torch's product against the reference, gradients, packing, errors."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import _config, _native, testing
+from fastattn._versioned import VersionedCache
+from fastattn.ops.linear import cpu, reference
+
+every_isa = pytest.mark.parametrize("isa", testing.isas())
+SMALL = {"product": "native", "block_rows": 24, "block_columns": 64, "block_steps": 128}
+
+
+def use(product):
+    """Both directions by this product; ours in small blocks, so that a small problem has several."""
+    values = SMALL if product == "native" else {"product": product}
+    return _config.override({("fused_linear", "cpu"): values, ("fused_linear_backward", "cpu"): values})
+
+
+def problem(rows, columns, contracted, before, swiglu, residual, layout, dtype=torch.float32, batch=()):
+    """(x, weight, gate or None, residual or None) with gradients."""
+    options = {"dtype": dtype, "requires_grad": True}
+    columns = 2 * columns if swiglu else columns
+    shape = (*batch, rows, contracted)
+    if before == "gate":
+        heads = 3 if contracted % 3 == 0 else 1
+        shape = (*batch, rows, heads, contracted // heads)
+    x = testing.random_tensor(*shape, seed=1, layout=layout, **options)
+    weight = testing.random_tensor(
+        columns, contracted, seed=2, scale=contracted**-0.5, layout=layout, **options
+    )
+    gate = testing.random_tensor(*shape, seed=3, layout=layout, **options) if before == "gate" else None
+    out = (*batch, rows, columns // 2 if swiglu else columns)
+    return (
+        x,
+        weight,
+        gate,
+        testing.random_tensor(*out, seed=4, layout=layout, **options) if residual else None,
+    )
+
+
+def run(before, swiglu):
+    def call(x, weight, gate, residual):
+        eps = 1e-6 if before == "norm" else None
+        return fa.fused_linear(x, weight, norm_eps=eps, gate=gate, swiglu=swiglu, residual=residual)
+
+    return call
+
+
+def define(before, swiglu):
+    def call(x, weight, gate, residual):
+        eps = 1e-6 if before == "norm" else None
+        return reference.fused_linear(x, weight, gate, residual, eps, swiglu, False)[0]
+
+    return call
+
+
+@every_isa
+@pytest.mark.parametrize("product", ["native", "library"])
+@given(
+    rows=st.integers(0, 60),
+    columns=st.integers(1, 70),
+    contracted=st.one_of(st.integers(1, 40), st.integers(120, 300)),
+    before=st.sampled_from((None, "norm", "gate")),
+    swiglu=st.booleans(),
+    residual=st.booleans(),
+    layout=st.sampled_from(("contiguous", "odd")),
+    dtype=st.sampled_from(testing.LOW_DTYPES),
+)
+def test_equals_the_definition(
+    product, isa, rows, columns, contracted, before, swiglu, residual, layout, dtype
+):
+    if before == "norm":  # of a row of one element the gradient is nothing but cancellation
+        contracted += 8
+    inputs = problem(rows, columns, contracted, before, swiglu, residual, layout, dtype)
+    terms = max(rows, contracted, 2 * columns)
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs(), use(product):
+        testing.check_op(run(before, swiglu), define(before, swiglu), inputs, terms=terms)
+
+
+@pytest.mark.parametrize("before", [None, "norm", "gate"])
+@pytest.mark.parametrize("batch", [(2,), (2, 1, 3)])
+def test_batches(batch, before, isa):
+    inputs = problem(5, 9, 12, before, True, True, "contiguous", batch=batch)
+    with use("native"):
+        testing.check_op(run(before, True), define(before, True), inputs, terms=30)
+
+
+def test_rows_of_zero_and_of_large_values(isa):
+    x = testing.random_tensor(9, 20, seed=1)
+    x[0], x[1] = 0, x[1] * 1e15
+    weight = testing.random_tensor(14, 20, seed=2)
+    with use("native"), testing.nan_filled_outputs():
+        testing.check_op(run("norm", False), define("norm", False), (x, weight, None, None), terms=20)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    inputs = problem(100, 80, 150, "norm", True, True, "contiguous", torch.bfloat16)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        with use("native"):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                outputs, gradients = testing.differentiate(run("norm", True), inputs)
+                found.append((*outputs, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("change", ["in place", "through data", "other storage", "inference"])
+def test_packed_weights_follow_the_weight(change):
+    x = testing.random_tensor(20, 24, seed=1)
+    weight = torch.nn.Parameter(testing.random_tensor(30, 24, seed=2))
+    with use("native"), torch.no_grad():
+        fa.fused_linear(x, weight)
+        if change == "in place":
+            weight.mul_(3)
+        elif change == "through data":
+            weight.data.mul_(3)
+        elif change == "other storage":
+            weight.data = weight.data * 3
+        else:
+            with torch.inference_mode():
+                weight = weight.clone()
+                fa.fused_linear(x, weight)
+                weight.mul_(3)
+        found = fa.fused_linear(x, weight)
+    # 24 products and sums, each rounded by eps/2 of at most the sum of magnitudes
+    bound = 24 * testing.EPS32 * float((x.abs() @ weight.detach().abs().t()).max())
+    assert testing.max_error(found, F.linear(x, weight).detach()) <= bound
+
+
+def test_weights_are_packed_once_and_forgotten(monkeypatch):
+    cache = VersionedCache(entries=8, capacity=1 << 20, sampled=True)
+    monkeypatch.setattr(cpu, "_packed", cache)
+    x = testing.random_tensor(20, 24, seed=1)
+    weights = [testing.random_tensor(30, 24, seed=i) for i in range(3)]
+    with use("native"):
+        for weight in weights * 3:
+            fa.fused_linear(x, weight)
+        assert len(cache) == 3
+        weights[0].add_(1)
+        fa.fused_linear(x, weights[0])
+        assert len(cache) == 3  # the older version is gone
+        del weights[1:], weight
+        fa.fused_linear(x, weights[0] * 2)
+        assert len(cache) == 2
+
+
+def test_cache_is_bounded_and_shared_by_threads():
+    sources = [torch.full((4, 4), float(i)) for i in range(20)]
+    cache = VersionedCache(entries=6, capacity=5 * 64, sampled=True)
+    wrong = []
+
+    def work():
+        for source in sources * 20:
+            if not torch.equal(cache.get(source, (), lambda source=source: source.clone()), source):
+                wrong.append(source)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(cache) <= 5
+    assert cache.bytes == 64 * len(cache)
+
+
+def calls(dtype):
+    return {
+        f"{before} {swiglu}": (
+            run(before, swiglu),
+            problem(4, 6, 9, before, swiglu, True, "contiguous", dtype),
+        )
+        for before, swiglu in ((None, False), ("norm", True), ("gate", False))
+    }
+
+
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_gradcheck(name):
+    fn, inputs = calls(torch.float64)[name]
+    assert torch.autograd.gradcheck(lambda *given: fn(*(i if i is not None else None for i in given)), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_compiles_without_a_graph_break(name, dtype):
+    fn, inputs = calls(dtype)[name]
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    with use("native"):
+        eager, eager_gradients = testing.differentiate(fn, inputs)
+        found, gradients = testing.differentiate(compiled, inputs)
+    pairs = zip((*eager, *eager_gradients), (*found, *gradients), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("product", ["native", "library"])
+def test_opcheck(product, dtype):
+    with use(product):
+        for before, swiglu in ((None, False), ("norm", True), ("gate", False)):
+            x, weight, gate, residual = problem(4, 6, 9, before, swiglu, True, "contiguous", dtype)
+            args = (x, weight, gate, residual, 1e-6 if before == "norm" else None, swiglu, True, "")
+            torch.library.opcheck(torch.ops.fastattn.fused_linear.default, args)
+            out, product_, rstd = (t.detach() for t in torch.ops.fastattn.fused_linear(*args))
+            plain = [None if t is None else t.detach() for t in (x, weight, gate)]
+            backward = (out, *plain, rstd, product_, args[4], swiglu, True, True, "")
+            torch.library.opcheck(torch.ops.fastattn.fused_linear_backward.default, backward)
+
+
+def test_explain_names_whose_product_runs():
+    x, weight = testing.random_tensor(40, 24), testing.random_tensor(30, 24)
+    assert fa.explain("fused_linear", x, weight).config["product"] in ("native", "library")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight": torch.ones(4, 7)}, ValueError, "x must have last dim of 7, weight's columns"),
+        ({"weight": torch.ones(8)}, ValueError, "weight must have 2 dimensions"),
+        ({"weight": torch.ones(0, 8)}, ValueError, "weight must not be empty"),
+        ({"weight": torch.ones(4, 8).bfloat16()}, TypeError, "weight is bfloat16 but x is float32"),
+        ({"weight": torch.ones(5, 8), "swiglu": True}, ValueError, "even number of rows"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps must be zero or more"),
+        ({"norm_eps": 1e-6, "gate": torch.ones(3, 8)}, ValueError, "exclude each other"),
+        ({"gate": torch.ones(3, 8)}, ValueError, "x must have last two dims of 8"),
+        ({"gate": torch.ones(3, 4)}, ValueError, r"gate must have shape \(3x8\)"),
+        ({"residual": torch.ones(3, 8)}, ValueError, r"residual must have shape \(3x4\)"),
+        ({"backend": "triton"}, NotImplementedError, "there is no triton backend"),
+    ],
+)
+def test_bad_input(options, error, message):
+    options = {"weight": torch.ones(4, 8)} | options
+    with pytest.raises(error, match=message):
+        fa.fused_linear(torch.ones(3, 8), **options)
