@@ -1,6 +1,7 @@
 """What the kernels of grouped and gated attention can be tuned by."""
 
 from ..._config import Parameter, declare
+from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
 _KEY = {
     "structural": ("dtype", "head_dim", "value_dim"),

@@ -68,23 +68,35 @@ def _check_shape(shape: dict) -> dict:
     return {**shape, "heads": 2, "kv_heads": 2, "length": _CHECKED, "window": 16}
 
 
-def _workload(op: str, inputs, call, timed: str) -> Workload:
+def _gpu_shapes(effort: str, target) -> list[dict]:
+    dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16", "float32")
+    lengths = (4096,) if effort == "quick" else (4096, 16384, 65536)
+    heads = {"batch": 1, "heads": 16, "kv_heads": 16, "head_dim": 128, "window": 128}
+    return [{**heads, "dtype": dtype, "length": length} for dtype in dtypes for length in lengths]
+
+
+def _workload(op: str, inputs, call, timed: str, backend: str, shapes, device: str) -> Workload:
     return Workload(
         op,
-        "cpu",
-        shapes=_shapes,
+        backend,
+        shapes=shapes,
         inputs=inputs,
-        call=call("cpu"),
+        call=call(backend),
         reference=call("reference"),
         timed=timed,
         terms=lambda shape: shape["length"],
         check_shape=_check_shape,
+        devices=(device,),
     )
 
 
-WORKLOADS = (
-    _workload("grouped_attention", _grouped_inputs, _grouped, "forward"),
-    _workload("grouped_attention_backward", _grouped_inputs, _grouped, "backward"),
-    _workload("gated_attention", _gated_inputs, _gated, "forward"),
-    _workload("gated_attention_backward", _gated_inputs, _gated, "backward"),
+WORKLOADS = tuple(
+    _workload(*row, *rest)
+    for rest in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
+    for row in (
+        ("grouped_attention", _grouped_inputs, _grouped, "forward"),
+        ("grouped_attention_backward", _grouped_inputs, _grouped, "backward"),
+        ("gated_attention", _gated_inputs, _gated, "forward"),
+        ("gated_attention_backward", _gated_inputs, _gated, "backward"),
+    )
 )

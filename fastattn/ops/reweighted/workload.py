@@ -50,21 +50,30 @@ def _call(backend: str):
     return call
 
 
-def _workload(op: str, timed: str) -> Workload:
+def _gpu_shapes(effort: str, target) -> list[dict]:
+    dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16", "float32")
+    lengths = (4000,) if effort == "quick" else (4000, 1024, 16384)
+    heads = {"batch": 2, "heads": 16, "kv_heads": 16, "head_dim": 128, "causal": True, "power": 15.0}
+    return [{**heads, "dtype": dtype, "length": length} for dtype in dtypes for length in lengths]
+
+
+def _workload(op: str, timed: str, backend: str, shapes, device: str) -> Workload:
     return Workload(
         op,
-        "cpu",
-        shapes=_shapes,
+        backend,
+        shapes=shapes,
         inputs=_inputs,
-        call=_call("cpu"),
+        call=_call(backend),
         reference=_call("reference"),
         timed=timed,
         terms=lambda shape: shape["length"],
         check_shape=lambda shape: {**shape, "heads": 2, "kv_heads": 2, "length": _CHECKED},
+        devices=(device,),
     )
 
 
-WORKLOADS = (
-    _workload("softplus_attention", "forward"),
-    _workload("softplus_attention_backward", "backward"),
+WORKLOADS = tuple(
+    _workload(op, timed, *rest)
+    for rest in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
+    for op, timed in (("softplus_attention", "forward"), ("softplus_attention_backward", "backward"))
 )

@@ -66,21 +66,35 @@ def _codes(backend: str):
     return call
 
 
-def _workload(op: str, shapes, inputs, call, classes: str) -> Workload:
+def _row_shapes(effort: str, target) -> list[dict]:
+    dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16", "float32")
+    sizes = ((8192, 32768),) if effort == "quick" else ((8192, 32768), (4096, 131072), (32768, 1024))
+    return [
+        {"rows": rows, "classes": classes, "width": 2048, "dtype": dtype}
+        for dtype in dtypes
+        for rows, classes in sizes
+    ]
+
+
+def _workload(
+    op: str, shapes, inputs, call, classes: str, backend: str = "cpu", device: str = "cpu"
+) -> Workload:
     return Workload(
         op,
-        "cpu",
+        backend,
         shapes=shapes,
         inputs=inputs,
-        call=call("cpu"),
+        call=call(backend),
         reference=call("reference"),
         timed="both",
         terms=lambda shape: max(shape[classes], shape["width"], shape["rows"]),
         check_shape=lambda shape: {**shape, "rows": _CHECKED, classes: min(shape[classes], 500)},
+        devices=(device,),
     )
 
 
 WORKLOADS = (
     _workload("linear_cross_entropy", _linear_shapes, _linear_inputs, _linear, "classes"),
     _workload("vq_cross_entropy", _codes_shapes, _codes_inputs, _codes, "codes"),
+    _workload("vocab_rows", _row_shapes, _linear_inputs, _linear, "classes", "triton", "cuda"),
 )
