@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_check: hold every GPU kernel to its reference on this device, then time attention.
+"""python -m benchmarks.gpu_check: hold every GPU kernel to its reference on this device, then time the rows of group gpu.
 
 Checks: outputs and gradients in float32, float16 and bfloat16 at the suite's error budgets; repeatability bit by bit;
 capture of forward and backward in a CUDA graph; the CUDA C++ kernels that are built; compute-sanitizer over the small
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import fastattn as fa
+from benchmarks import registry, report, runner
 from fastattn import _device, testing
 from fastattn.scores import SCORES
 
@@ -139,29 +140,10 @@ def cuda_checks() -> dict[str, Callable[[], None]]:
     return checks
 
 
-def timings() -> dict[str, float]:
-    """TFLOP/s of causal bfloat16 attention at D = 128, L = 8192, the median of 20 after warm-up; torch's SDPA beside it."""
-    from triton.testing import do_bench
-
-    length, heads, dim = 8192, 16, 128
-    q, k, v = testing.attention_inputs(
-        1, heads, heads, length, length, dim, dtype=torch.bfloat16, device="cuda"
-    )
-    work = 4 * heads * dim * length * length / 2
-    found = {}
-    for name, run in {
-        **{s: lambda s=s: fa.attention(q, k, v, score=s, mask=fa.Mask(causal=True)) for s in SCORES},
-        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
-    }.items():
-        out = run()
-        grad = torch.ones_like(out)
-        found[f"{name} forward"] = work / do_bench(run, rep=200, return_mode="median") / 1e9
-
-        def backward(out=out, grad=grad):
-            torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-
-        found[f"{name} backward"] = 2.5 * work / do_bench(backward, rep=200, return_mode="median") / 1e9
-    return found
+def timings() -> dict:
+    """The rows of group "gpu", as `python -m benchmarks gpu` writes them."""
+    results = [runner.run(case, {}, quick=True) for case in registry.select("gpu")]
+    return report.as_json("gpu", report.environment(), {}, results)
 
 
 def sanitize() -> str:
@@ -208,7 +190,7 @@ def main() -> int:
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
             "checks": results,
             "sanitizer": sanitize(),
-            "tflops": timings() if not failed else {},
+            "benchmarks": timings() if not failed else {},
         }
         path = options.out / target.slug / "check.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,13 +37,16 @@ DIRECTIONS = ("forward", "backward", "forward+backward", "step")
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio to reach. `peer` None: the share of the measured limit."""
+    """A ratio to reach. `peer` None: the share of the measured limit, or `tflops` TFLOP/s."""
 
     peer: str | None
     at_least: float | None = None
     at_most: float | None = None
+    tflops: float | None = None
 
     def __str__(self) -> str:
+        if self.tflops is not None:
+            return f">= {self.tflops:g} TFLOP/s"
         if self.peer is None:
             return f">= {self.at_least:.0%} of peak"
         if self.at_most is not None:
@@ -63,6 +66,10 @@ def time_at_most(peer: str, share: float) -> Bar:
 
 def share_of_peak(share: float) -> Bar:
     return Bar(None, at_least=share)
+
+
+def tflops_at_least(rate: float) -> Bar:
+    return Bar(None, tflops=rate)
 
 
 @dataclass
@@ -110,6 +117,7 @@ class Case:
     series: str = ""  # rows of one series are a line in the picture, against shape["L"]
     options: Mapping[str, object] = field(default_factory=dict)  # passed to build, not shown
     needs: Mapping[str, float] = field(default_factory=dict)  # limits a machine must reach for the row to run
+    device: str = "cpu"  # or "cuda": not run, with that reason, where there is none
 
     def __post_init__(self):
         if self.direction not in DIRECTIONS:

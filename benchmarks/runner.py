@@ -51,6 +51,8 @@ class Result:
 
     def bar_value(self, bar: Bar) -> float | None:
         """What the bar is about, or None where it could not be measured."""
+        if bar.tflops is not None:
+            return self.flops / self.times[OWN].median / 1e12 if self.flops and self.times else None
         if bar.peer is None:
             return self.share
         if bar.peer not in self.ratios:
@@ -62,6 +64,8 @@ class Result:
         value = self.bar_value(bar)
         if value is None:
             return None
+        if bar.tflops is not None:
+            return value >= bar.tflops
         return value >= bar.at_least if bar.at_most is None else value <= bar.at_most
 
 
@@ -71,6 +75,9 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
         if limits.get(name, 0.0) < least:
             result.error = f"not run: needs {name} of {least:g}, this machine has {limits.get(name, 0.0):.3g}"
             return result
+    if case.device == "cuda" and not torch.cuda.is_available():
+        result.error = "not run: there is no CUDA device"
+        return result
     problem = case.problem()
     result.flops, result.bytes = problem.flops, problem.bytes
     calls: dict[str, Callable] = {}
@@ -129,9 +136,14 @@ def interleave(calls: Mapping[str, Callable], rounds: int) -> dict[str, list[flo
 
 
 def _seconds(call: Callable, repeats: int) -> float:
+    on_gpu = torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    if on_gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -226,6 +238,8 @@ def _check(case: Case, problem: Problem, calls: Mapping[str, Callable]) -> dict[
 def _share(result: Result, limits: Mapping[str, float]) -> None:
     """Share of the measured limit: arithmetic where the row counts operations, bandwidth where it counts
     bytes."""
+    if result.case.device != "cpu":  # the limits are the processor's
+        return
     seconds = result.times[OWN].median
     if result.flops:
         dot = result.case.dtype == torch.bfloat16 and limits.get("bf16 dot")
