@@ -128,6 +128,18 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("grad_sharpness", &GatedParams::grad_sharpness)
       .def_readwrite("window", &GatedParams::window)
       .def_readwrite("gate", &GatedParams::gate);
+  py::class_<SinkhornParams>(m, "SinkhornParams")
+      .def(py::init<>())
+      .def_readwrite("scores", &SinkhornParams::scores)
+      .def_readwrite("begins", &SinkhornParams::begins)
+      .def_readwrite("counts", &SinkhornParams::counts)
+      .def_readwrite("out", &SinkhornParams::out)
+      .def_readwrite("potentials", &SinkhornParams::potentials)
+      .def_readwrite("grad", &SinkhornParams::grad)
+      .def_readwrite("temperature", &SinkhornParams::temperature)
+      .def_readwrite("iterations", &SinkhornParams::iterations)
+      .def_readwrite("causal", &SinkhornParams::causal)
+      .def_readwrite("threads", &SinkhornParams::threads);
   py::class_<TileClassParams>(m, "TileClassParams")
       .def(py::init<>())
       .def_readwrite("mask", &TileClassParams::mask)
@@ -253,6 +265,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("grouped_backward", run(&KernelTable::grouped_backward));
   m.def("gated_attention_forward", run(&KernelTable::gated_attention_forward));
   m.def("gated_attention_backward", run(&KernelTable::gated_attention_backward));
+  m.def("sinkhorn_forward", run(&KernelTable::sinkhorn_forward));
+  m.def("sinkhorn_backward", run(&KernelTable::sinkhorn_backward));
   m.def("vocab_rows", run(&KernelTable::vocab_rows));
   m.def("vocab_code_bias", run(&KernelTable::vocab_code_bias));
   m.def("vocab_best_tokens", run(&KernelTable::vocab_best_tokens));

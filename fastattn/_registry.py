@@ -77,6 +77,45 @@ def triton_backend(
     )
 
 
+def cpu_backend(package: str, name: str, *, tuned: bool = True) -> Backend:
+    """The CPU backend of an op: `name`, `refusal` and, when tuned, `configure` of `package`.cpu.
+
+    The module is imported when a call first reaches it; the last two functions take the op's name before its arguments.
+    """
+
+    def function(name):
+        return getattr(importlib.import_module(f"{package}.cpu"), name)
+
+    return Backend(
+        "cpu",
+        lambda: function(name),
+        lambda *args: function("refusal")(name, *args),
+        (lambda *args: function("configure")(name, *args)) if tuned else None,
+        devices=("cpu",),
+    )
+
+
+def reference_backend(package: str, name: str) -> Backend:
+    """The definition of an op: `name` of `package`.reference."""
+    return Backend("reference", lambda: getattr(importlib.import_module(f"{package}.reference"), name))
+
+
+def save_inputs(ctx: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
+    """Keep an op's inputs and some results for its backward; a gradient that is zero comes as None."""
+    ctx.where = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+    ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.where), *results)
+    ctx.set_materialize_grads(False)
+
+
+def saved_inputs(ctx: Any) -> tuple[list, tuple]:
+    """(inputs, results) as `save_inputs` kept them."""
+    inputs = list(ctx.inputs)
+    for i, t in zip(ctx.where, ctx.saved_tensors, strict=False):
+        inputs[i] = t
+    return inputs, ctx.saved_tensors[len(ctx.where) :]
+
+
 @dataclass(frozen=True)
 class Op:
     name: str

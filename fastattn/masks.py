@@ -13,7 +13,7 @@ SCHEMA = (
 )
 
 
-def _traced() -> bool:
+def traced() -> bool:
     return torch.compiler.is_compiling()
 
 
@@ -167,13 +167,13 @@ class Mask:
     def schema_args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> tuple:
         """The values of `masks.SCHEMA` for this call, index tensors as int32 on q's device."""
         self.check(op, q, k)
-        tensors = self._on_device.get(q.device) if not _traced() else None
+        tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
             tensors = tuple(
                 None if t is None else t.to(q.device)
                 for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, self.key_lengths)
             )
-            if not _traced():
+            if not traced():
                 self._on_device[q.device] = tensors
         prefix, offsets_q, offsets_k, lengths = tensors
         dense = self.dense
@@ -221,7 +221,7 @@ def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None
     if value is None:
         return None, None
     check_integer("Mask", name, value, dims=1)
-    contents = None if _traced() else value.tolist()
+    contents = None if traced() else value.tolist()
     if contents and max(contents) > 2**31 - 1:
         raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
     return value.detach().to(torch.int32).contiguous(), contents

@@ -86,6 +86,17 @@ struct GatedParams : AttentionParams {
   int32_t gate = 0;
 };
 
+// Sinkhorn's iterations over the rows (T, G) of sequences: rows [begin, begin + count) of each, begins and counts (S,)
+// i64. Forward: out (T, G) the assignment, potentials (S, G) f32. Backward: grad (T, G), out the gradient of scores.
+// Rows of no sequence are left as they are.
+struct SinkhornParams {
+  Tensor scores, begins, counts, out, potentials, grad;
+  double temperature = 0.1;
+  int64_t iterations = 10;
+  int32_t causal = 0;
+  int32_t threads = 1;
+};
+
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
 // block_q by block_k elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {

@@ -21,6 +21,8 @@ struct KernelTable {
   void (*grouped_backward)(const GroupedParams&);
   void (*gated_attention_forward)(const GatedParams&);
   void (*gated_attention_backward)(const GatedParams&);
+  void (*sinkhorn_forward)(const SinkhornParams&);
+  void (*sinkhorn_backward)(const SinkhornParams&);
   void (*vocab_rows)(const VocabRowsParams&);
   void (*vocab_code_bias)(const VocabTokensParams&);
   void (*vocab_best_tokens)(const VocabTokensParams&);

@@ -52,6 +52,11 @@ struct GatedProblem : Problem {
   }
 };
 
+// 1 / gate - 1 of z = sharpness * agreement * -log2(e), kept where reciprocal() holds.
+FASTATTN_INLINE vf odds_against(vf z) { return exp2_clamped(at_most(z, 124.0f)); }
+// -log2(gate)
+FASTATTN_INLINE vf log2_gate(vf z) { return SoftplusScore<Arithmetic>::softplus(z, exp2_clamped(-vabs(z))) * kLog2E; }
+
 template <class Unit>
 struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   using Base = ForwardBlock<Unit, SoftmaxScore<Arithmetic>>;
@@ -100,19 +105,18 @@ struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     for (int64_t i = 0; i < rows; i++) {
       const Columns columns(this->ranges, i / kRows, n, there);
       const int32_t near = gated.near_column(s, first + i, n);
+      const int64_t end = min64(columns.end, near), whole = end / W * W;
       float *x = this->scores + i * this->block_k, *y = agreement + i * this->block_k;
-      const float factor = gated.sharpness * -kLog2E, c = 1 / this->problem.c;
-      for (int64_t j = columns.begin; j < min64(columns.end, near); j += W) {
-        const vi distant = iota() + (int32_t)j < near;
-        const vf z = load(y + j) * factor, raw = load(x + j);
-        vf with;
-        if (gated.g.gate == 0)
-          with = raw * reciprocal(1.0f + exp2_bounded(at_most(z, 124.0f)));
-        else  // log2(g) = -log2(1 + 2^z), and the score is multiplied by c later
-          with = raw - SoftplusScore<Arithmetic>::softplus(z, exp2_bounded(-vabs(z))) * (kLog2E * c);
-        store(x + j, select(distant, with, raw));
-      }
+      for (int64_t j = columns.begin; j < whole; j += W) store(x + j, gate(load(x + j), load(y + j)));
+      for (int64_t j = max64(columns.begin, whole); j < end; j += W)
+        store(x + j, select(iota() + (int32_t)j < near, gate(load(x + j), load(y + j)), load(x + j)));
     }
+  }
+
+  inline __attribute__((always_inline)) vf gate(vf x, vf agreement) const {
+    const vf z = agreement * (gated.sharpness * -kLog2E);
+    if (gated.g.gate == 0) return x * reciprocal(1.0f + odds_against(z));
+    return x - log2_gate(z) * (1 / this->problem.c);  // the score is multiplied by c later
   }
 };
 
@@ -187,13 +191,12 @@ struct GatedGradientBlock : GradientBlock {
                                problem.transposed(sequence) + n * problem.groups, ranges, groups, n, columns);
       for (int64_t r = first; r < last; r++) weigh_row(rows, s, r, n, there, gates);
       add_transposed(head.grad_values + n * value_columns, value_columns, weights, kGradientTile, grad_out_panels,
-                     block_q, first, last, kGradientTile);
+                     block_q, ranges, count, n);
       add_queries(head, slopes, kGradientTile, groups, n, there);
-      add_transposed(head.grad_keys + n * head_columns, head_columns, slopes, kGradientTile, q_panels, block_q, first,
-                     last, kGradientTile);
+      add_transposed(head.grad_keys + n * head_columns, head_columns, slopes, kGradientTile, q_panels, block_q, ranges,
+                     count, n);
       if (!gates) continue;
-      add_transposed(head.extra + n * columns_a, columns_a, shares, kGradientTile, a_panels, block_q, first, last,
-                     kGradientTile);
+      add_transposed(head.extra + n * columns_a, columns_a, shares, kGradientTile, a_panels, block_q, ranges, count, n);
       for (int64_t d = 0; d < columns_a; d += kPanel) {
         const int64_t width = min64(kPanel, columns_a - d);
         for (int64_t g = 0; g < groups; g++) {
@@ -226,37 +229,55 @@ struct GatedGradientBlock : GradientBlock {
     const float c = problem.c * problem.sign, shift = row_lse[r], d = delta[r], scale = (float)p.scale;
     const int32_t near = problem.near_column(s, rows.row_of(r), n);
     vf sharpness{};
-    for (int64_t j = columns.begin; j < columns.end; j += W) {
-      const vi attends = mask.at(j);
-      const vf x = FASTATTN_ISA::load(w + j);
-      vf y = x * c, gate = splat(1.0f), closed{}, agreement{};
-      const vi distant = iota() + (int32_t)j < near;
-      const bool gated = gates && j < near;
-      if (gated) {
-        agreement = FASTATTN_ISA::load(share + j);
-        const vf z = agreement * (problem.sharpness * -kLog2E);
-        const vf odds = exp2_bounded(at_most(z, 124.0f)), open = reciprocal(1.0f + odds);
-        closed = odds * open;  // 1 - gate, with its digits where the gate is all but 1
-        gate = select(distant, open, gate);
-        if (p.gate == 0)
-          y *= gate;
-        else
-          y -= keep(distant, SoftplusScore<Arithmetic>::softplus(z, exp2_bounded(-vabs(z))) * kLog2E);
+    const auto vectors = [&](int64_t begin, int64_t end, auto plain, auto logarithm) {
+      // plain: every key is attended and gated
+      for (int64_t j = begin; j < end; j += W) {
+        const vf x = FASTATTN_ISA::load(w + j);
+        vf y = x * c, gate = splat(1.0f), closed{}, agreement{};
+        vi attends, distant;
+        if constexpr (!plain) {
+          attends = mask.at(j);
+          distant = iota() + (int32_t)j < near;
+        }
+        const bool gated = plain || (gates && j < near);
+        if (gated) {
+          agreement = FASTATTN_ISA::load(share + j);
+          const vf z = agreement * (problem.sharpness * -kLog2E);
+          const vf odds = odds_against(z), open = reciprocal(1.0f + odds);
+          closed = odds * open;  // 1 - gate, with its digits where the gate is all but 1
+          gate = plain ? open : select(distant, open, gate);
+          if (logarithm)
+            y -= plain ? log2_gate(z) : keep(distant, log2_gate(z));
+          else
+            y *= gate;
+        }
+        vf weight = exp2_bounded(at_most(y - shift, 1.0f));
+        if constexpr (!plain) weight = keep(attends, weight);
+        vf ds = weight * (FASTATTN_ISA::load(slope + j) - d);
+        if constexpr (!plain) ds = keep(attends, ds);
+        const vf gated_ds = logarithm ? ds : ds * gate;
+        store(w + j, weight);
+        store(slope + j, gated_ds);
+        if (!gates) continue;
+        vf t{};
+        if (gated) {
+          t = logarithm ? ds * closed : gated_ds * closed * (x * scale);
+          if constexpr (!plain) t = keep(distant & attends, t);
+          sharpness += plain ? t * agreement : t * keep(distant & attends, agreement);
+        }
+        store(share + j, t);
       }
-      const vf weight = keep(attends, exp2_bounded(at_most(y - shift, 1.0f)));
-      const vf ds = keep(attends, weight * (FASTATTN_ISA::load(slope + j) - d));
-      store(w + j, weight);
-      store(slope + j, p.gate == 0 ? ds * gate : ds);
-      if (!gates) continue;
-      vf t{};
-      if (gated) {
-        t = ds * closed;
-        if (p.gate == 0) t *= keep(attends, x) * scale * gate;
-        t = keep(distant & attends, t);
-        sharpness += t * keep(distant & attends, agreement);
-      }
-      store(share + j, t);
-    }
+    };
+    const int64_t whole =
+        gates && mask.all(columns) ? max64(columns.begin, min64(columns.end, near / W * W)) : columns.begin;
+    const auto both = [&](auto logarithm) {
+      vectors(columns.begin, whole, std::true_type{}, logarithm);
+      vectors(whole, columns.end, std::false_type{}, logarithm);
+    };
+    if (p.gate == 0)
+      both(std::false_type{});
+    else
+      both(std::true_type{});
     grad_sharpness[r] += reduce_add(sharpness);
   }
 };

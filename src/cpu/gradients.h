@@ -60,17 +60,25 @@ struct GradientHead {
   }
 };
 
-// gradient (keys of the tile, columns) += weights^T (keys, rows) * panels of the block's rows: weights are row by row,
-// `stride` apart, from the tile's first key on.
+// gradient (keys of the tile at n, columns) += weights^T (kGradientTile, rows) * panels of the block's `count` rows:
+// weights are row by row, `stride` apart, and 0 where a row does not attend. Each kRows of keys take the rows between
+// the first and the last that attend one of them.
 FASTATTN_INLINE void add_transposed(float* gradient, int64_t columns, const float* weights, int64_t stride,
-                                    const float* panels, int64_t capacity, int64_t first_row, int64_t rows,
-                                    int64_t keys) {
-  for (int64_t d = 0; d < columns; d += kPanel) {
-    const int64_t width = min64(kPanel, columns - d);
-    const float* panel = panels + d * capacity + first_row * width;
-    for (int64_t j = 0; j < keys; j += kRows)
-      add_product<Singles>(int(width / W), gradient + j * columns + d, columns, weights + first_row * stride + j, 1,
-                           stride, panel, rows - first_row);
+                                    const float* panels, int64_t capacity, const RowRanges& ranges, int64_t count,
+                                    int64_t n) {
+  const int64_t groups = (count + kRows - 1) / kRows;
+  int64_t first = 0;
+  for (int64_t j = 0; j < kGradientTile; j += kRows) {
+    int64_t last = groups;
+    while (first < last && ranges.group_high[first] <= n + j) first++;
+    while (first < last && ranges.group_low[last - 1] >= n + j + kRows) last--;
+    const int64_t row = first * kRows, rows = min64(count, last * kRows) - row;
+    if (rows <= 0) continue;
+    for (int64_t d = 0; d < columns; d += kPanel) {
+      const int64_t width = min64(kPanel, columns - d);
+      add_product<Singles>(int(width / W), gradient + j * columns + d, columns, weights + row * stride + j, 1, stride,
+                           panels + d * capacity + row * width, rows);
+    }
   }
 }
 

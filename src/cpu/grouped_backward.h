@@ -138,9 +138,9 @@ struct GroupedGradients {
                              groups, n, columns);
       for (int64_t i = 0; i < rows; i++) weigh_row(view, h, first, i, n, there);
       add_transposed(list_values + n * value_columns, value_columns, weights, kGradientTile, grad_out_panels, block_q,
-                     0, rows, kGradientTile);
-      add_transposed(list_keys + n * head_columns, head_columns, slopes, kGradientTile, q_panels, block_q, 0, rows,
-                     kGradientTile);
+                     ranges, rows, n);
+      add_transposed(list_keys + n * head_columns, head_columns, slopes, kGradientTile, q_panels, block_q, ranges, rows,
+                     n);
       for (int64_t d = 0; d < head_columns; d += kPanel) {
         const int64_t width = min64(kPanel, head_columns - d);
         for (int64_t g = 0; g < groups; g++) {

@@ -7,20 +7,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// log2(x) for normal x > 0, absolute error 2e-7; -126 or less below.
-FASTATTN_INLINE vf log2_positive(vf x) {
-  const vi bits = (vi)x - 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
-  const vf e = __builtin_convertvector(bits >> 23, vf);
-  const vf m = (vf)((bits & 0x7fffff) + 0x3f3504f3);
-  const vf u = (m - 1.0f) * reciprocal(m + 1.0f);
-  const vf z = u * u;
-  vf p = z * 0.32059889f + 0.41219858f;  // 2 / (ln(2) (2 n + 1))
-  p = p * z + 0.57707802f;
-  p = p * z + 0.96179669f;
-  p = p * z + 2.88539008f;
-  return e + u * p;
-}
-
 // x^p for 0 <= x <= 1; 0^0 = 1.
 struct Power {
   float p;

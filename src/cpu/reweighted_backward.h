@@ -73,7 +73,7 @@ struct ReweightedGradientBlock : GradientBlock {
       for (int64_t r = first; r < last; r++)
         weigh_row(rows, s, r, n, there, z + r * stride, dp + r * stride, head.reciprocals + n);
       add_transposed(head.grad_values + n * value_columns, value_columns, weights, kGradientTile, grad_out_panels,
-                     block_q, first, last, kGradientTile);
+                     block_q, ranges, count, n);
     }
     for (int64_t n = base; n < ranges.end; n += kGradientTile) {
       const int64_t there = min64(kGradientTile, s.keys - n);
@@ -82,8 +82,7 @@ struct ReweightedGradientBlock : GradientBlock {
       for (int64_t r = first; r < last; r++)
         finish_row(r, n, there, y + r * stride, incoming + (n - base) + r * stride, head.reciprocals + n);
       add_queries(head, y, stride, groups, n, there);
-      add_transposed(head.grad_keys + n * head_columns, head_columns, y, stride, q_panels, block_q, first, last,
-                     kGradientTile);
+      add_transposed(head.grad_keys + n * head_columns, head_columns, y, stride, q_panels, block_q, ranges, count, n);
     }
     const int64_t row = s.q_begin + rows.first;
     for (int64_t r = 0; r < count; r++)

@@ -77,7 +77,7 @@ def test_sinkhorn(host, lengths, iterations):
     )  # fmt: skip
     testing.assert_within_budget(
         (assignment, potentials[:, None]),
-        lambda s: sinkhorn(s, lengths, 0.1, iterations, False),
+        lambda s: sinkhorn(s, lengths, None, 0.1, iterations, False),
         (scores,),
         terms=20,
     )

@@ -1,4 +1,4 @@
-"""Sinkhorn, signatures and grouped attention against their published forms."""
+"""Signatures and grouped attention against their published forms."""
 
 import pytest
 import torch
@@ -99,65 +99,6 @@ def test_gradcheck():
     )
 
 
-def published_sinkhorn(scores, temperature, iterations):
-    q = (scores.double() / temperature).exp()
-    for _ in range(iterations):
-        q = q / q.sum(1, keepdim=True)
-        q = q / q.sum(2, keepdim=True)
-    return q
-
-
-def test_sinkhorn_is_the_published_iteration():
-    scores = testing.random_tensor(2, 50, 8, dtype=torch.float64)
-    actual, potentials = fa.sinkhorn(scores, temperature=0.5, return_potentials=True)
-    assert testing.max_error(actual, published_sinkhorn(scores, 0.5, 10)) < 1e-13
-    assert testing.max_error(actual.sum(-1), torch.ones(2, 50)) < 1e-13
-    assert testing.max_error(fa.sinkhorn(scores, temperature=0.5, potentials=potentials), actual) < 1e-13
-
-
-def test_sinkhorn_never_overflows():
-    """exp(scores / temperature) alone would be e^1000."""
-    scores = testing.random_tensor(1, 30, 4, scale=30.0, requires_grad=True)
-    (out,), (grad,) = testing.differentiate(lambda s: fa.sinkhorn(s, temperature=0.03), (scores,))
-    assert out.isfinite().all() and grad.isfinite().all()
-
-
-def test_sinkhorn_causal_sees_no_future():
-    scores = testing.random_tensor(1, 20, 4, dtype=torch.float64)
-    whole, potentials = fa.sinkhorn(scores, causal=True, return_potentials=True)
-    for length in (1, 7, 20):
-        part, last = fa.sinkhorn(scores[:, :length], causal=True, return_potentials=True)
-        assert testing.max_error(part, whole[:, :length]) < 1e-12
-    assert testing.max_error(last, potentials) == 0
-    frozen = fa.sinkhorn(scores[:, 19:], potentials=potentials)
-    assert testing.max_error(frozen, whole[:, 19:]) < 1e-12
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_sinkhorn_ignores_padding(causal):
-    scores = testing.random_tensor(3, 20, 4, dtype=torch.float64, requires_grad=True)
-    lengths = torch.tensor([20, 13, 0])
-    (out,), (grad,) = testing.differentiate(
-        lambda s: fa.sinkhorn(s, lengths=lengths, causal=causal), (scores,)
-    )
-    alone = fa.sinkhorn(scores[1:2, :13], causal=causal)
-    assert testing.max_error(out[1:2, :13], alone) < 1e-12
-    assert (out[1, 13:] == 0).all() and (out[2] == 0).all()
-    assert (grad[1, 13:] == 0).all() and (grad[2] == 0).all() and grad.isfinite().all()
-    assert (fa.focus_groups(out, top_k=2)[1, 13:] == 0).all()
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_sinkhorn_gradcheck(causal):
-    scores = testing.random_tensor(2, 7, 3, dtype=torch.float64, requires_grad=True)
-    lengths = torch.tensor([7, 4])
-    assert torch.autograd.gradcheck(
-        lambda s: fa.sinkhorn(s, temperature=0.7, iterations=4, causal=causal, lengths=lengths),
-        (scores,),
-        fast_mode=True,
-    )
-
-
 def test_focus_groups():
     assignment = torch.tensor([[[0.1, 0.7, 0.2], [0.4, 0.4, 0.2], [0.0, 0.0, 0.0]]])
     assert fa.focus_groups(assignment).tolist() == [[0b010, 0b001, 0]]
@@ -175,7 +116,6 @@ def test_opcheck_and_compile():
         torch.ops.fastattn.grouped_attention.default, (q, k, v, groups, groups, 2, 0.3, *options, "")
     )
     scores = testing.random_tensor(1, 12, 4, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastattn.sinkhorn.default, (scores, torch.tensor([9]), 0.1, 4, True, ""))
 
     def layer(q, k, v, scores):
         groups = fa.focus_groups(fa.sinkhorn(scores), top_k=2)

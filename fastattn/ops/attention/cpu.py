@@ -14,9 +14,8 @@ _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it c
 _classes = VersionedCache(entries=32, capacity=1 << 26)
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    q, k, v = args[:3] if name == "attention" else args[2:5]
+def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why no CPU kernel of attention, of whatever kind, can serve q, k and v, or None."""
     if q.dtype not in _native.FAST_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
@@ -24,23 +23,17 @@ def refusal(name: str, *args) -> str | None:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
     if max(q.shape[2], k.shape[2]) >= 2**31:
         return "it serves lengths below 2**31"
-    if name == "attention_backward" and args[8]:
-        return "it does not differentiate a tensor bias"
     return None
 
 
-def configure(name: str, *args) -> _config.Choice:
-    q, k, v, _, score = (args[0:5]) if name == "attention" else (*args[2:6], args[9])
-    return _lookup(name, q, k, v, score)
-
-
-def _lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: int) -> _config.Choice:
+def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _config.Choice:
+    """The configuration of a kernel of attention, of whatever kind; `structural`: what its key has besides."""
     return _config.lookup(
         name,
         "cpu",
         structural={
             "dtype": str(q.dtype).removeprefix("torch."),
-            "score": BY_CODE[score].name,
+            **structural,
             "head_dim": q.shape[3],
             "value_dim": v.shape[3],
         },
@@ -53,6 +46,18 @@ def _lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score:
         },
         device="cpu",
     )
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
+    if name == "attention_backward" and args[8]:
+        return "it does not differentiate a tensor bias"
+    return unserved(*(args[:3] if name == "attention" else args[2:5]))
+
+
+def configure(name: str, *args) -> _config.Choice:
+    q, k, v, _, score = (args[0:5]) if name == "attention" else (*args[2:6], args[9])
+    return lookup(name, q, k, v, score=BY_CODE[score].name)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -166,7 +171,7 @@ def attention(q, k, v, bias, score, scale, bias_value, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
     if out.numel():
-        config = _lookup("attention", q, k, v, score)
+        config = lookup("attention", q, k, v, score=BY_CODE[score].name)
         statistics = lse if lse.numel() else None
         options = (bias, score, scale, bias_value, *mask)
         _call("attention_forward", config, q, k, v, *options, out=out, lse=statistics)
@@ -178,7 +183,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, s
     normalised = BY_CODE[score].normalised
     _call(
         "attention_backward",
-        _lookup("attention_backward", q, k, v, score),
+        lookup("attention_backward", q, k, v, score=BY_CODE[score].name),
         q,
         k,
         v,

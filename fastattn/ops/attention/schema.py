@@ -3,7 +3,16 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    reference_backend,
+    reference_backward,
+    register_op,
+    save_inputs,
+    saved_inputs,
+    triton_backend,
+)
 from ...scores import BY_CODE
 
 _OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
@@ -28,31 +37,6 @@ def _fake_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *opti
     )
 
 
-def _cpu(name: str) -> Backend:
-    def load():
-        from . import cpu
-
-        return getattr(cpu, name)
-
-    def supports(*args):
-        from . import cpu
-
-        return cpu.refusal(name, *args)
-
-    def configure(*args):
-        from . import cpu
-
-        return cpu.configure(name, *args)
-
-    return Backend("cpu", load, supports, configure, devices=("cpu",))
-
-
-def _load_reference():
-    from .reference import attention
-
-    return attention
-
-
 def _load_reference_backward():
     from .reference import attention
 
@@ -71,20 +55,13 @@ def _load_reference_backward():
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, *options = inputs
-    out, lse = output
+    bias = inputs[3]
     ctx.bias_grad = bias is not None and bias.requires_grad
-    ctx.options = [None if isinstance(o, torch.Tensor) else o for o in options]
-    ctx.where = [i for i, o in enumerate(options) if isinstance(o, torch.Tensor)]
-    ctx.save_for_backward(q, k, v, bias, out, lse, *(options[i] for i in ctx.where))
-    ctx.set_materialize_grads(False)
+    save_inputs(ctx, inputs, output)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, bias, out, lse, *tensors = ctx.saved_tensors
-    options = list(ctx.options)
-    for i, t in zip(ctx.where, tensors, strict=True):
-        options[i] = t
+    (q, k, v, bias, *options), (out, lse) = saved_inputs(ctx)
     none = (None,) * len(options)
     if grad_out is None and grad_lse is None:
         return (None,) * _INPUTS + none
@@ -101,9 +78,9 @@ register_op(
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
     backends=(
-        _cpu("attention"),
+        cpu_backend(__package__, "attention"),
         triton_backend("fastattn.ops.attention.triton", "attention", configure="configure"),
-        Backend("reference", _load_reference),
+        reference_backend(__package__, "attention"),
     ),
     backward=_backward,
     setup_context=_setup_context,
@@ -114,7 +91,7 @@ register_op(
     f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backends=(
-        _cpu("attention_backward"),
+        cpu_backend(__package__, "attention_backward"),
         triton_backend("fastattn.ops.attention.triton_backward", "attention_backward", configure="configure"),
         Backend("reference", _load_reference_backward),
     ),

@@ -1,12 +1,13 @@
 """Grouped sparse attention (Focus, arXiv 2604.03260): the router's balance, its signatures, training and inference forms."""
 
+import itertools
 import math
 
 import torch
 
 from ... import _checks
 from ..._registry import requested
-from ...masks import Mask, check_mask, default_scale
+from ...masks import Mask, check_mask, default_scale, traced
 from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
 
@@ -21,6 +22,7 @@ def sinkhorn(
     iterations: int = 10,
     causal: bool = False,
     lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     potentials: torch.Tensor | None = None,
     return_potentials: bool = False,
     backend: str | None = None,
@@ -34,9 +36,15 @@ def sinkhorn(
     causal: token l's column sums run over tokens up to l, so that no token's assignment depends on a later one. The plain form
         sums over the whole sequence: a causal model trained with it sees the future through its routing.
     lengths: (B,) integers; tokens from there on are padding: they count in no sum and their rows are 0. Default L.
+    cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
+        `lengths` is then one a document; rows after the last one are 0.
     potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
-        decoding, where tokens come one at a time. `iterations`, `causal` and `lengths` then play no part.
-    return_potentials: also return v as (B, 1, G), at the last token (of `lengths`) when causal. It carries no gradient.
+        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths` and `cu_seqlens` then play no part.
+    return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
+        carries no gradient.
+
+    The backward is the exact one of the iterations run: it keeps nothing but `scores` and finds the potentials again, memory
+    linear in L whatever the number of iterations.
 
     Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
     """
@@ -47,11 +55,14 @@ def sinkhorn(
     _checks.check_positive(op, "temperature", temperature)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"fastattn.{op}: iterations must be an integer of at least 1, given {iterations!r}")
+    sequences = [scores.shape[1]] * scores.shape[0]
+    if cu_seqlens is not None:
+        sequences = _documents(op, scores, cu_seqlens)
     if lengths is not None:
         _checks.check_integer(op, "lengths", lengths, dims=1)
         _checks.check_same_device(op, scores=scores, lengths=lengths)
-        _checks.check_shape(op, "lengths", lengths, (scores.shape[0],), "one a sequence")
-        _checks.check_range(op, "lengths", lengths, 0, scores.shape[1] + 1)
+        _checks.check_shape(op, "lengths", lengths, (len(sequences),), "one a sequence")
+        _checks.check_range(op, "lengths", lengths, 0, max(sequences, default=0) + 1)
     if potentials is not None:
         _checks.check_tensor(op, "potentials", potentials, dims=3)
         _checks.check_same_device(op, scores=scores, potentials=potentials)
@@ -65,7 +76,7 @@ def sinkhorn(
         assignment = torch.softmax(scores.to(wide) / temperature + fixed, dim=-1).to(scores.dtype)
         return (assignment, potentials) if return_potentials else assignment
     assignment, found = torch.ops.fastattn.sinkhorn(
-        scores, lengths, float(temperature), iterations, causal, requested(op, backend)
+        scores, lengths, cu_seqlens, float(temperature), iterations, causal, requested(op, backend)
     )
     return (assignment, found) if return_potentials else assignment
 
@@ -223,6 +234,25 @@ def gated_attention(
         *_causal_args(op, mask, q, k),
         requested(op, backend),
     )[0]
+
+
+def _documents(op: str, scores: torch.Tensor, cu_seqlens: torch.Tensor) -> list[int]:
+    """Lengths of packed documents; all of `scores`, unknown, while tracing."""
+    _checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
+    _checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
+    if scores.shape[0] != 1:
+        raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {scores.shape[0]}")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
+    if traced():
+        return [scores.shape[1]] * (cu_seqlens.shape[0] - 1)
+    cuts = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in itertools.pairwise(cuts)]
+    if cuts[0] != 0 or min(lengths, default=0) < 0 or cuts[-1] > scores.shape[1]:
+        raise ValueError(
+            f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {scores.shape[1]}, given {cuts}"
+        )
+    return lengths
 
 
 def _check_group_count(op: str, name: str, value: torch.Tensor) -> int:

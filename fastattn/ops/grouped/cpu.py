@@ -1,24 +1,22 @@
-"""Grouped and gated attention on the CPU: outputs allocated, parameters filled, one kernel call."""
+"""Sinkhorn, grouped and gated attention on the CPU: outputs allocated, parameters filled, one kernel call."""
 
 import torch
 
 from ... import _config, _native
-from ..attention.cpu import mask_fields
+from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
-
-_LARGEST_HEAD_DIM = 256
 
 
 def refusal(name: str, *args) -> str | None:
     """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    q, k, v = _qkv(name, args)
-    if q.dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
-        if not 1 <= size <= _LARGEST_HEAD_DIM:
-            return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
-    if max(q.shape[2], k.shape[2]) >= 2**31:
-        return "it serves lengths below 2**31"
+    if name.startswith("sinkhorn"):
+        scores = args[1] if name.endswith("backward") else args[0]
+        if scores.dtype not in _native.FAST_DTYPES:
+            return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
+        return None
+    reason = unserved(*_qkv(name, args))
+    if reason is not None:
+        return reason
     if name.startswith("grouped"):
         return None if args[-1] is None else "it does not serve a dense mask"
     assignment, sharpness = args[4:6] if name.endswith("backward") else args[3:5]
@@ -29,31 +27,67 @@ def refusal(name: str, *args) -> str | None:
 
 
 def configure(name: str, *args) -> _config.Choice:
-    return _lookup(name, *_qkv(name, args))
+    return lookup(name, *_qkv(name, args))
 
 
 def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return args[1:4] if name.endswith("backward") else args[:3]
 
 
-def _lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _config.Choice:
-    return _config.lookup(
-        name,
-        "cpu",
-        structural={
-            "dtype": str(q.dtype).removeprefix("torch."),
-            "head_dim": q.shape[3],
-            "value_dim": v.shape[3],
-        },
-        sizes={
-            "batch": q.shape[0],
-            "heads": q.shape[1],
-            "kv_heads": k.shape[1],
-            "q_length": q.shape[2],
-            "k_length": k.shape[2],
-        },
-        device="cpu",
+def _call_sinkhorn(
+    kernel: str, scores, lengths, cu_seqlens, temperature: float, iterations: int, causal: bool, **tensors
+) -> None:
+    batch, length, groups = scores.shape
+    if cu_seqlens is None:
+        begins, counts = torch.arange(batch) * length, torch.full((batch,), length)
+    else:
+        begins, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    _native.kernel(kernel)(
+        _native.params(
+            "SinkhornParams",
+            scores=scores.contiguous().view(-1, groups),
+            begins=begins.contiguous(),
+            counts=(counts if lengths is None else torch.minimum(counts, lengths.long())).contiguous(),
+            temperature=temperature,
+            iterations=iterations,
+            causal=int(causal),
+            threads=_native.threads(),
+            **tensors,
+        )
     )
+
+
+def sinkhorn(scores, lengths, cu_seqlens, *options):
+    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
+    sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
+    if out.numel() and sequences:
+        _call_sinkhorn(
+            "sinkhorn_forward",
+            scores,
+            lengths,
+            cu_seqlens,
+            *options,
+            out=out.view(-1, scores.shape[2]),
+            potentials=potentials,
+        )
+    return out, potentials
+
+
+def sinkhorn_backward(grad, scores, lengths, cu_seqlens, *options):
+    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    if out.numel() and (cu_seqlens is None or cu_seqlens.shape[0] > 1):
+        groups = scores.shape[2]
+        _call_sinkhorn(
+            "sinkhorn_backward",
+            scores,
+            lengths,
+            cu_seqlens,
+            *options,
+            out=out.view(-1, groups),
+            grad=grad.contiguous().view(-1, groups),
+        )
+    return out
 
 
 def _call(
@@ -71,7 +105,7 @@ def _call(
             scale=scale,
             threads=_native.threads(),
             **mask_fields(q, k, *mask),
-            **_lookup(name, q, k, v).values,
+            **lookup(name, q, k, v).values,
             **tensors,
         )
     )
@@ -149,7 +183,7 @@ def _call_gated(
             scale=scale,
             threads=_native.threads(),
             **mask_fields(q, k, *mask),
-            **_lookup(name, q, k, v).values,
+            **lookup(name, q, k, v).values,
             **tensors,
         )
     )

@@ -1,5 +1,7 @@
 """The definitions of sinkhorn, grouped and gated attention, in plain torch over dense masks."""
 
+import itertools
+
 import torch
 
 from ... import masks
@@ -7,10 +9,31 @@ from ..attention.reference import attention, expand_heads
 
 
 def sinkhorn(
-    scores: torch.Tensor, lengths: torch.Tensor | None, temperature: float, iterations: int, causal: bool
+    scores: torch.Tensor,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    temperature: float,
+    iterations: int,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(assignment (B, L, G), column potentials of the last valid token (B, 1, G))."""
+    """(assignment (B, L, G), column potentials of the last valid token (B or documents, 1, G))."""
     batch, length, groups = scores.shape
+    if cu_seqlens is not None:
+        cuts = cu_seqlens.tolist()
+        parts = [
+            sinkhorn(
+                scores[:, begin:end],
+                None if lengths is None else lengths[i : i + 1],
+                None,
+                temperature,
+                iterations,
+                causal,
+            )
+            for i, (begin, end) in enumerate(itertools.pairwise(cuts))
+        ]
+        after = torch.zeros_like(scores[:, cuts[-1] :])
+        empty = _wide(scores.new_empty(0, 1, groups))
+        return torch.cat([*(a for a, _ in parts), after], 1), torch.cat([empty, *(v for _, v in parts)])
     x = _wide(scores) / temperature
     if lengths is None:
         lengths = torch.full((batch,), length, device=scores.device)

@@ -3,7 +3,16 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    reference_backend,
+    reference_backward,
+    register_op,
+    save_inputs,
+    saved_inputs,
+    triton_backend,
+)
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -12,34 +21,6 @@ def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
 
 def _statistics_dtype(t: torch.Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _reference(name: str) -> Backend:
-    def load():
-        from . import reference
-
-        return getattr(reference, name)
-
-    return Backend("reference", load)
-
-
-def _cpu(name: str) -> Backend:
-    def load():
-        from . import cpu
-
-        return getattr(cpu, name)
-
-    def supports(*args):
-        from . import cpu
-
-        return cpu.refusal(name, *args)
-
-    def configure(*args):
-        from . import cpu
-
-        return cpu.configure(name, *args)
-
-    return Backend("cpu", load, supports, configure, devices=("cpu",))
 
 
 def _reference_backward(name: str, wrt: tuple[int, ...], saved: int, first: int) -> Backend:
@@ -59,33 +40,20 @@ def _reference_backward(name: str, wrt: tuple[int, ...], saved: int, first: int)
     return Backend("reference", load)
 
 
-def _save(ctx, inputs, tensors) -> None:
-    """Keep an op's inputs for its backward: tensors by save_for_backward, `tensors` (results) after them, the rest as they are."""
-    ctx.where = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
-    ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.where), *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _saved(ctx) -> tuple[list, tuple]:
-    inputs = list(ctx.inputs)
-    for i, t in zip(ctx.where, ctx.saved_tensors, strict=False):
-        inputs[i] = t
-    return inputs, ctx.saved_tensors[len(ctx.where) :]
-
-
 def _load_cuda_sinkhorn():
     from ... import _cuda
 
-    def sinkhorn(scores, lengths, temperature, iterations, causal):
+    def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
         return _cuda.sinkhorn(scores, lengths, temperature, iterations)
 
     return sinkhorn
 
 
-def _cuda_sinkhorn_refusal(scores, lengths, temperature, iterations, causal) -> str | None:
+def _cuda_sinkhorn_refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
     from ... import _cuda
 
+    if cu_seqlens is not None:
+        return "it does not serve packed documents"
     if causal:
         return "it serves column sums over the whole sequence, not causal ones"
     if scores.dtype not in _cuda.DTYPES:
@@ -98,35 +66,43 @@ def _cuda_sinkhorn_refusal(scores, lengths, temperature, iterations, causal) -> 
 
 def _sinkhorn_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, ())
+    save_inputs(ctx, inputs, ())
 
 
 def _sinkhorn_backward(ctx, grad, _):
-    inputs, _ = _saved(ctx)
+    inputs, _ = saved_inputs(ctx)
+    none = (None,) * (len(inputs) - 1)
     if grad is None:
-        return (None,) * 6
-    return torch.ops.fastattn.sinkhorn_backward(grad, *inputs), None, None, None, None, None
+        return None, *none
+    return torch.ops.fastattn.sinkhorn_backward(grad, *inputs), *none
+
+
+def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
+    sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    potentials = scores.new_empty(sequences, 1, scores.shape[2], dtype=_statistics_dtype(scores))
+    return _contiguous_like(scores), potentials
 
 
 register_op(
     "sinkhorn",
-    "(Tensor scores, Tensor? lengths, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
-    fake=lambda scores, *_: (
-        _contiguous_like(scores),
-        scores.new_empty(scores.shape[0], 1, scores.shape[2], dtype=_statistics_dtype(scores)),
-    ),
+    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
+    fake=_sinkhorn_fake,
     backends=(
         Backend("cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, devices=("cuda",)),
-        _reference("sinkhorn"),
+        cpu_backend(__package__, "sinkhorn", tuned=False),
+        reference_backend(__package__, "sinkhorn"),
     ),
     backward=_sinkhorn_backward,
     setup_context=_sinkhorn_setup,
 )
 register_op(
     "sinkhorn_backward",
-    "(Tensor grad, Tensor scores, Tensor? lengths, float temperature, int iterations, bool causal, str backend) -> Tensor",
+    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> Tensor",
     fake=lambda grad, scores, *_: _contiguous_like(scores),
-    backends=(_reference_backward("sinkhorn", (0,), 0, 1),),
+    backends=(
+        cpu_backend(__package__, "sinkhorn_backward", tuned=False),
+        _reference_backward("sinkhorn", (0,), 0, 1),
+    ),
 )
 
 
@@ -141,11 +117,11 @@ def _attention_fake(q, k, v, *rest):
 
 def _attention_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, output)
+    save_inputs(ctx, inputs, output)
 
 
 def _grouped_backward(ctx, grad_out, _):
-    (q, k, v, *options), (out, lse) = _saved(ctx)
+    (q, k, v, *options), (out, lse) = saved_inputs(ctx)
     none = (None,) * len(options)
     if grad_out is None:
         return None, None, None, *none
@@ -157,9 +133,9 @@ register_op(
     f"(Tensor q, Tensor k, Tensor v, {_GROUPED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
     backends=(
-        _cpu("grouped_attention"),
+        cpu_backend(__package__, "grouped_attention"),
         triton_backend(f"{__package__}.triton", "grouped_attention", configure="configure"),
-        _reference("grouped_attention"),
+        reference_backend(__package__, "grouped_attention"),
     ),
     backward=_grouped_backward,
     setup_context=_attention_setup,
@@ -170,7 +146,7 @@ register_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
     backends=(
-        _cpu("grouped_attention_backward"),
+        cpu_backend(__package__, "grouped_attention_backward"),
         triton_backend(f"{__package__}.triton_backward", "grouped_attention_backward", configure="configure"),
         _reference_backward("grouped_attention", (0, 1, 2), saved=2, first=3),
     ),
@@ -184,7 +160,7 @@ _GATED_OPTIONS = f"int window, int gate, float scale, {masks.SCHEMA}"
 
 
 def _gated_backward(ctx, grad_out, _):
-    inputs, results = _saved(ctx)
+    inputs, results = saved_inputs(ctx)
     tensors, options = inputs[:5], inputs[5:]
     none = (None,) * len(options)
     if grad_out is None:
@@ -197,9 +173,9 @@ register_op(
     f"({_GATED_INPUTS}, {_GATED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
     backends=(
-        _cpu("gated_attention"),
+        cpu_backend(__package__, "gated_attention"),
         triton_backend(f"{__package__}.triton_gated", "gated_attention", configure="configure"),
-        _reference("gated_attention"),
+        reference_backend(__package__, "gated_attention"),
     ),
     backward=_gated_backward,
     setup_context=_attention_setup,
@@ -210,7 +186,7 @@ register_op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
     backends=(
-        _cpu("gated_attention_backward"),
+        cpu_backend(__package__, "gated_attention_backward"),
         triton_backend(
             f"{__package__}.triton_gated",
             "gated_attention_backward",

@@ -2,39 +2,18 @@
 
 import torch
 
-from ..._registry import Backend, reference_backward, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    reference_backend,
+    reference_backward,
+    register_op,
+    triton_backend,
+)
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _reference(name: str):
-    def load():
-        from . import reference
-
-        return getattr(reference, name)
-
-    return Backend("reference", load)
-
-
-def _cpu(name: str):
-    def load():
-        from . import cpu
-
-        return getattr(cpu, name)
-
-    def supports(*args):
-        from . import cpu
-
-        return cpu.refusal(name, *args)
-
-    def configure(*args):
-        from . import cpu
-
-        return cpu.configure(name, *args)
-
-    return Backend("cpu", load, supports, configure, devices=("cpu",))
 
 
 def _triton(name: str):
@@ -100,7 +79,11 @@ register_op(
     "rms_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_rms_norm_fake,
-    backends=(_cpu("rms_norm"), _triton("rms_norm"), _reference("rms_norm")),
+    backends=(
+        cpu_backend(__package__, "rms_norm"),
+        _triton("rms_norm"),
+        reference_backend(__package__, "rms_norm"),
+    ),
     backward=_rms_norm_backward,
     setup_context=_rms_norm_setup,
 )
@@ -110,7 +93,7 @@ register_op(
     "-> (Tensor, Tensor)",
     fake=_rms_norm_backward_fake,
     backends=(
-        _cpu("rms_norm_backward"),
+        cpu_backend(__package__, "rms_norm_backward"),
         _triton("rms_norm_backward"),
         Backend("reference", _load_rms_norm_backward),
     ),
@@ -137,7 +120,11 @@ register_op(
     "swiglu",
     "(Tensor gate_up, str backend) -> Tensor",
     fake=_swiglu_fake,
-    backends=(_cpu("swiglu"), _triton("swiglu"), _reference("swiglu")),
+    backends=(
+        cpu_backend(__package__, "swiglu"),
+        _triton("swiglu"),
+        reference_backend(__package__, "swiglu"),
+    ),
     backward=_swiglu_backward,
     setup_context=_swiglu_setup,
 )
@@ -145,7 +132,11 @@ register_op(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up, str backend) -> Tensor",
     fake=lambda grad, gate_up: _contiguous_like(gate_up),
-    backends=(_cpu("swiglu_backward"), _triton("swiglu_backward"), _reference_vjp("swiglu", 1, (0,))),
+    backends=(
+        cpu_backend(__package__, "swiglu_backward"),
+        _triton("swiglu_backward"),
+        _reference_vjp("swiglu", 1, (0,)),
+    ),
 )
 
 
@@ -165,7 +156,7 @@ register_op(
     "gated",
     "(Tensor x, Tensor gate, str backend) -> Tensor",
     fake=lambda x, gate: _contiguous_like(x),
-    backends=(_cpu("gated"), _triton("gated"), _reference("gated")),
+    backends=(cpu_backend(__package__, "gated"), _triton("gated"), reference_backend(__package__, "gated")),
     backward=_gated_backward,
     setup_context=_gated_setup,
 )
@@ -173,7 +164,11 @@ register_op(
     "gated_backward",
     "(Tensor grad, Tensor x, Tensor gate, str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, gate: (_contiguous_like(x), _contiguous_like(gate)),
-    backends=(_cpu("gated_backward"), _triton("gated_backward"), _reference_vjp("gated", 1, (0, 1))),
+    backends=(
+        cpu_backend(__package__, "gated_backward"),
+        _triton("gated_backward"),
+        _reference_vjp("gated", 1, (0, 1)),
+    ),
 )
 
 
@@ -195,7 +190,11 @@ register_op(
     "rotary",
     "(Tensor q, Tensor k, Tensor positions, float theta, bool inverse, str backend) -> (Tensor, Tensor)",
     fake=lambda q, k, positions, theta, inverse: (_contiguous_like(q), _contiguous_like(k)),
-    backends=(_cpu("rotary"), _triton("rotary"), _reference("rotary")),
+    backends=(
+        cpu_backend(__package__, "rotary"),
+        _triton("rotary"),
+        reference_backend(__package__, "rotary"),
+    ),
     backward=_rotary_backward,
     setup_context=_rotary_setup,
 )

@@ -3,51 +3,21 @@
 import torch
 
 from ... import _config, _native
-from ..attention.cpu import mask_fields
+from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
-
-_LARGEST_HEAD_DIM = 256
 
 
 def refusal(name: str, *args) -> str | None:
     """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    q, k, v = _qkv(name, args)
-    if q.dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
-        if not 1 <= size <= _LARGEST_HEAD_DIM:
-            return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
-    if max(q.shape[2], k.shape[2]) >= 2**31:
-        return "it serves lengths below 2**31"
-    return None
+    return unserved(*_qkv(name, args))
 
 
 def configure(name: str, *args) -> _config.Choice:
-    return _lookup(name, *_qkv(name, args))
+    return lookup(name, *_qkv(name, args))
 
 
 def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return args[1:4] if name.endswith("backward") else args[:3]
-
-
-def _lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _config.Choice:
-    return _config.lookup(
-        name,
-        "cpu",
-        structural={
-            "dtype": str(q.dtype).removeprefix("torch."),
-            "head_dim": q.shape[3],
-            "value_dim": v.shape[3],
-        },
-        sizes={
-            "batch": q.shape[0],
-            "heads": q.shape[1],
-            "kv_heads": k.shape[1],
-            "q_length": q.shape[2],
-            "k_length": k.shape[2],
-        },
-        device="cpu",
-    )
 
 
 def _params(name: str, q, k, v, power: float | None, mask, **tensors):
@@ -60,7 +30,7 @@ def _params(name: str, q, k, v, power: float | None, mask, **tensors):
         reweigh=int(power is not None),
         threads=_native.threads(),
         **mask_fields(q, k, *mask),
-        **_lookup(name, q, k, v).values,
+        **lookup(name, q, k, v).values,
         **tensors,
     )
 

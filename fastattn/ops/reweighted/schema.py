@@ -3,7 +3,16 @@
 import torch
 
 from ... import masks
-from ..._registry import Backend, reference_backward, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    reference_backend,
+    reference_backward,
+    register_op,
+    save_inputs,
+    saved_inputs,
+    triton_backend,
+)
 
 _OPTIONS = f"float? power, {masks.SCHEMA}"
 _INPUTS = 3  # q, k, v
@@ -18,31 +27,6 @@ def _fake_backward(grad_out, q, k, v, out, statistics, power, *mask):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _cpu(name: str) -> Backend:
-    def load():
-        from . import cpu
-
-        return getattr(cpu, name)
-
-    def supports(*args):
-        from . import cpu
-
-        return cpu.refusal(name, *args)
-
-    def configure(*args):
-        from . import cpu
-
-        return cpu.configure(name, *args)
-
-    return Backend("cpu", load, supports, configure, devices=("cpu",))
-
-
-def _load_reference():
-    from .reference import softplus_attention
-
-    return softplus_attention
-
-
 def _load_reference_backward():
     from .reference import softplus_attention
 
@@ -55,20 +39,12 @@ def _load_reference_backward():
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *options = inputs
-    out, statistics = output
-    ctx.options = [None if isinstance(o, torch.Tensor) else o for o in options]
-    ctx.where = [i for i, o in enumerate(options) if isinstance(o, torch.Tensor)]
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(q, k, v, out, statistics, *(options[i] for i in ctx.where))
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    save_inputs(ctx, inputs, output)
 
 
 def _backward(ctx, grad_out, _):
-    q, k, v, out, statistics, *tensors = ctx.saved_tensors
-    options = list(ctx.options)
-    for i, t in zip(ctx.where, tensors, strict=True):
-        options[i] = t
+    (q, k, v, *options), (out, statistics) = saved_inputs(ctx)
     none = (None,) * len(options)
     if grad_out is None:
         return (None,) * _INPUTS + none
@@ -81,9 +57,9 @@ register_op(
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
     backends=(
-        _cpu("softplus_attention"),
+        cpu_backend(__package__, "softplus_attention"),
         triton_backend("fastattn.ops.reweighted.triton", "softplus_attention", configure="configure"),
-        Backend("reference", _load_reference),
+        reference_backend(__package__, "softplus_attention"),
     ),
     backward=_backward,
     setup_context=_setup_context,
@@ -94,7 +70,7 @@ register_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backends=(
-        _cpu("softplus_attention_backward"),
+        cpu_backend(__package__, "softplus_attention_backward"),
         triton_backend(
             "fastattn.ops.reweighted.triton_backward", "softplus_attention_backward", configure="configure"
         ),
