@@ -88,6 +88,7 @@ CASES = [
         BF16,
         options=TOP_1,
         bars=(faster_than("sdpa causal", 10), faster_than("own causal", 3.5)),
+        quick=True,
         series="top-1 of 8",
     ),
     Case(
@@ -98,6 +99,7 @@ CASES = [
         BF16,
         options=TOP_1,
         bars=(faster_than("own causal", 5),),
+        quick=True,
         series="top-1 of 8",
     ),
     Case(
@@ -108,6 +110,7 @@ CASES = [
         BF16,
         options={"G": 16, "top_k": 2},
         bars=(faster_than("own causal", 2),),
+        quick=True,
     ),
     Case(
         "grouped",
@@ -117,5 +120,6 @@ CASES = [
         FP32,
         direction="forward+backward",
         bars=(faster_than("eager", 8),),
+        quick=True,
     ),
 ]

@@ -57,7 +57,14 @@ def lssa(dtype, *, H, L, D, power=None, backward=False):
 SMALL, LONG = {"H": 8, "L": 2048, "D": 64}, {"H": 8, "L": 4096, "D": 64}
 CASES = [
     Case(
-        "reweighted", "LSSAR p=15", lssa, SMALL, FP32, options={"power": 15}, bars=(faster_than("eager", 10),)
+        "reweighted",
+        "LSSAR p=15",
+        lssa,
+        SMALL,
+        FP32,
+        options={"power": 15},
+        bars=(faster_than("eager", 10),),
+        quick=True,
     ),
     Case(
         "reweighted",
@@ -68,6 +75,7 @@ CASES = [
         direction=BOTH,
         options={"power": 15, "backward": True},
         bars=(faster_than("eager", 12),),
+        quick=True,
     ),
     Case(
         "reweighted",
@@ -77,7 +85,8 @@ CASES = [
         BF16,
         options={"power": 15},
         bars=(time_at_most("own softmax", 2.2),),
+        quick=True,
     ),
-    Case("reweighted", "LSSA", lssa, LONG, BF16, bars=(time_at_most("own softmax", 1.4),)),
+    Case("reweighted", "LSSA", lssa, LONG, BF16, bars=(time_at_most("own softmax", 1.4),), quick=True),
     Case("reweighted", "LSSA", lssa, SMALL, FP32, bars=(time_at_most("own softmax", 1.4),), quick=True),
 ]

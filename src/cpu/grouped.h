@@ -142,9 +142,11 @@ struct ListView {
   int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
   int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
 
-  // Members at positions below `position`.
-  int32_t below(int64_t position) const {
-    int64_t low = 0, high = list->keys.count;
+  // Keys of the list at positions below `position`, which are `from` or more.
+  int32_t below(int64_t position, int64_t from) const {
+    int64_t low = from, step = 1;  // the next row's are mostly one or two more
+    while (low + step <= list->keys.count && list->keys.position[low + step - 1] < position) low += step, step *= 2;
+    int64_t high = min64(low + step - 1, list->keys.count);
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (list->keys.position[middle] < position)
@@ -158,14 +160,14 @@ struct ListView {
   void fill(RowRanges& r, int64_t first, int64_t count) const {
     r.begin = INT32_MAX;
     r.end = 0;
+    int32_t begin = 0, end = 0;
     for (int64_t g = 0; g * kRows < count; g++) {
       int32_t lo = INT32_MAX, hi = 0;
       for (int64_t i = g * kRows; i < min64(count, (g + 1) * kRows); i++) {
         const int64_t token = row(first + i), diagonal = token + s.k_length - s.q_length;
-        int32_t begin, end;
-        if (list) {
-          begin = below(s.first_key(token));
-          end = below(min64(s.end_key(token), diagonal - problem.g.window));
+        if (list) {  // neither bound decreases with the token
+          begin = below(s.first_key(token), begin);
+          end = below(min64(s.end_key(token), diagonal - problem.g.window), end);
         } else {
           begin = (int32_t)(local_low(token) - first_key);
           end = (int32_t)(s.end_key(token) - first_key);
@@ -205,6 +207,16 @@ FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t coun
   return {to, columns, from.dtype};
 }
 
+// What the lists so far have given the rows of one query head: weighted values, running maximum, running sum.
+struct RowState {
+  float *values, *top, *sum;  // (rows, columns) and room to fill the last group of rows; (rows) each
+
+  static int64_t value_words(int64_t rows, int64_t columns) { return round_up((rows + kRows) * columns, 16); }
+  static int64_t words(int64_t rows, int64_t columns) { return value_words(rows, columns) + 2 * round_up(rows, 16); }
+  RowState(float* memory, int64_t rows, int64_t columns)
+      : values(memory), top(memory + value_words(rows, columns)), sum(top + round_up(rows, 16)) {}
+};
+
 template <class Unit>
 struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   using Base = ForwardBlock<Unit, SoftmaxScore<Arithmetic>>;
@@ -218,9 +230,9 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
       : Base(problem, block_q, block_k, Arena{arena.next + round_up(block_q * problem.head_dim * 4, 64)}),
         rows_of_q(arena.next) {}
 
-  // state: (rows of the sequence, state_columns): accumulated values, running maximum, running sum.
+  // Rows of the local list start the state, those of a group's go on from it.
   void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
-           int64_t capacity, float* state, int64_t state_columns) {
+           int64_t capacity, const RowState& state) {
     const AttentionParams& p = this->problem.p;
     const int64_t groups = (rows + kRows - 1) / kRows, columns = this->out_columns;
     view.fill(this->ranges, first, rows);
@@ -229,16 +241,19 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     const Matrix q = gather(rows_of_q, matrix(p.q, view.s.batch, head, view.s.q_begin), first, rows,
                             this->problem.head_dim, view.list != nullptr, position);
     pack_rows<Unit>(this->q, this->q_steps, q, rows, this->problem.head_dim, this->problem.sign);
-    memset(this->out, 0, size_t(groups * kRows * columns) * 4);
     memset(this->sums, 0, size_t(groups * kRows * W) * 4);
-    for (int64_t i = 0; i < groups * kRows; i++) this->top[i] = -__builtin_inff();
     if (view.list) {
       for (int64_t i = 0; i < rows; i++) {
-        const float* from = state + view.row(first + i) * state_columns;
-        memcpy(this->out + i * columns, from, size_t(columns) * 4);
-        this->top[i] = from[columns];
-        this->sums[i * W] = from[columns + 1];
+        const int64_t row = view.row(first + i);
+        memcpy(this->out + i * columns, state.values + row * columns, size_t(columns) * 4);
+        this->top[i] = state.top[row];
+        this->sums[i * W] = state.sum[row];
       }
+      memset(this->out + rows * columns, 0, size_t((groups * kRows - rows) * columns) * 4);
+    } else {  // rows follow each other
+      this->out = state.values + first * columns;
+      memset(this->out, 0, size_t(groups * kRows * columns) * 4);
+      for (int64_t i = 0; i < groups * kRows; i++) this->top[i] = -__builtin_inff();
     }
     Sequence s = view.s;
     s.keys = view.keys;
@@ -249,10 +264,10 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
       this->add_values(n, groups, values, capacity, view.keys);
     }
     for (int64_t i = 0; i < rows; i++) {
-      float* to = state + view.row(first + i) * state_columns;
-      memcpy(to, this->out + i * columns, size_t(columns) * 4);
-      to[columns] = this->top[i];
-      to[columns + 1] = reduce_add(load(this->sums + i * W));
+      const int64_t row = view.row(first + i);
+      if (view.list) memcpy(state.values + row * columns, this->out + i * columns, size_t(columns) * 4);
+      state.top[row] = this->top[i];
+      state.sum[row] = reduce_add(load(this->sums + i * W));
     }
   }
 
@@ -273,9 +288,9 @@ static void grouped_tiled(const GroupedParams& p) {
   const Longest longest(problem);
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
   const PackedHead<Unit> packed(problem, longest.k);
-  const int64_t out_columns = round_up(problem.value_dim, W), state_columns = out_columns + W;
-  const int64_t head_state = longest.q * state_columns;  // of one query head
-  const int64_t words = packed.words() + round_up(problem.group * head_state, 16);
+  const int64_t out_columns = round_up(problem.value_dim, W);
+  const int64_t head_state = RowState::words(longest.q, out_columns);  // of one query head
+  const int64_t words = packed.words() + problem.group * head_state;
   const int64_t blocks = (longest.q + block_q - 1) / block_q, pairs = problem.sequences * problem.kv_heads;
   const int64_t wave = max64(1, min64(pairs, 4 * p.pack_kib * 256 / max64(words, 1)));
   constexpr int64_t kPackRows = 4 * kPanel;
@@ -314,20 +329,20 @@ static void grouped_tiled(const GroupedParams& p) {
         const Word* keys = store_at + pair * words;
         GroupedBlock<Unit> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
         block.run(view, head, first, min64(block_q, view.rows - first), keys, keys + packed.key_words, packed.capacity,
-                  (float*)(keys + packed.words()) + in_group * head_state, state_columns);
+                  RowState((float*)(keys + packed.words()) + in_group * head_state, longest.q, out_columns));
       });
     }
     parallel_items(count * problem.group, p.threads, [&](int64_t task, int) {
       const int64_t pair = task / problem.group, in_group = task % problem.group;
       const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
       const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
-      const float* state = (const float*)(store_at + pair * words + packed.words()) + in_group * head_state;
+      const RowState state((float*)(store_at + pair * words + packed.words()) + in_group * head_state, longest.q,
+                           out_columns);
       const Matrix out = matrix(p.out, s.batch, head, s.q_begin);
       float* lse = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
       for (int64_t i = 0; i < s.q_length; i++) {
-        const float* row = state + i * state_columns;
-        const float top = row[out_columns], sum = row[out_columns + 1];
-        store_row(out, i, row, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
+        const float top = state.top[i], sum = state.sum[i];
+        store_row(out, i, state.values + i * out_columns, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
         lse[i] = sum == 0 ? -__builtin_inff() : (float)((double)top * kLn2Double + __builtin_log((double)sum));
       }
     });

@@ -8,13 +8,13 @@ _KEY = {
     "sizes": ("batch", "heads", "kv_heads", "q_length", "k_length"),
 }
 
-for _name in ("grouped_attention", "gated_attention"):
+for _name, _rows in (("grouped_attention", 48), ("gated_attention", 96)):
     declare(
         _name,
         "cpu",
         parameters={
             "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
-            "block_k": Parameter(64, (32, 64, 128, 192, 256)),
+            "block_k": Parameter(128, (32, 64, 128, 192, 256)),
             "pack_kib": Parameter(16384, (4096, 16384, 65536)),
         },
         **_KEY,
@@ -22,6 +22,6 @@ for _name in ("grouped_attention", "gated_attention"):
     declare(
         f"{_name}_backward",
         "cpu",
-        parameters={"block_q": Parameter(48, (24, 48, 72, 96, 144, 192))},
+        parameters={"block_q": Parameter(_rows, (24, 48, 72, 96, 144, 192))},
         **_KEY,
     )
