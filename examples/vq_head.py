@@ -9,6 +9,7 @@ without a bias a token; then converts the dense one by k-means and trains it on 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from fastattn.models import HrmText, HrmTextConfig
 from fastattn.training import TrainConfig, Trainer
 
 VOCABULARY, SIZES = 2048, (64, 256, 1024, 2048)
-BIASES = {"bias": True, "no bias": False}
+BIASES = ("bias", "no bias", "bias from counts")
+OTHERS = ("fixed", "ema")  # ways to find codes, tried at K = 256
 FURTHER_RATE = 1e-3  # of the steps after a conversion
 
 
@@ -36,8 +38,33 @@ class Data:
         self.samples, self.held_out = map(self.tokenizer.samples, (examples, held_out))
         self.shape = SMALL_MODEL if shape is None else shape
 
+        said = [token for sample in self.samples for token in sample.tokens[sample.prefix_length :]]
+        counts = torch.bincount(torch.tensor(said), minlength=self.tokenizer.vocab_size)
+        self.log_counts = (counts + 1.0).log()  # (V,), of the tokens that are predicted
+
     def model(self, **head) -> HrmText:
         return HrmText(HrmTextConfig(vocab_size=self.tokenizer.vocab_size, **self.shape, **head))
+
+    def quantised(self, size: int, bias: str) -> HrmText:
+        """A fresh model; "bias from counts" starts from how often each token occurs."""
+        moving = {"head": "vq", "codebook_assignment": "straight_through"}
+        model = self.model(**moving, codebook_size=size, codebook_bias=bias != "no bias")
+        if bias == "bias from counts":
+            with torch.no_grad():
+                model.lm_head.bias.copy_(self.log_counts - self.log_counts.logsumexp(0))
+        return model
+
+    def converted(self, folder: Path, size: int, bias: str, seed: int) -> HrmText:
+        """The dense model of `folder`; "bias from counts" tells a code's tokens apart and leaves the code's weight."""
+        model = HrmText.from_pretrained(folder)
+        model.quantize_head(size, bias=bias != "no bias", seed=seed, progress=False)
+        if bias == "bias from counts":
+            codes = model.lm_head.codes
+            members = torch.bincount(codes, minlength=size)
+            mean = torch.zeros(size).index_add_(0, codes, self.log_counts.exp()) / members
+            with torch.no_grad():
+                model.lm_head.bias.copy_(self.log_counts - mean[codes].log())
+        return model
 
 
 def trained(
@@ -116,33 +143,29 @@ def sizes(vocabulary: int) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None, shape: dict | None = None) -> Study:
-    given = options(__doc__, steps=400, argv=argv)
+    given = options(__doc__, steps=250, argv=argv)
     study = Study("vq_head", given)
     data = Data(shape)
     folder, steps, seed = given.output / "vq_head", given.steps, given.seed
     further = max(1, steps // 5)
 
-    def scratch(name: str, **head) -> dict:
-        return study.run(name, lambda: trained(folder / name, lambda: data.model(**head), data, steps, seed))
+    def scratch(name: str, make: Callable[[], HrmText]) -> None:
+        study.run(name, lambda: trained(folder / name, make, data, steps, seed))
 
-    def converted(name: str, make: Callable[[], HrmText]) -> dict:
-        return study.run(name, lambda: trained(folder / name, make, data, further, seed, further=True))
+    def on(name: str, make: Callable[[], HrmText]) -> None:
+        study.run(name, lambda: trained(folder / name, make, data, further, seed, further=True))
 
-    def quantised(size: int, bias: bool) -> HrmText:
-        model = HrmText.from_pretrained(folder / "dense")
-        model.quantize_head(size, bias=bias, seed=seed, progress=False)
-        return model
-
-    moving = {"head": "vq", "codebook_assignment": "straight_through"}
+    dense = folder / "dense"
     study.run("times", lambda: head_times(data.shape["hidden_size"], data.tokenizer.vocab_size))
-    scratch("dense")
-    converted("dense, further", lambda: HrmText.from_pretrained(folder / "dense"))
+    scratch("dense", data.model)
+    on("dense, further", lambda: HrmText.from_pretrained(dense))
     for size in sizes(data.tokenizer.vocab_size):
-        for label, bias in BIASES.items():
-            scratch(f"{size}, {label}", **moving, codebook_size=size, codebook_bias=bias)
-            converted(f"{size}, {label}, converted", lambda size=size, bias=bias: quantised(size, bias))
-    for assignment in ("fixed", "ema"):
-        scratch(f"256, {assignment}", head="vq", codebook_size=256, codebook_assignment=assignment)
+        for bias in BIASES:
+            scratch(f"{size}, {bias}", partial(data.quantised, size, bias))
+            on(f"{size}, {bias}, converted", partial(data.converted, dense, size, bias, seed))
+    for assignment in OTHERS:
+        head = {"head": "vq", "codebook_size": 256, "codebook_assignment": assignment}
+        scratch(f"256, {assignment}", partial(data.model, **head))
     study.finish(table(study.runs), {"vq_head_loss": loss_picture(study.runs)})
     return study
 
@@ -153,10 +176,13 @@ def table(runs: dict) -> str:
     def cell(name: str, key: str, form: str = ".3f") -> str:
         return format(runs[name][key], form) if name in runs else "–"
 
+    names = [
+        "dense",
+        *(f"{size}, {bias}" for size in SIZES for bias in BIASES),
+        *(f"256, {o}" for o in OTHERS),
+    ]
     rows = []
-    for name in runs:
-        if name == "times" or name.endswith(("converted", "further")):
-            continue
+    for name in (name for name in names if name in runs):
         after = "dense, further" if name == "dense" else f"{name}, converted"
         times = runs["times"].get(name.split(",")[0]) if name == "dense" or name.endswith(", bias") else None
         rows.append(
@@ -176,17 +202,17 @@ def table(runs: dict) -> str:
 
 def loss_picture(runs: dict):
     drawing, axes = pictures.figure(3.8)
-    for color, (label, _) in zip(pictures.LINES, BIASES.items(), strict=False):
+    for color, bias in zip(pictures.LINES, BIASES, strict=False):
         for ending, style, what in (
             ("", "o-", "from scratch"),
             (", converted", "s--", "converted, trained on"),
         ):
-            points = [
-                (k, runs[f"{k}, {label}{ending}"]["held_out"])
-                for k in SIZES
-                if f"{k}, {label}{ending}" in runs
-            ]
-            axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{what}, {label}")
+            names = {size: f"{size}, {bias}{ending}" for size in SIZES}
+            points = [(size, runs[name]["held_out"]) for size, name in names.items() if name in runs]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), style, color=color, markersize=4, label=f"{what}, {bias}"
+                )
     for name, style in (("dense", ":"), ("dense, further", "-.")):
         axes.axhline(runs[name]["held_out"], color=pictures.INK, linewidth=1, linestyle=style, label=name)
     axes.set_xscale("log", base=2)

@@ -93,7 +93,7 @@ def test_windows_and_chunks_are_pieces_of_the_stream():
     assert torch.equal(pieces[:, :-1].flatten(), stream[:32]) and pieces.shape == (4, 9)
 
 
-@pytest.mark.parametrize("name", ["length_extrapolation", "focus_retrofit"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_document_holds_the_table_of_its_results(name, monkeypatch):
     module, _, drawings = STUDIES[name]
     monkeypatch.undo()
