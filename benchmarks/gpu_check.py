@@ -9,6 +9,7 @@ TRITON_INTERPRET=1 rehearses the checks, not the timings.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -105,7 +106,46 @@ def other_checks(device: str) -> dict[str, Callable[[], None]]:
 
             testing.check_op(run("triton"), run("reference"), (h, weight), terms=500)
 
-    return {"split-key decoding": decoding, "recurrence pieces": recurrence, "vocabulary losses": losses}
+    def pair(fn, inputs, terms):
+        def run(backend):
+            return lambda *args: fn(*args, backend=backend)
+
+        testing.check_op(run("triton"), run("reference"), inputs, terms=terms)
+
+    def qkv(length=70):
+        inputs = testing.attention_inputs(1, 4, 2, length, length, 32)
+        return tuple(t.detach().to(device).requires_grad_() for t in inputs)
+
+    def softplus():
+        for power in (None, 3.0):
+            pair(functools.partial(fa.softplus_attention, power=power, mask=fa.Mask(causal=True)), qkv(), 70)
+
+    def grouped():
+        groups = torch.randint(1, 256, (1, 70), generator=torch.Generator().manual_seed(0)).to(device)
+        pair(functools.partial(fa.grouped_attention, groups=groups, window=5), qkv(), 70)
+
+    def gated():
+        pair(functools.partial(fa.gated_attention, window=5), (*qkv(), made(1, 70, 8, seed=3)), 1024)
+
+    def codes():
+        tokens = torch.arange(200, device=device) % 50
+        target = torch.arange(7, device=device)
+        options = {"codes": tokens, "target": target}
+        pair(
+            functools.partial(fa.vq_cross_entropy, **options),
+            (made(7, 32, seed=1), made(50, 32, seed=2)),
+            200,
+        )
+
+    return {
+        "split-key decoding": decoding,
+        "recurrence pieces": recurrence,
+        "vocabulary losses": losses,
+        "softplus attention": softplus,
+        "grouped attention": grouped,
+        "gated attention": gated,
+        "heads of shared rows": codes,
+    }
 
 
 def cuda_checks() -> dict[str, Callable[[], None]]:
