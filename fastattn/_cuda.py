@@ -137,6 +137,28 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
     return assignment, potentials
 
 
+def vocab_rows(
+    logits, bias, target, temperature, grad, loss, lse, grad_temperature, *, stablemax, softcap, z_loss, ignore_index
+) -> None:  # fmt: skip
+    """Fills loss and lse (N,) of logits (N, classes), and where grad (N,) is given puts the gradient over the logits.
+
+    All float32 but target (N,) int64; logits may have a row stride. bias, temperature and grad_temperature may be None.
+    """
+    if logits.shape[0] == 0:
+        return
+    tensors = (logits, bias, target, temperature, grad, loss, lse, grad_temperature)
+    with torch.cuda.device(logits.device):
+        params = VocabRowsParams(
+            *map(_address, tensors), *logits.shape, logits.stride(0), ignore_index, softcap, z_loss
+        )
+        if built() is not None:
+            _call("vocab_rows", params, ctypes.c_int(stablemax))
+        else:
+            kernel = f"fastattn::cuda::vocab_rows<{str(bool(stablemax)).lower()}, 256>"
+            blocks = min(logits.shape[0], 1 << 20)
+            _launch_compiled(_compiled("vocab_rows.cuh", kernel), blocks, 256, params, 0)
+
+
 def decode_step(
     weights, k_cache, v_cache, z_h, z_l, cos, sin, position: int, h_cycles: int, l_cycles: int, eps: float
 ):

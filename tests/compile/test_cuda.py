@@ -114,6 +114,62 @@ def test_vocab_rows(host, stablemax, softcap, z_loss):
     )
 
 
+@needs_cxx
+@pytest.mark.parametrize("transform", (None, "stablemax"))
+def test_linear_cross_entropy(host, monkeypatch, transform):
+    """The backend's products around the row kernel, which runs on the host."""
+    from fastattn import _cuda
+    from fastattn.ops.vocab import cuda
+
+    def rows(
+        logits, bias, target, temperature, grad, loss, lse, dtau, *, stablemax, softcap, z_loss, ignore_index
+    ):
+        assert ignore_index == -100
+        host.host_vocab_rows(
+            *map(address, (logits, bias, target, temperature, grad, loss, lse, dtau)),
+            *map(ctypes.c_int64, logits.shape), ctypes.c_float(softcap), ctypes.c_float(z_loss),
+            ctypes.c_int32(stablemax),
+        )  # fmt: skip
+
+    monkeypatch.setattr(_cuda, "vocab_rows", rows)
+    h, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    bias, target = testing.random_tensor(30, seed=3), torch.tensor([3, -100, 29, 0, 7])
+    options = (int(transform is not None), 3.0, 0.01, -100, "mean")
+
+    def run(h, weight, bias):
+        _, lse, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
+        one = torch.ones(())
+        again = cuda.linear_cross_entropy_backward(one, h, weight, bias, target, None, lse, *options, 7)
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+        return (_, *first[:3])
+
+    def defined(h, weight, bias):
+        arguments = (h, weight, bias, target, None, *options)
+        found = vocab.linear_cross_entropy_gradients(torch.ones((), dtype=h.dtype), *arguments)
+        return (vocab.linear_cross_entropy(*arguments)[0], *found[:3])
+
+    testing.assert_within_budget(run(h, weight, bias), defined, (h, weight, bias), terms=30)
+
+
+def test_backends_say_why_not():
+    from fastattn._registry import _OPS
+
+    cuda = torch.device("cuda")
+    h, weight, target = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)
+    for op, args in (
+        ("linear_cross_entropy", (h, weight, None, target, None, 0, 0.0, 0.0, -100, "mean", 0)),
+        ("sinkhorn", (torch.ones(1, 4, 2), None, 0.1, 3, False)),
+    ):
+        backend = next(b for b in _OPS[op].backends if b.name == "cuda")
+        if not torch.cuda.is_available():
+            assert backend.refusal(cuda, args) == "there is no NVIDIA device"
+        double = tuple(
+            a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+        )
+        assert "not float64" in backend.refusal(cuda, double)
+
+
 def decoded(weights, k_cache, v_cache, z_h, z_l, cos, sin, position, heads, h_cycles, l_cycles, eps):
     """One token by definition: (final high state, keys and values of every slot at `position`)."""
     calls, layers, _, _, dim = k_cache.shape

@@ -49,9 +49,9 @@ def test_linear_cross_entropy(options, reduction, nan_outputs):
 
 
 def test_without_bias_and_in_chunks(monkeypatch):
-    from fastattn.ops.vocab import triton as kernels
+    from fastattn.ops.vocab import chunked
 
-    monkeypatch.setattr(kernels, "_MIB", 4 * 70 * 2)  # two rows of logits a chunk
+    monkeypatch.setattr(chunked, "_MIB", 4 * 70 * 2)  # two rows of logits a chunk
     h = testing.random_tensor(5, 8, seed=1, requires_grad=True)
     weight = testing.random_tensor(70, 8, seed=2, requires_grad=True)
     target = labels(5, 70)

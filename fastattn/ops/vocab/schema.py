@@ -83,6 +83,15 @@ def cpu_backend(module: str, name: str, *, tuned: bool = True) -> Backend:
     return Backend("cpu", load, supports, configure if tuned else None, devices=("cpu",))
 
 
+def _cuda_backend(name: str) -> Backend:
+    return Backend(
+        "cuda",
+        lambda: getattr(_module("cuda"), name),
+        lambda *args: _module("cuda").refusal(*args),
+        devices=("cuda",),
+    )
+
+
 def _module(name: str):
     return importlib.import_module(f"fastattn.ops.vocab.{name}")
 
@@ -170,6 +179,7 @@ register_op(
     fake=_fake,
     backends=(
         cpu_backend("cpu", "linear_cross_entropy"),
+        _cuda_backend("linear_cross_entropy"),
         triton_backend(_TRITON, "linear_cross_entropy", configure="configure"),
         Backend("reference", _load_reference),
     ),
@@ -183,6 +193,7 @@ register_op(
     fake=_fake_backward,
     backends=(
         cpu_backend("cpu", "linear_cross_entropy_backward", tuned=False),
+        _cuda_backend("linear_cross_entropy_backward"),
         triton_backend(_TRITON, "linear_cross_entropy_backward"),
         Backend("reference", _load_reference_backward),
     ),

@@ -1,8 +1,4 @@
-"""Losses over dense logits in Triton: library matrix products in chunks of rows, one row kernel between them.
-
-Ignored rows take part in the products with a gradient of zero: leaving them out would make the call wait for the device.
-Products of 16-bit inputs have 16-bit operands and float32 results; logits are never rounded to less than float32.
-"""
+"""Losses over dense logits in Triton: the row kernel between the products of chunked.py."""
 
 import torch
 import triton
@@ -10,9 +6,10 @@ import triton.language as tl
 
 from ... import _config, _triton
 from ..._triton import offset
-from . import tuning_triton  # noqa: F401  declares what is looked up
-
-_MIB = 1 << 20
+from . import (
+    chunked,
+    tuning_triton,  # noqa: F401  declares what is looked up
+)
 
 
 @triton.jit
@@ -150,7 +147,7 @@ def configure_rows(*args) -> _config.Choice:
     return _choose(logits, logits.shape[1])
 
 
-def _row_kernel(
+def row_kernel(
     x, target, *, out=None, bias=None, temperature=None, grad=None, loss=None, lse=None, grad_temperature=None,
     stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
 ):  # fmt: skip
@@ -164,141 +161,29 @@ def _row_kernel(
     )  # fmt: skip
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in float32, from operands of one dtype."""
-    if a.dtype == torch.float32 or a.device.type == "meta":
-        return torch.mm(a, b)
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def chunks(rows: int, classes: int, mib: int) -> list[tuple[int, int]]:
-    step = max(1, mib * _MIB // (4 * classes))
-    return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
-
-
-def chunked_rows(
-    h, weight, bias, target, temperature, options, mib, *, grad=None, loss=None, lse=None, wanted=0
-):
-    """Statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype), weight, bias and
-    temperature (float32) by chunks of rows."""
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
-    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
-    dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
-    dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
-    for begin, end in chunks(h.shape[0], weight.shape[0], mib):
-        part = h[begin:end]
-        x = product(part, weight.T)
-        rows = {
-            name: None if t is None else t[begin:end]
-            for name, t in (
-                ("temperature", temperature), ("grad", grad), ("loss", loss), ("lse", lse), ("grad_temperature", dtemperature)
-            )
-        }  # fmt: skip
-        _row_kernel(x, target[begin:end], bias=bias, **rows, **options)
-        if wanted & 3:
-            g = x.to(h.dtype)
-        if wanted & 1:
-            dh[begin:end] = product(g, weight).to(h.dtype)
-        if dweight is not None:
-            dweight += product(g.T, part)
-        if dbias is not None:
-            dbias += x.sum(0)
-    return dh, dweight, dbias, dtemperature
-
-
-def returned(found, tensors) -> tuple[torch.Tensor, ...]:
-    """Gradients in their tensors' dtypes, (0,) for those that are None."""
-    h = tensors[0]
-    return tuple(h.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
-
-
-def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -> dict:
-    return {"stablemax": transform == 1, "softcap": softcap, "z_loss": z_loss, "ignore_index": ignore_index}
-
-
-def valid_rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """How many rows count, at least 1: on the device."""
-    return (target != ignore_index).sum().clamp(min=1).float()
-
-
-def upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
-    """The gradient of each row's loss, (N,) float32."""
-    if reduction == "none":
-        return grad.float().contiguous()
-    scale = grad.float() / valid_rows(target, ignore_index) if reduction == "mean" else grad.float()
-    return scale.expand(target.shape[0]).contiguous()
-
-
-def linear_cross_entropy(
-    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
-):
-    config = configure(h, weight).values
-    loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
-    one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
-    found = chunked_rows(
-        h,
-        weight,
-        None if bias is None else bias.contiguous(),
-        target.contiguous(),
-        temperature,
-        _options(transform, softcap, z_loss, ignore_index),
-        config["chunk_mib"],
-        loss=loss,
-        lse=lse,
-        grad=upstream(one, target, ignore_index, reduction) if gradients else None,
-        wanted=gradients,
+def linear_cross_entropy(h, weight, *args):
+    return chunked.linear_cross_entropy(
+        row_kernel, configure(h, weight).values["chunk_mib"], h, weight, *args
     )
-    if reduction != "none":
-        loss = loss.sum() / valid_rows(target, ignore_index) if reduction == "mean" else loss.sum()
-    else:
-        loss = loss.clone()
-    return loss, lse.clone(), *returned(found, (h, weight, bias, temperature))
 
 
-def linear_cross_entropy_backward(
-    grad,
-    h,
-    weight,
-    bias,
-    target,
-    temperature,
-    lse,
-    transform,
-    softcap,
-    z_loss,
-    ignore_index,
-    reduction,
-    wanted,
-):
-    found = chunked_rows(
-        h,
-        weight,
-        None if bias is None else bias.contiguous(),
-        target.contiguous(),
-        temperature,
-        _options(transform, softcap, z_loss, ignore_index),
-        configure(h, weight).values["chunk_mib"],
-        lse=lse,
-        grad=upstream(grad, target, ignore_index, reduction),
-        wanted=wanted,
-    )
-    return returned(found, (h, weight, bias, temperature))
+def linear_cross_entropy_backward(grad, h, weight, *args):
+    mib = configure(h, weight).values["chunk_mib"]
+    return chunked.linear_cross_entropy_backward(row_kernel, mib, grad, h, weight, *args)
 
 
 def stablemax_cross_entropy(logits, target, ignore_index):
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     lse = torch.empty_like(loss)
     logits = _triton.last_dim_contiguous(logits)
-    _row_kernel(logits, target.contiguous(), loss=loss, lse=lse, stablemax=True, ignore_index=ignore_index)
+    row_kernel(logits, target.contiguous(), loss=loss, lse=lse, stablemax=True, ignore_index=ignore_index)
     return loss, lse
 
 
 def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     logits = _triton.last_dim_contiguous(logits)
-    _row_kernel(
+    row_kernel(
         logits,
         target.contiguous(),
         out=out,

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from ... import _triton
 from ..._triton import offset
-from .triton import chunked_rows, chunks, configure, product, refusal, returned, upstream, valid_rows
+from .chunked import chunked_rows, chunks, product, reduced, returned, upstream
+from .triton import configure, refusal, row_kernel
 
 __all__ = ["configure", "refusal"]
 
@@ -172,7 +173,7 @@ def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=Non
     options = {"stablemax": False, "softcap": 0.0, "z_loss": 0.0, "ignore_index": _IGNORED}
     mib = configure(h, codebook).values["chunk_mib"]
     dh, dcodebook, mass, _ = chunked_rows(
-        h, codebook, beta, code, None, options, mib, grad=grad, loss=loss, lse=lse, wanted=inner
+        row_kernel, mib, h, codebook, beta, code, None, options, grad=grad, loss=loss, lse=lse, wanted=inner
     )
     if loss is not None:
         own = 0.0 if bias is None else bias.float()[token]
@@ -199,10 +200,7 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
     found = _loss(
         h, codebook, codes, bias, target, ignore_index, grad=grad, loss=loss, lse=lse, wanted=gradients
     )
-    if reduction == "mean":
-        loss = loss.sum() / valid_rows(target, ignore_index)
-    else:
-        loss = loss.sum() if reduction == "sum" else loss.clone()
+    loss = reduced(loss, target, ignore_index, reduction)
     return loss, lse.clone(), *returned(found, (h, codebook, bias, shadow))
 
 

@@ -1,0 +1,36 @@
+"""The CUDA C++ row kernel between the products of chunked.py."""
+
+import functools
+
+import torch
+
+from ... import _cuda
+from . import chunked
+
+_CHUNK_MIB = 512  # of float32 logits
+
+
+def refusal(*args) -> str | None:
+    for t in args:
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in _cuda.DTYPES:
+            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+    return _cuda.missing()
+
+
+def _float(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _row_kernel(x, target, *, bias, temperature, grad, loss, lse, grad_temperature, **options) -> None:
+    # it always forms both statistics; those already known go to scratch
+    scratch = x.new_empty(2, x.shape[0])
+    loss, lse = scratch if loss is None else (loss, lse)
+    _cuda.vocab_rows(
+        x, _float(bias), target.long(), _float(temperature), grad, loss, lse, grad_temperature, **options
+    )
+
+
+linear_cross_entropy = functools.partial(chunked.linear_cross_entropy, _row_kernel, _CHUNK_MIB)
+linear_cross_entropy_backward = functools.partial(
+    chunked.linear_cross_entropy_backward, _row_kernel, _CHUNK_MIB
+)
