@@ -159,7 +159,7 @@ def test_backends_say_why_not():
     h, weight, target = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)
     for op, args in (
         ("linear_cross_entropy", (h, weight, None, target, None, 0, 0.0, 0.0, -100, "mean", 0)),
-        ("sinkhorn", (torch.ones(1, 4, 2), None, 0.1, 3, False)),
+        ("sinkhorn", (torch.ones(1, 4, 2), None, None, 0.1, 3, False)),
     ):
         backend = next(b for b in _OPS[op].backends if b.name == "cuda")
         if not torch.cuda.is_available():
