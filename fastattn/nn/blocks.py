@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._registry import requested
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.linear import fused_linear
@@ -39,6 +40,7 @@ def _fuses(x: Tensor, *projections: nn.Module) -> bool:
     """Whether products of x run with their neighbours in one op: many rows on the CPU, plain linear layers."""
     return (
         x.device.type == "cpu"
+        and requested("fused_linear", None) in ("", "cpu", "reference")  # it has no others
         and x.numel() >= FUSED_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
         and all(type(p) is nn.Linear and p.weight.dtype == x.dtype for p in projections)
