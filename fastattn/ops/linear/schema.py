@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import Backend, reference_backward, register_op
+from ..._registry import Backend, cpu_backend, reference_backward, register_op
 
 
 def _lead(x: torch.Tensor, gate: torch.Tensor | None) -> tuple[int, ...]:
@@ -28,25 +28,6 @@ def _fake_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, ne
         )
 
     return like(x, need_x), like(weight, need_weight), like(gate, need_x)
-
-
-def _cpu(name: str) -> Backend:
-    def load():
-        from . import cpu
-
-        return getattr(cpu, name)
-
-    def supports(*args):
-        from . import cpu
-
-        return cpu.refusal(name, *args)
-
-    def configure(*args):
-        from . import cpu
-
-        return cpu.configure(name, *args)
-
-    return Backend("cpu", load, supports, configure, devices=("cpu",))
 
 
 def _load_reference():
@@ -123,7 +104,7 @@ register_op(
     "(Tensor x, Tensor weight, Tensor? gate, Tensor? residual, float? eps, bool swiglu, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends=(_cpu("fused_linear"), Backend("reference", _load_reference)),
+    backends=(cpu_backend(__package__, "fused_linear"), Backend("reference", _load_reference)),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -132,5 +113,8 @@ register_op(
     "(Tensor grad, Tensor x, Tensor weight, Tensor? gate, Tensor rstd, Tensor product, float? eps, bool swiglu, "
     "bool need_x, bool need_weight, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backends=(_cpu("fused_linear_backward"), Backend("reference", _load_reference_backward)),
+    backends=(
+        cpu_backend(__package__, "fused_linear_backward"),
+        Backend("reference", _load_reference_backward),
+    ),
 )
