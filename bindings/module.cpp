@@ -1,22 +1,64 @@
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "../src/cpu/dispatch.h"
 
 namespace py = pybind11;
 using namespace fastattn;
 
-static Tensor make_tensor(uintptr_t address, int dtype, const py::tuple& sizes, const py::tuple& strides) {
-  const size_t n = sizes.size();
-  if (n > 4 || strides.size() != n) throw py::value_error("a tensor has at most 4 dimensions, each with a stride");
+// torch's dtypes and their codes, from `set_dtypes`; the references are kept for good.
+static std::vector<std::pair<PyObject*, int>> dtypes;
+
+static py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+static int64_t integer(PyObject* value) {
+  const long long x = PyLong_AsLongLong(value);
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+// The kernel's view of a torch.Tensor of at most 4 dimensions.
+static Tensor view_of(py::handle tensor) {
+  static PyObject *data_ptr = PyUnicode_InternFromString("data_ptr"), *shape = PyUnicode_InternFromString("shape"),
+                  *stride = PyUnicode_InternFromString("stride"), *dtype = PyUnicode_InternFromString("dtype");
+  const py::object sizes = checked(PyObject_GetAttr(tensor.ptr(), shape));
+  const py::object strides = checked(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
+  const py::object type = checked(PyObject_GetAttr(tensor.ptr(), dtype));
+  const py::object address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+  const Py_ssize_t n = PyTuple_Size(sizes.ptr());
+  if (n > 4 || PyTuple_Size(strides.ptr()) != n)
+    throw py::value_error("a tensor has at most 4 dimensions, each with a stride");
   Tensor t;
-  t.data = reinterpret_cast<void*>(address);
-  t.dtype = static_cast<DType>(dtype);
-  for (size_t i = 0; i < n; i++) {
-    t.size[4 - n + i] = sizes[i].cast<int64_t>();
-    t.stride[4 - n + i] = strides[i].cast<int64_t>();
+  t.data = PyLong_AsVoidPtr(address.ptr());
+  int code = -1;
+  for (const auto& [known, its] : dtypes)
+    if (known == type.ptr()) code = its;
+  if (code < 0) throw py::type_error("no kernel takes " + py::str(type).cast<std::string>());
+  t.dtype = static_cast<DType>(code);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    t.size[4 - n + i] = integer(PyTuple_GET_ITEM(sizes.ptr(), i));
+    t.stride[4 - n + i] = integer(PyTuple_GET_ITEM(strides.ptr(), i));
   }
   return t;
 }
+
+namespace pybind11::detail {
+// A struct's tensor field is set by a torch.Tensor and reads back as its address.
+template <>
+struct type_caster<Tensor> {
+  PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor"));
+  bool load(handle source, bool) {
+    value = view_of(source);
+    return true;
+  }
+  static handle cast(const Tensor& t, return_value_policy, handle) { return PyLong_FromVoidPtr(t.data); }
+};
+}  // namespace pybind11::detail
 
 template <class P>
 static auto run(void (*KernelTable::*kernel)(const P&)) {
@@ -37,7 +79,14 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("cpu_isa", [] { return cpu::kernels().name; });
   m.def("select_cpu_isa", [](const char* name) { return cpu::select(name); });
-  py::class_<Tensor>(m, "Tensor").def(py::init<>()).def(py::init(&make_tensor));
+  m.def("set_dtypes", [](const py::dict& codes) {
+    dtypes.clear();
+    for (const auto& [dtype, code] : codes) dtypes.emplace_back(dtype.inc_ref().ptr(), code.cast<int>());
+  });
+  m.def("fill", [](const py::object& params, const py::dict& fields) {
+    for (const auto& [name, value] : fields)
+      if (!value.is_none() && PyObject_SetAttr(params.ptr(), name.ptr(), value.ptr())) throw py::error_already_set();
+  });
 
   py::class_<RmsNormParams>(m, "RmsNormParams")
       .def(py::init<>())
@@ -77,6 +126,12 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("rows", &RotaryParams::rows)
       .def_readwrite("inverse", &RotaryParams::inverse)
       .def_readwrite("threads", &RotaryParams::threads);
+  py::class_<MatvecParams>(m, "MatvecParams")
+      .def(py::init<>())
+      .def_readwrite("x", &MatvecParams::x)
+      .def_readwrite("weight", &MatvecParams::weight)
+      .def_readwrite("out", &MatvecParams::out)
+      .def_readwrite("threads", &MatvecParams::threads);
   py::class_<AttentionParams>(m, "AttentionParams")
       .def(py::init<>())
       .def_readwrite("q", &AttentionParams::q)
@@ -257,6 +312,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("gated", run(&KernelTable::gated));
   m.def("gated_backward", run(&KernelTable::gated_backward));
   m.def("rotary", run(&KernelTable::rotary));
+  m.def("matvec", run(&KernelTable::matvec));
   m.def("attention_forward", run(&KernelTable::attention_forward));
   m.def("attention_backward", run(&KernelTable::attention_backward));
   m.def("reweighted_forward", run(&KernelTable::reweighted_forward));

@@ -21,12 +21,7 @@ DTYPES = {
 }
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_Tensor = _core.Tensor
-
-
-def ref(t: torch.Tensor) -> _core.Tensor:
-    """The kernel's view of a tensor of at most 4 dimensions."""
-    return _Tensor(t.data_ptr(), DTYPES[t.dtype], tuple(t.shape), t.stride())
+_core.set_dtypes(DTYPES)
 
 
 @cache
@@ -41,11 +36,7 @@ def params(name: str, **fields):
     """
     struct = _struct(name)()
     struct.fields = fields
-    for field, value in fields.items():
-        if isinstance(value, torch.Tensor):
-            value = ref(value)
-        if value is not None:
-            setattr(struct, field, value)
+    _core.fill(struct, fields)
     return struct
 
 

@@ -122,6 +122,27 @@ class Op:
     fake: Callable
     backends: tuple[Backend, ...]
 
+    def run(self, *args: Any) -> Any:
+        """The schema's arguments to the backend that serves them."""
+        *args, requested = args
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        if _explanations is None:
+            for backend in self.backends:
+                # what `select` does, without the reasons
+                if (
+                    (not requested or backend.name == requested)
+                    and (backend.devices is None or device.type in backend.devices)
+                    and backend.supports(*args) is None
+                ):
+                    return backend.implementation(*args)
+        backend, ruled_out = self.select(device, requested, args)
+        configure = backend.configure
+        choice = configure(*args) if configure is not None else Choice({}, "nothing to configure")
+        _explanations.append(
+            Explanation(self.name, backend.name, dict(choice.values), choice.source, ruled_out)
+        )
+        return self.fake(*args)
+
     def select(
         self, device: torch.device, requested: str, args: Sequence[Any]
     ) -> tuple[Backend, dict[str, str]]:
@@ -160,29 +181,52 @@ def register_op(
     _OPS[name] = op
     _LIBRARY.define(name + schema)
 
-    def run(*args):
-        *args, requested = args
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        backend, ruled_out = op.select(device, requested, args)
-        if _explanations is not None:
-            configure = backend.configure
-            choice = configure(*args) if configure is not None else Choice({}, "nothing to configure")
-            _explanations.append(
-                Explanation(name, backend.name, dict(choice.values), choice.source, ruled_out)
-            )
-            return op.fake(*args)
-        return backend.implementation(*args)
-
     def run_fake(*args):
         return fake(*args[:-1])
 
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
+        _LIBRARY.impl(name, op.run, key)
     torch.library.register_fake(f"fastattn::{name}", run_fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"fastattn::{name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def needs_grad(args: Sequence[Any]) -> bool:
+    """Whether a call with these arguments would be recorded by autograd."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+def _unobserved(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do nothing with the call but run the backend: no gradients, subclasses, modes,
+    transforms, tracing or profiler."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    recording = torch.is_grad_enabled()
+    for a in args:
+        if isinstance(a, torch.Tensor) and (
+            type(a) not in _PLAIN or a.is_meta or (recording and a.requires_grad)
+        ):
+            return False
+    return True
+
+
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part."""
+    if _unobserved(args):
+        return _OPS[name].run(*args)
+    return getattr(torch.ops.fastattn, name)(*args)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.vq_head import VQHead
+from ..ops.matvec import linear
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText
@@ -99,7 +100,7 @@ def _next(
         return head.argmax(last)
     if isinstance(head, VQHead) and top_k is None and top_p is None:
         return head.sample(last, temperature=temperature, generator=generator)
-    return sample(head(last), temperature, top_k, top_p, generator)
+    return sample(linear(last, head), temperature, top_k, top_p, generator)
 
 
 def sample(

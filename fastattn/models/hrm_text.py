@@ -15,6 +15,7 @@ from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
 from ..nn.cache import KeyValueCache
 from ..nn.recurrence import HierarchicalRecurrence
 from ..nn.vq_head import VQHead
+from ..ops.matvec import linear
 from ..ops.vocab import linear_cross_entropy
 from . import checkpoint
 from .generate import generate
@@ -198,7 +199,7 @@ class HrmText(nn.Module):
                 loss = self.lm_head.loss(hidden, target, ignore_index=IGNORE)
             else:
                 loss = linear_cross_entropy(hidden, self.lm_head.weight, target, ignore_index=IGNORE)
-        return HrmTextOutput(self.lm_head(hidden) if return_logits else None, loss, cache)
+        return HrmTextOutput(linear(hidden, self.lm_head) if return_logits else None, loss, cache)
 
     def hidden_states(
         self,

@@ -12,6 +12,7 @@ from .._registry import requested
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.linear import fused_linear
+from ..ops.matvec import linear
 from ..ops.recurrence import gated, rms_norm, rotary, swiglu
 
 
@@ -96,7 +97,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The attention of x. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
         B, L, _ = x.shape
-        projected = fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else self.in_proj(x)
+        projected = fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else linear(x, self.in_proj)
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
@@ -110,7 +111,7 @@ class Attention(nn.Module):
             return fused_linear(out.reshape(B, L, -1), self.o_proj.weight, residual=x)
         if self.gate:
             out = gated(out, gate[0])
-        return self.o_proj(out.reshape(B, L, -1))
+        return linear(out.reshape(B, L, -1), self.o_proj)
 
 
 class SwiGLU(nn.Module):
@@ -130,7 +131,7 @@ class SwiGLU(nn.Module):
         if fused:
             hidden = fused_linear(x, self.gate_up_proj.weight, norm_eps=norm_eps, swiglu=True)
             return fused_linear(hidden, self.down_proj.weight, residual=x)
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return linear(swiglu(linear(x, self.gate_up_proj)), self.down_proj)
 
 
 def projections(attention: Attention, mlp: SwiGLU) -> tuple[nn.Module, ...]:

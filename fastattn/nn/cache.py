@@ -1,5 +1,7 @@
 """Static key/value cache: one slot for each (stack call, layer)."""
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class KeyValueCache:
         batch_size, heads, capacity, head_dim: each slot's shape (B, H, capacity, D).
 
     Row b holds ``lengths[b]`` tokens at positions ``0 .. lengths[b] - 1``, with no gaps, so rows may have
-    different lengths. A forward calls :meth:`reserve` once, every attention layer :meth:`append`, and the
+    different lengths. A forward calls :meth:`reserve` once, every attention layer :meth:`LayerCache.append`, and the
     forward :meth:`commit` at its end.
     """
 
@@ -39,6 +41,8 @@ class KeyValueCache:
         self.longest = 0  # an upper bound of lengths, on the host
         self.ragged = False  # rows differ in length
         self._positions: Tensor | None = None
+        self._rows = torch.arange(batch_size, device=device)[:, None]
+        self._slots = [[LayerCache(self, call, layer) for layer in range(layers)] for call in range(calls)]
 
     @property
     def batch_size(self) -> int:
@@ -49,7 +53,7 @@ class KeyValueCache:
         return self.keys.shape[4]
 
     def __getitem__(self, call: int) -> list["LayerCache"]:
-        return [LayerCache(self, call, layer) for layer in range(self.keys.shape[1])]
+        return self._slots[call]
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""
@@ -78,22 +82,6 @@ class KeyValueCache:
         self._positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
         return self._positions
 
-    def append(self, call: int, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, H, count, D) at the reserved positions.
-
-        Returns all keys and values so far, as views (B, H, longest + count, D).
-        """
-        end = self.longest + k.shape[2]
-        keys, values = self.keys[call, layer], self.values[call, layer]
-        if self.ragged:
-            rows = torch.arange(self.batch_size, device=keys.device)[:, None]
-            keys[rows, :, self._positions] = k.transpose(1, 2)
-            values[rows, :, self._positions] = v.transpose(1, 2)
-        else:
-            keys[:, :, self.longest : end] = k
-            values[:, :, self.longest : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
     def commit(self, count: int, lengths: Tensor | None = None) -> None:
         """Keeps the ``count`` tokens just written, or of row b the first ``lengths[b]``."""
         if lengths is None:
@@ -108,7 +96,20 @@ class LayerCache:
     """One slot, as an attention layer sees it."""
 
     def __init__(self, cache: KeyValueCache, call: int, layer: int) -> None:
-        self._cache, self._call, self._layer = cache, call, layer
+        self._cache = weakref.proxy(cache)
+        self._keys, self._values = cache.keys[call, layer], cache.values[call, layer]  # (B, H, capacity, D)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._cache.append(self._call, self._layer, k, v)
+        """Writes k, v (B, H, count, D) at the reserved positions.
+
+        Returns all keys and values so far, as views (B, H, longest + count, D).
+        """
+        cache, count = self._cache, k.shape[2]
+        end = cache.longest + count
+        if cache.ragged:
+            self._keys[cache._rows, :, cache._positions] = k.transpose(1, 2)
+            self._values[cache._rows, :, cache._positions] = v.transpose(1, 2)
+        else:
+            self._keys.narrow(2, cache.longest, count).copy_(k)
+            self._values.narrow(2, cache.longest, count).copy_(v)
+        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)

@@ -35,6 +35,12 @@ struct GateParams {
   int32_t threads = 1;
 };
 
+// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8.
+struct MatvecParams {
+  Tensor x, weight, out;
+  int32_t threads = 1;
+};
+
 // x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
 struct RotaryParams {
   Tensor x, out, cos, sin, rows;

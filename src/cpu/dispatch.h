@@ -13,6 +13,7 @@ struct KernelTable {
   void (*gated)(const GateParams&);
   void (*gated_backward)(const GateParams&);
   void (*rotary)(const RotaryParams&);
+  void (*matvec)(const MatvecParams&);
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionParams&);
   void (*reweighted_forward)(const ReweightedParams&);

@@ -22,4 +22,4 @@ def test_misspelt_fields_and_too_many_dimensions_are_refused():
     with pytest.raises(AttributeError):
         _native.params("GateParams", aa=1)
     with pytest.raises(ValueError, match="at most 4 dimensions"):
-        _native.ref(torch.ones(1, 1, 1, 1, 1))
+        _native.params("GateParams", a=torch.ones(1, 1, 1, 1, 1))

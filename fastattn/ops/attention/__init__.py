@@ -3,7 +3,7 @@
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from ...masks import Mask, check_mask, default_scale
 from ...scores import SCORES
 from . import schema  # noqa: F401  registers the ops
@@ -49,7 +49,8 @@ def attention(
         )
     mask = check_mask(op, mask)
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
-    out, lse = torch.ops.fastattn.attention(
+    out, lse = call(
+        "attention",
         q,
         k,
         v,

@@ -3,7 +3,7 @@
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 
 
@@ -32,7 +32,7 @@ def rms_norm(
     if weight is not None:
         _checks.check_shape(op, "weight", weight, (x.shape[-1],), "x's last dim")
     _checks.check_positive(op, "eps", eps, zero=True)
-    normed, total, _ = torch.ops.fastattn.rms_norm(x, residual, weight, float(eps), requested(op, None))
+    normed, total, _ = call("rms_norm", x, residual, weight, float(eps), requested(op, None))
     return normed if residual is None else (normed, total)
 
 
@@ -48,7 +48,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"fastattn.{op}: gate_up must have an even last dim, gate | up, given {_checks.describe(gate_up)}"
         )
-    return torch.ops.fastattn.swiglu(gate_up, requested(op, None))
+    return call("swiglu", gate_up, requested(op, None))
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     op = "gated"
     _checks.check_floating(op, x=x, gate=gate)
     _checks.check_shape(op, "gate", gate, tuple(x.shape), "x's")
-    return torch.ops.fastattn.gated(x, gate, requested(op, None))
+    return call("gated", x, gate, requested(op, None))
 
 
 def rotary(
@@ -88,4 +88,4 @@ def rotary(
     shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
     _checks.check_shape(op, "positions", positions, shape, "(L,) or (B, L)")
     _checks.check_positive(op, "theta", theta)
-    return torch.ops.fastattn.rotary(q, k, positions, float(theta), False, requested(op, None))
+    return call("rotary", q, k, positions, float(theta), False, requested(op, None))

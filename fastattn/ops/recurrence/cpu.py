@@ -1,5 +1,8 @@
 """The recurrence pieces on the CPU: outputs allocated, parameters filled, one kernel call."""
 
+import weakref
+from collections.abc import Callable
+
 import torch
 
 from ... import _native
@@ -9,13 +12,15 @@ _LONGEST_TABLE = (
     1 << 18
 )  # positions up to here share one table of cosines and sines; beyond, each call makes its own
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
+# what the latest positions became: the layers of a model share them
+_latest: tuple[Callable[[], torch.Tensor | None], tuple, tuple] = (lambda: None, (), ())
 
 
 def refusal(name: str, *args) -> str | None:
     """Why the CPU kernel `name` cannot serve these arguments, or None."""
-    first = next(a for a in args if isinstance(a, torch.Tensor))
-    if first.dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
+    dtype = (args[0] if args[0] is not None else args[1]).dtype
+    if dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -121,6 +126,22 @@ def gated_backward(grad, x, gate):
     return grad_x, grad_gate
 
 
+def _placed(
+    positions: torch.Tensor, head_dim: int, theta: float, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
+    global _latest
+    version = None if positions.is_inference() else positions._version
+    key = (version, head_dim, theta, batch)
+    of, known, result = _latest
+    if version is not None and of() is positions and known == key:
+        return result
+    cos, sin, rows = _table(positions, head_dim, theta)
+    result = (cos, sin, rows.expand(batch, -1)[:, None, None])
+    _latest = (weakref.ref(positions), key, result)
+    return result
+
+
 def _table(
     positions: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,8 +166,7 @@ def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torc
 def rotary(q, k, positions, theta, inverse):
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     if positions.numel() and q.shape[3] and q.shape[0]:
-        cos, sin, rows = _table(positions, q.shape[3], theta)
-        rows = rows.expand(q.shape[0], -1)[:, None, None]  # (B, 1, 1, L)
+        cos, sin, rows = _placed(positions, q.shape[3], theta, q.shape[0])
         for x, out in zip((q, k), outputs, strict=True):
             if x.numel():
                 _call(

@@ -1,0 +1,45 @@
+"""A linear layer on a few rows, as decoding has: bound by reading the weights."""
+
+import torch
+
+from ... import _checks
+from ..._registry import call, needs_grad, requested
+from . import schema
+
+MOST_ROWS = schema.MOST_ROWS
+
+
+def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """x @ weight.T, float32 sums and one rounding.
+
+    x: (..., K); weight: (N, K), of x's dtype. Returns (..., N). Differentiable in both. The CPU kernel serves up to 8
+    rows; more go to the reference. Raises ValueError or TypeError naming the argument.
+    """
+    op = "matvec"
+    _checks.check_floating(op, x=x, weight=weight)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"fastattn.{op}: weight must have shape (N, K), K x's last dim, given {_checks.describe(weight)} "
+            f"for x {_checks.describe(x)}"
+        )
+    return call(op, x, weight, requested(op, backend))
+
+
+def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """`layer(x)`; by `matvec` where the layer is a plain nn.Linear without bias, x a few half-precision rows on the CPU,
+    and nothing is to be differentiated: torch's own bf16 product of one row is far from memory's speed there."""
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.dtype not in (torch.bfloat16, torch.float16)
+        or x.numel() > MOST_ROWS * x.shape[-1]
+        or type(layer) is not torch.nn.Linear
+        or layer.bias is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or type(layer.weight) is not torch.nn.Parameter
+        or layer.weight.dtype != x.dtype
+        or needs_grad((x, layer.weight))
+    ):
+        return layer(x)
+    return matvec(x, layer.weight)

@@ -1,0 +1,36 @@
+"""The few-row product on the CPU: one kernel call."""
+
+from ... import _native
+from ..._config import Choice
+from .schema import MOST_ROWS
+
+
+def refusal(x, weight) -> str | None:
+    """Why the CPU kernel cannot serve these arguments, or None."""
+    if x.dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    if x.shape[-1] == 0:
+        return "it serves a last dim of 1 or more"
+    if x.numel() > MOST_ROWS * x.shape[-1]:
+        return f"it serves up to {MOST_ROWS} rows, not {x.numel() // x.shape[-1]}"
+    return None
+
+
+def configure(x, weight) -> Choice:
+    return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
+
+
+def matvec(x, weight):
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if out.numel():
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        _native.kernel("matvec")(
+            _native.params(
+                "MatvecParams",
+                x=_native.rows(rows),
+                weight=_native.rows(weight),
+                out=out.view(-1, weight.shape[0]),
+                threads=_native.threads(),
+            )
+        )
+    return out

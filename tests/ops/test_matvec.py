@@ -1,0 +1,102 @@
+"""Few-row products: every instruction set and dtype against the reference, gradients, strides, errors, and who uses it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastattn as fa
+from fastattn import _native, testing
+from fastattn.ops.matvec import linear, matvec, reference
+
+every_isa = pytest.mark.parametrize("isa", testing.isas())
+
+
+@every_isa
+@given(
+    rows=st.sampled_from(((), (1,), (2,), (1, 3), (2, 2), (5,), (8,), (0,))),
+    width=st.integers(1, 75),
+    outputs=st.integers(0, 13),
+    layout=st.sampled_from(("contiguous", "odd")),
+    dtype=st.sampled_from(testing.LOW_DTYPES),
+)
+def test_matvec(isa, rows, width, outputs, layout, dtype):
+    x = testing.random_tensor(*rows, width, dtype=dtype, seed=1, layout=layout, requires_grad=True)
+    weight = testing.random_tensor(
+        outputs, width, dtype=dtype, seed=2, layout="odd" if outputs else "contiguous", requires_grad=True
+    )
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
+        testing.check_op(matvec, reference.matvec, (x, weight), terms=width)
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_a_row_does_not_depend_on_the_others_of_its_block_or_on_threads(dtype):
+    x, weight = (testing.random_tensor(n, 200, dtype=dtype, seed=n) for n in (8, 301))
+    whole = matvec(x, weight)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(matvec(x, weight), whole)
+    finally:
+        torch.set_num_threads(before)
+    # blocks of 5 to 8 rows and of 3 and 4 are one kernel each
+    assert torch.equal(matvec(x[:5], weight), whole[:5])
+    assert torch.equal(matvec(x[:3], weight), matvec(x[:4], weight)[:3])
+
+
+def test_more_rows_than_the_kernel_has_go_to_the_reference():
+    x, weight = torch.ones(9, 4), torch.ones(3, 4)
+    assert torch.equal(matvec(x, weight), torch.full((9, 3), 4.0))
+    with pytest.raises(NotImplementedError, match="it serves up to 8 rows, not 9"):
+        matvec(x, weight, backend="cpu")
+
+
+def test_linear_takes_the_kernel_only_where_nothing_is_lost(monkeypatch):
+    layer = torch.nn.Linear(6, 5, bias=False).bfloat16()
+    x = torch.randn(2, 1, 6).bfloat16()
+    served = []
+    monkeypatch.setattr("fastattn.ops.matvec.matvec", lambda *args: served.append(args) or matvec(*args))
+    with torch.no_grad():
+        assert linear(x, layer).shape == (2, 1, 5)
+        assert len(served) == 1
+        linear(torch.randn(9, 6).bfloat16(), layer)
+        linear(x.float(), layer.float())
+        layer.bfloat16().register_forward_hook(lambda *args: None)
+        linear(x, layer)
+        linear(x, torch.nn.Linear(6, 5).bfloat16())
+    linear(x, torch.nn.Linear(6, 5, bias=False).bfloat16()).sum().backward()
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_and_compile(dtype):
+    x, weight = (testing.random_tensor(n, 7, dtype=dtype, seed=n, requires_grad=True) for n in (3, 4))
+    torch.library.opcheck(torch.ops.fastattn.matvec.default, (x, weight, ""))
+    assert dtype != torch.float64 or torch.autograd.gradcheck(matvec, (x, weight))
+    compiled = torch.compile(matvec, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), matvec(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: matvec(x, torch.ones(3, 5)), ValueError, "weight must have shape"),
+        (lambda x: matvec(x, torch.ones(4)), ValueError, "weight must have shape"),
+        (lambda x: matvec(x, torch.ones(3, 4).half()), TypeError, "weight is float16 but x is float32"),
+        (lambda x: matvec(x.int(), torch.ones(3, 4)), TypeError, "matvec: x must be one of float32"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 4))
+
+
+def test_a_call_that_nothing_watches_gives_what_the_dispatcher_gives():
+    x = torch.randn(3, 8)
+    direct = fa.swiglu(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        assert torch.equal(fa.swiglu(x), direct)
+    assert any(event.key == "fastattn::swiglu" for event in profiler.key_averages())
+    assert torch.equal(torch.vmap(lambda row: row * 2)(fa.swiglu(x)), 2 * direct)
+    assert fa.swiglu(x.to("meta")).shape == direct.shape
+    assert fa.swiglu(x.clone().requires_grad_()).grad_fn is not None
