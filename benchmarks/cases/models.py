@@ -140,7 +140,8 @@ CASES = [
          (faster_than("transformers", 2.0),)),
     *(
         Case("models", "HrmText decode", decode, NARROW | {"batch": batch, "cached": 256}, dtype, "step",
-             (faster_than("transformers", 1.5),) if dtype is BF16 else (), needs=FAST_BF16 if dtype is BF16 else {})
+             (faster_than("transformers", 1.5),) if dtype is BF16 else (),
+             needs=FAST_BF16 if dtype is BF16 and batch > 1 else {})  # the prompt of 8 rows takes minutes without
         for batch in (1, 8) for dtype in (BF16, FP32)
     ),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastattn as fa
 from benchmarks.registry import Case, Problem, faster_than, time_at_most
 from fastattn import testing
+from fastattn.ops.matvec import matvec
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-6
@@ -128,6 +129,19 @@ def swiglu_block(dtype, rows, width, inner):
     )
 
 
+def few_rows(dtype, rows, K, N):
+    """A linear layer as decoding calls it: bound by reading the weight, or by the call itself."""
+    x = testing.random_tensor(rows, K, dtype=dtype, seed=8)
+    weight = testing.random_tensor(N, K, dtype=dtype, seed=9)
+    return Problem(
+        inputs=(x, weight),
+        contenders={"fastattn": matvec, "torch": F.linear},
+        reference=F.linear,
+        bytes=weight.nbytes,
+        terms=K,
+    )
+
+
 def alternation(dtype, rows, width):
     """A torch op and one of ours taking turns, against each on its own: what two thread pools would cost."""
     x = testing.random_tensor(rows, width, dtype=dtype, seed=6)
@@ -182,6 +196,10 @@ CASES = [
     Case("recurrence", "swiglu block", swiglu_block, BLOCK, FP32, BOTH),
     Case("recurrence", "swiglu block", swiglu_block, {**BLOCK, "rows": 256}, BF16),
     Case("recurrence", "swiglu block", swiglu_block, {**BLOCK, "rows": 64}, BF16, BOTH),
+    *(
+        Case("recurrence", "few-row product", few_rows, {"rows": rows, "K": 512, "N": 3072}, BF16)
+        for rows in (1, 8)
+    ),
     Case("recurrence", "alternation", alternation, {"rows": 64, "width": 512}, FP32,
          bars=(time_at_most("each alone", 1.10),), quick=True),
     Case("recurrence", "alternation", alternation, NORM, BF16, bars=(time_at_most("each alone", 1.10),)),
