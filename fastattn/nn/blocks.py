@@ -97,7 +97,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The attention of x. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
         B, L, _ = x.shape
-        projected = fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else linear(x, self.in_proj)
+        projected = (
+            fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else linear(x, self.in_proj)
+        )
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
