@@ -18,7 +18,7 @@ import fastattn as fa
 from fastattn import pictures
 from fastattn.nn import FocusRouter
 
-VOCABULARY, LENGTH, WINDOW, GROUPS = 512, 512, 32, 8
+VOCABULARY, LENGTH, WINDOW, GROUPS = 512, 512, 8, 8
 TOP_K = (1, 2, 3, 4, 6, 8)
 HELD_OUT = 32768
 ROUTERS = {"untrained": None, "trained, gate multiply": "multiply", "trained, gate log": "log"}
