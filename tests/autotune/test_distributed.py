@@ -21,7 +21,7 @@ for cache in sys.argv[3:]:
     agreed = distributed.sync_tables()
     again = distributed.sync_tables()
     choice = planted.look_up()
-    print(json.dumps([before, agreed, again, choice.values["tile"], choice.source]))
+    print("answer", json.dumps([before, agreed, again, choice.values["tile"], choice.source]))
 dist.destroy_process_group()
 """
 
@@ -40,7 +40,8 @@ def test_one_rank_is_empty(tmp_path, monkeypatch, target):
     for process in processes:
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
-        answers.append([json.loads(line) for line in out.splitlines()])
+        lines = [line.removeprefix("answer ") for line in out.splitlines() if line.startswith("answer ")]
+        answers.append([json.loads(line) for line in lines])  # gloo of torch 2.10 prints lines of its own
         assert err.count("tuned tables differ") == (0 if len(answers) == 1 else 2)
     tuned, default = [128, False, True, 128, "synchronised"], [32, False, True, 32, "default"]
     assert answers == [[tuned, default], [[32, *tuned[1:]], [128, *default[1:]]]]
