@@ -18,6 +18,7 @@ DTYPES = {
     torch.float16: (2, "fastattn::cuda::f16"),
 }
 GROUPS = (4, 8, 16, 32)  # of the built Sinkhorn kernel; others are compiled at run time
+THREADS = 256  # a block, of the built kernels; other numbers are compiled at run time
 
 _pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -72,7 +73,7 @@ def missing() -> str | None:
     """Why no CUDA C++ kernel can run here, or None."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "there is no NVIDIA device"
-    if built() is None and (importlib.util.find_spec("cupy") is None or sources() is None):
+    if built() is None and not _compilable():
         return "src/cuda was not built (FASTATTN_CUDA=ON) and CuPy is not installed"
     return None
 
@@ -90,6 +91,10 @@ def _compiled(header: str, kernel: str) -> Any:
         enable_cooperative_groups=True,
     )
     return module.get_function(kernel)
+
+
+def _compilable() -> bool:
+    return importlib.util.find_spec("cupy") is not None and sources() is not None
 
 
 def _launch_compiled(function: Any, blocks: int, threads: int, params: ctypes.Structure, shared: int) -> None:
@@ -113,8 +118,10 @@ def _address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int = 256):
+def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int = THREADS):
     """(assignment (B, L, G), column potentials (B, 1, G)) of scores (B, L, G), whole columns (not causal)."""
+    if not _compilable():  # a table may come from where they could be
+        threads = THREADS
     batch, length, groups = scores.shape
     scores = scores.contiguous()
     assignment = torch.empty_like(scores)
@@ -129,7 +136,7 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
         tensors = (scores, assignment, potentials, lengths, partial)
         params = SinkhornParams(*map(_address, tensors), batch, length, iterations, temperature)
         code, element = DTYPES[scores.dtype]
-        if built() is not None and groups in GROUPS and threads == 256:
+        if built() is not None and groups in GROUPS and threads == THREADS:
             _call("sinkhorn", params, ctypes.c_int(code), ctypes.c_int(groups), ctypes.c_int64(blocks))
         else:
             kernel = f"fastattn::cuda::sinkhorn<{element}, {groups}, {threads}>"
@@ -138,7 +145,8 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
 
 
 def vocab_rows(
-    logits, bias, target, temperature, grad, loss, lse, grad_temperature, *, stablemax, softcap, z_loss, ignore_index
+    logits, bias, target, temperature, grad, loss, lse, grad_temperature, *, stablemax, softcap, z_loss, ignore_index,
+    threads: int = THREADS,
 ) -> None:  # fmt: skip
     """Fills loss and lse (N,) of logits (N, classes), and where grad (N,) is given puts the gradient over the logits.
 
@@ -146,17 +154,19 @@ def vocab_rows(
     """
     if logits.shape[0] == 0:
         return
+    if not _compilable():
+        threads = THREADS
     tensors = (logits, bias, target, temperature, grad, loss, lse, grad_temperature)
     with torch.cuda.device(logits.device):
         params = VocabRowsParams(
             *map(_address, tensors), *logits.shape, logits.stride(0), ignore_index, softcap, z_loss
         )
-        if built() is not None:
+        if built() is not None and threads == THREADS:
             _call("vocab_rows", params, ctypes.c_int(stablemax))
         else:
-            kernel = f"fastattn::cuda::vocab_rows<{str(bool(stablemax)).lower()}, 256>"
+            kernel = f"fastattn::cuda::vocab_rows<{str(bool(stablemax)).lower()}, {threads}>"
             blocks = min(logits.shape[0], 1 << 20)
-            _launch_compiled(_compiled("vocab_rows.cuh", kernel), blocks, 256, params, 0)
+            _launch_compiled(_compiled("vocab_rows.cuh", kernel), blocks, threads, params, 0)
 
 
 def decode_step(

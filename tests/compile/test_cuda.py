@@ -122,9 +122,9 @@ def test_linear_cross_entropy(host, monkeypatch, transform):
     from fastattn.ops.vocab import cuda
 
     def rows(
-        logits, bias, target, temperature, grad, loss, lse, dtau, *, stablemax, softcap, z_loss, ignore_index
-    ):
-        assert ignore_index == -100
+        logits, bias, target, temperature, grad, loss, lse, dtau, *, stablemax, softcap, z_loss, ignore_index, threads
+    ):  # fmt: skip
+        assert ignore_index == -100 and threads == _cuda.THREADS
         host.host_vocab_rows(
             *map(address, (logits, bias, target, temperature, grad, loss, lse, dtau)),
             *map(ctypes.c_int64, logits.shape), ctypes.c_float(softcap), ctypes.c_float(z_loss),
@@ -295,3 +295,17 @@ def test_compiles_at_run_time(header, kernel):
     assert not failed, log.value.decode()
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     assert size.value
+
+
+def test_threads_whose_statistics_do_not_fit_are_no_candidates():
+    from fastattn.autotune.space import Space
+
+    from fastattn import _config, _cuda, _device
+
+    target = _device.Target("cuda", "a GPU", "sm_90", units=132)
+    for groups, most in ((8, 1024), (400, 256)):
+        key = {"dtype": "float32", "groups": groups, "batch": 1, "length": 64}
+        space = Space(_config.tunings()["sinkhorn", "cuda"], [key], target)
+        assert max(space.config(point)["threads"] for point in space.points) == most
+    rows = _config.tunings()["vocab_rows", "cuda"]
+    assert rows.defaults({}, target) == {"threads": _cuda.THREADS}

@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import masks
+from ... import _config, masks
 from ..._registry import (
     Backend,
     cpu_backend,
@@ -40,11 +40,26 @@ def _reference_backward(name: str, wrt: tuple[int, ...], saved: int, first: int)
     return Backend("reference", load)
 
 
+def _configure_cuda_sinkhorn(scores, *_):
+    from . import tuning  # noqa: F401  declares what the look-up serves
+
+    batch, length, groups = scores.shape
+    return _config.lookup(
+        "sinkhorn",
+        "cuda",
+        structural={"dtype": str(scores.dtype).removeprefix("torch."), "groups": groups},
+        sizes={"batch": batch, "length": length},
+        device=scores.device,
+    )
+
+
 def _load_cuda_sinkhorn():
     from ... import _cuda
 
     def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
-        return _cuda.sinkhorn(scores, lengths, temperature, iterations)
+        return _cuda.sinkhorn(
+            scores, lengths, temperature, iterations, _configure_cuda_sinkhorn(scores).values["threads"]
+        )
 
     return sinkhorn
 
@@ -88,7 +103,9 @@ register_op(
     "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
     fake=_sinkhorn_fake,
     backends=(
-        Backend("cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, devices=("cuda",)),
+        Backend(
+            "cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, _configure_cuda_sinkhorn, devices=("cuda",)
+        ),
         cpu_backend(__package__, "sinkhorn", tuned=False),
         reference_backend(__package__, "sinkhorn"),
     ),

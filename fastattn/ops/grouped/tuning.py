@@ -25,3 +25,20 @@ for _name, _rows in (("grouped_attention", 48), ("gated_attention", 96)):
         parameters={"block_q": Parameter(_rows, (24, 48, 72, 96, 144, 192))},
         **_KEY,
     )
+
+
+def _fits(values, key, target) -> str | None:
+    # a warp's statistics of every group: two floats each, and the potentials (src/cuda/sinkhorn.cuh)
+    shared = (values["threads"] // 32 * 2 + 1) * key["groups"] * 4
+    limit = 48 << 10
+    return f"needs {shared} bytes of static shared memory, {limit} are there" if shared > limit else None
+
+
+declare(
+    "sinkhorn",
+    "cuda",
+    parameters={"threads": Parameter(256, (64, 128, 256, 512, 1024))},
+    structural=("dtype", "groups"),
+    sizes=("batch", "length"),
+    feasible=_fits,
+)

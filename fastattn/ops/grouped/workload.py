@@ -7,7 +7,7 @@ import torch
 from fastattn import testing
 from fastattn.autotune.space import Workload
 
-from . import gated_attention, grouped_attention
+from . import gated_attention, grouped_attention, sinkhorn
 
 _CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
 _GROUPS = 16
@@ -75,6 +75,27 @@ def _gpu_shapes(effort: str, target) -> list[dict]:
     return [{**heads, "dtype": dtype, "length": length} for dtype in dtypes for length in lengths]
 
 
+def _sinkhorn_shapes(effort: str, target) -> list[dict]:
+    lengths = (8192,) if effort == "quick" else (1024, 8192, 65536)
+    return [
+        {"batch": 1, "length": length, "groups": groups, "dtype": "bfloat16"}
+        for groups in ((8,) if effort == "quick" else (8, 16))
+        for length in lengths
+    ]
+
+
+def _sinkhorn_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+    sizes = shape["batch"], shape["length"], shape["groups"]
+    return (testing.random_tensor(*sizes, dtype=getattr(torch, shape["dtype"]), seed=seed).to(device),)
+
+
+def _sinkhorn(backend: str):
+    def call(shape: dict, scores):
+        return sinkhorn(scores, backend=backend)
+
+    return call
+
+
 def _workload(op: str, inputs, call, timed: str, backend: str, shapes, device: str) -> Workload:
     return Workload(
         op,
@@ -99,4 +120,16 @@ WORKLOADS = tuple(
         ("gated_attention", _gated_inputs, _gated, "forward"),
         ("gated_attention_backward", _gated_inputs, _gated, "backward"),
     )
+)
+WORKLOADS += (
+    Workload(
+        "sinkhorn",
+        "cuda",
+        shapes=_sinkhorn_shapes,
+        inputs=_sinkhorn_inputs,
+        call=_sinkhorn("cuda"),
+        reference=_sinkhorn("reference"),
+        terms=lambda shape: shape["length"],
+        devices=("cuda",),
+    ),
 )

@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from ... import _cuda
-from . import chunked
+from ... import _config, _cuda
+from . import chunked, tuning  # noqa: F401  declares what the look-up serves
 
 _CHUNK_MIB = 512  # of float32 logits
 
@@ -22,12 +22,20 @@ def _float(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _row_kernel(x, target, *, bias, temperature, grad, loss, lse, grad_temperature, **options) -> None:
+    config = _config.lookup(
+        "vocab_rows",
+        "cuda",
+        structural={"transform": "stablemax" if options["stablemax"] else "softmax"},
+        sizes={"rows": x.shape[0], "classes": x.shape[1]},
+        device=x.device,
+    )
     # it always forms both statistics; those already known go to scratch
     scratch = x.new_empty(2, x.shape[0])
     loss, lse = scratch if loss is None else (loss, lse)
     _cuda.vocab_rows(
-        x, _float(bias), target.long(), _float(temperature), grad, loss, lse, grad_temperature, **options
-    )
+        x, _float(bias), target.long(), _float(temperature), grad, loss, lse, grad_temperature, **options,
+        **config.values,
+    )  # fmt: skip
 
 
 linear_cross_entropy = functools.partial(chunked.linear_cross_entropy, _row_kernel, _CHUNK_MIB)

@@ -22,3 +22,11 @@ declare(
     structural=("dtype",),
     sizes=("rows", "codes", "width"),
 )
+
+declare(
+    "vocab_rows",
+    "cuda",
+    parameters={"threads": Parameter(256, (64, 128, 256, 512, 1024))},
+    structural=("transform",),
+    sizes=("rows", "classes"),
+)

@@ -97,4 +97,5 @@ WORKLOADS = (
     _workload("linear_cross_entropy", _linear_shapes, _linear_inputs, _linear, "classes"),
     _workload("vq_cross_entropy", _codes_shapes, _codes_inputs, _codes, "codes"),
     _workload("vocab_rows", _row_shapes, _linear_inputs, _linear, "classes", "triton", "cuda"),
+    _workload("vocab_rows", _row_shapes, _linear_inputs, _linear, "classes", "cuda", "cuda"),
 )
