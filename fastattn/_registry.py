@@ -110,10 +110,10 @@ def save_inputs(ctx: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]
 
 def saved_inputs(ctx: Any) -> tuple[list, tuple]:
     """(inputs, results) as `save_inputs` kept them."""
-    inputs = list(ctx.inputs)
-    for i, t in zip(ctx.where, ctx.saved_tensors, strict=False):
+    inputs, saved = list(ctx.inputs), ctx.saved_tensors  # read once: a checkpoint recomputes them for one reading
+    for i, t in zip(ctx.where, saved, strict=False):
         inputs[i] = t
-    return inputs, ctx.saved_tensors[len(ctx.where) :]
+    return inputs, saved[len(ctx.where) :]
 
 
 @dataclass(frozen=True)

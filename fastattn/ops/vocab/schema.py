@@ -160,7 +160,8 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5 + none
     refuse_second_order("linear_cross_entropy")
-    saved, found = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    tensors = ctx.saved_tensors
+    saved, found = tensors[:6], tensors[6:]
 
     def recompute(wanted):
         return torch.ops.fastattn.linear_cross_entropy_backward(

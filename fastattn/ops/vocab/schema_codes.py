@@ -127,7 +127,8 @@ def _loss_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
     refuse_second_order("vq_cross_entropy")
-    saved, found = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    tensors = ctx.saved_tensors
+    saved, found = tensors[:7], tensors[7:]
 
     def recompute(wanted):
         return torch.ops.fastattn.vq_cross_entropy_backward(
