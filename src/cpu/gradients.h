@@ -180,42 +180,49 @@ FASTATTN_INLINE void store_gradients(Matrix to, const float* from, int64_t colum
   }
 }
 
-// run(block rows, sequence, head, thread memory) for every block of every key head, finish(pair, sequence, head) once
-// its gradients are whole. `extra` floats a key besides those of keys and values.
+// run(block rows, sequence, key head of the block's h-th head, thread memory) for every block of some heads together,
+// finish(key head, sequence, its gradients) once they are whole. `extra` floats a key besides those of keys and values.
 template <class Run, class Finish>
 static void for_gradient_heads(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
-                               int64_t extra, const Run& run, const Finish& finish) {
-  const int64_t threads = problem.p.threads, pairs = problem.sequences * problem.kv_heads;
-  const int64_t parts = max64(1, threads / max64(pairs, 1));
-  const int64_t slots = parts > 1 ? pairs * parts : min64(threads, pairs);
+                               int64_t extra, const Together& together, const Run& run, const Finish& finish) {
+  const int64_t threads = problem.p.threads, members = together.kv_heads, in_sequence = together.units(problem);
+  const int64_t units = problem.sequences * in_sequence, parts = max64(1, threads / max64(units, 1));
+  const int64_t slots = parts > 1 ? units * parts : min64(threads, units);
   const int64_t head_bytes = round_up(GradientHead::bytes(problem, longest.k, extra), 4096);
   block_bytes = round_up(block_bytes, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(slots * head_bytes + threads * block_bytes));
-  const int64_t blocks = (longest.q + block_q - 1) / block_q, items = blocks * problem.group;
-  const auto head_at = [&](int64_t slot) {
-    Arena arena{memory + threads * block_bytes + slot * head_bytes};
+  char* memory = (char*)cpu::scratch(0, size_t(slots * members * head_bytes + threads * block_bytes));
+  const int64_t blocks = (longest.q + block_q - 1) / block_q, items = blocks * together.chunks(problem);
+  const auto head_at = [&](int64_t slot, int64_t member) {
+    Arena arena{memory + threads * block_bytes + (slot * members + member) * head_bytes};
     return GradientHead(problem, longest.k, extra, arena);
   };
-  parallel_items(pairs * parts, (int)threads, [&](int64_t task, int thread) {
-    const int64_t pair = task / parts, part = task % parts, kv_head = pair % problem.kv_heads;
-    const Sequence s = problem.sequence(pair / problem.kv_heads);
-    GradientHead head = head_at(parts > 1 ? task : thread);
-    head.load(problem, s, kv_head);
+  parallel_items(units * parts, (int)threads, [&](int64_t task, int thread) {
+    const int64_t unit = task / parts, part = task % parts, slot = parts > 1 ? task : thread;
+    const Sequence s = problem.sequence(unit / in_sequence);
+    const int64_t kv_head = unit % in_sequence * members, there = min64(members, problem.kv_heads - kv_head);
+    for (int64_t m = 0; m < there; m++) head_at(slot, m).load(problem, s, kv_head + m);
     for (int64_t item = part; item < items; item += parts) {
-      const int64_t first = item % blocks * block_q;
-      if (first >= s.q_length) continue;
+      const int64_t first = item % blocks * block_q, in_unit = item / blocks * together.heads;
+      const int64_t heads = min64(together.heads, there * problem.group - in_unit);
+      if (first >= s.q_length || heads <= 0) continue;
       const int64_t rows = min64(block_q, s.q_length - first);
-      run(BlockRows{kv_head * problem.group + item / blocks, first, rows, rows}, s, head,
+      run(
+          BlockRows{kv_head * problem.group + in_unit, first, rows, rows * heads}, s,
+          [&](int64_t h) { return head_at(slot, (in_unit + h) / problem.group); },
           Arena{memory + thread * block_bytes});
     }
-    if (parts == 1) finish(pair, s, head);
+    if (parts > 1) return;
+    for (int64_t m = 0; m < there; m++) finish(kv_head + m, s, head_at(slot, m));
   });
   if (parts == 1) return;
-  parallel_items(pairs, (int)threads, [&](int64_t pair, int) {
-    const Sequence s = problem.sequence(pair / problem.kv_heads);
-    GradientHead head = head_at(pair * parts);
-    for (int64_t part = 1; part < parts; part++) head.add(head_at(pair * parts + part), s.keys);
-    finish(pair, s, head);
+  parallel_items(units * members, (int)threads, [&](int64_t task, int) {
+    const int64_t unit = task / members, member = task % members;
+    const int64_t kv_head = unit % in_sequence * members + member;
+    if (kv_head >= problem.kv_heads) return;
+    const Sequence s = problem.sequence(unit / in_sequence);
+    GradientHead head = head_at(unit * parts, member);
+    for (int64_t part = 1; part < parts; part++) head.add(head_at(unit * parts + part, member), s.keys);
+    finish(kv_head, s, head);
   });
 }
 

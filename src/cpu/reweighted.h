@@ -260,9 +260,9 @@ static void reweighted_tiled(const ReweightedParams& p) {
   const int64_t bytes = ReweightedBlock<Unit>::bytes(problem, block_q, block_k, stride);
   if (!streamed) {
     for_packed_blocks<Unit>(
-        problem, longest, block_q, bytes, true,
-        [&](const BlockRows& rows, const Sequence& s, const PackedPanels<Unit>& panels, Arena arena) {
-          ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena).run(rows, s, panels);
+        problem, longest, block_q, bytes, true, Together(),
+        [&](const BlockRows& rows, const Sequence& s, const auto& panels, Arena arena) {
+          ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena).run(rows, s, panels(0));
         });
     return;
   }

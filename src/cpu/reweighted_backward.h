@@ -146,12 +146,12 @@ static void reweighted_backward(const ReweightedParams& p) {
   const int64_t columns = block_columns(p, longest.k, p.block_q, kGradientTile);
   const int64_t block_q = block_rows(p.block_q, columns, kScoreKib / 2), stride = score_stride(columns);
   for_gradient_heads(
-      problem, longest, block_q, ReweightedGradientBlock::bytes(problem, block_q, stride), 0,
-      [&](const BlockRows& rows, const Sequence& s, GradientHead& head, Arena arena) {
+      problem, longest, block_q, ReweightedGradientBlock::bytes(problem, block_q, stride), 0, Together(),
+      [&](const BlockRows& rows, const Sequence& s, const auto& heads, Arena arena) {
+        GradientHead head = heads(0);
         ReweightedGradientBlock(problem, p, block_q, stride, arena).run(rows, s, head);
       },
-      [&](int64_t pair, const Sequence& s, GradientHead& head) {
-        const int64_t kv_head = pair % problem.kv_heads;
+      [&](int64_t kv_head, const Sequence& s, const GradientHead& head) {
         const Matrix keys = matrix(p.k, s.batch, kv_head, s.k_begin);
         for (int64_t j = 0; j < s.keys; j++)
           project_out(head.grad_keys + j * head.head_columns, keys, j, problem.head_dim, head.reciprocals[j]);

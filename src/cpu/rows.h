@@ -115,20 +115,42 @@ FASTATTN_INLINE int64_t attended(const AttentionParams& p, const RowRanges& rang
   return n;
 }
 
-// Products of a block's rows with the panels of the tile at key n, for the groups of rows that need them.
+// Products of a block's rows with the panels of the tile at key n, for the groups of rows that need them: out(offset,
+// product) with offsets into a tile whose rows are `stride` apart.
+template <class Unit, class Out>
+FASTATTN_INLINE void for_tile_products(int64_t stride, const typename Unit::Word* a, int64_t steps,
+                                       const typename Unit::Word* panels, const RowRanges& ranges, int64_t groups,
+                                       int64_t n, int64_t columns, const Out& out) {
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    for (int64_t g = 0; g < groups; g++) {
+      if (ranges.group_high[g] <= n + j || ranges.group_low[g] >= n + j + kPanel) continue;
+      const int64_t block = g * kRows * stride + j;
+      product<Unit>(a + g * kRows * steps, steps, panels + j * steps, steps,
+                    [&](int i, int v, vf x) { out(block + i * stride + v * W, x); });
+    }
+  }
+}
 template <class Unit>
 FASTATTN_INLINE void tile_products(float* to, int64_t stride, const typename Unit::Word* a, int64_t steps,
                                    const typename Unit::Word* panels, const RowRanges& ranges, int64_t groups,
                                    int64_t n, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    for (int64_t g = 0; g < groups; g++) {
-      if (ranges.group_high[g] <= n + j || ranges.group_low[g] >= n + j + kPanel) continue;
-      float* block = to + g * kRows * stride + j;
-      product<Unit>(a + g * kRows * steps, steps, panels + j * steps, steps,
-                    [&](int i, int v, vf x) { store(block + i * stride + v * W, x); });
-    }
-  }
+  for_tile_products<Unit>(stride, a, steps, panels, ranges, groups, n, columns,
+                          [&](int64_t at, vf x) { store(to + at, x); });
 }
+
+// How many heads one task handles together: `heads` query heads, of up to `kv_heads` key heads of one sequence. Whole
+// key heads, or some query heads of a single one.
+struct Together {
+  int64_t kv_heads = 1, heads = 1;
+
+  Together() {}
+  Together(const Problem& problem, int64_t most)
+      : kv_heads(max64(1, min64(problem.kv_heads, most / problem.group))),
+        heads(kv_heads > 1 ? kv_heads * problem.group : min64(most, problem.group)) {}
+  // Sets of key heads of one sequence, and sets of query heads of one of those.
+  int64_t units(const Problem& problem) const { return (problem.kv_heads + kv_heads - 1) / kv_heads; }
+  int64_t chunks(const Problem& problem) const { return (kv_heads * problem.group + heads - 1) / heads; }
+};
 
 // Panels of one key head, packed whole before any block runs.
 template <class Unit>
@@ -186,33 +208,35 @@ struct StreamedPanels {
   const Word* value_panel(int64_t, int64_t d, int64_t) const { return value_words + d * (block_k / Unit::kStep); }
 };
 
-// Key heads of sequences packed in waves, then blocks of query rows: run(block rows, sequence, panels, thread memory).
+// Key heads of sequences packed in waves, then blocks of query rows of some heads together: run(block rows, sequence,
+// panels of the block's h-th head, thread memory).
 template <class Unit, class Run>
 static void for_packed_blocks(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
-                              bool norms, const Run& run) {
+                              bool norms, const Together& together, const Run& run) {
   using Word = typename Unit::Word;
   const AttentionParams& p = problem.p;
   const PackedHead<Unit> packed(problem, longest.k);
   const int64_t norm_words = norms ? round_up(longest.k, kPanel) + kPanel : 0;
   const int64_t words = packed.words() + round_up(norm_words, 16);
-  const int64_t blocks = (longest.q + block_q - 1) / block_q;
-  const int64_t pairs = problem.sequences * problem.kv_heads;
-  const int64_t wave = max64(1, min64(pairs, p.pack_kib * 256 / max64(words, 1)));
+  const int64_t blocks = (longest.q + block_q - 1) / block_q, members = together.kv_heads;
+  const int64_t in_sequence = together.units(problem), units = problem.sequences * in_sequence;
+  const int64_t chunks = together.chunks(problem);
+  const int64_t wave = max64(1, min64(units, p.pack_kib * 256 / max64(words * members, 1)));
   block_bytes = round_up(block_bytes, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(wave * words * 4 + p.threads * block_bytes));
+  char* memory = (char*)cpu::scratch(0, size_t(wave * members * words * 4 + p.threads * block_bytes));
   Word* store = (Word*)(memory + p.threads * block_bytes);
   const int64_t q_steps = steps_of<Unit>(problem.head_dim);
 
   constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
   const int64_t pack_tasks = (longest.k + kPackRows - 1) / kPackRows;
-  for (int64_t begin = 0; begin < pairs; begin += wave) {
-    const int64_t count = min64(wave, pairs - begin);
-    parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int) {
-      const int64_t pair = task / pack_tasks, first = task % pack_tasks * kPackRows;
-      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
-      const int64_t head = (begin + pair) % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
-      if (rows <= 0) return;
-      Word* to = store + pair * words;
+  for (int64_t begin = 0; begin < units; begin += wave) {
+    const int64_t count = min64(wave, units - begin);
+    parallel_items(count * members * pack_tasks, p.threads, [&](int64_t task, int) {
+      const int64_t slot = task / pack_tasks, first = task % pack_tasks * kPackRows, unit = begin + slot / members;
+      const Sequence s = problem.sequence(unit / in_sequence);
+      const int64_t head = unit % in_sequence * members + slot % members, rows = min64(kPackRows, s.keys - first);
+      if (rows <= 0 || head >= problem.kv_heads) return;
+      Word* to = store + slot * words;
       const Matrix keys = matrix(p.k, s.batch, head, s.k_begin + first);
       pack_transposed<Unit>(to + first * q_steps, keys, rows, problem.head_dim);
       pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
@@ -220,18 +244,22 @@ static void for_packed_blocks(const Problem& problem, const Longest& longest, in
       if (norms)
         reciprocal_norms((float*)(to + packed.words()) + first, keys, rows, problem.head_dim, round_up(rows, kPanel));
     });
-    parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
-      const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
-      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
+    parallel_items(count * chunks * blocks, p.threads, [&](int64_t task, int thread) {
+      const int64_t slot = task / (chunks * blocks), unit = begin + slot;
+      const Sequence s = problem.sequence(unit / in_sequence);
       // the last rows of a causal sequence have the most keys, so they start first
       const int64_t first = (blocks - 1 - task % blocks) * block_q;
-      if (first >= s.q_length) return;
-      const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
+      const int64_t in_unit = task / blocks % chunks * together.heads;
+      const int64_t head = unit % in_sequence * members * problem.group + in_unit;
+      if (first >= s.q_length || head >= problem.heads) return;
       const int64_t rows = min64(block_q, s.q_length - first);
-      const Word* to = store + pair * words;
-      const PackedPanels<Unit> panels{to, to + packed.key_words, (const float*)(to + packed.words()), q_steps,
-                                      packed.capacity};
-      run(BlockRows{head, first, rows, rows}, s, panels, Arena{memory + thread * block_bytes});
+      const auto panels = [&](int64_t h) {
+        const Word* to = store + (slot * members + (in_unit + h) / problem.group) * words;
+        return PackedPanels<Unit>{to, to + packed.key_words, (const float*)(to + packed.words()), q_steps,
+                                  packed.capacity};
+      };
+      const int64_t heads = min64(together.heads, min64(problem.heads - head, members * problem.group - in_unit));
+      run(BlockRows{head, first, rows, rows * heads}, s, panels, Arena{memory + thread * block_bytes});
     });
   }
 }

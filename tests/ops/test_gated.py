@@ -183,6 +183,19 @@ def test_native_dtypes(isa, nan_outputs, dtype, gate):
     )
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 6), (3, 2), (5, 1)])
+def test_native_for_any_heads_and_threads(isa, nan_outputs, monkeypatch, threads, kv_heads, group):
+    """Heads share gates in sets that depend on both; sets may be ragged, and some query heads of one key head."""
+    monkeypatch.setattr(_native, "threads", lambda: threads)
+    q, k, v = testing.attention_inputs(2, kv_heads * group, kv_heads, 110, 110, 8)
+    a = fa.sinkhorn(testing.random_tensor(2, 110, 3), temperature=1.0).requires_grad_()
+    sharpness = torch.tensor(3.0, requires_grad=True)
+    testing.check_op(
+        call("cpu", window=9), call("reference", window=9), (q, k, v, a, sharpness), terms=110 * 4
+    )
+
+
 def test_native_is_deterministic(isa):
     q, k, v = testing.attention_inputs(1, 4, 1, 200, 200, 16)
     a = fa.sinkhorn(testing.random_tensor(1, 200, 8), temperature=1.0).requires_grad_()

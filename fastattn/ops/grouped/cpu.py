@@ -216,9 +216,10 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse,
     if not any(g.numel() for g in grads):
         return *grads, torch.zeros_like(assignment), torch.zeros_like(sharpness)
     tokens, groups = q.shape[2], assignment.shape[2]
-    by_query = q.new_empty(q.shape[0], q.shape[1], tokens, groups, dtype=torch.float32)
-    by_key = q.new_empty(q.shape[0], k.shape[1], tokens, groups, dtype=torch.float32)
-    by_row = q.new_empty(q.shape[:3], dtype=torch.float32)
+    # heads handled together leave their sum at the first of them
+    by_query = q.new_zeros(q.shape[0], q.shape[1], tokens, groups, dtype=torch.float32)
+    by_key = q.new_zeros(q.shape[0], k.shape[1], tokens, groups, dtype=torch.float32)
+    by_row = q.new_zeros(q.shape[:3], dtype=torch.float32)
     _call_gated(
         "gated_attention_backward",
         "gated_attention_backward",
