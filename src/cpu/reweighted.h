@@ -47,6 +47,19 @@ FASTATTN_INLINE void row_scales(RowScale* to, const Problem& problem, const RowR
   }
 }
 
+// Of some of a row's keys: highest and lowest score, sum of distances below the highest, how many are attended. The
+// mean is taken as such a distance, which keeps its digits where the scores are close together.
+struct RowPart {
+  float top, low, below, keys;
+  void add(const RowPart& other) {
+    const float highest = top > other.top ? top : other.top;
+    below += keys * (highest - top) + other.below + other.keys * (highest - other.top);
+    keys += other.keys;
+    top = highest;
+    low = low < other.low ? low : other.low;
+  }
+};
+
 // The statistics of one row of the op: highest score, 1 / (highest - threshold), sum of weights.
 FASTATTN_INLINE float* statistics_of(const ReweightedParams& p, const Sequence& s, const BlockRows& rows, int64_t r) {
   const int64_t row = (s.batch * p.q.size[1] + rows.head_of(r)) * p.q.size[2] + s.q_begin + rows.row_of(r);
@@ -70,7 +83,7 @@ struct ReweightedBlock {
   float* totals;              // (block_q, W) sums of weights, by lanes
   RowScale* scale;
   RowRanges ranges;
-  int64_t base = 0;
+  int64_t base = 0, end = 0;  // keys it runs over, from a tile's first on
 
   static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k, int64_t stride) {
     const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
@@ -103,35 +116,64 @@ struct ReweightedBlock {
 
   template <class Panels>
   void run(const BlockRows& rows, const Sequence& s, const Panels& panels) {
-    const int64_t groups = (rows.count + kRows - 1) / kRows;
+    place(rows, s, 0, 1);
+    score(rows, s, panels);
+    for (int64_t r = 0; r < rows.count; r++) set_statistics(r, part_of(r));
+    reweigh(rows, s, panels);
+    for (int64_t r = 0; r < rows.count; r++) finish_row(rows, s, r);
+  }
+
+  // The block's rows, and the part-th of `parts` sets of tiles of the keys they attend.
+  void place(const BlockRows& rows, const Sequence& s, int64_t part, int64_t parts) {
     fill_ranges(ranges, s, rows);
+    row_scales(scale, problem, ranges, s, rows);
+    const int64_t first = ranges.begin < ranges.end ? ranges.begin / block_k : 0;
+    const int64_t tiles = max64(0, (ranges.end + block_k - 1) / block_k - first);
+    base = (first + tiles * part / parts) * block_k;
+    end = min64(ranges.end, (first + tiles * (part + 1) / parts) * block_k);
+  }
+
+  template <class Panels>
+  void score(const BlockRows& rows, const Sequence& s, const Panels& panels) {
+    const int64_t groups = (rows.count + kRows - 1) / kRows;
     memset(out, 0, size_t(groups * kRows * out_columns) * 4);
     memset(sums, 0, size_t(groups * kRows * W) * 4);
     memset(totals, 0, size_t(groups * kRows * W) * 4);
     for (int64_t i = 0; i < groups * kRows * W; i++) tops[i] = 0, lows[i] = __builtin_inff();
-    if (ranges.begin < ranges.end) pack_block<Unit>(q, q_steps, p.q, s, rows, problem.head_dim);
-    row_scales(scale, problem, ranges, s, rows);
-    base = ranges.begin < ranges.end ? ranges.begin / block_k * block_k : 0;
-    for (int64_t n = base; n < ranges.end; n += block_k) {
+    if (base < end) pack_block<Unit>(q, q_steps, p.q, s, rows, problem.head_dim);
+    for (int64_t n = base; n < end; n += block_k) {
       const int64_t there = min64(block_k, s.keys - n);
       tile_products<Unit>(scores + n - base, stride, q, q_steps, panels.key_panels(n), ranges, groups, n,
-                          min64(round_up(min64(ranges.end - n, there), kPanel), block_k));
+                          min64(round_up(min64(end - n, there), kPanel), block_k));
       score_tile(rows, s, n, there, panels.key_reciprocals(n));
       if (!p.reweigh) add_tile(rows, n, there, panels);
     }
-    if (p.reweigh) {
-      for (int64_t r = 0; r < rows.count; r++) take_statistics(r);
-      for (int64_t n = base; n < ranges.end; n += block_k) add_tile(rows, n, min64(block_k, s.keys - n), panels);
-    }
-    for (int64_t r = 0; r < rows.count; r++) {
-      const float total = reduce_add(load((p.reweigh ? totals : sums) + r * W));
-      float* statistics = statistics_of(p, s, rows, r);
-      statistics[0] = p.reweigh ? scale[r].top : 0.0f;
-      statistics[1] = p.reweigh ? scale[r].reciprocal_height : 1.0f;
-      statistics[2] = total;
-      store_row(matrix(p.out, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 0, out + r * out_columns,
-                problem.value_dim, total > 0 ? 1 / total : 0.0f);
-    }
+  }
+
+  template <class Panels>
+  void reweigh(const BlockRows& rows, const Sequence& s, const Panels& panels) {
+    if (!p.reweigh) return;
+    for (int64_t n = base; n < end; n += block_k) add_tile(rows, n, min64(block_k, s.keys - n), panels);
+  }
+
+  // Sums and weighted values of another part of the same rows.
+  void take(const ReweightedBlock& other, int64_t rows) {
+    const auto sum = [](float* to, const float* from, int64_t n) {
+      for (int64_t i = 0; i < n; i += W) store(to + i, load(to + i) + load(from + i));
+    };
+    sum(out, other.out, rows * out_columns);
+    sum(sums, other.sums, rows * W);
+    sum(totals, other.totals, rows * W);
+  }
+
+  void finish_row(const BlockRows& rows, const Sequence& s, int64_t r) {
+    const float total = reduce_add(load((p.reweigh ? totals : sums) + r * W));
+    float* statistics = statistics_of(p, s, rows, r);
+    statistics[0] = p.reweigh ? scale[r].top : 0.0f;
+    statistics[1] = p.reweigh ? scale[r].reciprocal_height : 1.0f;
+    statistics[2] = total;
+    store_row(matrix(p.out, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 0, out + r * out_columns,
+              problem.value_dim, total > 0 ? 1 / total : 0.0f);
   }
 
   void score_tile(const BlockRows& rows, const Sequence& s, int64_t n, int64_t there, const float* reciprocals) {
@@ -173,23 +215,28 @@ struct ReweightedBlock {
     store(lows + r * W, low);
   }
 
-  // The mean is taken as a distance below the maximum, which keeps its digits where the scores are close together.
-  void take_statistics(int64_t r) {
-    const float top = reduce_max(load(tops + r * W)), low = -reduce_max(-load(lows + r * W));
-    const int64_t keys = scale[r].keys;
-    float height = top;  // above the threshold
-    if (keys > kFew) {
-      height = 0;
-      if (top - low > kEqual * (1 + scale[r].c)) {
-        vf below{};
-        const int64_t g = r / kRows;
-        const float* x = scores + r * stride;
-        for (int64_t j = (ranges.group_low[g] - base) / kPanel * kPanel; j < ranges.group_high[g] - base; j += W)
-          below += keep(load(x + j) >= 0.0f, top - load(x + j));
-        height = reduce_add(below) / (float)keys;
-      }
+  // What the keys of [base, end) tell of row r.
+  RowPart part_of(int64_t r) const {
+    RowPart part{reduce_max(load(tops + r * W)), -reduce_max(-load(lows + r * W)), 0, 0};
+    if (!p.reweigh || scale[r].keys <= kFew) return part;
+    vf below{}, keys{};
+    const int64_t g = r / kRows, high = min64(ranges.group_high[g], end) - base;
+    const float* x = scores + r * stride;
+    for (int64_t j = max64(ranges.group_low[g] - base, 0) / kPanel * kPanel; j < high; j += W) {
+      const vi attends = load(x + j) >= 0.0f;
+      below += keep(attends, part.top - load(x + j));
+      keys += keep(attends, splat(1.0f));
     }
-    scale[r].top = top;
+    part.below = reduce_add(below);
+    part.keys = reduce_add(keys);
+    return part;
+  }
+
+  void set_statistics(int64_t r, const RowPart& whole) {
+    float height = whole.top;  // above the threshold
+    if (scale[r].keys > kFew)
+      height = whole.top - whole.low > kEqual * (1 + scale[r].c) ? whole.below / (float)scale[r].keys : 0.0f;
+    scale[r].top = whole.top;
     scale[r].reciprocal_height = height > 0 ? 1 / height : 0.0f;
   }
 
@@ -245,6 +292,7 @@ struct ReweightedBlock {
 };
 
 constexpr int64_t kStreamedRows = 48;  // a key head that serves so few rows is packed a tile at a time
+constexpr int64_t kPartKeys = 512;     // the fewest keys that are shared out
 constexpr int64_t kScoreKib = 1024;    // scores of a block of rows
 
 template <class Unit>
@@ -256,7 +304,10 @@ static void reweighted_tiled(const ReweightedParams& p) {
   int64_t block_q = streamed ? round_up(longest.q * problem.group, kRows) : p.block_q;
   const int64_t columns = block_columns(p, longest.k, block_q, block_k);
   if (!streamed) block_q = block_rows(block_q, columns, kScoreKib);
-  const int64_t stride = score_stride(columns);
+  const int64_t pairs = problem.sequences * problem.kv_heads;
+  // a streamed head is shared out in parts of its keys where heads are fewer than threads
+  const int64_t parts = streamed ? max64(1, min64(p.threads / max64(pairs, 1), columns / kPartKeys)) : 1;
+  const int64_t stride = score_stride((columns / block_k + parts - 1) / parts * block_k);
   const int64_t bytes = ReweightedBlock<Unit>::bytes(problem, block_q, block_k, stride);
   if (!streamed) {
     for_packed_blocks<Unit>(
@@ -266,16 +317,58 @@ static void reweighted_tiled(const ReweightedParams& p) {
         });
     return;
   }
-  const int64_t each = round_up(bytes + StreamedPanels<Unit>::bytes(problem, block_k), 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * each));
-  parallel_items(problem.sequences * problem.kv_heads, p.threads, [&](int64_t task, int thread) {
-    const Sequence s = problem.sequence(task / problem.kv_heads);
+  const int64_t told_bytes = round_up(block_q * (int64_t)sizeof(RowPart), 64);
+  const int64_t each = round_up(told_bytes + bytes + StreamedPanels<Unit>::bytes(problem, block_k), 4096);
+  char* memory = (char*)cpu::scratch(0, size_t((parts > 1 ? pairs * parts : p.threads) * each));
+  const auto told = [&](int64_t slot) { return (RowPart*)(memory + slot * each); };
+  // run(block, its rows, sequence, panels) with the memory of a slot
+  const auto with_block = [&](int64_t slot, int64_t pair, const auto& run) {
+    const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (s.q_length == 0) return;
-    const int64_t head = task % problem.kv_heads;
-    Arena arena{memory + thread * each};
+    const int64_t head = pair % problem.kv_heads;
+    Arena arena{memory + slot * each + told_bytes};
     const StreamedPanels<Unit> panels(problem, s, head, block_k, arena);
     ReweightedBlock<Unit> block(problem, p, block_q, block_k, stride, arena);
-    block.run(BlockRows{head * problem.group, 0, s.q_length, s.q_length * problem.group}, s, panels);
+    run(block, BlockRows{head * problem.group, 0, s.q_length, s.q_length * problem.group}, s, panels);
+  };
+  if (parts == 1) {
+    parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
+      with_block(thread, pair, [](auto& block, const BlockRows& rows, const Sequence& s, const auto& panels) {
+        block.run(rows, s, panels);
+      });
+    });
+    return;
+  }
+  const auto take_statistics = [&](auto& block, int64_t pair, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+      RowPart whole = told(pair * parts)[r];
+      for (int64_t part = 1; part < parts; part++) whole.add(told(pair * parts + part)[r]);
+      block.set_statistics(r, whole);
+    }
+  };
+  parallel_items(pairs * parts, p.threads, [&](int64_t task, int) {
+    with_block(task, task / parts, [&](auto& block, const BlockRows& rows, const Sequence& s, const auto& panels) {
+      block.place(rows, s, task % parts, parts);
+      block.score(rows, s, panels);
+      for (int64_t r = 0; r < rows.count; r++) told(task)[r] = block.part_of(r);
+    });
+  });
+  if (p.reweigh)
+    parallel_items(pairs * parts, p.threads, [&](int64_t task, int) {
+      with_block(task, task / parts, [&](auto& block, const BlockRows& rows, const Sequence& s, const auto& panels) {
+        block.place(rows, s, task % parts, parts);
+        take_statistics(block, task / parts, rows.count);
+        block.reweigh(rows, s, panels);
+      });
+    });
+  parallel_items(pairs, p.threads, [&](int64_t pair, int) {
+    with_block(pair * parts, pair, [&](auto& block, const BlockRows& rows, const Sequence& s, const auto&) {
+      block.place(rows, s, 0, parts);
+      take_statistics(block, pair, rows.count);
+      for (int64_t part = 1; part < parts; part++)
+        with_block(pair * parts + part, pair, [&](auto& other, const auto&...) { block.take(other, rows.count); });
+      for (int64_t r = 0; r < rows.count; r++) block.finish_row(rows, s, r);
+    });
   });
 }
 

@@ -289,6 +289,26 @@ def test_native_decoding_continues_the_prefill(isa, nan_outputs):
             assert testing.max_error(native(power, mask)(step, k, v), truth) <= bound
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        fa.Mask(causal=True),
+        fa.Mask(causal=True, key_lengths=torch.tensor([1601])),
+        fa.Mask(window=(1100, 0)),
+        fa.Mask(dense=(torch.arange(1700) % 3 != 1) & (torch.arange(1700) < 900)),
+    ],
+    ids=["causal", "key lengths", "window", "dense"],
+)
+def test_native_decoding_by_more_threads_than_heads(isa, nan_outputs, monkeypatch, mask):
+    """The keys are shared out among threads, and what each finds about a row is put together."""
+    monkeypatch.setattr(_native, "threads", lambda: 5)
+    inputs = testing.attention_inputs(1, 4, 1, 3, 1700, 16, 24)
+    for power in (None, 3.0, 15.0):
+        testing.check_op(native(power, mask), defined(power, mask), inputs, terms=1700, names="qkv")
+        runs = [native(power, mask)(*inputs) for _ in range(2)]
+        assert torch.equal(*runs)
+
+
 def test_native_is_deterministic(isa):
     """One key head on two threads: its gradients are summed from two parts, in order."""
     inputs = testing.attention_inputs(1, 4, 1, 200, 200, 16)
