@@ -110,7 +110,8 @@ def save_inputs(ctx: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]
 
 def saved_inputs(ctx: Any) -> tuple[list, tuple]:
     """(inputs, results) as `save_inputs` kept them."""
-    inputs, saved = list(ctx.inputs), ctx.saved_tensors  # read once: a checkpoint recomputes them for one reading
+    # read once: a checkpoint recomputes them for one reading
+    inputs, saved = list(ctx.inputs), ctx.saved_tensors
     for i, t in zip(ctx.where, saved, strict=False):
         inputs[i] = t
     return inputs, saved[len(ctx.where) :]
