@@ -183,6 +183,10 @@ def load_state_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[
                     f"load_state_tensors: {key} has shape {tuple(given.shape)} and dtype {given.dtype}; "
                     f"{tuple(known.shape)} and {known.dtype} are needed"
                 )
+            if hasattr(value, "device_mesh"):  # a DTensor; every rank was given the whole one
+                from torch.distributed.tensor import distribute_tensor
+
+                given = distribute_tensor(given, value.device_mesh, value.placements, src_data_rank=None)
             if isinstance(value, Tensor):
                 value.copy_(given)
             else:

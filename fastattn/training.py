@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from fastattn import _files
-from fastattn.data.packing import Order, batches, check_lengths
+from fastattn import _files, training_ranks
+from fastattn.data.packing import Batch, Order, batches, check_lengths
 from fastattn.data.tokenizer import Sample, Tokenizer
 from fastattn.models import HrmText
 from fastattn.nn import VQHead
 from fastattn.ops.vocab import nearest_codes
 from fastattn.optim import AdamATan2, load_state_tensors, state_tensors
 from fastattn.report import OpTime
-from fastattn.training_state import fingerprint, read_state, write_state
+from fastattn.training_state import STATE, fingerprint, write_state
 
-STATE, HISTORY = "training.safetensors", "history.jsonl"
+HISTORY = "history.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ class Trainer:
     """A run: model, optimizer, place in the data, and the folder where it is saved.
 
     Its folder holds the averaged model (config.json, model.safetensors), tokenizer.json, history.jsonl and
-    training.safetensors, which has all that a resumed run needs and appears whole or not at all.
+    training.safetensors, which has all that a resumed run needs and appears whole or not at all. Several
+    processes (see :meth:`shard`) write it as a DCP folder, training-<step>.dcp, one file a process.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Trainer:
         self.threads = torch.get_num_threads()  # of the last save, when resumed
         self.history: list[dict[str, Any]] = []
         self._data = fingerprint(samples)
+        self.sharded = False
 
     @classmethod
     def resume(
@@ -116,8 +118,7 @@ class Trainer:
         """
         from fastattn.models import HrmTextConfig
 
-        path = Path(folder) / STATE
-        tensors, meta = read_state(path)
+        path, tensors, meta = training_ranks.newest_state(Path(folder))
         config = TrainConfig.from_dict(meta["config"])
         model = HrmText(HrmTextConfig.from_dict(meta["model"]))
         trainer = cls(folder, model, tokenizer, samples, held_out, config)
@@ -146,6 +147,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group |= {"weight_decay": config.weight_decay, "ema": config.ema}
 
+    def shard(self) -> None:
+        """Goes on as one of torchrun's processes: weights and optimizer split among them, batches too.
+
+        Every process must have made or resumed the same run. What it computes is what one process would.
+        """
+        if moving_head(self.model) is not None:
+            raise NotImplementedError("train: codes that move (--head vq) are for one process")
+        training_ranks.check_same(f"{self._data} {self.step_number} {self.config}", "data or options")
+        state = {name: t.clone() for name, t in state_tensors(self.optimizer, self.model).items()}
+        training_ranks.shard(self.model)
+        self.optimizer = _optimizer(self.model, self.config)
+        load_state_tensors(self.optimizer, self.model, state)
+        self.sharded = True
+
     @property
     def done(self) -> bool:
         return self.step_number >= self.config.steps
@@ -159,12 +174,11 @@ class Trainer:
         rate = config.learning_rate * min(1.0, (self.step_number + 1) / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._loss(batch, bp_steps)
+        loss = self._gradients(batch, bp_steps)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"train: the loss is {loss.item()} at step {self.step_number}; lower learning_rate"
             )
-        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
@@ -198,11 +212,13 @@ class Trainer:
         with self.optimizer.averaged():
             if head is not None:
                 head.codes.copy_(nearest_codes(head.weight.detach(), head.codebook.detach()))
+            self._discard_gathered()
             try:
                 yield
             finally:
                 if head is not None:
                     head.codes.copy_(codes)
+        self._discard_gathered()
 
     def run(
         self,
@@ -212,7 +228,11 @@ class Trainer:
         """Steps, evaluates and saves until done or until `stop()` says so; what it reached is saved."""
         if self.held_out and not any("held_out" in row for row in self.history):
             on_step({"step": self.step_number, "held_out": self.evaluate()})
-        while not self.done and not stop():
+
+        def told_to_stop() -> bool:
+            return training_ranks.any_rank(stop()) if self.sharded else stop()
+
+        while not self.done and not told_to_stop():
             on_step(self.step())
             if self.held_out and (self.done or self.step_number % self.config.eval_every == 0):
                 on_step({"step": self.step_number, "held_out": self.evaluate()})
@@ -221,10 +241,12 @@ class Trainer:
         self.save()
 
     def save(self) -> None:
-        """Writes the folder. The state goes before the model that is derived from it."""
-        self.tokenizer.save(self.folder)
-        rows = "".join(json.dumps(row) + "\n" for row in self.history)
-        _files.write_text(self.folder / HISTORY, rows)
+        """Writes the folder. The state goes before the model that is derived from it; one of another step or kind
+        goes once the new one is complete."""
+        if not self.sharded or training_ranks.first():
+            self.tokenizer.save(self.folder)
+            rows = "".join(json.dumps(row) + "\n" for row in self.history)
+            _files.write_text(self.folder / HISTORY, rows)
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= {f"optimizer.{n}": t for n, t in state_tensors(self.optimizer, self.model).items()}
         tensors["rng"] = torch.get_rng_state()
@@ -237,9 +259,17 @@ class Trainer:
             "data": self._data,
             "threads": torch.get_num_threads(),
         }
-        write_state(self.folder / STATE, tensors, meta)
+        if self.sharded:
+            training_ranks.write_sharded_state(self.folder, tensors, meta)
+        else:
+            write_state(self.folder / STATE, tensors, meta)
         with self.averaged():
-            self.model.save_pretrained(self.folder)
+            if self.sharded:
+                training_ranks.save_whole(self.model, self.folder)
+            else:
+                self.model.save_pretrained(self.folder)
+        if not self.sharded:
+            training_ranks.drop_states(self.folder, keep=self.folder / STATE)
 
     def seconds_per_step(self, steps: int = 3) -> float:
         """How long a step with the longest gradients takes, tried on a copy."""
@@ -267,7 +297,24 @@ class Trainer:
             spent[name] = seconds + event.self_cpu_time_total / 1e6, calls + event.count
         return [OpTime(name, seconds, calls) for name, (seconds, calls) in spent.items() if seconds > 0]
 
-    def _loss(self, batch, bp_steps: int) -> torch.Tensor:
+    def _gradients(self, batch: Batch, bp_steps: int) -> torch.Tensor:
+        """Adds the gradients of the batch's loss, which is returned."""
+        if not self.sharded:
+            loss = self._loss(batch, bp_steps)
+            loss.backward()
+            return loss
+        part = training_ranks.split(batch)
+        # a mean over the part: it counts by its share of the response tokens
+        loss = self._loss(part, bp_steps) * (part.response_tokens / max(1, batch.response_tokens))
+        loss.backward()
+        return training_ranks.summed(loss)
+
+    def _discard_gathered(self) -> None:
+        """The weights were written to: what processes hold of each other's parts is stale."""
+        if self.sharded:
+            self.model.reshard()
+
+    def _loss(self, batch: Batch, bp_steps: int) -> torch.Tensor:
         return self.model(
             batch.input_ids,
             prefix_lengths=batch.prefix_lengths,

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from fastattn import _files
 from fastattn.data.tokenizer import Sample
 
-_FORMAT = 1
+STATE = "training.safetensors"
+FORMAT = 1
 _KEYS = {
     "step": int,
     "epoch": int,
@@ -29,7 +30,7 @@ _KEYS = {
 def write_state(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Writes the state, whole or not at all: an interrupted save leaves the last one."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"fastattn_training": json.dumps({"format": _FORMAT, **meta})}
+    header = {"fastattn_training": json.dumps({"format": FORMAT, **meta})}
     with _files.replacing(path) as temporary:
         save_file(ready, temporary, metadata=header)
 
@@ -48,14 +49,19 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     if header is None:
         raise ValueError(f"{path}: is a safetensors file, but not the state of a training run")
     meta = json.loads(header)
-    if meta.get("format") != _FORMAT:
-        raise ValueError(f"{path}: has format {meta.get('format')}; this version reads {_FORMAT}")
+    check_state(path, tensors, meta)
+    return tensors, meta
+
+
+def check_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """ValueError unless this version reads it and nothing of it is missing."""
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path}: has format {meta.get('format')}; this version reads {FORMAT}")
     for key, kind in _KEYS.items():
         if not isinstance(meta.get(key), kind):
             raise ValueError(f"{path}: its header lacks {key!r}")
     if "rng" not in tensors:
         raise ValueError(f"{path}: the tensor 'rng' is missing")
-    return tensors, meta
 
 
 def fingerprint(samples: list[Sample]) -> str:

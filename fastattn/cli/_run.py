@@ -112,7 +112,8 @@ def plan_steps(trainer: "Trainer", minutes: float) -> None:
 def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
     """Runs `trainer` with a progress bar, or a line now and then where there is no terminal.
 
-    Returns False when Ctrl-C ended it. `limit_s` ends the run early where the machine got slower.
+    Returns False when Ctrl-C ended it, here or in another process of it. `limit_s` ends the run early where the
+    machine got slower.
     """
     spent = 0.0
     with stop_requested() as interrupted, _Display(trainer) as display:
@@ -122,14 +123,16 @@ def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
             spent += row.get("seconds", 0.0)
             display.show(row)
 
+        def late() -> bool:
+            return limit_s is not None and spent > limit_s
+
         def stop() -> bool:
-            late = limit_s is not None and spent > limit_s
-            if late:
+            if late():
                 console.print(f"stopping at step {trainer.step_number}: the machine is slower than it was")
-            return late or interrupted()
+            return late() or interrupted()
 
         trainer.run(show, stop)
-        return trainer.done or not interrupted()
+        return trainer.done or (late() and not interrupted())
 
 
 class _Display:

@@ -60,10 +60,21 @@ def train(
     """Train a small HRM-Text on instruction-response text.
 
     Ctrl-C ends the current step and saves; **--resume** goes on from there, bit for bit where the number of
-    threads is the same. The folder then answers: **fastattn generate --model DIR "prompt"**.
+    threads is the same. Under **torchrun --nproc-per-node N -m fastattn.cli train ...** N processes share the weights
+    and each batch (FSDP2), with --threads each; a run may go on with another N, its losses then close.
+    The folder then answers: **fastattn generate --model DIR "prompt"**.
     """
     if model not in ("hrm-text", "hrm"):
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
+    import torch
+
+    from fastattn import training_ranks
+
+    ranks = training_ranks.launched()
+    if ranks and model == "hrm":
+        raise ValueError("--model hrm is for one process, not for torchrun")
+    if ranks and steps is None and not resume:
+        raise ValueError("give --steps: --minutes is for one process, not for torchrun")
     if model == "hrm":
         given = {
             "--held-out": held_out is not None,
@@ -94,17 +105,18 @@ def train(
         else {}
     )
 
-    import torch
-
     from fastattn.cli import _run
     from fastattn.data.jsonl import read_jsonl
     from fastattn.data.tokenizer import Tokenizer
-    from fastattn.training import STATE, TrainConfig, Trainer
+    from fastattn.training import TrainConfig, Trainer
 
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
+    if ranks:
+        training_ranks.start()
+        _run.console.quiet = not training_ranks.first()
     examples = read_jsonl(data)
     if held_out is None:
         test = examples[19::20]
@@ -121,7 +133,7 @@ def train(
                 "will be close, not equal bit by bit"
             )
     else:
-        if (output / STATE).exists():
+        if training_ranks.has_state(output):
             raise ValueError(
                 f"{output}: holds a run already; give --resume to go on with it, or another folder"
             )
@@ -138,15 +150,26 @@ def train(
         )
         if steps is None:
             _run.plan_steps(trainer, minutes)
-    if _run.train(trainer):
-        path = _run.write_report(
-            trainer,
-            f"fastattn train: {data.name}",
-            f"HRM-Text trained on {len(examples):,} examples, evaluated on {len(test):,} held out.",
-            _run.answers(trainer, test[:8]),
-            output / "report.html",
-        )
-        _run.console.print(f"model in {output}, report in {path}")
-    else:
+    if ranks:
+        trainer.shard()
+    finished = _run.train(trainer)
+    if not finished:
         _run.console.print(f"saved at step {trainer.step_number:,}; go on with --resume")
+    if ranks:
+        first = training_ranks.first()
+        training_ranks.leave()
+        if not first or not finished:
+            training_ranks.end(0 if finished else 130)
+        trainer = Trainer.resume(output, tokenizer, tokenizer.samples(examples), tokenizer.samples(test))
+    if not finished:
         raise typer.Exit(130)
+    path = _run.write_report(
+        trainer,
+        f"fastattn train: {data.name}",
+        f"HRM-Text trained on {len(examples):,} examples, evaluated on {len(test):,} held out.",
+        _run.answers(trainer, test[:8]),
+        output / "report.html",
+    )
+    _run.console.print(f"model in {output}, report in {path}")
+    if ranks:
+        training_ranks.end(0)

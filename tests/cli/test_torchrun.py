@@ -1,0 +1,139 @@
+"""Several processes: the losses of one, a state that any number of them reads, and one end for all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+STEPS, STOP = 4, 2
+
+# `fastattn` with something happening on one rank once STOP steps are done.
+SCRIPT = f"""
+import os, signal, sys
+from fastattn.cli import main
+from fastattn.training import Trainer
+
+event, *args = sys.argv[1:]
+step = Trainer.step
+
+def stepped(self):
+    if self.step_number == {STOP} - 1 and os.environ["RANK"] == "1":
+        if event == "error":
+            raise OSError("no room left on rank 1")
+        signal.raise_signal(signal.SIGINT)
+    return step(self)
+
+Trainer.step = stepped
+main(args)
+"""
+
+
+@pytest.fixture
+def args(data, config):
+    """Arguments of `fastattn` for a run in a folder."""
+
+    def make(folder, *more):
+        options = ["--vocab-size", 300, "--batch-tokens", 128, "--threads", 1, "--steps", STEPS, *more]
+        return list(map(str, ["train", "--data", data, "--config", config, "--output", folder, *options]))
+
+    return make
+
+
+def torchrun(tmp_path, args, event=None):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    program = ["-m", "fastattn.cli"] if event is None else [str(script), event]
+    return subprocess.run(
+        [sys.executable, *launcher, *program, *args],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def same_run(folder, whole):
+    """Losses and averaged weights of `folder` are those of one process that never stopped."""
+
+    def history(path):
+        rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+        return [(row["step"], row.get("loss", row.get("held_out"))) for row in rows]
+
+    steps, losses = zip(*history(folder), strict=True)
+    expected_steps, expected = zip(*history(whole), strict=True)
+    assert steps == expected_steps
+    assert losses == pytest.approx(expected, rel=1e-5)  # fp32: sums over the tokens in another order
+    weights, others = (load_file(path / "model.safetensors") for path in (folder, whole))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        # in the norm: Adam's step is as long where a gradient is rounding alone, either way
+        assert (weight - others[name]).norm() <= 1e-5 * others[name].norm(), name
+
+
+@pytest.fixture
+def whole(run, args, tmp_path):
+    assert run(*args(tmp_path / "whole"))[0] == 0
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Ends a run in this process after STOP steps, as Ctrl-C does."""
+    from fastattn.training import Trainer
+
+    def do(run, args):
+        with monkeypatch.context() as patch:
+            trains = Trainer.run
+            patch.setattr(
+                Trainer,
+                "run",
+                lambda self, on_step, stop: trains(self, on_step, lambda: self.step_number >= STOP),
+            )
+            run(*args)
+
+    return do
+
+
+def states(folder):
+    return sorted(
+        path.name for path in folder.iterdir() if "training-" in path.name or "training." in path.name
+    )
+
+
+def test_runs_change_hands_between_one_process_and_two(run, args, stop, whole, tmp_path):
+    folder = tmp_path / "two-one"
+    two = torchrun(tmp_path, args(folder), "interrupt")
+    assert two.returncode and f"saved at step {STOP}" in two.stdout, two.stderr
+    assert states(folder) == [f"training-{STOP}.dcp"]
+    torn = shutil.copytree(folder, tmp_path / "torn")
+    assert run(*args(folder, "--resume"))[0] == 0
+    assert states(folder) == ["training.safetensors"]
+    same_run(folder, whole)
+
+    folder = tmp_path / "one-two"
+    stop(run, args(folder))
+    assert states(folder) == ["training.safetensors"]
+    two = torchrun(tmp_path, args(folder, "--resume"))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("report in") == 1 and (folder / "report.html").exists()
+    assert states(folder) == [f"training-{STEPS}.dcp"]
+    same_run(folder, whole)
+
+    for shard in (torn / f"training-{STOP}.dcp").iterdir():
+        kept = shard.read_bytes()
+        for damage in (lambda path, kept: path.write_bytes(kept[:-1]), lambda path, kept: path.unlink()):
+            damage(shard, kept)
+            code, _, err = run(*args(torn, "--resume"))
+            assert code == 2 and f"training-{STOP}.dcp: " in err, err
+        shard.write_bytes(kept)
+
+
+def test_an_error_on_one_rank_ends_all(args, tmp_path):
+    two = torchrun(tmp_path, args(tmp_path / "run"), "error")
+    assert two.returncode and "error: no room left on rank 1" in two.stderr
