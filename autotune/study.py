@@ -199,7 +199,8 @@ class Trials:
             trial = self._study.ask(self.distributions)
             point = self._point(trial.params)
             if point is not None and point not in self.known:
-                trial.set_user_attr("owner", self.owner)
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # see _finish
+                    trial.set_user_attr("owner", self.owner)
                 return trial, point
             if point is None:
                 trial.set_user_attr("reason", INFEASIBLE)
@@ -231,12 +232,14 @@ class Trials:
         )
 
     def _finish(self, trial: Any, outcome: Outcome) -> None:
-        for name, value in _attributes(outcome).items():
-            trial.set_user_attr(name, value)
-        if outcome.ratio is None:
-            self._study.tell(trial, state=TrialState.FAIL)
-        else:
-            self._study.tell(trial, outcome.ratio)
+        # Where a database locks no rows, two runs may take the same queued trial: the first to finish it has told.
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            for name, value in _attributes(outcome).items():
+                trial.set_user_attr(name, value)
+            if outcome.ratio is None:
+                self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            else:
+                self._study.tell(trial, outcome.ratio, skip_if_finished=True)
 
     def _params(self, point: Point) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import _config, _device
+from fastattn import _config, _device, _tables
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `planted`, here and in the workers the tests start
@@ -16,10 +16,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ
 
 @pytest.fixture(autouse=True)
 def own_directories(tmp_path, monkeypatch):
-    """No test sees or touches the user's cache, and none leaves a choice behind."""
+    """No test sees or touches the user's cache or the shipped tables, and none leaves a choice behind."""
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("FASTATTN_CONFIG_DIR", str(tmp_path / "config"))
     (tmp_path / "config").mkdir()
+    monkeypatch.setattr(_tables, "shipped_dir", lambda: tmp_path / "shipped")
     _config.reload()
     yield
     _config.reload()

@@ -56,6 +56,18 @@ def test_two_processes_share_a_study(kind, tmp_path):
     assert all(outcome.ratio is not None or outcome.reason for outcome in trials.known.values())
 
 
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_a_trial_that_another_run_has_finished_is_let_be(kind, tmp_path):
+    """A queued trial may be taken twice where a database locks no rows."""
+    url = f"journal:{tmp_path}/trials.journal" if kind == "journal" else f"sqlite:///{tmp_path}/trials.db"
+    one, other = trials_in(url), trials_in(url)
+    trial, point = one.propose()
+    other._study.tell(trial.number, 0.5)
+    one.record(point, study.Outcome(0.7, seconds=1.0), trial)
+    one.record(point, study.Outcome(None, "wrong"), trial)
+    assert trials_in(url).known[point].ratio == 0.5
+
+
 def test_killed_run_resumes(tmp_path):
     url = f"journal:{tmp_path}/trials.journal"
     first = start(url, pause=0.05, most=100)

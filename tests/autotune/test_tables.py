@@ -5,13 +5,15 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fastattn.autotune import table as tables
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import STRUCTURAL, entry, look_up, table
 
-from fastattn import _config, _tables
+from fastattn import _config, _device, _tables
 
 DEFAULT = {"tile": 32, "variant": "plain"}
 
@@ -34,7 +36,22 @@ def test_default_without_tables(synthetic):
     assert dict(choice.values) == DEFAULT and choice.source == "default"
 
 
+def test_shipped_tables_would_be_used():
+    folder = Path(tables.__file__).parent / "configs"
+    assert list(folder.glob("*.json"))
+    _config.tunings()
+    for path in folder.glob("*.json"):
+        shipped = _tables.read_table(path)
+        device = _device.Target(**shipped["device"])
+        assert path.stem == device.slug and shipped == _tables.read_table(path, device)
+        entries = list(tables.every_entry(shipped))
+        assert entries and all(tables.refusal(*found, device) is None for found in entries)
+        assert path.read_text() == tables.dumps(shipped)
+
+
 def test_ladder(put, target):
+    shipped = put(table(target, entry(tile=64)), "shipped")
+    assert look_up().values["tile"] == 64 and look_up().source == str(shipped)
     ours = put(table(target, entry(tile=128)), "cache/tables")
     assert look_up().values["tile"] == 128 and look_up().source == str(ours)
     explicit = put(table(target, entry(tile=16)), "config")
