@@ -1,6 +1,7 @@
 """Training HRM: data that keeps held-out solutions apart, a run that learns, what is saved and printed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def test_a_run_learns_and_repeats(tmp_path):
 
     model, points = run()
     assert [point.step for point in points] == [20, 40]
-    assert points[1].loss < 0.8 * points[0].loss
+    # guessing among the four digits costs ln 4 a cell
+    assert points[1].loss < min(points[0].loss, math.log(4))
     assert evaluate(model, data.evaluation(16)) == (points[1].cells, points[1].exact)
     again, _ = run()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
