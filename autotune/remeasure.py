@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fastattn.autotune import space
 from fastattn.autotune.measure import Comparison, compare
@@ -46,17 +45,8 @@ def remeasure(
                 try:
                     worker.open({"do": "open", "default": default, **request}, OPEN_LIMIT)
                     race = {"configs": [default, entry["config"]], "rounds": rounds, "seconds": SECONDS}
-                    compared = _raced(worker, race)
-                    if (
-                        compared.slower
-                    ):  # one interval in forty says so of equals: only a second one in a row counts
-                        compared = _raced(worker, race)
+                    times = worker.ask({"do": "race", **race}, 2 * SECONDS)
                 except (Failure, Unavailable) as failure:
                     yield name, label, None, str(failure)
                     continue
-                yield name, label, compared, ""
-
-
-def _raced(worker: Worker, race: dict[str, Any]) -> Comparison:
-    times = worker.ask({"do": "race", **race}, 2 * SECONDS)
-    return compare(times[1], times[0])
+                yield name, label, compare(times[1], times[0]), ""

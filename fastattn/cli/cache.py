@@ -118,7 +118,7 @@ def verify(
     """Check that every entry is one a look-up would take; exits with 1 where one is not.
 
     With --measure the shapes of each entry that departs from the default run again, interleaved with the default,
-    and one that is slower by more than the spread, twice in a row, fails as well.
+    and one that is slower by more than the spread fails as well.
     """
     from fastattn import _config, _device, _tables
     from fastattn.autotune.table import every_entry, refusal
