@@ -6,6 +6,7 @@ from ._native import cpu_isas
 from ._registry import explain, set_backend
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
+from .ops.decode import decode_step
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.linear import fused_linear
 from .ops.recurrence import gated, rms_norm, rotary, swiglu
@@ -29,6 +30,7 @@ __all__ = [
     "Mask",
     "attention",
     "cpu_isas",
+    "decode_step",
     "explain",
     "focus_groups",
     "fused_linear",

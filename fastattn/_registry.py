@@ -7,7 +7,7 @@ Its backends are tried in order, the reference last; one that is asked for by na
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -197,9 +197,17 @@ def register_op(
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from _tensors(a)
+
+
 def needs_grad(args: Sequence[Any]) -> bool:
     """Whether a call with these arguments would be recorded by autograd."""
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args))
 
 
 def _unobserved(args: Sequence[Any]) -> bool:
@@ -215,12 +223,20 @@ def _unobserved(args: Sequence[Any]) -> bool:
     ):
         return False
     recording = torch.is_grad_enabled()
-    for a in args:
-        if isinstance(a, torch.Tensor) and (
-            type(a) not in _PLAIN or a.is_meta or (recording and a.requires_grad)
-        ):
-            return False
-    return True
+    return not any(
+        type(t) not in _PLAIN or t.is_meta or (recording and t.requires_grad) for t in _tensors(args)
+    )
+
+
+def serves(name: str, *args: Any) -> bool:
+    """Whether a backend other than the reference would serve `name` (*args), or the reference was asked for by default."""
+    *args, requested = args
+    device = next(_tensors(args)).device
+    return any(
+        backend.refusal(device, args) is None
+        for backend in _OPS[name].backends
+        if (backend.name == requested if requested else backend.name != "reference")
+    )
 
 
 def call(name: str, *args: Any) -> Any:

@@ -106,6 +106,13 @@ def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]
     def signatures() -> torch.Tensor:
         return torch.ones(1, 64, dtype=torch.int64, device=device)
 
+    def step(dtype: torch.dtype) -> tuple[tuple, dict]:
+        shapes = ((256, 64), (64, 64), (256, 64), (64, 128))  # one layer in each of the two stacks
+        state = torch.zeros(1, 64, dtype=dtype, device=device)
+        cache = torch.zeros(2, 1, 1, 4, 16, 16, dtype=dtype, device=device)
+        weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes * 2]
+        return (state, state, weights, cache, cache, 3), {"h_cycles": 1, "l_cycles": 1}
+
     probes: dict[str, Callable[..., tuple[tuple, dict]]] = {
         "attention": lambda dtype: (qkv(dtype), {}),
         "sigmoid_attention": lambda dtype: (qkv(dtype), {}),
@@ -124,6 +131,7 @@ def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]
         "vq_cross_entropy": lambda dtype: (coded(dtype), {}),
         "vq_logits": lambda dtype: (coded(dtype)[:3], {}),
         "vq_argmax": lambda dtype: (coded(dtype)[:3], {}),
+        "decode_step": step,
         "fused_linear": lambda dtype: (head(dtype)[:2], {}),
         "rms_norm": rows(16, 64),
         "swiglu": rows(16, 64),

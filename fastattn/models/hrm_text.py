@@ -17,7 +17,7 @@ from ..nn.recurrence import HierarchicalRecurrence
 from ..nn.vq_head import VQHead
 from ..ops.matvec import linear
 from ..ops.vocab import linear_cross_entropy
-from . import checkpoint
+from . import checkpoint, decode
 from .generate import generate
 from .hrm_text_config import HrmTextConfig
 
@@ -216,7 +216,12 @@ class HrmText(nn.Module):
         routing = self._route(input_ids, prefix_lengths, cu_seqlens, lengths, cache)
         zH = self.embed_tokens(input_ids) * self.config.embedding_scale
         zL = self.z_L_init.to(zH.dtype).expand_as(zH)
-        zH, _ = self.recurrence(zH, zL, gradient_calls=self._credit(bp_steps), routing=routing, cache=cache)
+        stepped = None if cache is None or lengths is not None else decode.step(self, zH, zL, cache)
+        if stepped is not None:
+            zH = stepped
+        else:
+            credit = self._credit(bp_steps)
+            zH, _ = self.recurrence(zH, zL, gradient_calls=credit, routing=routing, cache=cache)
         if cache is not None:
             cache.commit(input_ids.shape[1], lengths)
         return zH, routing.positions

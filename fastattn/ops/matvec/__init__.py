@@ -25,6 +25,17 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None)
     return call(op, x, weight, requested(op, backend))
 
 
+def is_plain(layer: torch.nn.Module) -> bool:
+    """Whether calling the layer is its product and nothing more."""
+    return (
+        type(layer) is torch.nn.Linear
+        and layer.bias is None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and type(layer.weight) is torch.nn.Parameter
+    )
+
+
 def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
     """`layer(x)`; by `matvec` where the layer is a plain nn.Linear without bias, x a few half-precision rows on the CPU,
     and nothing is to be differentiated: torch's own bf16 product of one row is far from memory's speed there."""
@@ -33,11 +44,7 @@ def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
         or x.device.type != "cpu"
         or x.dtype not in (torch.bfloat16, torch.float16)
         or x.numel() > MOST_ROWS * x.shape[-1]
-        or type(layer) is not torch.nn.Linear
-        or layer.bias is not None
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or type(layer.weight) is not torch.nn.Parameter
+        or not is_plain(layer)
         or layer.weight.dtype != x.dtype
         or needs_grad((x, layer.weight))
     ):

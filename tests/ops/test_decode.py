@@ -1,0 +1,143 @@
+"""decode_step: the definition against the layers, errors, explain; and HrmText's use of it."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import testing
+from fastattn.models import HrmText, HrmTextConfig
+
+
+def small(dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "head_dim": 8, "H_cycles": 2, "L_cycles": 3, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return HrmText(HrmTextConfig(**options | changes)).to(dtype)
+
+
+@torch.no_grad()
+def decoded(model, ids, prompt):
+    """Logits of the tokens after the prompt, one a step, and the cache."""
+    cache = model.make_cache(ids.shape[0], ids.shape[1])
+    model(ids[:, :prompt], prefix_lengths=torch.full((ids.shape[0],), prompt), cache=cache)
+    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(prompt, ids.shape[1])]
+    return torch.cat(steps, 1), cache
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends that decode_step was asked for by the model, in order."""
+    from fastattn.models import decode
+
+    seen = []
+    run = decode.decode_step
+    monkeypatch.setattr(decode, "decode_step", lambda *a, **o: seen.append(a[5]) or run(*a, **o))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes"), ((1, {}), (3, {"H_cycles": 1, "L_cycles": 1}), (1, {"rope_theta": 50.0}))
+)
+def test_the_definition_is_what_the_layers_do(calls, batch, changes):
+    model = small(**changes)
+    ids = torch.randint(40, (batch, 9))
+    expected, kept = decoded(model, ids, 5)
+    assert calls == []  # no fast backend in float64
+    with fa.set_backend("reference"):
+        got, cache = decoded(model, ids, 5)
+    assert calls == [5, 6, 7, 8]
+    # float64, as between cached and uncached decoding (tests/models/test_generate.py)
+    assert testing.max_error(got, expected) < 1e-11
+    assert testing.max_error(cache.keys, kept.keys) < 1e-11
+    assert testing.max_error(cache.values, kept.values) < 1e-11
+
+
+def test_the_layers_are_called_where_the_op_has_no_part(calls):
+    model = small()
+    ids = torch.randint(40, (2, 6))
+    with fa.set_backend("reference"):
+        # rows of different lengths
+        cache = model.make_cache(2, 6)
+        lengths = torch.tensor([3, 5])
+        with torch.no_grad():
+            model(ids[:, :5], lengths=lengths, cache=cache)
+            model(ids[:, :1], cache=cache)
+        # a hook that would not be called
+        heard = []
+        handle = model.recurrence.L_stack.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+        decoded(model, ids, 5)
+        handle.remove()
+        assert len(heard) == 2 * 2 * 3
+        # more than one token
+        cache = model.make_cache(2, 6)
+        with torch.no_grad():
+            model(ids[:, :2], cache=cache)
+            model(ids[:, 2:4], cache=cache)
+        assert calls == []
+        decoded(model, ids, 5)
+        assert calls == [5]
+
+
+def arguments(dtype=torch.float32, batch=1, position=3, capacity=6, layers=1):
+    """Of a call with one layer a stack, one L call and one H call."""
+    heads, dim, hidden, inner = 2, 4, 8, 6
+    shapes = ((4 * heads * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner))
+    weights = [
+        testing.random_tensor(*shape, seed=i, scale=shape[1] ** -0.5, dtype=dtype)
+        for i, shape in enumerate(shapes * 2 * layers)
+    ]
+    caches = [
+        testing.random_tensor(2, layers, batch, heads, capacity, dim, seed=20 + i, dtype=dtype)
+        for i in range(2)
+    ]
+    states = [testing.random_tensor(batch, hidden, seed=30 + i, dtype=dtype) for i in range(2)]
+    return [*states, weights, *caches, position], {"h_cycles": 1, "l_cycles": 1}
+
+
+def test_bad_arguments():
+    given, options = arguments()
+    z_h, z_l, weights, k, v, position = given
+
+    def refused(error, message, **changes):
+        names = ("z_h", "z_l", "weights", "k_cache", "v_cache", "position")
+        with pytest.raises(error, match=message):
+            fa.decode_step(**dict(zip(names, given, strict=True)) | options | changes)
+
+    refused(ValueError, "position must be from 0 to 5, k_cache's last, given 6", position=6)
+    refused(ValueError, "z_l must have shape", z_l=z_l[:, :4])
+    refused(ValueError, "v_cache must have shape", v_cache=v[..., :2])
+    refused(ValueError, "h_cycles .* calls", h_cycles=2)
+    refused(ValueError, "weights must be 8 tensors", weights=weights[:4])
+    refused(
+        ValueError,
+        r"weights\[5\] must have shape \(8x8\) \(out of a layer\)",
+        weights=weights[:5] + [weights[4]] + weights[6:],
+    )
+    refused(TypeError, r"weights\[7\] is bfloat16", weights=weights[:7] + [weights[7].bfloat16()])
+    refused(NotImplementedError, "no gradients", z_h=z_h.clone().requires_grad_())
+    refused(NotImplementedError, "no gradients", weights=[w.clone().requires_grad_() for w in weights])
+    with torch.no_grad():
+        fa.decode_step(z_h.clone().requires_grad_(), z_l, weights, k, v, position, **options)
+
+
+def test_explain_leaves_the_caches_alone():
+    given, options = arguments(torch.float64)
+    before = given[3].clone()
+    assert fa.explain("decode_step", *given, **options).backend == "reference"
+    assert torch.equal(given[3], before)
+
+
+def test_compiles():
+    """One graph, the caches written in place."""
+    given, options = arguments(torch.float64)
+    z_h, z_l, weights, k, v, position = given
+    expected = fa.decode_step(z_h, z_l, weights, k_there := k.clone(), v.clone(), position, **options)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(z_h, z_l, weights, k, v):
+        return fa.decode_step(z_h, z_l, weights, k, v, position, **options) * 1
+
+    assert torch.equal(run(z_h, z_l, weights, k, v), expected)
+    assert torch.equal(k, k_there)
