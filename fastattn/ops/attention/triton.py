@@ -9,7 +9,16 @@ from ..._triton import load_tile, offset, store_tile
 from . import triton_decode
 from .triton_classes import tile_classes
 from .triton_problem import Problem, refusal  # noqa: F401  the latter is what the schema asks
-from .triton_tiles import attend, finish, place, query_intervals, query_tile, row_pointers, score_shift
+from .triton_tiles import (
+    attend,
+    finish,
+    place,
+    place_two,
+    query_intervals,
+    query_tile,
+    row_pointers,
+    score_shift,
+)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
@@ -24,25 +33,22 @@ def _attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, first_end, last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
     q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     bias_rows = row_pointers(bias, entry, bias_b, head, bias_h, start_q + rows, bias_q, start_k, bias_k)
     dense_rows = row_pointers(dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k)
     class_row = row_pointers(classes, entry, classes_b, head, classes_h, tile, classes_q, tile * 0, 0)
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc, top, total = attend(
         q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end,
-        first_begin, first_end, last_begin, last_end, lk, scale2, score_shift(bias2, key_length, LOG_N),
+        edges, lk, scale2, score_shift(bias2, extent[3], LOG_N),
         WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     acc, row_lse = finish(acc, top, total, SHIFTED, NORMALISED)

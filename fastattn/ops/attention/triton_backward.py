@@ -5,18 +5,27 @@ import triton
 import triton.language as tl
 
 from ... import _triton
-from ..._triton import LOG2E, dot, load_tile, offset, store_tile
+from ..._triton import LOG2E, dot, offset, store_tile
 from .triton_classes import tile_classes
 from .triton_problem import Problem
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
+    add_bias,
+    allowed_pairs,
     key_tile,
+    key_tiles,
+    load_statistics,
+    load_two,
     place,
+    place_two,
     query_interval,
     query_intervals,
     query_tile,
     row_pointers,
     score_shift,
+    store_two,
+    two_products,
+    whole_tiles,
 )
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -77,21 +86,14 @@ def _query_tile_gradient(
     """One tile of keys added to a query tile's gradient (M, D)."""
     first = tile * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    v_tile = load_tile(v_base + offset(first, v_l), v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
-    zero = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
-    s = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * scale2 + shift2  # (M, N)
-    if bias_rows is not None:
-        at = bias_rows[:, None] + offset(keys, bias_k)[None, :]
-        inside = (end > 0)[:, None] & (keys < lk)[None, :]
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    k_tile, v_tile = load_two(
+        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED
+    )
+    s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)  # (M, N)
+    s = add_bias(s * scale2 + shift2, bias_rows, bias_k, keys, end, lk)
     allowed = None
     if MASKED:
-        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-        if dense_rows is not None:
-            at = dense_rows[:, None] + offset(keys, dense_k)[None, :]
-            allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
-    dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
+        allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
     _, ds = score_gradient(
         s, dp, lse[:, None], delta[:, None], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
     )
@@ -113,19 +115,15 @@ def _attention_backward_q_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, first_end, last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
-    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    g_base = place(g, entry, g_b, head, g_h, start_q + first, g_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
+    q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     statistics = offset(entry * heads + head, length_q) + start_q + rows
     bias_rows = row_pointers(bias, entry, bias_b, head, bias_h, start_q + rows, bias_q, start_k, bias_k)
     dense_rows = row_pointers(dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k)
@@ -134,23 +132,20 @@ def _attention_backward_q_kernel(
     if ds is not None:
         ds_rows = ds + offset(statistics, length_k) + start_k
 
-    q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    g_tile = load_tile(g_base, g_l, lq - first, V_DIM, BLOCK_M, BLOCK_DV, True)
+    q_tile, g_tile = load_two(
+        q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
+    )
     row_lse = tl.zeros([BLOCK_M], tl.float32)
     row_delta = row_lse
     if NORMALISED:
-        row_lse = tl.load(lse + statistics, mask=rows < lq, other=0.0)
-        row_delta = tl.load(delta + statistics, mask=rows < lq, other=0.0)
-    shift2 = score_shift(bias2, key_length, LOG_N)
+        row_lse, row_delta = load_statistics(lse, delta, statistics, rows < lq)
+    shift2 = score_shift(bias2, extent[3], LOG_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Tiles [full, full_end) need no test of their elements; those on either side do.
-    tile_begin = first_begin // BLOCK_N
-    tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
     full = tile_end
     full_end = tile_end
     if dense is None:
-        full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), tile_end)
-        full_end = tl.maximum(tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, tile_end), full)
+        full, full_end = whole_tiles(edges, tile_begin, tile_end, BLOCK_N)
         for at in range(full, full_end):
             acc = _query_tile_gradient(
                 acc, q_tile, g_tile, row_lse, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
@@ -160,13 +155,10 @@ def _attention_backward_q_kernel(
     left = full - tile_begin
     for step in range(0, left + (tile_end - full_end)):
         at = tl.where(step < left, tile_begin + step, full_end + step - left)
-        if class_row is None:
-            acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
-                HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
-            )  # fmt: skip
-        elif tl.load(class_row + at) != 0:
+        live = True
+        if class_row is not None:
+            live = tl.load(class_row + at) != 0
+        if live:
             acc = _query_tile_gradient(
                 acc, q_tile, g_tile, row_lse, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
                 dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
@@ -187,26 +179,18 @@ def _key_tile_gradient(
     """One tile of queries added to a key tile's gradients (N, D) and (N, Dv)."""
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(q_base + offset(first, q_l), q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, MASKED)
-    g_tile = load_tile(g_base + offset(first, g_l), g_l, lq - first, V_DIM, BLOCK_M, BLOCK_DV, MASKED)
+    q_tile, g_tile = load_two(
+        q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, MASKED
+    )
     row_lse = tl.zeros([BLOCK_M], tl.float32)
     row_delta = row_lse
     if NORMALISED:
-        row_lse = tl.load(lse + rows, mask=rows < lq, other=0.0)
-        row_delta = tl.load(delta + rows, mask=rows < lq, other=0.0)
-    zero = tl.zeros([begin.shape[0], BLOCK_M], tl.float32)
-    s = dot(k_tile, tl.trans(q_tile), zero, PRECISION) * scale2 + shift2  # (N, M)
-    if bias_keys is not None:
-        at = bias_keys[:, None] + offset(rows, bias_q)[None, :]
-        inside = (end > 0)[:, None] & (rows < lq)[None, :]
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+        row_lse, row_delta = load_statistics(lse, delta, rows, rows < lq)
+    s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
+    s = add_bias(s * scale2 + shift2, bias_keys, bias_q, rows, end, lq)
     allowed = None
     if MASKED:
-        allowed = (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
-        if dense_keys is not None:
-            at = dense_keys[:, None] + offset(rows, dense_q)[None, :]
-            allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
-    dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
+        allowed = allowed_pairs(rows, begin, end, dense_keys, dense_q)
     weight, ds = score_gradient(
         s, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
     )
@@ -227,33 +211,32 @@ def _attention_backward_kv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, kv_head, entry, start_q, start_k, lq, lk, extent = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
+        window_right,
+    )  # fmt: skip
     first = tile * BLOCK_N
     if first >= lk:
         return
     keys = first + tl.arange(0, BLOCK_N)
-    begin, end = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    begin, end = query_interval(keys, extent, CAUSAL)
     last = tl.minimum(first + BLOCK_N, lk) - 1
-    first_begin, first_end = query_interval(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
-    )
-    last_begin, last_end = query_interval(last, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    first_begin, first_end = query_interval(first, extent, CAUSAL)
+    last_begin, last_end = query_interval(last, extent, CAUSAL)
     # The last key attended ends its queries, which padding keys after it do not have.
-    valid = tl.minimum(last, key_length - 1)
-    _, valid_end = query_interval(valid, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    valid = tl.minimum(last, extent[3] - 1)
+    _, valid_end = query_interval(valid, extent, CAUSAL)
 
-    k_base = place(k, entry, k_b, kv_head, k_h, start_k + first, k_l)
-    v_base = place(v, entry, v_b, kv_head, v_h, start_k + first, v_l)
-    k_tile = load_tile(k_base, k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(v_base, v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, True)
-    shift2 = score_shift(bias2, key_length, LOG_N)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
+    k_tile, v_tile = load_two(
+        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+    )
+    shift2 = score_shift(bias2, extent[3], LOG_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # Query tiles [full, full_end) need no test of their elements; those on either side do.
     tile_begin = first_begin // BLOCK_M
-    tile_end = tl.where(first < key_length, tl.maximum(tl.cdiv(valid_end, BLOCK_M), tile_begin), tile_begin)
+    tile_end = tl.where(first < extent[3], tl.maximum(tl.cdiv(valid_end, BLOCK_M), tile_begin), tile_begin)
     full = tile_end
     full_end = tile_end
     if dense is None:
@@ -263,8 +246,7 @@ def _attention_backward_kv_kernel(
     left = full - tile_begin
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
         bias_keys = row_pointers(bias, entry, bias_b, head, bias_h, start_q, bias_q, start_k + keys, bias_k)
         dense_keys = row_pointers(
@@ -280,22 +262,19 @@ def _attention_backward_kv_kernel(
                 )  # fmt: skip
         for step in range(0, left + (tile_end - full_end)):
             at = tl.where(step < left, tile_begin + step, full_end + step - left)
-            if classes is None:
+            live = True
+            if classes is not None:
+                live = tl.load(class_column + offset(at, classes_q)) != 0
+            if live:
                 dk_acc, dv_acc = _key_tile_gradient(
                     dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, delta + statistics,
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
-            elif tl.load(class_column + offset(at, classes_q)) != 0:
-                dk_acc, dv_acc = _key_tile_gradient(
-                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, delta + statistics,
-                    bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
-                    SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
-                )  # fmt: skip
-    dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k + first, dk_l)
-    dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k + first, dv_l)
-    store_tile(dk_base, dk_l, lk - first, dk_acc * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_base, dv_l, lk - first, dv_acc, V_DIM, BLOCK_N, BLOCK_DV)
+    store_two(
+        dk, dk_b, dk_h, dk_l, dk_acc * scale, dv, dv_b, dv_h, dv_l, dv_acc, entry, kv_head, start_k + first, lk - first,
+        HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
 
 
 def row_products(p: Problem, grad_out, out, lse, grad_lse=None) -> torch.Tensor:

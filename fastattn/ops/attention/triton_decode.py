@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ... import _triton
 from ..._triton import offset
-from .triton_tiles import attend, finish, key_interval, score_shift, sequence
+from .triton_tiles import attend, finish, key_interval, place, place_two, row_pointers, score_shift, sequence
 
 _MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
 
@@ -27,41 +27,36 @@ def _attention_decode_kernel(
     split = program % splits
     kv_head = (program // splits) % kv_heads
     batch = program // splits // kv_heads
-    _, _, lq, lk, prefix, key_length = sequence(
-        batch, prefix_lengths, None, None, key_lengths, length_q, length_k
+    _, _, extent = sequence(
+        batch, prefix_lengths, None, None, key_lengths, length_q, length_k, window_left, window_right
     )
+    lq, lk, key_length = extent[0], extent[1], extent[3]
     rows = tl.arange(0, BLOCK_M)  # (query head of the group, query)
     head = kv_head * GROUP + rows // lq
     row = rows % lq
     inside = rows < GROUP * lq
     shift2 = score_shift(bias2, key_length, LOG_N)
 
-    begin, end = key_interval(row, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    first_begin, first_end = key_interval(
-        lq * 0, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
-    )
-    last_begin, last_end = key_interval(lq - 1, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    begin, end = key_interval(row, extent, CAUSAL)
+    first_begin, first_end = key_interval(lq * 0, extent, CAUSAL)
+    last_begin, last_end = key_interval(lq - 1, extent, CAUSAL)
     low, high = split * span, split * span + span  # this program's keys
     begin, end = tl.maximum(begin, low), tl.where(inside, tl.minimum(end, high), 0)
     first_begin, first_end = tl.maximum(first_begin, low), tl.minimum(first_end, high)
     last_begin, last_end = tl.maximum(last_begin, low), tl.minimum(last_end, high)
+    edges = (first_begin, first_end, last_begin, last_end)
 
     columns = tl.arange(0, BLOCK_D)
-    q_rows = q + offset(batch, q_b) + offset(head, q_h) + offset(row, q_l)
+    q_rows = place(q, batch, q_b, head, q_h, row, q_l)
     q_tile = tl.load(
         q_rows[:, None] + columns[None, :], mask=inside[:, None] & (columns < HEAD_DIM)[None, :], other=0.0
     )
-    k_base = k + offset(batch, k_b) + offset(kv_head, k_h)
-    v_base = v + offset(batch, v_b) + offset(kv_head, v_h)
-    bias_rows = None
-    if bias is not None:
-        bias_rows = bias + offset(batch, bias_b) + offset(head, bias_h) + offset(row, bias_q)
-    dense_rows = None
-    if dense is not None:
-        dense_rows = dense + offset(batch, dense_b) + offset(head, dense_h) + offset(row, dense_q)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, batch, kv_head, lq * 0)
+    bias_rows = row_pointers(bias, batch, bias_b, head, bias_h, row, bias_q, lq * 0, 0)
+    dense_rows = row_pointers(dense, batch, dense_b, head, dense_h, row, dense_q, lq * 0, 0)
     acc, top, total = attend(
         q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, None, begin, end,
-        first_begin, first_end, last_begin, last_end, lk, scale2, shift2,
+        edges, lk, scale2, shift2,
         WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 

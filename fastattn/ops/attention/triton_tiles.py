@@ -1,17 +1,25 @@
-"""Device functions that the attention kernels share: which keys a row attends, and one query tile over a range of keys."""
+"""Device functions that the attention kernels share: which keys a row attends, what a tile reads, and a query tile's pass over keys.
+
+A kernel's program works on one tile of one sequence. `extent` is that sequence's
+(queries, keys, prefix, key length, keys before the diagonal, keys after it).
+"""
 
 import triton
 import triton.language as tl
 
-from ..._triton import LN2, LOG2E, dot, load_tile, offset
+from ..._triton import LN2, LOG2E, dot, load_tile, offset, store_tile
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 
 
+# --- which keys a row attends --------------------------------------------------------------------------------------
+
+
 @triton.jit
-def key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr):
+def key_interval(rows, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the keys that query `rows` attend; both ends never decrease with the row."""
+    lq, lk, prefix, key_length, window_left, window_right = extent
     diagonal = rows + (lk - lq)
     end = tl.minimum(diagonal + window_right + 1, key_length)
     if CAUSAL:
@@ -21,8 +29,9 @@ def key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CA
 
 
 @triton.jit
-def query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr):
+def query_interval(keys, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the queries that attend `keys`: the same relation read the other way."""
+    lq, lk, prefix, key_length, window_left, window_right = extent
     diagonal = keys - (lk - lq)
     begin = tl.maximum(diagonal - window_right, 0)
     if CAUSAL:
@@ -33,15 +42,9 @@ def query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, 
 
 @triton.jit
 def sequence(
-    document,
-    prefix_lengths,
-    offsets_q,
-    offsets_k,
-    key_lengths,
-    length_q,
-    length_k,
+    document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
 ):
-    """(first query, first key, queries, keys, prefix, key length) of one document, or of one batch entry."""
+    """(first query, first key, extent) of one document, or of one batch entry."""
     start_q = length_q * 0
     start_k = start_q
     lq = length_q
@@ -57,13 +60,24 @@ def sequence(
     key_length = lk
     if key_lengths is not None:
         key_length = tl.minimum(tl.load(key_lengths + document), lk)
-    return start_q, start_k, lq, lk, prefix, key_length
+    return start_q, start_k, (lq, lk, prefix, key_length, window_left, window_right)
 
 
 @triton.jit
-def query_tile(tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k):
+def query_tile(
+    tiles,
+    heads,
+    prefix_lengths,
+    offsets_q,
+    offsets_k,
+    key_lengths,
+    length_q,
+    length_k,
+    window_left,
+    window_right,
+):
     """This program's work when there is one a tile of queries, head and sequence:
-    (tile, head, batch entry, first query, first key, queries, keys, prefix, key length)."""
+    (tile, head, batch entry, first query, first key, queries, keys, extent)."""
     program = tl.program_id(0)
     # Under a causal mask the last tiles have most to do: they start first.
     tile = tiles - 1 - program % tiles
@@ -72,41 +86,93 @@ def query_tile(tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, 
     entry = document
     if offsets_q is not None:
         entry = document * 0
-    start_q, start_k, lq, lk, prefix, key_length = sequence(
-        document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
-    return tile, head, entry, start_q, start_k, lq, lk, prefix, key_length
+    start_q, start_k, extent = sequence(
+        document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
+    return tile, head, entry, start_q, start_k, extent[0], extent[1], extent
 
 
 @triton.jit
-def key_tile(tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k):
-    """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
-    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
-    return tiles - 1 - tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length
-
-
-@triton.jit
-def query_intervals(
-    first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
+def key_tile(
+    tiles,
+    kv_heads,
+    prefix_lengths,
+    offsets_q,
+    offsets_k,
+    key_lengths,
+    length_q,
+    length_k,
+    window_left,
+    window_right,
 ):
-    """(rows (M,), their key intervals begin and end (M,), and those of the first and of the last row)."""
+    """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
+    tile, kv_head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
+        window_right,
+    )  # fmt: skip
+    return tiles - 1 - tile, kv_head, entry, start_q, start_k, lq, lk, extent
+
+
+@triton.jit
+def query_intervals(first, extent, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(rows (M,), their key intervals begin and end (M,), edges: those of the first and of the last row)."""
     rows = first + tl.arange(0, BLOCK_M)
-    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    end = tl.where(rows < lq, end, 0)
-    last = tl.minimum(first + BLOCK_M, lq) - 1
-    first_begin, first_end = key_interval(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL
-    )
-    last_begin, last_end = key_interval(last, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    return rows, begin, end, first_begin, first_end, last_begin, last_end
+    begin, end = key_interval(rows, extent, CAUSAL)
+    end = tl.where(rows < extent[0], end, 0)
+    first_begin, first_end = key_interval(first, extent, CAUSAL)
+    last_begin, last_end = key_interval(tl.minimum(first + BLOCK_M, extent[0]) - 1, extent, CAUSAL)
+    return rows, begin, end, (first_begin, first_end, last_begin, last_end)
+
+
+@triton.jit
+def key_tiles(edges, BLOCK_N: tl.constexpr):
+    """[begin, end) of the tiles of keys that a query tile with these edges attends."""
+    first_begin, _first_end, _last_begin, last_end = edges
+    begin = first_begin // BLOCK_N
+    return begin, tl.maximum(tl.cdiv(last_end, BLOCK_N), begin)
+
+
+@triton.jit
+def whole_tiles(edges, begin, end, BLOCK_N: tl.constexpr):
+    """[full, full_end) within tiles [begin, end): those that need no test of their elements."""
+    _first_begin, first_end, last_begin, _last_end = edges
+    full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), end)
+    return full, tl.maximum(tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, end), full)
+
+
+@triton.jit
+def query_tiles(first, extent, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(keys (N,) of a tile, their query intervals low and high (N,), [begin, end) of the tiles of queries that attend them)."""
+    keys = first + tl.arange(0, BLOCK_N)
+    low, high = query_interval(keys, extent, CAUSAL)
+    high = tl.where(keys < extent[1], high, 0)
+    begin = tl.min(tl.where(high > 0, low, extent[0]), 0) // BLOCK_M
+    return keys, low, high, begin, tl.cdiv(tl.max(high, 0), BLOCK_M)
+
+
+@triton.jit
+def allowed_pairs(columns, begin, end, dense_rows, dense_stride):
+    """(rows, columns) bool: which columns lie in each row's interval, and in the dense mask at dense_rows (or None)."""
+    allowed = (columns[None, :] >= begin[:, None]) & (columns[None, :] < end[:, None])
+    if dense_rows is not None:
+        at = dense_rows[:, None] + offset(columns, dense_stride)[None, :]
+        allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
+    return allowed
+
+
+# --- what a tile reads ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def place(base, entry, stride_b, head, stride_h, row, stride_l):
     """Where row `row` of (B, H, L, ...) begins."""
     return base + offset(entry, stride_b) + offset(head, stride_h) + offset(row, stride_l)
+
+
+@triton.jit
+def place_two(a, a_b, a_h, a_l, b, b_b, b_h, b_l, entry, head, row):
+    """`place` of two tensors of the same rows: keys and values, or queries and the output's gradient."""
+    return place(a, entry, a_b, head, a_h, row, a_l), place(b, entry, b_b, head, b_h, row, b_l)
 
 
 @triton.jit
@@ -119,11 +185,59 @@ def row_pointers(base, entry, stride_b, head, stride_h, row, stride_l, column, s
 
 
 @triton.jit
+def load_two(
+    a, a_l, b, b_l, first, count, A_DIM: tl.constexpr, B_DIM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tiles (ROWS, BLOCK_A) and (ROWS, BLOCK_B) of two tensors from row `first` of `count` on."""
+    a_tile = load_tile(a + offset(first, a_l), a_l, count - first, A_DIM, ROWS, BLOCK_A, MASKED)
+    b_tile = load_tile(b + offset(first, b_l), b_l, count - first, B_DIM, ROWS, BLOCK_B, MASKED)
+    return a_tile, b_tile
+
+
+@triton.jit
+def store_two(
+    a, a_b, a_h, a_l, a_tile, b, b_b, b_h, b_l, b_tile, entry, head, row, count, A_DIM: tl.constexpr,
+    B_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Store the first `count` rows of both tiles from row `row` on: a key tile's gradients."""
+    a_base, b_base = place_two(a, a_b, a_h, a_l, b, b_b, b_h, b_l, entry, head, row)
+    store_tile(a_base, a_l, count, a_tile, A_DIM, ROWS, BLOCK_A)
+    store_tile(b_base, b_l, count, b_tile, B_DIM, ROWS, BLOCK_B)
+
+
+@triton.jit
+def load_statistics(lse, delta, at, inside):
+    """Each row's log-sum-exp and dO.O."""
+    return tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def two_products(a, b, c, d, PRECISION: tl.constexpr):
+    """(a @ b^T, c @ d^T): scores and the weights' gradients."""
+    zero = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    return dot(a, tl.trans(b), zero, PRECISION), dot(c, tl.trans(d), zero, PRECISION)
+
+
+@triton.jit
+def add_bias(s, bias_rows, bias_stride, columns, end, count):
+    """s (rows, columns) in base 2 plus the bias at bias_rows (or None), read for rows that attend anything."""
+    if bias_rows is not None:
+        at = bias_rows[:, None] + offset(columns, bias_stride)[None, :]
+        inside = (end > 0)[:, None] & (columns < count)[None, :]
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    return s
+
+
+@triton.jit
 def score_shift(bias2, key_length, LOG_N: tl.constexpr):
     """What is added to every scaled product, in base 2."""
     if LOG_N:
         return -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
     return bias2
+
+
+# --- a query tile over its keys --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -198,17 +312,10 @@ def attend_tile(
     k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     s = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
     s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2 + shift2  # (M, N)
-    if bias_rows is not None:
-        at = bias_rows[:, None] + offset(keys, bias_k)[None, :]
-        inside = (end > 0)[:, None] & (keys < lk)[None, :]
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    s = add_bias(s, bias_rows, bias_k, keys, end, lk)
+    allowed = None
     if MASKED:
-        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-        if dense_rows is not None:
-            at = dense_rows[:, None] + offset(keys, dense_k)[None, :]
-            allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
-    else:
-        allowed = None
+        allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
     v_tile = load_tile(v_base + offset(first, v_l), v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
     return fold(acc, top, total, s, allowed, v_tile, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
 
@@ -227,10 +334,7 @@ def attend(
     tile_classes,  # this row of tiles' classes (0 = nothing to attend), or None
     begin,
     end,
-    first_begin,  # intervals of the first and the last row
-    first_end,
-    last_begin,
-    last_end,
+    edges,
     lk,
     scale2,
     shift2,
@@ -249,16 +353,11 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # Tiles [full, full_end) need no test of their elements; those on either side do.
-    tile_begin = first_begin // BLOCK_N
-    tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
-    if dense_rows is not None:
-        full = tile_end
-        full_end = tile_end
-    else:
-        full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), tile_end)
-        full_end = tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, tile_end)
-        full_end = tl.maximum(full_end, full)
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
+    full = tile_end
+    full_end = tile_end
+    if dense_rows is None:
+        full, full_end = whole_tiles(edges, tile_begin, tile_end, BLOCK_N)
         for tile in range(full, full_end):
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
@@ -268,13 +367,10 @@ def attend(
     left = full - tile_begin
     for step in range(0, left + (tile_end - full_end)):
         tile = tl.where(step < left, tile_begin + step, full_end + step - left)
-        if tile_classes is None:
-            acc, top, total = attend_tile(
-                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
-                BLOCK_DV, True, PRECISION,
-            )  # fmt: skip
-        elif tl.load(tile_classes + tile) != 0:
+        live = True
+        if tile_classes is not None:
+            live = tl.load(tile_classes + tile) != 0
+        if live:
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
                 end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,

@@ -12,7 +12,7 @@ from ... import _config, _triton
 from ..._triton import LOG2E, dot, gather_tile, offset, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import finish, fold, key_interval, place, query_tile
+from ..attention.triton_tiles import finish, fold, key_interval, place, place_two, query_tile
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .triton_tiles import (
     SUMMARY,
@@ -38,20 +38,19 @@ def _grouped_forward_kernel(
     V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
     rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
-    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    begin, end = key_interval(rows, extent, CAUSAL)
     end = tl.where(inside, end, 0)
     signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
     key_signatures = key_groups + offset(entry, key_groups_b) + start_k
     q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
     lse_rows = lse + (offset(entry * heads + head, length_q) + start_q + rows)
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)

@@ -7,7 +7,16 @@ import triton.language as tl
 from ... import _triton
 from ..._triton import dot, gather_tile, offset, scatter_tile
 from ..attention.triton_backward import row_products, score_gradient
-from ..attention.triton_tiles import key_interval, key_tile, place, query_interval, query_tile
+from ..attention.triton_tiles import (
+    key_interval,
+    key_tile,
+    load_statistics,
+    place,
+    place_two,
+    query_interval,
+    query_tile,
+    two_products,
+)
 from .triton import problem, sorted_values
 from .triton import refusal as forward_refusal
 from .triton_tiles import next_live, pairs, tokens_of_tile, union_and_common
@@ -24,28 +33,24 @@ def _grouped_backward_q_kernel(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
     rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
-    begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    begin, end = key_interval(rows, extent, CAUSAL)
     end = tl.where(inside, end, 0)
     signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
     key_signatures = key_groups + offset(entry, key_groups_b) + start_k
-    q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-    g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
     statistics = offset(entry * heads + head, length_q) + start_q + rows
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
     g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
-    row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
-    row_delta = tl.load(delta + statistics, mask=inside, other=0.0)
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    row_lse, row_delta = load_statistics(lse, delta, statistics, inside)
     highest_end = tl.max(end, 0)
     if SORTED:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -67,10 +72,18 @@ def _grouped_backward_q_kernel(
             rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
             key_signature[None, :], near, lk, lq, SORTED,
         )  # fmt: skip
-        s = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * scale2
-        dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
+        s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
         _, ds = score_gradient(
-            s, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, True
+            s * scale2,
+            dp,
+            row_lse[:, None],
+            row_delta[:, None],
+            allowed,
+            WEIGHT,
+            DERIVATIVE,
+            True,
+            True,
+            True,
         )
         acc = dot(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
         if SORTED:
@@ -96,26 +109,26 @@ def _grouped_backward_kv_kernel(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, kv_head, entry, start_q, start_k, lq, lk, extent = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
+        window_right,
+    )  # fmt: skip
     first = tile * BLOCK_N
     if first >= lk:
         return
     keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, first, lk, BLOCK_N, SORTED)
-    low, high = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+    low, high = query_interval(keys, extent, CAUSAL)
     high = tl.where(there, high, 0)
     key_signature = tl.load(
         key_groups + offset(entry, key_groups_b) + start_k + offset(keys, 1), mask=there, other=0
     )
     signatures = groups + offset(entry, groups_b) + start_q
-    k_base = place(k, entry, k_b, kv_head, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, kv_head, v_h, start_k, v_l)
-    part_k_base = place(part_k, entry, part_k_b, kv_head, part_k_h, start_k, part_k_l)
-    part_v_base = place(part_v, entry, part_v_b, kv_head, part_v_h, start_k, part_v_l)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
+    part_k_base, part_v_base = place_two(
+        part_k, part_k_b, part_k_h, part_k_l, part_v, part_v_b, part_v_h, part_v_l, entry, kv_head, start_k
+    )
     k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
     v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
-    zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     earliest = tl.min(tl.where(high > 0, low, lq), 0)
     if SORTED:
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -132,29 +145,35 @@ def _grouped_backward_kv_kernel(
         stop = tl.cdiv(tl.max(high, 0), BLOCK_M)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         at = start
         while at < stop:
             rows, inside = tokens_of_tile(
                 order_q, entry, order_q_b, start_q, at * BLOCK_M, lq, BLOCK_M, SORTED
             )
-            begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
+            begin, end = key_interval(rows, extent, CAUSAL)
             end = tl.where(inside, end, 0)
             signature = tl.load(signatures + offset(rows, 1), mask=inside, other=0)
             statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q + rows
             q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
             g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
-            row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
-            row_delta = tl.load(delta + statistics, mask=inside, other=0.0)
+            row_lse, row_delta = load_statistics(lse, delta, statistics, inside)
             allowed = pairs(
                 rows[None, :], there[:, None], begin[None, :], end[None, :], signature[None, :], keys[:, None],
                 key_signature[:, None], near, lk, lq, SORTED,
             )  # fmt: skip
-            s = dot(k_tile, tl.trans(q_tile), zero, PRECISION) * scale2  # (N, M)
-            dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
+            s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
             weight, ds = score_gradient(
-                s, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, True
+                s * scale2,
+                dp,
+                row_lse[None, :],
+                row_delta[None, :],
+                allowed,
+                WEIGHT,
+                DERIVATIVE,
+                True,
+                True,
+                True,
             )
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
             dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)
@@ -166,8 +185,7 @@ def _grouped_backward_kv_kernel(
         scatter_tile(part_k_base, keys, part_k_l, there, dk_acc, HEAD_DIM, BLOCK_D)
         scatter_tile(part_v_base, keys, part_v_l, there, dv_acc, V_DIM, BLOCK_DV)
     else:
-        dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k, dk_l)
-        dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k, dv_l)
+        dk_base, dv_base = place_two(dk, dk_b, dk_h, dk_l, dv, dv_b, dv_h, dv_l, entry, kv_head, start_k)
         scatter_tile(dk_base, keys, dk_l, there, dk_acc * scale, HEAD_DIM, BLOCK_D)
         scatter_tile(dv_base, keys, dv_l, there, dv_acc, V_DIM, BLOCK_DV)
 

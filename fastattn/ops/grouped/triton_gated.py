@@ -11,15 +11,21 @@ from ..attention.triton_backward import row_products, score_gradient
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
 from ..attention.triton_tiles import (
+    allowed_pairs,
     finish,
     fold,
-    key_interval,
     key_tile,
+    key_tiles,
+    load_statistics,
+    load_two,
     place,
-    query_interval,
+    place_two,
     query_intervals,
     query_tile,
+    query_tiles,
     row_pointers,
+    store_two,
+    two_products,
 )
 from . import tuning_triton  # noqa: F401  declares what is looked up
 
@@ -48,18 +54,15 @@ def _gated_forward_kernel(
     V_DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, _first_end, _last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
     q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     a_base = a + offset(entry, a_b)
     dense_rows = row_pointers(dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k)
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -69,20 +72,21 @@ def _gated_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for at in range(first_begin // BLOCK_N, tl.cdiv(tl.maximum(last_end, 0), BLOCK_N)):
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
+    for at in range(tile_begin, tile_end):
         key = at * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_base + offset(key, k_l), k_l, lk - key, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-        v_tile = load_tile(v_base + offset(key, v_l), v_l, lk - key, V_DIM, BLOCK_N, BLOCK_DV, True)
+        k_tile, v_tile = load_two(
+            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        )
         b_tile = load_tile(a_base + offset(start_k + key, a_l), a_l, lk - key, GROUPS, BLOCK_N, BLOCK_G, True)
-        s2 = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * scale2
-        agreement = dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION)
+        s, agreement = (
+            dot(q_tile, tl.trans(k_tile), zero, PRECISION),
+            dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION),
+        )
         far = rows[:, None] + (lk - lq) - keys[None, :] > near
-        s2, _, _ = _gated_scores(s2, agreement, sharp, far, LOG_GATE)
-        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-        if dense_rows is not None:
-            at_dense = dense_rows[:, None] + offset(keys, dense_k)[None, :]
-            allowed = allowed & (tl.load(at_dense, mask=allowed, other=0) != 0)
+        s2, _, _ = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
+        allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
         acc, top, total = fold(acc, top, total, s2, allowed, v_tile, WEIGHT, True, True, True, PRECISION)
     acc, row_lse = finish(acc, top, total, True, True)
     out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)
@@ -102,47 +106,41 @@ def _gated_backward_q_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, _first_end, _last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
-    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    g_base = place(g, entry, g_b, head, g_h, start_q + first, g_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
+    q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     a_base = a + offset(entry, a_b)
     dense_rows = row_pointers(dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k)
     statistics = offset(entry * heads + head, length_q) + start_q + rows
-    q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    g_tile = load_tile(g_base, g_l, lq - first, V_DIM, BLOCK_M, BLOCK_DV, True)
+    q_tile, g_tile = load_two(
+        q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
+    )
     a_tile = load_tile(a_base + offset(start_q + first, a_l), a_l, lq - first, GROUPS, BLOCK_M, BLOCK_G, True)
-    row_lse = tl.load(lse + statistics, mask=rows < lq, other=0.0)
-    row_delta = tl.load(delta + statistics, mask=rows < lq, other=0.0)
+    row_lse, row_delta = load_statistics(lse, delta, statistics, rows < lq)
     sharp = tl.load(sharpness)
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_a = tl.zeros([BLOCK_M, BLOCK_G], tl.float32)
     acc_sharp = tl.zeros([BLOCK_M], tl.float32)
-    for at in range(first_begin // BLOCK_N, tl.cdiv(tl.maximum(last_end, 0), BLOCK_N)):
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
+    for at in range(tile_begin, tile_end):
         key = at * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_base + offset(key, k_l), k_l, lk - key, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-        v_tile = load_tile(v_base + offset(key, v_l), v_l, lk - key, V_DIM, BLOCK_N, BLOCK_DV, True)
+        k_tile, v_tile = load_two(
+            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        )
         b_tile = load_tile(a_base + offset(start_k + key, a_l), a_l, lk - key, GROUPS, BLOCK_N, BLOCK_G, True)
-        s2 = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * scale2
+        s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
         agreement = dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION)
         far = rows[:, None] + (lk - lq) - keys[None, :] > near
-        s2, slope, slope_gate = _gated_scores(s2, agreement, sharp, far, LOG_GATE)
-        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-        if dense_rows is not None:
-            at_dense = dense_rows[:, None] + offset(keys, dense_k)[None, :]
-            allowed = allowed & (tl.load(at_dense, mask=allowed, other=0) != 0)
-        dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
+        s2, slope, slope_gate = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
+        allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
         _, ds = score_gradient(
             s2, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, True
         )
@@ -169,22 +167,19 @@ def _gated_backward_kv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, kv_head, entry, start_q, start_k, lq, lk, extent = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
+        window_right,
+    )  # fmt: skip
     first = tile * BLOCK_N
     if first >= lk:
         return
-    keys = first + tl.arange(0, BLOCK_N)
-    low, high = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    high = tl.where(keys < lk, high, 0)
-    tile_begin = tl.min(tl.where(high > 0, low, lq), 0) // BLOCK_M
-    tile_end = tl.cdiv(tl.max(high, 0), BLOCK_M)
-    k_base = place(k, entry, k_b, kv_head, k_h, start_k + first, k_l)
-    v_base = place(v, entry, v_b, kv_head, v_h, start_k + first, v_l)
+    keys, low, high, tile_begin, tile_end = query_tiles(first, extent, CAUSAL, BLOCK_M, BLOCK_N)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
     a_base = a + offset(entry, a_b)
-    k_tile = load_tile(k_base, k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(v_base, v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, True)
+    k_tile, v_tile = load_two(
+        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+    )
     b_tile = load_tile(a_base + offset(start_k + first, a_l), a_l, lk - first, GROUPS, BLOCK_N, BLOCK_G, True)
     sharp = tl.load(sharpness)
     zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -193,8 +188,7 @@ def _gated_backward_kv_kernel(
     da_acc = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
         dense_keys = row_pointers(
             dense, entry, dense_b, head, dense_h, start_q, dense_q, start_k + keys, dense_k
@@ -202,35 +196,29 @@ def _gated_backward_kv_kernel(
         for at in range(tile_begin, tile_end):
             row = at * BLOCK_M
             rows = row + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q_base + offset(row, q_l), q_l, lq - row, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            g_tile = load_tile(g_base + offset(row, g_l), g_l, lq - row, V_DIM, BLOCK_M, BLOCK_DV, True)
+            q_tile, g_tile = load_two(
+                q_base, q_l, g_base, g_l, row, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
+            )
             a_tile = load_tile(
                 a_base + offset(start_q + row, a_l), a_l, lq - row, GROUPS, BLOCK_M, BLOCK_G, True
             )
-            row_lse = tl.load(lse + (statistics + rows), mask=rows < lq, other=0.0)
-            row_delta = tl.load(delta + (statistics + rows), mask=rows < lq, other=0.0)
-            begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-            end = tl.where(rows < lq, end, 0)
-            allowed = (keys[:, None] >= begin[None, :]) & (keys[:, None] < end[None, :])
-            if dense_keys is not None:
-                at_dense = dense_keys[:, None] + offset(rows, dense_q)[None, :]
-                allowed = allowed & (tl.load(at_dense, mask=allowed, other=0) != 0)
-            s2 = dot(k_tile, tl.trans(q_tile), zero, PRECISION) * scale2  # (N, M)
+            row_lse, row_delta = load_statistics(lse, delta, statistics + rows, rows < lq)
+            allowed = allowed_pairs(rows, low, high, dense_keys, dense_q)
+            s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
             agreement = dot(b_tile, tl.trans(a_tile), zero, GATE_PRECISION)
             far = rows[None, :] + (lk - lq) - keys[:, None] > near
-            s2, slope, slope_gate = _gated_scores(s2, agreement, sharp, far, LOG_GATE)
-            dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
+            s2, slope, slope_gate = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
             weight, ds = score_gradient(
                 s2, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, True
             )
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
             dk_acc = dot((ds * slope).to(q_tile.dtype), q_tile, dk_acc, PRECISION)
             da_acc = dot(ds * slope_gate, a_tile, da_acc, GATE_PRECISION)
-    dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k + first, dk_l)
-    dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k + first, dv_l)
     da_base = place(da, entry, da_b, kv_head, da_h, start_k + first, da_l)
-    store_tile(dk_base, dk_l, lk - first, dk_acc * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_base, dv_l, lk - first, dv_acc, V_DIM, BLOCK_N, BLOCK_DV)
+    store_two(
+        dk, dk_b, dk_h, dk_l, dk_acc * scale, dv, dv_b, dv_h, dv_l, dv_acc, entry, kv_head, start_k + first, lk - first,
+        HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     store_tile(da_base, da_l, lk - first, da_acc * sharp, GROUPS, BLOCK_N, BLOCK_G)
 
 

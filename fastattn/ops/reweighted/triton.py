@@ -12,7 +12,7 @@ from ..._triton_scores import softplus_weight
 from ...scores import SCORES
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import place, query_intervals, query_tile
+from ..attention.triton_tiles import allowed_pairs, key_tiles, place, place_two, query_intervals, query_tile
 from . import tuning_triton  # noqa: F401  declares what is looked up
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -45,7 +45,7 @@ def _scores(
     k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     zero = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
     s = softplus_weight(dot(q_tile, tl.trans(k_tile), zero, PRECISION) * factor[:, None])
-    return s, (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
+    return s, allowed_pairs(keys, begin, end, None, 0)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
@@ -57,20 +57,16 @@ def _softplus_attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, _first_end, _last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
-    tile_begin = first_begin // BLOCK_N
-    tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
     q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
 
     count, c = row_scale(begin, end, log_dim)

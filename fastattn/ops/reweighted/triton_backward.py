@@ -9,16 +9,22 @@ import triton
 import triton.language as tl
 
 from ... import _triton
-from ..._triton import LOG2E, dot, load_tile, offset, store_tile
+from ..._triton import LOG2E, dot, offset, store_tile
 from ..._triton_scores import softplus_derivative, softplus_weight
 from ..attention.triton_backward import row_products
 from ..attention.triton_tiles import (
+    allowed_pairs,
     key_interval,
     key_tile,
+    key_tiles,
+    load_two,
     place,
-    query_interval,
+    place_two,
     query_intervals,
     query_tile,
+    query_tiles,
+    store_two,
+    two_products,
 )
 from .triton import _FEW, above_threshold, direction, power_values, problem, row_scale, unit
 from .triton import refusal as forward_refusal
@@ -62,28 +68,23 @@ def _softplus_attention_backward_q_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of the unit vectors, and each row's mean of r over its keys (`shift`), which its keys' pass takes."""
-    tile, head, entry, start_q, start_k, lq, lk, prefix, key_length = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, begin, end, first_begin, _first_end, _last_begin, last_end = query_intervals(
-        first, lq, lk, prefix, key_length, window_left, window_right, CAUSAL, BLOCK_M
-    )
-    tile_begin = first_begin // BLOCK_N
-    tile_end = tl.maximum(tl.cdiv(last_end, BLOCK_N), tile_begin)
-    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    g_base = place(g, entry, g_b, head, g_h, start_q + first, g_l)
-    k_base = place(k, entry, k_b, head // GROUP, k_h, start_k, k_l)
-    v_base = place(v, entry, v_b, head // GROUP, v_h, start_k, v_l)
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
+    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
+    q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     at = offset(entry * heads + head, length_q) + start_q + rows
-    q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    g_tile = load_tile(g_base, g_l, lq - first, V_DIM, BLOCK_M, BLOCK_DV, True)
+    q_tile, g_tile = load_two(
+        q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
+    )
     top, reciprocal, inverse = _row_statistics(statistics, at, rows < lq)
     row_delta = tl.load(delta + at, mask=rows < lq, other=0.0)
     count, c = row_scale(begin, end, log_dim)
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row_shift = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tiles_here = tile_end - tile_begin
@@ -91,13 +92,13 @@ def _softplus_attention_backward_q_kernel(
     for step in range(0, tiles_here * (2 if REWEIGH else 1)):
         key = (tile_begin + step % tiles_here) * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_base + offset(key, k_l), k_l, lk - key, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-        v_tile = load_tile(v_base + offset(key, v_l), v_l, lk - key, V_DIM, BLOCK_N, BLOCK_DV, True)
-        allowed = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-        s2 = dot(q_tile, tl.trans(k_tile), zero, PRECISION) * (c * _LOG2E)[:, None]
-        dp = dot(g_tile, tl.trans(v_tile), zero, PRECISION)
+        k_tile, v_tile = load_two(
+            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        )
+        allowed = allowed_pairs(keys, begin, end, None, 0)
+        s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
         _, r, slope = _gradients(
-            s2, dp, top[:, None], reciprocal[:, None], inverse[:, None], row_delta[:, None], allowed, power, REWEIGH
+            s * (c * _LOG2E)[:, None], dp, top[:, None], reciprocal[:, None], inverse[:, None], row_delta[:, None], allowed, power, REWEIGH
         )  # fmt: skip
         if REWEIGH and step < tiles_here:
             row_shift += tl.sum(r, 1) / tl.maximum(count, 1.0)
@@ -120,44 +121,38 @@ def _softplus_attention_backward_kv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry, start_q, start_k, lq, lk, prefix, key_length = key_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k
-    )
+    tile, kv_head, entry, start_q, start_k, lq, lk, extent = key_tile(
+        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
+        window_right,
+    )  # fmt: skip
     first = tile * BLOCK_N
     if first >= lk:
         return
-    keys = first + tl.arange(0, BLOCK_N)
-    low, high = query_interval(keys, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-    high = tl.where(keys < lk, high, 0)
-    tile_begin = tl.min(tl.where(high > 0, low, lq), 0) // BLOCK_M
-    tile_end = tl.cdiv(tl.max(high, 0), BLOCK_M)
-    k_base = place(k, entry, k_b, kv_head, k_h, start_k + first, k_l)
-    v_base = place(v, entry, v_b, kv_head, v_h, start_k + first, v_l)
-    k_tile = load_tile(k_base, k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(v_base, v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, True)
-    zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    _keys, low, high, tile_begin, tile_end = query_tiles(first, extent, CAUSAL, BLOCK_M, BLOCK_N)
+    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
+    k_tile, v_tile = load_two(
+        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+    )
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-        g_base = place(g, entry, g_b, head, g_h, start_q, g_l)
+        q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         for step in range(tile_begin, tile_end):
             row = step * BLOCK_M
             rows = row + tl.arange(0, BLOCK_M)
             at = offset(entry * kv_heads * GROUP + head, length_q) + start_q + rows
-            q_tile = load_tile(q_base + offset(row, q_l), q_l, lq - row, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            g_tile = load_tile(g_base + offset(row, g_l), g_l, lq - row, V_DIM, BLOCK_M, BLOCK_DV, True)
-            begin, end = key_interval(rows, lq, lk, prefix, key_length, window_left, window_right, CAUSAL)
-            end = tl.where(rows < lq, end, 0)
+            q_tile, g_tile = load_two(
+                q_base, q_l, g_base, g_l, row, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
+            )
+            begin, end = key_interval(rows, extent, CAUSAL)
             top, reciprocal, inverse = _row_statistics(statistics, at, rows < lq)
             row_delta = tl.load(delta + at, mask=rows < lq, other=0.0)
             _count, c = row_scale(begin, end, log_dim)
-            allowed = (keys[:, None] >= begin[None, :]) & (keys[:, None] < end[None, :])
-            s2 = dot(k_tile, tl.trans(q_tile), zero, PRECISION) * (c * _LOG2E)[None, :]  # (N, M)
-            dp = dot(v_tile, tl.trans(g_tile), zero, PRECISION)
+            allowed = allowed_pairs(rows, low, high, None, 0)
+            s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
             weight, r, slope = _gradients(
-                s2, dp, top[None, :], reciprocal[None, :], inverse[None, :], row_delta[None, :], allowed, power,
+                s * (c * _LOG2E)[None, :], dp, top[None, :], reciprocal[None, :], inverse[None, :], row_delta[None, :], allowed, power,
                 REWEIGH,
             )  # fmt: skip
             if REWEIGH:
@@ -165,10 +160,10 @@ def _softplus_attention_backward_kv_kernel(
             y = slope * r * c[None, :]
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
             dk_acc = dot(y.to(q_tile.dtype), q_tile, dk_acc, PRECISION)
-    dk_base = place(dk, entry, dk_b, kv_head, dk_h, start_k + first, dk_l)
-    dv_base = place(dv, entry, dv_b, kv_head, dv_h, start_k + first, dv_l)
-    store_tile(dk_base, dk_l, lk - first, dk_acc, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_base, dv_l, lk - first, dv_acc, V_DIM, BLOCK_N, BLOCK_DV)
+    store_two(
+        dk, dk_b, dk_h, dk_l, dk_acc, dv, dv_b, dv_h, dv_l, dv_acc, entry, kv_head, start_k + first, lk - first,
+        HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
 
 
 def refusal(grad_out, q, k, v, out, statistics, power, *mask) -> str | None:
