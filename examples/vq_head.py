@@ -81,9 +81,9 @@ def trained(
         **({"credit_warmup": 0.0, "learning_rate": FURTHER_RATE} if further else {}),
     )
     trainer = Trainer(folder, model, data.tokenizer, data.samples, data.held_out, config)
-    before = trainer.evaluate() if further else None
+    before = trainer.evaluate()["held_out"] if further else None
     rows = [trainer.step() for _ in range(steps)]
-    held_out = trainer.evaluate()
+    held_out = trainer.evaluate()["held_out"]
     trainer.save()
     full = [row for row in rows if row["bp_steps"] == rows[-1]["bp_steps"]]  # these do the same work
     return {
