@@ -88,7 +88,12 @@ PYBIND11_MODULE(_core, m) {
       if (!value.is_none() && PyObject_SetAttr(params.ptr(), name.ptr(), value.ptr())) throw py::error_already_set();
   });
 
-  py::class_<RmsNormParams>(m, "RmsNormParams")
+  py::class_<RowsParams>(m, "RowsParams")
+      .def(py::init<>())
+      .def_readwrite("serial", &RowsParams::serial)
+      .def_readwrite("prefetch", &RowsParams::prefetch)
+      .def_readwrite("threads", &RowsParams::threads);
+  py::class_<RmsNormParams, RowsParams>(m, "RmsNormParams")
       .def(py::init<>())
       .def_readwrite("x", &RmsNormParams::x)
       .def_readwrite("residual", &RmsNormParams::residual)
@@ -96,9 +101,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("normed", &RmsNormParams::normed)
       .def_readwrite("total", &RmsNormParams::total)
       .def_readwrite("rstd", &RmsNormParams::rstd)
-      .def_readwrite("eps", &RmsNormParams::eps)
-      .def_readwrite("threads", &RmsNormParams::threads);
-  py::class_<RmsNormBackwardParams>(m, "RmsNormBackwardParams")
+      .def_readwrite("eps", &RmsNormParams::eps);
+  py::class_<RmsNormBackwardParams, RowsParams>(m, "RmsNormBackwardParams")
       .def(py::init<>())
       .def_readwrite("grad_normed", &RmsNormBackwardParams::grad_normed)
       .def_readwrite("grad_total", &RmsNormBackwardParams::grad_total)
@@ -106,26 +110,23 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("weight", &RmsNormBackwardParams::weight)
       .def_readwrite("rstd", &RmsNormBackwardParams::rstd)
       .def_readwrite("grad", &RmsNormBackwardParams::grad)
-      .def_readwrite("weight_partials", &RmsNormBackwardParams::weight_partials)
-      .def_readwrite("threads", &RmsNormBackwardParams::threads);
-  py::class_<GateParams>(m, "GateParams")
+      .def_readwrite("weight_partials", &RmsNormBackwardParams::weight_partials);
+  py::class_<GateParams, RowsParams>(m, "GateParams")
       .def(py::init<>())
       .def_readwrite("a", &GateParams::a)
       .def_readwrite("b", &GateParams::b)
       .def_readwrite("out", &GateParams::out)
       .def_readwrite("grad_out", &GateParams::grad_out)
       .def_readwrite("grad_a", &GateParams::grad_a)
-      .def_readwrite("grad_b", &GateParams::grad_b)
-      .def_readwrite("threads", &GateParams::threads);
-  py::class_<RotaryParams>(m, "RotaryParams")
+      .def_readwrite("grad_b", &GateParams::grad_b);
+  py::class_<RotaryParams, RowsParams>(m, "RotaryParams")
       .def(py::init<>())
       .def_readwrite("x", &RotaryParams::x)
       .def_readwrite("out", &RotaryParams::out)
       .def_readwrite("cos", &RotaryParams::cos)
       .def_readwrite("sin", &RotaryParams::sin)
       .def_readwrite("rows", &RotaryParams::rows)
-      .def_readwrite("inverse", &RotaryParams::inverse)
-      .def_readwrite("threads", &RotaryParams::threads);
+      .def_readwrite("inverse", &RotaryParams::inverse);
   py::class_<MatvecParams>(m, "MatvecParams")
       .def(py::init<>())
       .def_readwrite("x", &MatvecParams::x)

@@ -14,25 +14,28 @@ struct Tensor {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32.
-struct RmsNormParams {
-  Tensor x, residual, weight, normed, total, rstd;
-  double eps = 1e-6;
+// How a row kernel goes over memory: `serial` elements or more for a second thread, reading `prefetch` bytes ahead.
+struct RowsParams {
+  int64_t serial = 1 << 14, prefetch = 512;
   int32_t threads = 1;
 };
 
+// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32.
+struct RmsNormParams : RowsParams {
+  Tensor x, residual, weight, normed, total, rstd;
+  double eps = 1e-6;
+};
+
 // grad of total; weight_partials is (threads, D) f32, reduced by the caller in order. grad_total may be absent.
-struct RmsNormBackwardParams {
+struct RmsNormBackwardParams : RowsParams {
   Tensor grad_normed, grad_total, total, weight, rstd, grad, weight_partials;
-  int32_t threads = 1;
 };
 
 // out = f(a, b) over (A, B, C, D), or with the gradient of out: (grad_a, grad_b). swiglu: a gate, b up; gated: a gate,
 // b x.
-struct GateParams {
+struct GateParams : RowsParams {
   Tensor a, b, out;
   Tensor grad_out, grad_a, grad_b;
-  int32_t threads = 1;
 };
 
 // out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8.
@@ -42,10 +45,9 @@ struct MatvecParams {
 };
 
 // x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
-struct RotaryParams {
+struct RotaryParams : RowsParams {
   Tensor x, out, cos, sin, rows;
   int32_t inverse = 0;
-  int32_t threads = 1;
 };
 
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);

@@ -2,6 +2,9 @@
 
 #include <atomic>
 #include <cstring>
+#if defined(FASTATTN_X86)
+#include <cpuid.h>
+#endif
 
 namespace fastattn {
 
@@ -28,13 +31,20 @@ struct Candidate {
   bool able;
 };
 
+#if defined(FASTATTN_X86)
+bool has_f16c() {  // a name that Clang 14's __builtin_cpu_supports does not know
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best last. What each asks for is what its translation unit is compiled with.
 int candidates(Candidate* out) {
   int n = 0;
   out[n++] = {&baseline::table, true};
 #if defined(FASTATTN_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #if defined(FASTATTN_EMULATE_AVX512)
   // compiled to AVX2 code; first, because only tests ask for them
   out[n++] = {&avx512::table, avx2};

@@ -5,9 +5,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int64_t kSerialElements = 1 << 14;  // below this a second thread costs more to start than it saves
-FASTATTN_INLINE int row_threads(int threads, int64_t rows, int64_t columns) {
-  return rows * columns < kSerialElements ? 1 : threads;
+// Below `serial` elements a second thread costs more to start than it saves.
+FASTATTN_INLINE int row_threads(int threads, int64_t rows, int64_t columns, int64_t serial = 1 << 14) {
+  return rows * columns < serial ? 1 : threads;
 }
 
 // f(column, n) over a row: n == W for whole vectors, less for the last.
@@ -54,6 +54,13 @@ FASTATTN_INLINE void put_pair(T* p, int n, vf* x) {
   }
 }
 template <int V, class T>
+FASTATTN_INLINE void put_product(T* p, int n, const vf* x) {
+  if constexpr (V == 2)
+    store_pair_nearest(p, x);
+  else
+    put(p, nearest(x[0], p), n);
+}
+template <int V, class T>
 FASTATTN_INLINE void put_ordered(T* p, int n, const vf* x) {
   if constexpr (V == 2)
     store_two(p, x[0], x[1]);
@@ -61,12 +68,18 @@ FASTATTN_INLINE void put_ordered(T* p, int n, const vf* x) {
     put(p, x[0], n);
 }
 
+// Asks for what lies `ahead` bytes on, past a row's end too: the processor's own look-ahead ends with a page.
+template <class... T>
+FASTATTN_INLINE void fetch(int64_t ahead, const T*... p) {
+  (__builtin_prefetch((const char*)p + ahead), ...);
+}
+
 template <class T>
 static void rms_norm_rows(const RmsNormParams& p) {
   const Rows rows(p.x);
   const int64_t columns = p.x.size[3];
   const T* weight = (const T*)p.weight.data;
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
       const T* x = row_of<const T>(p.x, rows, r);
       T* normed = row_of<T>(p.normed, rows, r);
@@ -77,6 +90,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
         T* total = row_of<T>(p.total, rows, r);
         for_pairs(columns, [&]<int V>(int64_t j, int n) {
           vf s[V], other[V];
+          fetch(p.prefetch, x + j, residual + j);
           get_pair<V>(x + j, n, s);
           get_pair<V>(residual + j, n, other);
           FASTATTN_EACH(i, V) s[i] += other[i];
@@ -87,6 +101,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
       } else {
         for_pairs(columns, [&]<int V>(int64_t j, int n) {
           vf s[V];
+          fetch(p.prefetch, x + j);
           get_pair<V>(x + j, n, s);
           FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
         });
@@ -104,7 +119,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
           get_pair<V>(weight + j, n, w);
           FASTATTN_EACH(i, V) y[i] *= w[i];
         }
-        put_pair<V>(normed + j, n, y);
+        put_product<V>(normed + j, n, y);
       });
     }
   });
@@ -127,6 +142,7 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
       vf dots[2] = {};
       for_pairs(columns, [&]<int V>(int64_t j, int n) {
         vf xj[V], g[V];
+        fetch(p.prefetch, x + j, grad_normed + j);
         get_pair<V>(x + j, n, xj);
         get_pair<V>(grad_normed + j, n, g);
         if (weight) {
@@ -156,7 +172,7 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
           get_pair<V>(grad_total + j, n, through);
           FASTATTN_EACH(i, V) g[i] += through[i];
         }
-        put_pair<V>(grad + j, n, g);
+        put_product<V>(grad + j, n, g);
       });
     }
     if (weight)
@@ -192,18 +208,19 @@ template <class Gate, class T>
 static void gate_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
       const T* a = row_of<const T>(p.a, rows, r);
       const T* b = row_of<const T>(p.b, rows, r);
       T* out = row_of<T>(p.out, rows, r);
       for_pairs(columns, [&]<int V>(int64_t j, int n) {
         vf x[V], y[V], d[V];
+        fetch(p.prefetch, a + j, b + j);
         get_pair<V>(a + j, n, x);
         sigmoid_divisors<V>(x, d, a);
         get_pair<V>(b + j, n, y);
         FASTATTN_EACH(i, V) y[i] = Gate::forward(d[i], x[i], y[i]);
-        put_pair<V>(out + j, n, y);
+        put_product<V>(out + j, n, y);
       });
     }
   });
@@ -213,7 +230,7 @@ template <class Gate, class T>
 static void gate_backward_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
       const T* a = row_of<const T>(p.a, rows, r);
       const T* b = row_of<const T>(p.b, rows, r);
@@ -222,13 +239,14 @@ static void gate_backward_rows(const GateParams& p) {
       T* grad_b = row_of<T>(p.grad_b, rows, r);
       for_pairs(columns, [&]<int V>(int64_t j, int n) {
         vf x[V], y[V], g[V], d[V], da[V], db[V];
+        fetch(p.prefetch, a + j, b + j, grad + j);
         get_pair<V>(a + j, n, x);
         sigmoid_divisors<V>(x, d, a);
         get_pair<V>(b + j, n, y);
         get_pair<V>(grad + j, n, g);
         FASTATTN_EACH(i, V) Gate::backward(splat(1.0f) / d[i], x[i], y[i], g[i], &da[i], &db[i]);
-        put_pair<V>(grad_a + j, n, da);
-        put_pair<V>(grad_b + j, n, db);
+        put_product<V>(grad_a + j, n, da);
+        put_product<V>(grad_b + j, n, db);
       });
     }
   });
@@ -240,7 +258,7 @@ static void rotary_rows(const RotaryParams& p) {
   const int64_t heads = p.x.size[1], length = p.x.size[2], half = p.x.size[3] / 2;
   const int64_t tokens = p.x.size[0] * length;
   const vf sign = splat(p.inverse ? -1.0f : 1.0f);
-  const int threads = row_threads(p.threads, tokens, heads * half * 2);
+  const int threads = row_threads(p.threads, tokens, heads * half * 2, p.serial);
   parallel_ranges(tokens, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const int64_t batch = t / length, i = t % length;

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from ... import _native
-from ..._config import Choice
+from ... import _config, _native
+from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LONGEST_TABLE = (
     1 << 18
@@ -24,19 +24,24 @@ def refusal(name: str, *args) -> str | None:
     return None
 
 
-def configure(name: str, *args) -> Choice:
-    first = next(a for a in args if isinstance(a, torch.Tensor))
-    return Choice(
-        {
-            "isa": _native.cpu_isa(),
-            "threads": _native.threads(),
-            "rows": first.numel() // max(1, first.shape[-1]),
-        },
-        "built in",
+def configure(name: str, *args) -> _config.Choice:
+    return _choose(next(a for a in args if isinstance(a, torch.Tensor)))
+
+
+def _choose(t: torch.Tensor) -> _config.Choice:
+    columns = max(1, t.shape[-1])
+    return _config.lookup(
+        "recurrence",
+        "cpu",
+        structural={"dtype": str(t.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, t.numel() // columns), "columns": columns},
+        device="cpu",
     )
 
 
-def _call(name: str, struct: str, **fields) -> None:
+def _call(name: str, struct: str, of: torch.Tensor, **fields) -> None:
+    """Run a kernel with the configuration of a tensor like `of`."""
+    fields.update(_choose(of).values)
     _native.kernel(name)(_native.params(struct, threads=_native.threads(), **fields))
 
 
@@ -48,6 +53,7 @@ def rms_norm(x, residual, weight, eps):
         _call(
             "rms_norm",
             "RmsNormParams",
+            x,
             x=_native.rows(x),
             residual=None if residual is None else _native.rows(residual),
             weight=None if weight is None else weight.contiguous(),
@@ -67,6 +73,7 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
         _call(
             "rms_norm_backward",
             "RmsNormBackwardParams",
+            total,
             grad_normed=_native.rows(grad_normed),
             grad_total=None if grad_total is None else _native.rows(grad_total),
             total=_native.rows(total),
@@ -82,7 +89,7 @@ def swiglu(gate_up):
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     if out.numel():
         gate, up = _native.rows(gate_up).chunk(2, dim=-1)
-        _call("swiglu", "GateParams", a=gate, b=up, out=_native.rows(out))
+        _call("swiglu", "GateParams", gate_up, a=gate, b=up, out=_native.rows(out))
     return out
 
 
@@ -94,6 +101,7 @@ def swiglu_backward(grad, gate_up):
         _call(
             "swiglu_backward",
             "GateParams",
+            gate_up,
             a=gate,
             b=up,
             grad_out=_native.rows(grad),
@@ -106,7 +114,7 @@ def swiglu_backward(grad, gate_up):
 def gated(x, gate):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        _call("gated", "GateParams", a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
+        _call("gated", "GateParams", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
     return out
 
 
@@ -117,6 +125,7 @@ def gated_backward(grad, x, gate):
         _call(
             "gated_backward",
             "GateParams",
+            x,
             a=_native.rows(gate),
             b=_native.rows(x),
             grad_out=_native.rows(grad),
@@ -172,6 +181,7 @@ def rotary(q, k, positions, theta, inverse):
                 _call(
                     "rotary",
                     "RotaryParams",
+                    x,
                     x=_native.rows(x),
                     out=out,
                     cos=cos,

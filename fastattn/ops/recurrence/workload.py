@@ -1,4 +1,4 @@
-"""The calls that the recurrence kernels are tuned by: SwiGLU and its gradient, which their block and warps decide most."""
+"""The calls that the recurrence kernels are tuned by: SwiGLU and its gradient, which move the most memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from . import swiglu
 
 def _shapes(effort: str, target) -> list[dict]:
     dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16", "float32")
-    sizes = ((8192, 4096),) if effort == "quick" else ((8192, 4096), (8192, 1536), (1024, 8192), (64, 4096))
+    most = 2048 if target.kind == "cpu" else 8192
+    sizes = ((most, 4096),)
+    if effort != "quick":
+        sizes += ((most, 1536), (most // 8, 8192), (64, 4096), (64, 256))
     return [{"rows": rows, "columns": columns, "dtype": dtype} for dtype in dtypes for rows, columns in sizes]
 
 
@@ -31,16 +34,18 @@ def _call(backend: str):
     return call
 
 
-WORKLOADS = (
-    Workload(
+def _workload(backend: str, device: str) -> Workload:
+    return Workload(
         "recurrence",
-        "triton",
+        backend,
         shapes=_shapes,
         inputs=_inputs,
-        call=_call("triton"),
+        call=_call(backend),
         reference=_call("reference"),
         timed="both",
         check_shape=lambda shape: {**shape, "rows": min(shape["rows"], 64)},
-        devices=("cuda",),
-    ),
-)
+        devices=(device,),
+    )
+
+
+WORKLOADS = (_workload("cpu", "cpu"), _workload("triton", "cuda"))
