@@ -5,20 +5,26 @@ Nothing here is imported by `import fastattn`, and both ways in are optional. Pa
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import _device
+
 DTYPES = {
     torch.float32: (0, "float"),
     torch.bfloat16: (1, "fastattn::cuda::bf16"),
     torch.float16: (2, "fastattn::cuda::f16"),
 }
-GROUPS = (4, 8, 16, 32)  # of the built Sinkhorn kernel; others are compiled at run time
-THREADS = 256  # a block, of the built kernels; other numbers are compiled at run time
+# Tile constants of the built kernels; others are compiled at run time.
+GROUPS = (4, 8, 16, 32)
+THREADS = 256
+DECODE = {"threads": 512, "rows": 1, "span": 64}
+MOST_LAYERS, MOST_HEAD_DIM = 40, 256  # of a decode step
 
 _pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -40,12 +46,11 @@ class VocabRowsParams(ctypes.Structure):
 
 
 class DecodeParams(ctypes.Structure):
-    _fields_ = [(name, _pointer * 2) for name in ("gqkv", "out", "gate_up", "down")] + [
-        (name, _pointer)
-        for name in ("k_cache", "v_cache", "z_h", "z_l", "cos", "sin", "result", "workspace")
+    _fields_ = [(name, _pointer * MOST_LAYERS * 2) for name in ("gqkv", "out", "gate_up", "down")] + [
+        (name, _pointer) for name in ("k_cache", "v_cache", "z_h", "z_l", "result", "workspace")
     ] + [
         ("capacity", _i64), ("position", _i64), ("hidden", _i32), ("heads", _i32), ("head_dim", _i32), ("inner", _i32),
-        ("layers", _i32), ("h_cycles", _i32), ("l_cycles", _i32), ("eps", _f32),
+        ("layers", _i32), ("h_cycles", _i32), ("l_cycles", _i32), ("theta", _f32), ("eps", _f32),
     ]  # fmt: skip
 
 
@@ -63,9 +68,16 @@ def built() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    for name in ("sinkhorn", "vocab_rows", "decode_step", "decode_workspace"):
+    for name in ("sinkhorn", "vocab_rows", "decode_step"):
         getattr(library, f"fastattn_{name}").restype = ctypes.c_char_p
     return library
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[int]:
+    """Launches go to the device; gives its number of processors."""
+    with torch.cuda.device(device):
+        yield torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
@@ -73,13 +85,13 @@ def missing() -> str | None:
     """Why no CUDA C++ kernel can run here, or None."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "there is no NVIDIA device"
-    if built() is None and not _compilable():
+    if built() is None and not compilable():
         return "src/cuda was not built (FASTATTN_CUDA=ON) and CuPy is not installed"
     return None
 
 
 @cache
-def _compiled(header: str, kernel: str) -> Any:
+def _compiled(header: str, kernel: str, cooperative: bool) -> Any:
     """A template instantiation compiled at run time, for this process's device."""
     import cupy
 
@@ -88,25 +100,37 @@ def _compiled(header: str, kernel: str) -> Any:
         code=f'#include "{header}"\n',
         options=("-std=c++17", f"-I{folder}"),
         name_expressions=[kernel],
-        enable_cooperative_groups=True,
+        enable_cooperative_groups=cooperative,
     )
     return module.get_function(kernel)
 
 
-def _compilable() -> bool:
+def compilable() -> bool:
     return importlib.util.find_spec("cupy") is not None and sources() is not None
 
 
-def _launch_compiled(function: Any, blocks: int, threads: int, params: ctypes.Structure, shared: int) -> None:
+def _launch_compiled(
+    header: str,
+    kernel: str,
+    blocks: int,
+    threads: int,
+    params: ctypes.Structure,
+    *,
+    shared: int = 0,
+    cooperative: bool,
+) -> None:
     import cupy
     import numpy as np
 
+    function = _compiled(header, f"fastattn::cuda::{kernel}", cooperative)
+    if shared > 48 << 10:
+        function.max_dynamic_shared_size_bytes = shared
     by_value = np.frombuffer(bytes(params), dtype=np.dtype(f"V{ctypes.sizeof(params)}"))
     with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
         function((blocks,), (threads,), (by_value,), shared_mem=shared)
 
 
-def _call(name: str, params: ctypes.Structure, *arguments: Any) -> None:
+def _launch_built(name: str, params: ctypes.Structure, *arguments: Any) -> None:
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     function: Callable = getattr(built(), f"fastattn_{name}")
     error = function(ctypes.byref(params), *arguments, stream)
@@ -120,7 +144,7 @@ def _address(t: torch.Tensor | None) -> int | None:
 
 def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int = THREADS):
     """(assignment (B, L, G), column potentials (B, 1, G)) of scores (B, L, G), whole columns (not causal)."""
-    if not _compilable():  # a table may come from where they could be
+    if not compilable():  # a table may come from where they could be
         threads = THREADS
     batch, length, groups = scores.shape
     scores = scores.contiguous()
@@ -129,18 +153,19 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
     if scores.numel() == 0:
         return assignment, potentials.zero_()
     lengths = None if lengths is None else lengths.to(torch.int32)
-    with torch.cuda.device(scores.device):
-        processors = torch.cuda.get_device_properties(scores.device).multi_processor_count
+    with _on(scores.device) as processors:
         blocks = max(1, min(processors, -(-length * 32 // threads)))
         partial = scores.new_empty(batch * blocks * groups * 2, dtype=torch.float32)
         tensors = (scores, assignment, potentials, lengths, partial)
         params = SinkhornParams(*map(_address, tensors), batch, length, iterations, temperature)
         code, element = DTYPES[scores.dtype]
         if built() is not None and groups in GROUPS and threads == THREADS:
-            _call("sinkhorn", params, ctypes.c_int(code), ctypes.c_int(groups), ctypes.c_int64(blocks))
+            _launch_built(
+                "sinkhorn", params, ctypes.c_int(code), ctypes.c_int(groups), ctypes.c_int64(blocks)
+            )
         else:
-            kernel = f"fastattn::cuda::sinkhorn<{element}, {groups}, {threads}>"
-            _launch_compiled(_compiled("sinkhorn.cuh", kernel), blocks, threads, params, 0)
+            kernel = f"sinkhorn<{element}, {groups}, {threads}>"
+            _launch_compiled("sinkhorn.cuh", kernel, blocks, threads, params, cooperative=True)
     return assignment, potentials
 
 
@@ -154,60 +179,72 @@ def vocab_rows(
     """
     if logits.shape[0] == 0:
         return
-    if not _compilable():
+    if not compilable():
         threads = THREADS
     tensors = (logits, bias, target, temperature, grad, loss, lse, grad_temperature)
-    with torch.cuda.device(logits.device):
+    with _on(logits.device):
         params = VocabRowsParams(
             *map(_address, tensors), *logits.shape, logits.stride(0), ignore_index, softcap, z_loss
         )
         if built() is not None and threads == THREADS:
-            _call("vocab_rows", params, ctypes.c_int(stablemax))
+            _launch_built("vocab_rows", params, ctypes.c_int(stablemax))
         else:
-            kernel = f"fastattn::cuda::vocab_rows<{str(bool(stablemax)).lower()}, {threads}>"
+            kernel = f"vocab_rows<{str(bool(stablemax)).lower()}, {threads}>"
             blocks = min(logits.shape[0], 1 << 20)
-            _launch_compiled(_compiled("vocab_rows.cuh", kernel), blocks, threads, params, 0)
+            _launch_compiled("vocab_rows.cuh", kernel, blocks, threads, params, cooperative=False)
+
+
+def most_shared(device: torch.device) -> int:
+    """Bytes of dynamic shared memory that a block may ask for, beside a few KiB of the kernel's own."""
+    return _device.target(device).shared - (4 << 10)
+
+
+def decode_shared(hidden: int, width: int, inner: int) -> int:
+    """Bytes of dynamic shared memory of a block of decode_step: the longest vector that a weight is multiplied with."""
+    return 4 * max(hidden, width, inner)
 
 
 def decode_step(
-    weights, k_cache, v_cache, z_h, z_l, cos, sin, position: int, h_cycles: int, l_cycles: int, eps: float
-):
-    """The final high state (hidden,) float32 of one token at batch 1; its keys and values join the caches at `position`.
-
-    weights: gqkv (2, layers, 4 * H * D, hidden), out (2, layers, hidden, H * D), gate_up (2, layers, 2 * inner, hidden) and
-        down (2, layers, hidden, inner), the L stack first, each a pair of contiguous tensors of one dtype on one device.
-    k_cache, v_cache: (calls, layers, 1, H, capacity, D) in that dtype. z_h, z_l (hidden,), cos, sin (D / 2,): float32.
-    """
-    op = "decode_step"
-    if built() is None:
-        raise NotImplementedError(f"fastattn.{op}: src/cuda was not built; build with FASTATTN_CUDA=ON")
-    calls, layers, batch, heads, capacity, head_dim = k_cache.shape
-    hidden, inner = z_h.shape[0], weights[3][0].shape[-1]
-    if batch != 1 or calls != h_cycles * (l_cycles + 1) or not 0 <= position < capacity or head_dim > 256:
-        raise ValueError(
-            f"fastattn.{op}: k_cache must be (h_cycles * (l_cycles + 1), layers, 1, H, capacity > position, D <= 256), "
-            f"given {tuple(k_cache.shape)} and position {position}"
+    z_h, z_l, weights, k_cache, v_cache, position: int, h_cycles: int, l_cycles: int, theta: float, eps: float,
+    *, threads: int, rows: int, span: int,
+):  # fmt: skip
+    """fastattn.decode_step at batch 1, everything contiguous and weights aligned to 16 bytes."""
+    _, layers, _, heads, capacity, head_dim = k_cache.shape
+    hidden, width, inner = z_h.shape[1], heads * head_dim, weights[3].shape[1]
+    config = {"threads": threads, "rows": rows, "span": span}
+    if not compilable():
+        config = DECODE
+    addresses = [_address(w) for w in weights]
+    by_part = [
+        (_pointer * MOST_LAYERS * 2)(
+            *(
+                (_pointer * MOST_LAYERS)(*addresses[which * 4 * layers + part : (which + 1) * 4 * layers : 4])
+                for which in (0, 1)
+            )
         )
-    shapes = (
-        (layers, 4 * heads * head_dim, hidden), (layers, hidden, heads * head_dim), (layers, 2 * inner, hidden),
-        (layers, hidden, inner),
-    )  # fmt: skip
-    for pair, shape in zip(weights, shapes, strict=True):
-        for weight in pair:
-            if tuple(weight.shape) != shape or weight.dtype != k_cache.dtype or not weight.is_contiguous():
-                raise ValueError(
-                    f"fastattn.{op}: a weight must be contiguous {shape}, given {tuple(weight.shape)}"
-                )
+        for part in range(4)
+    ]
     result = torch.empty_like(z_h)
-    with torch.cuda.device(z_h.device):
+    pieces = position // config["span"] + 1
+    workspace = z_h.new_empty(
+        3 * hidden + 4 * width + inner + heads * pieces * (head_dim + 2), dtype=torch.float32
+    )
+    with _on(z_h.device) as processors:
+        tensors = (k_cache, v_cache, z_h, z_l, result, workspace)
         params = DecodeParams(
-            *((_pointer * 2)(*(w.data_ptr() for w in pair)) for pair in weights),
-            *map(_address, (k_cache, v_cache, z_h, z_l, cos, sin, result)), None, capacity, position, hidden, heads,
-            head_dim, inner, layers, h_cycles, l_cycles, eps,
+            *by_part, *map(_address, tensors), capacity, position, hidden, heads, head_dim, inner, layers, h_cycles,
+            l_cycles, theta, eps,
         )  # fmt: skip
-        floats = ctypes.c_int64()
-        built().fastattn_decode_workspace(ctypes.byref(params), ctypes.byref(floats))
-        workspace = z_h.new_empty(floats.value)
-        params.workspace = workspace.data_ptr()
-        _call(op, params, ctypes.c_int(DTYPES[k_cache.dtype][0]))
+        shared = decode_shared(hidden, width, inner)
+        code, element = DTYPES[z_h.dtype]
+        if built() is not None and config == DECODE:
+            _launch_built(
+                "decode_step", params, ctypes.c_int(code), ctypes.c_int64(shared), ctypes.c_int64(processors)
+            )
+        else:
+            constants = (-(-head_dim // 32) * 32, *config.values())
+            kernel = f"decode_step<{element}, {', '.join(map(str, constants))}>"
+            _launch_compiled(
+                "decode.cuh", kernel, processors, config["threads"], params, shared=shared, cooperative=True
+            )
     return result

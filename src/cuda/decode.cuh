@@ -9,25 +9,8 @@
 namespace fastattn {
 namespace cuda {
 
-constexpr int64_t kSpan = 64;  // keys of one piece of attention work
-
-// Floats of workspace: x, zH, zL, gqkv, hidden of the MLP, and (top, total, accumulator) of each piece of attention.
-inline int64_t decode_workspace(const DecodeParams& p) {
-  const int64_t width = (int64_t)p.heads * p.head_dim, pieces = (p.capacity + kSpan - 1) / kSpan;
-  return 3 * (int64_t)p.hidden + 4 * width + p.inner + p.heads * pieces * (p.head_dim + 2);
-}
-// Bytes of dynamic shared memory of a block.
-inline int64_t decode_shared(const DecodeParams& p) {
-  const int64_t width = (int64_t)p.heads * p.head_dim;
-  const int64_t longest = width > p.inner ? width : p.inner;
-  return 4 * (longest > p.hidden ? longest : p.hidden);
-}
-
-#if defined(__CUDACC__)
-extern __shared__ float decode_vector[];
-#else
-static float decode_vector[1 << 16];
-#endif
+// As many floats as the longest of hidden, heads * head_dim and inner: what the next product is of.
+extern __shared__ __align__(16) float decode_vector[];
 
 // vector = rms(x): every block forms it for itself.
 FASTATTN_DEVICE void load_norm(const float* x, int n, float eps, float* scratch) {
@@ -37,24 +20,27 @@ FASTATTN_DEVICE void load_norm(const float* x, int n, float eps, float* scratch)
     decode_vector[i] = value;
     squares += value * value;
   }
-  const float scale = reciprocal_sqrt(block_sum(squares, scratch) / n + eps);
+  const float scale = rsqrtf(block_sum(squares, scratch) / n + eps);
   for (int i = thread(); i < n; i += threads()) decode_vector[i] *= scale;
   barrier();
 }
 
-template <class T, int THREADS>
+// DIM: a multiple of 32 that head_dim does not exceed. ROWS: of a weight, in flight in a warp. SPAN: keys of one piece of
+// attention work.
+template <class T, int DIM, int THREADS, int ROWS, int SPAN>
 struct Decode {
-  static constexpr int kWarps = THREADS / kWarp > 0 ? THREADS / kWarp : 1;
-  static constexpr int kMostDim = 256;
+  static constexpr int kWarps = THREADS / kWarp;
+  static constexpr int kEach = DIM / kWarp;                    // elements of a key in a lane
+  static constexpr int kAhead = kEach < 16 ? 16 / kEach : 1;  // keys in flight in a warp
 
   const DecodeParams& p;
-  float* scratch;
+  float *scratch, *turn;  // shared: a float a warp; cosine and sine of this position, head_dim / 2 each
   float *x, *z_h, *z_l, *gqkv, *mlp, *tops, *totals, *parts;
   int64_t width, pieces, warp, warps;
 
-  FASTATTN_DEVICE Decode(const DecodeParams& params, float* shared) : p(params), scratch(shared) {
+  FASTATTN_DEVICE Decode(const DecodeParams& params, float* sums, float* angles) : p(params), scratch(sums), turn(angles) {
     width = (int64_t)p.heads * p.head_dim;
-    pieces = p.position / kSpan + 1;
+    pieces = p.position / SPAN + 1;
     x = p.workspace;
     z_h = x + p.hidden;
     z_l = z_h + p.hidden;
@@ -67,26 +53,33 @@ struct Decode {
     warps = blocks() * kWarps;
   }
   FASTATTN_DEVICE bool leads() const { return thread() % kWarp == 0; }
+  // Row `r` of a weight, or its last where it has no such row.
+  FASTATTN_DEVICE static const T* row_of(const void* weight, int64_t r, int64_t count, int columns) {
+    return (const T*)weight + (r < count ? r : count - 1) * columns;
+  }
 
   // out[r] = (add ? out[r] : 0) + weight row r . vector
-  FASTATTN_DEVICE void rows(const T* weight, int64_t count, int columns, float* out, bool add) const {
-    for (int64_t r = warp; r < count; r += warps) {
-      const float value = warp_dot(weight + r * columns, decode_vector, columns);
-      if (leads()) out[r] = add ? fresh(out + r) + value : value;
+  FASTATTN_DEVICE void rows(const void* weight, int64_t count, int columns, float* out, bool add) const {
+    for (int64_t first = warp * ROWS; first < count; first += warps * ROWS) {
+      const T* row[ROWS];
+      float sum[ROWS];
+      for (int i = 0; i < ROWS; i++) row[i] = row_of(weight, first + i, count, columns);
+      warp_dots(row, decode_vector, columns, sum);
+      for (int i = 0; i < ROWS; i++)
+        if (leads() && first + i < count) out[first + i] = (add ? fresh(out + first + i) : 0) + sum[i];
     }
   }
 
   FASTATTN_DEVICE float rotated(const float* head, int i) const {
     const int half = p.head_dim / 2, j = i < half ? i : i - half;
-    const float first = fresh(head + j), second = fresh(head + j + half);
-    return i < half ? first * p.cos[j] - second * p.sin[j] : second * p.cos[j] + first * p.sin[j];
+    const float first = fresh(head + j), second = fresh(head + j + half), cosine = turn[j], sine = turn[j + half];
+    return i < half ? first * cosine - second * sine : second * cosine + first * sine;
   }
 
-  // Pieces of kSpan keys of a head, one a warp: running maximum, sum and accumulator; the newest key joins the cache.
+  // Pieces of SPAN keys of a head, one a warp: running maximum, sum and accumulator; the newest key joins the cache.
   FASTATTN_DEVICE void attend(int64_t slot) const {
-    constexpr int kEach = (kMostDim + kWarp - 1) / kWarp;
     const int lane = thread() % kWarp, dim = p.head_dim;
-    const float scale = reciprocal_sqrt((float)dim);
+    const float scale = rsqrtf((float)dim);
     for (int64_t work = warp; work < p.heads * pieces; work += warps) {
       const int64_t head = work / pieces, piece = work % pieces;
       T* keys = (T*)p.k_cache + (slot * p.heads + head) * p.capacity * dim;
@@ -97,26 +90,41 @@ struct Decode {
         q[e] = i < dim ? rotated(gqkv + width + head * dim, i) * scale : 0;
         acc[e] = 0;
       }
-      const int64_t begin = piece * kSpan, end = begin + kSpan <= p.position ? begin + kSpan : p.position + 1;
       LogSum sum;
-      for (int64_t t = begin; t < end; t++) {
-        float k[kEach], v[kEach], s = 0;
-        for (int e = 0; e < kEach; e++) {
-          const int i = lane + e * kWarp;
-          k[e] = v[e] = 0;
-          if (i >= dim) continue;
-          if (t == p.position) {
-            narrow(rotated(gqkv + 2 * width + head * dim, i), keys + t * dim + i);
-            narrow(fresh(gqkv + 3 * width + head * dim + i), values + t * dim + i);
-          }
-          k[e] = widen(keys[t * dim + i]);
-          v[e] = widen(values[t * dim + i]);
-          s += q[e] * k[e];
-        }
+      const auto take = [&](const float (&k)[kEach], const float (&v)[kEach]) {
+        float s = 0;
+        for (int e = 0; e < kEach; e++) s += q[e] * k[e];
         s = warp_sum(s);
         const float high = fmaxf(sum.top, s), old = expf(sum.top - high), weight = expf(s - high);
         for (int e = 0; e < kEach; e++) acc[e] = acc[e] * old + weight * v[e];
         sum.add(s, 1);
+      };
+      const int64_t begin = piece * SPAN, end = begin + SPAN < p.position ? begin + SPAN : p.position;
+      for (int64_t t = begin; t < end; t += kAhead) {
+        float k[kAhead][kEach], v[kAhead][kEach];
+        for (int a = 0; a < kAhead; a++)
+          for (int e = 0; e < kEach; e++) {
+            const int i = lane + e * kWarp;
+            const bool there = i < dim && t + a < end;
+            k[a][e] = there ? widen(keys[(t + a) * dim + i]) : 0;
+            v[a][e] = there ? widen(values[(t + a) * dim + i]) : 0;
+          }
+        for (int a = 0; a < kAhead; a++)
+          if (t + a < end) take(k[a], v[a]);
+      }
+      if (piece == pieces - 1) {
+        float k[kEach], v[kEach];
+        for (int e = 0; e < kEach; e++) {
+          const int i = lane + e * kWarp;
+          const int64_t at = p.position * dim + i;
+          k[e] = v[e] = 0;
+          if (i >= dim) continue;
+          narrow(rotated(gqkv + 2 * width + head * dim, i), keys + at);
+          narrow(fresh(gqkv + 3 * width + head * dim + i), values + at);
+          k[e] = widen(keys[at]);  // as rounded
+          v[e] = widen(values[at]);
+        }
+        take(k, v);
       }
       for (int e = 0; e < kEach; e++)
         if (lane + e * kWarp < dim) parts[work * dim + lane + e * kWarp] = acc[e];
@@ -144,27 +152,36 @@ struct Decode {
     barrier();
   }
 
-  FASTATTN_DEVICE void layer(int stack, int64_t index, int64_t slot) const {
-    const int hidden = p.hidden, inner = p.inner;
-    load_norm(x, hidden, p.eps, scratch);
-    rows((const T*)p.gqkv[stack] + index * 4 * width * hidden, 4 * width, hidden, gqkv, false);
+  // mlp = silu(gate rows . vector) * (up rows . vector)
+  FASTATTN_DEVICE void gate_up(const void* weight) const {
+    for (int64_t first = warp * ROWS; first < p.inner; first += warps * ROWS) {
+      const T* row[2 * ROWS];
+      float sum[2 * ROWS];
+      for (int i = 0; i < ROWS; i++) {
+        row[i] = row_of(weight, first + i, p.inner, p.hidden);
+        row[ROWS + i] = row[i] + (int64_t)p.inner * p.hidden;
+      }
+      warp_dots(row, decode_vector, p.hidden, sum);
+      for (int i = 0; i < ROWS; i++)
+        if (leads() && first + i < p.inner) mlp[first + i] = sum[i] / (1 + expf(-sum[i])) * sum[ROWS + i];
+    }
+  }
+
+  FASTATTN_DEVICE void layer(int stack, int index, int64_t slot) const {
+    load_norm(x, p.hidden, p.eps, scratch);
+    rows(p.gqkv[stack][index], 4 * width, p.hidden, gqkv, false);
     grid_barrier();
     attend(slot);
     grid_barrier();
     load_gated();
-    rows((const T*)p.out[stack] + index * hidden * width, hidden, (int)width, x, true);
+    rows(p.out[stack][index], p.hidden, (int)width, x, true);
     grid_barrier();
-    load_norm(x, hidden, p.eps, scratch);
-    const T* gate_up = (const T*)p.gate_up[stack] + index * 2 * inner * hidden;
-    for (int64_t r = warp; r < inner; r += warps) {
-      const float gate = warp_dot(gate_up + r * hidden, decode_vector, hidden);
-      const float up = warp_dot(gate_up + (inner + r) * hidden, decode_vector, hidden);
-      if (leads()) mlp[r] = gate / (1 + expf(-gate)) * up;
-    }
+    load_norm(x, p.hidden, p.eps, scratch);
+    gate_up(p.gate_up[stack][index]);
     grid_barrier();
-    for (int i = thread(); i < inner; i += threads()) decode_vector[i] = fresh(mlp + i);
+    for (int i = thread(); i < p.inner; i += threads()) decode_vector[i] = fresh(mlp + i);
     barrier();
-    rows((const T*)p.down[stack] + index * hidden * inner, hidden, inner, x, true);
+    rows(p.down[stack][index], p.hidden, p.inner, x, true);
     grid_barrier();
   }
 
@@ -173,7 +190,7 @@ struct Decode {
     for (int64_t i = block() * threads() + thread(); i < p.hidden; i += blocks() * threads())
       x[i] = fresh(z + i) + fresh(other + i);
     grid_barrier();
-    for (int64_t index = 0; index < p.layers; index++) layer(which, index, call * p.layers + index);
+    for (int index = 0; index < p.layers; index++) layer(which, index, call * p.layers + index);
     load_norm(x, p.hidden, p.eps, scratch);
     if (block() == 0)
       for (int i = thread(); i < p.hidden; i += threads()) z[i] = decode_vector[i];
@@ -181,9 +198,15 @@ struct Decode {
   }
 
   FASTATTN_DEVICE void run() const {
+    const int half = p.head_dim / 2;
+    for (int j = thread(); j < half; j += threads()) {
+      const double angle = p.position * pow((double)p.theta, -2.0 * j / p.head_dim);
+      turn[j] = (float)cos(angle);
+      turn[j + half] = (float)sin(angle);
+    }
     for (int64_t i = block() * threads() + thread(); i < p.hidden; i += blocks() * threads()) {
-      z_h[i] = p.z_h[i];
-      z_l[i] = p.z_l[i];
+      z_h[i] = widen(((const T*)p.z_h)[i]);
+      z_l[i] = widen(((const T*)p.z_l)[i]);
     }
     grid_barrier();
     for (int h = 0; h < p.h_cycles; h++) {
@@ -192,14 +215,14 @@ struct Decode {
       stack(1, call + p.l_cycles, z_h, z_l);
     }
     if (block() == 0)
-      for (int i = thread(); i < p.hidden; i += threads()) p.result[i] = fresh(z_h + i);
+      for (int i = thread(); i < p.hidden; i += threads()) narrow(fresh(z_h + i), (T*)p.result + i);
   }
 };
 
-template <class T, int THREADS>
-FASTATTN_KERNEL decode_step(DecodeParams p) {
-  __shared__ float scratch[THREADS / kWarp > 0 ? THREADS / kWarp : 1];
-  Decode<T, THREADS>(p, scratch).run();
+template <class T, int DIM, int THREADS, int ROWS, int SPAN>
+FASTATTN_KERNEL(THREADS) decode_step(DecodeParams p) {
+  __shared__ float sums[THREADS / kWarp], angles[DIM];
+  Decode<T, DIM, THREADS, ROWS, SPAN>(p, sums, angles).run();
 }
 
 }  // namespace cuda

@@ -1,7 +1,4 @@
 // What the CUDA kernels share: element types, reductions, and the grid's barrier.
-//
-// Every kernel is correct for any number of threads, so that the same source also runs on the host as one thread (tests
-// hold its arithmetic to the reference where there is no GPU): there, barriers and shuffles have nothing to do.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // run-time compilation has no standard headers
@@ -14,24 +11,16 @@ using int64_t = long long;
 #include <cstdint>
 #endif
 
-#if defined(__CUDACC__)
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
 #define FASTATTN_DEVICE __device__ __forceinline__
-#define FASTATTN_KERNEL __global__ void
-#else
-#include <cmath>
-#define FASTATTN_DEVICE inline
-#define FASTATTN_KERNEL inline void
-#define __shared__ static
-#define __restrict__
-#endif
+#define FASTATTN_KERNEL(threads) __global__ void __launch_bounds__(threads)
 
 namespace fastattn {
 namespace cuda {
 
-#if defined(__CUDACC__)
 constexpr int kWarp = 32;
 FASTATTN_DEVICE int thread() { return threadIdx.x; }
 FASTATTN_DEVICE int threads() { return blockDim.x; }
@@ -42,7 +31,7 @@ FASTATTN_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 FASTATTN_DEVICE float shuffle_xor(float x, int lane) { return __shfl_xor_sync(0xffffffffu, x, lane); }
 // Memory that other blocks write between barriers: never through the read-only cache.
 FASTATTN_DEVICE float fresh(const float* p) { return __ldcg(p); }
-FASTATTN_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 FASTATTN_DEVICE float widen(float x) { return x; }
@@ -51,30 +40,6 @@ FASTATTN_DEVICE float widen(f16 x) { return __half2float(x); }
 FASTATTN_DEVICE void narrow(float x, float* p) { *p = x; }
 FASTATTN_DEVICE void narrow(float x, bf16* p) { *p = __float2bfloat16_rn(x); }
 FASTATTN_DEVICE void narrow(float x, f16* p) { *p = __float2half_rn(x); }
-#else
-constexpr int kWarp = 1;
-inline int thread() { return 0; }
-inline int threads() { return 1; }
-inline int64_t block() { return 0; }
-inline int64_t blocks() { return 1; }
-inline void barrier() {}
-inline void grid_barrier() {}
-inline float shuffle_xor(float x, int) { return x; }
-inline float fresh(const float* p) { return *p; }
-inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
-using std::exp;
-using std::fabs;
-using std::fmax;
-using std::log;
-inline float expf(float x) { return std::exp(x); }
-inline float logf(float x) { return std::log(x); }
-inline float log1pf(float x) { return std::log1p(x); }
-inline float tanhf(float x) { return std::tanh(x); }
-inline float fabsf(float x) { return std::fabs(x); }
-inline float fmaxf(float a, float b) { return std::fmax(a, b); }
-inline float widen(float x) { return x; }
-inline void narrow(float x, float* p) { *p = x; }
-#endif
 
 constexpr float kLowest = -3.0e38f;  // stands for -inf where a difference of two of them must not be NaN
 
@@ -118,24 +83,35 @@ struct LogSum {
   FASTATTN_DEVICE float value() const { return top + logf(total); }
 };
 
-// dot(row, x) by one warp; row is 16-byte aligned where n is a multiple of 8, x is float32 in shared memory.
-template <class T>
-FASTATTN_DEVICE float warp_dot(const T* __restrict__ row, const float* x, int n) {
+// sum[r] = dot(row[r], x) by one warp, N rows in flight; x is float32 in shared memory. Rows and x are aligned to 16 bytes
+// where n is a multiple of the vector.
+template <class T, int N>
+FASTATTN_DEVICE void warp_dots(const T* const (&row)[N], const float* x, int n, float (&sum)[N]) {
   constexpr int kVector = 16 / sizeof(T);
+  struct alignas(16) Vector {
+    T at[kVector];
+  };
+  struct alignas(16) Four {
+    float at[4];
+  };
   const int lane = thread() % kWarp;
-  float sum[2] = {0, 0};
+  for (int r = 0; r < N; r++) sum[r] = 0;
   if (n % kVector == 0) {
-    struct alignas(16) Vector {
-      T at[kVector];
-    };
+#pragma unroll 4
     for (int i = lane * kVector; i < n; i += kWarp * kVector) {
-      const Vector v = *reinterpret_cast<const Vector*>(row + i);
-      for (int j = 0; j < kVector; j++) sum[j % 2] += widen(v.at[j]) * x[i + j];
+      Vector v[N];
+      for (int r = 0; r < N; r++) v[r] = *reinterpret_cast<const Vector*>(row[r] + i);
+      for (int j = 0; j < kVector; j += 4) {
+        const Four f = *reinterpret_cast<const Four*>(x + i + j);
+        for (int r = 0; r < N; r++)
+          for (int k = 0; k < 4; k++) sum[r] += widen(v[r].at[j + k]) * f.at[k];
+      }
     }
   } else {
-    for (int i = lane; i < n; i += kWarp) sum[0] += widen(row[i]) * x[i];
+    for (int i = lane; i < n; i += kWarp)
+      for (int r = 0; r < N; r++) sum[r] += widen(row[r][i]) * x[i];
   }
-  return warp_sum(sum[0] + sum[1]);
+  for (int r = 0; r < N; r++) sum[r] = warp_sum(sum[r]);
 }
 
 }  // namespace cuda

@@ -34,21 +34,23 @@ struct VocabRowsParams {
   float softcap = 0, z_loss = 0;
 };
 
+constexpr int kMostLayers = 40;  // of a stack, so that the kernel takes every weight's address by value
+
 // One token through a hierarchical recurrence at batch 1: H_cycles x (L_cycles L stacks, then the H stack).
-// Weights of stack s (0 = L, 1 = H), row-major: gqkv (layers, 4 * heads * head_dim, hidden) gate | q | k | v,
-// out (layers, hidden, heads * head_dim), gate_up (layers, 2 * inner, hidden), down (layers, hidden, inner).
+// Weights of stack s (0 = L, 1 = H) by layer, row-major: gqkv (4 * heads * head_dim, hidden) gate | q | k | v,
+// out (hidden, heads * head_dim), gate_up (2 * inner, hidden), down (hidden, inner).
 // Caches (calls, layers, heads, capacity, head_dim), call = h * (L_cycles + 1) + l. `position` tokens are cached
-// before.
+// before. workspace: 3 * hidden + 4 * heads * head_dim + inner floats, and head_dim + 2 for each piece of attention.
 struct DecodeParams {
-  const void *gqkv[2] = {}, *out[2] = {}, *gate_up[2] = {}, *down[2] = {};
+  const void *gqkv[2][kMostLayers] = {}, *out[2][kMostLayers] = {};
+  const void *gate_up[2][kMostLayers] = {}, *down[2][kMostLayers] = {};
   void *k_cache = nullptr, *v_cache = nullptr;
-  const float *z_h = nullptr, *z_l = nullptr;  // (hidden,) scaled embedding and initial low state
-  const float *cos = nullptr, *sin = nullptr;  // (head_dim / 2,) of this position
-  float* result = nullptr;                     // (hidden,) final high state
-  float* workspace = nullptr;                  // decode_workspace(params, blocks) floats
+  const void *z_h = nullptr, *z_l = nullptr;  // (hidden,) scaled embedding and initial low state
+  void* result = nullptr;                     // (hidden,) final high state
+  float* workspace = nullptr;
   int64_t capacity = 0, position = 0;
   int32_t hidden = 0, heads = 0, head_dim = 0, inner = 0, layers = 0, h_cycles = 2, l_cycles = 3;
-  float eps = 1e-6f;
+  float theta = 10000, eps = 1e-6f;
 };
 
 }  // namespace cuda

@@ -1,17 +1,12 @@
 """CUDA C++: every kernel compiles for every target, and its arithmetic, run as one thread on the host, is the reference's."""
 
 import ctypes
-import math
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-
-from fastattn import testing
-from fastattn.ops.grouped.reference import sinkhorn
-from fastattn.ops.vocab import reference as vocab
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -49,109 +44,6 @@ def test_everything_compiles(architecture, tmp_path):
     compile_for(architecture, ROOT / "src/cuda/kernels.cu", tmp_path / "kernels.cubin")
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    out = tmp_path_factory.mktemp("host") / "host.so"
-    source = Path(__file__).with_name("host.cpp")
-    subprocess.run(
-        [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", out, source], check=True, capture_output=True
-    )
-    return ctypes.CDLL(str(out))
-
-
-def address(t: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-@needs_cxx
-@pytest.mark.parametrize("lengths", (None, [0, 13]))
-@pytest.mark.parametrize("iterations", (0, 1, 10))
-def test_sinkhorn(host, lengths, iterations):
-    scores = testing.random_tensor(2, 20, 8)
-    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    assignment, potentials = torch.full_like(scores, math.nan), torch.full((2, 8), math.nan)
-    partial = torch.empty(2 * 8 * 2)
-    host.host_sinkhorn(
-        *map(address, (scores, assignment, potentials, lengths, partial)),
-        *map(ctypes.c_int64, (2, 20)), ctypes.c_int32(iterations), ctypes.c_float(0.1),
-    )  # fmt: skip
-    testing.assert_within_budget(
-        (assignment, potentials[:, None]),
-        lambda s: sinkhorn(s, lengths, None, 0.1, iterations, False),
-        (scores,),
-        terms=20,
-    )
-
-
-@needs_cxx
-@pytest.mark.parametrize("stablemax", (0, 1))
-@pytest.mark.parametrize(("softcap", "z_loss"), ((0.0, 0.0), (3.0, 0.01)))
-def test_vocab_rows(host, stablemax, softcap, z_loss):
-    """The identity as weight makes h the logits, so that the reference's gradients are the kernel's."""
-    rows, classes = 4, 30
-    logits, bias = (
-        testing.random_tensor(rows, classes, seed=1, scale=3.0),
-        testing.random_tensor(classes, seed=2),
-    )
-    temperature = testing.random_tensor(rows, seed=3).abs() + 0.5
-    target = torch.tensor([3, -100, 29, 0])
-    grad = testing.random_tensor(rows, seed=4)
-    eye = torch.eye(classes)
-
-    def defined(h, weight, bias, temperature, grad):
-        options = (stablemax, softcap, z_loss, -100, "none")
-        loss, lse = vocab.linear_cross_entropy(h, weight, bias, target, temperature, *options)
-        found = vocab.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
-        return loss, lse, found[0], found[3]
-
-    x, loss, lse, dtau = logits.clone(), *torch.full((3, rows), math.nan)
-    host.host_vocab_rows(
-        *map(address, (x, bias, target, temperature, grad, loss, lse, dtau)), *map(ctypes.c_int64, (rows, classes)),
-        ctypes.c_float(softcap), ctypes.c_float(z_loss), ctypes.c_int32(stablemax),
-    )  # fmt: skip
-    testing.assert_within_budget(
-        (loss, lse, x, dtau), defined, (logits, eye, bias, temperature, grad), terms=classes
-    )
-
-
-@needs_cxx
-@pytest.mark.parametrize("transform", (None, "stablemax"))
-def test_linear_cross_entropy(host, monkeypatch, transform):
-    """The backend's products around the row kernel, which runs on the host."""
-    from fastattn import _cuda
-    from fastattn.ops.vocab import cuda
-
-    def rows(
-        logits, bias, target, temperature, grad, loss, lse, dtau, *, stablemax, softcap, z_loss, ignore_index, threads
-    ):  # fmt: skip
-        assert ignore_index == -100 and threads == _cuda.THREADS
-        host.host_vocab_rows(
-            *map(address, (logits, bias, target, temperature, grad, loss, lse, dtau)),
-            *map(ctypes.c_int64, logits.shape), ctypes.c_float(softcap), ctypes.c_float(z_loss),
-            ctypes.c_int32(stablemax),
-        )  # fmt: skip
-
-    monkeypatch.setattr(_cuda, "vocab_rows", rows)
-    h, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(30, 8, seed=2)
-    bias, target = testing.random_tensor(30, seed=3), torch.tensor([3, -100, 29, 0, 7])
-    options = (int(transform is not None), 3.0, 0.01, -100, "mean")
-
-    def run(h, weight, bias):
-        _, lse, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
-        one = torch.ones(())
-        again = cuda.linear_cross_entropy_backward(one, h, weight, bias, target, None, lse, *options, 7)
-        for a, b in zip(first, again, strict=True):
-            assert torch.equal(a, b)
-        return (_, *first[:3])
-
-    def defined(h, weight, bias):
-        arguments = (h, weight, bias, target, None, *options)
-        found = vocab.linear_cross_entropy_gradients(torch.ones((), dtype=h.dtype), *arguments)
-        return (vocab.linear_cross_entropy(*arguments)[0], *found[:3])
-
-    testing.assert_within_budget(run(h, weight, bias), defined, (h, weight, bias), terms=30)
-
-
 def test_backends_say_why_not():
     from fastattn._registry import _OPS
 
@@ -168,98 +60,6 @@ def test_backends_say_why_not():
             a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
         )
         assert "not float64" in backend.refusal(cuda, double)
-
-
-def decoded(weights, k_cache, v_cache, z_h, z_l, cos, sin, position, heads, h_cycles, l_cycles, eps):
-    """One token by definition: (final high state, keys and values of every slot at `position`)."""
-    calls, layers, _, _, dim = k_cache.shape
-    gqkv, out, gate_up, down = weights
-
-    def rms(x):
-        return x * torch.rsqrt(x.square().mean() + eps)
-
-    def rotate(x):
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-    new_k, new_v = (torch.zeros(calls, layers, heads, dim, dtype=z_h.dtype) for _ in range(2))
-
-    def stack(which, call, z):
-        for layer in range(layers):
-            g, q, k, v = (gqkv[which][layer] @ rms(z)).view(4, heads, dim)
-            q, k = rotate(q), rotate(k)
-            new_k[call, layer], new_v[call, layer] = k, v
-            keys = torch.cat(
-                [k_cache[call, layer, :, :position], k[:, None]], 1
-            )  # (heads, position + 1, dim)
-            values = torch.cat([v_cache[call, layer, :, :position], v[:, None]], 1)
-            weight = torch.softmax((keys @ q[..., None])[..., 0] / math.sqrt(dim), -1)
-            o = torch.sigmoid(g) * (weight[:, None] @ values)[:, 0]
-            z = z + out[which][layer] @ o.flatten()
-            gate, up = (gate_up[which][layer] @ rms(z)).chunk(2)
-            z = z + down[which][layer] @ (torch.nn.functional.silu(gate) * up)
-        return rms(z)
-
-    for h in range(h_cycles):
-        call = h * (l_cycles + 1)
-        for l in range(l_cycles):
-            z_l = stack(0, call + l, z_l + z_h)
-        z_h = stack(1, call + l_cycles, z_h + z_l)
-    return z_h, new_k, new_v
-
-
-@needs_cxx
-@pytest.mark.parametrize("position", (0, 63, 64, 99))
-def test_decode_step(host, position):
-    hidden, heads, dim, inner, layers, h_cycles, l_cycles, capacity, eps = 24, 2, 8, 36, 2, 2, 3, 100, 1e-6
-    calls, width = h_cycles * (l_cycles + 1), heads * dim
-    shapes = ((4 * width, hidden), (hidden, width), (2 * inner, hidden), (hidden, inner))
-    weights = [
-        testing.random_tensor(2, layers, *shape, seed=i, scale=1 / math.sqrt(shape[1]))
-        for i, shape in enumerate(shapes)
-    ]
-    k_cache, v_cache = (testing.random_tensor(calls, layers, heads, capacity, dim, seed=i) for i in (10, 11))
-    z_h, z_l = testing.random_tensor(2, hidden, seed=12)
-    angle = position * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-    cos, sin = angle.cos(), angle.sin()
-    result = torch.full((hidden,), math.nan)
-    host.host_decode_workspace.restype = ctypes.c_int64
-    sizes = (hidden, heads, dim, inner)
-    workspace = torch.full((host.host_decode_workspace(ctypes.c_int64(capacity), *sizes),), math.nan)
-    before = k_cache.clone(), v_cache.clone()
-    tensors = [part for w in weights for part in w] + [
-        k_cache,
-        v_cache,
-        z_h,
-        z_l,
-        cos,
-        sin,
-        result,
-        workspace,
-    ]
-    host.host_decode(
-        (ctypes.c_void_p * 16)(*(t.data_ptr() for t in tensors)), *map(ctypes.c_int64, (capacity, position)), *sizes,
-        layers, h_cycles, l_cycles, ctypes.c_float(eps),
-    )  # fmt: skip
-    actual = result, k_cache[:, :, :, position], v_cache[:, :, :, position]
-    # 8 stacks follow one another, each of which may add its own rounding to what it is given
-    testing.assert_within_budget(
-        actual,
-        lambda k, v, h, l, c, s, *w: decoded(w, k, v, h, l, c, s, position, heads, h_cycles, l_cycles, eps),
-        (*before, z_h, z_l, cos, sin, *weights),
-        terms=8 * inner,
-    )
-    untouched = torch.arange(capacity) != position
-    assert torch.equal(k_cache[:, :, :, untouched], before[0][:, :, :, untouched])
-
-
-def test_params_are_mirrored(host):
-    """Structs of fastattn/_cuda.py have the size and the last field's offset of src/cuda/params.h."""
-    from fastattn import _cuda
-
-    for i, struct in enumerate((_cuda.SinkhornParams, _cuda.VocabRowsParams, _cuda.DecodeParams)):
-        assert host.host_size_of_params(i) == ctypes.sizeof(struct)
-        assert host.host_last_field_of_params(i) == getattr(struct, struct._fields_[-1][0]).offset
 
 
 def nvrtc() -> ctypes.CDLL | None:

@@ -1,0 +1,62 @@
+"""The calls that the decode step is tuned by: a token of the HRM-Text sizes."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn import testing
+from fastattn.autotune.space import Workload
+
+from . import decode_step
+
+_CYCLES = {"h_cycles": 2, "l_cycles": 3}
+_CALLS = 8
+
+
+def _shapes(effort: str, target) -> list[dict]:
+    sizes = [(1536, 12, 4096)]  # hidden, heads, inner of XL
+    if effort != "quick":
+        sizes += [(1024, 8, 2816), (1280, 10, 3584), (1792, 14, 4864)]
+    return [
+        {"hidden": hidden, "heads": heads, "head_dim": 128, "inner": inner, "cached": cached, "dtype": "bfloat16"}
+        for hidden, heads, inner in sizes
+        for cached in (256, 2048)
+    ]  # fmt: skip
+
+
+def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+    """(states, caches, weights of two layers a stack): with more, a step takes longer and no other time a layer."""
+    options = {"dtype": getattr(torch, shape["dtype"]), "device": device}
+    hidden, inner, heads, dim = (shape[name] for name in ("hidden", "inner", "heads", "head_dim"))
+    states = [testing.random_tensor(1, hidden, seed=seed + i, **options) for i in range(2)]
+    sizes = _CALLS, 2, 1, heads, shape["cached"], dim
+    caches = [testing.random_tensor(*sizes, seed=seed + 2 + i, **options) for i in range(2)]
+    shapes = ((4 * heads * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner))
+    weights = [
+        testing.random_tensor(*wanted, seed=seed + 4 + i, scale=wanted[1] ** -0.5, **options)
+        for i, wanted in enumerate(shapes * 4)
+    ]
+    return *states, *caches, *weights
+
+
+def _call(backend: str):
+    def call(shape: dict, z_h, z_l, k_cache, v_cache, *weights):
+        position = shape["cached"] - 1
+        return decode_step(z_h, z_l, weights, k_cache, v_cache, position, **_CYCLES, backend=backend)
+
+    return call
+
+
+WORKLOADS = (
+    Workload(
+        "decode_step",
+        "cuda",
+        shapes=_shapes,
+        inputs=_inputs,
+        call=_call("cuda"),
+        reference=_call("reference"),
+        # sixteen layers follow one another, each of which may add its own rounding to what it is given
+        terms=lambda shape: 16 * shape["inner"],
+        devices=("cuda",),
+    ),
+)

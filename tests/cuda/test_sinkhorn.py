@@ -1,0 +1,58 @@
+"""The Sinkhorn kernel, run on the host, against the definition."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import _config, testing
+from fastattn.ops.grouped import reference
+
+
+def check(host, scores, lengths=None, temperature=0.1, iterations=2, threads=256):
+    with torch.no_grad(), _config.override({("sinkhorn", "cuda"): {"threads": threads}}):
+        actual = fa.sinkhorn(
+            scores,
+            lengths=lengths,
+            temperature=temperature,
+            iterations=iterations,
+            return_potentials=True,
+            backend="cuda",
+        )
+    testing.assert_within_budget(
+        actual,
+        lambda s: reference.sinkhorn(s, lengths, None, temperature, iterations, False),
+        (scores,),
+        terms=scores.shape[1],
+    )
+    return actual[0]
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+@pytest.mark.parametrize("lengths", (None, [0, 13]))
+def test_padded_sequences_in_any_order(host, lengths, seed):
+    """20 tokens leave some warps of the two blocks without one."""
+    host.schedule(seed)
+    scores = testing.random_tensor(2, 20, 8)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    assignment = check(host, scores, lengths)
+    if lengths is not None:
+        assert not assignment[0].any() and not assignment[1, 13:].any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "dtype"), ((4, torch.float32), (16, torch.float16), (32, torch.bfloat16), (8, torch.bfloat16))
+)
+def test_built_kernels(host, groups, dtype):
+    check(host, testing.random_tensor(1, 70, groups, dtype=dtype), iterations=1, temperature=1.0)
+    assert host.launches == ["sinkhorn"]
+
+
+def test_kernels_compiled_at_run_time(host):
+    """Groups that are no power of two, and more than the lanes of a warp."""
+    check(host, testing.random_tensor(1, 33, 6, dtype=torch.float32), iterations=10, threads=64)
+    check(host, testing.random_tensor(2, 9, 40, dtype=torch.bfloat16), threads=128)
+    assert host.launches == ["sinkhorn<float, 6, 64>", "sinkhorn<fastattn::cuda::bf16, 40, 128>"]
+
+
+def test_scores_with_strides(host):
+    check(host, testing.random_tensor(2, 8, 20).transpose(1, 2))

@@ -1,0 +1,120 @@
+"""The vocabulary row kernel, run on the host, against the definition."""
+
+import math
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import _config, _cuda, testing
+from fastattn.ops.vocab import reference
+
+IGNORED = -100
+
+
+def defined(stablemax, softcap, z_loss, target, reduction="none"):
+    """(loss, lse, gradient of the logits, gradient of the temperature): with the identity as weight, h is the logits."""
+    options = (int(stablemax), softcap, z_loss, IGNORED, reduction)
+
+    def run(logits, bias, temperature, grad):
+        weight = torch.eye(logits.shape[1], dtype=logits.dtype)
+        arguments = logits, weight, bias, target, temperature, *options
+        loss, lse = reference.linear_cross_entropy(*arguments)
+        found = reference.linear_cross_entropy_gradients(grad, *arguments)
+        return (loss, lse, found[0]) + (() if temperature is None else (found[3],))
+
+    return run
+
+
+def rows_of(count, classes, stride):
+    wide = torch.full((count, stride), math.nan)
+    wide[:, :classes] = testing.random_tensor(count, classes, seed=1, scale=3.0)
+    return wide[:, :classes]
+
+
+def check(host, *, stablemax, softcap=0.0, z_loss=0.0, classes=30, stride=None, extras=True, threads=256):
+    target = torch.tensor([3, IGNORED, classes - 1, 0, 7])
+    rows = len(target)
+    logits = rows_of(rows, classes, stride or classes)
+    bias = testing.random_tensor(classes, seed=2) if extras else None
+    temperature = testing.random_tensor(rows, seed=3).abs() + 0.5 if extras else None
+    grad = testing.random_tensor(rows, seed=4)
+    x = rows_of(rows, classes, stride or classes)
+    loss, lse = torch.empty(2, rows)
+    dtau = torch.empty(rows) if extras else None
+    _cuda.vocab_rows(
+        x, bias, target, temperature, grad, loss, lse, dtau,
+        stablemax=stablemax, softcap=softcap, z_loss=z_loss, ignore_index=IGNORED, threads=threads,
+    )  # fmt: skip
+    testing.assert_within_budget(
+        (loss, lse, x) + (() if dtau is None else (dtau,)),
+        defined(stablemax, softcap, z_loss, target),
+        (logits, bias, temperature, grad),
+        terms=classes,
+    )
+    beyond = x.as_strided((rows, stride - classes), (stride, 1), classes) if stride else x[:0]
+    assert beyond.isnan().all()  # what lies between the rows is not touched
+    return x
+
+
+@pytest.mark.parametrize("stablemax", (False, True))
+@pytest.mark.parametrize(("softcap", "z_loss"), ((0.0, 0.0), (3.0, 0.01)))
+def test_loss_and_gradients(host, stablemax, softcap, z_loss):
+    check(host, stablemax=stablemax, softcap=softcap, z_loss=z_loss)
+    assert host.launches == ["vocab_rows"]
+
+
+@pytest.mark.parametrize("seed", (1, 2))
+def test_in_any_order_with_strides_and_more_classes_than_threads(host, seed):
+    host.schedule(seed)
+    check(host, stablemax=False, z_loss=0.1, classes=300, stride=311)
+    check(host, stablemax=True, classes=77, stride=80, extras=False, threads=64)
+    check(host, stablemax=False, classes=150, threads=64)
+    assert host.launches == ["vocab_rows", "vocab_rows<true, 64>", "vocab_rows<false, 64>"]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("transform", (None, "stablemax"))
+def test_linear_cross_entropy(host, transform, dtype):
+    """The op's backend: the products around the row kernel, in chunks."""
+    h = testing.random_tensor(5, 8, seed=1, dtype=dtype)
+    weight = testing.random_tensor(30, 8, seed=2, dtype=dtype)
+    bias, target = testing.random_tensor(30, seed=3, dtype=dtype), torch.tensor([3, IGNORED, 29, 0, 7])
+    options = {"transform": transform, "softcap": 3.0, "z_loss": 0.01}
+
+    def run(h, weight, bias, backend):
+        return fa.linear_cross_entropy(h, weight, target, bias=bias, **options, backend=backend)
+
+    with torch.no_grad():
+        loss = run(h, weight, bias, "cuda")
+    assert host.launches == ["vocab_rows"]
+    testing.assert_within_budget(loss, lambda *a: run(*a, "reference"), (h, weight, bias), terms=30)
+
+
+def test_linear_cross_entropy_gradients(host):
+    from fastattn.ops.vocab import cuda
+
+    h, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    bias, target = testing.random_tensor(30, seed=3), torch.tensor([3, IGNORED, 29, 0, 7])
+    options = (0, 3.0, 0.01, IGNORED, "mean")
+
+    def run(h, weight, bias):
+        loss, lse, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
+        one = torch.ones(())
+        again = cuda.linear_cross_entropy_backward(one, h, weight, bias, target, None, lse, *options, 7)
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+        return (loss, *first[:3])
+
+    def by_definition(h, weight, bias):
+        arguments = (h, weight, bias, target, None, *options)
+        found = reference.linear_cross_entropy_gradients(torch.ones((), dtype=h.dtype), *arguments)
+        return (reference.linear_cross_entropy(*arguments)[0], *found[:3])
+
+    testing.assert_within_budget(run(h, weight, bias), by_definition, (h, weight, bias), terms=30)
+
+
+def test_the_configuration_names_the_kernel(host):
+    with torch.no_grad(), _config.override({("vocab_rows", "cuda"): {"threads": 64}}):
+        fa.linear_cross_entropy(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2]), backend="cuda")
+    assert host.launches == ["vocab_rows<false, 64>"]
