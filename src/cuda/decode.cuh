@@ -25,12 +25,12 @@ FASTATTN_DEVICE void load_norm(const float* x, int n, float eps, float* scratch)
   barrier();
 }
 
-// DIM: a multiple of 32 that head_dim does not exceed. ROWS: of a weight, in flight in a warp. SPAN: keys of one piece of
-// attention work.
+// DIM: a multiple of 32 that head_dim does not exceed. ROWS: of a weight, in flight in a warp. SPAN: keys of one piece
+// of attention work.
 template <class T, int DIM, int THREADS, int ROWS, int SPAN>
 struct Decode {
   static constexpr int kWarps = THREADS / kWarp;
-  static constexpr int kEach = DIM / kWarp;                    // elements of a key in a lane
+  static constexpr int kEach = DIM / kWarp;                   // elements of a key in a lane
   static constexpr int kAhead = kEach < 16 ? 16 / kEach : 1;  // keys in flight in a warp
 
   const DecodeParams& p;
@@ -38,7 +38,8 @@ struct Decode {
   float *x, *z_h, *z_l, *gqkv, *mlp, *tops, *totals, *parts;
   int64_t width, pieces, warp, warps;
 
-  FASTATTN_DEVICE Decode(const DecodeParams& params, float* sums, float* angles) : p(params), scratch(sums), turn(angles) {
+  FASTATTN_DEVICE Decode(const DecodeParams& params, float* sums, float* angles)
+      : p(params), scratch(sums), turn(angles) {
     width = (int64_t)p.heads * p.head_dim;
     pieces = p.position / SPAN + 1;
     x = p.workspace;
@@ -220,7 +221,8 @@ struct Decode {
 };
 
 template <class T, int DIM, int THREADS, int ROWS, int SPAN>
-FASTATTN_KERNEL(THREADS) decode_step(DecodeParams p) {
+FASTATTN_KERNEL(THREADS)
+decode_step(DecodeParams p) {
   __shared__ float sums[THREADS / kWarp], angles[DIM];
   Decode<T, DIM, THREADS, ROWS, SPAN>(p, sums, angles).run();
 }

@@ -83,8 +83,8 @@ struct LogSum {
   FASTATTN_DEVICE float value() const { return top + logf(total); }
 };
 
-// sum[r] = dot(row[r], x) by one warp, N rows in flight; x is float32 in shared memory. Rows and x are aligned to 16 bytes
-// where n is a multiple of the vector.
+// sum[r] = dot(row[r], x) by one warp, N rows in flight; x is float32 in shared memory. Rows and x are aligned to 16
+// bytes where n is a multiple of the vector.
 template <class T, int N>
 FASTATTN_DEVICE void warp_dots(const T* const (&row)[N], const float* x, int n, float (&sum)[N]) {
   constexpr int kVector = 16 / sizeof(T);

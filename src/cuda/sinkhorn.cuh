@@ -8,7 +8,8 @@ namespace cuda {
 
 // GROUPS: columns. A warp takes a token at a time, its lanes the groups. A cooperative launch; blocks share the tokens.
 template <class T, int GROUPS, int THREADS>
-FASTATTN_KERNEL(THREADS) sinkhorn(SinkhornParams p) {
+FASTATTN_KERNEL(THREADS)
+sinkhorn(SinkhornParams p) {
   constexpr int kWarps = THREADS / kWarp;
   __shared__ float tops[kWarps][GROUPS], totals[kWarps][GROUPS];
   __shared__ float v[GROUPS];

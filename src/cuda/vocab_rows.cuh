@@ -26,7 +26,8 @@ struct VocabLogit {
 };
 
 template <bool STABLEMAX, int THREADS>
-FASTATTN_KERNEL(THREADS) vocab_rows(VocabRowsParams p) {
+FASTATTN_KERNEL(THREADS)
+vocab_rows(VocabRowsParams p) {
   __shared__ float scratch[THREADS / kWarp];
   for (int64_t row = block(); row < p.rows; row += blocks()) {
     float* x = p.logits + row * p.row_stride;

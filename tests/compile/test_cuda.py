@@ -32,7 +32,7 @@ def test_one_instantiation_compiles(tmp_path):
     source = tmp_path / "decode.cu"
     source.write_text(
         f'#include "{ROOT}/src/cuda/decode.cuh"\n'
-        "template __global__ void fastattn::cuda::decode_step<fastattn::cuda::bf16, 128>(fastattn::cuda::DecodeParams);\n"
+        "template __global__ void fastattn::cuda::decode_step<fastattn::cuda::bf16, 128, 512, 1, 64>(fastattn::cuda::DecodeParams);\n"
     )
     compile_for("sm_90a", source, tmp_path / "decode.cubin")
 

@@ -1,5 +1,6 @@
-// What src/cuda uses of CUDA, for a host compiler: a launch runs every block and thread as a fiber of one OS thread, and
-// every memory access of the kernels is checked (grid.cpp). Included before the kernels' sources, which are CUDA's own.
+// What src/cuda uses of CUDA, for a host compiler: a launch runs every block and thread as a fiber of one OS thread,
+// and every memory access of the kernels is checked (grid.cpp). Included before the kernels' sources, which are CUDA's
+// own.
 #pragma once
 #include <math.h>
 

@@ -303,7 +303,8 @@ int run(const Launch& launch) {
   cells.clear();
   block_in_place = -1;
   stacks_size = kStack * total;
-  stacks = (char*)mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  stacks =
+      (char*)mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   const auto params = (uintptr_t)launch.params;
   allowed.push_back({params, params + launch.params_size});
   if (launch.cooperative)
@@ -335,10 +336,10 @@ void host_configure(uint32_t seed, int processors, int occupancy) {
 }
 
 // What -fsanitize=thread calls before each access.
-#define HOST_ACCESS(size)                                                 \
-  void __tsan_read##size(void* p) { host::check(p, size, false); }            \
-  void __tsan_write##size(void* p) { host::check(p, size, true); }            \
-  void __tsan_unaligned_read##size(void* p) { host::check(p, size, false); }  \
+#define HOST_ACCESS(size)                                                    \
+  void __tsan_read##size(void* p) { host::check(p, size, false); }           \
+  void __tsan_write##size(void* p) { host::check(p, size, true); }           \
+  void __tsan_unaligned_read##size(void* p) { host::check(p, size, false); } \
   void __tsan_unaligned_write##size(void* p) { host::check(p, size, true); }
 HOST_ACCESS(1)
 HOST_ACCESS(2)

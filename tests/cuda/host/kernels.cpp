@@ -1,4 +1,5 @@
-// src/cuda for the host: the launches of kernels.cu, other tile constants, and faulty kernels that have to be found out.
+// src/cuda for the host: the launches of kernels.cu, other tile constants, and faulty kernels that have to be found
+// out.
 #include "../../../src/cuda/kernels.cu"
 
 namespace fastattn {
