@@ -2,7 +2,7 @@
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -38,7 +38,9 @@ class Answer:
 class Report:
     """What the page shows.
 
-    history: rows with step, loss, tokens, seconds and bp_steps; rows of an evaluation have held_out instead.
+    history: rows with step, loss, tokens, seconds and, for HRM-Text, bp_steps; rows of an evaluation have held_out, or
+    cells and exact, instead. guesses: shares of the cells that guessing gets right, by how it guesses. boards: one puzzle
+    as it is solved, each with a line of title.
     """
 
     title: str
@@ -48,15 +50,27 @@ class Report:
     op_times: Sequence[OpTime] = ()
     environment: Sequence[tuple[str, str]] = ()
     notes: Sequence[tuple[str, str]] = field(default=())  # (figure, what it counts), shown large at the top
+    guesses: Mapping[str, float] = field(default_factory=dict)
+    boards: Sequence[str] = ()
 
 
 def write(path: str | os.PathLike, report: Report) -> Path:
     """Writes the page, whole or not at all, and returns its path. Needs matplotlib."""
     parts = [_tiles(report.notes)]
     steps = [row for row in report.history if "loss" in row]
+    if any("exact" in row for row in report.history):
+        drawing = accuracy_picture(report.history, report.guesses)
+        parts.append(_section("Accuracy", framed(drawing, "Held-out accuracy by minutes"), _ACCURACY_TEXT))
+    if report.boards:
+        parts.append(_section("A held-out puzzle, segment by segment", _boards(report.boards), _BOARDS_TEXT))
     if steps:
-        parts.append(_section("Loss", _loss_picture(report.history), _LOSS_TEXT))
-        parts.append(_section("Speed", _speed_picture(steps), _SPEED_TEXT))
+        scheduled = "bp_steps" in steps[0]
+        parts.append(
+            _section("Loss", _loss_picture(report.history), _LOSS_TEXT if scheduled else _PUZZLE_LOSS_TEXT)
+        )
+        parts.append(
+            _section("Speed", _speed_picture(steps), _SPEED_TEXT + (_SCHEDULE_TEXT if scheduled else ""))
+        )
     if report.op_times:
         parts.append(_section("Where the time went", _op_picture(report.op_times), _OPS_TEXT))
     if report.answers:
@@ -85,9 +99,22 @@ _LOSS_TEXT = (
     "one its moving average, the points the held-out examples under the averaged weights. The dashed line is "
     "where the untrained model stood."
 )
-_SPEED_TEXT = (
-    "Tokens through forward, backward and optimizer step in a second. The step-like fall in the first fifth is "
-    "warm-up deep credit assignment: gradients reach further and further back through the recurrence."
+_PUZZLE_LOSS_TEXT = (
+    "StableMax cross-entropy in nats per cell, givens included, and half the loss of the halting value. The thin line is "
+    "each step's batch, the thick one its moving average."
+)
+_SPEED_TEXT = "Tokens through forward, backward and optimizer step in a second."
+_SCHEDULE_TEXT = (
+    " The step-like fall in the first fifth is warm-up deep credit assignment: gradients reach further and further back "
+    "through the recurrence."
+)
+_ACCURACY_TEXT = (
+    "On held-out puzzles, under the averaged weights and after 16 segments. Copying the givens gets no blank cell right; "
+    "the dashed lines are what guessing gets."
+)
+_BOARDS_TEXT = (
+    "The model fills in the whole board after each segment. A digit followed by ! is wrong; sure is how sure the model is "
+    "that all of it is right."
 )
 _OPS_TEXT = (
     "Self time of each op over a few training steps, from torch's profiler. Dark bars are fastattn's own ops."
@@ -96,6 +123,31 @@ _ANSWERS_TEXT = (
     "None of these objects was trained on. A model this small, trained for minutes, knows the shape of an "
     "answer and guesses the rest from the name."
 )
+
+
+def accuracy_picture(history: Sequence[dict[str, Any]], guesses: Mapping[str, float]):
+    """A figure: puzzles solved and blank cells right over minutes of training, evaluations left out."""
+    drawing, axes = figure(3.4)
+    seconds, points = 0.0, []
+    for row in history:
+        if "loss" in row:
+            seconds += row["seconds"]
+        elif "exact" in row:
+            points.append((seconds / 60, 100 * row["cells"], 100 * row["exact"]))
+    minutes, cells, exact = zip(*points, strict=True)
+    axes.plot(minutes, exact, "o-", color=ACCENT, linewidth=2.0, markersize=3, label="puzzles solved")
+    axes.plot(minutes, cells, "o-", color=WARM, linewidth=1.2, markersize=3, label="blank cells right")
+    for name, share in guesses.items():
+        axes.axhline(100 * share, color=MUTED, linewidth=1, linestyle=(0, (5, 4)))
+        axes.annotate(
+            f"guessing {name}", (1, 100 * share), (-2, 3), ("axes fraction", "data"), "offset points", color=MUTED,
+            fontsize=8, ha="right",
+        )  # fmt: skip
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("%")
+    axes.legend(frameon=False, labelcolor=INK, loc="center right")
+    return drawing
 
 
 def _loss_picture(history: Sequence[dict[str, Any]]) -> str:
@@ -163,6 +215,10 @@ def _section(title: str, content: str, text: str) -> str:
     return f"<section><h2>{title}</h2>{content}<p>{text}</p></section>"
 
 
+def _boards(boards: Sequence[str]) -> str:
+    return f'<div class="boards">{"".join(f"<pre>{html.escape(board)}</pre>" for board in boards)}</div>'
+
+
 def _answers(answers: Sequence[Answer]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(a.prompt)}</td><td class='said'>{html.escape(a.said)}</td>"
@@ -205,6 +261,8 @@ th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-
 tr:first-child > * { border-top: 0; }
 th { color: #6b7684; font-weight: 500; white-space: nowrap; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.boards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 8px 20px; }
+.boards pre { font-size: 12px; line-height: 1.25; margin: 0; white-space: pre-wrap; }
 .answers td { width: 33%; }
 .said { font-weight: 600; }
 </style>

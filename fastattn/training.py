@@ -184,6 +184,10 @@ class Trainer(Run):
     def _copy(self, **changes: Any) -> "Trainer":
         return super()._copy(credit_warmup=0.0, **changes)  # the longest gradients
 
+    @property
+    def average_cost(self) -> float:
+        return 1 - 0.3 * self.config.credit_warmup  # while gradients reach less far, steps take less
+
     def _discard_gathered(self) -> None:
         """The weights were written to: what processes hold of each other's parts is stale."""
         if self.sharded:

@@ -169,6 +169,11 @@ class Run:
         with self.averaged():
             self._write_model()
 
+    @property
+    def average_cost(self) -> float:
+        """Of a step, over the dearest kind."""
+        return 1.0
+
     def seconds_per_step(self, steps: int = 3) -> float:
         """How long a step takes, the dearest kind, tried on a copy."""
         with torch.random.fork_rng(devices=[]):
@@ -178,6 +183,12 @@ class Run:
             for _ in range(steps):
                 trial.step()
             return (time.perf_counter() - start) / steps
+
+    def seconds_per_evaluation(self) -> float:
+        start = time.perf_counter()
+        if self.held_out:
+            self._evaluate()
+        return time.perf_counter() - start
 
     def op_times(self, steps: int = 3) -> list[OpTime]:
         """Self time of every op over a few steps of the dearest kind, tried on a copy."""

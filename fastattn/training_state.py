@@ -29,7 +29,14 @@ _KEYS = {
 
 def write_state(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Writes the state, whole or not at all: an interrupted save leaves the last one."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready: dict[str, torch.Tensor] = {}
+    written = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        ready[name] = (
+            value.clone() if value.data_ptr() in written else value
+        )  # tied weights, each under its name
+        written.add(value.data_ptr())
     header = {"fastattn_training": json.dumps({"format": FORMAT, **meta})}
     with _files.replacing(path) as temporary:
         save_file(ready, temporary, metadata=header)

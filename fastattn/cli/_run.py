@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastattn.models import HrmText, HrmTextConfig
     from fastattn.report import Answer
     from fastattn.training import TrainConfig, Trainer
+    from fastattn.training_run import Run
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -90,26 +91,38 @@ def start(
     return Trainer(folder, HrmText(shape), tokenizer, samples, held_out, config)
 
 
-def plan_steps(trainer: "Trainer", minutes: float) -> None:
+def say_resumed(trainer: "Run") -> None:
+    import torch
+
+    console.print(f"resuming {trainer.folder} at step {trainer.step_number:,} of {trainer.config.steps:,}")
+    if trainer.threads != torch.get_num_threads():
+        console.print(
+            f"the run was on {trainer.threads} threads and goes on with {torch.get_num_threads()}: results "
+            "will be close, not equal bit by bit"
+        )
+
+
+def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
     """Gives a fresh run as many steps as fit in `minutes` on this machine, by trying a few."""
     if not 0 < minutes < math.inf:
         raise ValueError(f"--minutes is {minutes}; it must be positive")
     config = trainer.config
-    cheaper = 1 - 0.3 * config.credit_warmup  # while gradients reach less far, steps take less
-    steps = max(10, math.floor(60 * minutes / (trainer.seconds_per_step() * cheaper)))
+    each = trainer.seconds_per_step() * trainer.average_cost
+    left = 60 * minutes - (evaluations + 1) * trainer.seconds_per_evaluation()
+    steps = max(10, math.floor(left / each))
     trainer.replan(
         replace(
             config,
             steps=steps,
             ema=1 - 1 / max(5.0, steps / 15),  # averages over the last fifteenth or so
-            eval_every=max(10, steps // 8),
+            eval_every=max(10, steps // evaluations),
             save_every=max(10, steps // 4),
             warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
         )
     )
 
 
-def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
+def train(trainer: "Run", limit_s: float | None = None) -> bool:
     """Runs `trainer` with a progress bar, or a line now and then where there is no terminal.
 
     Returns False when Ctrl-C ended it, here or in another process of it. `limit_s` ends the run early where the
@@ -138,9 +151,9 @@ def train(trainer: "Trainer", limit_s: float | None = None) -> bool:
 class _Display:
     """Loss, tokens a second and time left while a run goes on."""
 
-    def __init__(self, trainer: "Trainer") -> None:
+    def __init__(self, trainer: "Run") -> None:
         self._trainer = trainer
-        self._loss = self._speed = self._held_out = math.nan
+        self._loss = self._speed = math.nan
         self._start = time.monotonic()
         self._first = trainer.step_number
         self._next_line = 0.0
@@ -166,9 +179,8 @@ class _Display:
             self._bar.stop()
 
     def show(self, row: dict[str, Any]) -> None:
-        if "held_out" in row:
-            self._held_out = row["held_out"]
-            console.print(f"  step {row['step']:>5,}  held-out loss {row['held_out']:.3f}")
+        if "loss" not in row:
+            console.print(f"  step {row['step']:>5,}  {_evaluation(row)}")
             return
         self._loss = _blend(self._loss, row["loss"])
         self._speed = _blend(self._speed, row["tokens"] / row["seconds"])
@@ -239,22 +251,39 @@ def write_report(trainer: "Trainer", title: str, summary: str, shown: "list[Answ
     from fastattn import report
     from fastattn.cli._environment import environment
 
-    history = trainer.history
-    steps = [row for row in history if "loss" in row]
-    held_out = [row["held_out"] for row in history if "held_out" in row]
-    notes = []
-    if held_out:
-        notes.append((f"{held_out[0]:.2f} → {held_out[-1]:.2f}", "held-out loss, nats per token"))
-    if steps:
-        seconds, tokens = sum(row["seconds"] for row in steps), sum(row["tokens"] for row in steps)
-        notes.append((duration(seconds), f"training, {len(steps):,} steps"))
-        notes.append((f"{tokens / seconds:,.0f}", f"tokens a second, {tokens / 1e6:.2f} M in all"))
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    notes.append((f"{parameters / 1e6:.2f} M", "parameters"))
     return report.write(
         path,
-        report.Report(title, summary, history, shown, trainer.op_times(), environment(), notes),
+        report.Report(
+            title, summary, trainer.history, shown, trainer.op_times(), environment(), notes(trainer)
+        ),
     )
+
+
+def notes(trainer: "Run") -> list[tuple[str, str]]:
+    """The figures at the top of a run's report."""
+    history = trainer.history
+    steps = [row for row in history if "loss" in row]
+    evaluations = [row for row in history if "loss" not in row]
+    lines = []
+    if evaluations and "held_out" in evaluations[-1]:
+        first, last = (evaluations[i]["held_out"] for i in (0, -1))
+        lines.append((f"{first:.2f} → {last:.2f}", "held-out loss, nats per token"))
+    elif evaluations:
+        lines.append((f"{evaluations[-1]['exact']:.1%}", "held-out puzzles solved"))
+        lines.append((f"{evaluations[-1]['cells']:.1%}", "of their blank cells right"))
+    if steps:
+        seconds, tokens = sum(row["seconds"] for row in steps), sum(row["tokens"] for row in steps)
+        lines.append((duration(seconds), f"training, {len(steps):,} steps"))
+        lines.append((f"{tokens / seconds:,.0f}", f"tokens a second, {tokens / 1e6:.2f} M in all"))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    lines.append((f"{parameters / 1e6:.2f} M", "parameters"))
+    return lines
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    if "held_out" in row:
+        return f"held-out loss {row['held_out']:.3f}"
+    return f"held out: blank cells right {row['cells']:.1%}, puzzles solved {row['exact']:.1%}"
 
 
 def _blend(old: float, new: float) -> float:

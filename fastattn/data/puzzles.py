@@ -5,11 +5,14 @@ begin; ``puzzle_identifiers`` (puzzles,); ``group_indices`` (groups + 1), where 
 augmentations of one puzzle).
 """
 
+import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +116,10 @@ class PuzzleFolder:
                 puzzle = np.searchsorted(arrays["puzzle_indices"], index, side="right") - 1
                 yield self._batch(arrays, index, puzzle, len(index))
 
+    def digest(self) -> str:
+        """Of every puzzle and label, in order."""
+        return digest(arrays[field] for arrays in self._sets.values() for field in _FIELDS)
+
     def _batch(
         self, arrays: dict[str, np.ndarray], index: np.ndarray, puzzle: np.ndarray, size: int
     ) -> dict[str, torch.Tensor]:
@@ -134,6 +141,42 @@ class PuzzleFolder:
             )
             for name, (value, fill) in values.items()
         }
+
+
+class PuzzleOrder:
+    """An endless stream of batches whose place is two numbers, so that a run can resume exactly.
+
+    ``data.epoch(batch_size, rng)`` yields the batches of an epoch, made from (seed, epoch) alone.
+    """
+
+    def __init__(self, data: Any, batch_size: int, seed: int, epoch: int = 0, position: int = 0) -> None:
+        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self.epoch, self.position = epoch, position
+        self._batches = itertools.islice(self._begin(), position, None)
+
+    def __copy__(self) -> "PuzzleOrder":
+        return PuzzleOrder(self._data, self._batch_size, self._seed, self.epoch, self.position)
+
+    def next(self) -> dict[str, torch.Tensor]:
+        batch = next(self._batches, None)
+        if batch is None:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._batches = self._begin()
+            batch = next(self._batches)
+        self.position += 1
+        return batch
+
+    def _begin(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self._data.epoch(self._batch_size, np.random.default_rng([self._seed, self.epoch]))
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """By which a resumed run knows its data again."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
 
 
 def write_folder(

@@ -3,6 +3,9 @@
 Boards are int64 arrays (n * n, n * n) for boxes of n x n cells: digits 1 to n * n, 0 for a blank.
 """
 
+import functools
+import itertools
+
 import numpy as np
 
 PAD = 0
@@ -123,6 +126,33 @@ def shuffle(puzzle: np.ndarray, grid: np.ndarray, rng: np.random.Generator) -> t
         return digits[board[rows][:, columns]]
 
     return move(puzzle), move(grid)
+
+
+@functools.cache
+def _placements() -> np.ndarray:
+    """(128, 16): for each symmetry of a 4 x 4 board that keeps its digits, the cell that comes to each place."""
+    cells = np.arange(16).reshape(4, 4)
+    lines = [
+        [2 * band + line for band, order in zip(bands, orders, strict=True) for line in order]
+        for bands in itertools.permutations(range(2))
+        for orders in itertools.product(itertools.permutations(range(2)), repeat=2)
+    ]
+    every = itertools.product((cells, cells.T), lines, lines)
+    return np.array([board[rows][:, columns].ravel() for board, rows, columns in every])
+
+
+def canonical(board: np.ndarray) -> int:
+    """A number that a 4 x 4 board shares with its images under :func:`shuffle`, and with no other board.
+
+    The least of its 128 placements with digits renamed in order of appearance, read in base 5.
+    """
+    if _side(board) != 4:
+        raise ValueError(f"sudoku: canonical is for 4 x 4 boards, given {board.shape}")
+    images = board.ravel()[_placements()]  # (128, 16)
+    first = np.stack([np.where((images == d).any(1), (images == d).argmax(1), 16) for d in range(1, 5)], 1)
+    names = 1 + (first[:, None, :] < first[:, :, None]).sum(2)  # (128, 4), of each digit
+    names = np.concatenate([np.zeros((128, 1), dtype=np.int64), names], 1)
+    return int((np.take_along_axis(names, images, 1) @ 5 ** np.arange(15, -1, -1)).min())
 
 
 def is_solution(board: np.ndarray) -> bool:

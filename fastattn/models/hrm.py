@@ -297,8 +297,13 @@ class Hrm(nn.Module):
         return carry, HrmOutput(logits, q_halt, q_continue, (loss + 0.5 * q_loss).mean(), correct)
 
     @torch.no_grad()
-    def solve(self, inputs: Tensor, puzzle_ids: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields after each of ``halt_max_steps`` segments (tokens (B, L), q_halt (B,)) for inputs (B, L)."""
+    def solve(
+        self, inputs: Tensor, puzzle_ids: Tensor | None = None, *, segments: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields after each segment (tokens (B, L), q_halt (B,)) for inputs (B, L).
+
+        puzzle_ids: (B,); default: 0. segments: default: ``halt_max_steps``.
+        """
         if puzzle_ids is None:
             puzzle_ids = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
         inputs, _, puzzle_ids = self._check(
@@ -306,7 +311,7 @@ class Hrm(nn.Module):
         )
         shape = (len(inputs), self.config.puzzle_len + self.config.seq_len, -1)
         zH, zL = self.H_init.expand(shape), self.L_init.expand(shape)
-        for _ in range(self.config.halt_max_steps):
+        for _ in range(self.config.halt_max_steps if segments is None else segments):
             zH, zL, logits, q_halt, _ = self.segment(zH, zL, inputs, puzzle_ids)
             yield logits.argmax(-1), q_halt
 

@@ -45,6 +45,25 @@ def test_puzzles_have_one_solution_under_every_symmetry(seed, box):
         assert ((board == 0) | (board == answer)).all() and (board == 0).sum() == (puzzle == 0).sum() > 0
 
 
+@given(st.integers(0, 2**32))
+def test_a_canonical_number_is_shared_by_images_alone(seed):
+    rng = np.random.default_rng(seed)
+    grid = sudoku.random_grid(2, rng)
+    puzzle = sudoku.make_puzzle(grid, int(rng.integers(1, 11)), rng)
+    image, _ = sudoku.shuffle(puzzle, grid, rng)
+    assert sudoku.canonical(image) == sudoku.canonical(puzzle)
+    other = puzzle.copy()
+    other[tuple(rng.choice(np.argwhere(puzzle > 0)))] = 0  # fewer givens: no image
+    assert sudoku.canonical(other) != sudoku.canonical(puzzle)
+
+
+def test_the_grids_are_images_of_two():
+    kinds = [sudoku.canonical(grid) for grid in every_grid()]
+    assert sorted(kinds.count(kind) for kind in set(kinds)) == [96, 192]
+    with pytest.raises(ValueError, match="canonical is for 4 x 4"):
+        sudoku.canonical(np.zeros((9, 9), dtype=np.int64))
+
+
 def test_symmetries_reach_every_band_order_and_transpose():
     grid = np.arange(81).reshape(9, 9) % 9 + 1
     marked = np.zeros((9, 9), dtype=np.int64)

@@ -1,0 +1,98 @@
+"""`fastattn train --model hrm`: a run of HRM on Sudoku or a folder of puzzles."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastattn.training_hrm import HrmTrainer
+
+BOXES = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}
+BLANKS = {2: (6, 10), 3: (4, 12)}
+EVALUATIONS = 24  # of a run whose length is planned
+
+
+def start(
+    output: Path,
+    data: str,
+    *,
+    shape: str,
+    blanks: str | None,
+    puzzles: int,
+    seed: int,
+    **options: Any,
+) -> "HrmTrainer":
+    """A fresh run; its puzzles and weights come from the seed."""
+    import torch
+
+    from fastattn.data.puzzle_sets import FolderData, SudokuData
+    from fastattn.models import Hrm
+    from fastattn.training_hrm import HrmTrainConfig, HrmTrainer, model_config
+
+    box = BOXES.get(data)
+    if box is None:
+        source = FolderData(data)
+    else:
+        held_out = max(1, min(200, puzzles // 10))
+        source = SudokuData(box, blanks=_blanks(blanks, box), puzzles=puzzles, held_out=held_out, seed=seed)
+    torch.manual_seed(seed)
+    model = Hrm(model_config(source, shape))
+    config = HrmTrainConfig(seed=seed, sudoku=source.options, **options)
+    return HrmTrainer(output, model, source, config)
+
+
+def resume(output: Path, data: str) -> "HrmTrainer":
+    from fastattn.data.puzzle_sets import FolderData
+    from fastattn.training_hrm import HrmTrainer
+
+    return HrmTrainer.resume(output, None if data in BOXES else FolderData(data))
+
+
+def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
+    """Prints a held-out board as it is solved, where boards are Sudoku's; writes the run's pictures and its page."""
+    from fastattn import pictures, report
+    from fastattn.cli import _run
+    from fastattn.cli._environment import environment
+    from fastattn.training_hrm import show_steps
+
+    boards, guesses = [], {}
+    summary = f"HRM trained on {data}, evaluated on its test split."
+    if trainer.config.sudoku is not None:
+        source = trainer.data
+        with trainer.averaged():
+            boards = list(show_steps(trainer.model, source.held_out))
+        for text in boards:
+            _run.console.print(f"\n{text}")
+        guesses = source.guesses()
+        side = source.box**2
+        apart = (
+            "no image of one under Sudoku's symmetries is trained on"
+            if source.box == 2
+            else "no training puzzle equals one"
+        )
+        summary = (
+            f"HRM trained on {source.options['puzzles']:,} {side} x {side} Sudoku puzzles with {source.blanks[0]} to "
+            f"{source.blanks[1]} blanks, shown under random symmetries; {source.options['held_out']} others are held out: "
+            f"{apart}."
+        )
+    drawing = report.accuracy_picture(trainer.history, guesses)
+    pictures.write(output / "accuracy.svg", drawing, "Held-out accuracy by minutes of training")
+    page = report.Report(
+        f"fastattn train: HRM on {Path(data).name}",
+        summary,
+        trainer.history,
+        boards=boards,
+        guesses=guesses,
+        op_times=trainer.op_times(),
+        environment=environment(),
+        notes=_run.notes(trainer),
+    )
+    return report.write(output / "report.html", page)
+
+
+def _blanks(text: str | None, box: int) -> tuple[int, int]:
+    if text is None:
+        return BLANKS[box]
+    fewest, dash, most = text.partition("-")
+    if not (fewest.isdigit() and (most.isdigit() or not dash)):
+        raise ValueError(f"--blanks is {text!r}; it must be a number or FEWEST-MOST")
+    return int(fewest), int(most or fewest)

@@ -1,0 +1,92 @@
+"""HRM from the command line: `train --model hrm` on Sudoku and on a folder, stopping it, going on."""
+
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from fastattn.data.puzzles import write_folder
+from fastattn.models import Hrm
+from fastattn.training_hrm import HrmTrainer
+
+SUDOKU = ("train", "--model", "hrm", "--data", "sudoku", "--puzzles", 40, "--batch-size", 8, "--threads", 1)
+
+
+def test_sudoku(run, tmp_path):
+    code, out, err = run(*SUDOKU, "--output", tmp_path, "--steps", 2)
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.json", "model.safetensors", "training.safetensors"),
+        *("history.jsonl", "accuracy.svg", "report.html"),
+    }
+    assert "puzzle\n" in out and "segment 16: " in out and "solved" in out
+    assert Hrm.from_pretrained(tmp_path).config.seq_len == 16
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 4  # accuracy, loss, speed, ops
+    assert page.count("<pre>") == 17 and "guessing" in page and "no image of one" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page)
+    code, _, err = run(*SUDOKU, "--output", tmp_path, "--steps", 2)
+    assert code == 2 and "--resume" in err
+
+
+def test_ctrl_c_saves_and_resume_goes_on(run, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = (*SUDOKU, "--steps", 6)
+    run(*options, "--output", whole)
+    step = HrmTrainer.step
+
+    def interrupted(self):
+        if self.step_number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HrmTrainer, "step", interrupted)
+        code, out, _ = run(*options, "--output", parts)
+    assert code == 130 and "saved at step 3" in out
+    code, out, err = run(*SUDOKU, "--output", parts, "--resume")
+    assert (code, err) == (0, "") and "at step 3 of 6" in out
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_folder(run, tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 6, size=(6, 9))
+    for split in ("train", "test"):
+        write_folder(tmp_path / "data", split, tokens, tokens, vocab_size=6)
+    command = ("train", "--model", "hrm", "--data", tmp_path / "data", "--output", tmp_path / "run")
+    code, _, err = run(
+        *command, "--minutes", 1e-4, "--batch-size", 4, "--shape", "trm", "--learning-rate", 1e-4
+    )
+    assert (code, err) == (0, "")
+    assert Hrm.from_pretrained(tmp_path / "run").config.shared_stack
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 0 and "exact" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt"), "--model is 'gpt'; it must be hrm-text or hrm"),
+        (("--model", "hrm", "--head", "vq"), "--head is not for --model hrm"),
+        (("--batch-size", 3), "--batch-size is not for --model hrm-text"),
+        (("--model", "hrm", "--blanks", "many"), "--blanks is 'many'"),
+        (("--model", "hrm", "--blanks", "9-3"), "blanks is (9, 3)"),
+        (("--model", "hrm", "--shape", "huge"), "shape is 'huge'"),
+        (("--model", "hrm", "--resume"), "no such file; there is no run to resume"),
+        (
+            ("--model", "hrm", "--data", "nowhere"),
+            "nowhere/train/dataset.json: not a puzzle folder's metadata",
+        ),
+    ],
+)
+def test_mistakes(run, tmp_path, arguments, message):
+    code, _, err = run("train", "--data", "sudoku", "--output", tmp_path, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_one_model_is_not_resumed_as_the_other(run, trained):
+    code, _, err = run(*SUDOKU, "--output", trained, "--resume")
+    assert code == 2 and "is a run of hrm_text, not of hrm" in err
