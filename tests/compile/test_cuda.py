@@ -1,8 +1,10 @@
-"""CUDA C++: every kernel compiles for every target, and its arithmetic, run as one thread on the host, is the reference's."""
+"""CUDA C++: every kernel compiles for every target, when the package is built and at run time. tests/cuda runs them."""
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-CXX = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
 def compile_for(architecture: str, source: Path, out: Path) -> None:
@@ -62,30 +62,52 @@ def test_backends_say_why_not():
         assert "not float64" in backend.refusal(cuda, double)
 
 
-def nvrtc() -> ctypes.CDLL | None:
-    home = shutil.which("nvcc")
-    places = [] if home is None else sorted(Path(home).resolve().parents[1].glob("lib64/libnvrtc.so*"))
-    return ctypes.CDLL(str(places[0])) if places else None
+def toolkits() -> list[Path]:
+    """Of nvcc, which may be a script, and the folders that NVIDIA's packages install to."""
+    roots = [root for entry in sys.path for root in Path(entry, "nvidia").glob("cu[0-9]*")]
+    if shutil.which("nvcc") is not None:
+        told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+        roots[:0] = [Path(line.split("TOP=")[1]) for line in told.stderr.splitlines() if " TOP=" in line]
+    return roots
 
 
-@pytest.mark.skipif(nvrtc() is None, reason="NVRTC is not installed")
-@pytest.mark.parametrize(
-    ("header", "kernel"),
-    [
-        ("sinkhorn.cuh", "fastattn::cuda::sinkhorn<fastattn::cuda::bf16, 24, 128>"),
-        ("vocab_rows.cuh", "fastattn::cuda::vocab_rows<true, 512>"),
-    ],
+TOOLKITS = toolkits()
+
+
+def packages(pattern: str) -> list[Path]:
+    return [found for root in TOOLKITS for found in sorted(root.glob(pattern))]
+
+
+def run_time_options() -> list[str]:
+    """Where CuPy looks for headers: its own copy of CCCL first, then the toolkit's folders."""
+    found = importlib.util.find_spec("cupy")
+    bundled = [] if found is None else Path(found.origin).parent.glob("_core/include/cupy/_cccl/libcudacxx")
+    toolkit = [header.parent for header in packages("include/cooperative_groups.h")[:1]]
+    return [f"-I{folder}" for folder in (*bundled, *toolkit, *(folder / "cccl" for folder in toolkit))]
+
+
+NVRTC = packages("lib*/libnvrtc.so*")
+needs_nvrtc = pytest.mark.skipif(
+    not NVRTC or not packages("include/cooperative_groups.h"), reason="NVRTC or its headers are not installed"
 )
-def test_compiles_at_run_time(header, kernel):
-    """What CuPy's RawModule would be given compiles without the standard library, with other tile constants."""
+
+
+def compile_at_run_time(header: str, kernel: str, architecture: str) -> None:
+    """As CuPy's RawModule would: no driver is needed until the kernel is loaded."""
     from fastattn import _cuda
 
-    library, program = nvrtc(), ctypes.c_void_p()
-    source = f'#include "{header}"\n'.encode()
+    for builtins in NVRTC[0].parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(builtins))
+    library, program = ctypes.CDLL(str(NVRTC[0])), ctypes.c_void_p()
+    source, name = f'#include "{header}"\n'.encode(), f"fastattn::cuda::{kernel}".encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"program.cu", 0, None, None) == 0
-    assert library.nvrtcAddNameExpression(program, kernel.encode()) == 0
-    include = Path(shutil.which("nvcc")).resolve().parents[1] / "include"
-    options = [f"-I{_cuda.sources()}", f"-I{include}", "--gpu-architecture=sm_90a", "-std=c++17"]
+    assert library.nvrtcAddNameExpression(program, name) == 0
+    options = [
+        f"-I{_cuda.sources()}",
+        f"--gpu-architecture={architecture}",
+        "-std=c++17",
+        *run_time_options(),
+    ]
     encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     failed = library.nvrtcCompileProgram(program, len(options), encoded)
     size = ctypes.c_size_t()
@@ -93,8 +115,55 @@ def test_compiles_at_run_time(header, kernel):
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     assert not failed, log.value.decode()
+    lowered = ctypes.c_char_p()
+    assert library.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    assert size.value
+    cubin = ctypes.create_string_buffer(size.value)
+    assert library.nvrtcGetCUBIN(program, cubin) == 0
+    assert lowered.value in cubin.raw
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+RUN_TIME = (
+    ("sinkhorn.cuh", "sinkhorn<fastattn::cuda::bf16, 24, 128>"),
+    ("vocab_rows.cuh", "vocab_rows<true, 512>"),
+    ("decode.cuh", "decode_step<fastattn::cuda::bf16, 128, 256, 2, 64>"),
+)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("header", "kernel"), RUN_TIME)
+def test_compiles_at_run_time(header, kernel):
+    """With other tile constants than the built ones, without the standard library."""
+    compile_at_run_time(header, kernel, "sm_90a")
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("header", "kernel"),
+    (
+        *RUN_TIME,
+        ("sinkhorn.cuh", "sinkhorn<fastattn::cuda::f16, 63, 1024>"),
+        ("vocab_rows.cuh", "vocab_rows<false, 1024>"),
+        ("decode.cuh", "decode_step<float, 256, 1024, 4, 16>"),
+        ("decode.cuh", "decode_step<fastattn::cuda::f16, 96, 128, 1, 256>"),
+    ),
+)
+def test_everything_compiles_at_run_time(header, kernel, architecture):
+    compile_at_run_time(header, kernel, architecture)
+
+
+def test_decode_candidates_fit_the_device():
+    from fastattn import _config, _cuda, _device
+
+    declared = _config.tunings()["decode_step", "cuda"]
+    key = {"dtype": "bfloat16", "head_dim": 128, "hidden": 1536, "inner": 4096, "heads": 12, "cached": 256}
+    target = _device.Target("cuda", "a GPU", "sm_90", units=132, shared=227 << 10)
+    assert declared.defaults(key, target) == _cuda.DECODE
+    assert declared.refuses(_cuda.DECODE, key, target) is None
+    assert "of shared memory" in declared.refuses(_cuda.DECODE, key | {"inner": 60000}, target)
 
 
 def test_threads_whose_statistics_do_not_fit_are_no_candidates():

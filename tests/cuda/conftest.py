@@ -66,6 +66,7 @@ class Host:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.launches: list[str] = []
+        self.most_blocks = 1 << 20  # of a launch that is not cooperative
         self.schedule(0)
 
     def schedule(self, seed: int) -> None:
@@ -93,6 +94,8 @@ class Host:
     def launch_compiled(self, header, kernel, blocks, threads, params, *, shared=0, cooperative) -> None:
         assert (_cuda.sources() / header).is_file()
         name = f"fastattn::cuda::{kernel}".encode()
+        if not cooperative:
+            blocks = min(blocks, self.most_blocks)
         self.launch(
             kernel, self.library.host_compiled, name, ctypes.byref(params), blocks, threads,
             ctypes.c_int64(shared), int(cooperative),

@@ -73,6 +73,15 @@ def test_in_any_order_with_strides_and_more_classes_than_threads(host, seed):
     assert host.launches == ["vocab_rows", "vocab_rows<true, 64>", "vocab_rows<false, 64>"]
 
 
+@pytest.mark.parametrize("stablemax", (False, True))
+def test_several_rows_a_block(host, stablemax):
+    """As where there are more rows than a launch may have blocks."""
+    host.most_blocks = 2
+    check(host, stablemax=stablemax, threads=64)
+    host.schedule(1)
+    check(host, stablemax=stablemax, threads=64, extras=False)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("transform", (None, "stablemax"))
 def test_linear_cross_entropy(host, transform, dtype):
