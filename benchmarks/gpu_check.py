@@ -25,6 +25,7 @@ import torch
 import fastattn as fa
 from benchmarks import registry, report, runner
 from fastattn import _device, testing
+from fastattn.ops.decode import workload as decode_workload
 from fastattn.scores import SCORES
 
 MASKS = {
@@ -160,6 +161,34 @@ def cuda_checks() -> dict[str, Callable[[], None]]:
             terms=5000,
         )
 
+    def decode():
+        for dtype, dim, cached in (("bfloat16", 128, 200), ("float16", 64, 1), ("float32", 160, 65)):
+            shape = {"hidden": 256, "heads": 2, "head_dim": dim, "inner": 500, "layers": 2, "cached": cached}
+            shape["dtype"] = dtype
+            inputs = decode_workload.inputs(shape, torch.device("cuda"), 0)
+            run = functools.partial(decode_workload.call("cuda"), shape)
+            first = run(*inputs)
+            testing.assert_within_budget(
+                first,
+                lambda *a, shape=shape: decode_workload.call("reference")(shape, *a),
+                inputs,
+                terms=16 * 512,
+            )
+            assert all(torch.equal(run(*inputs), first) for _ in range(20)), "two runs differ"
+
+    def rows():
+        h, weight = (testing.random_tensor(*shape).cuda() for shape in ((300, 64), (5000, 64)))
+        target = torch.arange(300, device="cuda")
+        for transform in (None, "stablemax"):
+
+            def run(backend, transform=transform):
+                return lambda *a: fa.linear_cross_entropy(
+                    *a, target, transform=transform, z_loss=0.01, backend=backend
+                )
+
+            inputs = h.requires_grad_(), weight.requires_grad_()
+            testing.check_op(run("cuda"), run("reference"), inputs, terms=5000)
+
     def graph():
         q, k, v = testing.attention_inputs(1, 4, 2, 256, 256, 64, dtype=torch.bfloat16, device="cuda")
         expected = testing.differentiate(lambda *a: fa.attention(*a, backend="triton"), (q, k, v))
@@ -176,7 +205,11 @@ def cuda_checks() -> dict[str, Callable[[], None]]:
 
     checks: dict[str, Callable[[], None]] = {"CUDA graph of forward and backward": graph}
     if _cuda.missing() is None:
-        checks["CUDA C++ sinkhorn"] = sinkhorn
+        checks |= {
+            "CUDA C++ sinkhorn": sinkhorn,
+            "CUDA C++ decode step": decode,
+            "CUDA C++ rows of a loss": rows,
+        }
     return checks
 
 

@@ -37,14 +37,17 @@ DIRECTIONS = ("forward", "backward", "forward+backward", "step")
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio to reach. `peer` None: the share of the measured limit, or `tflops` TFLOP/s."""
+    """A ratio to reach. `peer` None: the share of the measured limit, `tflops` TFLOP/s, or `milliseconds` at most."""
 
     peer: str | None
     at_least: float | None = None
     at_most: float | None = None
     tflops: float | None = None
+    milliseconds: float | None = None
 
     def __str__(self) -> str:
+        if self.milliseconds is not None:
+            return f"<= {self.milliseconds:g} ms"
         if self.tflops is not None:
             return f">= {self.tflops:g} TFLOP/s"
         if self.peer is None:
@@ -70,6 +73,10 @@ def share_of_peak(share: float) -> Bar:
 
 def tflops_at_least(rate: float) -> Bar:
     return Bar(None, tflops=rate)
+
+
+def milliseconds_at_most(limit: float) -> Bar:
+    return Bar(None, milliseconds=limit)
 
 
 @dataclass

@@ -53,6 +53,8 @@ class Result:
         """What the bar is about, or None where it could not be measured."""
         if bar.tflops is not None:
             return self.flops / self.times[OWN].median / 1e12 if self.flops and self.times else None
+        if bar.milliseconds is not None:
+            return self.times[OWN].median * 1e3 if self.times else None
         if bar.peer is None:
             return self.share
         if bar.peer not in self.ratios:
@@ -66,6 +68,8 @@ class Result:
             return None
         if bar.tflops is not None:
             return value >= bar.tflops
+        if bar.milliseconds is not None:
+            return value <= bar.milliseconds
         return value >= bar.at_least if bar.at_most is None else value <= bar.at_most
 
 

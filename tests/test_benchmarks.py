@@ -79,6 +79,16 @@ def test_results_are_written_as_json_and_shown(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["group.json"]
 
 
+def test_a_bar_may_be_a_time():
+    result = runner.run(
+        registry.Case("group", "scaled", problem, {"n": 100}, torch.float32, "forward"), {}, quick=True
+    )
+    assert result.bar_met(registry.milliseconds_at_most(1e4)) and not result.bar_met(
+        registry.milliseconds_at_most(1e-9)
+    )
+    assert str(registry.milliseconds_at_most(3)) == "<= 3 ms"
+
+
 def test_rows_have_names_of_their_own_and_bars_name_their_peers():
     cases = registry.all_cases()
     assert len({(c.group, c.name) for c in cases}) == len(cases)

@@ -3,6 +3,7 @@
 Every result is first held to the definition at a small size of the same kind; peers that are not installed are named as such.
 """
 
+import functools
 import math
 
 import torch
@@ -11,8 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 
 import fastattn as fa
-from benchmarks.registry import Case, Problem, faster_than, tflops_at_least, time_at_most
+from benchmarks.registry import (
+    Case,
+    Problem,
+    faster_than,
+    milliseconds_at_most,
+    tflops_at_least,
+    time_at_most,
+)
 from fastattn import testing
+from fastattn.ops.decode import workload as decode_workload
 
 BF16 = torch.bfloat16
 BOTH = "forward+backward"
@@ -205,6 +214,39 @@ def stablemax(dtype, N, d, V):
     )
 
 
+def decode(dtype, hidden, heads, inner, layers, cached):
+    """A token of HRM-Text through its 8 stack calls, against the definition, whose products are torch's."""
+
+    def problem(seed, **smaller):
+        shape = {
+            "hidden": hidden,
+            "heads": heads,
+            "inner": inner,
+            "layers": layers,
+            "cached": cached,
+        } | smaller
+        return shape, decode_workload.inputs(
+            shape | {"head_dim": 128, "dtype": "bfloat16"}, torch.device("cuda"), seed
+        )
+
+    def check():
+        shape, inputs = problem(1, layers=2)
+        testing.assert_within_budget(
+            decode_workload.call("cuda")(shape, *inputs),
+            lambda *a: decode_workload.call("reference")(shape, *a),
+            inputs,
+            terms=16 * inner,
+        )
+
+    shape, inputs = problem(1)
+    contenders = {"fastattn": "cuda", "reference": "reference"}
+    return Problem(
+        (),
+        {name: functools.partial(decode_workload.call(b), shape, *inputs) for name, b in contenders.items()},
+        check=check,
+    )
+
+
 def _case(op, build, shape, bars, direction="forward", **options):
     return Case("gpu", op, build, shape, BF16, direction, bars, options=options, device="cuda")
 
@@ -220,5 +262,10 @@ CASES = [
     _case("grouped top-1", grouped, {"H": 16, "L": 4096, "groups": 8}, (faster_than("our causal", 1.3),)),
     _case("grouped top-1", grouped, {"H": 1, "L": 1 << 20, "groups": 8}, (faster_than("our causal", 7.6),)),
     _case("vq cross-entropy", codes, {"N": 32768, "d": 4096, "K": 1024}, (time_at_most("three products", 1.15),), BOTH),
+    *(
+        _case("HRM-Text XL decode step", decode,
+              {"hidden": 1536, "heads": 12, "inner": 4096, "layers": 16, "cached": cached}, (milliseconds_at_most(3.0),), "step")
+        for cached in (256, 2048)
+    ),
     _case("StableMax", stablemax, {"N": 8192, "d": 2048, "V": 32768}, (time_at_most("our softmax", 1.1),), BOTH),
 ]  # fmt: skip

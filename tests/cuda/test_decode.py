@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import _config, _device, testing
 from fastattn.models import HrmText, HrmTextConfig
-from fastattn.ops.decode import reference
+from fastattn.ops.decode import reference, workload
 
 
 def problem(dtype, *, hidden=24, heads=2, dim=8, inner=36, layers=1, cycles=(1, 1), capacity=9):
@@ -73,6 +73,28 @@ def test_built_kernels(host, dtype):
 @pytest.mark.parametrize("position", (0, 1, 63, 64, 130))
 def test_positions_in_several_pieces(host, position):
     check(host, torch.float32, position, capacity=131)
+
+
+def test_the_tuner_s_calls(host):
+    shape = {
+        "hidden": 32,
+        "heads": 1,
+        "head_dim": 32,
+        "inner": 40,
+        "layers": 1,
+        "cached": 3,
+        "dtype": "bfloat16",
+    }
+    (found,) = workload.WORKLOADS
+    inputs = found.inputs(shape, torch.device("cpu"), 0)
+    actual = found.call(shape, *inputs)
+    assert host.launches == ["decode_step"]
+    testing.assert_within_budget(
+        actual, lambda *a: found.reference(shape, *a), inputs, terms=found.terms(shape)
+    )
+    target = _device.Target("cuda", "a GPU", "sm_90", units=132, shared=227 << 10)
+    for call in found.shapes("full", target) + found.shapes("quick", target):
+        assert call.keys() == shape.keys()
 
 
 def test_wide_heads_and_odd_sizes(host):

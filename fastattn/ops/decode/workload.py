@@ -18,33 +18,33 @@ def _shapes(effort: str, target) -> list[dict]:
     if effort != "quick":
         sizes += [(1024, 8, 2816), (1280, 10, 3584), (1792, 14, 4864)]
     return [
-        {"hidden": hidden, "heads": heads, "head_dim": 128, "inner": inner, "cached": cached, "dtype": "bfloat16"}
+        {"hidden": hidden, "heads": heads, "head_dim": 128, "inner": inner, "layers": 2, "cached": cached, "dtype": "bfloat16"}
         for hidden, heads, inner in sizes
         for cached in (256, 2048)
     ]  # fmt: skip
 
 
-def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
-    """(states, caches, weights of two layers a stack): with more, a step takes longer and no other time a layer."""
+def inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+    """(states, caches, weights); tuning takes two layers a stack: more take longer, and no other time a layer."""
     options = {"dtype": getattr(torch, shape["dtype"]), "device": device}
     hidden, inner, heads, dim = (shape[name] for name in ("hidden", "inner", "heads", "head_dim"))
     states = [testing.random_tensor(1, hidden, seed=seed + i, **options) for i in range(2)]
-    sizes = _CALLS, 2, 1, heads, shape["cached"], dim
+    sizes = _CALLS, shape["layers"], 1, heads, shape["cached"], dim
     caches = [testing.random_tensor(*sizes, seed=seed + 2 + i, **options) for i in range(2)]
     shapes = ((4 * heads * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner))
     weights = [
         testing.random_tensor(*wanted, seed=seed + 4 + i, scale=wanted[1] ** -0.5, **options)
-        for i, wanted in enumerate(shapes * 4)
+        for i, wanted in enumerate(shapes * 2 * shape["layers"])
     ]
     return *states, *caches, *weights
 
 
-def _call(backend: str):
-    def call(shape: dict, z_h, z_l, k_cache, v_cache, *weights):
+def call(backend: str):
+    def step(shape: dict, z_h, z_l, k_cache, v_cache, *weights):
         position = shape["cached"] - 1
         return decode_step(z_h, z_l, weights, k_cache, v_cache, position, **_CYCLES, backend=backend)
 
-    return call
+    return step
 
 
 WORKLOADS = (
@@ -52,11 +52,11 @@ WORKLOADS = (
         "decode_step",
         "cuda",
         shapes=_shapes,
-        inputs=_inputs,
-        call=_call("cuda"),
-        reference=_call("reference"),
-        # sixteen layers follow one another, each of which may add its own rounding to what it is given
-        terms=lambda shape: 16 * shape["inner"],
+        inputs=inputs,
+        call=call("cuda"),
+        reference=call("reference"),
+        # the layers of all calls follow one another, each of which may add its own rounding to what it is given
+        terms=lambda shape: _CALLS * shape["layers"] * shape["inner"],
         devices=("cuda",),
     ),
 )
