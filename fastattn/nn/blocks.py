@@ -17,7 +17,9 @@ from ..ops.recurrence import gated, rms_norm, rotary, swiglu
 
 
 class AppendsKeys(Protocol):
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def append_rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ FUSED_ROWS = 16  # rows from which a product takes its neighbours along; fewer a
 
 
 def _fuses(x: Tensor, *projections: nn.Module) -> bool:
-    """Whether products of x run with their neighbours in one op: many rows on the CPU, plain linear layers."""
+    """Whether products of x run with their neighbours in one op: many rows on the CPU, plain linear layers. On a GPU a norm and
+    the addition before it are one launch, which saves as much."""
     return (
         x.device.type == "cpu"
-        and requested("fused_linear", None) in ("", "cpu", "reference")  # it has no others
+        and requested("fused_linear", None) in ("", "cpu", "reference")
         and x.numel() >= FUSED_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
         and all(type(p) is nn.Linear and p.weight.dtype == x.dtype for p in projections)
@@ -103,9 +106,10 @@ class Attention(nn.Module):
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
-        q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        if cache is None:
+            q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
+        else:
+            q, k, v = cache.append_rotated(q, k, v, routing.positions, self.rope_theta)
         out = self.attend(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
         if fused:
             if self.gate:

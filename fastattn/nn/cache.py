@@ -5,6 +5,9 @@ import weakref
 import torch
 from torch import Tensor
 
+from .._registry import needs_grad, requested, serves
+from ..ops.recurrence import rotary, rotary_append
+
 
 class KeyValueCache:
     """Keys and values of every attention call, in two tensors made once.
@@ -98,6 +101,23 @@ class LayerCache:
     def __init__(self, cache: KeyValueCache, call: int, layer: int) -> None:
         self._cache = weakref.proxy(cache)
         self._keys, self._values = cache.keys[call, layer], cache.values[call, layer]  # (B, H, capacity, D)
+
+    def append_rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(q rotated, all keys, all values): `rotary` of q and k, then `append`, in one launch where a backend has it."""
+        cache = self._cache
+        args = q, k, v, positions, cache._positions, self._keys, self._values
+        if (
+            torch.compiler.is_compiling()
+            or needs_grad(args)
+            or not serves("rotary_append", *args, theta, requested("rotary_append", None))
+        ):
+            q, k = rotary(q, k, positions, theta=theta)
+            return q, *self.append(k, v)
+        end = cache.longest + k.shape[2]
+        q = rotary_append(*args, theta=theta)
+        return q, self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, H, count, D) at the reserved positions.

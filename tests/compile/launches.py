@@ -89,6 +89,9 @@ def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton
         kernels.swiglu_backward(kernels.swiglu(gates), gates)
         kernels.gated_backward(kernels.gated(x, x), x, x)
         kernels.rotary(q, k, empty(100, dtype=torch.int64), 1e4, False)
+        cache = empty(2, 4, 4096, 128, dtype=dtype)
+        slots = empty(2, 100, dtype=torch.int64)
+        kernels.rotary_append(q, k, k, slots, slots, cache, cache, 1e4)
     return launches
 
 
@@ -110,6 +113,52 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
         )
         triton_codes.vq_argmax(h, codebook, codes, bias)
         triton_codes.nearest_codes(h, codebook)
+        for biases in (None, bias):
+            triton_codes.vq_sample(h, codebook, codes, biases, empty(100, 2, dtype=torch.float64), 0.7)
+    return launches
+
+
+def linear(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    """The tile kernel at the largest tiles that the target has room for, with each thing before and after it."""
+    from fastattn import _config
+    from fastattn.ops.linear.triton import fused_linear
+
+    device = _triton.TARGETS[target][1]
+    weight, residual = empty(8192, 1536, dtype=dtype), empty(1000, 4096, dtype=dtype)
+    declaration = _config.tunings()["fused_linear", "triton"]
+    launches = []
+    for before, swiglu in (("norm", True), ("gate", False), (None, False)):
+        x = empty(1000, *((12, 128) if before == "gate" else (1536,)), dtype=dtype)
+        key = {"dtype": str(dtype).removeprefix("torch."), "swiglu": swiglu, "gated": before == "gate"}
+        key |= {"rows": 1000, "inputs": 1536, "outputs": 8192}
+        for m, n, k, warps, stages in (
+            (128, 128, 64, 8, 3),
+            (128, 64, 64, 8, 2),
+            (64, 64, 32, 4, 2),
+            (32, 32, 32, 4, 2),
+        ):
+            values = {"product": "native", "block_m": m, "block_n": n, "block_k": k, "num_warps": warps}
+            values["num_stages"] = stages
+            if declaration.refuses(values, key, device) is None:
+                break
+        with _config.override({("fused_linear", "triton"): values}), _triton.recorded(device) as recorded:
+            fused_linear(
+                x, weight, x if before == "gate" else None, residual if swiglu else None,
+                1e-6 if before == "norm" else None, swiglu, swiglu,
+            )  # fmt: skip
+        launches += recorded
+    return launches
+
+
+def sinkhorn(target: str, dtype: torch.dtype = torch.bfloat16, groups: int = 8) -> list[_triton.Launch]:
+    """Every launch that differs: the first, a middle and the last iteration, forward and back."""
+    from fastattn.ops.grouped import triton_sinkhorn as kernels
+
+    scores, cuts = empty(1, 5000, groups, dtype=dtype), indices(4)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        for causal in (False, True):
+            kernels.sinkhorn(scores, None, cuts, 0.1, 2, causal)
+            kernels.sinkhorn_backward(scores, scores, None, cuts, 0.1, 2, causal)
     return launches
 
 

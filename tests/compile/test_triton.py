@@ -70,6 +70,15 @@ def test_vocab():
     compile_all("sm_100", launches.vocab("sm_100"))
 
 
+@pytest.mark.parametrize("target", ("sm_80", "gfx942"))
+def test_linear(target):
+    compile_all(target, launches.linear(target))
+
+
+def test_sinkhorn():
+    compile_all("sm_90", launches.sinkhorn("sm_90"))
+
+
 def test_reweighted():
     compile_all("sm_90", launches.reweighted("sm_90"))
 
@@ -90,6 +99,9 @@ def test_all_grouped_and_gated(target, dtype, head_dim):
 def test_all_row_kernels(target, dtype):
     compile_all(target, launches.recurrence(target, dtype))
     compile_all(target, launches.vocab(target, dtype))
+    compile_all(target, launches.linear(target, dtype))
+    for groups in (2, 16, 63):
+        compile_all(target, launches.sinkhorn(target, dtype, groups))
     compile_all(target, launches.reweighted(target, dtype))
     compile_all(target, launches.reweighted(target, dtype, None))
 
@@ -157,6 +169,8 @@ def test_offsets_are_64_bits_wide():
     recorded = launches.attention("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.grouped("sm_90") + launches.gated("sm_90")
+    recorded += launches.linear("sm_90") + launches.sinkhorn("sm_90") + launches.recurrence("sm_90")[-2:]
+    recorded += [one for one in launches.vocab("sm_90") if one.kernel.__name__ == "_sample_kernel"]
     for launch, kernel in compiled("sm_90", recorded):
         ttir = kernel.asm["ttir"]
         assert re.search(r"arith\.muli .*i64", ttir)

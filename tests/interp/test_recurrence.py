@@ -5,7 +5,8 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.ops.recurrence import reference
+from fastattn.nn.cache import KeyValueCache
+from fastattn.ops.recurrence import reference, rotary_append
 
 SHAPES = [(33,), (3, 40), (2, 3, 130), (1, 2, 2, 2, 9)]
 
@@ -67,6 +68,42 @@ def test_rotary(positions, layout):
         # Angles are formed in float32: one of 70000 radians is known to eps/2 of itself, 0.004, as in the eager run.
         terms=4,
     )
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([3, 0]), torch.tensor([[1, 2], [9, 70000]])])
+@pytest.mark.parametrize("layout", ("odd", "swapped"))
+def test_rotary_append(layout, positions):
+    """Rows of the cache that no token takes are left as they are."""
+    q, k, v = (made(2, h, 2, d, seed=h + d, layout=layout).detach() for h, d in ((4, 20), (1, 20), (1, 12)))
+    slots = torch.tensor([[4, 5], [0, 1]])
+    found = [torch.full((2, 1, 7, d), 7.0) for d in (20, 12)]
+    expected = [t.clone().double() for t in found]
+    out = rotary_append(q, k, v, positions, slots, *found)
+
+    def define(q, k, v):
+        caches = [t.to(q.dtype) for t in expected]
+        return reference.rotary_append(q, k, v, positions, slots, *caches, 10000.0), *caches
+
+    testing.assert_within_budget((out, *found), define, (q, k, v), terms=4)
+
+
+def test_a_layers_cache_is_filled_in_one_launch():
+    """Rows of one length and of several; the same as rotary, then the append."""
+    q, k, v = (made(2, 2, 3, 16, seed=i).detach() for i in range(3))
+    for lengths in (None, torch.tensor([1, 3])):
+        results = []
+        for backend in ("triton", "reference"):
+            cache = KeyValueCache(1, 1, 2, 2, 8, 16, dtype=torch.float32, device="cpu")
+            with fa.set_backend(backend):
+                for more in (lengths, None):
+                    positions = cache.reserve(2, 3)
+                    results.append(cache[0][0].append_rotated(q, k, v, positions, 10000.0))
+                    cache.commit(3, more)
+        for ours, theirs in zip(results[:2], results[2:], strict=True):
+            # sines and cosines of angles up to 6 to an ulp, then two products and a sum of values up to 4
+            assert all(
+                testing.max_error(a, b) < 8 * testing.EPS32 * 4 for a, b in zip(ours, theirs, strict=True)
+            )
 
 
 def test_empty_tensors():

@@ -67,3 +67,39 @@ def test_choices_are_exact(with_bias, nan_outputs):
     with fa.set_backend("reference"):
         assert torch.equal(token, fa.vq_argmax(h, codebook, codes, bias=bias))
         assert torch.equal(code, fa.nearest_codes(h, codebook))
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("temperature", (0.3, 1.0))
+def test_samples_are_the_definitions(temperature, with_bias, nan_outputs):
+    """The same uniforms pick the same tokens; a token of bias -inf and the code without tokens are never drawn."""
+    h, codebook, codes, _ = (t.detach() for t in head())
+    h = h.repeat(20, 1)
+    bias = testing.random_tensor(TOKENS, seed=3) if with_bias else None
+    if with_bias:
+        bias[::3] = -torch.inf
+
+    def drawn(backend):
+        with fa.set_backend(backend):
+            generator = torch.Generator().manual_seed(3)
+            return fa.vq_sample(h, codebook, codes, bias=bias, temperature=temperature, generator=generator)
+
+    found = drawn("triton")
+    assert torch.equal(found, drawn("reference"))
+    assert not with_bias or not (found % 3 == 0).any()
+
+
+def test_sampling_at_the_ends():
+    """Uniforms of 0 and just under 1 pick the first and the last token that has a weight; a row of NaN picks some token."""
+    h, codebook, codes, _ = (t.detach() for t in head())
+    h[3] = torch.nan
+    below = torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
+    for uniform in (0.0, float(below)):
+        drawn = torch.full((ROWS, 2), uniform, dtype=torch.float64)
+        ours, theirs = (
+            torch.ops.fastattn.vq_sample(h, codebook, codes, None, drawn, 1.0, backend)
+            for backend in ("triton", "reference")
+        )
+        number = torch.arange(ROWS) != 3
+        assert torch.equal(ours[number], theirs[number])
+        assert 0 <= int(ours[3]) < TOKENS

@@ -234,7 +234,7 @@ def test_explain_names_whose_product_runs():
         ({"gate": torch.ones(3, 8)}, ValueError, "x must have last two dims of 8"),
         ({"gate": torch.ones(3, 4)}, ValueError, r"gate must have shape \(3x8\)"),
         ({"residual": torch.ones(3, 8)}, ValueError, r"residual must have shape \(3x4\)"),
-        ({"backend": "triton"}, NotImplementedError, "there is no triton backend"),
+        ({"backend": "triton"}, NotImplementedError, "triton: it serves cuda tensors, not cpu"),
     ],
 )
 def test_bad_input(options, error, message):

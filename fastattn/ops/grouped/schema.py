@@ -107,6 +107,7 @@ register_op(
             "cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, _configure_cuda_sinkhorn, devices=("cuda",)
         ),
         cpu_backend(__package__, "sinkhorn", tuned=False),
+        triton_backend(f"{__package__}.triton_sinkhorn", "sinkhorn", configure="configure"),
         reference_backend(__package__, "sinkhorn"),
     ),
     backward=_sinkhorn_backward,
@@ -118,6 +119,7 @@ register_op(
     fake=lambda grad, scores, *_: _contiguous_like(scores),
     backends=(
         cpu_backend(__package__, "sinkhorn_backward", tuned=False),
+        triton_backend(f"{__package__}.triton_sinkhorn", "sinkhorn_backward", configure="configure_backward"),
         _reference_backward("sinkhorn", (0,), 0, 1),
     ),
 )

@@ -1,5 +1,6 @@
 """What the Triton kernels of grouped and gated attention can be tuned by: tiles of attention's shape."""
 
+from ..._config import Parameter, declare
 from ..attention.tuning_triton import (
     backward_bytes,
     backward_default,
@@ -38,3 +39,25 @@ def _gated_backward_default(key, target):
 
 declare_forward("gated_attention", _gated_fits, _gated_default)
 declare_backward("gated_attention_backward", _gated_backward_fits, _gated_backward_default)
+
+
+def _sinkhorn_default(key, target):
+    if target.kind == "cpu":
+        return {"tokens": 16}
+    if not key:
+        return {}
+    # a few tiles (tokens, groups) of float32 stay in registers: 16 of each a thread
+    return {"tokens": max(16, min(1024, 2048 // max(2, 1 << (key["groups"] - 1).bit_length())))}
+
+
+declare(
+    "sinkhorn",
+    "triton",
+    parameters={
+        "tokens": Parameter(256, (16, 32, 64, 128, 256, 512, 1024)),
+        "num_warps": Parameter(4, (1, 2, 4, 8)),
+    },
+    structural=("dtype", "groups"),
+    sizes=("batch", "length"),
+    default=_sinkhorn_default,
+)

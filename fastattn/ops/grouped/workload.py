@@ -121,15 +121,16 @@ WORKLOADS = tuple(
         ("gated_attention_backward", _gated_inputs, _gated, "backward"),
     )
 )
-WORKLOADS += (
+WORKLOADS += tuple(
     Workload(
         "sinkhorn",
-        "cuda",
+        backend,
         shapes=_sinkhorn_shapes,
         inputs=_sinkhorn_inputs,
-        call=_sinkhorn("cuda"),
+        call=_sinkhorn(backend),
         reference=_sinkhorn("reference"),
         terms=lambda shape: shape["length"],
         devices=("cuda",),
-    ),
+    )
+    for backend in ("triton", "cuda")
 )

@@ -21,11 +21,11 @@ def fused_linear(
 
     residual + act(pre(x) W^T). pre(x) = x * rsqrt(mean(x^2) + norm_eps) with norm_eps (arXiv 1910.07467, equation 4, no
     weight: fold one into W), sigmoid(gate) * x with a gate; act = silu(first half) * second half with swiglu (arXiv
-    2002.05202, equation 6). On the CPU one native kernel, or torch's product between row kernels where that is the faster
-    (`fastattn tune` measures which); sums in float32. Elsewhere the composition.
+    2002.05202, equation 6). One native or Triton kernel, or torch's product between row kernels where that is the faster
+    (`fastattn tune` measures which; a GPU's default is torch's); sums in float32. Gradients on a GPU are torch's products.
 
     x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu; packed
-    once and kept until its version counter changes. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
+    once for the CPU and kept until its version counter changes. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
     Returns (..., N), or (..., N/2). Differentiable in x, weight, gate and residual.
     Raises ValueError or TypeError naming the argument; norm_eps and gate exclude each other.
     """

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from ... import _config, _native
 from ..._versioned import VersionedCache
 from ..recurrence import cpu as rows
-from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from . import (
+    library,
+    tuning,  # noqa: F401  declares what `_config.lookup` serves
+)
 
 _packed = VersionedCache(entries=4096, capacity=1 << 29, sampled=True)
 
@@ -37,12 +39,6 @@ def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _config.Choice:
         },
         device="cpu",
     )
-
-
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    """(..., C) as (M, C) with a contiguous last dim."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
@@ -76,15 +72,6 @@ def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor,
     )
 
 
-def _before(x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product's operand (M, K) by row kernels, and rstd or (0,)."""
-    if eps is not None:
-        x, _, rstd = rows.rms_norm(x, None, None, eps)
-        return _flat(x), rstd
-    x = _flat(x if gate is None else rows.gated(x, gate).flatten(-2))
-    return x, x.new_empty(0, dtype=torch.float32)
-
-
 def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     lead = x.shape[:-1] if gate is None else x.shape[:-2]
     columns = weight.shape[0]
@@ -94,28 +81,20 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     if out.numel() == 0:
         return out, product, x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
     if config["product"] == "library":
-        a, rstd = _before(x, gate, eps)
-        if swiglu:
-            found = F.linear(a, weight)
-            product = found.view(product.shape) if save else product
-            out = rows.swiglu(found).view(out.shape)
-            out = out if residual is None else out.add_(residual)
-        elif residual is None:
-            torch.mm(a, weight.t(), out=out.view(-1, columns))
-        else:
-            torch.addmm(_flat(residual), a, weight.t(), out=out.view(-1, columns))
-        return out, product, rstd
+        return library.forward(rows, x, weight, gate, residual, eps, swiglu, save, out, product)
     rstd = x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
     split = x.dim() <= 4 and gate is not None
-    rows4 = _heads(x) if split else _flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
+    rows4 = (
+        _heads(x) if split else library.flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
+    )
     _run(
         config,
         rows4,
         _packed_weight(weight, transposed=False, parts=2 if swiglu else 1),
-        _flat(out),
+        library.flat(out),
         gate=_heads(gate) if split else None,
-        residual=None if residual is None else _flat(residual),
-        product=_flat(product) if product.numel() else None,
+        residual=None if residual is None else library.flat(residual),
+        product=library.flat(product) if product.numel() else None,
         rstd=rstd.view(-1) if eps is not None else None,
         eps=eps,
         norm=int(eps is not None),
@@ -129,34 +108,14 @@ def _heads(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def fused_linear_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
+def fused_linear_backward(grad, x, weight, *rest):
     config = _lookup("fused_linear_backward", x, weight).values
-    library = config["product"] == "library"
-    dx = dgate = dweight = None
-    grad = _flat(rows.swiglu_backward(grad, product) if swiglu else grad)  # (M, N)
-    if need_weight:
-        # the norm or the gate is done again: a pass over x, where saving its result would hold another x
-        a, _ = _before(x, gate, eps)
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if grad.numel() == 0:
-            dweight.zero_()
-        elif library:
-            torch.mm(grad.t(), a, out=dweight)
-        else:
-            _run(config, grad, _pack(a, transposed=True), dweight, transposed=1)
-    if need_x:
-        da = x.new_empty(grad.shape[0], weight.shape[1])
-        if grad.shape[1] == 0:
-            da.zero_()
-        elif library:
-            torch.mm(grad, weight, out=da)
-        elif da.numel():
-            _run(config, grad[:, None], _packed_weight(weight, transposed=True), da)
-        da = da.view(x.shape)
-        if eps is not None:
-            dx, _ = rows.rms_norm_backward(da, None, x, None, rstd, eps)
-        elif gate is not None:
-            dx, dgate = rows.gated_backward(da, x, gate)
-        else:
-            dx = da
-    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dgate))
+
+    def weight_gradient(grad, a, out):
+        _run(config, grad, _pack(a, transposed=True), out, transposed=1)
+
+    def operand_gradient(grad, weight, out):
+        _run(config, grad[:, None], _packed_weight(weight, transposed=True), out)
+
+    ours = () if config["product"] == "library" else (weight_gradient, operand_gradient)
+    return library.backward(rows, grad, x, weight, *rest, *ours)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import Backend, cpu_backend, reference_backward, register_op
+from ..._registry import Backend, cpu_backend, reference_backward, register_op, triton_backend
 
 
 def _lead(x: torch.Tensor, gate: torch.Tensor | None) -> tuple[int, ...]:
@@ -104,7 +104,11 @@ register_op(
     "(Tensor x, Tensor weight, Tensor? gate, Tensor? residual, float? eps, bool swiglu, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends=(cpu_backend(__package__, "fused_linear"), Backend("reference", _load_reference)),
+    backends=(
+        cpu_backend(__package__, "fused_linear"),
+        triton_backend(f"{__package__}.triton", "fused_linear", configure="configure"),
+        Backend("reference", _load_reference),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -115,6 +119,7 @@ register_op(
     fake=_fake_backward,
     backends=(
         cpu_backend(__package__, "fused_linear_backward"),
+        triton_backend(f"{__package__}.triton", "fused_linear_backward"),
         Backend("reference", _load_reference_backward),
     ),
 )

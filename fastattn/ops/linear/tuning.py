@@ -1,6 +1,7 @@
 """What the products can be tuned by: whose product runs, and the tiles of ours."""
 
 from ..._config import Parameter, declare
+from . import tuning_triton  # noqa: F401  declares the Triton product's parameters
 
 _BLOCKS = {
     "block_rows": Parameter(96, (24, 48, 96, 192)),

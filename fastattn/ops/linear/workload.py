@@ -48,18 +48,23 @@ def _call(backend: str):
     return call
 
 
-def _workload(op: str) -> Workload:
+def _workload(op: str, backend: str = "cpu", device: str = "cpu") -> Workload:
     return Workload(
         op,
-        "cpu",
+        backend,
         shapes=_shapes,
         inputs=_inputs,
-        call=_call("cpu"),
+        call=_call(backend),
         reference=_call("reference"),
         timed="backward" if op.endswith("backward") else "forward",
         terms=lambda shape: max(shape["rows"], shape["inputs"], shape["outputs"]),
         check_shape=lambda shape: {**shape, "rows": _CHECKED, "inputs": 96, "outputs": 136},
+        devices=(device,),
     )
 
 
-WORKLOADS = (_workload("fused_linear"), _workload("fused_linear_backward"))
+WORKLOADS = (
+    _workload("fused_linear"),
+    _workload("fused_linear_backward"),
+    _workload("fused_linear", "triton", "cuda"),
+)

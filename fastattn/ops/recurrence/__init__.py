@@ -3,7 +3,7 @@
 import torch
 
 from ... import _checks
-from ..._registry import call, requested
+from ..._registry import call, needs_grad, requested
 from . import schema  # noqa: F401  registers the ops
 
 
@@ -74,6 +74,47 @@ def rotary(
     Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
     """
     op = "rotary"
+    _check_rotary(op, q, k, positions, theta)
+    return call("rotary", q, k, positions, float(theta), False, requested(op, None))
+
+
+def rotary_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    theta: float = 10000.0,
+) -> torch.Tensor:
+    """`rotary` of q and k, the latter written with v into a cache: one launch on a GPU, for decoding and prefill.
+
+    q, k, positions, theta: as for `rotary`. v: (B, Hkv, L, Dv). slots: (B, L), int32 or int64, the row of the cache that each token
+    takes; no two of a sequence alike, each in [0, capacity), which is not checked.
+    keys: (B, Hkv, capacity, D); values: (B, Hkv, capacity, Dv); q's dtype and device; written in place.
+    Returns rotated q, contiguous. It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
+    Raises ValueError or TypeError naming the argument.
+    """
+    op = "rotary_append"
+    _check_rotary(op, q, k, positions, theta)
+    _checks.check_tensor(op, "v", v, dims=4)
+    _checks.check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "k's heads and tokens")
+    for name, cache, new in (("keys", keys, k), ("values", values, v)):
+        _checks.check_tensor(op, name, cache, dims=4)
+        shape = (*new.shape[:2], cache.shape[2], new.shape[3])
+        _checks.check_shape(op, name, cache, shape, "batch, heads, capacity and head dim")
+    _checks.check_floating(op, q=q, k=k, v=v, keys=keys, values=values)
+    _checks.check_integer(op, "slots", slots, dims=2)
+    _checks.check_shape(op, "slots", slots, (q.shape[0], q.shape[2]), "(B, L)")
+    _checks.check_same_device(op, q=q, slots=slots)
+    if needs_grad((q, k, v, keys, values)):
+        raise NotImplementedError(f"fastattn.{op}: it has no gradients; call it under torch.no_grad()")
+    return call(op, q, k, v, positions, slots, keys, values, float(theta), requested(op, None))
+
+
+def _check_rotary(op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float) -> None:
     for name, t in (("q", q), ("k", k)):
         _checks.check_tensor(op, name, t, dims=4)
     _checks.check_floating(op, q=q, k=k)
@@ -88,4 +129,3 @@ def rotary(
     shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
     _checks.check_shape(op, "positions", positions, shape, "(L,) or (B, L)")
     _checks.check_positive(op, "theta", theta)
-    return call("rotary", q, k, positions, float(theta), False, requested(op, None))

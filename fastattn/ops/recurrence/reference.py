@@ -55,3 +55,15 @@ def rotary(
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def rotary_append(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+    keys: torch.Tensor, values: torch.Tensor, theta: float,
+) -> torch.Tensor:  # fmt: skip
+    """q rotated; rotated k and v go to rows `slots` (B, L) of keys and values (B, H, capacity, D), in place."""
+    q, k = rotary(q, k, positions, theta, False)
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    keys[rows, :, slots.long()] = k.transpose(1, 2)
+    values[rows, :, slots.long()] = v.transpose(1, 2)
+    return q

@@ -1,4 +1,4 @@
-"""torch.ops.fastattn.{rms_norm, swiglu, gated, rotary} and their backwards: schema, fake, autograd, backends."""
+"""torch.ops.fastattn.{rms_norm, swiglu, gated, rotary, rotary_append} and their backwards: schema, fake, autograd, backends."""
 
 import torch
 
@@ -197,4 +197,18 @@ register_op(
     ),
     backward=_rotary_backward,
     setup_context=_rotary_setup,
+)
+
+
+# --- rotary_append: without gradients, since it writes to a cache ----------------------------------------------------
+
+register_op(
+    "rotary_append",
+    "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor slots, Tensor(a!) keys, Tensor(b!) values, float theta, "
+    "str backend) -> Tensor",
+    fake=lambda q, *rest: _contiguous_like(q),
+    backends=(
+        triton_backend("fastattn.ops.recurrence.triton", "rotary_append", refusal="refusal_append"),
+        reference_backend(__package__, "rotary_append"),
+    ),
 )

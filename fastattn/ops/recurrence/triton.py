@@ -137,30 +137,69 @@ def _gate_backward_kernel(
 
 
 @triton.jit
+def _rotate(x_row, out_row, x_h, out_h, heads, half, cos, sin, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr):
+    """All heads of one token rotated from x_row to out_row."""
+    at = tl.arange(0, BLOCK_D)
+    for first in range(0, heads, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        keep = (head < heads)[:, None] & (at < half)[None, :]
+        source = x_row + offset(head, x_h)[:, None] + at[None, :]
+        left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
+        right = tl.load(source + half, mask=keep, other=0.0).to(tl.float32)
+        to = out_row + offset(head, out_h)[:, None] + at[None, :]
+        tl.store(to, (left * cos - right * sin).to(out_row.dtype.element_ty), mask=keep)
+        tl.store(to + half, (right * cos + left * sin).to(out_row.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def _rotary_kernel(
-    x, out, positions, frequencies, x_b, x_h, x_l, p_b, heads, length, head_dim,
-    INVERSE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+    q, k, v, q_out, k_out, v_out, positions, slots, frequencies,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, q_out_b, q_out_h, q_out_l, k_out_b, k_out_h, k_out_l,
+    v_out_b, v_out_h, v_out_l, p_b, heads, kv_heads, length, half, v_dim,
+    INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token: its sines and cosines are formed once."""
+    """All heads of one token: its sines and cosines are formed once. Keys, and values where there are any, go to row slots[token]."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
-    half = head_dim // 2
-    at = tl.arange(0, BLOCK)
-    inside = at < half
+    at = tl.arange(0, BLOCK_D)
     position = tl.load(positions + offset(batch, p_b) + row).to(tl.float32)
-    angle = position * tl.load(frequencies + at, mask=inside, other=0.0)
+    angle = position * tl.load(frequencies + at, mask=at < half, other=0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if INVERSE:
         sin = -sin
-    for first in range(0, heads, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
-        keep = (head < heads)[:, None] & inside[None, :]
-        source = x + offset(batch, x_b) + offset(row, x_l) + offset(head, x_h)[:, None] + at[None, :]
-        left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
-        right = tl.load(source + half, mask=keep, other=0.0).to(tl.float32)
-        place = out + offset(offset(batch * heads + head, length) + row, head_dim)[:, None] + at[None, :]
-        tl.store(place, (left * cos - right * sin).to(out.dtype.element_ty), mask=keep)
-        tl.store(place + half, (right * cos + left * sin).to(out.dtype.element_ty), mask=keep)
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + token)
+    q_row = q + offset(batch, q_b) + offset(row, q_l)
+    _rotate(
+        q_row,
+        q_out + offset(batch, q_out_b) + offset(row, q_out_l),
+        q_h,
+        q_out_h,
+        heads,
+        half,
+        cos,
+        sin,
+        BLOCK_D,
+        BLOCK_H,
+    )
+    k_row = k + offset(batch, k_b) + offset(row, k_l)
+    k_to = k_out + offset(batch, k_out_b) + offset(slot, k_out_l)
+    _rotate(k_row, k_to, k_h, k_out_h, kv_heads, half, cos, sin, BLOCK_D, BLOCK_H)
+    if v is not None:
+        columns = tl.arange(0, BLOCK_V)
+        for first in range(0, kv_heads, BLOCK_H):
+            head = first + tl.arange(0, BLOCK_H)
+            keep = (head < kv_heads)[:, None] & (columns < v_dim)[None, :]
+            source = v + offset(batch, v_b) + offset(row, v_l) + offset(head, v_h)[:, None] + columns[None, :]
+            to = (
+                v_out
+                + offset(batch, v_out_b)
+                + offset(slot, v_out_l)
+                + offset(head, v_out_h)[:, None]
+                + columns[None, :]
+            )
+            tl.store(to, tl.load(source, mask=keep, other=0.0), mask=keep)
 
 
 def refusal(*args) -> str | None:
@@ -300,19 +339,51 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Ten
     return _tables[key]
 
 
+def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, inverse: bool) -> None:
+    batch, heads, length, head_dim = q.shape
+    positions = positions.contiguous()
+    if batch * length == 0 or head_dim == 0:
+        return
+    block = _triton.block(head_dim // 2)
+    block_v = block if v is None else _triton.block(v.shape[3])
+    most = 2048 // max(block, block_v)
+    values = {
+        "q": _triton.last_dim_contiguous(q),
+        "k": _triton.last_dim_contiguous(k),
+        "v": None if v is None else _triton.last_dim_contiguous(v),
+        "q_out": q_out,
+        "k_out": k_out,
+        "v_out": v_out,
+        "positions": positions,
+        "slots": slots,
+        "frequencies": _frequencies(head_dim, theta, q.device),
+        "p_b": length if positions.dim() == 2 else 0,
+        "heads": heads,
+        "kv_heads": k.shape[1],
+        "length": length,
+        "half": head_dim // 2,
+        "v_dim": 0 if v is None else v.shape[3],
+        "INVERSE": inverse,
+        "BLOCK_D": block,
+        "BLOCK_V": block_v,
+        "BLOCK_H": max(1, min(triton.next_power_of_2(max(1, heads)), most)),
+    }
+    _triton.start(_rotary_kernel, (batch * length,), values, num_warps=4)
+
+
 def rotary(q, k, positions, theta, inverse):
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    positions = positions.contiguous()
-    for x, out in zip((q, k), outputs, strict=True):
-        if x.numel() == 0:
-            continue
-        x = _triton.last_dim_contiguous(x)
-        batch, heads, length, head_dim = x.shape
-        block = _triton.block(head_dim // 2)
-        _triton.launch(
-            _rotary_kernel, (batch * length,),
-            x, out, positions, _frequencies(head_dim, theta, x.device), *x.stride()[:3],
-            length if positions.dim() == 2 else 0, heads, length, head_dim,
-            INVERSE=inverse, BLOCK=block, BLOCK_H=max(1, min(triton.next_power_of_2(heads), 2048 // block)), num_warps=4,
-        )  # fmt: skip
+    _start_rotary(q, k, None, positions, None, *outputs, None, theta, inverse)
     return outputs
+
+
+def rotary_append(q, k, v, positions, slots, keys, values, theta):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _start_rotary(q, k, v, positions, slots.contiguous(), out, keys, values, theta, False)
+    return out
+
+
+def refusal_append(q, k, v, positions, slots, keys, values, theta) -> str | None:
+    if any(t.stride(-1) != 1 for t in (keys, values)):
+        return "it serves caches with a contiguous last dim"
+    return refusal(q, k, v, keys, values)

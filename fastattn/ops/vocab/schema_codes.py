@@ -17,7 +17,8 @@ from .schema import (
 
 def _triton(name: str, *, tuned: bool = False) -> Backend:
     configure = "configure" if tuned else None
-    return triton_backend("fastattn.ops.vocab.triton_codes", name, configure=configure)
+    refusal = "refusal_sample" if name == "vq_sample" else "refusal"
+    return triton_backend("fastattn.ops.vocab.triton_codes", name, refusal=refusal, configure=configure)
 
 
 def _checked_codes(name: str) -> Backend:
@@ -189,7 +190,7 @@ for _name, _schema in (
         fake=_one_a_row,
         backends=(
             cpu_backend("cpu_codes", _name),
-            *(() if _name == "vq_sample" else (_triton(_name, tuned=True),)),
+            _triton(_name, tuned=True),
             reference_backend(_name) if _name == "nearest_codes" else _checked_codes(_name),
         ),
     )

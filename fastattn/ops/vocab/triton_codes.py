@@ -122,6 +122,72 @@ def _best_kernel(
     tl.store(out + row, found)
 
 
+@triton.jit
+def _weights(base, other, at, end, factor, shift):
+    """exp(base * factor + other - shift) at `at`, 0 from `end` on, in float64."""
+    inside = at < end
+    value = tl.load(base + at, mask=inside, other=float("-inf")) * factor
+    if other is not None:
+        value += tl.load(other + at, mask=inside, other=float("-inf"))
+    return tl.where(inside, tl.exp(value - shift), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _draw(base, other, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
+    """The first of [begin, end) whose cumulative weight is over uniform times the total; the last that has one where rounding
+    leaves none; `begin` where no weight is a number."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(begin, end, BLOCK):
+        total += _weights(base, other, first + at, end, factor, shift)
+    goal = uniform * tl.sum(total, 0)
+    before = tl.zeros([], tl.float64)
+    found = tl.full([], 1 << 62, tl.int64)
+    last = tl.zeros([], tl.int64) + begin
+    for first in range(begin, end, BLOCK):
+        weight = _weights(base, other, first + at, end, factor, shift)
+        index = (first + at).to(tl.int64)
+        over = (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
+        found = tl.minimum(found, tl.min(tl.where(over, index, 1 << 62), 0))
+        last = tl.maximum(last, tl.max(tl.where(weight > 0.0, index, 0), 0))
+        before += tl.sum(weight, 0)
+    return tl.where(found < 1 << 62, found, last)
+
+
+@triton.jit
+def _sample_kernel(
+    scores, uniform, beta, bias, order, offsets, out, classes, inverse_temperature, BLOCK: tl.constexpr
+):
+    """A code by the row's first uniform, then one of its tokens by the second; `bias` is over temperature, in `order`."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    score_row = scores + offset(row, classes)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")) * inverse_temperature
+        top = tl.maximum(top, value + tl.load(beta + first + at, mask=inside, other=float("-inf")))
+    code = _draw(
+        score_row,
+        beta,
+        0,
+        classes,
+        inverse_temperature,
+        tl.max(top, 0),
+        tl.load(uniform + offset(row, 2)),
+        BLOCK,
+    )
+    begin = tl.load(offsets + code)
+    end = tl.load(offsets + code + 1)
+    second = tl.load(uniform + offset(row, 2) + 1)
+    if bias is not None:
+        chosen = _draw(bias, None, begin, end, 1.0, tl.load(beta + code), second, BLOCK)
+    else:
+        chosen = begin + tl.minimum((second * (end - begin).to(tl.float64)).to(tl.int64), end - begin - 1)
+    # a row of NaN can name a code without tokens
+    tl.store(out + row, tl.load(order + chosen, mask=end > begin, other=0))
+
+
 def _segments(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order (N,) of the rows by key, earlier first; offsets (count + 1,) of each key's rows in it); other keys are left out."""
     ordered, order = keys.long().sort(stable=True)
@@ -277,3 +343,23 @@ def vq_argmax(h, codebook, codes, bias):
 
 def nearest_codes(x, codebook):
     return _best(x, codebook, codebook.double().square().sum(1) / -2, None)
+
+
+def refusal_sample(h, codebook, codes, bias, uniform, temperature) -> str | None:
+    return refusal(h, codebook, bias)
+
+
+def vq_sample(h, codebook, codes, bias, uniform, temperature):
+    classes, over = codebook.shape[0], 1.0 / temperature
+    order, offsets = _segments(codes, classes)
+    bias = None if bias is None else bias.float() * over
+    beta, _, _ = _code_statistics(codes, bias, classes)
+    in_order = None if bias is None else bias[order]
+    uniform = uniform.contiguous()
+    found = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        _triton.launch(
+            _sample_kernel, (end - begin,), product(h[begin:end], codebook.T), uniform[begin:end], beta, in_order, order,
+            offsets, found[begin:end], classes, over, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
+        )  # fmt: skip
+    return found

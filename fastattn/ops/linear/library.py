@@ -1,0 +1,78 @@
+"""A product by torch's library between a backend's row kernels; `rows` is the recurrence module that has them."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+
+def flat(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (M, C) with a contiguous last dim."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def operand(rows: ModuleType, x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product's operand (M, K) by row kernels, and rstd or (0,)."""
+    if eps is not None:
+        x, _, rstd = rows.rms_norm(x, None, None, eps)
+        return flat(x), rstd
+    x = flat(x if gate is None else rows.gated(x, gate).flatten(-2))
+    return x, x.new_empty(0, dtype=torch.float32)
+
+
+def forward(rows: ModuleType, x, weight, gate, residual, eps, swiglu, save, out, product):
+    """(out, product, rstd) of a call whose `out` is not empty; `out` and `product` are of its shapes."""
+    columns = weight.shape[0]
+    a, rstd = operand(rows, x, gate, eps)
+    if swiglu:
+        found = F.linear(a, weight)
+        product = found.view(product.shape) if save else product
+        out = rows.swiglu(found).view(out.shape)
+        out = out if residual is None else out.add_(residual)
+    elif residual is None:
+        torch.mm(a, weight.t(), out=out.view(-1, columns))
+    else:
+        torch.addmm(flat(residual), a, weight.t(), out=out.view(-1, columns))
+    return out, product, rstd
+
+
+def weight_gradient(grad: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(grad.t(), a, out=out)
+
+
+def operand_gradient(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(grad, weight, out=out)
+
+
+def backward(
+    rows: ModuleType, grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight,
+    weight_gradient: Callable[..., None] = weight_gradient, operand_gradient: Callable[..., None] = operand_gradient,
+):  # fmt: skip
+    """(dx, dweight, dgate), (0,) for what is not asked for. The last two write a product of (M, N) by (M, K) into (N, K), and
+    one of (M, N) by the weight into (M, K)."""
+    dx = dgate = dweight = None
+    grad = flat(rows.swiglu_backward(grad, product) if swiglu else grad)  # (M, N)
+    if need_weight:
+        # the norm or the gate is done again: a pass over x, where saving its result would hold another x
+        a, _ = operand(rows, x, gate, eps)
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if grad.numel() == 0:
+            dweight.zero_()
+        else:
+            weight_gradient(grad, a, dweight)
+    if need_x:
+        da = x.new_empty(grad.shape[0], weight.shape[1])
+        if grad.shape[1] == 0:
+            da.zero_()
+        elif da.numel():
+            operand_gradient(grad, weight, da)
+        da = da.view(x.shape)
+        if eps is not None:
+            dx, _ = rows.rms_norm_backward(da, None, x, None, rstd, eps)
+        elif gate is not None:
+            dx, dgate = rows.gated_backward(da, x, gate)
+        else:
+            dx = da
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dgate))
