@@ -13,7 +13,7 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None)
     """x @ weight.T, float32 sums and one rounding.
 
     x: (..., K); weight: (N, K), of x's dtype. Returns (..., N). Differentiable in both. The CPU kernel serves up to 8
-    rows; more go to the reference. Raises ValueError or TypeError naming the argument.
+    rows; more, and GPUs, go to the reference, which is the library's product. Raises ValueError or TypeError naming the argument.
     """
     op = "matvec"
     _checks.check_floating(op, x=x, weight=weight)
