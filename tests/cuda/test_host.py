@@ -18,7 +18,8 @@ FAULTS = {
     9: "writes global memory that .* wrote, with no barrier between",
     10: "an access off its type's alignment",
     11: "an index beyond its array",
-    12: "do not reach the same barrier: 64 are at a barrier of the grid; 64 have returned",
+    12: "reads what another block wrote, not by __ldcg",
+    13: "do not reach the same barrier: 64 are at a barrier of the grid; 64 have returned",
 }
 
 

@@ -28,6 +28,7 @@ dim3 block_size();
 dim3 grid_size();
 void wait(Wait kind);
 float shuffle_xor(unsigned mask, float x, int lane);
+float load_past_l1(const float* p);
 
 struct Launch {
   void (*call)(const void* kernel, const void* params);
@@ -60,7 +61,7 @@ int launch(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t sh
 
 inline void __syncthreads() { host::wait(host::kBlock); }
 inline float __shfl_xor_sync(unsigned mask, float x, int lane) { return host::shuffle_xor(mask, x, lane); }
-inline float __ldcg(const float* p) { return *p; }
+inline float __ldcg(const float* p) { return host::load_past_l1(p); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 using cudaError_t = int;

@@ -1,8 +1,9 @@
 // A CUDA grid on one OS thread: each thread is a fiber that runs until it waits. Found while it runs, as errors of the
 // launch: threads of a warp, block or grid that do not all reach the same barrier; accesses outside of the tensors
-// allowed, of the shared memory asked for or off their alignment; shared memory read before it was written; and two
-// accesses of different threads to one place, one of them a write, with no barrier between them (whatever the order in
-// which they happened to run). Kernels are compiled with -fsanitize=thread, whose callbacks are below.
+// allowed, of the shared memory asked for or off their alignment; shared memory read before it was written; another
+// block's value read through the first-level cache; and two accesses of different threads to one place, one of them a
+// write, with no barrier between them, in whatever order they happened to run. Kernels are compiled with
+// -fsanitize=thread, whose callbacks are at the end.
 #include <link.h>
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -194,7 +195,7 @@ bool ordered_before(const Access& a, int block, const Access& now) {
 
 std::string where(bool in_shared) { return in_shared ? " shared memory" : " global memory"; }
 
-void check(const void* pointer, size_t size, bool write) {
+void check(const void* pointer, size_t size, bool write, bool past_l1 = false) {
   if (current < 0) return;
   const uintptr_t at = (uintptr_t)pointer;
   if (at >= (uintptr_t)stacks && at < (uintptr_t)stacks + stacks_size) return;
@@ -221,6 +222,8 @@ void check(const void* pointer, size_t size, bool write) {
       fail(std::string(verb) + where(in_shared) + " that thread " +
            std::to_string(cell.write.thread % threads_of_block) + " of block " +
            std::to_string(block_of(cell.write.thread)) + " wrote, with no barrier between");
+    if (wrote && !write && !past_l1 && block_of(cell.write.thread) != block)
+      fail("reads what another block wrote, not by __ldcg");
     Access& read = cell.read;
     const bool fresh = read.thread < 0 || read.grid_epoch < now.grid_epoch;
     if (write) {
@@ -281,6 +284,11 @@ float shuffle_xor(unsigned mask, float x, int lane) {
   lanes[2 * current + parity] = x;
   wait(kShuffle);
   return lanes[2 * (current ^ lane) + parity];
+}
+
+float load_past_l1(const float* p) {
+  check(p, sizeof(float), false, true);
+  return *p;
 }
 
 int run(const Launch& launch) {

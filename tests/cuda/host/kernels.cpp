@@ -76,7 +76,12 @@ FASTATTN_KERNEL(64) faulty(FaultParams p) {
       p.data[block() * 64 + t] = three[t % 4];
       break;
     }
-    case 12:  // different barriers
+    case 12:  // another block's value through the first-level cache
+      if (block() == 0 && t == 0) p.data[0] = 1;
+      grid_barrier();
+      if (block() == 1 && t == 0) p.data[1] = p.data[0];
+      break;
+    case 13:  // different barriers
       if (block() == 0)
         grid_barrier();
       else
