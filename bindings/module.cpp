@@ -132,7 +132,28 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("x", &MatvecParams::x)
       .def_readwrite("weight", &MatvecParams::weight)
       .def_readwrite("out", &MatvecParams::out)
+      .def_readwrite("add", &MatvecParams::add)
       .def_readwrite("threads", &MatvecParams::threads);
+  py::class_<DecodeStepParams>(m, "DecodeStepParams")
+      .def(py::init<>())
+      .def_readwrite("z_h", &DecodeStepParams::z_h)
+      .def_readwrite("z_l", &DecodeStepParams::z_l)
+      .def_readwrite("out", &DecodeStepParams::out)
+      .def_readwrite("weights", &DecodeStepParams::weights)
+      .def_readwrite("keys", &DecodeStepParams::keys)
+      .def_readwrite("values", &DecodeStepParams::values)
+      .def_readwrite("positions", &DecodeStepParams::positions)
+      .def_readwrite("lengths", &DecodeStepParams::lengths)
+      .def_readwrite("cos", &DecodeStepParams::cos)
+      .def_readwrite("sin", &DecodeStepParams::sin)
+      .def_readwrite("rows", &DecodeStepParams::rows)
+      .def_readwrite("layers", &DecodeStepParams::layers)
+      .def_readwrite("inner", &DecodeStepParams::inner)
+      .def_readwrite("longest", &DecodeStepParams::longest)
+      .def_readwrite("h_cycles", &DecodeStepParams::h_cycles)
+      .def_readwrite("l_cycles", &DecodeStepParams::l_cycles)
+      .def_readwrite("eps", &DecodeStepParams::eps)
+      .def_readwrite("threads", &DecodeStepParams::threads);
   py::class_<AttentionParams>(m, "AttentionParams")
       .def(py::init<>())
       .def_readwrite("q", &AttentionParams::q)
@@ -314,6 +335,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("gated_backward", run(&KernelTable::gated_backward));
   m.def("rotary", run(&KernelTable::rotary));
   m.def("matvec", run(&KernelTable::matvec));
+  m.def("decode_step", run(&KernelTable::decode_step));
   m.def("attention_forward", run(&KernelTable::attention_forward));
   m.def("attention_backward", run(&KernelTable::attention_backward));
   m.def("reweighted_forward", run(&KernelTable::reweighted_forward));

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .._registry import needs_grad, requested, serves
-from ..nn.blocks import PreNormStack, projections
+from ..nn.blocks import Attention, PreNormBlock, PreNormStack, SwiGLU, projections
 from ..nn.cache import KeyValueCache
+from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.attention import attention
 from ..ops.decode import decode_step
 from ..ops.matvec import is_plain
@@ -20,9 +21,9 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     """The final zH (B, 1, D) of one token a row, or None where the layers have to be called one by one: no fast backend
     serves the call, the rows differ in length, gradients are recorded, a trace is made or a part of the model was changed."""
     recurrence, config = model.recurrence, model.config
-    if zH.shape[1] != 1 or cache.ragged or torch.compiler.is_compiling() or _hooked(recurrence):
+    if zH.shape[1] != 1 or cache.ragged or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(zH.device.type):
+    if torch.is_autocast_enabled(zH.device.type) or not _plain(recurrence, HierarchicalRecurrence):
         return None
     weights = []
     for stack in (recurrence.L_stack, recurrence.H_stack):
@@ -43,18 +44,22 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     return zH[:, None]
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling the module runs what its class says, and nobody listens; an instance's own forward is a wrapper."""
+    listened = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not listened and "forward" not in module.__dict__
 
 
 def _weights(stack: nn.Module) -> list[Tensor] | None:
     """The weights of the stack's layers as decode_step takes them; None where it is not the plain stack."""
-    if type(stack) is not PreNormStack or _hooked(stack):
+    if not _plain(stack, PreNormStack):
         return None
     weights = []
     for layer in stack.layers:
         attn, mlp = layer.attn, layer.mlp
-        if attn.attend is not attention or _hooked(layer) or _hooked(attn) or _hooked(mlp):
+        if not (_plain(layer, PreNormBlock) and _plain(attn, Attention) and _plain(mlp, SwiGLU)):
+            return None
+        if attn.attend is not attention:
             return None
         for projection in projections(attn, mlp):
             if not is_plain(projection):

@@ -38,9 +38,23 @@ struct GateParams : RowsParams {
   Tensor grad_out, grad_a, grad_b;
 };
 
-// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8.
+// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: += that, out f32.
 struct MatvecParams {
   Tensor x, weight, out;
+  int32_t add = 0;
+  int32_t threads = 1;
+};
+
+// One token a row through a hierarchical recurrence of pre-norm blocks: H_cycles times (L_cycles L stacks, then the H
+// stack). z_h, z_l, out (B, C), B <= 8; weights (2 * layers, 4) i64, the addresses of each layer's gqkv (4 H D, C),
+// gate | q | k | v, o (C, H D), gate_up (2 I, C) and down (C, I), contiguous and of the states' dtype, first the L
+// stack's. keys, values (calls * layers * B, H, capacity, D), to which row b's token is added at positions[b];
+// positions, lengths = positions + 1 (B,) i32; cos, sin (R, D/2) f32 by position row rows[b], (B, 1) i32.
+struct DecodeStepParams {
+  Tensor z_h, z_l, out, weights, keys, values, positions, lengths, cos, sin, rows;
+  int64_t layers = 0, inner = 0, longest = 0;  // of a stack; I; the largest of lengths
+  int32_t h_cycles = 1, l_cycles = 1;
+  double eps = 1e-6;
   int32_t threads = 1;
 };
 

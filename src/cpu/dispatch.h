@@ -14,6 +14,7 @@ struct KernelTable {
   void (*gated_backward)(const GateParams&);
   void (*rotary)(const RotaryParams&);
   void (*matvec)(const MatvecParams&);
+  void (*decode_step)(const DecodeStepParams&);
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionParams&);
   void (*reweighted_forward)(const ReweightedParams&);

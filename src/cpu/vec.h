@@ -329,9 +329,11 @@ FASTATTN_INLINE void store_pair_nearest(T* p, const vf* x) {
   store(p, x[0]);
   store(p + W, x[1]);
 }
-// x, loaded by load_pair of T, in memory's order.
+// x, loaded by load_pair of T, in memory's order; and the other way.
 template <class T>
 FASTATTN_INLINE void unpair(const T*, vf*) {}
+template <class T>
+FASTATTN_INLINE void pair(const T*, vf*) {}
 
 #if !defined(__AVX512BF16__)
 FASTATTN_INLINE void load_pair(const bf16* p, vf* x) {
@@ -359,6 +361,12 @@ FASTATTN_INLINE void unpair(const bf16*, vf* x) {
   float ordered[2 * W];
   for (int i = 0; i < 2 * W; i++) ordered[i] = x[i % 2][i / 2];
   memcpy(x, ordered, sizeof ordered);
+}
+FASTATTN_INLINE void pair(const bf16*, vf* x) {
+  float ordered[2 * W], split[2 * W];
+  memcpy(ordered, x, sizeof ordered);
+  for (int i = 0; i < 2 * W; i++) split[i] = ordered[i % W * 2 + i / W];
+  memcpy(x, split, sizeof split);
 }
 #endif
 

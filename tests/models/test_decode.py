@@ -1,10 +1,13 @@
-"""decode_step: the definition against the layers, errors, explain; and HrmText's use of it."""
+"""decode_step: the definition against the layers, the CPU kernel against the definition, errors, explain; and HrmText's
+use of it."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import _native, testing
 from fastattn.models import HrmText, HrmTextConfig
 
 
@@ -80,9 +83,19 @@ def test_the_layers_are_called_where_the_op_has_no_part(calls):
         assert calls == [5]
 
 
-def arguments(dtype=torch.float32, batch=1, position=3, capacity=6, layers=1):
-    """Of a call with one layer a stack, one L call and one H call."""
-    heads, dim, hidden, inner = 2, 4, 8, 6
+def arguments(
+    dtype=torch.float32,
+    batch=1,
+    position=3,
+    capacity=6,
+    layers=1,
+    heads=2,
+    dim=4,
+    hidden=8,
+    inner=6,
+    unused=0.0,
+):
+    """Of one L call and one H call. What no token has been written to is `unused`."""
     shapes = ((4 * heads * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner))
     weights = [
         testing.random_tensor(*shape, seed=i, scale=shape[1] ** -0.5, dtype=dtype)
@@ -92,6 +105,8 @@ def arguments(dtype=torch.float32, batch=1, position=3, capacity=6, layers=1):
         testing.random_tensor(2, layers, batch, heads, capacity, dim, seed=20 + i, dtype=dtype)
         for i in range(2)
     ]
+    for cache in caches:
+        cache[..., position:, :] = unused
     states = [testing.random_tensor(batch, hidden, seed=30 + i, dtype=dtype) for i in range(2)]
     return [*states, weights, *caches, position], {"h_cycles": 1, "l_cycles": 1}
 
@@ -141,3 +156,89 @@ def test_compiles():
 
     assert torch.equal(run(z_h, z_l, weights, k, v), expected)
     assert torch.equal(k, k_there)
+
+
+def converted(given, to):
+    return [[to(w) for w in a] if isinstance(a, list) else to(a) for a in given[:-1]] + given[-1:]
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@given(
+    batch=st.integers(1, 8),
+    hidden=st.sampled_from((7, 16, 33, 70)),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from((2, 6, 32)),
+    inner=st.sampled_from((9, 24, 50)),
+    layers=st.integers(1, 2),
+    capacity=st.sampled_from((1, 9, 600)),
+    dtype=st.sampled_from(testing.LOW_DTYPES),
+    data=st.data(),
+)
+def test_cpu_kernel(isa, dtype, capacity, data, **shape):
+    position = data.draw(st.integers(0, capacity - 1))
+    given, options = arguments(dtype, position=position, capacity=capacity, unused=torch.nan, **shape)
+    eager, truth = (converted(given, to) for to in (torch.Tensor.clone, torch.Tensor.double))
+    expected = fa.decode_step(*truth, **options, backend="reference")
+    by_eager = fa.decode_step(*eager, **options, backend="reference")
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
+        found = fa.decode_step(*given, **options, backend="cpu")
+    # the longest sum of a product
+    terms = max(shape["hidden"], shape["inner"], shape["heads"] * shape["dim"], position + 1)
+    testing.assert_close_to_truth(found, expected, by_eager, terms=terms)
+    for i in (3, 4):
+        assert torch.equal(given[i].isnan(), truth[i].isnan()), "another place than the token's was written"
+        mine, true, theirs = (x[i][..., position, :] for x in (given, truth, eager))
+        testing.assert_close_to_truth(mine, true, theirs, terms=terms)
+
+
+def test_cpu_kernel_gives_each_row_what_it_gives_it_alone_on_any_threads():
+    given, options = arguments(batch=3, hidden=64, inner=300, position=33, capacity=40)
+    whole = fa.decode_step(*converted(given, torch.Tensor.clone), **options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(fa.decode_step(*converted(given, torch.Tensor.clone), **options), whole)
+    finally:
+        torch.set_num_threads(before)
+    alone = [given[0][2:], given[1][2:], given[2], *(c[:, :, 2:].clone() for c in given[3:5]), given[5]]
+    # one row's sums run in another order: float32, 8 products of at most 300 terms on states of size 1
+    assert testing.max_error(fa.decode_step(*alone, **options)[0], whole[2]) < 1e-5
+
+
+def test_what_the_cpu_kernel_refuses():
+    def refused(message, given):
+        with pytest.raises(NotImplementedError, match=message):
+            fa.decode_step(*given[0], **given[1], backend="cpu")
+
+    refused("up to 8 rows, not 9", arguments(batch=9))
+    refused("not float64", arguments(torch.float64))
+    refused("head dims up to 256, not 258", arguments(dim=258))
+    given = arguments()
+    given[0][2][0] = given[0][2][0].T.contiguous().T
+    refused("contiguous", given)
+
+
+@torch.no_grad()
+def test_a_wrapped_layer_is_called(calls):
+    """Tools that move weights about put their own forward on an instance."""
+    model = small(torch.float32)
+    ids = torch.randint(40, (1, 6))
+    decoded(model, ids, 5)
+    assert calls == [5]
+    layer = model.recurrence.H_stack.layers[0]
+    for module in (layer, layer.attn, layer.mlp, layer.mlp.down_proj, model.recurrence):
+        heard, own = [], module.forward
+        module.forward = lambda *a, own=own, heard=heard, **o: heard.append(1) or own(*a, **o)
+        decoded(model, ids, 5)
+        del module.forward
+        assert heard and calls == [5]
+
+
+def test_opcheck_and_profiler():
+    given, options = arguments()
+    torch.library.opcheck(
+        torch.ops.fastattn.decode_step.default, (*given, *options.values(), 100.0, 1e-6, "")
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        fa.decode_step(*given, **options)
+    assert any(event.key == "fastattn::decode_step" for event in profiler.key_averages())

@@ -14,7 +14,7 @@ import torch  # noqa: F401  before the compiled module: both use torch's OpenMP
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
-OPS = ("attention_cpu", "linear", "reweighted", "grouped", "gated", "recurrence", "vocab_cpu")
+OPS = ("attention_cpu", "linear", "matvec", "decode", "reweighted", "grouped", "gated", "recurrence", "vocab_cpu")
 TESTS = [*(str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in OPS), "-q"]
 
 

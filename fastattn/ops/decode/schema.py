@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from ..._registry import Backend, reference_backend, register_op
+from ..._registry import Backend, cpu_backend, reference_backend, register_op
 
 
 def _cuda():
@@ -24,6 +24,7 @@ register_op(
             lambda *args: _cuda().configure(*args),
             devices=("cuda",),
         ),
+        cpu_backend(__package__, "decode_step"),
         reference_backend(__package__, "decode_step"),
     ),
 )

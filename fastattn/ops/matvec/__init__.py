@@ -32,6 +32,7 @@ def is_plain(layer: torch.nn.Module) -> bool:
         and layer.bias is None
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
         and type(layer.weight) is torch.nn.Parameter
     )
 

@@ -135,7 +135,7 @@ def gated_backward(grad, x, gate):
     return grad_x, grad_gate
 
 
-def _placed(
+def placed(
     positions: torch.Tensor, head_dim: int, theta: float, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
@@ -175,7 +175,7 @@ def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torc
 def rotary(q, k, positions, theta, inverse):
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     if positions.numel() and q.shape[3] and q.shape[0]:
-        cos, sin, rows = _placed(positions, q.shape[3], theta, q.shape[0])
+        cos, sin, rows = placed(positions, q.shape[3], theta, q.shape[0])
         for x, out in zip((q, k), outputs, strict=True):
             if x.numel():
                 _call(
