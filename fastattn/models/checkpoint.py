@@ -1,5 +1,6 @@
 """Weights as safetensors, configs as JSON: whole-file writes, and reading that names what is wrong."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,6 +79,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._open(self._file_of[name], lambda file: file.get_tensor(name).clone())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self._file_of[name], lambda file: file.get_slice(name).get_shape()))
+
     @staticmethod
     def _open(path: Path, read: Callable[[Any], Any]) -> Any:
         if not path.is_file():
@@ -142,8 +146,7 @@ def fill(
     ``sources``: from :func:`resolve`, by names of the state dict. ``dtype`` None keeps the file's.
     """
     for name, expected in model.state_dict().items():
-        parts = [file[part] for part in sources[name]]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensor = _joined(file, sources[name])
         if tensor.shape != expected.shape:
             raise CheckpointError(
                 f"{file.path}: {' + '.join(sources[name])} has shape {tuple(tensor.shape)}; "
@@ -158,3 +161,25 @@ def fill(
             )
         else:
             module._buffers[leaf] = tensor
+
+
+def _joined(file: TensorFile, names: Source) -> Tensor:
+    """The file's tensors one above the other; beside the result no more than one of them is in memory."""
+    first = file[names[0]]
+    if len(names) == 1:
+        return first
+    shapes = [file.shape(name) for name in names]
+    if any(shape[1:] != shapes[0][1:] for shape in shapes):
+        raise CheckpointError(
+            f"{file.path}: {' + '.join(names)} have shapes {shapes}; they must fit together along dim 0"
+        )
+    ends = list(itertools.accumulate(shape[0] for shape in shapes))
+    joined = first.new_empty(ends[-1], *shapes[0][1:])
+    joined[: ends[0]] = first
+    del first
+    for name, begin, end in zip(names[1:], ends[:-1], ends[1:], strict=True):
+        part = file[name]
+        if part.dtype != joined.dtype:
+            raise CheckpointError(f"{file.path}: {names[0]} is {joined.dtype}, {name} {part.dtype}")
+        joined[begin:end] = part
+    return joined

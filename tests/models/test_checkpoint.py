@@ -1,5 +1,6 @@
 """Reading every layout, writing the released one, and files that are wrong."""
 
+import dataclasses
 import json
 import os
 
@@ -260,3 +261,29 @@ def test_an_unknown_key_in_a_file_names_the_file(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED | {"sliding_window": 4}))
     with pytest.raises(CheckpointError, match=r"config.json: HrmTextConfig: unknown key 'sliding_window'"):
         HrmText.from_pretrained(tmp_path)
+
+
+LOADING = """
+from fastattn.models import HrmText
+
+def problem(folder):
+    return (folder,)
+
+def run(folder):
+    HrmText.from_pretrained(folder)
+"""
+
+
+@pytest.mark.parametrize("layout", [dict, split])
+def test_loading_takes_no_more_memory_than_the_weights(peak_bytes, layout, tmp_path):
+    """110 MB of bf16, in the released layout and with split projections."""
+    large = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "vocab_size": 1000}
+    for folder, config in (("small", CONFIG), ("large", dataclasses.replace(CONFIG, head_dim=None, **large))):
+        with torch.device("meta"):
+            model = HrmText(config).bfloat16()
+        model.to_empty(device="cpu").save_pretrained(tmp_path / folder)
+        file = tmp_path / folder / "model.safetensors"
+        save_file(layout(load_file(file)), file)
+    assert file.stat().st_size > 100e6
+    folders = [[str(tmp_path / name)] for name in ("small", "large")]
+    assert peak_bytes(LOADING, *folders) < 1.2 * file.stat().st_size
