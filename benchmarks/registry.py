@@ -95,6 +95,7 @@ class Problem:
     yardsticks: contenders that compute something else on purpose (the full mask against the causal one):
         timed and compared in time, not in value.
     flops, bytes: work of one call in the case's direction, 0 where it makes no sense.
+    bandwidth: the limit that bytes are held against: "copy" or "read".
     terms: length of the reductions, for the error budget.
     """
 
@@ -106,6 +107,7 @@ class Problem:
     yardsticks: Sequence[str] = ()
     flops: float = 0.0
     bytes: float = 0.0
+    bandwidth: str = "copy"
     terms: int = 1
 
 

@@ -45,6 +45,7 @@ class Result:
     not_run: dict[str, str] = field(default_factory=dict)
     flops: float = 0.0
     bytes: float = 0.0
+    bandwidth: str = "copy"
     share: float | None = None  # of the limit below
     limit: str = ""
     rounds: int = 0
@@ -83,7 +84,7 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
         result.error = "not run: there is no CUDA device"
         return result
     problem = case.problem()
-    result.flops, result.bytes = problem.flops, problem.bytes
+    result.flops, result.bytes, result.bandwidth = problem.flops, problem.bytes, problem.bandwidth
     calls: dict[str, Callable] = {}
     for name, fn in problem.contenders.items():
         try:
@@ -251,6 +252,6 @@ def _share(result: Result, limits: Mapping[str, float]) -> None:
         if result.limit in limits:
             result.share = result.flops / seconds / 1e9 / limits[result.limit]
     elif result.bytes:
-        result.limit = "copy"
+        result.limit = result.bandwidth
         if result.limit in limits:
             result.share = result.bytes / seconds / 1e9 / limits[result.limit]

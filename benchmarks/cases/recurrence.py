@@ -138,6 +138,7 @@ def few_rows(dtype, rows, K, N):
         contenders={"fastattn": matvec, "torch": F.linear},
         reference=F.linear,
         bytes=weight.nbytes,
+        bandwidth="read",
         terms=K,
     )
 
