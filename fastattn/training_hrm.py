@@ -28,7 +28,7 @@ class HrmTrainConfig(RunConfig):
     One optimizer step a segment of ``batch_size`` puzzles. ``sudoku``: SudokuData's arguments, None for a folder.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     ema: float = 0.99
     batch_size: int = 64

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 BOXES = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}
 BLANKS = {2: (6, 10), 3: (4, 12)}
-EVALUATIONS = 24  # of a run whose length is planned
+HELD_OUT = {2: 200, 3: 100}  # at most; on 9 x 9 boards evaluations take long
+EVALUATIONS = 16  # of a run whose length is planned
 
 
 def start(
@@ -32,7 +33,7 @@ def start(
     if box is None:
         source = FolderData(data)
     else:
-        held_out = max(1, min(200, puzzles // 10))
+        held_out = max(1, min(HELD_OUT[box], puzzles // 10))
         source = SudokuData(box, blanks=_blanks(blanks, box), puzzles=puzzles, held_out=held_out, seed=seed)
     torch.manual_seed(seed)
     model = Hrm(model_config(source, shape))
@@ -82,7 +83,7 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
         trainer.history,
         boards=boards,
         guesses=guesses,
-        op_times=trainer.op_times(),
+        op_times=trainer.op_times(steps=1),
         environment=environment(),
         notes=_run.notes(trainer),
     )

@@ -58,7 +58,8 @@ def test_folder(run, tmp_path):
         write_folder(tmp_path / "data", split, tokens, tokens, vocab_size=6)
     command = ("train", "--model", "hrm", "--data", tmp_path / "data", "--output", tmp_path / "run")
     code, _, err = run(
-        *command, "--minutes", 1e-4, "--batch-size", 4, "--shape", "trm", "--learning-rate", 1e-4
+        *command,
+        *("--minutes", 1e-4, "--threads", 1, "--batch-size", 4, "--shape", "trm", "--learning-rate", 1e-4),
     )
     assert (code, err) == (0, "")
     assert Hrm.from_pretrained(tmp_path / "run").config.shared_stack
