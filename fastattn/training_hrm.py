@@ -120,12 +120,14 @@ def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
 
 
 def show_steps(model: Hrm, batch: Batch) -> Iterator[str]:
-    """The first puzzle of a Sudoku batch, as given and after each segment; wrong digits are marked with ``!``."""
+    """The emptiest puzzle of a Sudoku batch, as given and after each segment; wrong digits are marked with ``!``."""
+    row = int((batch["inputs"] == 1).sum(-1).argmax())
+    batch = {name: value[row : row + 1] for name, value in batch.items()}
     grid = sudoku.from_tokens(batch["labels"][0].numpy())
     yield f"puzzle\n{sudoku.draw(sudoku.from_tokens(batch['inputs'][0].numpy()))}"
     before = None
     model.eval()
-    one = model.solve(batch["inputs"][:1], batch["puzzle_ids"][:1], segments=SEGMENTS)
+    one = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
     for number, (tokens, q_halt) in enumerate(one, 1):
         board = sudoku.from_tokens(tokens[0].numpy())
         changed = "" if before is None else f", {int((board != before).sum())} cells changed"
