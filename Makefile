@@ -2,7 +2,8 @@
 # make test      set up, then the whole test suite on the installed package
 # make test-all  with the slow tests
 # make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
-# make gpu-check on a machine with a GPU: the package built in place with src/cuda, every GPU kernel checked and timed
+# make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 8 minutes after
+#                set-up; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part)
 # make lint      ruff and clang-format, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
@@ -20,6 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
+GPU_CHECK_FLAGS ?=
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt $(PIP_FLAGS)
 
 demo: setup-demo
@@ -43,9 +45,16 @@ test-all: setup-test
 test-emulated: setup-test
 	@echo "== tests: AVX-512 kernels, emulated"; cd tests; OMP_WAIT_POLICY=passive $(BIN)/python -P native/emulated.py
 
-gpu-check: setup-test
-	$(PIP) --force-reinstall --no-deps -Ccmake.define.FASTATTN_CUDA=ON .
-	$(BIN)/python -m benchmarks.gpu_check
+# The device is asked for first: without one nothing is set up. nvcc, where there is one, builds src/cuda.
+gpu-check:
+	@nvidia-smi -L 2>/dev/null | grep -q . || [ -e /dev/kfd ] || \
+		{ echo "gpu-check: no NVIDIA or AMD GPU here (nvidia-smi -L names none, there is no /dev/kfd)"; exit 2; }
+	@$(MAKE) --no-print-directory setup-test
+	@PATH="$$PATH:/usr/local/cuda/bin"; if command -v nvcc > /dev/null; then cuda=ON; else cuda=OFF; \
+		echo "== gpu-check: no nvcc, so without the CUDA C++ kernels"; fi; \
+	$(PIP) -q --force-reinstall --no-deps --no-build-isolation -Cbuild-dir=build/gpu -Ccmake.define.FASTATTN_CUDA=$$cuda . || \
+		echo "== gpu-check: the build with src/cuda failed, so without the CUDA C++ kernels"
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
 
 lint: setup-test
 	@echo "== lint"

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from fastattn import masks, testing
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import limits, registry, report, runner
+from benchmarks import gpu_check, limits, registry, report, runner
 from benchmarks.cases import attention
+
+ROOT = Path(__file__).parents[1]
 
 
 def scaled(x):
@@ -133,3 +137,53 @@ def test_pairs_of_a_mask_are_counted():
             q, k = torch.empty(1, 1, lq, 1), torch.empty(1, 1, lk, 1)
             allowed = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
             assert attention._pairs(mask, lq, lk) == int(allowed.sum())
+
+
+# --- gpu_check ---------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys, time
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open(arguments["--log"], "a", buffering=1) as lines:
+    for name in json.loads(arguments["--names"]):
+        lines.write(json.dumps({"name": name}) + "\\n")
+        if name == "aborts":
+            os.abort()
+        if name == "hangs":
+            time.sleep(60)
+        lines.write(json.dumps({"name": name, "result": "passed"}) + "\\n")
+"""
+
+
+def test_gpu_check_goes_on_after_a_check_that_takes_its_process_down(tmp_path):
+    command = [sys.executable, "-c", WORKER]
+    names = ["one", "aborts", "two", "hangs", "three"]
+    deadline = time.monotonic() + 5
+    found = gpu_check.resumable(command, "checks", "cpu", names, tmp_path / "log", deadline)
+    assert found["one"] == found["two"] == "passed"
+    assert "stopped its process" in found["aborts"] and "out of time" in found["hangs"]
+    assert found["three"] == "not run: out of time"
+    assert [line.split(": ")[1] for line in gpu_check.failures({"checks": {"results": found}})] == ["aborts"]
+
+
+def test_gpu_check_gives_up_on_a_worker_that_does_nothing(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit(4)"]
+    found = gpu_check.resumable(command, "checks", "cpu", ["one"], tmp_path / "log", time.monotonic() + 20)
+    assert found == {"one": "not run: the process exited with 4"}
+
+
+def test_gpu_check_needs_a_device():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2 and "nothing was checked or written" in done.stderr
+
+
+def test_sanitizer_reports_are_read():
+    clean = "========= ERROR SUMMARY: 0 errors"
+    assert gpu_check.sanitized([clean, "========= COMPUTE-SANITIZER"]) == "passed"
+    assert "Invalid __global__ read" in gpu_check.sanitized(
+        [clean, "Invalid __global__ read\nERROR SUMMARY: 1 error"]
+    )
