@@ -237,14 +237,14 @@ def gated_attention(
 
 
 def _documents(op: str, scores: torch.Tensor, cu_seqlens: torch.Tensor) -> list[int]:
-    """Lengths of packed documents; all of `scores`, unknown, while tracing."""
+    """Lengths of packed documents; all of `scores`, unknown, while tracing and on a GPU, which nothing waits for."""
     _checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
     _checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
     if scores.shape[0] != 1:
         raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {scores.shape[0]}")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
-    if traced():
+    if traced() or cu_seqlens.device.type != "cpu":
         return [scores.shape[1]] * (cu_seqlens.shape[0] - 1)
     cuts = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in itertools.pairwise(cuts)]

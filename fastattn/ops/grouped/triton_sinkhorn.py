@@ -233,12 +233,14 @@ class _Chunks:
             counts = torch.full((batch,), length, device=device)
             self.count = batch * triton.cdiv(length, tokens)
         else:
-            begins, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+            # contents on a GPU are not checked: whatever they are, no row beyond the last is touched
+            cuts = cu_seqlens.long().clamp(0, length)
+            begins, counts = cuts[:-1], cuts.diff().clamp(min=0)
             self.count = (
                 triton.cdiv(length, tokens) + begins.numel()
             )  # at most: each document's last may be short
         if lengths is not None:
-            counts = torch.minimum(counts, lengths.long())
+            counts = torch.minimum(counts, lengths.long().clamp(min=0))
         ends = torch.div(counts + (tokens - 1), tokens, rounding_mode="floor").cumsum(0)
         chunk = torch.arange(self.count, device=device)
         owners = torch.searchsorted(ends, chunk, right=True)
