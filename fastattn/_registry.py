@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ._config import Choice
 
@@ -77,14 +78,14 @@ def triton_backend(
     )
 
 
-def cpu_backend(package: str, name: str, *, tuned: bool = True) -> Backend:
-    """The CPU backend of an op: `name`, `refusal` and, when tuned, `configure` of `package`.cpu.
+def cpu_backend(package: str, name: str, *, module: str = "cpu", tuned: bool = True) -> Backend:
+    """The CPU backend of an op: `name`, `refusal` and, when tuned, `configure` of `package`.`module`.
 
     The module is imported when a call first reaches it; the last two functions take the op's name before its arguments.
     """
 
     def function(name):
-        return getattr(importlib.import_module(f"{package}.cpu"), name)
+        return getattr(importlib.import_module(f"{package}.{module}"), name)
 
     return Backend(
         "cpu",
@@ -173,10 +174,12 @@ def register_op(
     backends: Sequence[Backend],
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    twice: bool = False,
 ) -> None:
     """Define `torch.ops.fastattn.<name>`; `schema` is the part after the name, its last argument `str backend`.
 
     fake takes the schema's arguments less `backend`; backward and setup_context are as in torch.library.register_autograd.
+    twice: the backward is made of differentiable operations; elsewhere create_graph raises NotImplementedError.
     """
     op = Op(name, fake, tuple(backends))
     _OPS[name] = op
@@ -190,8 +193,22 @@ def register_op(
     torch.library.register_fake(f"fastattn::{name}", run_fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
-            f"fastattn::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+            f"fastattn::{name}",
+            backward if twice else _differentiable_once(name, backward),
+            setup_context=setup_context,
+            lib=_LIBRARY,
         )
+
+
+def _differentiable_once(name: str, backward: Callable) -> Callable:
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"fastattn.{name}: create_graph is not supported, it is differentiable once"
+            )
+        return backward(ctx, *grads)
+
+    return run
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -239,8 +256,21 @@ def serves(name: str, *args: Any) -> bool:
     )
 
 
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    for a in args:
+        if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise NotImplementedError(
+                f"fastattn.{name}: forward-mode differentiation (jvp, jacfwd) is not supported, backward is"
+            )
+
+
 def call(name: str, *args: Any) -> Any:
-    """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part."""
+    """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part.
+
+    Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
     if _unobserved(args):
         return _OPS[name].run(*args)
     return getattr(torch.ops.fastattn, name)(*args)

@@ -67,59 +67,17 @@ def gated(dtype, *, H, L, D, G):
     )
 
 
-TOP_1 = {"G": 8, "top_k": 1}
+def _top_1(H, L, *bars):
+    return Case("grouped", "top-1 of 8", grouped, {"H": H, "L": L, "D": 64}, BF16, bars=bars, quick=True,
+                series="top-1 of 8", options={"G": 8, "top_k": 1})  # fmt: skip
+
+
 CASES = [
-    Case(
-        "grouped",
-        "top-1 of 8",
-        grouped,
-        {"H": 4, "L": 2048, "D": 64},
-        BF16,
-        options=TOP_1,
-        bars=(faster_than("own causal", 1),),
-        quick=True,
-        series="top-1 of 8",
-    ),
-    Case(
-        "grouped",
-        "top-1 of 8",
-        grouped,
-        {"H": 4, "L": 8192, "D": 64},
-        BF16,
-        options=TOP_1,
-        bars=(faster_than("sdpa causal", 10), faster_than("own causal", 3.5)),
-        quick=True,
-        series="top-1 of 8",
-    ),
-    Case(
-        "grouped",
-        "top-1 of 8",
-        grouped,
-        {"H": 1, "L": 65536, "D": 64},
-        BF16,
-        options=TOP_1,
-        bars=(faster_than("own causal", 5),),
-        quick=True,
-        series="top-1 of 8",
-    ),
-    Case(
-        "grouped",
-        "top-2 of 16",
-        grouped,
-        {"H": 4, "L": 8192, "D": 64},
-        BF16,
-        options={"G": 16, "top_k": 2},
-        bars=(faster_than("own causal", 2),),
-        quick=True,
-    ),
-    Case(
-        "grouped",
-        "gated",
-        gated,
-        {"H": 4, "L": 2048, "D": 64, "G": 8},
-        FP32,
-        direction="forward+backward",
-        bars=(faster_than("eager", 8),),
-        quick=True,
-    ),
-]
+    _top_1(4, 2048, faster_than("own causal", 1)),
+    _top_1(4, 8192, faster_than("sdpa causal", 10), faster_than("own causal", 3.5)),
+    _top_1(1, 65536, faster_than("own causal", 5)),
+    Case("grouped", "top-2 of 16", grouped, {"H": 4, "L": 8192, "D": 64}, BF16, quick=True,
+         bars=(faster_than("own causal", 2),), options={"G": 16, "top_k": 2}),
+    Case("grouped", "gated", gated, {"H": 4, "L": 2048, "D": 64, "G": 8}, FP32, "forward+backward",
+         (faster_than("eager", 8),), True),
+]  # fmt: skip

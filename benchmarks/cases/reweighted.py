@@ -54,39 +54,38 @@ def lssa(dtype, *, H, L, D, power=None, backward=False):
     )
 
 
+def decoding(dtype, *, H, L, D, power):
+    """One new token against L keys."""
+    q, k, v = testing.attention_inputs(1, H, H, 1, L, D, dtype=dtype, requires_grad=False)
+    last = torch.tensor([L - 1])
+
+    def definition(q, k, v):
+        return _published(q.expand(-1, -1, L, -1), k, v, last, power)
+
+    return Problem(
+        inputs=(q, k, v),
+        contenders={
+            "fastattn": lambda q, k, v: fa.softplus_attention(q, k, v, power=power),
+            "own softmax": fa.attention,
+            "eager": definition,
+        },
+        reference=definition,
+        yardsticks=("own softmax",),
+        bytes=k.nbytes + v.nbytes,
+        terms=L + D,
+    )
+
+
+def _row(op, build, shape, dtype, *bars, direction="forward", **options):
+    return Case("reweighted", op, build, shape, dtype, direction, bars, True, options=options)
+
+
 SMALL, LONG = {"H": 8, "L": 2048, "D": 64}, {"H": 8, "L": 4096, "D": 64}
 CASES = [
-    Case(
-        "reweighted",
-        "LSSAR p=15",
-        lssa,
-        SMALL,
-        FP32,
-        options={"power": 15},
-        bars=(faster_than("eager", 10),),
-        quick=True,
-    ),
-    Case(
-        "reweighted",
-        "LSSAR p=15",
-        lssa,
-        SMALL,
-        FP32,
-        direction=BOTH,
-        options={"power": 15, "backward": True},
-        bars=(faster_than("eager", 12),),
-        quick=True,
-    ),
-    Case(
-        "reweighted",
-        "LSSAR p=15",
-        lssa,
-        LONG,
-        BF16,
-        options={"power": 15},
-        bars=(time_at_most("own softmax", 2.2),),
-        quick=True,
-    ),
-    Case("reweighted", "LSSA", lssa, LONG, BF16, bars=(time_at_most("own softmax", 1.4),), quick=True),
-    Case("reweighted", "LSSA", lssa, SMALL, FP32, bars=(time_at_most("own softmax", 1.4),), quick=True),
+    _row("LSSAR p=15", lssa, SMALL, FP32, faster_than("eager", 10), power=15),
+    _row("LSSAR p=15", lssa, SMALL, FP32, faster_than("eager", 12), direction=BOTH, power=15, backward=True),
+    _row("LSSAR p=15", lssa, LONG, BF16, time_at_most("own softmax", 2.2), power=15),
+    _row("LSSA", lssa, LONG, BF16, time_at_most("own softmax", 1.4)),
+    _row("LSSA", lssa, SMALL, FP32, time_at_most("own softmax", 1.4)),
+    *(_row("LSSAR p=15 decode", decoding, {"H": 8, "L": L, "D": 64}, BF16, power=15) for L in (16384, 65536)),
 ]

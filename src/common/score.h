@@ -1,7 +1,8 @@
 // How a scaled product becomes an attention weight: one functor a score, in the order of fastattn/scores.py.
 //
-// M is the arithmetic of a vector (or of one float): M::V and static exp2_bounded, exp2_fraction, scale_by_rounded,
-// at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the bias.
+// M is the arithmetic of a vector (or of one float): M::V, M::kRound and static exp2_bounded, exp2_fraction,
+// scale_by_rounded, at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the
+// bias.
 #pragma once
 #include <cstdint>
 
@@ -52,7 +53,7 @@ struct SigmoidScore {
   // exp(-(s + bias)), kept between 2^-124.5 and 2^124.5.
   static inline __attribute__((always_inline)) V odds_against(V x, float c, const ScoreRow& row) {
     const V y = M::at_most(M::at_least(x * -c, -124.0f - row.exponent), 124.0f - row.exponent);
-    const float round = 12582912.0f + row.exponent;  // see kRound in vec.h
+    const float round = M::kRound + row.exponent;
     const V t = y + round;
     return M::scale_by_rounded(M::exp2_fraction(y - (t - round)) * row.factor, t);
   }

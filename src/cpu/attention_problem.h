@@ -10,6 +10,7 @@ namespace FASTATTN_ISA {
 
 struct Arithmetic {
   typedef vf V;
+  static constexpr float kRound = FASTATTN_ISA::kRound;
   FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded(x); }
   FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction(x); }
   FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return FASTATTN_ISA::scale_by_rounded(p, t); }

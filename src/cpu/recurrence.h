@@ -79,50 +79,51 @@ static void rms_norm_rows(const RmsNormParams& p) {
   const Rows rows(p.x);
   const int64_t columns = p.x.size[3];
   const T* weight = (const T*)p.weight.data;
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; r++) {
-      const T* x = row_of<const T>(p.x, rows, r);
-      T* normed = row_of<T>(p.normed, rows, r);
-      vf squares[2] = {};
-      const T* source = x;
-      if (p.residual.data) {
-        const T* residual = row_of<const T>(p.residual, rows, r);
-        T* total = row_of<T>(p.total, rows, r);
-        for_pairs(columns, [&]<int V>(int64_t j, int n) {
-          vf s[V], other[V];
-          fetch(p.prefetch, x + j, residual + j);
-          get_pair<V>(x + j, n, s);
-          get_pair<V>(residual + j, n, other);
-          FASTATTN_EACH(i, V) s[i] += other[i];
-          put_pair<V>(total + j, n, s);
-          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
-        });
-        source = total;
-      } else {
-        for_pairs(columns, [&]<int V>(int64_t j, int n) {
-          vf s[V];
-          fetch(p.prefetch, x + j);
-          get_pair<V>(x + j, n, s);
-          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
-        });
-      }
-      const float sum = reduce_add(squares[0] + squares[1]);
-      const float rstd = 1.0f / __builtin_sqrtf(sum / (float)columns + (float)p.eps);
-      *row_of<float>(p.rstd, rows, r) = rstd;
-      // the row is in L1 by now
-      for_pairs(columns, [&]<int V>(int64_t j, int n) {
-        vf y[V];
-        get_pair<V>(source + j, n, y);
-        FASTATTN_EACH(i, V) y[i] *= splat(rstd);
-        if (weight) {
-          vf w[V];
-          get_pair<V>(weight + j, n, w);
-          FASTATTN_EACH(i, V) y[i] *= w[i];
-        }
-        put_product<V>(normed + j, n, y);
-      });
-    }
-  });
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial),
+                  [&](int64_t begin, int64_t end, int) {
+                    for (int64_t r = begin; r < end; r++) {
+                      const T* x = row_of<const T>(p.x, rows, r);
+                      T* normed = row_of<T>(p.normed, rows, r);
+                      vf squares[2] = {};
+                      const T* source = x;
+                      if (p.residual.data) {
+                        const T* residual = row_of<const T>(p.residual, rows, r);
+                        T* total = row_of<T>(p.total, rows, r);
+                        for_pairs(columns, [&]<int V>(int64_t j, int n) {
+                          vf s[V], other[V];
+                          fetch(p.prefetch, x + j, residual + j);
+                          get_pair<V>(x + j, n, s);
+                          get_pair<V>(residual + j, n, other);
+                          FASTATTN_EACH(i, V) s[i] += other[i];
+                          put_pair<V>(total + j, n, s);
+                          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
+                        });
+                        source = total;
+                      } else {
+                        for_pairs(columns, [&]<int V>(int64_t j, int n) {
+                          vf s[V];
+                          fetch(p.prefetch, x + j);
+                          get_pair<V>(x + j, n, s);
+                          FASTATTN_EACH(i, V) squares[i] += s[i] * s[i];
+                        });
+                      }
+                      const float sum = reduce_add(squares[0] + squares[1]);
+                      const float rstd = 1.0f / __builtin_sqrtf(sum / (float)columns + (float)p.eps);
+                      *row_of<float>(p.rstd, rows, r) = rstd;
+                      // the row is in L1 by now
+                      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+                        vf y[V];
+                        get_pair<V>(source + j, n, y);
+                        FASTATTN_EACH(i, V) y[i] *= splat(rstd);
+                        if (weight) {
+                          vf w[V];
+                          get_pair<V>(weight + j, n, w);
+                          FASTATTN_EACH(i, V) y[i] *= w[i];
+                        }
+                        put_product<V>(normed + j, n, y);
+                      });
+                    }
+                  });
 }
 
 // dx = rstd * (g - x * rstd^2 * mean(g * x)), g = grad_normed * weight; dweight sums grad_normed * x * rstd by thread.
@@ -208,48 +209,50 @@ template <class Gate, class T>
 static void gate_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; r++) {
-      const T* a = row_of<const T>(p.a, rows, r);
-      const T* b = row_of<const T>(p.b, rows, r);
-      T* out = row_of<T>(p.out, rows, r);
-      for_pairs(columns, [&]<int V>(int64_t j, int n) {
-        vf x[V], y[V], d[V];
-        fetch(p.prefetch, a + j, b + j);
-        get_pair<V>(a + j, n, x);
-        sigmoid_divisors<V>(x, d, a);
-        get_pair<V>(b + j, n, y);
-        FASTATTN_EACH(i, V) y[i] = Gate::forward(d[i], x[i], y[i]);
-        put_product<V>(out + j, n, y);
-      });
-    }
-  });
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial),
+                  [&](int64_t begin, int64_t end, int) {
+                    for (int64_t r = begin; r < end; r++) {
+                      const T* a = row_of<const T>(p.a, rows, r);
+                      const T* b = row_of<const T>(p.b, rows, r);
+                      T* out = row_of<T>(p.out, rows, r);
+                      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+                        vf x[V], y[V], d[V];
+                        fetch(p.prefetch, a + j, b + j);
+                        get_pair<V>(a + j, n, x);
+                        sigmoid_divisors<V>(x, d, a);
+                        get_pair<V>(b + j, n, y);
+                        FASTATTN_EACH(i, V) y[i] = Gate::forward(d[i], x[i], y[i]);
+                        put_product<V>(out + j, n, y);
+                      });
+                    }
+                  });
 }
 
 template <class Gate, class T>
 static void gate_backward_rows(const GateParams& p) {
   const Rows rows(p.a);
   const int64_t columns = p.a.size[3];
-  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial), [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; r++) {
-      const T* a = row_of<const T>(p.a, rows, r);
-      const T* b = row_of<const T>(p.b, rows, r);
-      const T* grad = row_of<const T>(p.grad_out, rows, r);
-      T* grad_a = row_of<T>(p.grad_a, rows, r);
-      T* grad_b = row_of<T>(p.grad_b, rows, r);
-      for_pairs(columns, [&]<int V>(int64_t j, int n) {
-        vf x[V], y[V], g[V], d[V], da[V], db[V];
-        fetch(p.prefetch, a + j, b + j, grad + j);
-        get_pair<V>(a + j, n, x);
-        sigmoid_divisors<V>(x, d, a);
-        get_pair<V>(b + j, n, y);
-        get_pair<V>(grad + j, n, g);
-        FASTATTN_EACH(i, V) Gate::backward(splat(1.0f) / d[i], x[i], y[i], g[i], &da[i], &db[i]);
-        put_product<V>(grad_a + j, n, da);
-        put_product<V>(grad_b + j, n, db);
-      });
-    }
-  });
+  parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial),
+                  [&](int64_t begin, int64_t end, int) {
+                    for (int64_t r = begin; r < end; r++) {
+                      const T* a = row_of<const T>(p.a, rows, r);
+                      const T* b = row_of<const T>(p.b, rows, r);
+                      const T* grad = row_of<const T>(p.grad_out, rows, r);
+                      T* grad_a = row_of<T>(p.grad_a, rows, r);
+                      T* grad_b = row_of<T>(p.grad_b, rows, r);
+                      for_pairs(columns, [&]<int V>(int64_t j, int n) {
+                        vf x[V], y[V], g[V], d[V], da[V], db[V];
+                        fetch(p.prefetch, a + j, b + j, grad + j);
+                        get_pair<V>(a + j, n, x);
+                        sigmoid_divisors<V>(x, d, a);
+                        get_pair<V>(b + j, n, y);
+                        get_pair<V>(grad + j, n, g);
+                        FASTATTN_EACH(i, V) Gate::backward(splat(1.0f) / d[i], x[i], y[i], g[i], &da[i], &db[i]);
+                        put_product<V>(grad_a + j, n, da);
+                        put_product<V>(grad_b + j, n, db);
+                      });
+                    }
+                  });
 }
 
 // Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1.

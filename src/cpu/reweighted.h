@@ -7,13 +7,13 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// x^p for 0 <= x <= 1; 0^0 = 1.
+// x^p for 0 <= x <= 1; 0^0 = 1, NaN stays NaN.
 struct Power {
   float p;
   int whole;  // p where it is an integer, else -1
   explicit Power(double power) : p((float)power), whole(power == (double)(int)power ? (int)power : -1) {}
   FASTATTN_INLINE vf of(vf x, const Power& power) {
-    if (power.whole < 0) return keep(x > 0.0f, exp2_bounded(log2_positive(x) * power.p));
+    if (power.whole < 0) return select(x > 0.0f, exp2_bounded(log2_positive(x) * power.p), x);
     vf result = splat(1.0f);
     for (int n = power.whole; n; n >>= 1) {
       if (n & 1) result *= x;
@@ -48,7 +48,8 @@ FASTATTN_INLINE void row_scales(RowScale* to, const Problem& problem, const RowR
 }
 
 // Of some of a row's keys: highest and lowest score, sum of distances below the highest, how many are attended. The
-// mean is taken as such a distance, which keeps its digits where the scores are close together.
+// mean is taken as such a distance, which keeps its digits where the scores are close together. A NaN among the scores
+// shows in `below`.
 struct RowPart {
   float top, low, below, keys;
   void add(const RowPart& other) {
@@ -173,7 +174,7 @@ struct ReweightedBlock {
     statistics[1] = p.reweigh ? scale[r].reciprocal_height : 1.0f;
     statistics[2] = total;
     store_row(matrix(p.out, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 0, out + r * out_columns,
-              problem.value_dim, total > 0 ? 1 / total : 0.0f);
+              problem.value_dim, total == 0 ? 0.0f : 1 / total);
   }
 
   void score_tile(const BlockRows& rows, const Sequence& s, int64_t n, int64_t there, const float* reciprocals) {
@@ -217,7 +218,8 @@ struct ReweightedBlock {
 
   // What the keys of [base, end) tell of row r.
   RowPart part_of(int64_t r) const {
-    RowPart part{reduce_max(load(tops + r * W)), -reduce_max(-load(lows + r * W)), 0, 0};
+    const float sum = reduce_add(load(sums + r * W));
+    RowPart part{reduce_max(load(tops + r * W)), -reduce_max(-load(lows + r * W)), sum - sum, 0};
     if (!p.reweigh || scale[r].keys <= kFew) return part;
     vf below{}, keys{};
     const int64_t g = r / kRows, high = min64(ranges.group_high[g], end) - base;
@@ -227,7 +229,7 @@ struct ReweightedBlock {
       below += keep(attends, part.top - load(x + j));
       keys += keep(attends, splat(1.0f));
     }
-    part.below = reduce_add(below);
+    part.below += reduce_add(below);
     part.keys = reduce_add(keys);
     return part;
   }
@@ -237,7 +239,8 @@ struct ReweightedBlock {
     if (scale[r].keys > kFew)
       height = whole.top - whole.low > kEqual * (1 + scale[r].c) ? whole.below / (float)scale[r].keys : 0.0f;
     scale[r].top = whole.top;
-    scale[r].reciprocal_height = height > 0 ? 1 / height : 0.0f;
+    const bool nan = whole.below != whole.below;
+    scale[r].reciprocal_height = nan ? whole.below : height > 0 ? 1 / height : 0.0f;
   }
 
   // Scores of the tile become weights, and the values they weigh are added; a group whose weights round to nothing in

@@ -100,7 +100,7 @@ struct ReweightedGradientBlock : GradientBlock {
     const RowMask mask = row_mask(p, ranges, s, rows, r, n, there);
     const float* statistics = statistics_of(p, s, rows, r);
     const float top = statistics[0], height = statistics[1];
-    const float total = statistics[2] > 0 ? 1 / statistics[2] : 0.0f;
+    const float total = statistics[2] == 0 ? 0.0f : 1 / statistics[2];
     const float factor = scale[r].scale * kLog2E, d = delta[r];
     const float slope = p.reweigh ? (float)p.power * height * total : total;
     vf sum = FASTATTN_ISA::load(sums + r * W);

@@ -318,8 +318,8 @@ FASTATTN_INLINE void store_pair(T* p, vf* x) {
     x[i] = rounded_to(x[i], p);
   }
 }
-// Rounded with ties away from zero where that is cheaper, for what is next to never a tie: three factors' product, not two
-// numbers' sum. `nearest` is x rounded so, for what a pair leaves over.
+// Rounded with ties away from zero where that is cheaper, for what is next to never a tie: three factors' product, not
+// two numbers' sum. `nearest` is x rounded so, for what a pair leaves over.
 template <class T>
 FASTATTN_INLINE vf nearest(vf x, const T*) {
   return x;
@@ -431,7 +431,8 @@ FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const float*) {
   FASTATTN_EACH(i, U) d[i] = splat(1.0f) + p[i] * (vf)((n[i] + 127) << 23);
 }
 
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+// 1.5 * 2^23, adding which rounds to an integer n left in the low bits, and 127: they hold the exponent of 2^n.
+constexpr float kRound = 12582912.0f + 127;
 
 // 2^f for |f| <= 1/2, relative error 9.2e-8 before rounding.
 FASTATTN_INLINE vf exp2_fraction(vf f) {
@@ -441,18 +442,18 @@ FASTATTN_INLINE vf exp2_fraction(vf f) {
   p = p * f + 6.931469776e-1f;
   return p * f + 1.0f;
 }
-// p * 2^n where t = n + kRound and no exponent leaves the normal range.
-FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return (vf)((vi)p + ((vi)t << 23)); }
+// p * 2^n where t = n + kRound and n is within [-126, 127]. A product, so that no NaN is added away, whatever its bits.
+FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return p * (vf)((vi)t << 23); }
 
-// For a result that is rounded to a half type. 2^f by a polynomial of relative error 7.5e-5 for bf16 and 2.6e-6 for f16:
-// at most a twenty-fifth and a ninetieth of half a last place (2^-9, 2^-12).
+// For a result that is rounded to a half type. 2^f by a polynomial of relative error 7.5e-5 for bf16 and 2.6e-6 for
+// f16: at most a twenty-fifth and a ninetieth of half a last place (2^-9, 2^-12).
 template <int U, class T>
 FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const T*) {
-  const float log2e = 1.44269504f, biased = kRound + 127;  // the low bits of t: n + 127, the exponent of 2^n
+  const float log2e = 1.44269504f;
   vf y[U], t[U], f[U], p[U];
   FASTATTN_EACH(i, U) y[i] = at_most(at_least(x[i], -87.0f), 87.0f);
-  FASTATTN_EACH(i, U) t[i] = biased - y[i] * log2e;
-  FASTATTN_EACH(i, U) p[i] = biased - t[i];
+  FASTATTN_EACH(i, U) t[i] = kRound - y[i] * log2e;
+  FASTATTN_EACH(i, U) p[i] = kRound - t[i];
   FASTATTN_EACH(i, U) f[i] = p[i] - y[i] * log2e;
   if constexpr (std::is_same_v<T, bf16>) {
     FASTATTN_EACH(i, U) p[i] = f[i] * 5.51716685e-2f + 2.42611125e-1f;
@@ -464,7 +465,7 @@ FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const T*) {
     FASTATTN_EACH(i, U) p[i] = p[i] * f[i] + 6.93121791e-1f;
     FASTATTN_EACH(i, U) p[i] = p[i] * f[i] + 9.99999285e-1f;
   }
-  FASTATTN_EACH(i, U) d[i] = p[i] * (vf)((vi)t[i] << 23) + 1.0f;
+  FASTATTN_EACH(i, U) d[i] = scale_by_rounded(p[i], t[i]) + 1.0f;
 }
 
 // 2^x for x <= 127, relative error below 2e-7; 0 below -126 (-inf too), NaN stays NaN.
@@ -482,7 +483,7 @@ FASTATTN_INLINE vf exp2_clamped(vf x) {
   return scale_by_rounded(exp2_fraction(y - (t - kRound)), t);
 }
 
-// log2(x) for normal x > 0, absolute error 2e-7; -126 or less below.
+// log2(x) for normal x > 0, absolute error 2e-7; -126 or less below, NaN stays NaN.
 FASTATTN_INLINE vf log2_positive(vf x) {
   const vi bits = (vi)x - 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
   const vf e = __builtin_convertvector(bits >> 23, vf);
@@ -493,7 +494,7 @@ FASTATTN_INLINE vf log2_positive(vf x) {
   p = p * z + 0.57707802f;
   p = p * z + 0.96179669f;
   p = p * z + 2.88539008f;
-  return e + u * p;
+  return select(x == x, e + u * p, x);
 }
 
 // f gets a null pointer of the element type.

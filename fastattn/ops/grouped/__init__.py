@@ -6,7 +6,7 @@ import math
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from ...masks import Mask, check_mask, default_scale, traced
 from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
@@ -75,8 +75,15 @@ def sinkhorn(
         fixed = potentials.detach().to(wide)
         assignment = torch.softmax(scores.to(wide) / temperature + fixed, dim=-1).to(scores.dtype)
         return (assignment, potentials) if return_potentials else assignment
-    assignment, found = torch.ops.fastattn.sinkhorn(
-        scores, lengths, cu_seqlens, float(temperature), iterations, causal, requested(op, backend)
+    assignment, found = call(
+        "sinkhorn",
+        scores,
+        lengths,
+        cu_seqlens,
+        float(temperature),
+        iterations,
+        causal,
+        requested(op, backend),
     )
     return (assignment, found) if return_potentials else assignment
 
@@ -148,7 +155,8 @@ def grouped_attention(
             ("key_groups", key_groups, k.shape[2]),
         )
     ]
-    return torch.ops.fastattn.grouped_attention(
+    return call(
+        "grouped_attention",
         q,
         k,
         v,
@@ -222,7 +230,8 @@ def gated_attention(
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         sharpness = torch.full((), float(sharpness), dtype=wide, device=q.device)
     _checks.check_choice(op, "gate", gate, GATES)
-    return torch.ops.fastattn.gated_attention(
+    return call(
+        "gated_attention",
         q,
         k,
         v,

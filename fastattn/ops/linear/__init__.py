@@ -3,7 +3,7 @@
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 
 
@@ -59,7 +59,7 @@ def fused_linear(
         _checks.check_shape(op, "residual", residual, shape, "the result's")
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gate))
     eps = None if norm_eps is None else float(norm_eps)
-    out, _, _ = torch.ops.fastattn.fused_linear(
-        x, weight, gate, residual, eps, swiglu, swiglu and save, requested(op, backend)
+    out, _, _ = call(
+        "fused_linear", x, weight, gate, residual, eps, swiglu, swiglu and save, requested(op, backend)
     )
     return out

@@ -53,4 +53,5 @@ register_op(
     ),
     backward=_backward,
     setup_context=_setup,
+    twice=True,
 )

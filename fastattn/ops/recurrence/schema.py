@@ -197,6 +197,7 @@ register_op(
     ),
     backward=_rotary_backward,
     setup_context=_rotary_setup,
+    twice=True,
 )
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from ...masks import Mask, check_mask
 from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
@@ -53,4 +53,4 @@ def softplus_attention(
             )
         power = float(power)
     args = check_mask(op, mask).schema_args(op, q, k)
-    return torch.ops.fastattn.softplus_attention(q, k, v, power, *args, requested(op, backend))[0]
+    return call("softplus_attention", q, k, v, power, *args, requested(op, backend))[0]

@@ -7,7 +7,7 @@ The logit of token i is h . codebook[codes[i]] + bias[i]. With beta_k the logsum
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from . import schema_codes  # noqa: F401  registers the ops
 from ._arguments import REDUCTIONS, check_matrix, check_rows, check_target, check_wide, needed
 
@@ -52,9 +52,7 @@ def vq_logits(
     """
     op = "vq_logits"
     _check_head(op, h, codebook, codes, bias)
-    logits = torch.ops.fastattn.vq_logits(
-        h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, backend)
-    )
+    logits = call("vq_logits", h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, backend))
     return logits.reshape(*h.shape[:-1], codes.shape[0])
 
 
@@ -94,7 +92,8 @@ def vq_cross_entropy(
         _checks.check_shape(op, "shadow", shadow, (tokens, h.shape[-1]), "a row a token of codes")
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     _checks.check_same_device(op, h=h, target=target, shadow=shadow)
-    loss = torch.ops.fastattn.vq_cross_entropy(
+    loss = call(
+        "vq_cross_entropy",
         h.reshape(-1, h.shape[-1]),
         codebook,
         codes,
@@ -124,7 +123,7 @@ def vq_argmax(
     op = "vq_argmax"
     _check_head(op, h, codebook, codes, bias)
     rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
-    found = torch.ops.fastattn.vq_argmax(rows, codebook, codes, bias, requested(op, None))
+    found = call("vq_argmax", rows, codebook, codes, bias, requested(op, None))
     return found.reshape(h.shape[:-1])
 
 
@@ -156,9 +155,7 @@ def vq_sample(
         )
     rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
-    found = torch.ops.fastattn.vq_sample(
-        rows, codebook, codes, bias, uniform, float(temperature), requested(op, None)
-    )
+    found = call("vq_sample", rows, codebook, codes, bias, uniform, float(temperature), requested(op, None))
     return found.reshape(h.shape[:-1])
 
 
@@ -177,5 +174,5 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     check_rows(op, "x", x, codebook.shape[1])
     _checks.check_floating(op, x=x, codebook=codebook)
     rows, codebook = _detached(x.reshape(-1, x.shape[-1]), codebook)
-    found = torch.ops.fastattn.nearest_codes(rows, codebook, requested(op, None))
+    found = call("nearest_codes", rows, codebook, requested(op, None))
     return found.reshape(x.shape[:-1])

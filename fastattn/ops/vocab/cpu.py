@@ -21,14 +21,18 @@ _WIDENED = 1 << 22  # elements of weight widened to float32 at once
 _NEVER = -(2**63)  # an ignore_index that no row left has
 
 
-def refusal(first: torch.Tensor, *_) -> str | None:
+def refusal(name: str, first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first floating argument, or None."""
     if first.dtype not in _native.FAST_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
     return None
 
 
-def configure(h, weight, *_) -> Choice:
+def configure(name: str, h, weight, *_) -> Choice:
+    return _choose(h, weight)
+
+
+def _choose(h, weight) -> Choice:
     return _config.lookup(
         "linear_cross_entropy",
         "cpu",
@@ -304,7 +308,7 @@ def linear_cross_entropy(
     h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
 ):
     check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
-    config = configure(h, weight).values
+    config = _choose(h, weight).values
     options = _options(transform, softcap, z_loss)
     rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
     found = (None,) * 4
@@ -353,7 +357,7 @@ def linear_cross_entropy_backward(
         rows.upstream(grad, reduction),
         options,
         wanted,
-        configure(h, weight).values["tile_mib"],
+        _choose(h, weight).values["tile_mib"],
     )
     return _returned(rows, found, h, weight, bias, temperature)
 

@@ -13,7 +13,11 @@ __all__ = ["refusal"]
 _FEW = 4  # rows up to here are multiplied natively: a pass over the codebook, in its own dtype
 
 
-def configure(h, codebook, *_) -> Choice:
+def configure(name: str, h, codebook, *_) -> Choice:
+    return _choose(h, codebook)
+
+
+def _choose(h, codebook) -> Choice:
     return _config.lookup(
         "vq_cross_entropy",
         "cpu",
@@ -168,7 +172,7 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
         rows.of(target),
         scale=rows.scale(reduction) if gradients else None,
         wanted=gradients,
-        mib=configure(h, codebook).values["chunk_mib"],
+        mib=_choose(h, codebook).values["chunk_mib"],
     )
     loss = rows.reduced(statistics.losses(0), reduction)
     return loss, rows.spread(statistics.lse), *_returned(rows, found, (h, codebook, bias, shadow))
@@ -187,7 +191,7 @@ def vq_cross_entropy_backward(
         lse=rows.of(lse).contiguous(),
         grad=rows.upstream(grad, reduction),
         wanted=wanted,
-        mib=configure(h, codebook).values["chunk_mib"],
+        mib=_choose(h, codebook).values["chunk_mib"],
     )
     return _returned(rows, found, (h, codebook, bias, shadow))
 
@@ -211,7 +215,7 @@ def vq_logits(h, codebook, codes, bias):
     check_codes("vq_logits", codes, codebook.shape[0])
     logits = h.new_empty(h.shape[0], codes.shape[0])
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
-    chunks = _chunks(h.shape[0], codebook.shape[0], configure(h, codebook).values["chunk_mib"])
+    chunks = _chunks(h.shape[0], codebook.shape[0], _choose(h, codebook).values["chunk_mib"])
     buffer = _buffer(chunks, codebook.shape[0])
     for begin, end in chunks:
         _expand("vocab_expand", _scores(h[begin:end], codebook, wide, buffer), codes, bias, logits[begin:end])
@@ -223,9 +227,7 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
     grad, codes, wide = _native.rows(grad), codes.contiguous(), codebook.float()
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else h.new_empty(0)
     dcodebook = wide.new_zeros(wide.shape) if wanted & 2 else None
-    for begin, end in (
-        _chunks(count, classes, configure(h, codebook).values["chunk_mib"]) if wanted & 3 else ()
-    ):
+    for begin, end in _chunks(count, classes, _choose(h, codebook).values["chunk_mib"]) if wanted & 3 else ():
         x = wide.new_empty(end - begin, classes)
         _expand("vocab_collect", x, codes, None, grad[begin:end])
         if wanted & 1:
@@ -287,12 +289,12 @@ def vq_argmax(h, codebook, codes, bias):
         beta=largest,
         best=best,
     )
-    return _best(h, codebook, largest.double(), best, configure(h, codebook).values["chunk_mib"])
+    return _best(h, codebook, largest.double(), best, _choose(h, codebook).values["chunk_mib"])
 
 
 def nearest_codes(x, codebook):
     half_squares = codebook.double().square().sum(1).div_(-2)
-    return _best(x, codebook, half_squares, None, configure(x, codebook).values["chunk_mib"])
+    return _best(x, codebook, half_squares, None, _choose(x, codebook).values["chunk_mib"])
 
 
 def vq_sample(h, codebook, codes, bias, uniform, temperature):
@@ -305,7 +307,7 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     beta = _code_bias(codes, bias, count, 1 / temperature)
     found = torch.empty(h.shape[0], dtype=torch.int64)
     uniform = uniform.contiguous()
-    chunks = _chunks(h.shape[0], count, configure(h, codebook).values["chunk_mib"])
+    chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])
     buffer = _buffer(chunks, count)
     for begin, end in chunks:
         call(

@@ -3,7 +3,7 @@
 import torch
 
 from ... import _checks
-from ..._registry import requested
+from ..._registry import call, requested
 from . import schema
 from ._arguments import (
     REDUCTIONS,
@@ -82,7 +82,8 @@ def linear_cross_entropy(
     gradients = 0
     if reduction != "none" and classes <= ONE_PASS_CLASSES:
         gradients = needed(h, weight, bias, temperature)
-    loss = torch.ops.fastattn.linear_cross_entropy(
+    loss = call(
+        "linear_cross_entropy",
         rows,
         weight,
         bias,
@@ -140,8 +141,12 @@ def stablemax_cross_entropy(
     check_target(op, target, tuple(logits.shape[:-1]), ignore_index)
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     _checks.check_same_device(op, logits=logits, target=target)
-    loss, _ = torch.ops.fastattn.stablemax_cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index, requested(op, backend)
+    loss, _ = call(
+        "stablemax_cross_entropy",
+        logits.reshape(-1, logits.shape[-1]),
+        target.reshape(-1),
+        ignore_index,
+        requested(op, backend),
     )
     if reduction == "none":
         return loss.reshape(target.shape)

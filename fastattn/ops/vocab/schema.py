@@ -1,10 +1,8 @@
 """torch.ops.fastattn.linear_cross_entropy and stablemax_cross_entropy: schema, fake, autograd, backends."""
 
-import importlib
-
 import torch
 
-from ..._registry import Backend, register_op, triton_backend
+from ..._registry import Backend, cpu_backend, register_op, triton_backend
 from ._arguments import check_targets, statistics_dtype
 
 TRANSFORMS = (None, "stablemax")
@@ -27,11 +25,6 @@ def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
 def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
     """The gradients whose bit is set, (0,) for the others."""
     return tuple(g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(found))
-
-
-def refuse_second_order(op: str) -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(f"fastattn.{op}: create_graph is not supported, it is differentiable once")
 
 
 def bits(flags) -> int:
@@ -68,32 +61,19 @@ def reference_backend(name: str, check=None) -> Backend:
     return Backend("reference", load)
 
 
-def cpu_backend(module: str, name: str, *, tuned: bool = True) -> Backend:
-    """fastattn.ops.vocab.<module>.<name>, configured by the module's `configure` when it is tuned."""
-
-    def load():
-        return getattr(_module(module), name)
-
-    def supports(*args):
-        return _module(module).refusal(*args)
-
-    def configure(*args):
-        return _module(module).configure(*args)
-
-    return Backend("cpu", load, supports, configure if tuned else None, devices=("cpu",))
-
-
 def _cuda_backend(name: str) -> Backend:
     return Backend(
         "cuda",
-        lambda: getattr(_module("cuda"), name),
-        lambda *args: _module("cuda").refusal(*args),
+        lambda: getattr(_cuda(), name),
+        lambda *args: _cuda().refusal(*args),
         devices=("cuda",),
     )
 
 
-def _module(name: str):
-    return importlib.import_module(f"fastattn.ops.vocab.{name}")
+def _cuda():
+    from . import cuda
+
+    return cuda
 
 
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
@@ -159,7 +139,6 @@ def _backward(ctx, grad, *_):
     none = (None,) * (len(ctx.options) + 2)
     if grad is None:
         return (None,) * 5 + none
-    refuse_second_order("linear_cross_entropy")
     tensors = ctx.saved_tensors
     saved, found = tensors[:6], tensors[6:]
 
@@ -179,7 +158,7 @@ register_op(
     f"{_OPTIONS}, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     backends=(
-        cpu_backend("cpu", "linear_cross_entropy"),
+        cpu_backend(__package__, "linear_cross_entropy"),
         _cuda_backend("linear_cross_entropy"),
         triton_backend(_TRITON, "linear_cross_entropy", configure="configure"),
         Backend("reference", _load_reference),
@@ -193,7 +172,7 @@ register_op(
     f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backends=(
-        cpu_backend("cpu", "linear_cross_entropy_backward", tuned=False),
+        cpu_backend(__package__, "linear_cross_entropy_backward", tuned=False),
         _cuda_backend("linear_cross_entropy_backward"),
         triton_backend(_TRITON, "linear_cross_entropy_backward"),
         Backend("reference", _load_reference_backward),
@@ -223,7 +202,6 @@ def _stablemax_setup(ctx, inputs, output):
 def _stablemax_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 4
-    refuse_second_order("stablemax_cross_entropy")
     return (
         torch.ops.fastattn.stablemax_cross_entropy_backward(
             grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend
@@ -239,7 +217,7 @@ register_op(
     "(Tensor logits, Tensor target, int ignore_index, str backend) -> (Tensor, Tensor)",
     fake=_stablemax_fake,
     backends=(
-        cpu_backend("cpu", "stablemax_cross_entropy", tuned=False),
+        cpu_backend(__package__, "stablemax_cross_entropy", tuned=False),
         triton_backend(_TRITON, "stablemax_cross_entropy", configure="configure_rows"),
         reference_backend("stablemax_cross_entropy", _check_stablemax),
     ),
@@ -251,7 +229,7 @@ register_op(
     "(Tensor grad, Tensor logits, Tensor target, Tensor lse, int ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     backends=(
-        cpu_backend("cpu", "stablemax_cross_entropy_backward", tuned=False),
+        cpu_backend(__package__, "stablemax_cross_entropy_backward", tuned=False),
         triton_backend(_TRITON, "stablemax_cross_entropy_backward", configure="configure_rows"),
         reference_backend("stablemax_cross_entropy_backward"),
     ),

@@ -2,14 +2,12 @@
 
 import torch
 
-from ..._registry import Backend, register_op, triton_backend
+from ..._registry import Backend, cpu_backend, register_op, triton_backend
 from ._arguments import check_codes, check_targets, statistics_dtype
 from .schema import (
     bits,
-    cpu_backend,
     gradients_like,
     reference_backend,
-    refuse_second_order,
     saved_or_recomputed,
     selected,
 )
@@ -47,7 +45,6 @@ def _logits_setup(ctx, inputs, output):
 
 
 def _logits_backward(ctx, grad):
-    refuse_second_order("vq_logits")
     wanted = bits(ctx.needs_input_grad[i] for i in (0, 1, 3))
     found = torch.ops.fastattn.vq_logits_backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
     dh, dcodebook, dbias = (g if wanted >> i & 1 else None for i, g in enumerate(found))
@@ -59,7 +56,7 @@ register_op(
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
     fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
     backends=(
-        cpu_backend("cpu_codes", "vq_logits"),
+        cpu_backend(__package__, "vq_logits", module="cpu_codes"),
         _triton("vq_logits", tuned=True),
         _checked_codes("vq_logits"),
     ),
@@ -72,7 +69,7 @@ register_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
     backends=(
-        cpu_backend("cpu_codes", "vq_logits_backward", tuned=False),
+        cpu_backend(__package__, "vq_logits_backward", module="cpu_codes", tuned=False),
         _triton("vq_logits_backward"),
         Backend("reference", _load_logits_backward),
     ),
@@ -127,7 +124,6 @@ def _loss_setup(ctx, inputs, output):
 def _loss_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
-    refuse_second_order("vq_cross_entropy")
     tensors = ctx.saved_tensors
     saved, found = tensors[:7], tensors[7:]
 
@@ -147,7 +143,7 @@ register_op(
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
     backends=(
-        cpu_backend("cpu_codes", "vq_cross_entropy"),
+        cpu_backend(__package__, "vq_cross_entropy", module="cpu_codes"),
         _triton("vq_cross_entropy", tuned=True),
         Backend("reference", _load_loss),
     ),
@@ -162,7 +158,7 @@ register_op(
         gradients_like((h, codebook, bias, shadow), wanted)
     ),
     backends=(
-        cpu_backend("cpu_codes", "vq_cross_entropy_backward", tuned=False),
+        cpu_backend(__package__, "vq_cross_entropy_backward", module="cpu_codes", tuned=False),
         _triton("vq_cross_entropy_backward"),
         Backend("reference", _load_loss_backward),
     ),
@@ -189,7 +185,7 @@ for _name, _schema in (
         _schema,
         fake=_one_a_row,
         backends=(
-            cpu_backend("cpu_codes", _name),
+            cpu_backend(__package__, _name, module="cpu_codes"),
             _triton(_name, tuned=True),
             reference_backend(_name) if _name == "nearest_codes" else _checked_codes(_name),
         ),
