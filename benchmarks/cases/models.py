@@ -18,7 +18,7 @@ SHAPES = {  # hidden: (intermediate, heads)
 
 
 @functools.cache
-def _pair(dtype, hidden, layers):
+def _pair(dtype, hidden, layers, device="cpu"):
     """(ours, theirs)"""
     import transformers
 
@@ -31,10 +31,13 @@ def _pair(dtype, hidden, layers):
         initializer_range=hidden**-0.5, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.device(device):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return HrmText.from_pretrained(folder), theirs
+        return HrmText.from_pretrained(folder).to(device), theirs
 
 
 def _tokens(rows, length):
@@ -52,10 +55,10 @@ def _compare(actual, expected, dtype, layers):
     )
 
 
-def prefill(dtype, hidden, layers, tokens):
+def prefill(dtype, hidden, layers, tokens, device="cpu"):
     """The prompt into an empty cache, and the logits of its last token."""
-    ids = _tokens(1, tokens)
-    ours, theirs = _pair(dtype, hidden, layers)
+    ids = _tokens(1, tokens).to(device)
+    ours, theirs = _pair(dtype, hidden, layers, device)
     prefix = torch.tensor([tokens])
 
     @torch.no_grad()
