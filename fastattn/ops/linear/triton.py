@@ -29,9 +29,9 @@ def _fused_linear_kernel(
     """
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
-    band = program // (_BAND * column_tiles)
+    band = program // (column_tiles * _BAND)
     height = tl.minimum(row_tiles - band * _BAND, _BAND)
-    within = program % (_BAND * column_tiles)
+    within = program % (column_tiles * _BAND)
     row = offset(band * _BAND + within % height, BLOCK_M) + tl.arange(0, BLOCK_M)
     column = offset(within // height, BLOCK_N) + tl.arange(0, BLOCK_N)
     there, kept = row < rows, column < columns

@@ -84,7 +84,7 @@ def _softplus_attention_forward_kernel(
             top = tl.maximum(top, tl.max(tl.where(allowed, s, 0.0), 1))
             lowest = tl.minimum(lowest, tl.min(tl.where(allowed, s, float("inf")), 1))
         threshold = tl.where(count > _FEW, total / tl.maximum(count, 1.0), 0.0)
-        equal = (count > _FEW) & (top - lowest <= _EQUAL * (1.0 + c))
+        equal = (count > _FEW) & (top - lowest <= (1.0 + c) * _EQUAL)
         height = tl.where(equal | (count == 0.0), 0.0, top - threshold)
         reciprocal = tl.where(height == 0.0, 0.0, 1.0 / tl.where(height == 0.0, 1.0, height))
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
