@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -11,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 class VersionedCache:
     """At most `entries` tensors of `capacity` bytes in all, the least recently used dropped first; thread-safe.
 
-    A result belongs to a tensor's storage (weakly), address, layout and version counter. Writes through
-    `.data` do not count there: with `sampled`, one element a row is compared as well, which such an update of a
-    whole matrix changes.
+    A result belongs to a tensor's storage (weakly), address, layout and version counter. Writes that the counter misses
+    (through `.data`, or from outside of torch) are not seen: with `sampled`, for matrices, an element of every row and of
+    every column is compared as well, which finds an update of a whole row, column or matrix. After a smaller one
+    `torch.autograd.graph.increment_version(tensor)` says that the tensor has changed.
     """
 
     def __init__(self, entries: int, capacity: int, *, sampled: bool = False) -> None:
@@ -56,10 +58,16 @@ class VersionedCache:
         return result
 
     def _sample(self, source: torch.Tensor) -> torch.Tensor | None:
-        """Elements along the diagonals: one a row, another column each time."""
         if not self._sampled:
             return None
-        return source.detach().reshape(-1)[:: source.shape[-1] + 1]
+        return source.detach().reshape(-1).index_select(0, _diagonal(*source.shape))
+
+
+@lru_cache(maxsize=64)
+def _diagonal(rows: int, columns: int) -> torch.Tensor:
+    """Flat indices of elements of a matrix, among them one of every row and one of every column."""
+    along = torch.arange(max(rows, columns))
+    return along % rows * columns + along % columns
 
 
 def _outdated(key: tuple, new: tuple) -> bool:

@@ -96,7 +96,8 @@ class Trainer(Run):
         """
         if moving_head(self.model) is not None:
             raise NotImplementedError("train: codes that move (--head vq) are for one process")
-        training_ranks.check_same(f"{self._data} {self.step_number} {self.config}", "data or options")
+        data = f"{self._data} {fingerprint(self._held_out)}"
+        training_ranks.check_same(f"{data} {self.step_number} {self.config}", "data or options")
         state = {name: t.clone() for name, t in state_tensors(self.optimizer, self.model).items()}
         training_ranks.shard(self.model)
         self._start_optimizers()

@@ -137,3 +137,68 @@ def test_runs_change_hands_between_one_process_and_two(run, args, stop, whole, t
 def test_an_error_on_one_rank_ends_all(args, tmp_path):
     two = torchrun(tmp_path, args(tmp_path / "run"), "error")
     assert two.returncode and "error: no room left on rank 1" in two.stderr
+
+
+# `fastattn` with each list of arguments in turn; every rank says what it exits with.
+REFUSALS = """
+import json, os, sys
+from fastattn.cli import main
+
+for args in json.loads(sys.argv[1]):
+    try:
+        main([arg.replace("RANK", os.environ["RANK"]) for arg in args])
+    except SystemExit as end:
+        os.write(1, f"rank {os.environ['RANK']} exits with {end.code}\\n".encode())
+os._exit(0)
+"""
+
+
+def refused(tmp_path, *runs):
+    script = tmp_path / "refusals.py"
+    script.write_text(REFUSALS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), json.dumps(runs)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [done.stdout.count(f"rank {rank} exits with 2") for rank in (0, 1)] == [len(runs)] * 2, done.stdout
+    return done.stderr
+
+
+def test_what_several_processes_cannot_do_is_refused_by_every_rank(args, tmp_path):
+    minutes = args(tmp_path / "run")
+    at = minutes.index("--steps")
+    del minutes[at : at + 2]
+    puzzles = [
+        "train",
+        "--model",
+        "hrm",
+        "--data",
+        "sudoku",
+        "--steps",
+        "4",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    text = refused(tmp_path, minutes, puzzles, args(tmp_path / "nothing", "--resume"))
+    for message in ("give --steps", "--model hrm is for one process", "nothing/tokenizer.json: no such file"):
+        assert text.count(message) == 2, text
+
+
+@pytest.mark.parametrize("dropped", [1, 2])  # the last example is held out, the one before is not
+def test_ranks_with_different_data_are_refused(args, data, tmp_path, dropped):
+    for rank in (0, 1):
+        kept = data.read_text().splitlines()
+        del kept[len(kept) - rank * dropped :]
+        (tmp_path / f"data-{rank}.jsonl").write_text("\n".join(kept) + "\n")
+    given = [str(tmp_path / "data-RANK.jsonl") if arg == str(data) else arg for arg in args(tmp_path / "run")]
+    assert refused(tmp_path, given).count("the processes were given different data or options") == 2
+
+
+def test_moving_codes_are_refused(args, tmp_path):
+    text = refused(tmp_path, args(tmp_path / "run", "--head", "vq", "--codebook-size", 16))
+    assert text.count("are for one process") == 2

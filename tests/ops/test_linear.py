@@ -115,27 +115,66 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("change", ["in place", "through data", "other storage", "inference"])
-def test_packed_weights_follow_the_weight(change):
-    x = testing.random_tensor(20, 24, seed=1)
-    weight = torch.nn.Parameter(testing.random_tensor(30, 24, seed=2))
+def optimizer_step(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=3.0).step()
+
+
+def one_element(weight):
+    """What neither the version counter nor a look at some elements shows has to be said."""
+    weight.data[0, 5] += 3
+    torch.autograd.graph.increment_version(weight)
+
+
+CHANGES = {
+    "in place": lambda weight: weight.mul_(3),
+    "one element in place": lambda weight: weight[0, 5].add_(3),
+    "optimizer": optimizer_step,
+    "loaded": lambda weight: torch.nn.ParameterList([weight]).load_state_dict({"0": weight * 3}),
+    "through data": lambda weight: weight.data.mul_(3),
+    "row through data": lambda weight: weight.data[-1].add_(3),
+    "column through data": lambda weight: weight.data[:, -1].add_(3),
+    "other storage": lambda weight: setattr(weight, "data", weight.data * 3),
+    "one element through data": one_element,
+}
+
+
+def bound(x, weight):
+    """Products and sums, each rounded by eps/2 of at most the sum of magnitudes."""
+    return weight.shape[1] * testing.EPS32 * float((x.abs() @ weight.detach().abs().t()).max())
+
+
+@pytest.mark.parametrize("shape", [(30, 24), (24, 30), (50, 7)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_packed_weights_follow_the_weight(change, shape):
+    x = testing.random_tensor(20, shape[1], seed=1)
+    weight = torch.nn.Parameter(testing.random_tensor(*shape, seed=2))
     with use("native"), torch.no_grad():
-        fa.fused_linear(x, weight)
-        if change == "in place":
-            weight.mul_(3)
-        elif change == "through data":
-            weight.data.mul_(3)
-        elif change == "other storage":
-            weight.data = weight.data * 3
-        else:
-            with torch.inference_mode():
-                weight = weight.clone()
-                fa.fused_linear(x, weight)
-                weight.mul_(3)
+        before = fa.fused_linear(x, weight)
+        CHANGES[change](weight)
         found = fa.fused_linear(x, weight)
-    # 24 products and sums, each rounded by eps/2 of at most the sum of magnitudes
-    bound = 24 * testing.EPS32 * float((x.abs() @ weight.detach().abs().t()).max())
-    assert testing.max_error(found, F.linear(x, weight).detach()) <= bound
+    assert not torch.equal(found, before)
+    assert testing.max_error(found, F.linear(x, weight).detach()) <= bound(x, weight)
+
+
+def test_a_write_to_any_row_or_column_through_data_is_seen():
+    for rows, columns in ((1, 5), (5, 1), (4, 4), (9, 4), (4, 9), (10, 3)):
+        weight = torch.zeros(rows, columns)
+        cache = VersionedCache(entries=2, capacity=1 << 20, sampled=True)
+        for part in (*weight.data.unbind(0), *weight.data.unbind(1)):
+            cache.get(weight, (), weight.clone)
+            part += 1
+            assert torch.equal(cache.get(weight, (), weight.clone), weight)
+
+
+def test_inference_tensors_are_packed_each_time():
+    x = testing.random_tensor(20, 24, seed=1)
+    with use("native"), torch.inference_mode():
+        weight = testing.random_tensor(30, 24, seed=2).clone()
+        fa.fused_linear(x, weight)
+        weight.mul_(3)
+        found = fa.fused_linear(x, weight)
+    assert testing.max_error(found, F.linear(x, weight)) <= bound(x, weight)
 
 
 def test_weights_are_packed_once_and_forgotten(monkeypatch):
