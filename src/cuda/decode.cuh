@@ -207,9 +207,8 @@ struct Decode {
     }
     for (int64_t i = block() * threads() + thread(); i < p.hidden; i += blocks() * threads()) {
       z_h[i] = widen(((const T*)p.z_h)[i]);
-      z_l[i] = widen(((const T*)p.z_l)[i]);
+      z_l[i] = widen(((const T*)p.z_l)[i]);  // the same thread adds the two
     }
-    grid_barrier();
     for (int h = 0; h < p.h_cycles; h++) {
       const int64_t call = (int64_t)h * (p.l_cycles + 1);
       for (int l = 0; l < p.l_cycles; l++) stack(0, call + l, z_l, z_h);
