@@ -82,7 +82,7 @@ class SudokuData:
             lacking = np.bincount(grid[board == 0], minlength=side + 1)
             right += (lacking**2).sum() / lacking.sum()
             total += lacking.sum()
-        return {"any digit": 1 / side, "a digit the board lacks": right / total}
+        return {"any digit": 1 / side, "a digit the board lacks": float(right / total)}
 
     def digest(self) -> str:
         return digest([*self.train, *(value.numpy() for value in self.held_out.values())])
