@@ -219,6 +219,7 @@ def test_opcheck(dtype):
         (lambda x: fa.rms_norm(x, eps=-1.0), ValueError, "eps must be zero or more, given -1.0"),
         (lambda x: fa.rms_norm(x, residual=x.to("meta")), ValueError, "residual is on meta but x is on cpu"),
         (lambda x: fa.swiglu(x[:, :7]), ValueError, "swiglu: gate_up must have an even last dim"),
+        (lambda x: fa.gated(x[0, 0], x[0, 0]), ValueError, "gated: x must have a last dim"),
         (lambda x: fa.gated(x, x[:2]), ValueError, r"gated: gate must have shape \(3x8\)"),
         (lambda x: fa.rotary(x, x, torch.arange(3)), ValueError, "rotary: q must have 4 dimensions"),
         (

@@ -59,6 +59,8 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """
     op = "gated"
     _checks.check_floating(op, x=x, gate=gate)
+    if x.dim() == 0:
+        raise ValueError(f"fastattn.{op}: x must have a last dim, given {_checks.describe(x)}")
     _checks.check_shape(op, "gate", gate, tuple(x.shape), "x's")
     return call("gated", x, gate, requested(op, None))
 
