@@ -14,7 +14,18 @@ import torch  # noqa: F401  before the compiled module: both use torch's OpenMP
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
-OPS = "attention_cpu linear matvec reweighted grouped gated recurrence sinkhorn vocab_cpu every_op".split()
+OPS = [
+    "attention_cpu",
+    "linear",
+    "matvec",
+    "reweighted",
+    "grouped",
+    "gated",
+    "recurrence",
+    "sinkhorn",
+    "vocab_cpu",
+    "every_op",
+]
 TESTS = [
     *(str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in OPS),
     str(ROOT / "tests/models/test_decode.py"),
