@@ -55,6 +55,12 @@ def _compare(actual, expected, dtype, layers):
     )
 
 
+def _products(hidden, layers):
+    """Operations a token in the products of one stack call, forward."""
+    intermediate, heads = SHAPES[hidden]
+    return 2 * layers * hidden * (5 * heads * 128 + 3 * intermediate)
+
+
 def prefill(dtype, hidden, layers, tokens, device="cpu"):
     """The prompt into an empty cache, and the logits of its last token."""
     ids = _tokens(1, tokens).to(device)
@@ -71,9 +77,9 @@ def prefill(dtype, hidden, layers, tokens, device="cpu"):
     def peer():
         return theirs(ids, token_type_ids=torch.ones_like(ids), use_cache=True, logits_to_keep=1).logits
 
-    return Problem(
-        (), {"fastattn": run, "transformers": peer}, check=lambda: _compare(run(), peer(), dtype, layers)
-    )
+    contenders = {"fastattn": run, "transformers": peer}
+    flops = tokens * 8 * _products(hidden, layers)
+    return Problem((), contenders, check=lambda: _compare(run(), peer(), dtype, layers), flops=flops)
 
 
 def training(dtype, hidden, layers, samples, tokens):
@@ -109,7 +115,9 @@ def training(dtype, hidden, layers, samples, tokens):
         stacks = (ours.recurrence.H_stack, theirs.model.H_module)
         _compare(*(stack.layers[0].mlp.down_proj.weight.grad for stack in stacks), dtype, layers)
 
-    return Problem((), {"fastattn": run, "transformers": peer}, check=check)
+    # eight calls forward, five of them with a backward of twice that; the head's 1024 classes
+    flops = tokens * ((8 + 2 * 5) * _products(hidden, layers) + 6 * 1024 * hidden)
+    return Problem((), {"fastattn": run, "transformers": peer}, check=check, flops=flops)
 
 
 def decode(dtype, hidden, layers, batch, cached):
