@@ -5,6 +5,7 @@ Only the standard library is imported; torch is reached for CUDA and HIP propert
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -126,13 +127,23 @@ def _cache_sizes() -> dict[str, int]:
 
 
 @functools.cache
+def memory_bytes() -> int:
+    """This machine's memory, or what its control group (a container) may take of it; 0 where neither is known."""
+    limits = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return min(limits, default=0)
+
+
+@functools.cache
 def _cpu(isa: str) -> Target:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = 0
-    return Target("cpu", _cpu_name(), isa, units=cores, memory=memory, **_cache_sizes())
+    return Target("cpu", _cpu_name(), isa, units=cores, memory=memory_bytes(), **_cache_sizes())
 
 
 def _cuda(index: int) -> Target:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ... import _config, _native
+from ... import _config, _device, _native
 from ..._versioned import VersionedCache
 from ..recurrence import cpu as rows
 from . import (
@@ -12,7 +12,8 @@ from . import (
     tuning,  # noqa: F401  declares what `_config.lookup` serves
 )
 
-_packed = VersionedCache(entries=4096, capacity=1 << 29, sampled=True)
+# a quarter of the memory: a recurrence that outgrows it packs every weight again in every call
+_packed = VersionedCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4), sampled=True)
 
 
 def refusal(name: str, *args) -> str | None:
