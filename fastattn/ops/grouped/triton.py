@@ -12,13 +12,14 @@ from ... import _config, _triton
 from ..._triton import LOG2E, dot, gather_tile, offset, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import finish, fold, key_interval, place, place_two, query_tile
+from ..attention.triton_tiles import finish, fold, place, place_two, query_tile
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .triton_tiles import (
     SUMMARY,
     _tile_summary_kernel,
     next_live,
     pairs,
+    query_tokens,
     tokens_of_tile,
     union_and_common,
 )
@@ -44,10 +45,9 @@ def _grouped_forward_kernel(
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
-    begin, end = key_interval(rows, extent, CAUSAL)
-    end = tl.where(inside, end, 0)
-    signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
+    rows, inside, begin, end, signature = query_tokens(
+        order_q, order_q_b, groups, groups_b, entry, start_q, first, extent, CAUSAL, BLOCK_M, SORTED
+    )
     key_signatures = key_groups + offset(entry, key_groups_b) + start_k
     q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)

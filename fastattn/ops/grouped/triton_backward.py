@@ -8,7 +8,6 @@ from ... import _triton
 from ..._triton import dot, gather_tile, offset, scatter_tile
 from ..attention.triton_backward import row_products, score_gradient
 from ..attention.triton_tiles import (
-    key_interval,
     key_tile,
     load_statistics,
     place,
@@ -19,7 +18,7 @@ from ..attention.triton_tiles import (
 )
 from .triton import problem, sorted_values
 from .triton import refusal as forward_refusal
-from .triton_tiles import next_live, pairs, tokens_of_tile, union_and_common
+from .triton_tiles import next_live, pairs, query_tokens, tokens_of_tile, union_and_common
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
@@ -39,10 +38,9 @@ def _grouped_backward_q_kernel(
     first = tile * BLOCK_M
     if first >= lq:
         return
-    rows, inside = tokens_of_tile(order_q, entry, order_q_b, start_q, first, lq, BLOCK_M, SORTED)
-    begin, end = key_interval(rows, extent, CAUSAL)
-    end = tl.where(inside, end, 0)
-    signature = tl.load(groups + offset(entry, groups_b) + start_q + offset(rows, 1), mask=inside, other=0)
+    rows, inside, begin, end, signature = query_tokens(
+        order_q, order_q_b, groups, groups_b, entry, start_q, first, extent, CAUSAL, BLOCK_M, SORTED
+    )
     key_signatures = key_groups + offset(entry, key_groups_b) + start_k
     q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
@@ -122,7 +120,6 @@ def _grouped_backward_kv_kernel(
     key_signature = tl.load(
         key_groups + offset(entry, key_groups_b) + start_k + offset(keys, 1), mask=there, other=0
     )
-    signatures = groups + offset(entry, groups_b) + start_q
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
     part_k_base, part_v_base = place_two(
         part_k, part_k_b, part_k_h, part_k_l, part_v, part_v_b, part_v_h, part_v_l, entry, kv_head, start_k
@@ -148,12 +145,9 @@ def _grouped_backward_kv_kernel(
         q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         at = start
         while at < stop:
-            rows, inside = tokens_of_tile(
-                order_q, entry, order_q_b, start_q, at * BLOCK_M, lq, BLOCK_M, SORTED
-            )
-            begin, end = key_interval(rows, extent, CAUSAL)
-            end = tl.where(inside, end, 0)
-            signature = tl.load(signatures + offset(rows, 1), mask=inside, other=0)
+            rows, inside, begin, end, signature = query_tokens(
+                order_q, order_q_b, groups, groups_b, entry, start_q, at * BLOCK_M, extent, CAUSAL, BLOCK_M, SORTED
+            )  # fmt: skip
             statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q + rows
             q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
             g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._triton import offset
+from ..attention.triton_tiles import key_interval
 
 SUMMARY = 4  # of a tile: OR and AND of its signatures, its first and its last position
 _SUMMARY = tl.constexpr(SUMMARY)
@@ -29,6 +30,19 @@ def tokens_of_tile(order, entry, order_b, start, first, count, BLOCK: tl.constex
     if SORTED:
         rows = tl.load(order + offset(entry, order_b) + start + offset(rows, 1), mask=inside, other=0)
     return rows, inside
+
+
+@triton.jit
+def query_tokens(
+    order, order_b, groups, groups_b, entry, start, first, extent,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's queries (positions, which are there, their key intervals begin and end, signatures)."""
+    rows, inside = tokens_of_tile(order, entry, order_b, start, first, extent[0], BLOCK, SORTED)
+    begin, end = key_interval(rows, extent, CAUSAL)
+    end = tl.where(inside, end, 0)
+    signature = tl.load(groups + offset(entry, groups_b) + start + offset(rows, 1), mask=inside, other=0)
+    return rows, inside, begin, end, signature
 
 
 @triton.jit
