@@ -108,7 +108,11 @@ def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
         raise ValueError(f"--minutes is {minutes}; it must be positive")
     config = trainer.config
     each = trainer.seconds_per_step() * trainer.average_cost
-    left = 60 * minutes - (evaluations + 1) * trainer.seconds_per_evaluation()
+    looking = trainer.seconds_per_evaluation()
+    evaluations = max(
+        1, min(evaluations, math.floor(15 * minutes / looking))
+    )  # a quarter of the time at most
+    left = 60 * minutes - min(evaluations * looking, 15 * minutes)
     steps = max(10, math.floor(left / each))
     trainer.replan(
         replace(

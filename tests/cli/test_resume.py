@@ -178,6 +178,16 @@ def test_a_plan_holds_until_the_first_step(fresh, tmp_path):
         trainer.replan(CONFIG)
 
 
+def test_a_plan_leaves_evaluations_a_quarter_at_most(fresh, tmp_path, monkeypatch):
+    trainer = fresh(tmp_path)
+    monkeypatch.setattr(trainer, "seconds_per_step", lambda: 0.5)
+    monkeypatch.setattr(Trainer, "average_cost", 1.0)
+    for looking, steps, every in ((1.0, 104, 13), (5.0, 90, 30), (60.0, 90, 90)):
+        monkeypatch.setattr(trainer, "seconds_per_evaluation", lambda looking=looking: looking)
+        _run.plan_steps(trainer, minutes=1.0)
+        assert (trainer.config.steps, trainer.config.eval_every) == (steps, every)
+
+
 def test_a_loss_that_is_not_finite_is_said(fresh, tmp_path):
     trainer = fresh(tmp_path)
     with torch.no_grad():
