@@ -24,7 +24,9 @@ def main() -> int:
         "--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="for JSON and picture"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="write to benchmarks/results/<device>, kept in git"
+        "--keep",
+        action="store_true",
+        help="write to benchmarks/results/<device>, kept in git; rows that are not run again stay there",
     )
     parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads")
     parser.add_argument("--list", action="store_true", help="only name the rows")
@@ -60,11 +62,15 @@ def main() -> int:
             with console.status(f"{group} {i + 1}/{len(cases)}: {case.name}"):
                 results.append(runner.run(case, measured, quick=options.quick))
         console.print(report.table(group, results))
-        data = report.as_json(group, env, measured, results)
-        report.write_json(options.out / f"{group}.json", data)
-        picture = options.out / f"{group}.png"
-        shown = report.write_picture(picture, group, results, measured)
-        console.print(f"wrote {options.out / f'{group}.json'}" + (f" and {picture}" if shown else ""))
+        path, data = options.out / f"{group}.json", report.as_json(group, env, measured, results)
+        if options.keep:
+            data = report.joined(path, data)
+        report.write_json(path, data)
+        picture = path.with_suffix(".png")
+        # of a part of the rows that are kept there is no picture
+        whole = len(data["results"]) == len(results)
+        shown = whole and report.write_picture(picture, group, results, measured)
+        console.print(f"wrote {path}" + (f" and {picture}" if shown else ""))
         failed |= any(r.wrong for r in results)
     return int(failed)
 

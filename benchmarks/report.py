@@ -110,6 +110,7 @@ def as_json(group: str, env: Mapping, limits: Mapping[str, float], results: Sequ
             "dtype": DTYPE_NAMES[r.case.dtype],
             "direction": r.case.direction,
             "correct": r.correct,
+            "measured": _when(env),
         }
         if r.correct:
             row["rounds"] = r.rounds
@@ -136,6 +137,21 @@ def as_json(group: str, env: Mapping, limits: Mapping[str, float], results: Sequ
         "limits": {name: _round(value) for name, value in limits.items()},
         "results": rows,
     }
+
+
+def joined(path: Path, data: dict) -> dict:
+    """`data` and the rows that the file at `path` has besides, each with the date and commit it was measured at."""
+    if not path.exists():
+        return data
+    earlier = json.loads(path.read_text())
+    names = {row["name"] for row in data["results"]}
+    others = [row for row in earlier["results"] if row["name"] not in names]
+    others = [{"measured": _when(earlier["environment"])} | row for row in others]
+    return data | {"results": data["results"] + others}
+
+
+def _when(env: Mapping) -> dict[str, object]:
+    return {key: env[key] for key in ("date", "commit", "load") if key in env}
 
 
 def _round(x: float | None) -> float | None:

@@ -73,6 +73,19 @@ def test_a_wrong_result_gives_no_figures():
     assert peer.correct and "peer" not in peer.times and "another result" in peer.not_run["peer"]
 
 
+def test_rows_that_are_not_run_again_stay_with_their_date(tmp_path):
+    path, limit = tmp_path / "group.json", {"copy": 10.0}
+    first, second = runner.run(CASE, limit), runner.run(dataclasses.replace(CASE, op="other"), limit)
+    env = report.environment()
+    report.write_json(path, report.as_json("group", env | {"date": "then"}, limit, [first, second]))
+    rows = report.joined(path, report.as_json("group", env | {"date": "now"}, limit, [second]))["results"]
+    assert [(row["name"], row["measured"]["date"]) for row in rows] == [
+        (second.case.name, "now"),
+        (first.case.name, "then"),
+    ]
+    assert report.joined(tmp_path / "none.json", {"results": rows}) == {"results": rows}
+
+
 def test_results_are_written_as_json_and_shown(tmp_path):
     results = [runner.run(CASE, {}, quick=True)]
     report.table("group", results)
