@@ -1,4 +1,4 @@
-"""python -m benchmarks <group> [--quick] [--case GLOB] [--out DIR | --keep]"""
+"""python -m benchmarks <group> [--quick] [--slow] [--case GLOB] [--out DIR | --keep]"""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def main() -> int:
         "--keep",
         action="store_true",
         help="write to benchmarks/results/<device>, kept in git; rows that are not run again stay there",
+    )
+    parser.add_argument(
+        "--slow",
+        action="store_true",
+        help="also rows whose peers take minutes to hours on a machine like this",
     )
     parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads")
     parser.add_argument("--list", action="store_true", help="only name the rows")
@@ -60,7 +65,7 @@ def main() -> int:
         results = []
         for i, case in enumerate(cases):
             with console.status(f"{group} {i + 1}/{len(cases)}: {case.name}"):
-                results.append(runner.run(case, measured, quick=options.quick))
+                results.append(runner.run(case, measured, quick=options.quick, slow=options.slow))
         console.print(report.table(group, results))
         path, data = options.out / f"{group}.json", report.as_json(group, env, measured, results)
         if options.keep:

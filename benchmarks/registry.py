@@ -88,10 +88,12 @@ class Problem:
     contenders: name -> function of the inputs. "fastattn" is ours. A function that raises is reported as
         not run.
     reference: the definition; called with float64 inputs for the truth and with the inputs for the error
-        budget. None only in direction "step", where `check` judges.
+        budget. None only in direction "step", where `check` or `compare` judges.
     select: the part of outputs, of their gradients and of the inputs' gradients that is compared, where the
         reference computes only that part (large problems).
     check: raises AssertionError when our result is wrong, in place of the comparison with `reference`.
+    compare: the same of what the first call of each contender returned, by name, so that a slow peer is not called
+        again.
     yardsticks: contenders that compute something else on purpose (the full mask against the causal one):
         timed and compared in time, not in value.
     flops, bytes: work of one call in the case's direction, 0 where it makes no sense.
@@ -104,6 +106,7 @@ class Problem:
     reference: Callable | None = None
     select: Callable | None = None
     check: Callable[[], None] | None = None
+    compare: Callable[[Mapping[str, object]], None] | None = None
     yardsticks: Sequence[str] = ()
     flops: float = 0.0
     bytes: float = 0.0

@@ -22,7 +22,8 @@ ROUNDS = 15
 QUICK_ROUNDS = 5
 SAMPLE_SECONDS = 0.02  # a shorter call is repeated within a sample
 MINIMUM_ROUNDS = 3
-CASE_SECONDS = 20.0  # of measuring; a slow contender takes part in fewer rounds
+CASE_SECONDS = 20.0  # of measuring; a slow contender takes part in fewer rounds, and a peer that needs more for its first
+# call in none: that call is its time
 
 
 @dataclass
@@ -74,10 +75,11 @@ class Result:
         return value >= bar.at_least if bar.at_most is None else value <= bar.at_most
 
 
-def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Result:
+def run(case: Case, limits: Mapping[str, float], *, quick: bool = False, slow: bool = False) -> Result:
+    """slow: also a row that needs a faster machine than this one."""
     result = Result(case)
     for name, least in case.needs.items():
-        if limits.get(name, 0.0) < least:
+        if limits.get(name, 0.0) < least and not slow:
             result.error = f"not run: needs {name} of {least:g}, this machine has {limits.get(name, 0.0):.3g}"
             return result
     if case.device == "cuda" and not torch.cuda.is_available():
@@ -86,11 +88,17 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
     problem = case.problem()
     result.flops, result.bytes, result.bandwidth = problem.flops, problem.bytes, problem.bandwidth
     calls: dict[str, Callable] = {}
+    first: dict[str, object] = {}
+    once: dict[str, float] = {}
     for name, fn in problem.contenders.items():
         try:
             call = _timed_call(fn, problem.inputs, case.direction)
-            call()
+            start = time.perf_counter()
+            first[name] = call()
+            seconds = time.perf_counter() - start
             calls[name] = call
+            if name != OWN and seconds > CASE_SECONDS:
+                once[name] = seconds
         except (RuntimeError, NotImplementedError, ImportError, ValueError, TypeError) as error:
             # peers that a machine does not have are part of the picture, not a failure
             result.not_run[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
@@ -98,7 +106,7 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
         result.error, result.wrong = f"not run: {result.not_run[OWN]}", True
         return result
     try:
-        wrong = _check(case, problem, calls)
+        wrong = _check(case, problem, calls, first)
     except AssertionError as error:
         result.error, result.wrong = f"WRONG: {error}", True
         return result
@@ -106,7 +114,10 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False) -> Resu
         result.not_run[name] = f"another result: {why}"
         del calls[name]
     result.correct = True
-    samples = interleave(calls, QUICK_ROUNDS if quick else ROUNDS)
+    first.clear()
+    repeated = {name: call for name, call in calls.items() if name not in once}
+    samples = interleave(repeated, QUICK_ROUNDS if quick else ROUNDS)
+    samples |= {name: [seconds] for name, seconds in once.items() if name in calls}
     result.rounds = len(samples[OWN])
     result.times = {name: _timing(s) for name, s in samples.items()}
     for name in samples:
@@ -191,13 +202,21 @@ def _timed_call(fn: Callable, inputs: tuple, direction: str) -> Callable[[], obj
     return forward_backward
 
 
-def _check(case: Case, problem: Problem, calls: Mapping[str, Callable]) -> dict[str, str]:
+def _check(
+    case: Case, problem: Problem, calls: Mapping[str, Callable], first: Mapping[str, object]
+) -> dict[str, str]:
     """Raises AssertionError where our result is wrong; returns peers whose result is another, and why."""
     if problem.check is not None:
         problem.check()
         return {}
+    if problem.compare is not None:
+        missing = [name for name in problem.contenders if name not in calls]
+        if missing:
+            raise AssertionError(f"nothing to compare with: {', '.join(missing)} did not run")
+        problem.compare(first)
+        return {}
     if problem.reference is None:
-        raise AssertionError(f"{case.name} has neither a reference nor a check")
+        raise AssertionError(f"{case.name} has no reference, check or compare")
     pick = problem.select or (lambda x: x)
     forward = case.direction == "forward"
     inputs = tuple(x.detach() if forward and isinstance(x, torch.Tensor) else x for x in problem.inputs)

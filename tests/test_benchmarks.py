@@ -25,10 +25,11 @@ def scaled(x):
     return 2 * x
 
 
-def problem(dtype, n, own=scaled, peer=scaled):
-    def missing(x):
-        raise NotImplementedError("there is no such thing here")
+def missing(x):
+    raise NotImplementedError("there is no such thing here")
 
+
+def problem(dtype, n, own=scaled, peer=scaled):
     return registry.Problem(
         inputs=(testing.random_tensor(n, dtype=dtype, requires_grad=True),),
         contenders={"fastattn": own, "peer": peer, "absent": missing},
@@ -71,6 +72,35 @@ def test_a_wrong_result_gives_no_figures():
         assert not result.correct and not result.times and "WRONG" in result.error
     peer = runner.run(dataclasses.replace(CASE, options={"peer": wrong_forward}), {}, quick=True)
     assert peer.correct and "peer" not in peer.times and "another result" in peer.not_run["peer"]
+
+
+def test_a_slow_peer_is_called_once_for_its_result_and_its_time(monkeypatch):
+    monkeypatch.setattr(runner, "CASE_SECONDS", 0.05)
+    calls, seen = [], {}
+
+    def peer(x):
+        calls.append(x)
+        time.sleep(0.06)
+        return x
+
+    def build(dtype):
+        x = torch.ones(3, dtype=dtype)
+        return registry.Problem((x,), {"fastattn": lambda x: x + 0, "peer": peer}, compare=seen.update)
+
+    case = registry.Case("group", "slow", build, {}, torch.float32, "step", needs={"copy": 1e9})
+    assert "needs copy" in runner.run(case, {}, quick=True).error and not calls
+    result = runner.run(case, {}, quick=True, slow=True)
+    assert len(calls) == 1 and set(seen) == {"fastattn", "peer"}
+    assert result.ratios["peer"].median > 1 and result.times["peer"].low == result.times["peer"].high >= 0.06
+
+
+def test_a_row_that_has_nothing_to_compare_with_is_wrong():
+    def build(dtype):
+        contenders = {"fastattn": torch.zeros, "peer": missing}
+        return registry.Problem((1,), contenders, compare=lambda found: None)
+
+    result = runner.run(registry.Case("group", "op", build, {}, torch.float32, "step"), {}, quick=True)
+    assert result.wrong and "peer did not run" in result.error
 
 
 def test_rows_that_are_not_run_again_stay_with_their_date(tmp_path):
