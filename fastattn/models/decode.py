@@ -4,17 +4,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .._registry import needs_grad, requested, serves
-from ..nn.blocks import Attention, PreNormBlock, PreNormStack, SwiGLU, projections
+from ..nn.blocks import Attention, PreNormBlock, PreNormStack, SwiGLU
 from ..nn.cache import KeyValueCache
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.attention import attention
 from ..ops.decode import decode_step
-from ..ops.matvec import is_plain
+from ..ops.matvec import is_plain, is_unchanged
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText
+
+# what the op stands for
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (HierarchicalRecurrence, PreNormStack, PreNormBlock, Attention, SwiGLU, nn.Linear)
+}
 
 
 def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tensor | None:
@@ -23,11 +30,14 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     recurrence, config = model.recurrence, model.config
     if zH.shape[1] != 1 or cache.ragged or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(zH.device.type) or not _plain(recurrence, HierarchicalRecurrence):
+    if torch.is_autocast_enabled(zH.device.type) or not is_unchanged(recurrence, HierarchicalRecurrence):
         return None
+    if _has_any_global_hook() or any(kind.forward is not own for kind, own in _FORWARDS.items()):
+        return None
+    attends = cache.keys.shape[3], cache.keys.shape[5], config.rope_theta
     weights = []
     for stack in (recurrence.L_stack, recurrence.H_stack):
-        found = _weights(stack)
+        found = _weights(stack, attends, config.rms_norm_eps)
         if found is None:
             return None
         weights += found
@@ -44,25 +54,30 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     return zH[:, None]
 
 
-def _plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling the module runs what its class says, and nobody listens; an instance's own forward is a wrapper."""
-    listened = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not listened and "forward" not in module.__dict__
+def _weights(stack: nn.Module, attends: tuple[int, int, float], eps: float) -> list[Tensor] | None:
+    """The weights of the stack's layers as decode_step takes them; None where it is not the plain stack.
 
-
-def _weights(stack: nn.Module) -> list[Tensor] | None:
-    """The weights of the stack's layers as decode_step takes them; None where it is not the plain stack."""
-    if not _plain(stack, PreNormStack):
+    Read anew for every token: a part may be replaced, wrapped or hooked at any time, and nothing would say so.
+    """
+    if not is_unchanged(stack, PreNormStack) or stack.eps != eps:
         return None
     weights = []
     for layer in stack.layers:
-        attn, mlp = layer.attn, layer.mlp
-        if not (_plain(layer, PreNormBlock) and _plain(attn, Attention) and _plain(mlp, SwiGLU)):
+        if not is_unchanged(layer, PreNormBlock) or layer.eps != eps:
             return None
-        if attn.attend is not attention:
+        attn, mlp = layer._modules["attn"], layer._modules["mlp"]
+        if not (is_unchanged(attn, Attention) and is_unchanged(mlp, SwiGLU) and attn.gate):
             return None
-        for projection in projections(attn, mlp):
+        if attn.attend is not attention or (attn.num_heads, attn.head_dim, attn.rope_theta) != attends:
+            return None
+        inside, beside = attn._modules, mlp._modules
+        for projection in (
+            inside["gqkv_proj"],
+            inside["o_proj"],
+            beside["gate_up_proj"],
+            beside["down_proj"],
+        ):
             if not is_plain(projection):
                 return None
-            weights.append(projection.weight)
+            weights.append(projection._parameters["weight"])
     return weights

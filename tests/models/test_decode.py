@@ -238,6 +238,68 @@ def test_a_wrapped_layer_is_called(calls):
         assert heard and calls == [5]
 
 
+def swapped(layer):
+    layer.attn.o_proj = type(layer.attn.o_proj)(16, 24, bias=False)
+
+
+def halved(layer):
+    layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight / 2)
+
+
+def overwritten(layer):
+    layer.mlp.gate_up_proj.weight.data = layer.mlp.gate_up_proj.weight.flip(0)
+
+
+def loaded(layer):
+    layer.load_state_dict({name: w.flip(0) for name, w in layer.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", (swapped, halved, overwritten, loaded))
+@torch.no_grad()
+def test_weights_that_change_between_tokens_are_taken(calls, monkeypatch, change):
+    from fastattn.models import decode
+
+    model, layers = small(torch.float32), small(torch.float32)
+    ids = torch.randint(40, (1, 6))
+    decoded(model, ids, 5)
+    change(model.recurrence.L_stack.layers[1])
+    layers.load_state_dict(model.state_dict())
+    found, _ = decoded(model, ids, 5)
+    assert calls == [5, 5]
+    monkeypatch.setattr(decode, "step", lambda *_: None)
+    expected, _ = decoded(layers, ids, 5)
+    # float32 on logits of size 1: 16 stack calls of sums of at most 72 terms each
+    assert testing.max_error(found, expected) < 1e-4
+    assert testing.max_error(expected, decoded(small(torch.float32), ids, 5)[0]) > 1e-3
+
+
+@torch.no_grad()
+def test_what_the_op_does_not_know_of_goes_to_the_layers(calls):
+    model = small(torch.float32)
+    ids = torch.randint(40, (1, 6))
+    layer = model.recurrence.L_stack.layers[0]
+    forward = type(layer.mlp).forward
+    for where, name, value in (
+        (layer.attn, "rope_theta", 7.0),
+        (layer, "eps", 0.1),
+        (model.recurrence.H_stack, "eps", 0.1),
+        (layer.attn, "attend", lambda *a, **o: fa.attention(*a, **o)),
+        (layer.mlp, "gate_up_proj", torch.nn.Linear(24, 72)),
+        (type(layer.mlp), "forward", lambda *a, **o: forward(*a, **o)),
+    ):
+        before = getattr(where, name)
+        setattr(where, name, value)
+        decoded(model, ids, 5)
+        setattr(where, name, before)
+    heard = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: heard.append(1))
+    decoded(model, ids, 5)
+    handle.remove()
+    assert heard and calls == []
+    decoded(model, ids, 5)
+    assert calls == [5]
+
+
 def test_opcheck_and_profiler():
     given, options = arguments()
     torch.library.opcheck(

@@ -47,8 +47,10 @@ def decode_step(
     Raises ValueError or TypeError naming the argument.
     """
     op = "decode_step"
-    named = {f"weights[{i}]": w for i, w in enumerate(weights)}
-    _checks.check_floating(op, z_h=z_h, z_l=z_l, k_cache=k_cache, v_cache=v_cache, **named)
+    _checks.check_floating(op, z_h=z_h, z_l=z_l, k_cache=k_cache, v_cache=v_cache)
+    dtype, device = z_h.dtype, z_h.device
+    if not all(isinstance(w, torch.Tensor) and w.dtype is dtype and w.device == device for w in weights):
+        _checks.check_floating(op, z_h=z_h, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     _checks.check_tensor(op, "z_h", z_h, dims=2)
     _checks.check_shape(op, "z_l", z_l, z_h.shape, "as z_h")
     _checks.check_tensor(op, "k_cache", k_cache, dims=6)

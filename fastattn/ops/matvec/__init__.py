@@ -25,16 +25,23 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None)
     return call(op, x, weight, requested(op, backend))
 
 
+def is_unchanged(module: torch.nn.Module, kind: type) -> bool:
+    """Whether calling the module runs what class `kind` says, and nobody listens; an instance's own forward is a wrapper."""
+    own = module.__dict__  # nn.Module's attributes cost a function call each
+    return (
+        type(module) is kind
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and "forward" not in own
+    )
+
+
 def is_plain(layer: torch.nn.Module) -> bool:
     """Whether calling the layer is its product and nothing more."""
-    return (
-        type(layer) is torch.nn.Linear
-        and layer.bias is None
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and "forward" not in layer.__dict__
-        and type(layer.weight) is torch.nn.Parameter
-    )
+    if not is_unchanged(layer, torch.nn.Linear):
+        return False
+    parameters = layer._parameters
+    return type(parameters.get("weight")) is torch.nn.Parameter and parameters.get("bias", layer) is None
 
 
 def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
