@@ -1,11 +1,13 @@
 """Hugging Face transformers models on fastattn's attention: `attn_implementation="fastattn"`.
 
-The mask function is transformers' own for "sdpa", so every mask a model can express arrives: as a bool
-tensor, or as None for what needs none (then `is_causal` says whether it is causal). A bool tensor that is a
-causal, sliding-window, PrefixLM or padding mask is recognised, element for element, and served by the
-kernels' integer tests in place of the tensor; any other is used as it is.
+Every mask a model can express arrives. Models that transformers runs on "sdpa" get its masks: a bool tensor, or
+None for what needs none (then `is_causal` says whether it is causal). Others, which may have attention layers of
+their own or leave `is_causal` unset, get the additive masks of "eager". A tensor that is a causal,
+sliding-window, PrefixLM or padding mask is recognised, element for element, and served by the kernels' integer
+tests in its place; any other is used as it is.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ import torch
 from .. import masks
 from ..masks import Mask
 from ..ops.attention import attention
-from ..ops.sdpa import scaled_dot_product_attention
 
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve
@@ -23,7 +24,10 @@ _REFUSED = {
     "sinks": "attention sinks",
     "head_mask": "a head mask",
     "cache": "a paged cache",
+    "indices": "sparse attention by indices",
+    "block_indices": "sparse attention by indices",
 }
+_sdpa_families: dict[type, bool] = {}
 
 
 def register() -> None:
@@ -32,21 +36,60 @@ def register() -> None:
     Afterwards `AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn")` and
     `model.set_attn_implementation("fastattn")` work. May be called again. Raises ImportError without transformers.
     """
-    interface, mask_interface, sdpa_mask = require("integrations.transformers.register")
-    interface.register(NAME, attention_forward)
-    mask_interface.register(NAME, sdpa_mask)
+    register_as(NAME, attention_forward, "integrations.transformers.register")
 
 
-def require(what: str) -> tuple[Any, Any, Any]:
-    """(AttentionInterface, AttentionMaskInterface, sdpa_mask) of transformers, or an ImportError naming `what` needs them."""
+def register_as(name: str, forward: Callable, what: str) -> None:
+    """Make `forward` the attention of `name`, under our masks; an ImportError names `what` needs transformers."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        from transformers.masking_utils import eager_mask, sdpa_mask
     except ImportError as error:
         raise ImportError(
             f"fastattn.{what}: needs transformers 5.9 or later; pip install 'fastattn[hf]'"
         ) from error
-    return AttentionInterface, AttentionMaskInterface, sdpa_mask
+
+    def mask(
+        *args: Any,
+        q_length: int,
+        kv_length: int,
+        config: Any = None,
+        allow_is_causal_skip: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        lengths = {"q_length": q_length, "kv_length": kv_length}
+        if config is None or not _sdpa_family(type(config)):
+            return eager_mask(*args, **lengths, **kwargs)
+        # None means a square causal mask, so that a model which drops queries afterwards is found out
+        skip = allow_is_causal_skip and (q_length == 1 or q_length == kv_length)
+        return sdpa_mask(*args, **lengths, allow_is_causal_skip=skip, **kwargs)
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, mask)
+
+
+def _sdpa_family(config: type) -> bool:
+    """Whether transformers runs the models of this config class on "sdpa", whose masks and `is_causal` they then
+    follow. Raises NotImplementedError for models whose attention is not theirs to replace."""
+    if config not in _sdpa_families:
+        models = [m for m in _model_classes() if m.config_class is config]
+        if models and not any(m._can_set_attn_implementation() for m in models):
+            raise NotImplementedError(
+                f"fastattn: {config.model_type} models compute attention themselves, not through transformers' "
+                "AttentionInterface; use attn_implementation='eager'"
+            )
+        _sdpa_families[config] = bool(models) and all(m._supports_sdpa for m in models)
+    return _sdpa_families[config]
+
+
+def _model_classes() -> Iterator[type]:
+    from transformers import PreTrainedModel
+
+    left = [PreTrainedModel]
+    while left:
+        found = left.pop().__subclasses__()
+        left += found
+        yield from found
 
 
 def attention_forward(
@@ -64,25 +107,45 @@ def attention_forward(
     """The attention function: query (B, Hq, Lq, D), key and value (B, Hkv, Lk, D) -> ((B, Lq, Hq, D), None).
 
     attention_mask: None, bool (True = attend) or additive, each broadcastable to (B, Hq, Lq, Lk).
-    Raises NotImplementedError for dropout, a soft cap, attention sinks, a paged cache and output_attentions.
+    Raises NotImplementedError for dropout, a soft cap, attention sinks, sparse indices, a paged cache,
+    output_attentions, and causal attention without a mask of other than as many queries as keys.
     """
     refuse(dropout, kwargs)
+    bias, mask, keys, causal = position_bias, None, key.shape[2], False
     if attention_mask is None:
-        # what torch's function does with is_causal: the first query aligned with the first key, so that an
-        # empty preallocated cache is read up to the queries only; one query attends everything
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        causal = bool(causal) and query.shape[2] > 1
-        out = scaled_dot_product_attention(
-            query, key, value, position_bias, is_causal=causal, scale=scaling, enable_gqa=True
-        )
-    elif attention_mask.dtype == torch.bool:
-        mask, keys = recognise(attention_mask, key.shape[2])
-        bias = position_bias if position_bias is None else position_bias[..., :keys]
-        out = attention(query, key[:, :, :keys], value[:, :, :keys], scale=scaling, bias=bias, mask=mask)
+        causal = query.shape[2] > 1 and _is_causal(module, is_causal)
+        if causal and query.shape[2] != keys:
+            raise NotImplementedError(
+                f"fastattn: causal attention of {query.shape[2]} queries and {keys} keys came without a mask, which "
+                "does not say where the queries are; use attn_implementation='eager'"
+            )
+    elif (found := recognise(attention_mask, keys)) is not None:
+        mask, keys = found
     else:
-        bias = attention_mask if position_bias is None else attention_mask + position_bias
-        out = attention(query, key, value, scale=scaling, bias=bias)
-    return out.transpose(1, 2).contiguous(), None
+        bias = attention_mask if bias is None else attention_mask + bias
+    dtype = query.dtype
+    if bias is not None:
+        bias = bias if bias.shape[-1] == 1 else bias[..., :keys]
+        if bias.dtype != dtype:  # under autocast
+            wide = torch.promote_types(dtype, bias.dtype)
+            query, key, value, bias = (t.to(wide) for t in (query, key, value, bias))
+    out = attention(
+        query,
+        key[:, :, :keys],
+        value[:, :, :keys],
+        scale=scaling,
+        bias=bias,
+        mask=Mask(causal=True) if causal else mask,
+    )
+    return out.transpose(1, 2).contiguous().to(dtype), None
+
+
+def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """What no mask means: eager attention attends everything, "sdpa" goes by `is_causal`."""
+    config = getattr(module, "config", None)
+    if config is not None and not _sdpa_family(type(config)):
+        return False
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -103,23 +166,34 @@ def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             )
 
 
-def recognise(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int]:
-    """(Mask, keys): attention under bool `allowed`, broadcastable to (B, H, Lq, lk), is attention under Mask
-    over the first `keys` keys. Remembered on the tensor for as long as it is unchanged."""
-    if allowed.dim() != 4:
+def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
+    """(Mask, keys): attention under `mask`, broadcastable to (B, H, Lq, lk), is attention under Mask over the first
+    `keys` keys; None where it adds more than 0 or the lowest number. Remembered on the tensor while it is unchanged."""
+    if mask.dtype == torch.bool and mask.dim() != 4:
         raise ValueError(
-            f"fastattn: attention_mask must have 4 dimensions (B, H, Lq, Lk), given {tuple(allowed.shape)}"
+            f"fastattn: attention_mask must have 4 dimensions (B, H, Lq, Lk), given {tuple(mask.shape)}"
         )
     if torch.compiler.is_compiling():
-        return Mask(dense=allowed), lk
-    version = None if allowed.is_inference() else allowed._version
-    remembered = getattr(allowed, "_fastattn_mask", None)
+        return (Mask(dense=mask), lk) if mask.dtype == torch.bool else None
+    version = None if mask.is_inference() else mask._version
+    remembered = getattr(mask, "_fastattn_mask", None)
     if version is not None and remembered is not None and remembered[0] == (version, lk):
         return remembered[1]
-    found = _structure(allowed, lk) or (Mask(dense=allowed), lk)
+    allowed = _allowed(mask)
+    found = None if allowed is None else _structure(allowed, lk) or (Mask(dense=allowed), lk)
     if version is not None:
-        allowed._fastattn_mask = ((version, lk), found)
+        mask._fastattn_mask = ((version, lk), found)
     return found
+
+
+def _allowed(mask: torch.Tensor) -> torch.Tensor | None:
+    """`mask` as bool, None for an additive one that says more; rows that attend nothing are padding."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dim() != 4 or mask.requires_grad or not mask.is_floating_point():
+        return None
+    allowed = mask == 0
+    return allowed if bool((allowed | (mask <= torch.finfo(mask.dtype).min)).all()) else None
 
 
 def _structure(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:

@@ -122,9 +122,9 @@ class FocusRouter(nn.Module):
         that grow (DynamicCache) and rows that stay in place (greedy and sampling, not beam search).
         Raises ImportError without transformers; ValueError where the model has no such layer, or has routers already.
         """
-        from ..integrations.transformers import require
+        from ..integrations.transformers import register_as
 
-        interface, masks, sdpa_mask = require("nn.FocusRouter.retrofit")
+        register_as(NAME, attention_forward, "nn.FocusRouter.retrofit")
         layers = [
             m for m in model.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", None) is True
         ]
@@ -134,8 +134,6 @@ class FocusRouter(nn.Module):
             )
         if any(hasattr(m, "focus_router") for m in layers):
             raise ValueError(f"fastattn.FocusRouter.retrofit: {type(model).__name__} has routers already")
-        interface.register(NAME, attention_forward)
-        masks.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
         model.requires_grad_(False)
         model.eval()
@@ -178,11 +176,14 @@ def attention_forward(
     from ..integrations.transformers import recognise, refuse
 
     refuse(dropout, kwargs)
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise NotImplementedError("fastattn: Focus serves bool attention masks, not additive ones")
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("fastattn: Focus does not serve a position bias")
     mask, keys = None, key.shape[2]
     if attention_mask is not None:
-        mask, keys = recognise(attention_mask, keys)
+        found = recognise(attention_mask, keys)
+        if found is None:
+            raise NotImplementedError("fastattn: Focus serves masks that forbid, not ones that add to scores")
+        mask, keys = found
     key, value = key[:, :, :keys], value[:, :, :keys]
     router, h = module.focus_router, module.focus_input
     module.focus_input = None

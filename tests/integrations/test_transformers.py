@@ -291,3 +291,24 @@ def test_common_masks_are_recognised_and_a_changed_tensor_is_read_again():
     recognise(changed, lq)
     changed[0, 0, 7, 2] = False
     assert recognise(changed, lq)[0].dense is changed
+
+
+def test_additive_masks_that_only_forbid_are_recognised():
+    lq = 12
+    i, j = torch.arange(lq)[:, None], torch.arange(lq)
+    allowed = ((j <= i) & (j > i - 4))[None, None]
+    for lowest in (torch.finfo(torch.float32).min, -torch.inf):
+        mask, keys = recognise(torch.zeros(1, 1, lq, lq).masked_fill(~allowed, lowest), lq)
+        assert keys == lq and mask.causal and mask.window_left == 3 and mask.dense is None
+    for other in (-1e4, 1.0, torch.nan):
+        assert recognise(torch.zeros(1, 1, lq, lq).masked_fill(~allowed, other), lq) is None
+    assert recognise(torch.zeros(1, 1, lq, lq, requires_grad=True), lq) is None
+
+
+def test_a_bias_of_another_dtype_computes_in_the_wider_one():
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 5, 8).bfloat16() for _ in range(3))
+    bias = torch.randn(1, 2, 5, 5)
+    out, _ = attention_forward(torch.nn.Module(), q, k, v, None, is_causal=False, position_bias=bias)
+    expected = fa.attention(q.float(), k.float(), v.float(), bias=bias).bfloat16().transpose(1, 2)
+    assert torch.equal(out, expected)

@@ -1,0 +1,232 @@
+"""Model families beyond causal decoders: each equals eager attention on "fastattn", or is refused."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+import fastattn as fa
+
+LENGTH = 13
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ENCODER_DECODER = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
+DEEPSEEK = {
+    **TEXT,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def ids(seed=1):
+    return torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def keep():
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, -4:] = 0
+    return mask
+
+
+def text():
+    return {"input_ids": ids(), "attention_mask": keep()}
+
+
+def pair():
+    return {**text(), "decoder_input_ids": ids(2)[:, :7]}
+
+
+def image():
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))}
+
+
+def sound():
+    features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
+    return {"input_features": features, "decoder_input_ids": ids(2)[:, :7]}
+
+
+SERVED = {
+    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**TEXT, sliding_window=5), text),
+    "llama4": (  # attends in chunks of 5
+        hf.Llama4ForCausalLM,
+        lambda: hf.Llama4TextConfig(
+            **TEXT, head_dim=8, attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=48
+        ),
+        text,
+    ),
+    "deepseek_v3": (hf.DeepseekV3ForCausalLM, lambda: hf.DeepseekV3Config(**DEEPSEEK), text),
+    "bert": (hf.BertModel, lambda: hf.BertConfig(**TEXT, attention_probs_dropout_prob=0.0), text),
+    "t5": (  # a bias for each distance
+        hf.T5ForConditionalGeneration,
+        lambda: hf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0),
+        pair,
+    ),
+    "whisper": (
+        hf.WhisperForConditionalGeneration,
+        lambda: hf.WhisperConfig(
+            **ENCODER_DECODER, num_mel_bins=8, max_source_positions=20, pad_token_id=0, decoder_start_token_id=1
+        ),
+        sound,
+    ),
+    "vit": (hf.ViTModel, lambda: hf.ViTConfig(**IMAGE), image),
+    "clip": (
+        hf.CLIPModel,
+        lambda: hf.CLIPConfig(
+            text_config={**TEXT, "eos_token_id": 2}, vision_config=IMAGE, projection_dim=16
+        ),
+        lambda: text() | image(),
+    ),
+    # through the attention interface, but not on "sdpa": `is_causal` says nothing
+    "nllb_moe": (
+        hf.NllbMoeForConditionalGeneration,
+        lambda: hf.NllbMoeConfig(
+            **ENCODER_DECODER, num_experts=2, expert_capacity=64, encoder_sparse_step=0, decoder_sparse_step=0
+        ),
+        pair,
+    ),
+    # an encoder with attention of its own beside a decoder with the interface
+    "bigbird_pegasus": (
+        hf.BigBirdPegasusForConditionalGeneration,
+        lambda: hf.BigBirdPegasusConfig(**ENCODER_DECODER, attention_type="original_full"),
+        pair,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    fa.integrations.transformers.register()
+
+
+def build(model, config, implementation):
+    """The same weights for every implementation, large enough to tell a wrong mask."""
+    made = model._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.15 + (0.3 if p.dim() == 1 else 0.0))
+    return made
+
+
+def result(model, inputs):
+    with torch.no_grad():
+        out = model(**inputs)
+    if "logits_per_image" in out:
+        return out.logits_per_image
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_equals_eager_attention(family):
+    model, config, inputs = SERVED[family]
+    fast, eager = (build(model, config(), name) for name in ("fastattn", "eager"))
+    for padded in (True, False):
+        given = inputs()
+        mask = given.get("attention_mask")
+        if not padded:
+            given.pop("attention_mask", None)
+        actual, expected = result(fast, given), result(eager, given)
+        if padded and mask is not None and expected.shape[:2] == mask.shape:
+            actual, expected = actual[mask.bool()], expected[mask.bool()]
+        assert_equal(actual, expected)
+        if "ForCausalLM" in model.__name__ and not padded:
+            given["input_ids"] = torch.cat([ids()[:, :9], ids(2)[:, 9:]], 1)
+            torch.testing.assert_close(result(fast, given)[:, :9], actual[:, :9], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        # their own attention would add a bool mask, or miss one that "sdpa" leaves out
+        (
+            hf.BloomForCausalLM,
+            lambda: hf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
+            "bloom models compute",
+        ),
+        (
+            hf.MptForCausalLM,
+            lambda: hf.MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4),
+            "mpt models compute",
+        ),
+        (
+            hf.GptOssForCausalLM,
+            lambda: hf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+            "attention sinks",
+        ),
+        (
+            hf.DeepseekV32ForCausalLM,
+            lambda: hf.DeepseekV32Config(**DEEPSEEK, index_topk=3, index_n_heads=2, index_head_dim=16),
+            "sparse attention by indices",
+        ),
+    ],
+    ids=["bloom", "mpt", "gpt_oss", "deepseek_v32"],
+)
+def test_what_is_not_served_is_refused(model, config, message):
+    made = build(model, config(), "fastattn")
+    with pytest.raises(NotImplementedError, match=message):
+        made(ids())
+
+
+def test_a_model_that_drops_queries_keeps_its_causal_mask():
+    """gemma4 runs its last layers on the queries whose logits are wanted."""
+    config = hf.Gemma4TextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        vocab_size_per_layer_input=61,
+        hidden_size_per_layer_input=8,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    fast, eager = (build(hf.Gemma4ForCausalLM, config, name) for name in ("fastattn", "eager"))
+    assert_equal(result(fast, {"input_ids": ids()}), result(eager, {"input_ids": ids()}))
+    tokens = [
+        m.generate(ids()[:, :7], max_new_tokens=4, do_sample=False, cache_implementation="static", eos_token_id=None,
+                   pad_token_id=0, disable_compile=True)
+        for m in (fast, eager)
+    ]  # fmt: skip
+    assert torch.equal(*tokens)
+    with pytest.raises(NotImplementedError, match="3 queries and 13 keys came without a mask"):
+        fast(ids(), logits_to_keep=3)
