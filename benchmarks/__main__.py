@@ -1,4 +1,4 @@
-"""python -m benchmarks <group> [--quick] [--slow] [--case GLOB] [--out DIR | --keep]"""
+"""python -m benchmarks <group> [--quick] [--slow] [--case GLOB] [--out DIR | --keep]; python -m benchmarks readme"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import limits, registry, report, runner
+from benchmarks import limits, readme, registry, report, runner
 from fastattn import _device
 
 
@@ -17,7 +17,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Times fastattn against its peers."
     )
-    parser.add_argument("group", help="peak (the machine's limits), all, or: " + ", ".join(registry.groups()))
+    parser.add_argument(
+        "group",
+        help="readme (writes README.md's tables from the results kept), peak (the machine's limits), all, or: "
+        + ", ".join(registry.groups()),
+    )
     parser.add_argument("--quick", action="store_true", help="a few rows, few rounds")
     parser.add_argument("--case", default="*", metavar="GLOB", help="only rows whose name matches")
     parser.add_argument(
@@ -36,6 +40,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads")
     parser.add_argument("--list", action="store_true", help="only name the rows")
     options = parser.parse_args()
+    if options.group == "readme":
+        readme.write()
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     names = registry.groups() if options.group == "all" else [options.group]
@@ -49,11 +56,14 @@ def main() -> int:
             print("\n".join(f"{group}: {case.name}" for case in cases))
         return 0
 
+    device = "cuda" if options.group == "gpu" and torch.cuda.is_available() else "cpu"
     if options.keep:
-        options.out = Path("benchmarks/results") / _device.target("cpu").slug
+        if "gpu" in chosen and device == "cpu":
+            parser.error("--keep: rows of group gpu are kept by themselves, and where there is a GPU")
+        options.out = readme.RESULTS / _device.target(device).slug
     console = Console() if sys.stdout.isatty() else Console(width=160)
     torch.manual_seed(0)
-    env = report.environment()
+    env = report.environment(device)
     console.print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, load {env['load']}")
     measured = limits.measure(quick=options.quick)
     report.print_limits(console, measured)

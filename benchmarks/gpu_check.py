@@ -48,7 +48,7 @@ def tasks(step: str, device: str, pattern: str) -> dict[str, Callable[[], object
 
 def row_of(case: registry.Case) -> dict:
     result = runner.run(case, {}, quick=True)
-    return report.as_json("gpu", {}, {}, [result])["rows"][0]
+    return report.as_json("gpu", {}, {}, [result])["results"][0]
 
 
 def work(step: str, device: str, names: Sequence[str], log: Path) -> int:
@@ -66,13 +66,13 @@ def work(step: str, device: str, names: Sequence[str], log: Path) -> int:
                 broken = "CUDA error" in str(error) or "device-side assert" in str(error)
             seconds = round(time.perf_counter() - started, 2)
             lines.write(json.dumps({"name": name, "result": result, "seconds": seconds}) + "\n")
-            print(f"{_brief(result):>12}  {name}  {seconds:.1f} s", flush=True)
+            print(f"{brief(result):>12}  {name}  {seconds:.1f} s", flush=True)
             if broken:
                 return 3
     return 0
 
 
-def _brief(result: object) -> str:
+def brief(result: object) -> str:
     if isinstance(result, dict):
         return "timed" if result.get("correct") else str(result.get("error"))[:100]
     return str(result).strip().splitlines()[-1][:100]
@@ -170,7 +170,7 @@ def failures(steps: dict) -> Iterator[str]:
             else:
                 wrong = result != PASSED and "out of time" not in result
             if wrong:
-                yield f"{step}: {name}: {_brief(result)}"
+                yield f"{step}: {name}: {brief(result)}"
 
 
 def main() -> int:
@@ -209,8 +209,7 @@ def main() -> int:
     steps = {}
     if path.exists():
         steps = json.loads(path.read_text()).get("steps", {})
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
-    environment = report.environment() | {"device": target.describe(), "versions": versions}
+    environment = report.environment(options.device)
     end = time.monotonic() + options.budget
     for step in wanted:
         started = time.monotonic()
@@ -222,12 +221,14 @@ def main() -> int:
             steps[step] = {"not run": traceback.format_exc(limit=3)}
         steps[step]["seconds"] = round(time.monotonic() - started, 1)
         if "not run" in steps[step]:
-            print(f"not run: {_brief(steps[step]['not run'])}")
+            print(f"not run: {brief(steps[step]['not run'])}")
         report.write_json(path, {"environment": environment, "steps": steps})
     rows = [row for row in steps.get("rows", {}).get("results", {}).values() if isinstance(row, dict)]
     if "rows" in wanted and rows:
-        data = {"group": "gpu", "environment": environment, "limits": {}, "rows": rows}
-        report.write_json(path.with_name("gpu.json"), data)
+        kept, when = path.with_name("gpu.json"), report.when(environment)
+        data = {"group": "gpu", "environment": environment, "limits": {}}
+        data["results"] = [row | {"measured": when} for row in rows]
+        report.write_json(kept, report.joined(kept, data))
     failed = list(failures({step: steps[step] for step in wanted}))
     late = sum("out of time" in str(r) for step in wanted for r in steps[step].get("results", {}).values())
     print("\n".join([f"wrote {path}", *failed, f"{len(failed)} failed, {late} out of time"]))

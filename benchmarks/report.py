@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,17 +23,26 @@ from benchmarks.runner import Result, Timing
 MET = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measured[/]"}
 
 
-def environment() -> dict[str, object]:
+def environment(device: str = "cpu") -> dict[str, object]:
     """Everything a reader needs to judge the figures, nothing about whose machine it was."""
     import fastattn
     from fastattn import _device
 
-    target = _device.target(torch.device("cpu"))
-    return {
-        "device": target.name,
+    target = _device.target(torch.device(device))
+    on_gpu = {
+        "target": target.describe(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": _version("triton"),
+    }
+    on_cpu = {
         "isas": list(fastattn.cpu_isas()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+    }
+    return {
+        "device": target.name,
+        **(on_cpu if target.kind == "cpu" else on_gpu),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -42,11 +52,24 @@ def environment() -> dict[str, object]:
     }
 
 
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return ""
+
+
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Of what is measured: results and README, which the measurements change, do not make it dirty."""
+
+    def git(*command: str) -> str:
+        where = ["git", "-C", str(Path(__file__).parents[1])]
+        return subprocess.run([*where, *command], capture_output=True, text=True, check=False).stdout.strip()
+
     with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        others = ("--", ".", ":!benchmarks/results", ":!README.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", *others)
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + "-dirty" if commit and changed else commit
     return ""
 
 
@@ -110,7 +133,7 @@ def as_json(group: str, env: Mapping, limits: Mapping[str, float], results: Sequ
             "dtype": DTYPE_NAMES[r.case.dtype],
             "direction": r.case.direction,
             "correct": r.correct,
-            "measured": _when(env),
+            "measured": when(env),
         }
         if r.correct:
             row["rounds"] = r.rounds
@@ -146,11 +169,11 @@ def joined(path: Path, data: dict) -> dict:
     earlier = json.loads(path.read_text())
     names = {row["name"] for row in data["results"]}
     others = [row for row in earlier["results"] if row["name"] not in names]
-    others = [{"measured": _when(earlier["environment"])} | row for row in others]
+    others = [{"measured": when(earlier["environment"])} | row for row in others]
     return data | {"results": data["results"] + others}
 
 
-def _when(env: Mapping) -> dict[str, object]:
+def when(env: Mapping) -> dict[str, object]:
     return {key: env[key] for key in ("date", "commit", "load") if key in env}
 
 

@@ -140,9 +140,8 @@ class Op:
         backend, ruled_out = self.select(device, requested, args)
         configure = backend.configure
         choice = configure(*args) if configure is not None else Choice({}, "nothing to configure")
-        _explanations.append(
-            Explanation(self.name, backend.name, dict(choice.values), choice.source, ruled_out)
-        )
+        found = Explanation(self.name, backend.name, dict(choice.values), choice.source, ruled_out)
+        _explanations.append((found, self, args))
         return self.fake(*args)
 
     def select(
@@ -379,7 +378,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-_explanations: list[Explanation] | None = None
+_explanations: list[tuple[Explanation, Op, Sequence[Any]]] | None = None
 
 
 @contextmanager
@@ -398,6 +397,16 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     Returns an Explanation (printable) with backend, config, source of the config, and the backends ruled out with reasons.
     Raises what the call itself would raise; ValueError when there is no such op.
     """
+    return _explained(op_name, args, kwargs)[0]
+
+
+def refusals(op_name: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """{backend: why it would refuse the call on a device that it serves, or None} of the op behind a public function."""
+    _, op, arguments = _explained(op_name, args, kwargs)
+    return {backend.name: backend.supports(*arguments) for backend in op.backends}
+
+
+def _explained(op_name: str, args: Sequence[Any], kwargs: dict) -> tuple[Explanation, Op, Sequence[Any]]:
     import fastattn
 
     function = getattr(fastattn, op_name, None)

@@ -15,7 +15,7 @@ from fastattn import masks, testing
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import gpu_check, limits, registry, report, runner
+from benchmarks import gpu_check, limits, readme, registry, report, runner
 from benchmarks.cases import attention
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +180,61 @@ def test_pairs_of_a_mask_are_counted():
             q, k = torch.empty(1, 1, lq, 1), torch.empty(1, 1, lk, 1)
             allowed = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
             assert attention._pairs(mask, lq, lk) == int(allowed.sum())
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_the_results_say():
+    """`python -m benchmarks readme` writes it."""
+    text = (ROOT / "README.md").read_text()
+    assert readme.generated(text) == text
+    names = {case.name for case in registry.all_cases()}
+    assert not [name for row in readme.ROWS.values() for name in row if name not in names]
+
+
+def measured(name, ratio, bar, **more):
+    timing = {"median": 12.34, "low": 1, "high": 99}
+    row = {"name": name, "correct": True, "milliseconds": {"fastattn": timing}, "bars": bar}
+    return row | {"ratios": {"sdpa": {"median": ratio}} if ratio else {}} | more
+
+
+def test_rows_of_the_readme_show_missed_bars_and_what_is_not_there():
+    missed = {"bar": ">= 2x sdpa", "value": 1.5, "met": False}
+    share = {"of": "fp32 fma", "value": 0.7}
+    first, second = measured("a", 1.5, [missed], share=share), measured("b", 12.0, [], share=share)
+    assert readme.row("both", [first, second]) == (
+        "| both | 12.3 ms | 70% of peak | 1.50x / 12x SDPA | ≥ 2x SDPA: **missed** / – |"
+    )
+    assert readme.row("one", [None, second]) == "| one | – / 12.3 ms | – / 70% of peak | – / 12x SDPA |  |"
+    wrong = {"name": "c", "correct": False, "error": "WRONG"}
+    assert readme.row("wrong", [wrong]) == "| wrong |  |  |  |  |"
+    held = measured("d", 0.8, [{"bar": "<= 1.7 of sdpa's time", "value": 1.25, "met": True}], gflops=6.1e5)
+    assert (
+        readme.row("d", [held])
+        == "| d | 12.3 ms | 610 TFLOP/s | 1.25 of SDPA's time | ≤ 1.7 of SDPA's time: met |"
+    )
+
+
+def test_the_readme_of_a_checked_gpu(tmp_path):
+    environment = {"device": "A GPU", "date": "2026-01-02T03", "commit": "abc", "torch": "2", "python": "3"}
+    results = {"attention": "passed", "CUDA C++ sinkhorn": "Traceback\nAssertionError: off"}
+    steps = {
+        "checks": {"results": results},
+        "sanitizer": {"not run": "there is none"},
+        "rows": {"results": {"sigmoid": measured("sigmoid", 1.5, []), "late": "not run: out of time"}},
+    }
+    report.write_json(tmp_path / "gpu" / "check.json", {"environment": environment, "steps": steps})
+    rows = [measured("sigmoid", 1.5, [], gflops=5e5)]
+    data = {"group": "gpu", "environment": environment, "limits": {}, "results": rows}
+    report.write_json(tmp_path / "gpu" / "gpu.json", data)
+    said = readme.support(tmp_path)
+    assert "A GPU: 1 of 1 checks passed" in said and "A GPU: 0 of 1 checks passed" in said
+    assert "checks 1 of 2 passed; sanitizer not run (there is none); rows 1 of 2 passed." in said
+    assert "- checks: CUDA C++ sinkhorn: AssertionError: off" in said and "ever run" not in said
+    assert "### A GPU" in readme.speed(tmp_path) and "| sigmoid | 12.3 ms | 500 TFLOP/s |" in readme.speed(
+        tmp_path
+    )
 
 
 # --- gpu_check ---------------------------------------------------------------------------------------------------------

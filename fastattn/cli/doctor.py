@@ -7,7 +7,11 @@ from typing import Any
 import typer
 
 # Public names whose gradient is another op's: rotary turns back by rotating the other way.
-_BACKWARD_OF = {"sigmoid_attention": "attention_backward", "rotary": "rotary"}
+_BACKWARD_OF = {
+    "sigmoid_attention": "attention_backward",
+    "scaled_dot_product_attention": "attention_backward",
+    "rotary": "rotary",
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,7 +43,7 @@ def doctor() -> None:
         table = Table("op", *_DTYPES, "gradients", title=f"\nbackends on {device}")
         table.title_justify = "left"
         reasons: dict[str, list[str]] = {}
-        for name, arguments in _probes(device):
+        for name, arguments in probes(device):
             served = [_served(name, arguments, dtype) for dtype in _DTYPES]
             table.add_row(name, *(text for text, _ in served), _gradients(name, device))
             for why in dict.fromkeys(why for _, why in served if why):
@@ -79,7 +83,7 @@ def _gradients(name: str, device: str) -> str:
     return next(b.name for b in op.backends if b.devices is None or device in b.devices)
 
 
-def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]]]:
+def probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]]]:
     """(op, arguments of a small typical call by dtype) for every op that this version has."""
     import torch
 
@@ -116,6 +120,7 @@ def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]
     probes: dict[str, Callable[..., tuple[tuple, dict]]] = {
         "attention": lambda dtype: (qkv(dtype), {}),
         "sigmoid_attention": lambda dtype: (qkv(dtype), {}),
+        "scaled_dot_product_attention": lambda dtype: (qkv(dtype), {}),
         "softplus_attention": lambda dtype: (qkv(dtype), {}),
         "grouped_attention": lambda dtype: ((*qkv(dtype), signatures()), {}),
         "gated_attention": lambda dtype: (
@@ -131,6 +136,8 @@ def _probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]
         "vq_cross_entropy": lambda dtype: (coded(dtype), {}),
         "vq_logits": lambda dtype: (coded(dtype)[:3], {}),
         "vq_argmax": lambda dtype: (coded(dtype)[:3], {}),
+        "vq_sample": lambda dtype: (coded(dtype)[:3], {}),
+        "nearest_codes": lambda dtype: (head(dtype)[:2], {}),
         "decode_step": step,
         "fused_linear": lambda dtype: (head(dtype)[:2], {}),
         "rms_norm": rows(16, 64),
