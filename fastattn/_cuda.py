@@ -47,7 +47,7 @@ class VocabRowsParams(ctypes.Structure):
 
 class DecodeParams(ctypes.Structure):
     _fields_ = [(name, _pointer * MOST_LAYERS * 2) for name in ("gqkv", "out", "gate_up", "down")] + [
-        (name, _pointer) for name in ("k_cache", "v_cache", "z_h", "z_l", "result", "workspace")
+        (name, _pointer) for name in ("k_cache", "v_cache", "z_h", "z_l", "positions", "result", "workspace")
     ] + [
         ("capacity", _i64), ("position", _i64), ("hidden", _i32), ("heads", _i32), ("head_dim", _i32), ("inner", _i32),
         ("layers", _i32), ("h_cycles", _i32), ("l_cycles", _i32), ("theta", _f32), ("eps", _f32),
@@ -205,10 +205,10 @@ def decode_shared(hidden: int, width: int, inner: int) -> int:
 
 
 def decode_step(
-    z_h, z_l, weights, k_cache, v_cache, position: int, h_cycles: int, l_cycles: int, theta: float, eps: float,
+    z_h, z_l, weights, k_cache, v_cache, positions, position: int, h_cycles: int, l_cycles: int, theta: float, eps: float,
     *, threads: int, rows: int, span: int,
 ):  # fmt: skip
-    """fastattn.decode_step at batch 1, everything contiguous and weights aligned to 16 bytes."""
+    """fastattn.decode_step at batch 1, at positions (1,) or, where that is None, `position`; everything contiguous and weights aligned to 16 bytes."""
     _, layers, _, heads, capacity, head_dim = k_cache.shape
     hidden, width, inner = z_h.shape[1], heads * head_dim, weights[3].shape[1]
     config = {"threads": threads, "rows": rows, "span": span}
@@ -225,12 +225,13 @@ def decode_step(
         for part in range(4)
     ]
     result = torch.empty_like(z_h)
+    positions = None if positions is None else positions.to(torch.int64)
     pieces = position // config["span"] + 1
     workspace = z_h.new_empty(
         3 * hidden + 4 * width + inner + heads * pieces * (head_dim + 2), dtype=torch.float32
     )
     with _on(z_h.device) as processors:
-        tensors = (k_cache, v_cache, z_h, z_l, result, workspace)
+        tensors = (k_cache, v_cache, z_h, z_l, positions, result, workspace)
         params = DecodeParams(
             *by_part, *map(_address, tensors), capacity, position, hidden, heads, head_dim, inner, layers, h_cycles,
             l_cycles, theta, eps,

@@ -122,14 +122,22 @@ def training(dtype, hidden, layers, samples, tokens):
     return Problem((), {"fastattn": run, "transformers": peer}, compare=compare, flops=flops)
 
 
-def decode(dtype, hidden, layers, batch, cached):
-    """One token a row after ``cached``; the caches are put back, so that every round does the same work."""
+def decode(dtype, hidden, layers, batch, cached, shortest=None):
+    """One token a row after ``cached``, or from that down to ``shortest``: theirs then are padded on the left.
+
+    The caches are put back, so that every round does the same work."""
     ours, theirs = _pair(dtype, hidden, layers)
     ids = _tokens(batch, cached + 1)
     prompt, token = ids[:, :cached], ids[:, cached:]
     cache = ours.make_cache(batch, cached + 1)
+    ragged = shortest is not None
+    lengths = torch.linspace(shortest if ragged else cached, cached, batch).long()
+    padded = {}
+    if ragged:
+        there = torch.arange(cached + 1) >= cached - lengths[:, None]
+        padded = {"attention_mask": there.long(), "position_ids": lengths[:, None]}
     with torch.no_grad():
-        ours(prompt, prefix_lengths=torch.full((batch,), cached), cache=cache)
+        ours(prompt, prefix_lengths=lengths, lengths=lengths if ragged else None, cache=cache)
         # theirs gets our keys and values: its own bf16 prompt can take minutes
         kept = theirs(
             prompt[:, :1], token_type_ids=torch.ones_like(prompt[:, :1]), use_cache=True
@@ -137,21 +145,34 @@ def decode(dtype, hidden, layers, batch, cached):
         slots = zip(cache.keys.flatten(0, 1), cache.values.flatten(0, 1), strict=True)
         for layer, (keys, values) in zip(kept.layers, slots, strict=True):
             layer.keys, layer.values = (t[:, :, :cached].clone() for t in (keys, values))
+            for row, length in enumerate(lengths.tolist()):
+                for t in (layer.keys, layer.values):
+                    t[row] = t[row].roll(cached - length, 1)
 
     @torch.no_grad()
     def run():
         logits = ours(token, cache=cache).logits
         cache.truncate(cached)
+        cache.lengths.copy_(lengths)
+        return logits
+
+    def by_layers():
+        handle = ours.recurrence.register_forward_hook(lambda *_: None)  # which the one op would not call
+        logits = run()
+        handle.remove()
         return logits
 
     @torch.no_grad()
     def peer():
-        logits = theirs(token, past_key_values=kept, use_cache=True).logits
+        logits = theirs(token, past_key_values=kept, use_cache=True, **padded).logits
         kept.crop(-1)
         return logits
 
+    others = {"ours by layers": by_layers} if ragged else {}
     return Problem(
-        (), {"fastattn": run, "transformers": peer}, check=lambda: _compare(run(), peer(), dtype, layers)
+        (),
+        {"fastattn": run, "transformers": peer} | others,
+        check=lambda: _compare(run(), peer(), dtype, layers),
     )
 
 
@@ -233,6 +254,8 @@ CASES = [
              (faster_than("transformers", 1.5),) if dtype is BF16 else ())
         for batch in (1, 8) for dtype in (BF16, FP32)
     ),
+    Case("models", "HrmText decode, rows of different lengths", decode,
+         NARROW | {"batch": 8, "cached": 256, "shortest": 32}, BF16, "step", (faster_than("transformers", 1.5),)),
     Case("models", "HrmText XL prefill", xl_prefill, {"tokens": 256}, BF16, "step"),
     Case("models", "HrmText XL decode", xl_decode, {"cached": 256}, BF16, "step", (share_of_peak(0.75),)),
 ]  # fmt: skip

@@ -26,9 +26,9 @@ _FORWARDS = {
 
 def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tensor | None:
     """The final zH (B, 1, D) of one token a row, or None where the layers have to be called one by one: no fast backend
-    serves the call, the rows differ in length, gradients are recorded, a trace is made or a part of the model was changed."""
+    serves the call, gradients are recorded, a trace is made or a part of the model was changed."""
     recurrence, config = model.recurrence, model.config
-    if zH.shape[1] != 1 or cache.ragged or torch.compiler.is_compiling():
+    if zH.shape[1] != 1 or torch.compiler.is_compiling():
         return None
     if torch.is_autocast_enabled(zH.device.type) or not is_unchanged(recurrence, HierarchicalRecurrence):
         return None
@@ -44,12 +44,22 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     if needs_grad((zH, weights)):
         return None
     tensors = zH[:, 0], zL[:, 0], weights, cache.keys, cache.values
+    lengths = cache.lengths if cache.ragged else None
     cycles = recurrence.H_cycles, recurrence.L_cycles
     options = config.rope_theta, config.rms_norm_eps
-    if not serves("decode_step", *tensors, cache.longest, *cycles, *options, requested("decode_step", None)):
+    if not serves(
+        "decode_step", *tensors, lengths, cache.longest, *cycles, *options, requested("decode_step", None)
+    ):
         return None
+    position, bound = (lengths, cache.longest) if cache.ragged else (cache.longest, None)
     zH = decode_step(
-        *tensors, cache.longest, h_cycles=cycles[0], l_cycles=cycles[1], theta=options[0], eps=options[1]
+        *tensors,
+        position,
+        bound=bound,
+        h_cycles=cycles[0],
+        l_cycles=cycles[1],
+        theta=options[0],
+        eps=options[1],
     )
     return zH[:, None]
 

@@ -220,6 +220,8 @@ class HrmText(nn.Module):
         if stepped is not None:
             zH = stepped
         else:
+            if cache is not None and cache.longest:
+                routing = Routing(self._extension_mask(cache, routing.positions), routing.positions)
             credit = self._credit(bp_steps)
             zH, _ = self.recurrence(zH, zL, gradient_calls=credit, routing=routing, cache=cache)
         if cache is not None:
@@ -309,13 +311,18 @@ class HrmText(nn.Module):
             raise ValueError(
                 "HrmText: lengths is given for a filled cache; every row grows by all of input_ids"
             )
-        positions = cache.reserve(B, L)  # (B, L)
+        # the mask is made where the layers need it: of rows that differ in length it waits for a GPU
+        return Routing(None, cache.reserve(B, L))
+
+    @staticmethod
+    def _extension_mask(cache: KeyValueCache, positions: Tensor) -> Mask:
+        """Of tokens at positions (B, L) that follow what the cache holds."""
         if not cache.ragged:
-            return Routing(Mask(causal=True), positions)
-        if L == 1:
-            return Routing(Mask(key_lengths=cache.lengths + 1), positions)
-        key = torch.arange(cache.longest + L, device=positions.device)
-        return Routing(Mask(dense=key <= positions[:, None, :, None]), positions)
+            return Mask(causal=True)
+        if positions.shape[1] == 1:
+            return Mask(key_lengths=cache.lengths + 1)
+        key = torch.arange(cache.longest + positions.shape[1], device=positions.device)
+        return Mask(dense=key <= positions[:, None, :, None])
 
     @staticmethod
     def _check_lengths(name: str, value: Tensor, B: int, low: int, high: int) -> None:

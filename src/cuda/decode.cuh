@@ -36,12 +36,13 @@ struct Decode {
   const DecodeParams& p;
   float *scratch, *turn;  // shared: a float a warp; cosine and sine of this position, head_dim / 2 each
   float *x, *z_h, *z_l, *gqkv, *mlp, *tops, *totals, *parts;
-  int64_t width, pieces, warp, warps;
+  int64_t width, position, pieces, warp, warps;
 
   FASTATTN_DEVICE Decode(const DecodeParams& params, float* sums, float* angles)
       : p(params), scratch(sums), turn(angles) {
     width = (int64_t)p.heads * p.head_dim;
-    pieces = p.position / SPAN + 1;
+    position = p.positions ? *p.positions : p.position;
+    pieces = position / SPAN + 1;
     x = p.workspace;
     z_h = x + p.hidden;
     z_l = z_h + p.hidden;
@@ -100,7 +101,7 @@ struct Decode {
         for (int e = 0; e < kEach; e++) acc[e] = acc[e] * old + weight * v[e];
         sum.add(s, 1);
       };
-      const int64_t begin = piece * SPAN, end = begin + SPAN < p.position ? begin + SPAN : p.position;
+      const int64_t begin = piece * SPAN, end = begin + SPAN < position ? begin + SPAN : position;
       for (int64_t t = begin; t < end; t += kAhead) {
         float k[kAhead][kEach], v[kAhead][kEach];
         for (int a = 0; a < kAhead; a++)
@@ -117,7 +118,7 @@ struct Decode {
         float k[kEach], v[kEach];
         for (int e = 0; e < kEach; e++) {
           const int i = lane + e * kWarp;
-          const int64_t at = p.position * dim + i;
+          const int64_t at = position * dim + i;
           k[e] = v[e] = 0;
           if (i >= dim) continue;
           narrow(rotated(gqkv + 2 * width + head * dim, i), keys + at);
@@ -201,7 +202,7 @@ struct Decode {
   FASTATTN_DEVICE void run() const {
     const int half = p.head_dim / 2;
     for (int j = thread(); j < half; j += threads()) {
-      const double angle = p.position * pow((double)p.theta, -2.0 * j / p.head_dim);
+      const double angle = position * pow((double)p.theta, -2.0 * j / p.head_dim);
       turn[j] = (float)cos(angle);
       turn[j + half] = (float)sin(angle);
     }

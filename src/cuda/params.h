@@ -46,6 +46,7 @@ struct DecodeParams {
   const void *gate_up[2][kMostLayers] = {}, *down[2][kMostLayers] = {};
   void *k_cache = nullptr, *v_cache = nullptr;
   const void *z_h = nullptr, *z_l = nullptr;  // (hidden,) scaled embedding and initial low state
+  const int64_t* positions = nullptr;         // (1,), or null for `position`, beyond which it is not
   void* result = nullptr;                     // (hidden,) final high state
   float* workspace = nullptr;
   int64_t capacity = 0, position = 0;

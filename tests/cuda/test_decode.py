@@ -25,7 +25,8 @@ def problem(dtype, *, hidden=24, heads=2, dim=8, inner=36, layers=1, cycles=(1, 
     return [*states, *caches], weights
 
 
-def check(host, dtype, position, *, cycles=(1, 1), theta=100.0, config=None, **sizes):
+def check(host, dtype, position, *, cycles=(1, 1), theta=100.0, config=None, on_device=None, **sizes):
+    """on_device: an integer type, and the position is read from a tensor of it."""
     tensors, weights = problem(dtype, cycles=cycles, **sizes)
     z_h, z_l, k_cache, v_cache = tensors
     k, v = k_cache.clone(), v_cache.clone()
@@ -38,7 +39,7 @@ def check(host, dtype, position, *, cycles=(1, 1), theta=100.0, config=None, **s
             weights,
             k,
             v,
-            position,
+            position if on_device is None else torch.tensor([position], dtype=on_device),
             h_cycles=cycles[0],
             l_cycles=cycles[1],
             theta=theta,
@@ -47,7 +48,7 @@ def check(host, dtype, position, *, cycles=(1, 1), theta=100.0, config=None, **s
 
     def defined(z_h, z_l, k, v, *weights):
         k, v = k.clone(), v.clone()
-        result = reference.decode_step(z_h, z_l, weights, k, v, position, *cycles, theta, 1e-6)
+        result = reference.decode_step(z_h, z_l, weights, k, v, None, position, *cycles, theta, 1e-6)
         return result, k[..., position, :], v[..., position, :]
 
     # the stacks follow one another, each of which may add its own rounding to what it is given
@@ -73,6 +74,14 @@ def test_built_kernels(host, dtype):
 @pytest.mark.parametrize("position", (0, 1, 63, 64, 130))
 def test_positions_in_several_pieces(host, position):
     check(host, torch.float32, position, capacity=131)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("position", (0, 64, 130))
+def test_positions_on_the_device(host, position, dtype):
+    """The host knows no more than the capacity."""
+    check(host, torch.float32, position, capacity=140, on_device=dtype)
+    assert host.launches == ["decode_step"]
 
 
 def test_the_tuner_s_calls(host):

@@ -24,6 +24,7 @@ STEP = {
     "k_cache": torch.zeros(2, 1, 1, 2, 4, 8),
     "v_cache": torch.zeros(2, 1, 1, 2, 4, 8),
     "gqkv": torch.ones(64, 16),
+    "position": torch.tensor([0]),
 }
 
 # op: (the call, its tensors)
@@ -61,7 +62,7 @@ CALLS = {
     "decode_step": (
         lambda gqkv, **rest: fa.decode_step(
             weights=[gqkv, torch.ones(16, 16), torch.ones(6, 16), torch.ones(16, 3)] * 2,
-            position=0, h_cycles=1, l_cycles=1, **rest,
+            h_cycles=1, l_cycles=1, **rest,
         ),
         STEP,
     ),

@@ -17,16 +17,17 @@ def decode_step(
     weights: Sequence[torch.Tensor],
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    position: int,
+    position: int | torch.Tensor,
     *,
     h_cycles: int,
     l_cycles: int,
     theta: float = 10000.0,
     eps: float = 1e-6,
+    bound: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """HRM-Text's decode step (arXiv 2605.20613): the state zH of the token at `position`, whose keys and values join the
-    caches there.
+    """HRM-Text's decode step (arXiv 2605.20613): the state zH of each row's token at `position`, whose keys and
+    values join the caches there.
 
     ::
 
@@ -40,8 +41,11 @@ def decode_step(
     weights: the layers of the L stack, then as many of the H stack; of each gqkv (4 * H * D, hidden), out (hidden, H * D),
         gate_up (2 * inner, hidden) and down (hidden, inner).
     k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Stack call h * (l_cycles + 1) + l
-        has its own, l = l_cycles being the H stack's. Every row holds `position` tokens.
-    All of one dtype and device. theta: of the rotary embedding. eps: of the norms.
+        has its own, l = l_cycles being the H stack's.
+    position: of every row, or (B,) int32 or int64 where rows differ in length. A row holds as many tokens before the call. A
+        tensor's contents are checked on the CPU and trusted on a GPU, so that no call waits for it.
+    bound: with a tensor, no position is beyond it; a tight one saves memory on a GPU. Default: the caches' last.
+    All of one device, and of one dtype but for position. theta: of the rotary embedding. eps: of the norms.
 
     Returns (B, hidden). It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
     Raises ValueError or TypeError naming the argument.
@@ -67,10 +71,23 @@ def decode_step(
             f"fastattn.{op}: k_cache must have h_cycles * (l_cycles + 1) calls and z_h's {z_h.shape[0]} rows, given "
             f"{_checks.describe(k_cache)} for h_cycles {h_cycles} and l_cycles {l_cycles}"
         )
-    if not 0 <= position < capacity:
+    positions = position if isinstance(position, torch.Tensor) else None
+    if positions is not None:
+        _checks.check_integer(op, "position", positions, dims=1)
+        _checks.check_shape(op, "position", positions, (batch,), "one a row")
+        _checks.check_same_device(op, z_h=z_h, position=positions)
+        position = capacity - 1 if bound is None else bound
+    elif bound is not None:
         raise ValueError(
-            f"fastattn.{op}: position must be from 0 to {capacity - 1}, k_cache's last, given {position}"
+            f"fastattn.{op}: bound is for a tensor of positions, given {bound} with position {position}"
         )
+    if not 0 <= position < capacity:
+        name = "position" if positions is None else "bound"
+        raise ValueError(
+            f"fastattn.{op}: {name} must be from 0 to {capacity - 1}, k_cache's last, given {position}"
+        )
+    if positions is not None:
+        _checks.check_range(op, "position", positions, 0, position + 1)
     if len(weights) != 2 * layers * len(PARTS):
         raise ValueError(
             f"fastattn.{op}: weights must be {2 * layers * len(PARTS)} tensors, four a layer, given {len(weights)}"
@@ -88,6 +105,6 @@ def decode_step(
     if needs_grad((z_h, z_l, k_cache, v_cache, weights)):
         raise NotImplementedError(f"fastattn.{op}: it has no gradients; call it under torch.no_grad()")
     return call(
-        op, z_h, z_l, list(weights), k_cache, v_cache, position, h_cycles, l_cycles, theta, eps,
+        op, z_h, z_l, list(weights), k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps,
         requested(op, backend),
     )  # fmt: skip

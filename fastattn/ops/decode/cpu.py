@@ -27,11 +27,14 @@ def configure(name: str, *_) -> Choice:
     return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
 
 
-def decode_step(z_h, z_l, weights, k_cache, v_cache, position, h_cycles, l_cycles, theta, eps):
+def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps):
     out = torch.empty_like(z_h, memory_format=torch.contiguous_format)
     batch, layers, head_dim = z_h.shape[0], k_cache.shape[1], k_cache.shape[5]
-    cos, sin, place = rows.placed(torch.tensor([position]), head_dim, theta, batch)
-    positions = torch.full((batch,), position, dtype=torch.int32)
+    if positions is None:
+        positions = torch.full((batch,), position, dtype=torch.int32)
+    else:
+        positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
+    cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
     _native.kernel("decode_step")(
         _native.params(
             "DecodeStepParams",

@@ -5,7 +5,7 @@ from ..._config import Choice
 from . import tuning  # noqa: F401  declares what the look-up serves
 
 
-def configure(z_h, z_l, weights, k_cache, v_cache, position, *_) -> Choice:
+def configure(z_h, z_l, weights, k_cache, v_cache, positions, position, *_) -> Choice:
     *_, heads, _, head_dim = k_cache.shape
     return _config.lookup(
         "decode_step",
@@ -46,6 +46,6 @@ def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     return missing
 
 
-def decode_step(z_h, z_l, weights, k_cache, v_cache, position, *cycles_theta_eps):
-    arguments = (z_h.contiguous(), z_l.contiguous(), weights, k_cache, v_cache, position, *cycles_theta_eps)
+def decode_step(z_h, z_l, weights, k_cache, v_cache, *rest):
+    arguments = (z_h.contiguous(), z_l.contiguous(), weights, k_cache, v_cache, *rest)
     return _cuda.decode_step(*arguments, **configure(*arguments).values)

@@ -11,16 +11,23 @@ def decode_step(
     weights: list[torch.Tensor],
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    positions: torch.Tensor | None,
     position: int,
     h_cycles: int,
     l_cycles: int,
     theta: float,
     eps: float,
 ) -> torch.Tensor:
-    """zH (B, hidden) after the last call; keys and values go to the caches (calls, layers, B, H, capacity, D)."""
+    """zH (B, hidden) after the last call; keys and values go to the caches (calls, layers, B, H, capacity, D).
+
+    positions (B,), or None for all at `position`; none is beyond that.
+    """
     _, layers, batch, heads, _, dim = k_cache.shape
     wide = torch.float64 if z_h.dtype == torch.float64 else torch.float32
-    positions = torch.full((1,), position, device=z_h.device)
+    if positions is None:
+        positions = torch.full((batch,), position, device=z_h.device)
+    rows, end = torch.arange(batch, device=z_h.device), position + 1
+    unused = (torch.arange(end, device=z_h.device) > positions[:, None])[:, None, None]  # (B, 1, 1, end)
 
     def stack(which: int, call: int, x: torch.Tensor) -> torch.Tensor:
         for layer in range(layers):
@@ -28,12 +35,12 @@ def decode_step(
             gqkv, out, gate_up, down = weights[first : first + 4]
             projected = rms_norm_of_sum(x, None, eps) @ gqkv.T
             gate, q, k, v = projected.view(batch, 4, heads, 1, dim).unbind(1)  # (B, H, 1, D)
-            q, k = rotary(q, k, positions, theta, False)
+            q, k = rotary(q, k, positions[:, None], theta, False)
             keys, values = k_cache[call, layer], v_cache[call, layer]  # (B, H, capacity, D)
-            keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
-            keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
-            weight = torch.softmax((q @ keys.mT).to(wide) * dim**-0.5, -1)  # (B, H, 1, position + 1)
-            attended = gated(weight.to(x.dtype) @ values, gate)
+            keys[rows, :, positions.long()], values[rows, :, positions.long()] = k[:, :, 0], v[:, :, 0]
+            scores = (q @ keys[:, :, :end].mT).to(wide) * dim**-0.5  # (B, H, 1, end)
+            weight = torch.softmax(scores.masked_fill(unused, -torch.inf), -1)
+            attended = gated(weight.to(x.dtype) @ values[:, :, :end].masked_fill(unused.mT, 0), gate)
             x = x + attended.reshape(batch, heads * dim) @ out.T
             x = x + swiglu(rms_norm_of_sum(x, None, eps) @ gate_up.T) @ down.T
         return rms_norm_of_sum(x, None, eps)
