@@ -15,6 +15,7 @@ import torch
 from .. import masks
 from ..masks import Mask
 from ..ops.attention import attention
+from ..ops.sdpa import autocast
 
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve
@@ -111,6 +112,7 @@ def attention_forward(
     output_attentions, and causal attention without a mask of other than as many queries as keys.
     """
     refuse(dropout, kwargs)
+    query, key, value = autocast(query, key, value)
     bias, mask, keys, causal = position_bias, None, key.shape[2], False
     if attention_mask is None:
         causal = query.shape[2] > 1 and _is_causal(module, is_causal)
@@ -126,7 +128,7 @@ def attention_forward(
     dtype = query.dtype
     if bias is not None:
         bias = bias if bias.shape[-1] == 1 else bias[..., :keys]
-        if bias.dtype != dtype:  # under autocast
+        if bias.dtype != dtype:
             wide = torch.promote_types(dtype, bias.dtype)
             query, key, value, bias = (t.to(wide) for t in (query, key, value, bias))
     out = attention(

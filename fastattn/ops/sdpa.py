@@ -20,12 +20,12 @@ def scaled_dot_product_attention(
     """softmax(scale * query key^T + mask) value, with torch's arguments and torch's meaning of each.
 
     `torch.nn.functional.scaled_dot_product_attention = fastattn.scaled_dot_product_attention` runs an
-    unmodified model. Differentiable in query, key, value and a floating attn_mask.
+    unmodified model, in torch.autocast's dtype inside it. Differentiable in query, key, value and a floating attn_mask.
 
     query: (..., Lq, D); key: (..., Lk, D); value: (..., Lk, Dv): one floating dtype and device, 2 or more
         dimensions, leading ones broadcast.
     attn_mask: broadcastable to (..., Lq, Lk). bool: True = attend. Floating, of query's dtype or float32:
-        added to the scaled scores (float32 beside a narrower query computes in float32).
+        added to the scaled scores, in the wider of the two dtypes.
     dropout_p: only 0.
     is_causal: query i attends keys up to i, the first query aligned with the first key, whatever the
         lengths. With an attn_mask, both apply.
@@ -42,6 +42,7 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"fastattn.{op}: {name} must have 2 or more dimensions, given {_checks.describe(t)}"
             )
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _checks.check_floating(op, query=query, key=key, value=value)
     if dropout_p != 0:
         raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
@@ -57,13 +58,15 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         _check_mask(op, attn_mask, query)
         if attn_mask.is_floating_point() and attn_mask.dtype != dtype:
-            query, key, value = query.float(), key.float(), value.float()
+            wide = torch.promote_types(attn_mask.dtype, dtype)
+            query, key, value, attn_mask = (t.to(wide) for t in (query, key, value, attn_mask))
     lq, lk = query.shape[-2], key.shape[-2]
     q, k, v, leading = _four_dims(op, query, key, value, enable_gqa)
     bias = dense = None
     if attn_mask is not None:
         mask = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
-        dense, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+        if 0 not in leading:
+            dense, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
     window = None
     if is_causal:
         # fastattn aligns the last query with the last key: keys past the last query are cut, queries past the
@@ -76,12 +79,20 @@ def scaled_dot_product_attention(
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors]
+
+
 def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:
     _checks.check_tensor(op, "attn_mask", mask)
     _checks.check_same_device(op, query=query, attn_mask=mask)
-    if mask.dtype not in (torch.bool, query.dtype) and not (
-        mask.dtype == torch.float32 and query.dtype in (torch.bfloat16, torch.float16)
-    ):
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(
             f"fastattn.{op}: attn_mask must be bool, float32 or query's {query.dtype}, given {mask.dtype}"
         )
@@ -106,7 +117,7 @@ def _four_dims(
                 )
         heads = query.shape[-3]
         for name, t in (("key", key), ("value", value)):
-            if t.shape[-3] == 0 or heads % t.shape[-3]:
+            if heads % t.shape[-3] if t.shape[-3] else heads:
                 raise ValueError(
                     f"fastattn.{op}: {name} has {t.shape[-3]} heads, which does not divide query's {heads}"
                 )
@@ -129,7 +140,10 @@ def _four_dims(
         return t.flatten(0, -4) if t.dim() > 4 else t
 
     leading = (*batch, query.shape[-3]) if enable_gqa else tuple(batch)
-    return expand(query), expand(key), expand(value), leading
+    q, k, v = expand(query), expand(key), expand(value)
+    if 0 in leading:  # nothing: an empty batch of one head
+        q, k, v = (t.reshape(0, 1, *t.shape[-2:]) for t in (q, k, v))
+    return q, k, v, leading
 
 
 def _mask_four_dims(op: str, mask: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:

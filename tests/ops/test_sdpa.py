@@ -79,6 +79,25 @@ def test_a_row_without_keys_is_zero_as_in_torch():
         assert not out[:, :, 1].any() and not F.scaled_dot_product_attention(q, k, v, mask)[:, :, 1].any()
 
 
+@pytest.mark.parametrize(
+    ("leading", "key_leading", "gqa"), [((2, 0), (2, 0), False), ((3, 1), (3, 0), False), ((0,), (0,), True)]
+)
+def test_no_heads_give_an_empty_result(leading, key_leading, gqa):
+    q = torch.ones(*leading, 4, 8, requires_grad=True)
+    k, v = torch.ones(*key_leading, 6, 8), torch.ones(*key_leading, 6, 5)
+    out = fa.scaled_dot_product_attention(q, k, v, torch.ones(4, 6, dtype=torch.bool), enable_gqa=gqa)
+    assert out.shape == (*torch.broadcast_shapes(leading, key_leading), 4, 5)
+    out.sum().backward()
+    assert not q.grad.any()
+
+
+def test_a_float32_mask_beside_float64_computes_in_float64():
+    q, k, v = testing.attention_inputs(1, 2, None, 4, 6, 8, dtype=torch.float64, requires_grad=False)
+    mask = torch.rand(4, 6)
+    expected = F.scaled_dot_product_attention(q, k, v, mask.double())
+    torch.testing.assert_close(fa.scaled_dot_product_attention(q, k, v, mask), expected)
+
+
 def test_a_float32_mask_beside_bfloat16_is_not_rounded():
     q, k, v = testing.attention_inputs(1, 2, None, 8, 8, 8, dtype=torch.bfloat16, requires_grad=False)
     mask = 100 + torch.rand(8, 8)  # bfloat16 would keep steps of 0.5
@@ -114,6 +133,16 @@ def test_an_unmodified_module_runs_on_it(monkeypatch):
     actual = run()
     assert seen
     torch.testing.assert_close(actual, expected)
+
+
+def test_autocast_casts_what_torch_casts():
+    q, k, v = testing.attention_inputs(1, 2, None, 4, 6, 8, requires_grad=False)
+    mask = torch.zeros(4, 6).masked_fill(torch.rand(4, 6) < 0.3, -math.inf)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fa.scaled_dot_product_attention(q, k, v.bfloat16(), mask)
+        assert F.scaled_dot_product_attention(q, k, v.bfloat16(), mask).dtype == out.dtype == torch.bfloat16
+        assert fa.scaled_dot_product_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+    assert torch.equal(out, fa.scaled_dot_product_attention(*(t.bfloat16() for t in (q, k, v, mask))))
 
 
 def test_compiles_in_one_graph():
