@@ -123,7 +123,8 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False, slow: b
     result.times = {name: _timing(s) for name, s in samples.items()}
     for name in samples:
         if name != OWN:
-            per_round = [a / b for a, b in zip(samples[name], samples[OWN], strict=False)]
+            theirs = samples[name] * len(samples[OWN]) if name in once else samples[name]
+            per_round = [a / b for a, b in zip(theirs, samples[OWN], strict=False)]
             spread = _timing(per_round)
             ratio = result.times[name].median / result.times[OWN].median
             result.ratios[name] = Timing(ratio, spread.low, spread.high)
