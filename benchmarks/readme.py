@@ -113,6 +113,10 @@ ROWS: dict[str, Sequence[str]] = {
     "HRM-Text training step, 1024 packed tokens: fp32, hidden 512, 4 layers": (
         "HrmText training step fp32 hidden=512 layers=4 samples=8 tokens=1024 step",
     ),
+    "the same, samples of 32 to 264 tokens (padded by the peer): vocabulary 1024 / 65536": (
+        "HrmText training step fp32 hidden=512 layers=4 samples=8 tokens=1024 lengths=unequal vocabulary=1024 step",
+        "HrmText training step fp32 hidden=512 layers=4 samples=8 tokens=1024 lengths=unequal vocabulary=65536 step",
+    ),
     "HRM training step (Sudoku, 27 M, batch 32) fp32, without / with the second forward": (
         "Hrm training step fp32 hidden=512 layers=4 batch=32 extra_pass=False step",
         "Hrm training step fp32 hidden=512 layers=4 batch=32 extra_pass=True step",
