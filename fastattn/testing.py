@@ -52,6 +52,26 @@ def fresh(inputs: Sequence[object]) -> tuple:
     )
 
 
+def assert_equal_at_extremes(fn: Callable, definition: Callable, dtype: torch.dtype) -> None:
+    """fn and definition of two tensors, and their gradients, where arguments and incoming gradient are zero, small, large,
+    infinite and NaN in every combination: alike in what is NaN or infinite, else within roundings of the dtype."""
+    values = (-torch.inf, -1e30, -100.0, -20.0, -1.0, 0.0, 1.0, 20.0, 100.0, 1e30, torch.inf, torch.nan)
+    a, b, grad = (
+        torch.tensor(t, dtype=dtype) for t in zip(*itertools.product(values, repeat=3), strict=True)
+    )
+    found = []
+    for call in (fn, definition):
+        inputs = a.clone().requires_grad_(), b.clone().requires_grad_()
+        out = call(*inputs)
+        out.backward(grad)
+        found.append((out.detach(), *(t.grad for t in inputs)))
+    for mine, true in zip(*found, strict=True):
+        # a handful of roundings, and the quotient of an exponential that is four away at worst
+        limits = torch.finfo(dtype)
+        subnormal = limits.smallest_normal * limits.eps
+        torch.testing.assert_close(mine, true, rtol=8 * limits.eps, atol=subnormal, equal_nan=True)
+
+
 def max_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     """max|actual - truth| in float64; infinities have to agree exactly, and a NaN is an infinite error."""
     actual, truth = actual.detach().double(), truth.detach().double()

@@ -420,13 +420,14 @@ FASTATTN_INLINE vf exp(vf x) {
   return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
 }
 
-// d[i] = 1 + e^-x[i], the divisor of a sigmoid; relative error < 4e-7 down to x = -87, constant below.
+// d[i] = 1 + e^-x[i], the divisor of a sigmoid; relative error < 4e-7 down to x = -88, infinity below -89, so that
+// x / d and y / d go to zero, and -inf / d is NaN as -inf * 0 is.
 template <int U>
 FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const float*) {
   vf clamped[U], p[U];
   vi n[U];
   FASTATTN_EACH(i, U) clamped[i] = vmax(splat(-87.0f), -x[i]);
-  FASTATTN_EACH(i, U) clamped[i] = vmin(splat(87.0f), clamped[i]);
+  FASTATTN_EACH(i, U) clamped[i] = vmin(splat(89.0f), clamped[i]);
   exp_reduced<U>(clamped, p, n);
   FASTATTN_EACH(i, U) d[i] = splat(1.0f) + p[i] * (vf)((n[i] + 127) << 23);
 }
@@ -451,7 +452,7 @@ template <int U, class T>
 FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const T*) {
   const float log2e = 1.44269504f;
   vf y[U], t[U], f[U], p[U];
-  FASTATTN_EACH(i, U) y[i] = at_most(at_least(x[i], -87.0f), 87.0f);
+  FASTATTN_EACH(i, U) y[i] = at_most(at_least(x[i], -89.0f), 87.0f);
   FASTATTN_EACH(i, U) t[i] = kRound - y[i] * log2e;
   FASTATTN_EACH(i, U) p[i] = kRound - t[i];
   FASTATTN_EACH(i, U) f[i] = p[i] - y[i] * log2e;

@@ -56,6 +56,15 @@ def test_swiglu_and_gate(shape, dtype):
     )
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_gates_at_infinities_and_nan(dtype):
+    testing.assert_equal_at_extremes(
+        lambda g, u: fa.swiglu(torch.cat([g, u])), lambda g, u: reference.swiglu(torch.cat([g, u])), dtype
+    )
+    testing.assert_equal_at_extremes(fa.gated, reference.gated, dtype)
+
+
 @pytest.mark.parametrize("layout", ("odd", "swapped"))
 @pytest.mark.parametrize("positions", [torch.tensor([3, 0, 70000]), torch.tensor([[1, 2, 3], [9, 9, 0]])])
 def test_rotary(positions, layout):

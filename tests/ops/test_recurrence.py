@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,16 @@ def test_swiglu(isa, shape, layout, dtype, scale):
     x = testing.random_tensor(*shape, dtype=dtype, scale=scale, layout=layout, requires_grad=True)
     with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
         testing.check_op(fa.swiglu, reference.swiglu, (x,))
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_gates_at_infinities_and_nan(isa, dtype):
+    """silu(-inf) is NaN, as torch's is: -inf * 0."""
+    testing.assert_equal_at_extremes(
+        lambda g, u: fa.swiglu(torch.cat([g, u])), lambda g, u: reference.swiglu(torch.cat([g, u])), dtype
+    )
+    assert F.silu(torch.tensor([-torch.inf], dtype=dtype)).isnan().all()
+    testing.assert_equal_at_extremes(fa.gated, reference.gated, dtype)
 
 
 @every_isa

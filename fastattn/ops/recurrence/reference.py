@@ -1,6 +1,7 @@
 """The definitions of the recurrence pieces, in plain torch."""
 
 import torch
+import torch.nn.functional as F
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +27,7 @@ def rms_norm_of_sum(total: torch.Tensor, weight: torch.Tensor | None, eps: float
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
