@@ -1,18 +1,21 @@
 """python -m benchmarks.gpu_check: hold every GPU kernel to its reference on this device, then time the rows of group gpu.
 
 Steps: `checks` (outputs and gradients in float32, float16 and bfloat16 at the suite's error budgets, repeatability bit by bit,
-CUDA graphs, the CUDA C++ kernels that are built), `sanitizer` (compute-sanitizer over the small shapes, where it is installed)
-and `rows` (the benchmarks). Each runs in processes of its own under a time limit: what takes one down is noted against the
-check at hand and the rest goes on. <out>/<device>/check.json is written after every step, <out>/<device>/gpu.json with the rows.
-Exits 1 when a check failed, 2 without a device. `--device cpu` with TRITON_INTERPRET=1 rehearses the checks.
+CUDA graphs, the CUDA C++ kernels that are built), `rows` (the benchmarks), `sanitizer` (compute-sanitizer over the small shapes,
+where it is installed) and `suite` (the tests: those of the Triton kernels on the device, then all others). Each runs in
+processes of its own under a time limit: what takes one down is noted against the check at hand and the rest goes on.
+<out>/<device>/check.json is written after every step, <out>/<device>/gpu.json with the rows; steps that are not run again keep
+their results. Exits 1 when a check failed, 2 without a device. `--device cpu` with TRITON_INTERPRET=1 rehearses the checks.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,14 +25,35 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from benchmarks import registry, report, runner
 from fastattn import _device
 
-STEPS = ("checks", "sanitizer", "rows")
-SHARES = {"checks": 0.5, "sanitizer": 0.35, "rows": 1.0}  # of the time that is left when a step begins
+STEPS = ("checks", "rows", "sanitizer", "suite")
+SHARES = {
+    "checks": 0.35,
+    "rows": 0.6,
+    "sanitizer": 0.5,
+    "suite": 1.0,
+}  # of the time that is left when a step begins
+COMMAND = (sys.executable, "-m", "benchmarks.gpu_check")
+TESTS = Path(__file__).parents[1] / "tests"
+SUITE = (
+    "interp",
+    "compile",
+    "ops",
+    "nn",
+    "models",
+    "cuda",
+    "native",
+    "integrations",
+    "autotune",
+    "data",
+    "cli",
+)
 PASSED = "passed"
 
 
@@ -54,6 +78,7 @@ def row_of(case: registry.Case) -> dict:
 def work(step: str, device: str, names: Sequence[str], log: Path) -> int:
     """Runs the named tasks; each leaves a line in `log` before it starts and one with its result."""
     todo = tasks(step, device, "*")
+    assert torch.ones(9, device=device).sum() == 9, "the device does not compute"
     with log.open("a", buffering=1) as lines:
         for name in names:
             lines.write(json.dumps({"name": name}) + "\n")
@@ -137,29 +162,81 @@ def sharded(
 
 
 def run_step(step: str, options, deadline: float) -> dict:
-    command = [sys.executable, "-m", "benchmarks.gpu_check"]
+    if step == "suite":
+        return suite(options.workers, deadline)
+    command, environment = list(COMMAND), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if step == "sanitizer":
-            tool = shutil.which("compute-sanitizer")
+            tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
             if tool is None:
                 return {"not run": "compute-sanitizer is not installed"}
-            command = [tool, "--target-processes", "all", "--log-file", str(folder / "%p.txt"), *command]
+            # an out-of-bounds access shows at the end of an allocation, so each tensor has its own
+            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            watch = [tool, "--target-processes", "all", "--report-api-errors", "no", "--log-file"]
+            if refused := unwatchable([*watch, str(folder / "probe")], options.device):
+                return {"not run": f"compute-sanitizer does not work here: {refused}"}
+            command = [*watch, str(folder / "%p.txt"), *command]
         names = list(tasks(step, options.device, options.only))
         if not names:
             return {"not run": f"nothing is named {options.only!r}"}
-        results = sharded(command, step, options, names, folder, deadline)
+        with mock.patch.dict(os.environ, environment):
+            results = sharded(command, step, options, names, folder, deadline)
         if step == "sanitizer":
             results["compute-sanitizer"] = sanitized([p.read_text() for p in sorted(folder.glob("*.txt"))])
         return {"results": results}
 
 
+def unwatchable(watch: Sequence[str], device: str) -> str:
+    """Why compute-sanitizer cannot watch a process that uses the device, or ""."""
+    nothing = ("--work", "sanitizer", "--device", device, "--names", "[]", "--log", os.devnull)
+    try:
+        done = subprocess.run([*watch, *COMMAND, *nothing], capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "its first process did not end within 120 seconds"
+    report = Path(watch[-1])
+    said = report.read_text() if report.exists() else ""
+    if done.returncode == 0 and "not supported" not in said:
+        return ""
+    return (said or done.stderr or done.stdout or f"it exited with {done.returncode}").strip()[-500:]
+
+
 def sanitized(reports: Sequence[str]) -> str:
     """What compute-sanitizer says of the processes that it watched."""
-    found = [text[-3000:] for text in reports if "ERROR SUMMARY: 0 errors" not in text]
-    # a process that was out of time leaves no summary, which is no error
-    found = [text for text in found if "ERROR SUMMARY" in text or "Error" in text or "Invalid" in text]
+    found = []
+    for text in reports:
+        counted = re.search(r"ERROR SUMMARY: (\d+) error", text)
+        # a process that was out of time leaves no summary, one that never used the device says so
+        met = re.search(r"========= (Invalid|Misaligned|Out-of-range|Program hit|Fatal)", text)
+        if int(counted[1]) if counted else met:
+            found.append(text[:3000])
     return "\n".join(found) or PASSED
+
+
+def suite(workers: int, deadline: float) -> dict:
+    """The test suite by folder, the Triton kernels' on the device."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"not run": f"not installed: {', '.join(missing)}"}
+    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        pytest += ["-n", str(workers), "--dist", "worksteal"]
+    results: dict[str, object] = {}
+    for folder in SUITE:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            results[f"tests/{folder}"] = "not run: out of time"
+            continue
+        started = time.monotonic()
+        try:
+            done = subprocess.run([*pytest, folder], cwd=TESTS, timeout=seconds, capture_output=True, text=True, check=False)  # fmt: skip
+            results[f"tests/{folder}"] = (
+                PASSED if done.returncode == 0 else (done.stdout + done.stderr)[-6000:]
+            )
+        except subprocess.TimeoutExpired:
+            results[f"tests/{folder}"] = "not finished: out of time"
+        print(f"{brief(results[f'tests/{folder}']):>12}  tests/{folder}  {time.monotonic() - started:.1f} s", flush=True)  # fmt: skip
+    return {"results": results}
 
 
 def failures(steps: dict) -> Iterator[str]:
@@ -184,6 +261,7 @@ def main() -> int:
         "--budget", type=float, default=480.0, metavar="SECONDS", help="for all steps together"
     )
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--commit", default="", help="of what is checked, where this is a copy without git")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     parser.add_argument("--work", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--names", type=json.loads, help=argparse.SUPPRESS)
@@ -210,6 +288,7 @@ def main() -> int:
     if path.exists():
         steps = json.loads(path.read_text()).get("steps", {})
     environment = report.environment(options.device)
+    environment["commit"] = options.commit or environment["commit"]
     end = time.monotonic() + options.budget
     for step in wanted:
         started = time.monotonic()

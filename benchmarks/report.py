@@ -28,7 +28,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
     import fastattn
     from fastattn import _device
 
-    target = _device.target(torch.device(device))
+    target = _device.target(device)
     on_gpu = {
         "target": target.describe(),
         "cuda": torch.version.cuda,

@@ -281,7 +281,25 @@ def test_gpu_check_needs_a_device():
 
 def test_sanitizer_reports_are_read():
     clean = "========= ERROR SUMMARY: 0 errors"
-    assert gpu_check.sanitized([clean, "========= COMPUTE-SANITIZER"]) == "passed"
-    assert "Invalid __global__ read" in gpu_check.sanitized(
-        [clean, "Invalid __global__ read\nERROR SUMMARY: 1 error"]
-    )
+    child = "========= Error: Target application terminated before first instrumented API call"
+    assert gpu_check.sanitized([clean, "========= COMPUTE-SANITIZER", child]) == "passed"
+    access = "========= Invalid __global__ read of size 4 bytes"
+    for found in (f"{access}\n========= ERROR SUMMARY: 1 error", access):
+        assert "Invalid __global__ read" in gpu_check.sanitized([clean, found])
+
+
+def test_a_sanitizer_that_cannot_watch_is_not_run(tmp_path):
+    report = tmp_path / "probe"
+    refuses = [sys.executable, "-c", f"open({str(report)!r}, 'w').write('Device not supported')", str(report)]
+    assert "not supported" in gpu_check.unwatchable(refuses, "cpu")
+
+
+def test_the_suite_is_run_by_folder(tmp_path, monkeypatch):
+    for name, holds in (("good", True), ("bad", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test_it.py").write_text(f"def test_it():\n    assert {holds}\n")
+    monkeypatch.setattr(gpu_check, "TESTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "SUITE", ("good", "bad"))
+    found = gpu_check.suite(1, time.monotonic() + 60)["results"]
+    assert found["tests/good"] == "passed" and "1 failed" in found["tests/bad"]
+    assert "out of time" in gpu_check.suite(1, time.monotonic() - 1)["results"]["tests/good"]

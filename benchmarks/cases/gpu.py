@@ -44,11 +44,11 @@ def _check(fn, make):
     return check
 
 
-def _compiled_flex(score_mod=None, block_mask=None, lse=False):
+def _compiled_flex(score_mod=None, block_mask=None, aux=None):
     torch.compiler.reset()  # past a few shapes the compiler would give up and run it uncompiled
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     return lambda q, k, v: compiled(
-        q, k, v, score_mod=score_mod, block_mask=None if block_mask is None else block_mask(), return_lse=lse
+        q, k, v, score_mod=score_mod, block_mask=None if block_mask is None else block_mask(), return_aux=aux
     )
 
 
@@ -70,11 +70,12 @@ _SDPA = {
 def sigmoid(dtype, H, L, passes=1.0):
     def log_trick():
         # softmax of log sigmoid(s), times its own sum of weights, is sigmoid attention
-        attend = _compiled_flex(lambda s, b, h, i, j: F.logsigmoid(s - math.log(L)), lse=True)
+        with_lse = flex.AuxRequest(lse=True)
+        attend = _compiled_flex(lambda s, b, h, i, j: F.logsigmoid(s - math.log(L)), aux=with_lse)
 
         def call(q, k, v):
-            out, lse = attend(q, k, v)
-            return out * lse.exp()[..., None].to(out.dtype)
+            out, aux = attend(q, k, v)
+            return out * aux.lse.exp()[..., None].to(out.dtype)
 
         return call
 

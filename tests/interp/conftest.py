@@ -1,12 +1,28 @@
-"""These tests run every Triton kernel in the interpreter, which has to be chosen before triton is imported."""
+"""These tests run every Triton kernel in the interpreter, which has to be chosen before triton is imported; without it, on the
+GPU where there is one."""
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+sys.path.append(str(Path(__file__).parent))  # tests are no packages
+from on_device import triton_on
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_the_device():
+    if INTERPRETED:
+        yield
+        return
+    with triton_on("cuda"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,6 +31,9 @@ def patch_once_a_launch():
 
     Once for each module that a launch reaches is enough. Where this triton is built differently nothing is changed.
     """
+    if not INTERPRETED:
+        yield
+        return
     from triton.runtime import interpreter
 
     patch = getattr(interpreter, "_patch_lang", None)
