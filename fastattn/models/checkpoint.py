@@ -41,8 +41,14 @@ def load_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file. Equal tensors give equal bytes."""
-    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    """Writes tensors to one safetensors file. Equal tensors give equal bytes; those that share memory are each written."""
+    ready: dict[str, Tensor] = {}
+    kept = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if memory in kept else tensor
+        kept.add(memory)
     with replacing(path) as temporary:
         save_file(ready, temporary, metadata={"format": "pt"})
 

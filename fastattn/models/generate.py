@@ -1,6 +1,8 @@
 """Decoding with a static cache: the prompt in one piece, then a token a step."""
 
+import operator
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,35 +33,29 @@ def generate(
 
     Args:
         input_ids: (B, L) prompts, padded on the right where shorter than L.
-        prompt_lengths: (B,), 1 to L. Default: all L.
+        prompt_lengths: (B,), 1 to L, on the model's device or the CPU. Default: all L.
         max_new_tokens: at least 1.
         temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
-        top_k: draw from the k most likely tokens only.
+        top_k: draw from the k most likely tokens only; all of them when there are fewer.
         top_p: draw from the smallest set of most likely tokens whose probability reaches p, after top_k.
-        stop_tokens: a row ends with the first of these it produces. Default: none.
+        stop_tokens: a row ends with the first of these it produces; those in its prompt do not count. Default: none.
         generator: for the draws, on the model's device.
-        stream: called after each step with the new tokens (B,).
+        stream: called after each step with the new tokens (B,). What it raises ends the call; nothing is left behind.
 
     Returns:
         (B, L + new): the prompts as given, then the new tokens from column L on, whatever the row's prompt
         length. ``new`` is max_new_tokens, or less when every row has ended. After a row's stop token come
         pad tokens (config.pad_token_id, or the stop token again when there is none).
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
     """
     config = model.config
-    B, L = input_ids.shape if input_ids.ndim == 2 else (0, 0)
-    if B == 0 or L == 0:
-        raise ValueError(
-            f"generate: input_ids has shape {tuple(input_ids.shape)}; it must be (B, L), not empty"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if L + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"generate: a prompt of {L} tokens and {max_new_tokens} new ones exceed "
-            f"max_position_embeddings {config.max_position_embeddings}"
-        )
-    _check_sampling(temperature, top_k, top_p)
-    stop = torch.tensor(sorted(set(stop_tokens)), dtype=torch.int64, device=input_ids.device)
+    device = model.embed_tokens.weight.device
+    _check_prompts(input_ids, prompt_lengths, max_new_tokens, config.max_position_embeddings, device)
+    _check_sampling(temperature, top_k, top_p, generator, device)
+    stop = _stop_tokens(stop_tokens, config.vocab_size, device)
+    B, L = input_ids.shape
     lengths = prompt_lengths
     if lengths is None:
         lengths = torch.full((B,), L, device=input_ids.device)
@@ -113,7 +109,9 @@ def sample(
     """One token a row, (B,) int64, from logits (B, V); see :func:`generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # differences from the largest: no division by a small temperature overflows to two infinities
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k)
     else:
@@ -126,10 +124,82 @@ def sample(
     return index.gather(-1, choice)[:, 0]
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_prompts(
+    input_ids: Tensor, prompt_lengths: Tensor | None, max_new_tokens: int, limit: int, device: torch.device
+) -> None:
+    for name, value in (("input_ids", input_ids), ("prompt_lengths", prompt_lengths)):
+        if value is None and name == "prompt_lengths":
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+            given = value.dtype if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"generate: {name} is {given}; it must be an int32 or int64 tensor")
+        # lengths on the host spare a wait for a GPU
+        if value.device != device and not (name == "prompt_lengths" and value.device.type == "cpu"):
+            raise ValueError(f"generate: {name} is on {value.device}, but the model is on {device}")
+    if device.type == "meta":
+        raise ValueError("generate: the model is on meta: it has no weights")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"generate: input_ids has shape {tuple(input_ids.shape)}; it must be (B, L), not empty"
+        )
+    B, L = input_ids.shape
+    _check_count("max_new_tokens", max_new_tokens)
+    if L + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: a prompt of {L} tokens and {max_new_tokens} new ones exceed "
+            f"max_position_embeddings {limit}"
+        )
+    if prompt_lengths is None:
+        return
+    if prompt_lengths.shape != (B,):
+        raise ValueError(
+            f"generate: prompt_lengths has shape {tuple(prompt_lengths.shape)}; it must be one a row: ({B},)"
+        )
+    if prompt_lengths.device.type == "cpu" and not bool(
+        ((prompt_lengths >= 1) & (prompt_lengths <= L)).all()
+    ):
+        raise ValueError(
+            f"generate: prompt_lengths is {prompt_lengths.tolist()}; each must be from 1 to {L}, input_ids' columns"
+        )
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"generate: {name} is {value!r}; it must be an int")
+    if value < 1:
+        raise ValueError(f"generate: {name} is {value}; it must be at least 1")
+
+
+def _check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> None:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, Real) and not (value is None and name == "top_p"):
+            raise TypeError(f"generate: {name} is {value!r}; it must be a number")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is {temperature}; it must be 0 or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k is {top_k}; it must be at least 1")
+    if top_k is not None:
+        _check_count("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p is {top_p}; it must be above 0 and at most 1")
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generate: generator is {generator!r}; it must be a torch.Generator")
+    if generator.device.type != device.type:
+        raise ValueError(f"generate: generator is on {generator.device}, but the model is on {device}")
+
+
+def _stop_tokens(tokens: Iterable[int], vocab_size: int, device: torch.device) -> Tensor:
+    """(n,) int64, sorted."""
+    try:
+        found = sorted({operator.index(token) for token in tokens})
+    except TypeError:
+        raise TypeError(f"generate: stop_tokens is {tokens!r}; it must be ints") from None
+    if found and not 0 <= found[0] <= found[-1] < vocab_size:
+        raise ValueError(f"generate: stop_tokens is {found}; ids are from 0 to {vocab_size - 1}")
+    return torch.tensor(found, dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ from .._registry import requested
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.linear import fused_linear
-from ..ops.matvec import linear
+from ..ops.matvec import is_unchanged, linear
 from ..ops.recurrence import gated, rms_norm, rotary, swiglu
 
 
@@ -39,15 +39,28 @@ def clipped_normal_(weight: Tensor, std: float) -> Tensor:
 FUSED_ROWS = 16  # rows from which a product takes its neighbours along; fewer are bound by reading the weight
 
 
-def _fuses(x: Tensor, *projections: nn.Module) -> bool:
-    """Whether products of x run with their neighbours in one op: many rows on the CPU, plain linear layers. On a GPU a norm and
-    the addition before it are one launch, which saves as much."""
+def _fuses(x: Tensor, attention: nn.Module, mlp: nn.Module) -> bool:
+    """Whether a block's products of x run with their neighbours in one op: many rows on the CPU, and of the block's parts none
+    that was replaced, parametrized or hooked, which the op would pass over. On a GPU a norm and the addition before it are one
+    launch, which saves as much."""
     return (
         x.device.type == "cpu"
         and requested("fused_linear", None) in ("", "cpu", "reference")
         and x.numel() >= FUSED_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and all(type(p) is nn.Linear and p.weight.dtype == x.dtype for p in projections)
+        and is_unchanged(attention, Attention)
+        and is_unchanged(mlp, SwiGLU)
+        and all(_is_product(p, x.dtype) for p in projections(attention, mlp))
+    )
+
+
+def _is_product(projection: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling it is a product with a plain weight of this dtype; `functional_call` puts a tensor for the parameter."""
+    return (
+        is_unchanged(projection, nn.Linear)
+        and projection.bias is None
+        and type(projection.weight) in (nn.Parameter, Tensor)
+        and projection.weight.dtype == dtype
     )
 
 
@@ -193,7 +206,7 @@ class PreNormStack(nn.Module):
     def forward(
         self, state: Tensor, injection: Tensor, routing: Routing, cache: list[AppendsKeys] | None = None
     ) -> Tensor:
-        fused = all(_fuses(state, *projections(layer.attn, layer.mlp)) for layer in self.layers)
+        fused = all(_fuses(state, layer.attn, layer.mlp) for layer in self.layers)
         if fused:
             normed, x = None, state + injection
         else:
@@ -224,7 +237,7 @@ class PostNormBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        if _fuses(x, *projections(self.self_attn, self.mlp)):
+        if _fuses(x, self.self_attn, self.mlp):
             x = rms_norm(self.self_attn(x, routing, fused=True), eps=self.eps)
             return rms_norm(self.mlp(x, fused=True), eps=self.eps)
         x, _ = rms_norm(self.self_attn(x, routing), residual=x, eps=self.eps)

@@ -45,7 +45,18 @@ class KeyValueCache:
         self.ragged = False  # rows differ in length
         self._positions: Tensor | None = None
         self._rows = torch.arange(batch_size, device=device)[:, None]
-        self._slots = [[LayerCache(self, call, layer) for layer in range(layers)] for call in range(calls)]
+        self._slots = self._make_slots()
+
+    def _make_slots(self) -> list[list["LayerCache"]]:
+        calls, layers = self.keys.shape[:2]
+        return [[LayerCache(self, call, layer) for layer in range(layers)] for call in range(calls)]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_slots"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._slots = self._make_slots()  # views of this cache's memory
 
     @property
     def batch_size(self) -> int:

@@ -140,15 +140,85 @@ def test_sample_frequencies_and_cuts():
     assert (sample(logits[:3]) == 0).all()
 
 
+@pytest.mark.parametrize("temperature", (1e-3, 1e-30, 1e-40, 5e-324))
+def test_a_small_temperature_takes_the_most_likely(model, temperature):
+    ids = torch.randint(0, 30, (3, 4), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(ids, max_new_tokens=4)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, temperature=temperature), expected)
+    masked = torch.tensor([[0.0, -torch.inf, 3e38, -3e38]])
+    assert sample(masked, temperature).tolist() == [2]
+
+
+def test_cuts_at_their_ends_change_nothing(model):
+    ids = torch.randint(0, 30, (2, 4))
+
+    def drawn(**options):
+        generator = torch.Generator().manual_seed(5)
+        return model.generate(ids, max_new_tokens=5, **{"temperature": 1.5, "generator": generator} | options)
+
+    free = drawn()
+    for options in (
+        {"top_p": 1.0},
+        {"top_p": 1},
+        {"top_k": 30},
+        {"top_k": 1 << 40},
+        {"top_k": 1 << 40, "top_p": 1.0},
+    ):
+        assert torch.equal(drawn(**options), free)
+    greedy = model.generate(ids, max_new_tokens=5)
+    for options in ({"top_k": 1}, {"top_p": 1e-30}, {"temperature": 0.0, "top_k": 3, "top_p": 0.5}):
+        assert torch.equal(drawn(**options), greedy)
+    torch.manual_seed(7)
+    by_default = drawn(generator=None)
+    torch.manual_seed(7)
+    assert torch.equal(drawn(generator=None), by_default)
+
+
+def test_stop_tokens_of_the_prompt_do_not_stop(model):
+    ids = torch.randint(0, 30, (1, 4), generator=torch.Generator().manual_seed(1))
+    free = model.generate(ids, max_new_tokens=5)
+    stop = set(ids[0].tolist()) - set(free[0, 4:].tolist())
+    assert stop
+    for tokens in (stop, iter(stop), torch.tensor(sorted(stop))):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, stop_tokens=tokens), free)
+
+
+def test_a_stream_that_raises_ends_the_call_alone(model):
+    ids = torch.randint(0, 30, (2, 4))
+    expected = model.generate(ids, max_new_tokens=4)
+
+    def fail(token, seen=[]):  # noqa: B006  counts its calls
+        seen.append(token)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=4, stream=fail)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"input_ids": torch.zeros(1, 33, dtype=torch.int64)}, "a prompt of 33 tokens and 2 new ones exceed"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"stop_tokens": [3, 30]}, r"stop_tokens is \[3, 30\]; ids are from 0 to 29"),
+        ({"stop_tokens": [-1]}, "stop_tokens is"),
+        ({"prompt_lengths": torch.tensor([3, 3])}, r"prompt_lengths has shape \(2,\)"),
+        (
+            {"prompt_lengths": torch.tensor([3], device="meta")},
+            "prompt_lengths is on meta, but the model is on cpu",
+        ),
         ({"max_new_tokens": 30}, "exceed max_position_embeddings 32"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"prompt_lengths": torch.tensor([0])}, "from 1 to 4"),
+        ({"prompt_lengths": torch.tensor([0])}, "prompt_lengths is \\[0\\]; each must be from 1 to 4"),
         ({"prompt_lengths": torch.tensor([5])}, "from 1 to 4"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"shape \(1, 0\)"),
     ],
@@ -158,3 +228,31 @@ def test_bad_arguments(model, arguments, message):
         model.generate(
             **({"input_ids": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 2} | arguments)
         )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        {"max_new_tokens": 2.0},
+        {"max_new_tokens": True},
+        {"temperature": None},
+        {"temperature": "1"},
+        {"top_k": 2.0},
+        {"top_p": "1"},
+        {"stop_tokens": 3},
+        {"stop_tokens": None},
+        {"stop_tokens": [1.5]},
+        {"stop_tokens": "end"},
+        {"generator": 3},
+        {"prompt_lengths": [3]},
+        {"prompt_lengths": torch.tensor([3.0])},
+        {"prompt_lengths": torch.tensor([True])},
+        {"input_ids": [[1, 2, 3, 4]]},
+        {"input_ids": torch.zeros(1, 4)},
+    ),
+)
+def test_arguments_of_the_wrong_type(model, arguments):
+    (name,) = arguments
+    given = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 2} | arguments
+    with pytest.raises(TypeError, match=f"generate: {name} is"):
+        model.generate(**given)

@@ -32,6 +32,8 @@ def is_unchanged(module: torch.nn.Module, kind: type) -> bool:
         type(module) is kind
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
         and "forward" not in own
     )
 
