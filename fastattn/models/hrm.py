@@ -135,6 +135,10 @@ class HrmOutput:
     correct: Tensor  # (B,) bool, every counted cell right
 
 
+for _kind in (HrmCarry, HrmOutput):  # as HRM-Text's output is
+    torch.export.register_dataclass(_kind)
+
+
 class PuzzleEmbedding(nn.Module):
     """A vector for each puzzle, trained by :class:`fastattn.optim.SignSGD` on the rows a batch touches.
 

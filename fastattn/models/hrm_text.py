@@ -31,6 +31,10 @@ class HrmTextOutput:
     cache: KeyValueCache | None
 
 
+# FSDP2 of torch before 2.12 finds only the tensors of a pytree; an output without any reduces no gradient
+torch.export.register_dataclass(HrmTextOutput)
+
+
 class HrmText(nn.Module):
     """HRM-Text with PrefixLM attention on padded batches or packed samples.
 

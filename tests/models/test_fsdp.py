@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 
+import torch
+from torch.utils import _pytree as pytree
+
+from fastattn.models.hrm import HrmCarry, HrmOutput
+from fastattn.models.hrm_text import HrmTextOutput
+
 SCRIPT = """
 import os, sys
 import torch
@@ -75,3 +81,10 @@ def test_blocks_sharded_by_themselves(tmp_path):
         timeout=120,
     )
     assert done.stdout.count("is done") == 2, done.stderr
+
+
+def test_outputs_are_pytrees():
+    """FSDP2 of torch before 2.12 reduces no gradient behind an output in which it finds no tensor."""
+    for kind in (HrmTextOutput, HrmCarry, HrmOutput):
+        tensors = [torch.zeros(i) for i, _ in enumerate(kind.__annotations__)]
+        assert [t.shape for t in pytree.tree_leaves(kind(*tensors))] == [t.shape for t in tensors]

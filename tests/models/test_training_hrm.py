@@ -91,10 +91,11 @@ def test_an_order_goes_on_where_it_was(easy):
 
 
 def test_a_run_learns(easy, tmp_path):
-    run = start(tmp_path, easy, steps=150, learning_rate=5e-3, eval_every=150, ema=0.95)
+    # weights drawn from four other seeds end at more than half of the cells: what a seed draws is torch's to change
+    run = start(tmp_path, easy, steps=300, learning_rate=1e-2, eval_every=300, ema=0.95)
     run.run()
     before, after = (row for row in run.history if is_evaluation(row))
-    assert before["step"] == 0 and after["step"] == 150
+    assert before["step"] == 0 and after["step"] == 300
     # guessing gets a quarter of about 250 cells right, with a deviation of sqrt(3 / 16 / 250) = 0.027: four of them
     assert before["cells"] < 0.36 < after["cells"] and before["exact"] < after["exact"]
     losses = [row["loss"] for row in run.history if "loss" in row]
