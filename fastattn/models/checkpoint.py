@@ -19,6 +19,9 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, unreadable, or does not fit the model."""
 
@@ -69,7 +72,12 @@ class TensorFile(Mapping[str, Tensor]):
             if (path / WEIGHTS).exists() or not index.exists():
                 shards = [path / WEIGHTS]
             else:
-                shards = [path / name for name in sorted(set(load_json(index)["weight_map"].values()))]
+                weight_map = load_json(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not all(
+                    isinstance(f, str) for f in weight_map.values()
+                ):
+                    raise CheckpointError(f"{index}: weight_map must name a file for each tensor")
+                shards = [path / name for name in sorted(set(weight_map.values()))]
         else:
             shards = [path]
         self._file_of = {
@@ -83,7 +91,11 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._file_of)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open(self._file_of[name], lambda file: file.get_tensor(name).clone())
+        return self.read(name, Tensor.clone)
+
+    def read(self, name: str, use: Callable[[Tensor], Any]) -> Any:
+        """`use` of the tensor as it lies in the file; it must keep no part of it."""
+        return self._open(self._file_of[name], lambda file: use(file.get_tensor(name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self._file_of[name], lambda file: file.get_slice(name).get_shape()))
@@ -151,12 +163,19 @@ def fill(
 
     ``sources``: from :func:`resolve`, by names of the state dict. ``dtype`` None keeps the file's.
     """
+    if dtype is not None and dtype not in _FLOATING:
+        raise TypeError(f"from_pretrained: dtype is {dtype!r}; it must be None or one of {_FLOATING}")
     for name, expected in model.state_dict().items():
         tensor = _joined(file, sources[name])
         if tensor.shape != expected.shape:
             raise CheckpointError(
                 f"{file.path}: {' + '.join(sources[name])} has shape {tuple(tensor.shape)}; "
                 f"the config makes it {tuple(expected.shape)}"
+            )
+        floating = expected.is_floating_point()
+        if tensor.is_floating_point() != floating or (floating and (dtype or tensor.dtype) not in _FLOATING):
+            raise CheckpointError(
+                f"{file.path}: {' + '.join(sources[name])} is {tensor.dtype}, which the model does not compute in"
             )
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -169,23 +188,33 @@ def fill(
             module._buffers[leaf] = tensor
 
 
+def check_one_dtype(model: nn.Module, directory: str | os.PathLike) -> None:
+    """The weights that were read are of one dtype."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{directory}: the weights mix {sorted(map(str, dtypes))}; give dtype= to convert them to one"
+        )
+
+
 def _joined(file: TensorFile, names: Source) -> Tensor:
-    """The file's tensors one above the other; beside the result no more than one of them is in memory."""
-    first = file[names[0]]
+    """The file's tensors one above the other, each copied once from the file to its place."""
     if len(names) == 1:
-        return first
+        return file[names[0]]
     shapes = [file.shape(name) for name in names]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         raise CheckpointError(
             f"{file.path}: {' + '.join(names)} have shapes {shapes}; they must fit together along dim 0"
         )
     ends = list(itertools.accumulate(shape[0] for shape in shapes))
-    joined = first.new_empty(ends[-1], *shapes[0][1:])
-    joined[: ends[0]] = first
-    del first
-    for name, begin, end in zip(names[1:], ends[:-1], ends[1:], strict=True):
-        part = file[name]
-        if part.dtype != joined.dtype:
-            raise CheckpointError(f"{file.path}: {names[0]} is {joined.dtype}, {name} {part.dtype}")
-        joined[begin:end] = part
+    joined = file.read(names[0], lambda first: first.new_empty(ends[-1], *shapes[0][1:]))
+    for name, begin, end in zip(names, [0, *ends[:-1]], ends, strict=True):
+        rows = joined[begin:end]
+
+        def copy(part: Tensor, name: str = name, rows: Tensor = rows) -> None:
+            if part.dtype != rows.dtype:
+                raise CheckpointError(f"{file.path}: {names[0]} is {rows.dtype}, {name} {part.dtype}")
+            rows.copy_(part)
+
+        file.read(name, copy)
     return joined

@@ -71,12 +71,21 @@ class HrmConfig:
             raise ValueError(
                 f"HrmConfig: hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
             )
-        if self.puzzle_emb_dim < 0:
-            raise ValueError(f"HrmConfig: puzzle_emb_dim is {self.puzzle_emb_dim}; it must not be negative")
-        if not 0 <= self.halt_exploration <= 1:
+        if not isinstance(self.puzzle_emb_dim, int) or self.puzzle_emb_dim < 0:
             raise ValueError(
-                f"HrmConfig: halt_exploration is {self.halt_exploration}; it must be from 0 to 1"
+                f"HrmConfig: puzzle_emb_dim is {self.puzzle_emb_dim!r}; it must be an int, not negative"
             )
+        if not isinstance(self.halt_exploration, int | float) or not 0 <= self.halt_exploration <= 1:
+            raise ValueError(
+                f"HrmConfig: halt_exploration is {self.halt_exploration!r}; it must be from 0 to 1"
+            )
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"HrmConfig: {name} is {value!r}; it must be a positive number")
+        for name in ("shared_stack", "full_last_cycle", "q_continue"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"HrmConfig: {name} is {getattr(self, name)!r}; it must be true or false")
         if self.shared_stack and self.H_layers != self.L_layers:
             raise ValueError(
                 f"HrmConfig: shared_stack needs as many H_layers ({self.H_layers}) as L_layers ({self.L_layers})"
@@ -363,6 +372,7 @@ class Hrm(nn.Module):
         file = checkpoint.TensorFile(directory)
         wanted = {name: [(reference_name(name, config),)] for name in model.state_dict()}
         checkpoint.fill(model, file, checkpoint.resolve(wanted, file), dtype=dtype, device=device)
+        checkpoint.check_one_dtype(model, directory)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:

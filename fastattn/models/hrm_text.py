@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_tensor
 from ..masks import Mask
 from ..masks import positions as document_positions
 from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
@@ -229,7 +230,7 @@ class HrmText(nn.Module):
             credit = self._credit(bp_steps)
             zH, _ = self.recurrence(zH, zL, gradient_calls=credit, routing=routing, cache=cache)
         if cache is not None:
-            cache.commit(input_ids.shape[1], lengths)
+            cache.commit(input_ids.shape[1], lengths, prefix_lengths=prefix_lengths)
         return zH, routing.positions
 
     def _credit(self, bp_steps: int | None) -> tuple[bool, ...]:
@@ -241,6 +242,7 @@ class HrmText(nn.Module):
         )
 
     def _check_ids(self, input_ids: Tensor) -> None:
+        check_tensor("HrmText", "input_ids", input_ids)
         if input_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"HrmText: input_ids is {input_ids.dtype}; it must be int32 or int64")
         if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -330,6 +332,7 @@ class HrmText(nn.Module):
 
     @staticmethod
     def _check_lengths(name: str, value: Tensor, B: int, low: int, high: int) -> None:
+        check_tensor("HrmText", name, value)
         if value.shape != (B,) or value.is_floating_point():
             raise ValueError(
                 f"HrmText: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; "
@@ -374,11 +377,7 @@ class HrmText(nn.Module):
         file = checkpoint.TensorFile(directory)
         sources = checkpoint.resolve({name: _layouts(name) for name in model.state_dict()}, file, _unused)
         checkpoint.fill(model, file, sources, dtype=dtype, device=device)
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        if len(dtypes) > 1:
-            raise checkpoint.CheckpointError(
-                f"{directory}: the weights mix {sorted(map(str, dtypes))}; give dtype= to convert them to one"
-            )
+        checkpoint.check_one_dtype(model, directory)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -391,6 +390,7 @@ class HrmText(nn.Module):
 
 def _shift(labels: Tensor, input_ids: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
     """Targets (B, L): at t the label at t + 1, unless that is padding or opens another document."""
+    check_tensor("HrmText", "labels", labels)
     if labels.shape != input_ids.shape or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"HrmText: labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; "

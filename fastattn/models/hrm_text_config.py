@@ -92,11 +92,13 @@ class HrmTextConfig:
             raise ValueError(f"HrmTextConfig: head_dim is {self.head_dim}; rotary positions need an even one")
         if self.initializer_range is None:
             self._set("initializer_range", self.hidden_size**-0.5)
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"HrmTextConfig: {name} is {getattr(self, name)!r}; it must be positive")
-        if self.embedding_scale is None:
-            self._set("embedding_scale", 1.0 / self.initializer_range)
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "embedding_scale"):
+            value = getattr(self, name)
+            if name == "embedding_scale" and value is None:
+                value = 1.0 / self.initializer_range
+                self._set(name, value)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"HrmTextConfig: {name} is {value!r}; it must be a positive number")
         if self.head not in ("dense", "vq"):
             raise ValueError(f"HrmTextConfig: head is {self.head!r}; it must be 'dense' or 'vq'")
         if (self.head == "vq") != (self.codebook_size is not None):
@@ -105,9 +107,20 @@ class HrmTextConfig:
             )
         if isinstance(self.eos_token_id, list):
             self._set("eos_token_id", tuple(self.eos_token_id))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else (value,) if value is not None else ():
+                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"HrmTextConfig: {name} is {value!r}; tokens are from 0 to {self.vocab_size - 1}"
+                    )
         credit = self.L_bp_cycles
         if credit is None:
             credit = (0,) * (self.H_cycles - 1) + (self.L_cycles,)
+        if not isinstance(credit, list | tuple) or not all(isinstance(count, int) for count in credit):
+            raise ValueError(
+                f"HrmTextConfig: L_bp_cycles is {credit!r}; it must be a list of counts, one an H cycle"
+            )
         if len(credit) > self.H_cycles or not all(0 <= count <= self.L_cycles for count in credit):
             raise ValueError(
                 f"HrmTextConfig: L_bp_cycles is {list(credit)}; at most {self.H_cycles} counts "
@@ -152,8 +165,6 @@ class HrmTextConfig:
                 raise ValueError(f"HrmTextConfig: {key} is {given!r}; only {allowed!r} is supported")
         if "L_bp_steps" in values:  # the name the reference's converter writes
             values["L_bp_cycles"] = values.pop("L_bp_steps")
-        if values.get("L_bp_cycles") is not None:
-            values["L_bp_cycles"] = tuple(values["L_bp_cycles"])
         kv_heads = values.pop("num_key_value_heads", None)
         if kv_heads is not None and kv_heads != values.get("num_attention_heads"):
             raise ValueError(

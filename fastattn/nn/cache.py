@@ -43,6 +43,7 @@ class KeyValueCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0  # an upper bound of lengths, on the host
         self.ragged = False  # rows differ in length
+        self._prefix_lengths: Tensor | None = None
         self._positions: Tensor | None = None
         self._rows = torch.arange(batch_size, device=device)[:, None]
         self._slots = self._make_slots()
@@ -74,12 +75,23 @@ class KeyValueCache:
         self.lengths.zero_()
         self.longest = 0
         self.ragged = False
+        self._prefix_lengths = None
 
     def truncate(self, count: int) -> None:
-        """Keep the first ``count`` tokens of each row, or all it has; the prompt's keys don't depend on what
-        came after."""
+        """Keep the first ``count`` tokens of each row, or all it has; 0 forgets everything.
+
+        Raises ValueError inside a prompt whose tokens see each other both ways: the kept keys depend on the others.
+        """
         if count < 0:
             raise ValueError(f"KeyValueCache: count is {count}; it must not be negative")
+        if count == 0:
+            return self.reset()
+        prefix = self._prefix_lengths
+        if prefix is not None and bool((prefix > count).any()):
+            raise ValueError(
+                f"KeyValueCache: count is {count}, inside a prompt of {int(prefix.max())} tokens, which see each other "
+                "both ways: reset the cache and prefill the shorter prompt"
+            )
         self.lengths.clamp_(max=count)
         self.longest = min(self.longest, count)
 
@@ -96,8 +108,15 @@ class KeyValueCache:
         self._positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
         return self._positions
 
-    def commit(self, count: int, lengths: Tensor | None = None) -> None:
-        """Keeps the ``count`` tokens just written, or of row b the first ``lengths[b]``."""
+    def commit(
+        self, count: int, lengths: Tensor | None = None, *, prefix_lengths: Tensor | None = None
+    ) -> None:
+        """Keeps the ``count`` tokens just written, or of row b the first ``lengths[b]``.
+
+        prefix_lengths: (B,), of these tokens those that see each other both ways.
+        """
+        if prefix_lengths is not None:
+            self._prefix_lengths = prefix_lengths
         if lengths is None:
             self.lengths += count
         else:

@@ -147,6 +147,29 @@ def test_wrong_shape_and_mixed_dtypes(model, tmp_path):
     assert HrmText.from_pretrained(tmp_path, dtype=torch.float64).lm_head.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_the_model_has_not(model, tmp_path, dtype):
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"is {dtype}, which the model does not compute in"):
+        HrmText.from_pretrained(tmp_path)
+    for asked in ("bfloat16", torch.int32):
+        with pytest.raises(TypeError, match="dtype is"):
+            HrmText.from_pretrained(tmp_path, dtype=asked)
+
+
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": ["a.safetensors"]}', '{"weight_map": {"lm_head.weight": 3}}']
+)
+def test_an_index_without_files(model, tmp_path, index):
+    model.save_pretrained(tmp_path)
+    os.rename(tmp_path / "model.safetensors", tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"index.json: weight_map must name a file"):
+        HrmText.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_half_written_weights(model, keep, tmp_path):
     model.save_pretrained(tmp_path)
@@ -245,6 +268,11 @@ def test_published_size():
         ({"L_bp_cycles": [0, 4]}, r"L_bp_cycles is \[0, 4\]"),
         ({"H_cycles": 0}, "H_cycles is 0"),
         ({"head_dim": 3}, "head_dim is 3"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"embedding_scale": "39"}, "embedding_scale is '39'"),
+        ({"L_bp_cycles": 3}, "L_bp_cycles is 3; it must be a list"),
+        ({"pad_token_id": -1}, "pad_token_id is -1; tokens are from 0 to 65535"),
+        ({"eos_token_id": [11, 65536]}, r"eos_token_id is \(11, 65536\)"),
         (
             {"head_dim": None, "num_attention_heads": 7, "num_key_value_heads": 7},
             "7 does not divide hidden_size",

@@ -79,6 +79,13 @@ def test_truncating_a_cache_takes_tokens_back(model):
     assert torch.equal(model(other, cache=cache).logits, expected) and cache.longest == 6
     with pytest.raises(ValueError, match="count is -1"):
         cache.truncate(-1)
+    with pytest.raises(ValueError, match="count is 3, inside a prompt of 4 tokens"):
+        cache.truncate(3)
+    cache.truncate(0)
+    model(prompt[:, :3], cache=cache)  # causal: may be cut anywhere
+    cache.truncate(2)
+    expected = model(torch.cat([prompt[:, :2], other], 1)).logits[:, 2:]
+    torch.testing.assert_close(model(other, cache=cache).logits, expected, rtol=0, atol=1e-11)
 
 
 def test_cache_limits(model):

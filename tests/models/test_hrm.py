@@ -289,6 +289,11 @@ def test_bad_batches(change, message):
         ({"halt_exploration": 2.0}, "halt_exploration is 2.0"),
         ({"shared_stack": True, "H_layers": 3}, "shared_stack"),
         ({"puzzle_emb_dim": -1}, "puzzle_emb_dim is -1"),
+        ({"puzzle_emb_dim": "8"}, "puzzle_emb_dim is '8'"),
+        ({"halt_exploration": "x"}, "halt_exploration is 'x'"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"shared_stack": "no"}, "shared_stack is 'no'"),
     ],
 )
 def test_bad_configs(change, message):
