@@ -19,7 +19,7 @@ CHECKED = "-fsanitize=thread,alignment,bounds --param tsan-instrument-func-entry
 PROCESSORS = 2
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """What torch does here is tiny."""
     before = torch.get_num_threads()
