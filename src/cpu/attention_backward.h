@@ -356,47 +356,74 @@ static void backward_tiled(const AttentionParams& p) {
   Arena measure{origin};
   BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, measure);
   const int64_t block_bytes = round_up(measure.next - origin, 4096);
+
+  // one block of rows of one of a pair's query heads, the `index`-th: view, sequence, query head, first row, rows
+  const auto with_rows = [&](int64_t pair, int64_t index, char* queries, const auto& f) {
+    const int64_t g = index / blocks, first = index % blocks * block_q;
+    const Sequence s = problem.sequence(pair / problem.kv_heads);
+    if (first >= s.q_length) return;
+    f(packed.view(queries + g * packed.words() * 4), s, pair % problem.kv_heads * problem.group + g, first,
+      min64(block_q, s.q_length - first));
+  };
+  const auto pack = [&](int64_t pair, int64_t index, char* queries) {
+    with_rows(pair, index, queries,
+              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+                pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
+                for (int64_t i = 0; i < slices; i++)
+                  memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
+                         size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+              });
+  };
+  const auto run = [&](int64_t pair, int64_t slice, const char* queries, char* mine) {
+    const Sequence s = problem.sequence(pair / problem.kv_heads);
+    Arena arena{mine};
+    BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
+    for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
+      block.run(s, pair % problem.kv_heads, n, queries, slice);
+  };
+  const auto sum_shares = [&](int64_t pair, int64_t index, char* queries) {
+    with_rows(pair, index, queries,
+              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+                float* total = view.shares + first * packed.q_columns;
+                for (int64_t i = 1; i < slices; i++)
+                  for (int64_t j = 0; j < rows * packed.q_columns; j += W)
+                    FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
+                const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
+                for (int64_t i = 0; i < rows; i++)
+                  store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+              });
+  };
+
+  const int64_t pair_blocks = problem.group * blocks;
+  if (slices == 1 && small_pairs(pairs, pair_bytes, p.threads)) {
+    const int64_t bytes = block_bytes + round_up(pair_bytes, 4096);
+    char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
+    for (int t = 0; t < p.threads; t++) memset(memory + t * bytes, 0, size_t(block_bytes));
+    parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
+      char *mine = memory + thread * bytes, *queries = mine + block_bytes;
+      for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, queries);
+      run(pair, 0, queries, mine);
+      for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, queries);
+    });
+    return;
+  }
   char* memory = (char*)cpu::scratch(0, size_t(p.threads * block_bytes + wave * pair_bytes));
   memset(memory, 0, size_t(p.threads * block_bytes));
   char* store = memory + p.threads * block_bytes;
-
   for (int64_t begin = 0; begin < pairs; begin += wave) {
     const int64_t count = min64(wave, pairs - begin);
-    const int64_t row_tasks = count * problem.group * blocks;
-    // f(view, sequence, query head, first row, rows) for one block of rows of one query head
     const auto over_rows = [&](const auto& f) {
-      parallel_items(row_tasks, p.threads, [&](int64_t task, int) {
-        const int64_t pair = task / (problem.group * blocks), g = task / blocks % problem.group;
-        const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
-        const int64_t first = task % blocks * block_q;
-        if (first >= s.q_length) return;
-        f(packed.view(store + pair * pair_bytes + g * packed.words() * 4), s,
-          (begin + pair) % problem.kv_heads * problem.group + g, first, min64(block_q, s.q_length - first));
+      parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int) {
+        const int64_t slot = task / pair_blocks;
+        f(begin + slot, task % pair_blocks, store + slot * pair_bytes);
       });
     };
-    over_rows([&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-      pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
-      for (int64_t i = 0; i < slices; i++)
-        memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
-               size_t(round_up(rows, kRows) * packed.q_columns) * 4);
-    });
+    over_rows(pack);
     parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
-      const int64_t pair = task / slices, slice = task % slices;
-      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
-      Arena arena{memory + thread * block_bytes};
-      BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
-      for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
-        block.run(s, (begin + pair) % problem.kv_heads, n, store + pair * pair_bytes, slice);
+      const int64_t slot = task / slices;
+      run(begin + slot, task % slices, store + slot * pair_bytes, memory + thread * block_bytes);
     });
-    over_rows([&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-      float* total = view.shares + first * packed.q_columns;
-      for (int64_t i = 1; i < slices; i++)
-        for (int64_t j = 0; j < rows * packed.q_columns; j += W)
-          FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
-      const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
-      for (int64_t i = 0; i < rows; i++)
-        store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
-    });
+    over_rows(sum_shares);
   }
 }
 

@@ -193,35 +193,52 @@ static void forward_tiled(const AttentionParams& p) {
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t wave = max64(1, min64(pairs, p.pack_kib * 256 / max64(packed.words(), 1)));
   const int64_t block_bytes = round_up(ForwardBlock<Unit, Score>::bytes(problem, block_q, block_k), 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(wave * packed.words() * 4 + p.threads * block_bytes));
   using Word = typename Unit::Word;
-  Word* store = (Word*)(memory + p.threads * block_bytes);
 
   constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
   const int64_t pack_tasks = (longest_k + kPackRows - 1) / kPackRows;
+  const auto pack = [&](int64_t pair, int64_t first, Word* to) {
+    const Sequence s = problem.sequence(pair / problem.kv_heads);
+    const int64_t head = pair % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
+    if (rows <= 0 || decodes(problem, s)) return;
+    pack_transposed<Unit>(to + first * steps_of<Unit>(problem.head_dim), matrix(p.k, s.batch, head, s.k_begin + first),
+                          rows, problem.head_dim);
+    pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
+                      matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
+  };
+  // block `index` of a pair's query heads; the last rows of a causal sequence have the most keys, so they start first
+  const auto run = [&](int64_t pair, int64_t index, const Word* keys, char* memory) {
+    const Sequence s = problem.sequence(pair / problem.kv_heads);
+    const int64_t first = (blocks - 1 - index % blocks) * block_q;
+    if (first >= s.q_length || decodes(problem, s)) return;
+    const int64_t head = pair % problem.kv_heads * problem.group + index / blocks;
+    ForwardBlock<Unit, Score> block(problem, block_q, block_k, Arena{memory});
+    block.run(s, head, first, min64(block_q, s.q_length - first), keys, keys + packed.key_words, packed.capacity);
+  };
+
+  const int64_t pair_blocks = problem.group * blocks;
+  if (small_pairs(pairs, packed.words() * 4, p.threads)) {
+    const int64_t bytes = block_bytes + round_up(packed.words() * 4, 4096);
+    char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
+    parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
+      char* mine = memory + thread * bytes;
+      Word* keys = (Word*)(mine + block_bytes);
+      for (int64_t i = 0; i < pack_tasks; i++) pack(pair, i * kPackRows, keys);
+      for (int64_t i = 0; i < pair_blocks; i++) run(pair, i, keys, mine);
+    });
+    return;
+  }
+  char* memory = (char*)cpu::scratch(0, size_t(wave * packed.words() * 4 + p.threads * block_bytes));
+  Word* store = (Word*)(memory + p.threads * block_bytes);
   for (int64_t begin = 0; begin < pairs; begin += wave) {
     const int64_t count = min64(wave, pairs - begin);
     parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int) {
-      const int64_t pair = task / pack_tasks, first = task % pack_tasks * kPackRows;
-      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
-      const int64_t head = (begin + pair) % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
-      if (rows <= 0 || decodes(problem, s)) return;
-      Word* to = store + pair * packed.words();
-      pack_transposed<Unit>(to + first * steps_of<Unit>(problem.head_dim),
-                            matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
-      pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
-                        matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
+      const int64_t slot = task / pack_tasks;
+      pack(begin + slot, task % pack_tasks * kPackRows, store + slot * packed.words());
     });
-    parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
-      const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
-      const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
-      // the last rows of a causal sequence have the most keys, so they start first
-      const int64_t first = (blocks - 1 - task % blocks) * block_q;
-      if (first >= s.q_length || decodes(problem, s)) return;
-      const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
-      const Word* keys = store + pair * packed.words();
-      ForwardBlock<Unit, Score> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
-      block.run(s, head, first, min64(block_q, s.q_length - first), keys, keys + packed.key_words, packed.capacity);
+    parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int thread) {
+      const int64_t slot = task / pair_blocks;
+      run(begin + slot, task % pair_blocks, store + slot * packed.words(), memory + thread * block_bytes);
     });
   }
 }

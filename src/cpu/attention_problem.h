@@ -114,6 +114,12 @@ struct Arena {
   }
 };
 
+// Whether a thread should pack and finish a sequence's key head alone: there are enough of them for every thread, and
+// what is packed of one stays in the thread's own cache.
+FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int threads) {
+  return pairs >= 4 * threads && packed_bytes <= (256 << 10);
+}
+
 // The keys that the rows of one block attend: [low, high) of each row, and their union for each kRows rows.
 struct RowRanges {
   int32_t *low, *high;              // (rows)

@@ -113,6 +113,31 @@ def test_runs_are_bitwise_equal(isa, score, dtype):
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_is_bitwise_its_samples(isa, nan_outputs, score, dtype):
+    """Two samples of 4 heads are enough short heads for each of the 2 threads to pack and finish one alone; of one sample the
+    threads pack all heads first."""
+    lengths = torch.tensor([61, 17], dtype=torch.int32)
+    q, k, v = (testing.random_tensor(2, 4, 61, 20, seed=seed, dtype=dtype) for seed in range(3))
+    k[1, :, 17:] = v[1, :, 17:] = float(
+        "nan"
+    )  # what a thread packed before may be left where nothing is attended
+
+    def outputs(rows):
+        inputs = [t[rows].clone().requires_grad_() for t in (q, k, v)]
+        out = fa.attention(
+            *inputs, score=score, mask=fa.Mask(causal=True, key_lengths=lengths[rows]), backend="cpu"
+        )
+        return out, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    whole = outputs(slice(0, 2))
+    for rows in (slice(0, 1), slice(1, 2)):
+        for found, alone in zip(whole, outputs(rows), strict=True):
+            assert torch.equal(found[rows], alone)
+            assert alone.isfinite().all()
+
+
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("other", (0, 3, 61))
 def test_documents_are_bitwise_independent(isa, score, other):
     """A document alone, and packed after another one of any length and content: the same bits."""
