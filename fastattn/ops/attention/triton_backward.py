@@ -7,7 +7,7 @@ import triton.language as tl
 from ... import _triton
 from ..._triton import LOG2E, dot, offset, store_tile
 from .triton_classes import tile_classes
-from .triton_problem import Problem
+from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
     add_bias,
@@ -314,9 +314,11 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *
         "g": grad_out,
         "lse": lse,
         "delta": row_products(p, grad_out, out, lse, grad_lse) if p.score.normalised else lse,
-        "classes": tile_classes(p, config["block_m"], config["block_n"]),
     }
-    p.launch(_attention_backward_kv_kernel, config, over="keys", dk=dk, dv=dv, **more)
-    p.launch(_attention_backward_q_kernel, config, over="queries", dq=dq, ds=ds, **more)
+    classes = tile_classes(p, config["block_m"], config["block_n"])
+    p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, dk=dk, dv=dv, **more)
+    config = turned(config)
+    classes = tile_classes(p, config["block_m"], config["block_n"])
+    p.launch(_attention_backward_q_kernel, config, over="queries", classes=classes, dq=dq, ds=ds, **more)
     dbias = q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias

@@ -1,5 +1,7 @@
 """One attention call as the Triton kernels take it: operands, mask, constants, tile sizes, launches."""
 
+from collections.abc import Mapping
+
 import torch
 import triton
 
@@ -130,6 +132,14 @@ class Problem:
         """An output that a kernel fills; rows past the last packed document stay zero."""
         new = self.q.new_zeros if self.packed else self.q.new_empty
         return new(shape, dtype=dtype or self.q.dtype)
+
+
+def turned(config: Mapping[str, int]) -> dict[str, int]:
+    """A backward's configuration for its other kernel: in both, the tile that stays has block_n rows and those that pass block_m.
+
+    Wide products need the longer side where the accumulator is.
+    """
+    return {**config, "block_m": config["block_n"], "block_n": config["block_m"]}
 
 
 def refusal(q, k, v, bias, *options) -> str | None:

@@ -8,7 +8,7 @@ from ... import _config, _triton
 from ..._triton import LOG2E, dot, load_tile, offset, store_tile
 from ..._triton_scores import sigmoid_derivative, sigmoid_weight, softplus_weight
 from ..attention.triton_backward import row_products, score_gradient
-from ..attention.triton_problem import Problem
+from ..attention.triton_problem import Problem, turned
 from ..attention.triton_problem import refusal as attention_refusal
 from ..attention.triton_tiles import (
     allowed_pairs,
@@ -282,7 +282,9 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse,
     dsharp = p.output(*q.shape[:3], dtype=torch.float32)
     more = _gate_values(assignment, sharpness, window, gate)
     more |= {"g": grad_out, "lse": lse, "delta": row_products(p, grad_out, out, lse)}
-    p.launch(_gated_backward_q_kernel, config, over="queries", dq=dq, da=by_query, dsharp=dsharp, **more)
+    p.launch(
+        _gated_backward_q_kernel, turned(config), over="queries", dq=dq, da=by_query, dsharp=dsharp, **more
+    )
     p.launch(_gated_backward_kv_kernel, config, over="keys", dk=dk, dv=dv, da=by_key, **more)
     grad_assignment = (by_query.sum(1) + by_key.sum(1)).to(assignment.dtype)
     return dq, dk, dv, grad_assignment, dsharp.sum(dtype=torch.float64).to(sharpness.dtype)

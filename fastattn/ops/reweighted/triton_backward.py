@@ -12,6 +12,7 @@ from ... import _triton
 from ..._triton import LOG2E, dot, offset, store_tile
 from ..._triton_scores import softplus_derivative, softplus_weight
 from ..attention.triton_backward import row_products
+from ..attention.triton_problem import turned
 from ..attention.triton_tiles import (
     allowed_pairs,
     key_interval,
@@ -196,6 +197,6 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask
         "delta": row_products(p, grad_out, out, rows),
         "shift": torch.empty_like(rows, memory_format=torch.contiguous_format),
     }
-    p.launch(_softplus_attention_backward_q_kernel, config, over="queries", dq=dq, **more)
+    p.launch(_softplus_attention_backward_q_kernel, turned(config), over="queries", dq=dq, **more)
     p.launch(_softplus_attention_backward_kv_kernel, config, over="keys", dk=dk, dv=dv, **more)
     return _through_norm(dq, q), _through_norm(dk, k), dv
