@@ -263,15 +263,34 @@ def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
             )
 
 
+def _refuse_functional_gradients(name: str, args: Sequence[Any]) -> None:
+    functorch = torch._C._functorch
+
+    def tracked(t: torch.Tensor) -> bool:
+        while functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+                return True
+            t = functorch.get_unwrapped(t)
+        return False
+
+    if torch.is_grad_enabled() and any(tracked(t) for t in _tensors(args)):
+        raise NotImplementedError(
+            f"fastattn.{name}: torch.func's grad, vjp and jacrev are not supported, torch.autograd's backward and grad are"
+        )
+
+
 def call(name: str, *args: Any) -> Any:
     """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part.
 
-    Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop.
+    Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
+    torch.func's gradients, which it refuses with no word of the op.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(name, args)
     if _unobserved(args):
         return _OPS[name].run(*args)
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_functional_gradients(name, args)
     return getattr(torch.ops.fastattn, name)(*args)
 
 

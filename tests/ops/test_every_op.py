@@ -137,6 +137,25 @@ def test_forward_mode_is_refused(name):
 
 
 @each
+def test_gradients_of_torch_func_are_refused(name):
+    fn, inputs = CALLS[name]
+
+    def loss(*inputs):
+        return sum(o.sum() for o in testing.as_tuple(fn(*inputs)))
+
+    for transformed in (
+        torch.func.grad(loss),
+        torch.func.grad(lambda *t: torch.vmap(loss)(*(x[None] for x in t)).sum()),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"fastattn\.\w+: torch.func's grad, vjp and jacrev are not supported"
+        ):
+            transformed(*inputs)
+    constant = torch.func.grad(lambda t: loss(*inputs) * t)  # no gradient goes through the op
+    assert torch.equal(constant(torch.tensor(1.0)), loss(*inputs))
+
+
+@each
 def test_vmap_is_a_loop(name):
     fn, inputs = CALLS[name]
     batched = [torch.stack([t, t * 0.5]) for t in inputs]
