@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 
 
+@cache
+def _module(name: str) -> ModuleType:
+    """A module, imported once: importlib's own look for one that is there costs as much as a check of all arguments."""
+    return importlib.import_module(name)
+
+
 def triton_backend(
     module: str, name: str, *, refusal: str = "refusal", configure: str | None = None
 ) -> Backend:
@@ -64,7 +71,7 @@ def triton_backend(
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
     def function(name):
-        return getattr(importlib.import_module(module), name)
+        return getattr(_module(module), name)
 
     def supports(*args):
         return _triton_missing() or function(refusal)(*args)
@@ -85,8 +92,9 @@ def cpu_backend(package: str, name: str, *, module: str = "cpu", tuned: bool = T
     """
 
     def function(name):
-        return getattr(importlib.import_module(f"{package}.{module}"), name)
+        return getattr(_module(path), name)
 
+    path = f"{package}.{module}"
     return Backend(
         "cpu",
         lambda: function(name),
@@ -211,10 +219,15 @@ def _differentiable_once(name: str, backward: Callable) -> Callable:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_VALUES = frozenset(
+    (type(None), bool, int, float, str)
+)  # the most of an op's arguments, and quicker to know by type
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
     for a in args:
+        if type(a) in _VALUES:
+            continue
         if isinstance(a, torch.Tensor):
             yield a
         elif isinstance(a, list | tuple):
@@ -239,9 +252,10 @@ def _unobserved(args: Sequence[Any]) -> bool:
     ):
         return False
     recording = torch.is_grad_enabled()
-    return not any(
-        type(t) not in _PLAIN or t.is_meta or (recording and t.requires_grad) for t in _tensors(args)
-    )
+    for t in _tensors(args):
+        if type(t) not in _PLAIN or t.is_meta or (recording and t.requires_grad):
+            return False
+    return True
 
 
 def serves(name: str, *args: Any) -> bool:
