@@ -30,6 +30,19 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """The folder `path`, made if need be. Raises ValueError where no file can be made in it."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; a folder is needed")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: nothing can be written there: {error.strerror}") from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` as UTF-8 to `path`, whole or not at all."""
     with replacing(path) as temporary:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fastattn import _files
+
 if TYPE_CHECKING:
     from fastattn.data.jsonl import Example
     from fastattn.data.tokenizer import Sample, Tokenizer
@@ -130,8 +132,9 @@ def train(trainer: "Run", limit_s: float | None = None) -> bool:
     """Runs `trainer` with a progress bar, or a line now and then where there is no terminal.
 
     Returns False when Ctrl-C ended it, here or in another process of it. `limit_s` ends the run early where the
-    machine got slower.
+    machine got slower. Raises ValueError before the first step where the folder cannot be written.
     """
+    _files.make_folder(trainer.folder)
     spent = 0.0
     with stop_requested() as interrupted, _Display(trainer) as display:
 

@@ -193,6 +193,16 @@ def test_a_config_that_cannot_be(run, data, tmp_path, text, message):
     assert code == 2 and message in err and "odd.json" in err
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_training(run, data, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        ("file", "is a file; a folder is needed"),
+        ("file/run", "nothing can be written"),
+    ):
+        code, out, err = run(*train_args(data, config, tmp_path / output, "--steps", 1))
+        assert code == 2 and message in err and "step" not in out
+
+
 def test_a_run_is_not_overwritten(run, data, config, trained):
     before = (trained / "training.safetensors").read_bytes()
     code, _, err = run(*train_args(data, config, trained, "--steps", 2))
