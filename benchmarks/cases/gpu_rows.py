@@ -247,5 +247,6 @@ CASES = [
     _case("swiglu", swiglu, {"rows": 16384, "width": 4096}, bars=(faster_than("eager", 1.0),)),
     _case("rotary", rotary, {"H": 16, "L": 16384, "D": 128}, bars=(faster_than("eager", 1.0),)),
     _case("SwiGLU block", products, {"rows": 8192, "width": 1536, "inner": 4096}),
+    _case("HRM-Text XL decode", functools.partial(models.decode, device=DEVICE), XL | {"batch": 1, "cached": 256}, "step", (milliseconds_at_most(3.0),)),
     _case("HRM-Text XL prefill", functools.partial(models.prefill, device=DEVICE), XL | {"tokens": 1024}, "step", (milliseconds_at_most(12.0),)),
 ]  # fmt: skip

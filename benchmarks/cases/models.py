@@ -133,12 +133,12 @@ def training(dtype, hidden, layers, samples, tokens, lengths="equal", vocabulary
     return Problem((), {"fastattn": run, "transformers": lambda: step(theirs)}, compare=compare, flops=flops)
 
 
-def decode(dtype, hidden, layers, batch, cached, shortest=None):
+def decode(dtype, hidden, layers, batch, cached, shortest=None, device="cpu"):
     """One token a row after ``cached``, or from that down to ``shortest``: theirs then are padded on the left.
 
     The caches are put back, so that every round does the same work."""
-    ours, theirs = _pair(dtype, hidden, layers)
-    ids = _tokens(batch, cached + 1)
+    ours, theirs = _pair(dtype, hidden, layers, device=device)
+    ids = _tokens(batch, cached + 1).to(device)
     prompt, token = ids[:, :cached], ids[:, cached:]
     cache = ours.make_cache(batch, cached + 1)
     ragged = shortest is not None
@@ -146,7 +146,7 @@ def decode(dtype, hidden, layers, batch, cached, shortest=None):
     padded = {}
     if ragged:
         there = torch.arange(cached + 1) >= cached - lengths[:, None]
-        padded = {"attention_mask": there.long(), "position_ids": lengths[:, None]}
+        padded = {"attention_mask": there.long().to(device), "position_ids": lengths[:, None].to(device)}
     with torch.no_grad():
         ours(prompt, prefix_lengths=lengths, lengths=lengths if ragged else None, cache=cache)
         # theirs gets our keys and values: its own bf16 prompt can take minutes

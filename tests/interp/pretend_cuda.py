@@ -40,6 +40,11 @@ class _OnTheCpu(TorchFunctionMode):
         return function(*map(_here, args), **{name: _here(value) for name, value in (kwargs or {}).items()})
 
 
+class Graph:
+    def replay(self):
+        pass
+
+
 class _Capture(TorchDispatchMode):
     """What a capture would be refused for, is refused: the host reading from the device."""
 
@@ -60,7 +65,7 @@ def installed():
         "synchronize": lambda *_: None,
         "current_device": lambda: 0,
         "get_device_properties": lambda *_: PROPERTIES,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "CUDAGraph": Graph,
         "graph": lambda _: _Capture(),
     }
     with contextlib.ExitStack() as stack:
@@ -86,6 +91,18 @@ def _on_the_cpu(backend, op):
 
 def small_rows(shape):
     """A benchmark's row with counts of one and other sizes of SMALL, but N, whose check slices it."""
-    counts = {"groups": 8, "documents": 3, "layers": 1, "heads": 1, "H": 1, "kv_heads": 1, "B": 1, "N": 704}
-    kept = {"causal"} | ({"hidden"} if "tokens" in shape else set())  # whole models come in few widths
+    counts = {
+        "groups": 8,
+        "documents": 3,
+        "layers": 1,
+        "heads": 1,
+        "H": 1,
+        "kv_heads": 1,
+        "B": 1,
+        "batch": 1,
+        "N": 704,
+    }
+    kept = {"causal"} | (
+        {"hidden"} if {"tokens", "batch"} & set(shape) else set()
+    )  # whole models come in few widths
     return {name: n if name in kept else counts.get(name, SMALL) for name, n in shape.items()}
