@@ -40,8 +40,9 @@ def doctor() -> None:
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
-        table = Table("op", *_DTYPES, "gradients", title=f"\nbackends on {device}")
-        table.title_justify = "left"
+        table = Table(title=f"\nbackends on {device}", title_justify="left")
+        for column in ("op", *_DTYPES, "gradients"):
+            table.add_column(column, overflow="fold")  # whole names on a narrow terminal
         reasons: dict[str, list[str]] = {}
         for name, arguments in probes(device):
             served = [_served(name, arguments, dtype) for dtype in _DTYPES]

@@ -62,6 +62,10 @@ class PuzzleFolder:
                 arrays[field] = np.load(path, mmap_mode=mapped, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{path}: not readable as an array: {error}") from error
+            if arrays[field].dtype.kind not in "iu" or arrays[field].ndim == 0:
+                raise ValueError(
+                    f"{path}: has dtype {arrays[field].dtype} and shape {arrays[field].shape}; integers are needed"
+                )
         examples = (len(arrays["inputs"]), self.metadata.seq_len)
         for field in ("inputs", "labels"):
             if arrays[field].shape != examples:
@@ -71,7 +75,13 @@ class PuzzleFolder:
         puzzles = len(arrays["puzzle_identifiers"])
         for field, count in (("puzzle_indices", examples[0]), ("group_indices", puzzles)):
             starts = arrays[field]
-            if starts.ndim != 1 or starts[0] != 0 or starts[-1] != count or (np.diff(starts) < 0).any():
+            if (
+                starts.ndim != 1
+                or len(starts) == 0
+                or starts[0] != 0
+                or starts[-1] != count
+                or (np.diff(starts) < 0).any()
+            ):
                 raise ValueError(f"{folder / name}__{field}.npy: must be offsets that rise from 0 to {count}")
         if len(arrays["puzzle_indices"]) != puzzles + 1:
             raise ValueError(

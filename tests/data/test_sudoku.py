@@ -140,9 +140,14 @@ def test_folder(folder):
         ),
         (lambda p: (p / "all__labels.npy").unlink(), "all__labels.npy: not readable"),
         (
-            lambda p: np.save(p / "all__labels.npy", np.zeros((6, 3))),
+            lambda p: np.save(p / "all__labels.npy", np.zeros((6, 3), dtype=np.int64)),
             r"has shape \(6, 3\); it must be \(6, 4\)",
         ),
+        (
+            lambda p: np.save(p / "all__inputs.npy", np.full((6, 4), 1.5)),
+            r"all__inputs.npy: has dtype float64 .*; integers are needed",
+        ),
+        (lambda p: np.save(p / "all__group_indices.npy", np.zeros(0, dtype=np.int64)), "rise from 0 to 6"),
         (lambda p: np.save(p / "all__puzzle_indices.npy", np.array([0, 7])), "rise from 0 to 6"),
         (lambda p: np.save(p / "all__group_indices.npy", np.array([0, 4, 2, 6])), "rise from 0 to 6"),
     ],
