@@ -39,6 +39,7 @@ static void pack_panels_of(const PackParams& p) {
     *(int64_t*)p.bytes.data = layout.panel(p.parts, 0) * 4;
     return;
   }
+  cpu::prefer_large_pages(p.packed.data, size_t(layout.panel(p.parts, 0)) * 4);
   parallel_items(p.parts * layout.part_panels, p.threads, [&](int64_t item, int) {
     const int64_t part = item / layout.part_panels, index = item % layout.part_panels;
     const int64_t first = part * layout.part_columns + index * kPanel;

@@ -2,6 +2,11 @@
 
 #include <cstdlib>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <cstdint>
+#endif
 
 namespace fastattn {
 namespace cpu {
@@ -28,6 +33,15 @@ void* scratch(int slot, size_t bytes) {
     slots.size[slot] = rounded;
   }
   return slots.data[slot];
+}
+
+void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t first = ((uintptr_t)data + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = ((uintptr_t)data + bytes) / kLarge * kLarge;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a refusal changes nothing but speed
+#endif
 }
 
 }  // namespace cpu
