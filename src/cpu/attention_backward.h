@@ -185,50 +185,56 @@ struct BackwardBlock {
     const int64_t groups = (rows + kRows - 1) / kRows, used = round_up(there, kPanel);
 
     const Word* q = queries.rows + m * packed.q_steps;
-    over_panels(groups, n, there, [&](int64_t g, int64_t j) {
-      float* to = weights + g * kRows * row + j;
-      product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
-                    [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
-    });
-    weigh(s, head, m, rows, n, there, used, queries, kind == 2);
-    pair_rows(weights, weights_t, groups, used);
-    contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
-
+    const auto make_weights = [&](int64_t begin, int64_t end) {
+      over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
+        float* to = weights + g * kRows * row + j;
+        product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
+                      [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
+      });
+      weigh(s, head, m, begin, end, rows, n, there, used, queries, kind == 2);
+      pair_rows(weights, weights_t, begin, end, used);
+    };
     const Word* grad = queries.grad_rows + m * packed.o_steps;
-    over_panels(groups, n, there, [&](int64_t g, int64_t j) {
-      float* to = slopes + g * kRows * row + j;
-      const float* delta = queries.delta + m + g * kRows;
-      product<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
-                    [&](int i, int v, vf x) {
-                      float* at = to + i * row + v * W;
-                      store(at, load(at) * (x - delta[i]));
-                    });
-    });
-    pair_rows(slopes, grads_t, groups, used);
+    const auto make_slopes = [&](int64_t begin, int64_t end) {
+      over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
+        float* to = slopes + g * kRows * row + j;
+        const float* delta = queries.delta + m + g * kRows;
+        product<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
+                      [&](int i, int v, vf x) {
+                        float* at = to + i * row + v * W;
+                        store(at, load(at) * (x - delta[i]));
+                      });
+      });
+      pair_rows(slopes, grads_t, begin, end, used);
+      pair_columns(begin, end, used);
+    };
+    // words of pairs are memory of their own: slopes follow at once, while the weights are in the first cache
+    const int64_t strip = kStep == 2 ? kStrip : groups;
+    for (int64_t g = 0; g < groups; g += strip) {
+      make_weights(g, min64(groups, g + strip));
+      if (kStep == 2) make_slopes(g, min64(groups, g + strip));
+    }
+    contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
+    if (kStep == 1) make_slopes(0, groups);
     contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
-    pair_columns(groups, used);
     float* share = queries.shares + slice * packed.share_words + m * packed.q_columns;
     contract_keys(share, groups, n, there);
   }
 
   // f(group of rows, first column) for every panel of the tile that some row of the group attends.
   template <class F>
-  FASTATTN_INLINE void over_panels_of(const RowRanges& ranges, int64_t groups, int64_t n, int64_t there, const F& f) {
+  void over_panels(int64_t begin, int64_t end, int64_t n, int64_t there, const F& f) {
     for (int64_t j = 0; j < there; j += kPanel)
-      for (int64_t g = 0; g < groups; g++)
+      for (int64_t g = begin; g < end; g++)
         if (ranges.group_high[g] > n + j && ranges.group_low[g] < n + j + kPanel) f(g, j);
   }
-  template <class F>
-  void over_panels(int64_t groups, int64_t n, int64_t there, const F& f) {
-    over_panels_of(ranges, groups, n, there, f);
-  }
 
-  // Scores to normalised weights and slopes; what no row attends becomes zero.
-  void weigh(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there, int64_t used,
-             const typename Queries::View& queries, bool mixed) {
+  // Scores of groups [begin, end) to normalised weights and slopes; what no row attends becomes zero.
+  void weigh(const Sequence& s, int64_t head, int64_t m, int64_t begin, int64_t end, int64_t rows, int64_t n,
+             int64_t there, int64_t used, const typename Queries::View& queries, bool mixed) {
     const AttentionParams& p = problem.p;
     ScoreRow constants = Score::constants(s.bias);
-    for (int64_t i = 0; i < round_up(rows, kRows); i++) {
+    for (int64_t i = begin * kRows; i < end * kRows; i++) {
       float *x = weights + i * row, *slope = slopes + i * row;
       const Columns columns(ranges, i / kRows, n, there);
       if (i >= rows || columns.empty()) {
@@ -271,27 +277,26 @@ struct BackwardBlock {
     }
   }
 
-  // bf16 pairs of neighbouring rows, a word a column: (rows / 2, row).
-  void pair_rows(const float* from, Word* to, int64_t groups, int64_t used) {
+  // bf16 pairs of neighbouring rows of groups [begin, end), a word a column: (rows / 2, row).
+  void pair_rows(const float* from, Word* to, int64_t begin, int64_t end, int64_t used) {
     if constexpr (kStep == 2) {
-      for (int64_t i = 0; i < groups * kRows; i += 2)
+      for (int64_t i = begin * kRows; i < end * kRows; i += 2)
         for (int64_t j = 0; j < used; j += W) {
-          const vu low = widen(to_bf16(load(from + i * row + j))),
-                   high = widen(to_bf16(load(from + (i + 1) * row + j)));
-          const vu x = low | (high << 16);
+          const vu x = bf16_words(load(from + i * row + j), load(from + (i + 1) * row + j));
           memcpy(to + i / 2 * row + j, &x, sizeof x);
         }
     } else {
-      (void)from, (void)to, (void)groups, (void)used;
+      (void)from, (void)to, (void)begin, (void)end, (void)used;
     }
   }
   // dS as bf16, so that neighbouring keys are pairs: (rows, row / 2).
-  void pair_columns(int64_t groups, int64_t used) {
+  void pair_columns(int64_t begin, int64_t end, int64_t used) {
     if constexpr (kStep == 2) {
-      for (int64_t i = 0; i < groups * kRows; i++)
-        for (int64_t j = 0; j < used; j += W) store((bf16*)grads + i * row + j, load(slopes + i * row + j));
+      for (int64_t i = begin * kRows; i < end * kRows; i++)
+        for (int64_t j = 0; j < used; j += 2 * W)
+          store_two((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
     } else {
-      (void)groups, (void)used;
+      (void)begin, (void)end, (void)used;
     }
   }
 

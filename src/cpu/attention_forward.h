@@ -24,11 +24,15 @@ template <class Score, bool kMasked, class Out>
 FASTATTN_INLINE void weigh_row(const float* x, Out* out, const Columns& columns, float c, const ScoreRow& constants,
                                const RowMask& mask, float* sum) {
   vf total = Score::kNormalised ? load(sum) : vf{};
-  for (int64_t j = columns.begin; j < columns.end; j += W) {
-    vf w = Score::weight(load(x + j), c, constants);
-    if (kMasked && !Score::kMaximum) w = keep(mask.at(j), w);
-    if (Score::kNormalised) total += w;
-    store(out + j, w);
+  static_assert(kPanel % (2 * W) == 0);
+  for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+    vf w[2];
+    FASTATTN_EACH(i, 2) {
+      w[i] = Score::weight(load(x + j + i * W), c, constants);
+      if (kMasked && !Score::kMaximum) w[i] = keep(mask.at(j + i * W), w[i]);
+      if (Score::kNormalised) total += w[i];
+    }
+    store_two(out + j, w[0], w[1]);
   }
   if (Score::kNormalised) store(sum, total);
 }
@@ -85,8 +89,11 @@ struct ForwardBlock {
     for (int64_t n = ranges.begin / block_k * block_k; n < ranges.end; n += block_k) {
       const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
       if (kind == 0) continue;
-      score_tile(n, groups, keys, s.keys);
-      weigh_tile(s, head, first, rows, n, constants, kind == 2);
+      for (int64_t g = 0; g < groups; g += kStrip) {
+        const int64_t end = min64(groups, g + kStrip);
+        score_tile(n, g, end, keys, s.keys);
+        weigh_tile(s, head, first, g * kRows, min64(rows, end * kRows), n, constants, kind == 2);
+      }
       add_values(n, groups, values, capacity, s.keys);
     }
     for (int64_t i = 0; i < rows; i++)
@@ -94,11 +101,11 @@ struct ForwardBlock {
                         top[i]);
   }
 
-  void score_tile(int64_t n, int64_t groups, const Word* keys, int64_t count) {
+  FASTATTN_NOINLINE_MEMBER void score_tile(int64_t n, int64_t begin, int64_t groups, const Word* keys, int64_t count) {
     const int64_t end = min64(round_up(min64(ranges.end, count), kPanel), n + block_k);
     for (int64_t j = n; j < end; j += kPanel) {
       const Word* panel = keys + j * q_steps;
-      for (int64_t g = 0; g < groups; g++) {
+      for (int64_t g = begin; g < groups; g++) {
         if (ranges.group_high[g] <= j || ranges.group_low[g] >= j + kPanel) continue;
         float* to = scores + g * kRows * block_k + (j - n);
         product<Unit>(q + g * kRows * q_steps, q_steps, panel, q_steps,
@@ -107,11 +114,11 @@ struct ForwardBlock {
     }
   }
 
-  void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n, ScoreRow constants,
-                  bool mixed) {
+  void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t begin, int64_t rows, int64_t n,
+                  ScoreRow constants, bool mixed) {
     const AttentionParams& p = problem.p;
     const int64_t there = min64(block_k, s.keys - n);
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = begin; i < rows; i++) {
       const Columns columns(ranges, i / kRows, n, there);
       if (columns.empty()) continue;
       float* x = scores + i * block_k;
@@ -141,7 +148,6 @@ struct ForwardBlock {
 
   // The running maximum takes the row's scores in; what is summed so far is rescaled to a larger one.
   void raise_top(const float* x, const Columns& columns, float c, int64_t i) {
-    static_assert(kPanel % (2 * W) == 0);
     vf a = splat(-__builtin_inff()), b = a;
     for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
       a = vmax(a, load(x + j));

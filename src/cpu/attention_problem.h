@@ -21,6 +21,8 @@ struct Arithmetic {
   FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
 };
 
+constexpr int64_t kStrip = 4;  // groups of rows whose scores become weights before the next ones', in the first cache
+
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 constexpr double kLn2Double = 0.693147180559945309;

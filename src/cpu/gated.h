@@ -168,8 +168,8 @@ struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
         if (gates)
           score_gated_tile(n, groups, panels.key_panels(n), s.keys);
         else
-          this->score_tile(n, groups, panels.keys, s.keys);
-        this->weigh_tile(s, block.head + h, block.first, rows, n, ScoreRow{}, p.dense.data != nullptr);
+          this->score_tile(n, 0, groups, panels.keys, s.keys);
+        this->weigh_tile(s, block.head + h, block.first, 0, rows, n, ScoreRow{}, p.dense.data != nullptr);
         this->add_values(n, groups, panels.values, panels.capacity, s.keys);
       }
     }

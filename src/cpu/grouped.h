@@ -258,9 +258,9 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     Sequence s = view.s;
     s.keys = view.keys;
     for (int64_t n = this->ranges.begin / this->block_k * this->block_k; n < this->ranges.end; n += this->block_k) {
-      this->score_tile(n, groups, keys, view.keys);
+      this->score_tile(n, 0, groups, keys, view.keys);
       if (view.list && view.list->test) exclude(*view.list, first, rows, n, min64(this->block_k, view.keys - n));
-      this->weigh_tile(s, head, first, rows, n, ScoreRow{}, false);
+      this->weigh_tile(s, head, first, 0, rows, n, ScoreRow{}, false);
       this->add_values(n, groups, values, capacity, view.keys);
     }
     for (int64_t i = 0; i < rows; i++) {

@@ -51,9 +51,13 @@ FASTATTN_INLINE vf load_lanes(const T* p, int64_t count) {
 // W columns of two rows as words, the first row in the low halves; the second may be missing.
 FASTATTN_INLINE vf load_row_pair(const bf16* p, int64_t stride, int64_t count, bool second) {
   vh low{}, high{};
-  const size_t bytes = size_t(min64(count, W)) * 2;
-  memcpy(&low, p, bytes);
-  if (second) memcpy(&high, p + stride, bytes);
+  if (count >= W) {
+    low = load_h(p);
+    if (second) high = load_h(p + stride);
+  } else {
+    memcpy(&low, p, size_t(count) * 2);
+    if (second) memcpy(&high, p + stride, size_t(count) * 2);
+  }
   return (vf)(widen(low) | (widen(high) << 16));
 }
 

@@ -131,9 +131,9 @@ FASTATTN_INLINE void for_tile_products(int64_t stride, const typename Unit::Word
   }
 }
 template <class Unit>
-FASTATTN_INLINE void tile_products(float* to, int64_t stride, const typename Unit::Word* a, int64_t steps,
-                                   const typename Unit::Word* panels, const RowRanges& ranges, int64_t groups,
-                                   int64_t n, int64_t columns) {
+FASTATTN_NOINLINE void tile_products(float* to, int64_t stride, const typename Unit::Word* a, int64_t steps,
+                                     const typename Unit::Word* panels, const RowRanges& ranges, int64_t groups,
+                                     int64_t n, int64_t columns) {
   for_tile_products<Unit>(stride, a, steps, panels, ranges, groups, n, columns,
                           [&](int64_t at, vf x) { store(to + at, x); });
 }

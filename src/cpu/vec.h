@@ -91,26 +91,44 @@ FASTATTN_INLINE vi iota() {
 }
 
 // Sums and maxima in one fixed order (halves), so that results do not depend on the call.
-FASTATTN_INLINE float reduce_add(vf x) {
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTATTN_WIDE)
-  __m128 t = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
-  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+#if defined(__AVX2__) && !defined(FASTATTN_WIDE)
+struct Sum {
+  FASTATTN_INLINE __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  FASTATTN_INLINE __m128 of(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+};
+struct Larger {
+  FASTATTN_INLINE __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  FASTATTN_INLINE __m128 of(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+};
+template <class Op>
+FASTATTN_INLINE float reduce(vf x) {
+#if defined(__AVX512F__)
+  const __m256 half = Op::of(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
 #else
-  float t[W];
-  memcpy(t, &x, sizeof t);
-  for (int w = W / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) t[i] += t[i + w];
-  return t[0];
+  const __m256 half = (__m256)x;
 #endif
+  __m128 t = Op::of(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  t = Op::of(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(Op::of(t, _mm_movehdup_ps(t)));
 }
-FASTATTN_INLINE float reduce_max(vf x) {
+#else
+struct Sum {
+  FASTATTN_INLINE float of(float a, float b) { return a + b; }
+};
+struct Larger {
+  FASTATTN_INLINE float of(float a, float b) { return a > b ? a : b; }
+};
+template <class Op>
+FASTATTN_INLINE float reduce(vf x) {
   float t[W];
   memcpy(t, &x, sizeof t);
   for (int w = W / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+    for (int i = 0; i < w; i++) t[i] = Op::of(t[i], t[i + w]);
   return t[0];
 }
+#endif
+FASTATTN_INLINE float reduce_add(vf x) { return reduce<Sum>(x); }
+FASTATTN_INLINE float reduce_max(vf x) { return reduce<Larger>(x); }
 
 // --- conversions ---------------------------------------------------------------------------------------------------
 
@@ -288,6 +306,19 @@ FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
 #endif
 }
 #endif
+
+// Words of two bf16, low's elements in the lower halves and high's in the upper ones.
+FASTATTN_INLINE vu bf16_words(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  vh order[2];  // lane i of low, lane i of high
+  for (int i = 0; i < 2 * W; i++) order[i / W][i % W] = uint16_t(i / 2 + i % 2 * W);
+  __m512i lanes;
+  memcpy(&lanes, order, sizeof lanes);
+  return (vu)_mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  return widen(to_bf16(low)) | (widen(to_bf16(high)) << 16);
+#endif
+}
 
 // --- pairs: 2W neighbours as two vectors, in an order that is the type's own -----------------------------------------
 //
