@@ -2,6 +2,7 @@
 # make test      set up, then the whole test suite on the installed package
 # make test-all  with the slow tests
 # make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
+# make test-kernels   the CPU kernels alone, without Python, each instruction set of this machine: seconds after the build
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
@@ -13,7 +14,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-emulated gpu-check lint clean setup-demo setup-test
+.PHONY: demo test test-all test-emulated test-kernels gpu-check lint clean setup-demo setup-test
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -45,6 +46,12 @@ test-all: setup-test
 
 test-emulated: setup-test
 	@echo "== tests: AVX-512 kernels, emulated"; cd tests; OMP_WAIT_POLICY=passive $(BIN)/python -P native/emulated.py
+
+test-kernels: setup-test
+	@$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(BIN)/python \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	@$(BIN)/cmake --build build/kernels --target kernel_check
+	@build/kernels/kernel_check
 
 # The device is asked for first: without one nothing is set up. nvcc, where there is one, builds src/cuda for this device.
 gpu-check:

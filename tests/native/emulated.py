@@ -1,7 +1,8 @@
 """Run tests on the AVX-512 kernels without AVX-512: `python tests/native/emulated.py [pytest arguments]`.
 
 Builds the compiled module with FASTATTN_EMULATE_AVX512 (the same kernels, 64-byte vectors lowered to AVX2, the bf16 dot
-product in plain C++), puts it in the place of the installed one, and runs the ops' tests on each instruction set.
+product in plain C++), runs kernel_check, puts the module in the place of the installed one, and runs the ops' tests on
+each instruction set.
 """
 
 import importlib.util
@@ -40,7 +41,7 @@ def build() -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options], check=True)
-    subprocess.run(["cmake", "--build", BUILD, "-j2"], check=True)
+    subprocess.run(["cmake", "--build", BUILD, "-j2", "--target", "all", "kernel_check"], check=True)
     return next(BUILD.glob("_core*.so"))
 
 
@@ -55,4 +56,6 @@ if __name__ == "__main__":
     import pytest
 
     load(build())
+    if not sys.argv[1:]:
+        subprocess.run([BUILD / "kernel_check", "avx512", "avx512bf16"], check=True)
     sys.exit(pytest.main(sys.argv[1:] or TESTS))
