@@ -352,11 +352,17 @@ static void backward_tiled(const AttentionParams& p) {
   if (pairs == 0) return;
   // from what does not change with the documents, so that neither do their gradients
   const int64_t heads = p.k.size[0] * problem.kv_heads;
-  const int64_t slices = heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads;
+  const int64_t slices = even_parts(heads, p.threads, heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads);
 
   const PackedQueries<Unit> packed(problem, blocks * block_q, slices);
   const int64_t pair_bytes = problem.group * packed.words() * 4;
-  const int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
+  // Pairs packed at a time, in whole rounds of the threads: with 3, half of 2 threads would wait for the last one.
+  int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
+  for (int64_t even = wave; wave < pairs && even * slices >= p.threads; even--)
+    if (even * slices % p.threads == 0) {
+      wave = even;
+      break;
+    }
   char* const origin = (char*)4096;
   Arena measure{origin};
   BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, measure);

@@ -1,5 +1,6 @@
 // Grouped sparse attention backward: list by list, P = exp(s - lse), dS = P (dP - delta), and the five products of
-// every tile with its gathered rows. One task a key head, which owns that head's gradients in float32.
+// every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with few key
+// heads several, each with every so many blocks of rows and gradients of its own, summed in order.
 #pragma once
 
 #include "attention_backward.h"
@@ -67,7 +68,8 @@ struct GroupedGradients {
         copy(arena.take<char>(max64(block_q, capacity) * max64(head_dim, value_dim) * 4)),
         ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
 
-  void run(int64_t sequence, int64_t kv_head) {
+  // The part-th of `parts` of a key head's blocks of rows: gradients without their factors.
+  void run(int64_t sequence, int64_t kv_head, int64_t part, int64_t parts) {
     const Sequence s = problem.sequence(sequence);
     memset(grad_q, 0, size_t(queries * problem.group * head_columns) * 4);
     memset(grad_k, 0, size_t(keys * head_columns) * 4);
@@ -78,8 +80,19 @@ struct GroupedGradients {
                    out = matrix(p.out, s.batch, head, s.q_begin);
       for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, out, i, value_dim);
     }
+    int64_t blocks = 0;
     for (int number = 0; number <= problem.lists[sequence].count; number++)
-      run_list(ListView(problem, sequence, number), kv_head);
+      run_list(ListView(problem, sequence, number), kv_head, part, parts, &blocks);
+  }
+
+  void add(const GroupedGradients& other) {
+    add_row(grad_q, other.grad_q, queries * problem.group * head_columns);
+    add_row(grad_k, other.grad_k, keys * head_columns);
+    add_row(grad_v, other.grad_v, keys * value_columns);
+  }
+
+  void finish(int64_t sequence, int64_t kv_head) {
+    const Sequence s = problem.sequence(sequence);
     const float scale = (float)p.scale;
     for (int64_t h = 0; h < problem.group; h++)
       store_gradients(matrix(p.grad_q, s.batch, kv_head * problem.group + h, s.q_begin),
@@ -90,11 +103,15 @@ struct GroupedGradients {
                     1.0f);
   }
 
-  void run_list(const ListView& view, int64_t kv_head) {
+  // `block` counts the head's blocks of rows: those whose number is `part` modulo `parts` are run.
+  void run_list(const ListView& view, int64_t kv_head, int64_t part, int64_t parts, int64_t* block) {
     const Sequence& s = view.s;
+    const int64_t blocks = problem.group * ((view.rows + block_q - 1) / block_q), before = *block;
+    *block += blocks;
+    const int64_t own = (part - before % parts + parts) % parts;
     const bool scattered = view.list != nullptr;
     const auto key_at = [&](int64_t j) { return view.key(j); };
-    if (view.keys == 0) return;
+    if (view.keys == 0 || own >= blocks) return;
     const Matrix k = gather(copy, matrix(p.k, s.batch, kv_head, s.k_begin), 0, view.keys, head_dim, scattered, key_at);
     pack_transposed<Singles>(keys_transposed, k, view.keys, head_dim);
     pack_panels<Singles>(key_panels, capacity, 0, k, view.keys, head_dim);
@@ -103,9 +120,10 @@ struct GroupedGradients {
     const int64_t used = round_up(view.keys, kGradientTile);
     memset(list_keys, 0, size_t(used * head_columns) * 4);
     memset(list_values, 0, size_t(used * value_columns) * 4);
-    for (int64_t h = 0; h < problem.group; h++)
-      for (int64_t first = 0; first < view.rows; first += block_q)
-        run_block(view, kv_head * problem.group + h, h, first, min64(block_q, view.rows - first));
+    for (int64_t i = own; i < blocks; i += parts) {
+      const int64_t h = i % problem.group, first = i / problem.group * block_q;
+      run_block(view, kv_head * problem.group + h, h, first, min64(block_q, view.rows - first));
+    }
     for (int64_t j = 0; j < view.keys; j++) {
       add_row(grad_k + view.key(j) * head_columns, list_keys + j * head_columns, head_columns);
       add_row(grad_v + view.key(j) * value_columns, list_values + j * value_columns, value_columns);
@@ -181,10 +199,24 @@ static void grouped_backward(const GroupedParams& p) {
   const Longest longest(problem);
   const int64_t block_q = round_up(p.block_q, kRows);
   const int64_t bytes = round_up(GroupedGradients::bytes(problem, longest, block_q), 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
-  parallel_items(problem.sequences * problem.kv_heads, p.threads, [&](int64_t task, int thread) {
-    GroupedGradients(problem, longest, block_q, Arena{memory + thread * bytes})
-        .run(task / problem.kv_heads, task % problem.kv_heads);
+  const int64_t heads = problem.sequences * problem.kv_heads;
+  const int64_t parts = heads == 0 || heads >= p.threads ? 1 : even_parts(heads, p.threads, p.threads / heads);
+  const int64_t slots = parts > 1 ? heads * parts : p.threads;
+  char* memory = (char*)cpu::scratch(0, size_t(slots * bytes));
+  const auto gradients = [&](int64_t slot) {
+    return GroupedGradients(problem, longest, block_q, Arena{memory + slot * bytes});
+  };
+  parallel_items(heads * parts, p.threads, [&](int64_t task, int thread) {
+    const int64_t head = task / parts, sequence = head / problem.kv_heads, kv_head = head % problem.kv_heads;
+    GroupedGradients mine = gradients(parts > 1 ? task : thread);
+    mine.run(sequence, kv_head, task % parts, parts);
+    if (parts == 1) mine.finish(sequence, kv_head);
+  });
+  if (parts == 1) return;
+  parallel_items(heads, p.threads, [&](int64_t head, int) {
+    GroupedGradients total = gradients(head * parts);
+    for (int64_t part = 1; part < parts; part++) total.add(gradients(head * parts + part));
+    total.finish(head / problem.kv_heads, head % problem.kv_heads);
   });
 }
 

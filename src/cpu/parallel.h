@@ -44,6 +44,20 @@ FASTATTN_INLINE void parallel_items(int64_t count, int threads, const Body& body
 #endif
 }
 
+// Parts to cut each of `units` equal tasks in, `least` or up to three more, so that nine tenths of the threads' time is
+// used, or as much as can be.
+FASTATTN_INLINE int64_t even_parts(int64_t units, int64_t threads, int64_t least) {
+  int64_t best = least;
+  double most = 0;
+  for (int64_t parts = least; parts < least + 4; parts++) {
+    const int64_t tasks = units * parts, rounds = (tasks + threads - 1) / threads;
+    const double used = double(tasks) / double(rounds * threads);
+    if (used > most) most = used, best = parts;
+    if (used >= 0.9) break;
+  }
+  return best;
+}
+
 // (A, B, C) rows of four-dimensional tensors as one index.
 struct Rows {
   int64_t b, c;

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import _config, _native, testing
 from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
 
 # small tiles, so that short sequences cross many of their edges
@@ -110,6 +110,16 @@ def test_runs_are_bitwise_equal(isa, score, dtype):
     first = results(q, k, v, score, mask=mask)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, results(q, k, v, score, mask=mask), strict=True))
+
+
+@pytest.mark.parametrize("threads", (1, 3, 5))
+@pytest.mark.parametrize("kv_heads", (1, 3, 7))
+def test_gradients_for_any_heads_and_threads(isa, nan_outputs, monkeypatch, threads, kv_heads):
+    """Key heads are cut in slices of keys that keep the threads busy, and packed in waves: 7 of these do not fit in one."""
+    monkeypatch.setattr(_native, "threads", lambda: threads)
+    inputs = testing.attention_inputs(1, 2 * kv_heads, kv_heads, 200, 90, 200)
+    mask = fa.Mask(causal=True)
+    testing.check_op(run("cpu", "softmax", mask), run("reference", "softmax", mask), inputs, terms=200 + 200)
 
 
 @pytest.mark.parametrize("score", SCORES)

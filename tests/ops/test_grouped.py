@@ -241,6 +241,23 @@ def test_native_decoding(isa, nan_outputs):
         assert testing.max_error(actual, truth) <= testing.rounding_band(truth, torch.float32, 150)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 3), (2, 2), (4, 1)])
+def test_native_for_any_heads_and_threads(isa, nan_outputs, monkeypatch, threads, kv_heads, group):
+    """Fewer key heads than threads: the gradients of one are made in parts and summed; some lists have fewer blocks of rows
+    than there are parts."""
+    monkeypatch.setattr(_native, "threads", lambda: threads)
+    groups = fa.focus_groups(torch.rand(1, 230, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    groups[:, :100] = 1
+    inputs = testing.attention_inputs(1, kv_heads * group, kv_heads, 230, 230, 16)
+    cuts = torch.tensor([0, 40, 40, 230], dtype=torch.int32)
+    for mask in (None, fa.Mask(cu_seqlens_q=cuts, cu_seqlens_k=cuts)):
+        options = {"window": 9, "mask": mask}
+        testing.check_op(
+            call(groups, "cpu", **options), call(groups, "reference", **options), inputs, terms=230
+        )
+
+
 def test_native_is_deterministic(isa):
     inputs = testing.attention_inputs(1, 4, 2, 200, 200, 16)
     groups = fa.focus_groups(torch.rand(1, 200, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
