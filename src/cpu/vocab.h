@@ -176,36 +176,37 @@ static void vocab_rows_of(const VocabRowsParams& p) {
         const float share = !Stable ? scale : scale / (p.statistics ? sum : (float)__builtin_exp((double)lse));
         const vf weight = splat(share), shift = splat(lse), back = splat(temperature / (cap != 0 ? cap : 1.0f));
         vf dots = {};
-        // the gradient of a prepared logit, chained back to the one that came from the product
+        // of the normaliser by a prepared logit: softmax, or s(a) / (1 + |a|) over the sum
+        const auto normaliser = [&](vf a) {
+          if constexpr (!Stable) return weight * exp(a - shift);
+          const vf inverse = splat(1.0f) / (splat(1.0f) + absolute(a));
+          return weight * select(a >= vf{}, splat(1.0f), inverse * inverse);
+        };
+        // from a prepared logit back to the one that came from the product
         const auto chain = [&](vf g, vf a) {
-          if (p.temperature.data) {
-            dots += select(g == vf{}, g, g * a);
-            g *= splat(over);
-          }
-          if (cap != 0) g *= splat(1.0f) - (a * back) * (a * back);
-          return g;
+          if (p.temperature.data) g *= splat(over);
+          return cap != 0 ? g * (splat(1.0f) - (a * back) * (a * back)) : g;
+        };
+        const auto by_temperature = [&](vf g, vf a) {
+          if (p.temperature.data) dots += select(g == vf{}, g, g * a);
         };
         for_columns(columns, [&](int64_t j, int n) {
           const vf a = get(x + j, n);
-          vf g;
-          if constexpr (Stable) {  // s(a) / (1 + |a|)
-            const vf inverse = splat(1.0f) / (splat(1.0f) + absolute(a));
-            g = weight * select(a >= vf{}, splat(1.0f), inverse * inverse);
-          } else {
-            g = weight * exp(a - shift);
-          }
+          vf g = normaliser(a);
           if (n < W) {  // lanes past the end hold zeros, whose share must not be counted
             vf kept = {};
             for (int i = 0; i < n; i++) kept[i] = g[i];
             g = kept;
           }
+          by_temperature(g, a);
           put(out + j, chain(g, a), n);
         });
-        if (here) {
+        if (here) {  // again as a whole: a sure target's gradient is less than the rounding of its share
           vf g = {}, a = {};
           g[0] = Stable ? -grad / (1.0f + __builtin_fabsf(y)) : -grad;
           a[0] = y;
-          put(out + column, get(out + column, 1) + chain(g, a), 1);
+          by_temperature(g, a);
+          put(out + column, chain(normaliser(a) + g, a), 1);
         }
         if (p.temperature.data) *float_at(p.grad_temperature, r) -= reduce_add(dots) * over;
       }

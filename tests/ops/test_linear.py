@@ -92,6 +92,15 @@ def test_batches(batch, before, isa):
         testing.check_op(run(before, True), define(before, True), inputs, terms=30)
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_gradients_of_some_inputs_alone(wanted):
+    inputs = problem(5, 9, 12, "gate", True, True, "contiguous")
+    some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    _, alone = testing.differentiate(run("gate", True), some)
+    _, all_of_them = testing.differentiate(run("gate", True), inputs)
+    assert all(torch.equal(g, all_of_them[i]) for g, i in zip(alone, wanted, strict=True))
+
+
 def test_rows_of_zero_and_of_large_values(isa):
     x = testing.random_tensor(9, 20, seed=1)
     x[0], x[1] = 0, x[1] * 1e15

@@ -193,6 +193,26 @@ def test_stablemax(isa, nan_outputs, n, v, scale, layout, seed):
     compare(op, (logits,), upstream)
 
 
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_stablemax_gradient_of_sure_targets(isa, dtype):
+    """At the target it is a difference of nearly equal numbers: rounded once, after they are subtracted."""
+    sure = torch.tensor([[1000.0, -1000.0, 0.5], [300.0, -40.0, -7.0], [2.0, -900.0, -800.0]], dtype=dtype)
+    logits = sure.requires_grad_()
+    true = sure.detach().double().requires_grad_()
+    target = torch.zeros(3, dtype=torch.int64)
+    fa.stablemax_cross_entropy(logits, target, reduction="sum", backend="cpu").backward()
+    fa.stablemax_cross_entropy(true, target, reduction="sum", backend="reference").backward()
+    # one rounding to dtype, and two numbers below 1 / (1 + x) to a few float32 roundings each, subtracted; float16 has
+    # values down to 2^-24
+    error = (logits.grad.double() - true.grad).abs()
+    slope = 1 / (1 + true.detach().abs())
+    limit = torch.finfo(dtype).eps / 2 * true.grad.abs() + 8 * testing.EPS32 * slope
+    assert bool((error <= limit + (2.0**-25 if dtype == torch.float16 else 0)).all())
+    alone = torch.tensor([[-0.3]], dtype=dtype).requires_grad_()
+    fa.stablemax_cross_entropy(alone, target[:1], backend="cpu").backward()
+    assert float(alone.grad.abs()) <= 8 * testing.EPS32
+
+
 LOW = (torch.bfloat16, torch.float16)
 
 

@@ -68,12 +68,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, grad_product, grad_rstd):
     if grad is None:
         return (None,) * 8
-    if ctx.swiglu and not ctx.save:
-        raise RuntimeError("fastattn.fused_linear: save must be True for a gradient through swiglu")
     x, weight, gate, rstd, product = ctx.saved_tensors
     need_x, need_weight, need_gate, need_residual = ctx.needs_input_grad[:4]
     dx = dweight = dgate = None
     if need_x or need_weight or need_gate:
+        if ctx.swiglu and not ctx.save:
+            raise RuntimeError("fastattn.fused_linear: save must be True for a gradient through swiglu")
         dx, dweight, dgate = torch.ops.fastattn.fused_linear_backward(
             grad,
             x,
