@@ -70,6 +70,23 @@ def target(device: Any = "cpu") -> Target:
     return Target(kind=kind, name=kind, arch=kind)
 
 
+def present(device: str, where: str) -> Target:
+    """The target of a device that tables are made for, "cpu", "cuda" or "cuda:1". Raises ValueError, beginning with `where`,
+    for any other and for a GPU that is not there."""
+    kind, colon, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or bool(colon) != index.isdecimal()):
+        raise ValueError(f"{where}: device is {device!r}, expected cpu, cuda or cuda:1")
+    if kind == "cuda":
+        import torch
+
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            raise ValueError(
+                f"{where}: there is no {device}: torch sees {count or 'no'} GPU{'s' * (count > 1)}"
+            )
+    return target(device)
+
+
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the compiled module's choice, else what the flags allow."""
     native = sys.modules.get("fastattn._native")

@@ -34,7 +34,9 @@ def start(
         source = FolderData(data)
     else:
         held_out = max(1, min(HELD_OUT[box], puzzles // 10))
-        source = SudokuData(box, blanks=_blanks(blanks, box), puzzles=puzzles, held_out=held_out, seed=seed)
+        source = SudokuData(
+            box, blanks=blank_cells(blanks, box), puzzles=puzzles, held_out=held_out, seed=seed
+        )
     torch.manual_seed(seed)
     model = Hrm(model_config(source, shape))
     config = HrmTrainConfig(seed=seed, sudoku=source.options, **options)
@@ -90,7 +92,7 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
     return report.write(output / "report.html", page)
 
 
-def _blanks(text: str | None, box: int) -> tuple[int, int]:
+def blank_cells(text: str | None, box: int) -> tuple[int, int]:
     if text is None:
         return BLANKS[box]
     fewest, dash, most = text.partition("-")

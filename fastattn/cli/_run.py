@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,11 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def quantised(codebook_size: int) -> dict[str, Any]:
+    """HrmTextConfig keys of `--head vq`."""
+    return {"head": "vq", "codebook_size": codebook_size, "codebook_assignment": "straight_through"}
+
+
 def model_config(path: Path | None, vocab_size: int, **changes: Any) -> "HrmTextConfig":
     """The model of a new run: SMALL_MODEL, or what the JSON file says, with `changes`."""
     from fastattn.models import HrmTextConfig
@@ -93,10 +99,21 @@ def start(
     return Trainer(folder, HrmText(shape), tokenizer, samples, held_out, config)
 
 
-def say_resumed(trainer: "Run") -> None:
+def model_type(folder: Path) -> str:
+    """What the config.json of a model's folder says it is, "" where there is none to read."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
+def say_resumed(trainer: "Run", minutes: bool = False) -> None:
+    """`minutes`: a time to train was given as well."""
     import torch
 
     console.print(f"resuming {trainer.folder} at step {trainer.step_number:,} of {trainer.config.steps:,}")
+    if minutes:
+        console.print("--minutes planned the run's steps when it began; they stay as they are")
     if trainer.threads != torch.get_num_threads():
         console.print(
             f"the run was on {trainer.threads} threads and goes on with {torch.get_num_threads()}: results "
@@ -239,6 +256,11 @@ def respond(
     pieces.append(stream.finish())
     show(pieces[-1])
     return "".join(pieces)
+
+
+def visible(text: str) -> str:
+    """`text` for a terminal: what would move its cursor or change its state is spelled out, `\\x1b`."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: int = 64) -> "list[Answer]":

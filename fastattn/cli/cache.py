@@ -35,7 +35,7 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
 
     console = _console()
     _config.tunings()
-    target = _device.target(device)
+    target = _device.present(device, "cache")
     console.print(f"{target.name}, {target.arch}, {target.units} units", markup=False)
     shown = False
     for source, table in _tables.tables(target):
@@ -75,10 +75,11 @@ def why(
     backends = [other for known, other in declared if known == name]
     backend = backend or (backends[0] if len(backends) == 1 else "")
     if (name, backend) not in declared:
-        known = ", ".join(sorted(".".join(one) for one in declared))
-        raise ValueError(f"cache why: no tuned op {op}; there is {known}")
-    declaration, target = declared[name, backend], _device.target(device)
-    given = fields_of(" ".join(key or ()))
+        known = sorted(".".join(one) for one in declared)
+        close = [one for one in known if one.startswith(f"{name}.")] or known
+        raise ValueError(f"cache why: no tuned op {op}; there is {', '.join(close)}")
+    declaration, target = declared[name, backend], _device.present(device, "cache")
+    given = fields_of(" ".join(key), "cache why: the key is") if key else {}
     wanted = (*declaration.structural, *declaration.sizes)
     if given.keys() != set(wanted):
         raise ValueError(
@@ -125,7 +126,7 @@ def verify(
 
     console = _console()
     _config.tunings()
-    target = _device.target(device)
+    target = _device.present(device, "cache")
     bad = good = 0
     for source, table in _tables.tables(target):
         for op, backend, entry in every_entry(table):
@@ -152,7 +153,7 @@ def export(path: _File, device: _Device = "cpu") -> None:
     from fastattn import _device, _tables
     from fastattn.autotune.table import user_path, write
 
-    target = _device.target(device)
+    target = _device.present(device, "cache")
     table = _tables.read_table(user_path(target), target)
     if table is None:
         raise ValueError(f"cache export: there is no table at {user_path(target)} (fastattn tune makes one)")
@@ -165,6 +166,8 @@ def import_(path: _File) -> None:
     from fastattn import _config
     from fastattn.autotune.table import import_table
 
+    if not path.exists():
+        raise FileNotFoundError(f"cache import: {path}: no such file")
     _config.tunings()
     written, count = import_table(path)
     _console().print(f"{count} entries merged into {written}", markup=False, soft_wrap=True)
@@ -179,7 +182,7 @@ def clear(
     from fastattn import _device, _tables
     from fastattn.autotune.table import remove, user_path
 
-    target = _device.target(device)
+    target = _device.present(device, "cache")
     found = remove(user_path(target), target, ops or ())
     if trials:
         for file in (_tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):

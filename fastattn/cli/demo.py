@@ -110,4 +110,6 @@ def _head(number: int, text: str) -> None:
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    from fastattn.cli import _run
+
+    return escape(_run.visible(text))

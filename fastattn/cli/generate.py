@@ -31,10 +31,12 @@ def generate(
         prompt = sys.stdin.read().strip()
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder; `fastattn train` makes one")
+    if _run.model_type(model) == "hrm":
+        raise ValueError(f"{model}: holds an HRM, which solves puzzles; only HRM-Text answers")
     tokenizer = Tokenizer.load(model)
 
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        print(_run.visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     _run.respond(
         HrmText.from_pretrained(model),

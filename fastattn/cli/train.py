@@ -40,7 +40,8 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with the run in --output; its own options hold, --threads aside."
+            "--resume",
+            help="Go on with the run in --output. Its own options hold: another value is refused, --threads aside.",
         ),
     ] = False,
     held_out: Annotated[
@@ -95,13 +96,16 @@ def train(
     """
     if model not in ("hrm-text", "hrm"):
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
+    from fastattn.cli import _resume
+
     for name in _HRM_ONLY if model == "hrm-text" else _TEXT_ONLY:
-        if context.get_parameter_source(name).name != "DEFAULT":
+        if _resume.given_by_user(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
     import torch
 
     from fastattn import training_ranks
     from fastattn.cli import _run
+    from fastattn.training_state import STATE
 
     ranks = training_ranks.launched()
     if ranks and model == "hrm":
@@ -113,14 +117,20 @@ def train(
             raise ValueError(f"--threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     rate = {} if learning_rate is None else {"learning_rate": learning_rate}
-    if not resume and training_ranks.has_state(output):
+    if resume:
+        if not training_ranks.has_state(output):
+            raise FileNotFoundError(f"{output / STATE}: no such file; there is no run to resume")
+        if model == "hrm-text" and _run.model_type(output) == "hrm":
+            raise ValueError(f"{output}: is a run of hrm, not of hrm-text; give --model hrm")
+    elif training_ranks.has_state(output):
         raise ValueError(f"{output}: holds a run already; give --resume to go on with it, or another folder")
     if model == "hrm":
         from fastattn.cli import _puzzles
 
         if resume:
             run = _puzzles.resume(output, data)
-            _run.say_resumed(run)
+            _resume.check_puzzles(context, run, data)
+            _run.say_resumed(run, _resume.given_by_user(context, "minutes"))
         else:
             run = _puzzles.start(
                 *(output, data),
@@ -143,13 +153,9 @@ def train(
 
     if head not in ("dense", "vq"):
         raise ValueError(f"--head is {head!r}; it must be dense or vq")
-    if head == "dense" and context.get_parameter_source("codebook_size").name != "DEFAULT":
+    if head == "dense" and not resume and _resume.given_by_user(context, "codebook_size"):
         raise ValueError("--codebook-size is for --head vq")
-    changes = (
-        {"head": "vq", "codebook_size": codebook_size, "codebook_assignment": "straight_through"}
-        if head == "vq"
-        else {}
-    )
+    changes = _run.quantised(codebook_size) if head == "vq" else {}
 
     from fastattn.data.jsonl import read_jsonl
     from fastattn.data.tokenizer import Tokenizer
@@ -167,7 +173,8 @@ def train(
     if resume:
         tokenizer = Tokenizer.load(output)
         trainer = Trainer.resume(output, tokenizer, tokenizer.samples(examples), tokenizer.samples(test))
-        _run.say_resumed(trainer)
+        _resume.check_text(context, trainer, examples, **changes)
+        _run.say_resumed(trainer, _resume.given_by_user(context, "minutes"))
     else:
         tokenizer = Tokenizer.train(examples, vocab_size)
         shape = _run.model_config(config, tokenizer.vocab_size, **changes)

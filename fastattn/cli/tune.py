@@ -23,13 +23,13 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def fields_of(text: str) -> dict[str, Any]:
+def fields_of(text: str, where: str = "tune: shapes are") -> dict[str, Any]:
     """Fields such as "length=4096 dtype=bfloat16 causal=true" of one call."""
     fields: dict[str, Any] = {}
     for part in re.split(r"[\s,]+", text.strip()):
         name, equals, value = part.partition("=")
         if not equals or not name or not value:
-            raise ValueError(f"tune: shapes are {text!r}, expected fields such as length=4096,heads=8")
+            raise ValueError(f"{where} {text!r}, expected fields such as length=4096,heads=8")
         if value.lower() in ("true", "false"):
             fields[name] = value.lower() == "true"
         else:
@@ -66,6 +66,8 @@ def tune(
     given = [fields_of(text) for text in shapes or ()]
     seconds = seconds_of(budget) if budget else None
     wanted = [op for op in re.split(r"[\s,]+", ops) if op]
+    if threads is not None and threads < 1:
+        raise ValueError(f"tune: threads is {threads}, expected 1 or more")
     for extra in ("optuna", "matplotlib"):  # told before a minute's work rather than after
         if importlib.util.find_spec(extra) is None and (extra == "optuna" or report is not None):
             raise ModuleNotFoundError(f"tune: {extra} is not installed: pip install 'fastattn[tune]'")
@@ -73,8 +75,10 @@ def tune(
 
     console = Console()
     with console.status("starting"):
+        from fastattn import _device
         from fastattn.autotune import tuner
 
+        _device.present(device, "tune")
         from ._tune_progress import Progress, summary
     with Progress(console, started) as progress:
         run = tuner.tune(

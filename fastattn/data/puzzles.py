@@ -221,6 +221,10 @@ def write_folder(
 
 
 def _read_metadata(path: Path) -> PuzzleMetadata:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; a folder of puzzles has dataset.json in train and in test"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(PuzzleMetadata)}

@@ -10,7 +10,7 @@ from planted import entry, table
 from typer.testing import CliRunner
 
 from fastattn import _config, _tables
-from fastattn.cli import cache, tune
+from fastattn.cli import cache, main, tune
 
 KEY = ["dtype=float32", "head_dim=64"]
 
@@ -130,6 +130,27 @@ def test_fields():
     for bad in ("length", "=4", "length="):
         with pytest.raises(ValueError, match="expected fields"):
             tune.fields_of(bad)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("cache", "show", "--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:1"),
+        (("cache", "show", "--device", "cuda:99"), "cache: there is no cuda:99: torch sees"),
+        (("cache", "verify", "--device", "cuda:x"), "device is 'cuda:x'"),
+        (("tune", "--device", "cuda:99"), "tune: there is no cuda:99"),
+        (("tune", "--threads", "0"), "tune: threads is 0"),
+        (("cache", "why", "attention"), "no tuned op attention; there is attention.cpu, attention.triton"),
+        (("cache", "why", "attention.cpu"), "attention.cpu needs the fields dtype=..."),
+        (("cache", "why", "attention.cpu", "dtype"), "cache why: the key is 'dtype', expected fields"),
+        (("cache", "import", "nowhere.json"), "nowhere.json: no such file"),
+    ],
+)
+def test_mistakes_are_named(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    _, err = capsys.readouterr()
+    assert ended.value.code == 2 and message in err and "Traceback" not in err
 
 
 def test_written_tables_are_json(filled, target):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -228,6 +229,48 @@ def test_resuming_what_cannot_be(run, data, config, trained, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(GOOD * 30)
     assert "other data" in attempt(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 7), "--steps is 7, but the run in {} has 6: leave the option out"),
+        (("--seed", 3), "--seed is 3, but"),
+        (("--learning-rate", 1e-3), "--learning-rate is 0.001, but the run in {} has 0.004"),
+        (("--batch-tokens", 256), "--batch-tokens is 256"),
+        (("--vocab-size", 290), "--vocab-size is 290, but the run in {} has 300"),
+        (("--head", "vq"), "--head is vq, but the run in {} has dense"),
+        (("--codebook-size", 8), "--codebook-size is 8, but the run in {} has none"),
+        (("--config",), "a model of another shape"),
+    ],
+)
+def test_a_resumed_run_keeps_its_options(run, data, config, trained, tmp_path, options, message):
+    if options == ("--config",):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
+        options = ("--config", other)
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    code, out, err = run("train", "--data", data, "--output", trained, "--resume", *options)
+    assert code == 2 and message.format(trained) in err and "resuming" not in out
+    assert before == {path: path.read_bytes() for path in trained.iterdir()}
+
+
+def test_a_resumed_run_takes_its_own_options(run, data, config, tmp_path):
+    options = ["--head", "vq", "--codebook-size", 8, "--steps", 1, "--seed", 0, "--learning-rate", 4e-3]
+    command = train_args(data, config, tmp_path, *options)
+    assert run(*command)[0] == 0
+    code, out, _ = run(*command, "--resume", "--minutes", 3)
+    assert code == 0 and "--minutes planned the run's steps when it began" in out
+    assert run("train", "--data", data, "--config", config, "--output", tmp_path, "--resume")[0] == 0
+
+
+def test_a_terminal_gets_no_control_characters(run, trained, monkeypatch):
+    text = "\x1b]0;title\x07 a\r\n\tb\x9b é"
+    monkeypatch.setattr("fastattn.cli._run.respond", lambda *args, show, **options: show(text))
+    assert run("generate", "--model", trained, "x")[1] == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    shown = run("generate", "--model", trained, "x")[1]
+    assert shown == "\\x1b]0;title\\x07 a\\r\n\tb\\x9b é\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -185,7 +185,11 @@ def test_what_several_processes_cannot_do_is_refused_by_every_rank(args, tmp_pat
         str(tmp_path / "run"),
     ]
     text = refused(tmp_path, minutes, puzzles, args(tmp_path / "nothing", "--resume"))
-    for message in ("give --steps", "--model hrm is for one process", "nothing/tokenizer.json: no such file"):
+    for message in (
+        "give --steps",
+        "--model hrm is for one process",
+        "nothing/training.safetensors: no such file; there is no run to resume",
+    ):
         assert text.count(message) == 2, text
 
 

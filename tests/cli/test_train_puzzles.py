@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+from fastattn.cli import main
 from fastattn.data.puzzles import write_folder
 from fastattn.models import Hrm
 from fastattn.training_hrm import HrmTrainer
@@ -79,7 +80,7 @@ def test_folder(run, tmp_path):
         (("--model", "hrm", "--resume"), "no such file; there is no run to resume"),
         (
             ("--model", "hrm", "--data", "nowhere"),
-            "nowhere/train/dataset.json: not a puzzle folder's metadata",
+            "nowhere/train/dataset.json: no such file; a folder of puzzles has",
         ),
     ],
 )
@@ -91,3 +92,43 @@ def test_mistakes(run, tmp_path, arguments, message):
 def test_one_model_is_not_resumed_as_the_other(run, trained):
     code, _, err = run(*SUDOKU, "--output", trained, "--resume")
     assert code == 2 and "is a run of hrm_text, not of hrm" in err
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """A finished run on Sudoku."""
+    folder = tmp_path_factory.mktemp("hrm")
+    with pytest.raises(SystemExit):
+        main([str(word) for word in (*SUDOKU, "--steps", 1, "--blanks", "4-6", "--output", folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 3), "--steps is 3, but the run"),
+        (("--seed", 1), "--seed is 1"),
+        (("--batch-size", 4), "--batch-size is 4"),
+        (("--puzzles", 41), "--puzzles is 41"),
+        (("--blanks", "4"), "--blanks is 4, but the run in {} has 4-6"),
+        (("--shape", "trm"), "--shape is trm, but the run in {} has small"),
+        (("--data", "sudoku-9x9"), "--data is sudoku-9x9, but the run in {} has sudoku-4x4"),
+        (("--data", "elsewhere"), "no such file"),
+    ],
+)
+def test_a_resumed_run_keeps_its_options(run, solved, options, message):
+    code, out, err = run(*SUDOKU, "--output", solved, "--resume", *options)
+    assert code == 2 and message.format(solved) in err and "resuming" not in out
+
+
+def test_a_resumed_run_takes_its_own_options(run, solved):
+    own = ("--steps", 1, "--blanks", "4-6", "--shape", "small", "--data", "sudoku-4x4", "--seed", 0)
+    code, out, _ = run(*SUDOKU, "--output", solved, "--resume", *own)
+    assert code == 0 and "at step 1 of 1" in out
+
+
+def test_puzzles_are_not_answered_or_resumed_as_text(run, solved, data):
+    code, _, err = run("generate", "--model", solved, "x")
+    assert code == 2 and "solves puzzles" in err
+    code, _, err = run("train", "--data", data, "--output", solved, "--resume")
+    assert code == 2 and "is a run of hrm, not of hrm-text; give --model hrm" in err

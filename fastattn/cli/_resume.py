@@ -1,0 +1,78 @@
+"""`train --resume`: what a run began with holds, and an option that says otherwise is refused."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastattn.data.jsonl import Example
+    from fastattn.training import Trainer
+    from fastattn.training_hrm import HrmTrainer
+    from fastattn.training_run import Run
+
+_CONFIG = ("steps", "learning_rate", "seed")
+
+
+def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]", **changes: Any) -> None:
+    """ValueError naming an option of HRM-Text that is not the run's. `changes`: the head that was asked for."""
+    from fastattn.cli import _run
+    from fastattn.data.tokenizer import Tokenizer
+
+    shape, given = run.model.config, context.params
+    _check(context, run, {"head": shape.head, "codebook_size": shape.codebook_size})
+    _check_config(context, run, "batch_tokens")
+    if given_by_user(context, "vocab_size"):
+        # the most that was allowed is not kept: fewer tokens are learned where the text has no more
+        learned = Tokenizer.train(examples, given["vocab_size"]).vocab_size
+        if learned != shape.vocab_size:
+            _refuse("vocab_size", given["vocab_size"], shape.vocab_size, run)
+    if given["config"] is not None:
+        if not given_by_user(context, "head") and shape.head == "vq":
+            changes = _run.quantised(shape.codebook_size)
+        if _run.model_config(given["config"], shape.vocab_size, **changes) != shape:
+            _refuse("config", given["config"], "a model of another shape", run)
+
+
+def check_puzzles(context: typer.Context, run: "HrmTrainer", data: str) -> None:
+    """ValueError naming an option of HRM that is not the run's."""
+    from fastattn.cli import _puzzles
+    from fastattn.training_hrm import SHAPES, model_config
+
+    _check_config(context, run, "batch_size")
+    own = next((name for name in SHAPES if model_config(run.data, name) == run.model.config), "another")
+    _check(context, run, {"shape": own})
+    made = run.config.sudoku
+    if made is None:
+        return
+    if _puzzles.BOXES.get(data) != made["box"]:
+        side = made["box"] ** 2
+        _refuse("data", data, f"sudoku-{side}x{side}", run)
+    _check(context, run, {"puzzles": made["puzzles"]})
+    blanks = tuple(made["blanks"])
+    if given_by_user(context, "blanks"):
+        asked = context.params["blanks"]
+        if _puzzles.blank_cells(asked, made["box"]) != blanks:
+            _refuse("blanks", asked, "{}-{}".format(*blanks), run)
+
+
+def given_by_user(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name).name != "DEFAULT"
+
+
+def _check_config(context: typer.Context, run: "Run", *more: str) -> None:
+    _check(context, run, {name: getattr(run.config, name) for name in (*_CONFIG, *more)})
+
+
+def _check(context: typer.Context, run: "Run", own: dict[str, Any]) -> None:
+    for name, value in own.items():
+        if given_by_user(context, name) and context.params[name] != value:
+            _refuse(name, context.params[name], value, run)
+
+
+def _refuse(name: str, given: Any, own: Any, run: "Run") -> None:
+    own = "none" if own is None else own
+    raise ValueError(
+        f"--{name.replace('_', '-')} is {given}, but the run in {Path(run.folder)} has {own}: leave the option out "
+        "with --resume, or start a run in another folder"
+    )
