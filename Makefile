@@ -3,6 +3,7 @@
 # make test-all  with the slow tests
 # make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
 # make test-kernels   the CPU kernels alone, without Python, each instruction set of this machine: seconds after the build
+# make test-arm64     the same for arm64 on another machine: a cross-compiler and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-emulated test-kernels gpu-check lint clean setup-demo setup-test
+.PHONY: demo test test-all test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -47,11 +48,22 @@ test-all: setup-test
 test-emulated: setup-test
 	@echo "== tests: AVX-512 kernels, emulated"; cd tests; OMP_WAIT_POLICY=passive $(BIN)/python -P native/emulated.py
 
+# $(call kernel_check,FOLDER,cmake flags): builds FOLDER/kernel_check
+kernel_check = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(BIN)/python \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" $(2) > /dev/null && \
+	$(BIN)/cmake --build $(1) --target kernel_check
+
 test-kernels: setup-test
-	@$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(BIN)/python \
-		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
-	@$(BIN)/cmake --build build/kernels --target kernel_check
+	@$(call kernel_check,build/kernels,)
 	@build/kernels/kernel_check
+
+ARM64 ?= aarch64-linux-gnu
+QEMU ?= qemu-aarch64
+test-arm64: setup-test
+	@for tool in $(ARM64)-g++ $(QEMU); do \
+		command -v $$tool > /dev/null || { echo "test-arm64: no $$tool here (ARM64=... and QEMU=... name others)"; exit 2; }; done
+	@$(call kernel_check,build/arm64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM64)-g++)
+	@$(QEMU) -L /usr/$(ARM64) build/arm64/kernel_check
 
 # The device is asked for first: without one nothing is set up. nvcc, where there is one, builds src/cuda for this device.
 gpu-check:
