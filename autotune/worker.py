@@ -208,13 +208,15 @@ class Server:
 
 
 def _replace_fields(shapes: list[dict], given: list[dict], name: str) -> list[dict]:
-    """The first shape with the given fields in place of its own, once for each set of them."""
+    """The first shape with the given fields in place of its own, once for each set of them; key heads are as many as heads
+    where only those are given."""
     replaced = []
     for fields in given:
         unknown = sorted(set(fields) - set(shapes[0]))
         if unknown:
             raise Failure("error", f"{name}: shape has no field {unknown[0]}; it has {', '.join(shapes[0])}")
-        replaced.append({**shapes[0], **fields})
+        same = {"kv_heads": fields["heads"]} if "heads" in fields and "kv_heads" in shapes[0] else {}
+        replaced.append({**shapes[0], **same, **fields})
     return replaced
 
 

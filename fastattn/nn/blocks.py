@@ -123,7 +123,7 @@ class Attention(nn.Module):
             q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
         else:
             q, k, v = cache.append_rotated(q, k, v, routing.positions, self.rope_theta)
-        out = self.attend(q, k, v, mask=routing.mask).transpose(1, 2)  # (B, L, H, D)
+        out = self.attend(q, k, v, mask=routing.mask).to(projected.dtype).transpose(1, 2)  # (B, L, H, D)
         if fused:
             if self.gate:
                 return fused_linear(out, self.o_proj.weight, gate=gate[0], residual=x)
@@ -187,8 +187,9 @@ class PreNormBlock(nn.Module):
         if normed is None:
             x = self.attn(x, routing, cache, fused=True, norm_eps=self.eps)
             return None, self.mlp(x, fused=True, norm_eps=self.eps)
-        normed, x = rms_norm(self.attn(normed, routing, cache), residual=x, eps=self.eps)
-        return rms_norm(self.mlp(normed), residual=x, eps=self.eps)
+        # autocast's products are in its dtype, the states stay in theirs
+        normed, x = rms_norm(self.attn(normed, routing, cache).to(x.dtype), residual=x, eps=self.eps)
+        return rms_norm(self.mlp(normed).to(x.dtype), residual=x, eps=self.eps)
 
 
 class PreNormStack(nn.Module):
@@ -240,8 +241,8 @@ class PostNormBlock(nn.Module):
         if _fuses(x, self.self_attn, self.mlp):
             x = rms_norm(self.self_attn(x, routing, fused=True), eps=self.eps)
             return rms_norm(self.mlp(x, fused=True), eps=self.eps)
-        x, _ = rms_norm(self.self_attn(x, routing), residual=x, eps=self.eps)
-        x, _ = rms_norm(self.mlp(x), residual=x, eps=self.eps)
+        x, _ = rms_norm(self.self_attn(x, routing).to(x.dtype), residual=x, eps=self.eps)
+        x, _ = rms_norm(self.mlp(x).to(x.dtype), residual=x, eps=self.eps)
         return x
 
 

@@ -137,6 +137,7 @@ class LayerCache:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(q rotated, all keys, all values): `rotary` of q and k, then `append`, in one launch where a backend has it."""
         cache = self._cache
+        q, k, v = (t.to(self._keys.dtype) for t in (q, k, v))  # autocast makes narrower ones
         args = q, k, v, positions, cache._positions, self._keys, self._values
         if (
             torch.compiler.is_compiling()

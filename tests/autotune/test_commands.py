@@ -4,7 +4,7 @@ import json
 
 import pytest
 import typer
-from fastattn.autotune import space
+from fastattn.autotune import space, worker
 from fastattn.autotune import table as tables
 from planted import entry, table
 from typer.testing import CliRunner
@@ -151,6 +151,14 @@ def test_mistakes_are_named(capsys, words, message):
         main(list(words))
     _, err = capsys.readouterr()
     assert ended.value.code == 2 and message in err and "Traceback" not in err
+
+
+def test_heads_alone_are_key_heads_too():
+    shape = {"heads": 8, "kv_heads": 8, "length": 512}
+    given = [{"heads": 2}, {"heads": 16, "kv_heads": 4}, {"length": 64}]
+    found = worker._replace_fields([shape], given, "attention.cpu")
+    assert [(one["heads"], one["kv_heads"]) for one in found] == [(2, 2), (16, 4), (8, 8)]
+    assert worker._replace_fields([{"heads": 8}], [{"heads": 2}], "other") == [{"heads": 2}]
 
 
 def test_written_tables_are_json(filled, target):

@@ -420,3 +420,43 @@ def test_data_loader_workers_call_ops():
     finally:
         torch.set_num_threads(before)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("kind", ["hrm_text", "hrm"])
+def test_autocast(kind):
+    """Products in bfloat16, states and gradients in float32: no farther from float32 than a model all in bfloat16,
+    within the factor that holds for results of one dtype (fastattn/testing.py)."""
+
+    def run(model):
+        model.zero_grad()
+        if kind == "hrm_text":
+            loss = model(IDS, labels=IDS).loss
+        else:
+            cells = IDS[:, :16] % 5
+            batch = {"inputs": cells, "labels": cells, "puzzle_ids": torch.zeros(2, dtype=torch.int64)}
+            loss = model.eval()(model.initial_carry(2), batch)[1].loss
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    model = made() if kind == "hrm_text" else made_hrm()
+    exact = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(model)
+    error = (run(model.bfloat16()).float() - exact).norm()
+    assert cast.dtype == torch.float32 and 0 < (cast - exact).norm() <= 3 * error
+
+
+def test_autocast_fills_a_cache():
+    model = made()
+    prefilled = model.make_cache(2, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS[:, :5], cache=prefilled)
+        assert model.generate(IDS, max_new_tokens=3).shape == (2, 23)
+    expected = model.make_cache(2, 7)
+    model(IDS[:, :5], cache=expected)
+    plain = model.bfloat16()
+    low = plain.make_cache(2, 7)
+    plain(IDS[:, :5], cache=low)
+    error = (low.keys.float() - expected.keys).norm()
+    assert prefilled.keys.dtype == torch.float32
+    assert 0 < (prefilled.keys - expected.keys).norm() <= 2 * error
