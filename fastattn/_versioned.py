@@ -7,6 +7,18 @@ from functools import lru_cache
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def _count_fused_writes(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch's fused optimizers write to parameters and leave their version counters as they were."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_fused_writes)
 
 
 class VersionedCache:

@@ -211,7 +211,9 @@ FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float c, const
     const T* b = (const T*)bias;
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       const vf add = j + W <= keys ? load(b + j) : j < keys ? load_n(b + j, (int)(keys - j)) : vf{};
-      store(x + j, load(x + j) * c + add * kLog2E);
+      // -FLT_MAX, a finite mask, stays finite: rows of nothing else are the mean of the values, -inf alone is nothing
+      const vf finite = at_most(at_least(add * kLog2E, -3e38f), 3e38f);
+      store(x + j, load(x + j) * c + select(add - add == vf{}, finite, add));
     }
   });
 }

@@ -248,6 +248,32 @@ def test_tiles_of_a_bias_that_let_nothing_through_are_skipped(isa, nan_outputs, 
     assert torch.equal(clean, fa.attention(q, k, v, score=score, backend="cpu", **options))
 
 
+@pytest.mark.parametrize("fill", (-1e9, -1e30, torch.finfo(torch.bfloat16).min, 3e38))
+@pytest.mark.parametrize("q_len", (1, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_rows_of_a_finite_mask(isa, nan_outputs, dtype, q_len, fill):
+    """A bias that takes in the scores: such a row is the mean of the values, as in torch, and its gradient that of the mean."""
+    q, k, v = testing.attention_inputs(1, 2, 1, q_len, 50, 16, dtype=dtype)
+    bias = torch.zeros(1, 1, q_len, 50, dtype=dtype)
+    bias[:, :, 0] = fill
+    bias[:, :, :, 40:] = -torch.inf
+
+    def run_without_backend(q, k, v):
+        return fa.attention(q, k, v, bias=bias.to(q.dtype))
+
+    testing.check_op(
+        run_without_backend,
+        lambda q, k, v: fa.attention(q, k, v, bias=bias.to(q.dtype), backend="reference"),
+        (q * 2.0**-6, k, v),  # no score near the spacing of floats at 1e9
+        terms=200,
+    )
+    out = fa.attention(q, k, v, bias=bias)
+    mean = v[:, :, :40].double().mean(2).expand(1, 2, 16)
+    assert testing.max_error(out[:, :, 0], mean) <= 4 * torch.finfo(dtype).eps * testing.max_finite(v)
+    with pytest.raises(NotImplementedError, match="log-sum-exps up to"):
+        fa.attention(q, k, v, bias=bias, backend="cpu").sum().backward()
+
+
 @pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0))
 @pytest.mark.parametrize("score", SCORES)
 def test_any_scale_and_number_bias(isa, score, scale):

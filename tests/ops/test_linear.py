@@ -129,6 +129,13 @@ def optimizer_step(weight):
     torch.optim.SGD([weight], lr=3.0).step()
 
 
+def fused_optimizer_step(weight):
+    """torch's writes to parameters without counting a version."""
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[0, 5] = 1
+    torch.optim.AdamW([weight], lr=3.0, weight_decay=0.0, fused=True).step()
+
+
 def one_element(weight):
     """What neither the version counter nor a look at some elements shows has to be said."""
     weight.data[0, 5] += 3
@@ -139,6 +146,7 @@ CHANGES = {
     "in place": lambda weight: weight.mul_(3),
     "one element in place": lambda weight: weight[0, 5].add_(3),
     "optimizer": optimizer_step,
+    "fused optimizer": fused_optimizer_step,
     "loaded": lambda weight: torch.nn.ParameterList([weight]).load_state_dict({"0": weight * 3}),
     "through data": lambda weight: weight.data.mul_(3),
     "row through data": lambda weight: weight.data[-1].add_(3),

@@ -11,6 +11,7 @@ from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
+_LARGEST_LSE = 1e6  # float32 has 4 bits after the point there
 _classes = VersionedCache(entries=32, capacity=1 << 26)
 
 
@@ -50,9 +51,18 @@ def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **struc
 
 def refusal(name: str, *args) -> str | None:
     """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    if name == "attention_backward" and args[8]:
-        return "it does not differentiate a tensor bias"
+    if name == "attention_backward":
+        bias, _, lse, bias_grad, score = args[5:10]
+        if bias_grad:
+            return "it does not differentiate a tensor bias"
+        # rows of -1e9 and the like for every key: what tells their weights apart is not in a float32 log-sum-exp
+        if bias is not None and BY_CODE[score].name == "softmax" and _beyond(lse):
+            return f"it finds weights from log-sum-exps up to {_LARGEST_LSE:.0f}, of finite biases too"
     return unserved(*(args[:3] if name == "attention" else args[2:5]))
+
+
+def _beyond(lse: torch.Tensor) -> bool:
+    return bool((lse.isfinite() & (lse.abs() > _LARGEST_LSE)).any())
 
 
 def configure(name: str, *args) -> _config.Choice:

@@ -26,7 +26,8 @@ def fused_linear(
 
     x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu; packed
     once for the CPU and kept until it changes: by any in-place op or optimizer step, or by an update of a whole row or column
-    through `.data`. Single elements written through `.data` or from outside of torch are not noticed: call
+    through `.data`. Single elements written through `.data` or from outside of torch, or in place where each call is given a
+    new `weight.data` (its count of versions starts at 0; `weight.detach()` shares the weight's), are not noticed: call
     `torch.autograd.graph.increment_version(weight)` after that. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
     Returns (..., N), or (..., N/2). Differentiable in x, weight, gate and residual.
     Raises ValueError or TypeError naming the argument; norm_eps and gate exclude each other.
