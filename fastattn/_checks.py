@@ -104,7 +104,7 @@ def check_range(
     if bool(bad.any()):
         where = int(bad.flatten().nonzero()[0])
         given = int(value.flatten()[where])
-        extra = f" or {also}" if also is not None else ""
-        raise ValueError(
-            f"fastattn.{op}: {name} must lie in [{low}, {high}){extra}, given {given} at position {where}"
-        )
+        allowed = f"[{low}, {high})" + (f" or {also}" if also is not None else "")
+        if also == high:
+            allowed = f"[{low}, {high}]"
+        raise ValueError(f"fastattn.{op}: {name} must lie in {allowed}, given {given} at position {where}")

@@ -200,7 +200,10 @@ def check_mask(op: str, mask: Mask | None) -> Mask:
     if mask is None:
         return NO_MASK
     if not isinstance(mask, Mask):
-        raise TypeError(f"fastattn.{op}: mask must be a fastattn.Mask or None, given {type(mask).__name__}")
+        hint = "; a bool tensor goes in as fastattn.Mask(dense=...)" if isinstance(mask, torch.Tensor) else ""
+        raise TypeError(
+            f"fastattn.{op}: mask must be a fastattn.Mask or None, given {type(mask).__name__}{hint}"
+        )
     return mask
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import _checks
 from ..masks import Mask
-from ..ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
+from ..ops.grouped import MAX_GROUPS, focus_groups, gated_attention, grouped_attention, sinkhorn
 
 NAME = "fastattn_focus"
 
@@ -47,6 +47,8 @@ class FocusRouter(nn.Module):
                 raise ValueError(
                     f"fastattn.FocusRouter: {name} must be an integer of at least 1, given {value!r}"
                 )
+        if groups > MAX_GROUPS:
+            raise ValueError(f"fastattn.FocusRouter: groups must be at most {MAX_GROUPS}, given {groups}")
         if not 1 <= top_k <= groups:
             raise ValueError(f"fastattn.FocusRouter: top_k must lie in [1, {groups}], given {top_k!r}")
         self.top_k, self.window = top_k, window

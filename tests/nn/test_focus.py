@@ -108,6 +108,11 @@ def test_padding_has_no_groups():
 def test_errors_name_the_argument(model):
     with pytest.raises(ValueError, match="groups must be an integer of at least 1, given 0"):
         FocusRouter(8, groups=0)
+    q, signed = torch.zeros(1, 1, 2, 4), torch.tensor([[0, -1]])
+    with pytest.raises(ValueError, match=r"groups must lie in \[0, 9223372036854775807\], given -1"):
+        fa.grouped_attention(q, q, q, signed)
+    with pytest.raises(ValueError, match="groups must be at most 63, given 64"):
+        FocusRouter(8, 64)
     with pytest.raises(ValueError, match=r"top_k must lie in \[1, 4\]"):
         FocusRouter(8, groups=4, top_k=5)
     with pytest.raises(ValueError, match=r"h must be \(B, L, 8\)"):

@@ -189,6 +189,12 @@ def test_masks_that_do_not_fit_the_call(mask, message):
         fa.attention(q, k, v, mask=mask())
 
 
+def test_a_tensor_for_a_mask_is_told_its_place():
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(TypeError, match=r"given Tensor; a bool tensor goes in as fastattn.Mask\(dense=...\)"):
+        fa.attention(q, q, q, mask=torch.ones(2, 2, dtype=torch.bool))
+
+
 def test_packed_offsets_past_the_tokens():
     q, k, v = testing.attention_inputs(1, 2, 2, 4, requires_grad=False)
     with pytest.raises(ValueError, match="cu_seqlens_q ends at 9, past the 4 tokens given"):
