@@ -208,11 +208,8 @@ _POINTERS = {
 }
 
 
-def compile_ahead(launched: Launch, target: GPUTarget):
-    """Compile a recorded launch for `target` with no driver: the specialisation that the launch itself would compile.
-
-    Pointers count as 16-byte aligned, as torch allocates them. Returns triton's compiled kernel (`.asm`, `.metadata`).
-    """
+def source(launched: Launch) -> triton.compiler.ASTSource:
+    """The specialisation that a recorded launch would compile. Pointers count as 16-byte aligned, as torch allocates them."""
     kernel = launched.kernel
     values = dict(zip(kernel.arg_names, launched.args, strict=False))
     values |= {name: value for name, value in launched.meta.items() if name not in _OPTIONS}
@@ -231,9 +228,13 @@ def compile_ahead(launched: Launch, target: GPUTarget):
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    return triton.compiler.ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_ahead(launched: Launch, target: GPUTarget):
+    """Compile a recorded launch for `target` with no driver. Returns triton's compiled kernel (`.asm`, `.metadata`)."""
     options = {name: launched.meta[name] for name in _OPTIONS if name in launched.meta}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source(launched), target=target, options=options)
 
 
 # Shared memory one block may use: the limits a configuration has to keep to on the devices we compile for.

@@ -83,27 +83,76 @@ def test_reweighted():
     compile_all("sm_90", launches.reweighted("sm_90"))
 
 
+# The slow tests: each kernel with each dtype and score on every target that launches or compiles something of its own.
+# sm_89 and sm_120 launch what sm_86 does (`test_small_cards_launch_alike`) and form products by the same instructions.
+DISTINCT = ("sm_90", "gfx942", "sm_80", "sm_100", "sm_86")
+ALIKE = ("sm_86", "sm_89", "sm_120")
+HEAD_DIMS = (16, 64, 96, 128, 256)
+every_target = pytest.mark.parametrize("target", DISTINCT)
+every_dtype = pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
+
+
+def turn(values, *choices) -> object:
+    """One of `values`, by the places of (options, choice): over all choices each meets every other option."""
+    return list(values)[sum(list(options).index(choice) for options, choice in choices) % len(values)]
+
+
+def compiled_as(recorded: list[_triton.Launch]) -> list[tuple]:
+    """What the binaries depend on besides the target."""
+    options = ("num_warps", "num_stages")
+    return [(_triton.source(one).hash(), [one.meta.get(option) for option in options]) for one in recorded]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_small_cards_launch_alike(dtype):
+    def recorded(target):
+        attention = launches.attention(target, dtype=dtype) + launches.attention_backward(target, dtype=dtype)
+        attention += launches.attention(target, dtype=dtype, mask="full", q_length=1)
+        focus = launches.grouped(target, dtype) + launches.gated(target, dtype)
+        rows = (
+            launches.vocab(target, dtype)
+            + launches.linear(target, dtype)
+            + launches.recurrence(target, dtype)
+        )
+        return attention + focus + rows + launches.reweighted(target, dtype)
+
+    first, *others = (compiled_as(recorded(target)) for target in ALIKE)
+    assert all(other == first for other in others)
+    assert compiled_as(recorded("sm_90")) != first
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", _triton.TARGETS)
-@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
+@every_dtype
+@pytest.mark.parametrize("target", ALIKE[1:])
+def test_cards_alike(target, dtype):
+    """The target's own assembler, once a dtype."""
+    compile_all(target, launches.attention(target, dtype=dtype))
+    compile_all(target, launches.attention_backward(target, dtype=dtype))
+
+
+@pytest.mark.slow
+@every_target
+@every_dtype
 @pytest.mark.parametrize("head_dim", (32, 64, 128, 256))
 def test_all_grouped_and_gated(target, dtype, head_dim):
+    gate = turn((0, 1), (_triton.DTYPES, dtype), ((32, 64, 128, 256), head_dim))
     compile_all(target, launches.grouped(target, dtype, head_dim))
-    for gate in (0, 1):
-        compile_all(target, launches.gated(target, dtype, head_dim, gate))
+    compile_all(target, launches.gated(target, dtype, head_dim, gate))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", _triton.TARGETS)
-@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
-def test_all_row_kernels(target, dtype):
-    compile_all(target, launches.recurrence(target, dtype))
-    compile_all(target, launches.vocab(target, dtype))
-    compile_all(target, launches.linear(target, dtype))
-    for groups in (2, 16, 63):
+@every_target
+@every_dtype
+@pytest.mark.parametrize("op", ("recurrence", "vocab", "linear", "sinkhorn", "reweighted"))
+def test_all_row_kernels(target, dtype, op):
+    if op == "sinkhorn":
+        groups = turn((2, 16, 63), (_triton.DTYPES, dtype), (DISTINCT, target))
         compile_all(target, launches.sinkhorn(target, dtype, groups))
-    compile_all(target, launches.reweighted(target, dtype))
-    compile_all(target, launches.reweighted(target, dtype, None))
+    elif op == "reweighted":
+        compile_all(target, launches.reweighted(target, dtype))
+        compile_all(target, launches.reweighted(target, dtype, None))
+    else:
+        compile_all(target, getattr(launches, op)(target, dtype))
 
 
 def test_float32():
@@ -111,40 +160,52 @@ def test_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", _triton.TARGETS)
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", _triton.DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", (16, 64, 96, 128, 256))
-def test_all_attention(target, score, dtype, head_dim):
-    for mask, bias in itertools.chain((("packed", False), ("full", True), ("dense", False))):
-        options = {"score": score, "dtype": dtype, "head_dim": head_dim, "mask": mask, "bias": bias}
+@every_target
+@every_dtype
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_all_attention(target, dtype, head_dim):
+    """Any three of dtype, head dim, mask and score meet: a score takes each mask, another one in the next dtype or head dim."""
+    masks = (("packed", False), ("full", True), ("dense", False))
+    for mask in masks:
+        score = turn(SCORES, (_triton.DTYPES, dtype), (HEAD_DIMS, head_dim), (masks, mask))
+        options = {"score": score, "dtype": dtype, "head_dim": head_dim, "mask": mask[0], "bias": mask[1]}
         compile_all(target, launches.attention(target, **options))
         compile_all(target, launches.attention_backward(target, **options))
-    compile_all(
-        target,
-        launches.attention(target, score=score, dtype=dtype, head_dim=head_dim, mask="full", q_length=1),
-    )
+    decoding = {"score": score, "dtype": dtype, "head_dim": head_dim, "mask": "full", "q_length": 1}
+    compile_all(target, launches.attention(target, **decoding))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", _triton.TARGETS)
-def test_every_feasible_tile_of_attention(target):
-    """The analytic estimate of shared memory is never under what the compiler asks for."""
+@every_target
+@pytest.mark.parametrize("op", ("attention", "attention_backward"))
+def test_largest_feasible_tiles_of_attention(target, op):
+    """The estimate of shared memory lets nothing by that the device has no room for.
+
+    It grows with both tile sides and the stages: for each number of warps, the tiles that no such step leaves feasible.
+    """
     from fastattn import _config
 
-    for op, record in (
-        ("attention", launches.attention),
-        ("attention_backward", launches.attention_backward),
-    ):
-        declaration = _config.tunings()[op, "triton"]
-        names = list(declaration.parameters)
-        key = {"score": "softmax", "dtype": "bfloat16", "head_dim": 128, "value_dim": 128, "mask": "packed"}
-        key |= {"batch": 5, "heads": 16, "kv_heads": 4, "q_length": 4096, "k_length": 4096}
-        for values in itertools.product(*(declaration.parameters[name].allowed for name in names)):
-            config = dict(zip(names, values, strict=True))
-            if declaration.refuses(config, key, _triton.TARGETS[target][1]) is None:
-                with _config.override({(op, "triton"): config}):
-                    compile_all(target, record(target))
+    declaration = _config.tunings()[op, "triton"]
+    allowed = {name: parameter.allowed for name, parameter in declaration.parameters.items()}
+    key = {"score": "softmax", "dtype": "bfloat16", "head_dim": 128, "value_dim": 128, "mask": "packed"}
+    key |= {"batch": 1, "heads": 16, "kv_heads": 4, "q_length": 4096, "k_length": 4096}
+    device = _triton.TARGETS[target][1]
+
+    def feasible(config):
+        return declaration.refuses(config, key, device) is None
+
+    def larger(config):
+        for name in ("block_m", "block_n", "num_stages"):
+            for value in allowed[name]:
+                if value > config[name]:
+                    yield config | {name: value}
+
+    configs = [dict(zip(allowed, values, strict=True)) for values in itertools.product(*allowed.values())]
+    largest = [config for config in configs if feasible(config) and not any(map(feasible, larger(config)))]
+    assert {config["num_warps"] for config in largest} == set(allowed["num_warps"])
+    for config in largest:
+        with _config.override({(op, "triton"): config}):
+            compile_all(target, getattr(launches, op)(target))
 
 
 def narrow_products(ttir: str) -> list[str]:
