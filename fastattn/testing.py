@@ -119,11 +119,15 @@ def assert_close_to_truth(
     factor: float = 2.0,
     terms: int = 1,
     absolute: float | None = None,
+    magnitude: float = 0.0,
     name: str = "result",
 ) -> None:
-    """One tensor against its budget; `absolute` is a further bound the test derives."""
+    """One tensor against its budget; `absolute` is a further bound the test derives.
+
+    `magnitude` is that of the terms of a sum which cancel: roundings are of them, not of the little that is left.
+    """
     error = max_error(actual, truth)
-    budget = rounding_band(truth, actual.dtype, terms)
+    budget = rounding_band(truth, actual.dtype, terms) + magnitude * (4 + math.sqrt(terms)) * EPS32
     eager_error = 0.0
     if eager is not None:
         eager_error = max_error(eager, truth)
@@ -204,11 +208,13 @@ def check_op(
     absolute: float | None = None,
     grad_outputs: Sequence[torch.Tensor | None] | None = None,
     names: Sequence[str] = (),
+    magnitudes: Sequence[float] = (),
 ) -> None:
     """Outputs and all gradients of op(*inputs) within their budgets of reference(*inputs).
 
-    Tensors among `inputs` that require gradients get theirs compared (`names` labels them); everything else
-    is passed through as it is. A gradient that the reference does not have must be absent or zero.
+    Tensors among `inputs` that require gradients get theirs compared (`names` labels them, `magnitudes` has the sizes of
+    terms that cancel in them); everything else is passed through as it is. A gradient that the reference does not have
+    must be absent or zero.
     """
     outputs, gradients = differentiate(op, inputs, grad_outputs)
     if grad_outputs is None:
@@ -225,7 +231,32 @@ def check_op(
             assert a is None or not a.any(), f"{name} should be absent or zero"
             continue
         assert a is not None, f"{name} is missing"
-        assert_close_to_truth(a, t, e, factor=gradient_factor, terms=terms, name=name)
+        magnitude = magnitudes[i] if i < len(magnitudes) else 0.0
+        assert_close_to_truth(a, t, e, factor=gradient_factor, terms=terms, magnitude=magnitude, name=name)
+
+
+def attention_weights(attend: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The weights (..., Lq, Lk) in float64 that attend(q, k, v) gives the keys: its outputs for unit vectors as values."""
+    units = torch.eye(v.shape[-2], dtype=torch.float64, device=v.device).expand(*v.shape[:-1], v.shape[-2])
+    with torch.no_grad():
+        return attend(q.detach().double(), k.detach().double(), units)
+
+
+def lone_key_magnitudes(
+    weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[float, ...]:
+    """Where no row weighs two keys, softmax's true gradients of q, k and scores (the last of the three) are 0, the
+    difference of two equal sums. A sum is at most Dv * max|v| * 2 for `output_gradients`; k's and a bias's gradients add
+    it up over as many rows as there are queries at most."""
+    if not weights.numel() or int((weights > 0).sum(-1).max()) > 1:
+        return ()
+    difference, rows = 2 * 2 * v.shape[-1] * max_finite(v), weights.shape[:-1].numel()
+    return (
+        difference * scale * max_finite(k),
+        rows * difference * scale * max_finite(q),
+        0.0,
+        rows * difference,
+    )
 
 
 @contextlib.contextmanager

@@ -162,4 +162,5 @@ def test_heads_alone_are_key_heads_too():
 
 
 def test_written_tables_are_json(filled, target):
-    json.loads(tables.user_path(target).read_text())
+    stored = json.loads(tables.user_path(target).read_text())
+    assert stored and "planted" in json.dumps(stored)

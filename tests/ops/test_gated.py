@@ -131,6 +131,30 @@ def call(backend, **options):
     return lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, sharpness=s, backend=backend, **options)
 
 
+def sharpness_magnitude(q, k, v, assignment, sharpness, **options) -> float:
+    """Of sharpness' gradient, the sum over pairs of weight * (dweight - delta) * dscore/dsharpness, whose terms cancel.
+
+    The roundings of a row may have one sign (its delta and lse are in all of its terms), those of rows are independent:
+    magnitudes within rows, the root of the sum of squares over rows. Pairs near the diagonal count as distant ones.
+    """
+    q, k, v, a, s = (t.detach().double() for t in (q, k, v, assignment, sharpness))
+    weights = testing.attention_weights(
+        lambda *qkv: fa.gated_attention(*qkv, a, sharpness=s, backend="reference", **options), q, k, v
+    )
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    (grad,) = testing.output_gradients((torch.empty(*q.shape[:3], v.shape[3]),))
+    dweight = grad.double() @ v.transpose(-1, -2)
+    delta = (weights * dweight).sum(-1, keepdim=True)
+    alike = (a @ a.transpose(-1, -2))[:, None]
+    gate = torch.sigmoid(s * alike)
+    if options["gate"] == "multiply":
+        slope = q.shape[3] ** -0.5 * (q @ k.transpose(-1, -2)) * gate * (1 - gate) * alike
+    else:
+        slope = (1 - gate) * alike
+    rows = (weights * (dweight.abs() + delta.abs()) * slope.abs()).sum(-1)
+    return float(rows.square().sum().sqrt())
+
+
 @given(data=st.data())
 def test_native_under_every_mask(isa, data):
     # some row has two keys: where none has, every true gradient is 0 and so is its budget
@@ -167,6 +191,7 @@ def test_native_under_every_mask(isa, data):
             (q, k, v, a, sharpness),
             terms=length + 16,
             names=("q", "k", "v", "assignment", "sharpness"),
+            magnitudes=(0.0, 0.0, 0.0, 0.0, sharpness_magnitude(q, k, v, a, sharpness, **options)),
         )
 
 

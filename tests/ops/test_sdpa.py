@@ -53,12 +53,20 @@ def test_equals_torch_in_values_and_gradients(call, dtype):
         generator = torch.Generator().manual_seed(1)
         mask = torch.rand(mask_shape, generator=generator)
         mask = mask < 0.6 if bool_mask else mask.to(dtype).requires_grad_(True)
+    q, k, v = inputs
+    wide = mask if mask is None or bool_mask else mask.detach().double()
+    weights = testing.attention_weights(lambda *qkv: torch_sdpa(*qkv, wide, is_causal, gqa), q, k, v)
+    magnitudes = testing.lone_key_magnitudes(weights, q, k, v, shapes[0][-1] ** -0.5)
+    if not magnitudes and mask_shape is not None and mask_shape[-1] == 1:
+        # One number added to all of a row's scores changes nothing: its true gradient is the sum of a row's, which is 0.
+        magnitudes = (0.0, 0.0, 0.0, 2 * 2 * v.shape[-1] * testing.max_finite(v) * weights.shape[:-1].numel())
     testing.check_op(
         lambda q, k, v, m: fa.scaled_dot_product_attention(q, k, v, m, 0.0, is_causal, enable_gqa=gqa),
         lambda q, k, v, m: torch_sdpa(q, k, v, m, is_causal, gqa),
         [*inputs, mask],
         terms=shapes[1][-2] + shapes[0][-1],
         names=("query", "key", "value", "attn_mask"),
+        magnitudes=magnitudes,
     )
 
 
