@@ -84,7 +84,7 @@ def test_reweighted():
 
 
 # The slow tests: each kernel with each dtype and score on every target that launches or compiles something of its own.
-# sm_89 and sm_120 launch what sm_86 does (`test_small_cards_launch_alike`) and form products by the same instructions.
+# sm_89 and sm_120 launch what sm_86 does (`test_small_cards_launch_alike`) and are compiled for once a dtype.
 DISTINCT = ("sm_90", "gfx942", "sm_80", "sm_100", "sm_86")
 ALIKE = ("sm_86", "sm_89", "sm_120")
 HEAD_DIMS = (16, 64, 96, 128, 256)

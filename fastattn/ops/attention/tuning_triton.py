@@ -24,7 +24,13 @@ def _forward_bytes(values, key, target) -> int:
     """Shared memory: the key and value tiles in flight, the weights, and the query tile where products read it from there."""
     flying = _tile_bytes(key, values["block_n"], "head_dim", "value_dim") * values["num_stages"]
     if _reads_shared(key, target):
-        flying += _tile_bytes(key, values["block_m"], "head_dim")
+        # Hopper's three TF32 products hold the query tile as two, its upper and its lower bits, from 64 rows on
+        split = (
+            key["dtype"] == "float32"
+            and target.arch.startswith(("sm_9", "sm_10"))
+            and values["block_m"] >= 64
+        )
+        flying += _tile_bytes(key, values["block_m"], "head_dim") * (1 + split)
     return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
 
 
