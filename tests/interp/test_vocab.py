@@ -71,3 +71,15 @@ def test_stablemax_cross_entropy(dtype, nan_outputs):
         return lambda logits: fa.stablemax_cross_entropy(logits, target, reduction="none", backend=backend)
 
     testing.check_op(run("triton"), run("reference"), (logits,), terms=200)
+
+
+def test_strided_temperatures():
+    h, weight = (testing.random_tensor(n, 8, seed=n) for n in (6, 30))
+    target = torch.arange(6)
+    temperature = torch.full((6, 2), torch.nan)
+    temperature[:, 0] = torch.linspace(0.5, 2.0, 6)
+    found, expected = (
+        fa.linear_cross_entropy(h, weight, target, temperature=t, backend="triton")
+        for t in (temperature[:, 0], temperature[:, 0].contiguous())
+    )
+    assert torch.equal(found, expected)

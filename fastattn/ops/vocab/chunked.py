@@ -42,6 +42,7 @@ def chunked_rows(
     temperature (float32) by chunks of rows.
 
     row_kernel(x, target, **rows and options): loss, lse, and the loss's gradient in place of the logits x."""
+    temperature = None if temperature is None else temperature.contiguous()
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
     dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
