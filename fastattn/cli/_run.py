@@ -148,17 +148,20 @@ def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
 def train(trainer: "Run", limit_s: float | None = None) -> bool:
     """Runs `trainer` with a progress bar, or a line now and then where there is no terminal.
 
-    Returns False when Ctrl-C ended it, here or in another process of it. `limit_s` ends the run early where the
-    machine got slower. Raises ValueError before the first step where the folder cannot be written.
+    Returns False when Ctrl-C ended it, here or in another process of it, or when nobody reads its output any more.
+    `limit_s` ends the run early where the machine got slower. Raises ValueError before the first step where the folder cannot be written.
     """
     _files.make_folder(trainer.folder)
-    spent = 0.0
+    spent, unread = 0.0, False
     with stop_requested() as interrupted, _Display(trainer) as display:
 
         def show(row: dict[str, Any]) -> None:
-            nonlocal spent
+            nonlocal spent, unread
             spent += row.get("seconds", 0.0)
-            display.show(row)
+            try:
+                display.show(row)
+            except SystemExit:  # rich's answer to a closed pipe; the console is quiet from here on
+                unread = True
 
         def late() -> bool:
             return limit_s is not None and spent > limit_s
@@ -166,10 +169,10 @@ def train(trainer: "Run", limit_s: float | None = None) -> bool:
         def stop() -> bool:
             if late():
                 console.print(f"stopping at step {trainer.step_number}: the machine is slower than it was")
-            return late() or interrupted()
+            return late() or interrupted() or unread
 
         trainer.run(show, stop)
-        return trainer.done or (late() and not interrupted())
+        return trainer.done or (late() and not interrupted() and not unread)
 
 
 class _Display:

@@ -1,11 +1,14 @@
 """Stopping and going on: bit for bit, whatever stopped it."""
 
+import io
 import itertools
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import fastattn as fa
@@ -122,6 +125,19 @@ def test_ctrl_c_ends_the_step_and_saves(fresh, parts, tmp_path, monkeypatch):
     assert not _run.train(trainer)
     assert signal.getsignal(signal.SIGINT) is before
     assert read_state(tmp_path / STATE)[1]["step"] == 3
+    resumed = Trainer.resume(tmp_path, *parts)
+    assert _run.train(resumed) and resumed.done
+
+
+def test_a_closed_pipe_ends_the_step_and_saves(fresh, parts, tmp_path, monkeypatch):
+    """As with `fastattn train ... | head -3`."""
+    trainer = fresh(tmp_path)
+    nobody = io.StringIO()
+    monkeypatch.setattr(nobody, "write", mock.Mock(side_effect=BrokenPipeError), raising=False)
+    monkeypatch.setattr(_run, "console", Console(file=nobody))
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)  # rich would send pytest's own output nowhere
+    assert not _run.train(trainer)
+    assert read_state(tmp_path / STATE)[1]["step"] == trainer.step_number < trainer.config.steps
     resumed = Trainer.resume(tmp_path, *parts)
     assert _run.train(resumed) and resumed.done
 
