@@ -56,6 +56,31 @@ def test_tensor_bias(score, shape, nan_outputs):
     compare((*testing.attention_inputs(1, 2, 1, 20, 35, 16), bias), score, Mask(window=(20, None)))
 
 
+@pytest.mark.parametrize("fill", (-1e9, -1e30, torch.finfo(torch.float32).min, 3e38))
+@pytest.mark.parametrize("bias_grad", (False, True))
+def test_rows_of_a_finite_mask(fill, bias_grad, nan_outputs):
+    """A bias that takes in the scores: a row is the mean of what it attends, as in torch, and its gradient that of the mean.
+
+    Keys 0 to 4 are padding: under the causal mask all that rows 0 to 4 attend is filled, of the others a part."""
+    q, k, v = testing.attention_inputs(1, 2, 1, 20, 20, 16)
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., :5] = fill if fill < 0 else 0.0
+    bias[..., 3, :] = fill
+    bias.requires_grad_(bias_grad)
+    q = (q.detach() * 2.0**-6).requires_grad_()  # no score near the spacing of floats at 1e9
+    testing.check_op(
+        lambda *inputs: fa.attention(*inputs[:3], bias=inputs[3], mask=Mask(causal=True), backend="triton"),
+        lambda *inputs: fa.attention(
+            *inputs[:3], bias=inputs[3], mask=Mask(causal=True), backend="reference"
+        ),
+        (q, k, v, bias),
+        terms=200,
+    )
+    out = fa.attention(q, k, v, bias=bias, mask=Mask(causal=True), backend="triton")
+    mean = v[:, :, :4].double().mean(2).expand(1, 2, 16)
+    assert testing.max_error(out[:, :, 3], mean) <= 4 * torch.finfo(torch.float32).eps * testing.max_finite(v)
+
+
 @pytest.mark.parametrize("kind", ("full", "causal", "window", "key_lengths", "dense", "bias"))
 @pytest.mark.parametrize("score", SCORES)
 def test_decoding(score, kind, nan_outputs):

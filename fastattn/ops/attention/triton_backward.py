@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 
 from ... import _triton
-from ..._triton import LOG2E, dot, offset, store_tile
+from ..._triton import LOG2E, dot, load_tile, offset, store_tile
 from .triton_classes import tile_classes
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
     add_bias,
     allowed_pairs,
+    attend,
     key_tile,
     key_tiles,
     load_statistics,
@@ -29,6 +30,8 @@ from .triton_tiles import (
 )
 
 _LOG2E = tl.constexpr(LOG2E)
+_LN2 = tl.constexpr(1 / LOG2E)
+_LARGEST_LSE = tl.constexpr(1e6)  # float32 has 4 bits after the point there
 
 
 @triton.jit
@@ -50,6 +53,57 @@ def _attention_delta_kernel(
     if grad_lse is not None:
         value -= tl.load(grad_lse + rows, mask=inside, other=0.0)
     tl.store(delta + rows, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+def _attention_base_kernel(
+    q, k, v, bias, dense, classes, lse, base, rest,
+    prefix_lengths, offsets_q, offsets_k, key_lengths,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
+    heads, tiles, length_q, length_k, window_left, window_right, scale2, bias2,
+    WEIGHT: tl.constexpr, LOG_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each row's lse as two numbers: base, the row maximum in base 2, and rest, the log-sum-exp of what is left.
+
+    A row of -1e9 and the like for every key has a log-sum-exp without the bits that tell its weights apart; the forward's
+    running state has them. Base is 0 and rest is lse in other rows, which are not read again.
+    """
+    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
+    )  # fmt: skip
+    first = tile * BLOCK_M
+    if first >= lq:
+        return
+    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
+    statistics = offset(entry * heads + head, length_q) + start_q + rows
+    row_lse = tl.load(lse + statistics, mask=rows < lq, other=0.0)
+    far = (tl.abs(row_lse) > _LARGEST_LSE) & (tl.abs(row_lse) != float("inf"))
+    if tl.max(far.to(tl.int32), 0) > 0:
+        q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
+        k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
+        bias_rows = row_pointers(bias, entry, bias_b, head, bias_h, start_q + rows, bias_q, start_k, bias_k)
+        dense_rows = row_pointers(
+            dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k
+        )
+        class_row = row_pointers(classes, entry, classes_b, head, classes_h, tile, classes_q, tile * 0, 0)
+        q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        _, top, total = attend(
+            q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end,
+            edges, lk, scale2, score_shift(bias2, extent[3], LOG_N),
+            WEIGHT, True, True, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        inside = far & (rows < lq)
+        tl.store(base + statistics, top, mask=inside)
+        tl.store(rest + statistics, tl.log2(total) * _LN2, mask=inside)
+
+
+@triton.jit
+def _less_base(s, base):
+    """Scores (base 2) less their rows' base; where one is (not 0) it is their maximum, whatever this product's rounding says."""
+    return tl.where((base != 0.0) & (s > base), 0.0, s - base)
 
 
 @triton.jit
@@ -77,7 +131,7 @@ def score_gradient(
 
 @triton.jit
 def _query_tile_gradient(
-    dq, q_tile, g_tile, lse, delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, ds_rows,
+    dq, q_tile, g_tile, lse, base, delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, ds_rows,
     begin, end, tile, lk, scale2, shift2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -91,6 +145,8 @@ def _query_tile_gradient(
     )
     s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)  # (M, N)
     s = add_bias(s * scale2 + shift2, bias_rows, bias_k, keys, end, lk)
+    if base is not None:
+        s = _less_base(s, base[:, None])
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
@@ -105,7 +161,7 @@ def _query_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, g, lse, delta, dq, ds,
+    q, k, v, bias, dense, classes, g, lse, base, delta, dq, ds,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
@@ -139,6 +195,9 @@ def _attention_backward_q_kernel(
     row_delta = row_lse
     if NORMALISED:
         row_lse, row_delta = load_statistics(lse, delta, statistics, rows < lq)
+    row_base = None
+    if base is not None:
+        row_base = tl.load(base + statistics, mask=rows < lq, other=0.0)
     shift2 = score_shift(bias2, extent[3], LOG_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tile_begin, tile_end = key_tiles(edges, BLOCK_N)
@@ -148,7 +207,7 @@ def _attention_backward_q_kernel(
         full, full_end = whole_tiles(edges, tile_begin, tile_end, BLOCK_N)
         for at in range(full, full_end):
             acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
                 dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
@@ -160,7 +219,7 @@ def _attention_backward_q_kernel(
             live = tl.load(class_row + at) != 0
         if live:
             acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
                 dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
             )  # fmt: skip
@@ -170,7 +229,7 @@ def _attention_backward_q_kernel(
 
 @triton.jit
 def _key_tile_gradient(
-    dk, dv, k_tile, v_tile, q_base, g_base, q_l, g_l, lse, delta, bias_keys, bias_q, dense_keys, dense_q,
+    dk, dv, k_tile, v_tile, q_base, g_base, q_l, g_l, lse, base, delta, bias_keys, bias_q, dense_keys, dense_q,
     begin, end, tile, lq, scale2, shift2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -188,6 +247,9 @@ def _key_tile_gradient(
         row_lse, row_delta = load_statistics(lse, delta, rows, rows < lq)
     s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
     s = add_bias(s * scale2 + shift2, bias_keys, bias_q, rows, end, lq)
+    if base is not None:
+        row_base = tl.load(base + rows, mask=rows < lq, other=0.0)
+        s = _less_base(s, row_base[None, :])
     allowed = None
     if MASKED:
         allowed = allowed_pairs(rows, begin, end, dense_keys, dense_q)
@@ -201,7 +263,7 @@ def _key_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, g, lse, delta, dk, dv,
+    q, k, v, bias, dense, classes, g, lse, base, delta, dk, dv,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
@@ -248,6 +310,9 @@ def _attention_backward_kv_kernel(
         head = kv_head * GROUP + member
         q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
+        head_base = base
+        if base is not None:
+            head_base = base + statistics
         bias_keys = row_pointers(bias, entry, bias_b, head, bias_h, start_q, bias_q, start_k + keys, bias_k)
         dense_keys = row_pointers(
             dense, entry, dense_b, head, dense_h, start_q, dense_q, start_k + keys, dense_k
@@ -256,7 +321,7 @@ def _attention_backward_kv_kernel(
         if dense is None:
             for at in range(full, full_end):
                 dk_acc, dv_acc = _key_tile_gradient(
-                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, delta + statistics,
+                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, False, PRECISION,
                 )  # fmt: skip
@@ -267,7 +332,7 @@ def _attention_backward_kv_kernel(
                 live = tl.load(class_column + offset(at, classes_q)) != 0
             if live:
                 dk_acc, dv_acc = _key_tile_gradient(
-                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, delta + statistics,
+                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
@@ -310,15 +375,27 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *
         return dq, dk, dv, q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     config = p.choose("attention_backward").values
     grad_out = _triton.last_dim_contiguous(grad_out)
-    more = {
-        "g": grad_out,
-        "lse": lse,
-        "delta": row_products(p, grad_out, out, lse, grad_lse) if p.score.normalised else lse,
-    }
+    over_queries = turned(config)
+    query_classes = tile_classes(p, over_queries["block_m"], over_queries["block_n"])
+    more = {"g": grad_out, "lse": lse, "base": None, "delta": lse}
+    if p.score.normalised:
+        more["delta"] = row_products(p, grad_out, out, lse, grad_lse)
+    if p.score.shifted and bias is not None:
+        more["base"], more["lse"] = torch.zeros_like(lse), lse.clone()
+        p.launch(
+            _attention_base_kernel, over_queries, over="queries", classes=query_classes,
+            lse=lse, base=more["base"], rest=more["lse"],
+        )  # fmt: skip
     classes = tile_classes(p, config["block_m"], config["block_n"])
     p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, dk=dk, dv=dv, **more)
-    config = turned(config)
-    classes = tile_classes(p, config["block_m"], config["block_n"])
-    p.launch(_attention_backward_q_kernel, config, over="queries", classes=classes, dq=dq, ds=ds, **more)
+    p.launch(
+        _attention_backward_q_kernel,
+        over_queries,
+        over="queries",
+        classes=query_classes,
+        dq=dq,
+        ds=ds,
+        **more,
+    )
     dbias = q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias

@@ -225,7 +225,11 @@ def add_bias(s, bias_rows, bias_stride, columns, end, count):
     if bias_rows is not None:
         at = bias_rows[:, None] + offset(columns, bias_stride)[None, :]
         inside = (end > 0)[:, None] & (columns < count)[None, :]
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+        bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        bias2 = bias * _LOG2E
+        # A finite mask, the dtype's lowest value, stays finite: -inf alone is nothing to attend to.
+        overflows = (tl.abs(bias2) == float("inf")) & (tl.abs(bias) != float("inf"))
+        s += tl.where(overflows, tl.where(bias < 0, -3e38, 3e38), bias2)
     return s
 
 
