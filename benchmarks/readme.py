@@ -44,6 +44,10 @@ ROWS: dict[str, Sequence[str]] = {
         "softmax fp32 H=8 L=2048 D=64 backward",
         "softmax fp32 H=8 L=2048 D=128 backward",
     ),
+    "attention bf16, L 2048, D 64 / 128, backward": (
+        "softmax bf16 H=8 L=2048 D=64 backward",
+        "softmax bf16 H=8 L=2048 D=128 backward",
+    ),
     "decoding bf16, 4 x 8192 keys, D 128, grouped queries": (
         "decode bf16 H=32 L=8192 D=128 B=4 Hkv=8 Lq=1 forward",
     ),
