@@ -144,17 +144,19 @@ struct VocabRowsParams {
 // The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
 struct VocabTokensParams {
   Tensor codes, bias;
-  Tensor beta, sums;      // (K,) f32 logsumexp of bias * inverse_temperature by code; (K,) f64 scratch
+  Tensor beta, sums;      // (K,) f32 logsumexp of bias by code; (K,) f64 scratch
+  Tensor largest;         // (K,) f32 or absent: takes each code's largest bias, and beta is then the logsumexp of
+                          // (bias - largest) * inverse_temperature
   Tensor best;            // (K,) i64 the first token of the largest bias, V where a code has none; beta: that bias
   Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - beta_c) * mass_c with c = codes_i
   Tensor order, offsets;  // (V,) i32 tokens by code, lowest first; (K + 1,) i64 where each code's begin
   double inverse_temperature = 1;
 };
 
-// out (R,) i64: for each row a code from softmax(scores * inverse_temperature + beta), then one of its tokens.
+// out (R,) i64: for each row a code from softmax((scores + largest) * inverse_temperature + beta), then one of its tokens.
 struct VocabSampleParams {
   Tensor scores, uniform;  // (R, K) f32, overwritten; (R, 2) f64
-  Tensor beta, bias, order, offsets, out;
+  Tensor largest, beta, bias, order, offsets, out;
   double inverse_temperature = 1;
   int32_t threads = 1;
 };

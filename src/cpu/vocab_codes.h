@@ -8,20 +8,25 @@ namespace FASTATTN_ISA {
 
 FASTATTN_INLINE float bias_at(const Tensor& bias, int64_t i) { return bias.data ? *float_at(bias, i) : 0.0f; }
 
-// beta_k = logsumexp over the code's tokens of bias * inverse_temperature, -inf where it has none.
+// beta_k = logsumexp over the code's tokens of bias, -inf where it has none; with `largest`, that of
+// (bias - largest_k) * inverse_temperature.
 static void vocab_code_bias(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
   float* beta = (float*)p.beta.data;
+  float* apart = (float*)p.largest.data;
   double* sums = (double*)p.sums.data;
   const float over = (float)p.inverse_temperature;
   for (int64_t k = 0; k < codes; k++) beta[k] = -kInfinity, sums[k] = 0;
   if (!p.bias.data) {
     for (int64_t i = 0; i < tokens; i++) sums[index_at(p.codes, i)] += 1;
-    for (int64_t k = 0; k < codes; k++) beta[k] = (float)__builtin_log(sums[k]);
+    for (int64_t k = 0; k < codes; k++) {
+      beta[k] = (float)__builtin_log(sums[k]);
+      if (apart) apart[k] = sums[k] > 0 ? 0.0f : -kInfinity;
+    }
     return;
   }
   for (int64_t i = 0; i < tokens; i++) {
-    const float b = *float_at(p.bias, i) * over;
+    const float b = *float_at(p.bias, i);
     float& largest = beta[index_at(p.codes, i)];
     largest = b > largest ? b : largest;
   }
@@ -30,13 +35,17 @@ static void vocab_code_bias(const VocabTokensParams& p) {
     vf shifted = splat(-kInfinity);
     for (int w = 0; w < n; w++) {
       const float largest = beta[index_at(p.codes, i + w)];
-      const float b = *float_at(p.bias, i + w) * over;
-      shifted[w] = largest == -kInfinity && b == b ? -kInfinity : b - largest;
+      const float b = *float_at(p.bias, i + w);
+      shifted[w] = largest == -kInfinity && b == b ? -kInfinity : (b - largest) * over;
     }
     const vf e = exp(shifted);
     for (int w = 0; w < n; w++) sums[index_at(p.codes, i + w)] += e[w];
   }
-  for (int64_t k = 0; k < codes; k++) beta[k] += (float)__builtin_log(sums[k]);
+  for (int64_t k = 0; k < codes; k++) {
+    const float rest = (float)__builtin_log(sums[k]);
+    if (apart) apart[k] = beta[k];
+    beta[k] = apart ? rest : beta[k] + rest;
+  }
 }
 
 template <class I>
@@ -109,6 +118,7 @@ FASTATTN_INLINE int64_t pick(int64_t count, double uniform, const F& weight) {
 static void vocab_sample(const VocabSampleParams& p) {
   const int64_t codes = p.scores.size[3];
   const vf over = splat((float)p.inverse_temperature);
+  const float* largest = (const float*)p.largest.data;
   const float* beta = (const float*)p.beta.data;
   const int32_t* order = (const int32_t*)p.order.data;
   const int64_t* offsets = (const int64_t*)p.offsets.data;
@@ -117,15 +127,16 @@ static void vocab_sample(const VocabSampleParams& p) {
     for (int64_t r = begin; r < end; r++) {
       float* x = (float*)p.scores.data + r * p.scores.stride[2];
       const double* uniform = (const double*)p.uniform.data + r * p.uniform.stride[2];
-      for_columns(codes, [&](int64_t k, int n) { put(x + k, get(x + k, n) * over + get(beta + k, n), n); });
-      const vf shift = splat(row_maximum(x, codes));
-      for_columns(codes, [&](int64_t k, int n) { put(x + k, exp(get(x + k, n) - shift), n); });
+      for_columns(codes, [&](int64_t k, int n) { put(x + k, get(x + k, n) + get(largest + k, n), n); });
+      // differences from the best token, so that no small temperature makes two infinities
+      const vf best = splat(row_maximum(x, codes));
+      for_columns(codes, [&](int64_t k, int n) { put(x + k, exp((get(x + k, n) - best) * over + get(beta + k, n)), n); });
       const int64_t code = pick(codes, uniform[0], [&](int64_t k) { return (double)x[k]; });
       const int64_t first = offsets[code], count = offsets[code + 1] - first;
       const int64_t within = pick(count, uniform[1], [&](int64_t i) {
         if (!p.bias.data) return 1.0;
-        const float b = *float_at(p.bias, order[first + i]) * (float)p.inverse_temperature;
-        return b == -kInfinity ? 0.0 : __builtin_exp((double)b - (double)beta[code]);
+        const float b = *float_at(p.bias, order[first + i]);
+        return b == -kInfinity ? 0.0 : __builtin_exp(((double)b - (double)largest[code]) * p.inverse_temperature);
       });
       // a row of NaN can name a code without tokens
       ((int64_t*)p.out.data)[r] = count ? order[first + within] : 0;
@@ -161,12 +172,14 @@ static void vocab_best_of(const VocabBestParams& p) {
         const double s = (double)scores[k] + offset[k];
         best = s > best ? s : best;
       }
-      const double least = best - (p.slack * __builtin_sqrt(norm) + p.offset_slack);
+      const double reach = p.slack * __builtin_sqrt(norm) + p.offset_slack;
+      // products beyond f32 and a NaN put nothing in order: every code is compared
+      const double least = reach < kInfinity && best < kInfinity ? best - reach : -kInfinity;
       int64_t first = -1, chosen = -1;
       double first_score = 0;
       bool exact = false;
       for (int64_t k = 0; k < codes; k++) {
-        if (!((double)scores[k] + offset[k] >= least)) continue;
+        if ((double)scores[k] + offset[k] < least) continue;
         const int64_t id = ids ? ids[k] : k;
         if (first < 0) {
           first = k, chosen = id;
@@ -175,11 +188,12 @@ static void vocab_best_of(const VocabBestParams& p) {
         if (!exact) {
           first_score = exact_score(x, (const T*)p.codebook.data + first * p.codebook.stride[2], d, offset[first]);
           exact = true;
+          if (!(first_score > -kInfinity)) first_score = -kInfinity, chosen = -1;
         }
         const double s = exact_score(x, (const T*)p.codebook.data + k * p.codebook.stride[2], d, offset[k]);
         if (s > first_score || (s == first_score && id < chosen)) first_score = s, chosen = id;
       }
-      if (chosen < 0)  // a row of NaN has no largest: the lowest id, which is always a valid one
+      if (chosen < 0)  // nothing is above -inf: the lowest id, which is always a valid one
         for (int64_t k = 0; k < codes; k++) {
           const int64_t id = ids ? ids[k] : k;
           chosen = chosen < 0 || id < chosen ? id : chosen;

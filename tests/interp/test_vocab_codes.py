@@ -89,6 +89,41 @@ def test_samples_are_the_definitions(temperature, with_bias, nan_outputs):
     assert not with_bias or not (found % 3 == 0).any()
 
 
+@pytest.mark.parametrize("scale", (1e-22, 1e25))
+def test_choices_beyond_the_range_of_float32(scale):
+    """Products that vanish or overflow in float32, of either sign; a row of NaN and one of -inf name a token."""
+    h, codebook, codes, _ = (t.detach() * scale if t.is_floating_point() else t for t in head())
+    bias = testing.random_tensor(TOKENS, seed=3) * scale**2 if scale < 1 else None
+    found = {}
+    for backend in ("triton", "reference"):
+        with fa.set_backend(backend):
+            found[backend] = fa.vq_argmax(h, codebook, codes, bias=bias), fa.nearest_codes(h, codebook)
+    assert torch.equal(found["triton"][0], found["reference"][0])
+    assert torch.equal(found["triton"][1], found["reference"][1])
+    h[2] = torch.nan
+    none, nan = torch.full((TOKENS,), -torch.inf), torch.full((TOKENS,), torch.nan)
+    with fa.set_backend("triton"):
+        for bias in (None, none, nan):
+            token, code = fa.vq_argmax(h, codebook, codes, bias=bias), fa.nearest_codes(h, codebook)
+            assert 0 <= int(token.min()) <= int(token.max()) < TOKENS
+            assert 0 <= int(code.min()) <= int(code.max()) < CODES
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_samples_at_any_temperature(with_bias):
+    """Close to 0 only the likeliest token is drawn; at a great one, none whose bias is -inf."""
+    h, codebook, codes, _ = (t.detach() for t in head())
+    bias = testing.random_tensor(TOKENS, seed=3) if with_bias else None
+    if with_bias:
+        bias[::3] = -torch.inf
+    with fa.set_backend("triton"):
+        likeliest = fa.vq_logits(h, codebook, codes, bias=bias).amax(1)
+        for temperature in (1e-38, 1e-45, 5e-324, 1e45, 1e300):
+            tokens = fa.vq_sample(h, codebook, codes, bias=bias, temperature=temperature)
+            logits = fa.vq_logits(h, codebook, codes, bias=bias).gather(1, tokens[:, None])[:, 0]
+            assert torch.equal(logits, likeliest) if temperature < 1 else logits.isfinite().all()
+
+
 def test_sampling_at_the_ends():
     """Uniforms of 0 and just under 1 pick the first and the last token that has a weight; a row of NaN picks some token."""
     h, codebook, codes, _ = (t.detach() for t in head())

@@ -295,6 +295,37 @@ def test_rows_of_nan_choose_a_valid_token(isa):
     assert all(0 <= t < 3 for t in fa.vq_sample(h, codebook, codes).tolist())
 
 
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e25])
+def test_choices_beyond_the_range_of_float32(isa, scale):
+    """Products that vanish or overflow in float32, of either sign: the choices of float64, one row at a time or many."""
+    codes = torch.arange(9)
+    for n in (1, 40):
+        h = testing.random_tensor(n, 5, seed=n) * scale
+        codebook = testing.random_tensor(9, 5, seed=3) * scale
+        assert torch.equal(fa.vq_argmax(h, codebook, codes), reference.vq_argmax(h, codebook, codes, None))
+        assert torch.equal(fa.nearest_codes(h, codebook), reference.nearest_codes(h, codebook))
+
+
+def test_a_code_of_nan_is_chosen_by_no_row(isa):
+    codebook = torch.tensor([[math.nan, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    rows = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 0.0]])
+    assert fa.nearest_codes(rows, codebook).tolist() == [1, 1, 2]
+    assert fa.vq_argmax(rows, codebook, torch.tensor([0, 1, 2])).tolist() == [1, 1, 2]
+
+
+def test_choices_where_torch_rounds_products(monkeypatch):
+    """On AVX-512, torch may multiply float32 in bfloat16 when it was told that this will do."""
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: out.copy_(mm(a.bfloat16().float(), b.bfloat16().float()))
+    )
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    h, codebook = testing.random_tensor(200, 16, seed=1), testing.random_tensor(300, 16, seed=2)
+    codes = torch.arange(300)
+    assert torch.equal(fa.vq_argmax(h, codebook, codes), reference.vq_argmax(h, codebook, codes, None))
+
+
 def test_choices_take_what_requires_gradients():
     h, weight, bias, *_ = dense_problem(9, 9, 5, 1, 0)
     codes = torch.arange(9)
@@ -336,6 +367,29 @@ def test_samples_follow_the_dense_distribution(isa, biased, temperature):
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     counts, expected = counts[expected > 0], expected[expected > 0]
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(counts.numel())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_samples_at_any_temperature(isa, backend, biased):
+    """Close to 0 only the likeliest token is drawn; at a great one, every token whose bias is not -inf."""
+    h, _, bias, *_ = dense_problem(1, 40, 6, 4, 0)
+    codes, _ = code_pattern("gaps", 40, 9, 1)
+    codebook = testing.random_tensor(9, 6, seed=2)
+    bias = bias.detach() if biased else None
+    if biased:
+        bias[::3] = -math.inf
+    logits = reference.dense_logits(h.detach().double(), codebook.double()[codes], bias)[0]
+    rows, g = h.detach().expand(2000, -1), torch.Generator().manual_seed(0)
+    with fa.set_backend(backend):
+        for temperature in (1e-20, 1e-38, 1e-45, 1e-300, 5e-324):
+            tokens = fa.vq_sample(rows[:50], codebook, codes, bias=bias, temperature=temperature, generator=g)
+            assert (logits[tokens] == logits.max()).all()
+        for temperature in (1e20, 1e38, 1e45, 1e300):
+            tokens = fa.vq_sample(rows, codebook, codes, bias=bias, temperature=temperature, generator=g)
+            assert torch.equal(tokens.unique(), logits.isfinite().nonzero()[:, 0])
+        h = torch.full_like(h, math.inf)
+        assert int(fa.vq_sample(h, codebook, codes, bias=bias, temperature=1.0)) < 40
 
 
 def test_sampling_is_the_references(isa):

@@ -69,6 +69,11 @@ def check_codes(op: str, codes: torch.Tensor, count: int) -> None:
             _checks.check_range(op, "codes", codes, 0, count)
 
 
+def inverse(temperature: float) -> float:
+    """1 / temperature among float32's normal numbers: one that is 0 or infinite makes NaN of an infinity or a 0."""
+    return min(max(1 / temperature, 2.0**-126), 2.0**126)
+
+
 def needed(*tensors: torch.Tensor | None) -> int:
     """A bit for each tensor that wants a gradient of this call."""
     if not torch.is_grad_enabled():

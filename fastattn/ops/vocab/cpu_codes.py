@@ -5,7 +5,7 @@ import torch
 from ... import _config, _native
 from ..._config import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
-from ._arguments import check_codes, check_targets
+from ._arguments import check_codes, check_targets, inverse
 from .cpu import _MIB, Rows, Statistics, call, product, refusal, run_rows
 
 __all__ = ["refusal"]
@@ -31,8 +31,8 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0) -> torch.Tensor:
-    """beta (K,): the logsumexp of bias over each code's tokens."""
+def _code_bias(codes, bias, count: int, largest=None, inverse_temperature: float = 1.0) -> torch.Tensor:
+    """beta (K,): the logsumexp of bias over each code's tokens; of its differences from `largest`, which is written."""
     beta = torch.empty(count, dtype=torch.float32)
     call(
         "vocab_code_bias",
@@ -41,6 +41,7 @@ def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0) -> tor
         bias=bias,
         beta=beta,
         sums=torch.empty(count, dtype=torch.float64),
+        largest=largest,
         inverse_temperature=inverse_temperature,
     )
     return beta
@@ -241,12 +242,18 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
 # --- choices of a token or a code ------------------------------------------------------------------------------------
 
 
+def _rounds_products() -> bool:
+    """Whether torch was allowed to round the factors of float32 products, and the machine has instructions for it."""
+    allowed = torch.get_float32_matmul_precision() != "highest"
+    return allowed and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     """The id of the largest x . codebook_k + offset_k (float64), the lowest among equals.
 
     The float32 products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order of summation, and
     adding offsets in float64 keeps that; twice that is what two scores must differ by to be surely in order. The norm is
-    itself a float32 sum, hence 1.01.
+    itself a float32 sum, hence 1.01; below 2^-126 a product may lose all of itself.
     """
     found = torch.empty(x.shape[0], dtype=torch.int64)
     x, codebook, wide = _native.rows(x), _native.rows(codebook), _wide(x, codebook)
@@ -255,6 +262,9 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
         torch.linalg.vecdot(wide, wide, out=squares)
     finite = offset[offset.isfinite()].abs()
     spread = float(finite.max()) * torch.finfo(torch.float64).eps if finite.numel() else 0.0
+    unit = (x.shape[1] + 4) * torch.finfo(torch.float32).eps
+    if wide is not None and _rounds_products():
+        unit += 2.0**-7  # both factors to bfloat16: 2^-9 of a term each, and twice as in unit
     chunks = _chunks(x.shape[0], codebook.shape[0], mib)
     buffer = _buffer(chunks, codebook.shape[0])
     for begin, end in chunks:
@@ -269,8 +279,8 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
             offset=offset,
             ids=ids,
             out=found[begin:end],
-            slack=1.01 * (x.shape[1] + 4) * torch.finfo(torch.float32).eps * norm,
-            offset_slack=spread,
+            slack=1.01 * unit * norm,
+            offset_slack=spread + (x.shape[1] + 4) * 2.0**-125,
             threads=_native.threads(),
         )
     return found
@@ -304,7 +314,9 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     order = torch.empty(codes.shape[0], dtype=torch.int32)
     offsets = torch.empty(count + 1, dtype=torch.int64)
     call("vocab_group", "VocabTokensParams", codes=codes, order=order, offsets=offsets)
-    beta = _code_bias(codes, bias, count, 1 / temperature)
+    over = inverse(temperature)
+    largest = torch.empty(count, dtype=torch.float32)
+    beta = _code_bias(codes, bias, count, largest, over)
     found = torch.empty(h.shape[0], dtype=torch.int64)
     uniform = uniform.contiguous()
     chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])
@@ -315,12 +327,13 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
             "VocabSampleParams",
             scores=_scores(h[begin:end], codebook, wide, buffer),
             uniform=uniform[begin:end],
+            largest=largest,
             beta=beta,
             bias=bias,
             order=order,
             offsets=offsets,
             out=found[begin:end],
-            inverse_temperature=1 / temperature,
+            inverse_temperature=over,
             threads=_native.threads(),
         )
     return found

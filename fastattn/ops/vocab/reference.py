@@ -218,7 +218,8 @@ def vq_sample(
     temperature: float,
 ) -> torch.Tensor:
     """uniform (N, 2) in [0, 1): the first picks the code, the second the token within it, by cumulative probability."""
-    logits = dense_logits(h.double(), codebook.double()[codes.long()], bias) / temperature
+    logits = dense_logits(h.double(), codebook.double()[codes.long()], bias)
+    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float64).tiny)
     tokens = torch.softmax(logits, dim=1)  # (N, V)
     shape = (h.shape[0], codebook.shape[0])
     of_code = tokens.new_zeros(shape).index_add(1, codes.long(), tokens)  # (N, K)
@@ -228,9 +229,10 @@ def vq_sample(
 
 
 def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative weight is over uniform times the total."""
+    """The first index whose cumulative weight is over uniform times the total; some index where a weight is NaN."""
     cumulative = weights.cumsum(1)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return found.clamp(max=weights.shape[1] - 1)
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

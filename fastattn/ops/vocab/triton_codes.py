@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ... import _triton
 from ..._triton import offset
+from ._arguments import inverse
 from .chunked import chunked_rows, chunks, product, reduced, returned, upstream
 from .triton import configure, refusal, row_kernel
 
@@ -34,8 +35,9 @@ def _segment_sum_kernel(
 
 
 @triton.jit
-def _code_bias_kernel(bias, order, offsets, beta, largest, best, BLOCK: tl.constexpr):
-    """Of one code's tokens: the logsumexp of their bias, the largest one and the first token that has it."""
+def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_temperature, BLOCK: tl.constexpr):
+    """Of one code's tokens: the largest bias, the first token that has it, and the logsumexp of what theirs are above it,
+    over temperature."""
     code = tl.program_id(0)
     begin = tl.load(offsets + code)
     end = tl.load(offsets + code + 1)
@@ -61,8 +63,8 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, BLOCK: tl.const
         if bias is not None:
             token = tl.load(order + base + at, mask=inside, other=0)
             value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
-        total += tl.exp(value - finite)
-    tl.store(beta + code, finite + tl.log(tl.sum(total, 0)))
+        total += tl.exp((value - finite) * inverse_temperature)
+    tl.store(beta + code, tl.log(tl.sum(total, 0)))
     tl.store(largest + code, most)
     tl.store(best + code, tl.min(tl.where(top == most, first, 1 << 62), 0))
 
@@ -95,14 +97,17 @@ def _best_kernel(
         inside = first + at < classes
         value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
         top = tl.maximum(top, value + tl.load(offsets + first + at, mask=inside, other=float("-inf")))
-    floor = tl.max(top, 0) - 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
+    highest = tl.max(top, 0)
+    reach = 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
+    # products beyond float32 and a NaN put nothing in order: every code is compared
+    floor = tl.where((highest < float("inf")) & (reach < float("inf")), highest - reach, float("-inf"))
     best = tl.full([], float("-inf"), tl.float64)
     found = tl.full([], 1 << 62, tl.int64)
     for first in range(0, classes, BLOCK):
         inside = first + at < classes
         value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
         value += tl.load(offsets + first + at, mask=inside, other=float("-inf"))
-        near = inside & (value >= floor)
+        near = inside & ~(value < floor)
         code = tl.min(tl.where(near, first + at, classes), 0)
         while code < classes:
             exact = tl.zeros([BLOCK_W], tl.float64)
@@ -119,33 +124,42 @@ def _best_kernel(
             found = tl.where(better, token, found)
             best = tl.where(better, sum64, best)
             code = tl.min(tl.where(near & (first + at > code), first + at, classes), 0)
+    if found == 1 << 62:  # nothing is above -inf: the lowest id, which is always a valid one
+        for first in range(0, classes, BLOCK):
+            token = (first + at).to(tl.int64)
+            if ids is not None:
+                token = tl.load(ids + first + at, mask=first + at < classes, other=1 << 62)
+            found = tl.minimum(found, tl.min(token, 0))
     tl.store(out + row, found)
 
 
 @triton.jit
-def _weights(base, other, at, end, factor, shift):
-    """exp(base * factor + other - shift) at `at`, 0 from `end` on, in float64."""
+def _weights(base, other, rest, at, end, factor, shift):
+    """exp((base + other - shift) * factor + rest) at `at`, 0 from `end` on, in float64."""
     inside = at < end
-    value = tl.load(base + at, mask=inside, other=float("-inf")) * factor
+    value = tl.load(base + at, mask=inside, other=float("-inf"))
     if other is not None:
         value += tl.load(other + at, mask=inside, other=float("-inf"))
-    return tl.where(inside, tl.exp(value - shift), 0.0).to(tl.float64)
+    value = (value - shift) * factor
+    if rest is not None:
+        value += tl.load(rest + at, mask=inside, other=float("-inf"))
+    return tl.where(inside, tl.exp(value), 0.0).to(tl.float64)
 
 
 @triton.jit
-def _draw(base, other, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
+def _draw(base, other, rest, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
     """The first of [begin, end) whose cumulative weight is over uniform times the total; the last that has one where rounding
     leaves none; `begin` where no weight is a number."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(begin, end, BLOCK):
-        total += _weights(base, other, first + at, end, factor, shift)
+        total += _weights(base, other, rest, first + at, end, factor, shift)
     goal = uniform * tl.sum(total, 0)
     before = tl.zeros([], tl.float64)
     found = tl.full([], 1 << 62, tl.int64)
     last = tl.zeros([], tl.int64) + begin
     for first in range(begin, end, BLOCK):
-        weight = _weights(base, other, first + at, end, factor, shift)
+        weight = _weights(base, other, rest, first + at, end, factor, shift)
         index = (first + at).to(tl.int64)
         over = (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
         found = tl.minimum(found, tl.min(tl.where(over, index, 1 << 62), 0))
@@ -156,19 +170,31 @@ def _draw(base, other, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sample_kernel(
-    scores, uniform, beta, bias, order, offsets, out, classes, inverse_temperature, BLOCK: tl.constexpr
+    scores,
+    uniform,
+    largest,
+    beta,
+    bias,
+    order,
+    offsets,
+    out,
+    classes,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
 ):
-    """A code by the row's first uniform, then one of its tokens by the second; `bias` is over temperature, in `order`."""
+    """A code by the row's first uniform, then one of its tokens by the second; `bias` is in `order`."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     score_row = scores + offset(row, classes)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, classes, BLOCK):
         inside = first + at < classes
-        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")) * inverse_temperature
-        top = tl.maximum(top, value + tl.load(beta + first + at, mask=inside, other=float("-inf")))
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf"))
+        top = tl.maximum(top, value + tl.load(largest + first + at, mask=inside, other=float("-inf")))
+    # differences from the best token, so that no small temperature makes two infinities
     code = _draw(
         score_row,
+        largest,
         beta,
         0,
         classes,
@@ -181,7 +207,9 @@ def _sample_kernel(
     end = tl.load(offsets + code + 1)
     second = tl.load(uniform + offset(row, 2) + 1)
     if bias is not None:
-        chosen = _draw(bias, None, begin, end, 1.0, tl.load(beta + code), second, BLOCK)
+        chosen = _draw(
+            bias, None, None, begin, end, inverse_temperature, tl.load(largest + code), second, BLOCK
+        )
     else:
         chosen = begin + tl.minimum((second * (end - begin).to(tl.float64)).to(tl.int64), end - begin - 1)
     # a row of NaN can name a code without tokens
@@ -209,14 +237,17 @@ def _segment_sum(values, weights, keys, count: int) -> torch.Tensor:
     return out
 
 
-def _code_statistics(codes, bias, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each code's tokens (beta, largest bias, first token that has it)."""
-    order, offsets = _segments(codes, count)
+def _code_statistics(
+    codes, bias, order, offsets, inverse_temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each code's tokens (logsumexp of what their bias is above the largest, over temperature; the largest bias; the
+    first token that has it)."""
+    count = offsets.shape[0] - 1
     beta, largest = torch.empty(2, count, dtype=torch.float32, device=codes.device)
     best = torch.empty(count, dtype=torch.int64, device=codes.device)
     _triton.launch(
-        _code_bias_kernel, (count,), bias, order, offsets, beta, largest, best, BLOCK=128, num_warps=1
-    )
+        _code_bias_kernel, (count,), bias, order, offsets, beta, largest, best, inverse_temperature, BLOCK=128, num_warps=1
+    )  # fmt: skip
     return beta, largest, best
 
 
@@ -230,7 +261,8 @@ def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=Non
     """Gradients of h, codebook, bias and shadow; the row losses and log-sum-exps where `loss` is given."""
     codes = codes.long()
     bias = None if bias is None else bias.contiguous()
-    beta, _, _ = _code_statistics(codes, bias, codebook.shape[0])
+    rest, largest, _ = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
+    beta = largest + rest
     counted = target != ignore_index
     token = target.long().masked_fill(~counted, 0)
     code = codes[token].masked_fill(~counted, _IGNORED)
@@ -315,6 +347,7 @@ def _best(x, codebook, offsets, ids) -> torch.Tensor:
     """The id of the largest x . codebook_k + offsets_k (float64), the lowest among equals.
 
     Products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order; 1.01 covers the norms' own rounding.
+    Below 2^-126 a product may lose all of itself.
     """
     found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     x, codebook = _triton.last_dim_contiguous(x), _triton.last_dim_contiguous(codebook)
@@ -325,7 +358,7 @@ def _best(x, codebook, offsets, ids) -> torch.Tensor:
         2.0**-23 if torch.get_float32_matmul_precision() == "highest" or x.dtype != torch.float32 else 2.0**-9
     )
     norms = torch.linalg.vector_norm(x.float(), dim=1).double() * largest
-    spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52
+    spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52 + (width + 4) * 2.0**-125
     for begin, end in chunks(x.shape[0], classes, configure(x, codebook).values["chunk_mib"]):
         part = x[begin:end]
         _triton.launch(
@@ -337,7 +370,8 @@ def _best(x, codebook, offsets, ids) -> torch.Tensor:
 
 
 def vq_argmax(h, codebook, codes, bias):
-    _, largest, best = _code_statistics(codes, None if bias is None else bias.contiguous(), codebook.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    _, largest, best = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
     return _best(h, codebook, largest.double(), best)
 
 
@@ -350,16 +384,16 @@ def refusal_sample(h, codebook, codes, bias, uniform, temperature) -> str | None
 
 
 def vq_sample(h, codebook, codes, bias, uniform, temperature):
-    classes, over = codebook.shape[0], 1.0 / temperature
+    classes, over = codebook.shape[0], inverse(temperature)
     order, offsets = _segments(codes, classes)
-    bias = None if bias is None else bias.float() * over
-    beta, _, _ = _code_statistics(codes, bias, classes)
+    bias = None if bias is None else bias.float().contiguous()
+    beta, largest, _ = _code_statistics(codes, bias, order, offsets, over)
     in_order = None if bias is None else bias[order]
     uniform = uniform.contiguous()
     found = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
     for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
         _triton.launch(
-            _sample_kernel, (end - begin,), product(h[begin:end], codebook.T), uniform[begin:end], beta, in_order, order,
-            offsets, found[begin:end], classes, over, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
+            _sample_kernel, (end - begin,), product(h[begin:end], codebook.T), uniform[begin:end], largest, beta,
+            in_order, order, offsets, found[begin:end], classes, over, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
         )  # fmt: skip
     return found
