@@ -109,16 +109,18 @@ def sample(
     """One token a row, (B,) int64, from logits (B, V); see :func:`generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    # differences from the largest: no division by a small temperature overflows to two infinities
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k)
     else:
         kept, index = logits.sort(-1, descending=True)
+    # differences from the largest: no division by a small temperature overflows to two infinities
+    limits = torch.finfo(torch.float32)
+    kept = (kept - kept[:, :1]) / min(max(temperature, limits.tiny), limits.max)
     probabilities = kept.softmax(-1)  # (B, k), most likely first
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
+        before[:, 0] = -1.0  # the most likely stays, whatever top_p is as float32
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return index.gather(-1, choice)[:, 0]

@@ -153,7 +153,8 @@ struct VocabTokensParams {
   double inverse_temperature = 1;
 };
 
-// out (R,) i64: for each row a code from softmax((scores + largest) * inverse_temperature + beta), then one of its tokens.
+// out (R,) i64: for each row a code from softmax((scores + largest) * inverse_temperature + beta), then one of its
+// tokens.
 struct VocabSampleParams {
   Tensor scores, uniform;  // (R, K) f32, overwritten; (R, 2) f64
   Tensor largest, beta, bias, order, offsets, out;

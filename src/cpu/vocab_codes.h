@@ -130,7 +130,8 @@ static void vocab_sample(const VocabSampleParams& p) {
       for_columns(codes, [&](int64_t k, int n) { put(x + k, get(x + k, n) + get(largest + k, n), n); });
       // differences from the best token, so that no small temperature makes two infinities
       const vf best = splat(row_maximum(x, codes));
-      for_columns(codes, [&](int64_t k, int n) { put(x + k, exp((get(x + k, n) - best) * over + get(beta + k, n)), n); });
+      for_columns(codes,
+                  [&](int64_t k, int n) { put(x + k, exp((get(x + k, n) - best) * over + get(beta + k, n)), n); });
       const int64_t code = pick(codes, uniform[0], [&](int64_t k) { return (double)x[k]; });
       const int64_t first = offsets[code], count = offsets[code + 1] - first;
       const int64_t within = pick(count, uniform[1], [&](int64_t i) {

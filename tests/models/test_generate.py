@@ -156,6 +156,14 @@ def test_a_small_temperature_takes_the_most_likely(model, temperature):
     assert sample(masked, temperature).tolist() == [2]
 
 
+@pytest.mark.parametrize("temperature", (1e30, 1e39, 1e300))
+def test_a_great_temperature_draws_evenly_among_what_the_cuts_leave(temperature):
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0]).expand(200, -1)
+    for options, left in (({}, [0, 1, 3, 4]), ({"top_k": 2}, [1, 3]), ({"top_p": 0.3}, [1, 3])):
+        drawn = sample(logits, temperature, generator=torch.Generator().manual_seed(1), **options)
+        assert drawn.unique().tolist() == left
+
+
 def test_cuts_at_their_ends_change_nothing(model):
     ids = torch.randint(0, 30, (2, 4))
 
@@ -173,7 +181,12 @@ def test_cuts_at_their_ends_change_nothing(model):
     ):
         assert torch.equal(drawn(**options), free)
     greedy = model.generate(ids, max_new_tokens=5)
-    for options in ({"top_k": 1}, {"top_p": 1e-30}, {"temperature": 0.0, "top_k": 3, "top_p": 0.5}):
+    for options in (
+        {"top_k": 1},
+        {"top_p": 1e-30},
+        {"top_p": 5e-324},
+        {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+    ):
         assert torch.equal(drawn(**options), greedy)
     torch.manual_seed(7)
     by_default = drawn(generator=None)
