@@ -111,7 +111,22 @@ def precision(dtype: torch.dtype) -> str:
     hip = _recording.target.kind == "hip" if _recording is not None else torch.version.hip is not None
     if dtype != torch.float32 or hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_will_do() else "tf32x3"
+
+
+def tf32_will_do() -> bool:
+    """Whether torch was told so for float32 products, by any of its ways: torch.get_float32_matmul_precision knows one of them
+    and raises after the others."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def stream(device: torch.device) -> int | None:
+    """The device's current stream; None while a graph captures it: what is kept from one call for others then would be memory of
+    the graph, filled at its first replay and never again."""
+    if device.type != "cuda":
+        return 0
+    with torch.cuda.device(device):
+        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
 
 
 def last_dim_contiguous(t: torch.Tensor) -> torch.Tensor:

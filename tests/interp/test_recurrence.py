@@ -115,6 +115,22 @@ def test_a_layers_cache_is_filled_in_one_launch():
             )
 
 
+def test_a_captured_graphs_table_is_not_kept(monkeypatch):
+    from fastattn import _triton
+    from fastattn.ops.recurrence import triton as kernels
+
+    if not _triton.INTERPRETED:
+        pytest.skip("a device's powers are not the host's to the last bit")
+    monkeypatch.setattr(kernels, "_tables", {})
+    q, k = made(1, 2, 3, 16, seed=1), made(1, 1, 3, 16, seed=2)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(_triton, "stream", lambda device: None)
+        captured = fa.rotary(q, k, torch.arange(3))
+        assert not kernels._tables
+    plain = fa.rotary(q, k, torch.arange(3))
+    assert len(kernels._tables) == 1 and all(map(torch.equal, captured, plain))
+
+
 def test_empty_tensors():
     assert fa.rms_norm(torch.empty(0, 8)).shape == (0, 8)
     assert (

@@ -1,10 +1,16 @@
-"""Classes of a dense mask's tiles, so that kernels skip the empty ones; kept while the same tensor is unchanged."""
+"""Classes of a dense mask's tiles, so that kernels skip the empty ones; kept while the same tensor is unchanged.
+
+A stream has its own, which no other has to wait for. A graph being captured forms them anew and keeps none: a replay then follows
+the mask's contents.
+"""
 
 import weakref
 
 import torch
 import torch.nn.functional as F
 import triton
+
+from ... import _triton
 
 _known: dict[
     int, tuple[weakref.ref, int, dict]
@@ -19,7 +25,8 @@ def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
     dense = problem.dense_mask
     if dense is None or problem.packed:
         return None
-    if dense.is_inference() or dense.device.type == "meta":
+    stream = _triton.stream(dense.device)
+    if dense.is_inference() or dense.device.type == "meta" or stream is None:
         found = _classes(dense, problem, block_m, block_n)
     else:
         views = _views(dense)
@@ -31,6 +38,7 @@ def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
             block_n,
             problem.length_q,
             problem.length_k,
+            stream,
         )
         if key not in views:
             views[key] = _classes(dense, problem, block_m, block_n)

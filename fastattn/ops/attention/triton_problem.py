@@ -26,7 +26,9 @@ class Problem:
         self.dense = None if dense is None else dense.expand(full)
         self.packed = cu_seqlens_q is not None
         self.sequences = cu_seqlens_q.numel() - 1 if self.packed else self.batch
-        self.longest_q, self.longest_k = max_seqlen_q, max_seqlen_k
+        # a packed mask made while tracing does not know its documents: each may be the longest there can be
+        self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
+        self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
         self.indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
         self.window = tuple(
             _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)

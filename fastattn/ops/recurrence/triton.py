@@ -334,8 +334,14 @@ def gated_backward(grad, x, gate):
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     key = (head_dim, theta, device)
     if key not in _tables:
-        exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-        _tables[key] = 1.0 / theta**exponent
+        # formed on the host: the copy is done when it returns, for every stream
+        capturing = _triton.stream(device) is None
+        place = device if capturing else "cpu"
+        exponent = torch.arange(0, head_dim, 2, device=place, dtype=torch.float32) / head_dim
+        table = (1.0 / theta**exponent).to(device)
+        if capturing:
+            return table
+        _tables[key] = table
     return _tables[key]
 
 

@@ -354,9 +354,7 @@ def _best(x, codebook, offsets, ids) -> torch.Tensor:
     classes, width = codebook.shape
     largest = torch.linalg.vector_norm(codebook.float(), dim=1).amax()
     # one term of TF32 loses 2^-11 where torch was told that this will do
-    unit = (
-        2.0**-23 if torch.get_float32_matmul_precision() == "highest" or x.dtype != torch.float32 else 2.0**-9
-    )
+    unit = 2.0**-9 if x.dtype == torch.float32 and _triton.tf32_will_do() else 2.0**-23
     norms = torch.linalg.vector_norm(x.float(), dim=1).double() * largest
     spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52 + (width + 4) * 2.0**-125
     for begin, end in chunks(x.shape[0], classes, configure(x, codebook).values["chunk_mib"]):
