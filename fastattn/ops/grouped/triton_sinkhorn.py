@@ -140,7 +140,8 @@ def _sinkhorn_kernel(
 
 @triton.jit
 def _sinkhorn_backward_kernel(
-    scores, grad, gradient, out, slopes, u_before, u_after, sums, slope_sums, begins, counts, firsts, owners, scale, back,
+    scores, grad, gradient, out, slopes_before, slopes_after, u_before, u_after, sums, slope_sums,
+    begins, counts, firsts, owners, scale, back,
     CAUSAL: tl.constexpr, APPLY: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Back through iteration t: without APPLY the chunk's sums of v_t's gradient, with it what they hand to x and u_t-1.
@@ -163,7 +164,7 @@ def _sinkhorn_backward_kernel(
         y = _tile(grad, row, tokens, 1.0, GROUPS, TOKENS, BLOCK_G) * shares
         slope_v = y - shares * tl.sum(y, 1)[:, None]
     else:
-        slope = tl.load(slopes + row + token, mask=token < tokens, other=0.0)
+        slope = tl.load(slopes_before + row + token, mask=token < tokens, other=0.0)
         slope_v = -shares * slope[:, None]
     if CAUSAL:
         reference = tl.where(valid, v, _NOWHERE)
@@ -180,7 +181,7 @@ def _sinkhorn_backward_kernel(
             _, whole = _combined(slope_sums, begin, end, GROUPS, BLOCK_G)
             whole = whole[None, :]
         through_v = -_share(x, v, u, valid) * whole
-        tl.store(slopes + row + token, tl.sum(through_v, 1), mask=token < tokens)
+        tl.store(slopes_after + row + token, tl.sum(through_v, 1), mask=token < tokens)
         value = slope_v + through_v
         if grad is None:
             value += _tile(gradient, row, tokens, 1.0, GROUPS, TOKENS, BLOCK_G)
@@ -291,7 +292,8 @@ def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
     if not out.numel() or not sequences:
         return out, potentials
     chunks = _Chunks(scores, lengths, cu_seqlens, temperature, iterations, causal)
-    sums, u = chunks.sums(2), chunks.row_potentials(1) if causal else None
+    # two of each: none is written in the launch that reads it
+    sums, u = chunks.sums(2), chunks.row_potentials(2) if causal else None
     for t in range(iterations):
         chunks.iterate(t, sums, u)
     chunks.iterate(iterations, sums, u, out=out, potentials=potentials)
@@ -308,7 +310,7 @@ def sinkhorn_backward(grad, scores, lengths, cu_seqlens, temperature, iterations
         chunks.iterate(t, sums, u)
     slope_sums = chunks.sums(1)[0]
     gradient = torch.empty_like(out, dtype=torch.float32)
-    slopes = chunks.row_potentials(1)[0]
+    slopes = chunks.row_potentials(2)
     for t in range(iterations, 0, -1):
         for apply in (False, True):
             chunks.launch(
@@ -316,7 +318,8 @@ def sinkhorn_backward(grad, scores, lengths, cu_seqlens, temperature, iterations
                 grad=grad.contiguous() if t == iterations else None,
                 gradient=gradient,
                 out=out if t == 1 else None,
-                slopes=slopes,
+                slopes_before=slopes[(t + 1) % 2],
+                slopes_after=slopes[t % 2],
                 u_before=u[t - 1],
                 u_after=u[t],
                 sums=sums[t - 1],
