@@ -24,6 +24,8 @@ DTYPES = {
 GROUPS = (4, 8, 16, 32)
 THREADS = 256
 DECODE = {"threads": 512, "rows": 1, "span": 64}
+# Dynamic shared memory of a block without asking: of 48 KiB, which have to hold the kernel's own as well.
+UNASKED = 44 << 10
 MOST_LAYERS, MOST_HEAD_DIM = 40, 256  # of a decode step
 
 _pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -91,8 +93,11 @@ def missing() -> str | None:
 
 
 @cache
-def _compiled(header: str, kernel: str, cooperative: bool) -> Any:
-    """A template instantiation compiled at run time, for this process's device."""
+def _compiled(header: str, kernel: str) -> Any:
+    """A template instantiation compiled at run time, for each device where it is first launched.
+
+    CuPy's enable_cooperative_groups would link a library of the CUDA toolkit, which a grid's barrier does not need.
+    """
     import cupy
 
     folder = sources()
@@ -100,7 +105,6 @@ def _compiled(header: str, kernel: str, cooperative: bool) -> Any:
         code=f'#include "{header}"\n',
         options=("-std=c++17", f"-I{folder}"),
         name_expressions=[kernel],
-        enable_cooperative_groups=cooperative,
     )
     return module.get_function(kernel)
 
@@ -122,12 +126,14 @@ def _launch_compiled(
     import cupy
     import numpy as np
 
-    function = _compiled(header, f"fastattn::cuda::{kernel}", cooperative)
-    if shared > 48 << 10:
+    function = _compiled(header, f"fastattn::cuda::{kernel}")
+    if shared > UNASKED:
         function.max_dynamic_shared_size_bytes = shared
     by_value = np.frombuffer(bytes(params), dtype=np.dtype(f"V{ctypes.sizeof(params)}"))
     with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-        function((blocks,), (threads,), (by_value,), shared_mem=shared)
+        function.kernel(
+            (blocks,), (threads,), (by_value,), shared_mem=shared, enable_cooperative_groups=cooperative
+        )
 
 
 def _launch_built(name: str, params: ctypes.Structure, *arguments: Any) -> None:

@@ -10,6 +10,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// A block has 48 KiB of shared memory without asking, its kernel's own arrays among them (4 KiB at most).
+constexpr size_t kUnasked = 44 * 1024;
 constexpr int kDecodeThreads = 512, kDecodeRows = 1, kDecodeSpan = 64;
 
 // As many blocks as run at once, at most `wanted`: a cooperative grid must be resident as a whole.
@@ -18,7 +20,7 @@ cudaError_t resident(Kernel kernel, int threads, size_t shared, int64_t wanted, 
   int device = 0, processors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && shared > 48 * 1024)
+  if (error == cudaSuccess && shared > kUnasked)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
   if (error == cudaSuccess && each == 0) error = cudaErrorLaunchOutOfResources;

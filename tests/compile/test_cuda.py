@@ -1,10 +1,12 @@
 """CUDA C++: every kernel compiles for every target, when the package is built and at run time. tests/cuda runs them."""
 
+import contextlib
 import ctypes
 import importlib.util
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,38 @@ def test_compiles_at_run_time(header, kernel):
 )
 def test_everything_compiles_at_run_time(header, kernel, architecture):
     compile_at_run_time(header, kernel, architecture)
+
+
+def test_what_cupy_is_asked_for(monkeypatch):
+    """No linking with the toolkit's device runtime, a launch of the whole grid, shared memory beyond the usual asked for."""
+    from fastattn import _cuda
+
+    made, launched = [], []
+
+    class Kernel:
+        max_dynamic_shared_size_bytes = 0
+
+        def kernel(self, *args, **options):
+            launched.append((self.max_dynamic_shared_size_bytes, *args, options))
+
+    def module(**options):
+        made.append(options)
+        return types.SimpleNamespace(get_function=lambda name: Kernel())
+
+    stream = types.SimpleNamespace(ExternalStream=contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(RawModule=module, cuda=stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    _cuda._compiled.cache_clear()
+    for shared, asked in ((48 << 10, 48 << 10), (40 << 10, 0)):
+        _cuda._launch_compiled(
+            "a.cuh", f"k<{shared}>", 3, 64, _cuda.SinkhornParams(), shared=shared, cooperative=True
+        )
+        bytes_asked, grid, block, (params,), options = launched.pop()
+        assert (bytes_asked, grid, block) == (asked, (3,), (64,))
+        assert options == {"shared_mem": shared, "enable_cooperative_groups": True}
+        assert params.nbytes == ctypes.sizeof(_cuda.SinkhornParams)
+        assert made.pop().keys() == {"code", "options", "name_expressions"}
+    _cuda._compiled.cache_clear()
 
 
 def test_decode_candidates_fit_the_device():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, _device, testing
+from fastattn import _config, _cuda, _device, testing
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.ops.decode import reference, workload
 
@@ -81,6 +81,22 @@ def test_positions_in_several_pieces(host, position):
 def test_positions_on_the_device(host, position, dtype):
     """The host knows no more than the capacity."""
     check(host, torch.float32, position, capacity=140, on_device=dtype)
+    assert host.launches == ["decode_step"]
+
+
+@pytest.mark.parametrize("kib", (52, 48, 47))
+def test_shared_memory_that_has_to_be_asked_for(host, monkeypatch, kib):
+    """The kernel's own arrays count towards the 48 KiB that need no asking: 12288 floats do not fit in."""
+    monkeypatch.setattr(_cuda, "most_shared", lambda device: 52 << 10)
+    monkeypatch.setattr(_cuda, "decode_shared", lambda *sizes: kib << 10)
+    # head dims over 128 for another kernel than those that have asked before
+    check(
+        host,
+        torch.bfloat16 if kib == 52 else torch.float32 if kib == 48 else torch.float16,
+        3,
+        heads=1,
+        dim=136,
+    )
     assert host.launches == ["decode_step"]
 
 

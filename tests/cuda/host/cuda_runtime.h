@@ -42,6 +42,7 @@ int run(const Launch& launch);
 int occupancy();
 int processors();
 int largest_shared();
+void ask(const void* kernel, int bytes);
 const char* error(int code);
 
 template <class P>
@@ -75,8 +76,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   return cudaSuccess;
 }
 template <class P>
-cudaError_t cudaFuncSetAttribute(void (*)(P), int, int bytes) {
-  return bytes <= host::largest_shared() ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P), int, int bytes) {
+  if (bytes > host::largest_shared()) return cudaErrorInvalidValue;
+  host::ask((const void*)kernel, bytes);
+  return cudaSuccess;
 }
 template <class P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P), int, size_t) {

@@ -24,7 +24,8 @@ namespace {
 
 constexpr int kLanes = 32, kLimit = 1024;
 constexpr size_t kStack = 64 << 10;
-constexpr int kFailed = 719;  // cudaErrorLaunchFailure
+constexpr int kFailed = 719;                        // cudaErrorLaunchFailure
+constexpr size_t kUnasked = 48 << 10, kOwn = 1088;  // of shared memory; a decode step's arrays: 16 warps, 256 angles
 
 struct Fiber {
   ucontext_t context;
@@ -53,6 +54,7 @@ struct Cell {
 std::vector<Range> allowed;
 uint32_t seed = 0;
 int processors_ = 2, occupancy_ = 1;
+std::unordered_map<const void*, size_t> asked;  // by kernel
 
 // of the launch
 const Launch* launch_ = nullptr;
@@ -255,6 +257,7 @@ dim3 block_size() { return launch_->block; }
 dim3 grid_size() { return launch_->grid; }
 int occupancy() { return occupancy_; }
 int processors() { return processors_; }
+void ask(const void* kernel, int bytes) { asked[kernel] = (size_t)bytes; }
 int largest_shared() { return (int)(dynamic_.end - dynamic_.begin); }
 const char* error(int code) {
   return code == kFailed ? failure.c_str() : code == cudaErrorInvalidValue ? "invalid argument" : "out of resources";
@@ -298,6 +301,7 @@ int run(const Launch& launch) {
     return cudaErrorInvalidValue;
   if (launch.cooperative && count > processors_ * occupancy_) return cudaErrorLaunchOutOfResources;
   if (launch.shared > (size_t)largest_shared()) return cudaErrorInvalidValue;
+  if (launch.shared + kOwn > kUnasked && launch.shared > asked[launch.kernel]) return cudaErrorLaunchOutOfResources;
   launch_ = &launch;
   const int total = count * threads_of_block;
   failure.clear();

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 namespace cuda {
-__align__(16) thread_local float decode_vector[4096];
+__align__(16) thread_local float decode_vector[13 << 10];
 }  // namespace cuda
 }  // namespace fastattn
 
