@@ -54,7 +54,9 @@ SUITE = (
     "data",
     "cli",
 )
+NEEDS = {"autotune": ("optuna",)}  # a folder's tests, beside pytest and hypothesis
 PASSED = "passed"
+NOT_INSTALLED = "not run: not installed: "
 
 
 # --- the process that does the work ----------------------------------------------------------------------------------
@@ -214,10 +216,13 @@ def sanitized(reports: Sequence[str]) -> str:
 
 
 def suite(workers: int, deadline: float) -> dict:
-    """The test suite by folder, the Triton kernels' on the device."""
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"not run": f"not installed: {', '.join(missing)}"}
+    """The test suite by folder: the Triton kernels' on the device, which the other tests, of the CPU, do not see."""
+
+    def missing(*names: str) -> str:
+        return ", ".join(name for name in names if importlib.util.find_spec(name) is None)
+
+    if lacking := missing("pytest", "hypothesis"):
+        return {"not run": f"not installed: {lacking}"}
     pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
         pytest += ["-n", str(workers), "--dist", "worksteal"]
@@ -227,9 +232,16 @@ def suite(workers: int, deadline: float) -> dict:
         if seconds <= 0:
             results[f"tests/{folder}"] = "not run: out of time"
             continue
+        if lacking := missing(*NEEDS.get(folder, ())):
+            results[f"tests/{folder}"] = NOT_INSTALLED + lacking
+            continue
         started = time.monotonic()
+        hidden = {} if folder == "interp" else {"CUDA_VISIBLE_DEVICES": ""}
         try:
-            done = subprocess.run([*pytest, folder], cwd=TESTS, timeout=seconds, capture_output=True, text=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                [*pytest, folder], cwd=TESTS, env=os.environ | hidden, timeout=seconds, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
             results[f"tests/{folder}"] = (
                 PASSED if done.returncode == 0 else (done.stdout + done.stderr)[-6000:]
             )
@@ -245,7 +257,8 @@ def failures(steps: dict) -> Iterator[str]:
             if isinstance(result, dict):
                 wrong = not result.get("correct") and not str(result.get("error")).startswith("not run")
             else:
-                wrong = result != PASSED and "out of time" not in result
+                absent = "out of time" in result or result.startswith(NOT_INSTALLED)
+                wrong = result != PASSED and not absent
             if wrong:
                 yield f"{step}: {name}: {brief(result)}"
 

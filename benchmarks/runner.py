@@ -102,7 +102,7 @@ def run(case: Case, limits: Mapping[str, float], *, quick: bool = False, slow: b
                 once[name] = seconds
         except (RuntimeError, NotImplementedError, ImportError, ValueError, TypeError) as error:
             # peers that a machine does not have are part of the picture, not a failure
-            result.not_run[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            result.not_run[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
     if OWN not in calls:
         result.error, result.wrong = f"not run: {result.not_run[OWN]}", True
         return result

@@ -303,3 +303,20 @@ def test_the_suite_is_run_by_folder(tmp_path, monkeypatch):
     found = gpu_check.suite(1, time.monotonic() + 60)["results"]
     assert found["tests/good"] == "passed" and "1 failed" in found["tests/bad"]
     assert "out of time" in gpu_check.suite(1, time.monotonic() - 1)["results"]["tests/good"]
+
+
+def test_the_suites_cpu_tests_see_no_device(tmp_path, monkeypatch):
+    for folder, expected in (("interp", "0"), ("plain", "")):
+        (tmp_path / folder).mkdir()
+        source = (
+            f"import os\n\n\ndef test_it():\n    assert os.environ['CUDA_VISIBLE_DEVICES'] == {expected!r}\n"
+        )
+        (tmp_path / folder / "test_it.py").write_text(source)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(gpu_check, "TESTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "SUITE", ("interp", "plain", "needy"))
+    monkeypatch.setattr(gpu_check, "NEEDS", {"needy": ("a_package_of_no_one",)})
+    found = gpu_check.suite(1, time.monotonic() + 60)
+    assert found["results"]["tests/interp"] == found["results"]["tests/plain"] == "passed"
+    assert found["results"]["tests/needy"] == "not run: not installed: a_package_of_no_one"
+    assert not list(gpu_check.failures({"suite": found}))
