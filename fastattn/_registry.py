@@ -7,6 +7,7 @@ Its backends are tried in order, the reference last; one that is asked for by na
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,7 +137,8 @@ class Op:
         """The schema's arguments to the backend that serves them."""
         *args, requested = args
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        if _explanations is None:
+        explained = _explained_here.calls
+        if explained is None:
             for backend in self.backends:
                 # what `select` does, without the reasons
                 if (
@@ -149,7 +151,7 @@ class Op:
         configure = backend.configure
         choice = configure(*args) if configure is not None else Choice({}, "nothing to configure")
         found = Explanation(self.name, backend.name, dict(choice.values), choice.source, ruled_out)
-        _explanations.append((found, self, args))
+        explained.append((found, self, args))
         return self.fake(*args)
 
     def select(
@@ -411,17 +413,22 @@ class Explanation:
         return "\n".join(lines)
 
 
-_explanations: list[tuple[Explanation, Op, Sequence[Any]]] | None = None
+class _Explained(threading.local):
+    """What `explain` has collected in this thread, None outside of it: other threads' calls run."""
+
+    calls: list[tuple[Explanation, Op, Sequence[Any]]] | None = None
+
+
+_explained_here = _Explained()
 
 
 @contextmanager
 def _explaining():
-    global _explanations
-    previous, _explanations = _explanations, []
+    previous, _explained_here.calls = _explained_here.calls, []
     try:
-        yield _explanations
+        yield _explained_here.calls
     finally:
-        _explanations = previous
+        _explained_here.calls = previous
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:

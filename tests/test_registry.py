@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _native
+from fastattn import _native, _registry
 
 
 def test_the_best_backend_serves_and_says_why():
@@ -24,6 +25,17 @@ def test_explain_runs_nothing_but_checks_everything():
         fa.explain("gated", torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="op_name must name a fastattn op, given 'nonsense'"):
         fa.explain("nonsense", torch.ones(3))
+
+
+def test_explain_leaves_other_threads_calls_alone():
+    x = torch.tensor([[2.0, 3.0]])
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fa.swiglu(x)))
+    with _registry._explaining() as explained:  # as `explain` does while it makes its call
+        thread.start()
+        thread.join()
+    assert not explained
+    torch.testing.assert_close(found[0], torch.nn.functional.silu(x[:, :1]) * x[:, 1:])
 
 
 def test_set_backend_is_a_setter_and_a_context():
