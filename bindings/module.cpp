@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "../src/common/indices.h"
 #include "../src/cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -63,6 +64,7 @@ struct type_caster<Tensor> {
 template <class P>
 static auto run(void (*KernelTable::*kernel)(const P&)) {
   return [kernel](const P& p) {
+    check_indices(p);
     py::gil_scoped_release release;
     (cpu::kernels().*kernel)(p);
   };

@@ -12,6 +12,10 @@ SCHEMA = (
     "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? key_lengths, Tensor? dense"
 )
 
+LONGEST = (
+    2**31 - 1
+)  # of a sequence; a wider window, sys.maxsize say, has no limit and must not overflow a sum
+
 
 def traced() -> bool:
     return torch.compiler.is_compiling()
@@ -217,7 +221,7 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
             raise ValueError(
                 f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
             )
-    return tuple(-1 if side is None else side for side in window)
+    return tuple(-1 if side is None else min(side, LONGEST) for side in window)
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
@@ -226,9 +230,10 @@ def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None
         return None, None
     check_integer("Mask", name, value, dims=1)
     contents = None if traced() else value.tolist()
-    if contents and max(contents) > 2**31 - 1:
+    if contents and max(contents) > LONGEST:
         raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
-    return value.detach().to(torch.int32).contiguous(), contents
+    # a copy of int32 too: what is checked here is what kernels read
+    return value.detach().to(torch.int32, copy=True).contiguous(), contents
 
 
 def _not_negative(name: str, values: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Parameter structs: what they point to stays alive, and what they cannot hold is refused."""
+"""Parameter structs: what they point to stays alive, what they cannot hold or address is refused."""
 
 import weakref
 
@@ -23,3 +23,30 @@ def test_misspelt_fields_and_too_many_dimensions_are_refused():
         _native.params("GateParams", aa=1)
     with pytest.raises(ValueError, match="at most 4 dimensions"):
         _native.params("GateParams", a=torch.ones(1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("begin", "count", "message"),
+    [
+        (-1, 2, r"cu_seqlens must lie in \[0, 4\], given -1"),
+        (0, -1, r"lengths must lie in \[0, 4\], given -1"),
+        (3, 2, r"lengths must lie in \[0, 1\], given 2"),
+    ],
+)
+def test_rows_of_no_scores_are_refused(begin, count, message):
+    fields = {name: torch.zeros(4, 3) for name in ("scores", "out")}
+    begins, counts = torch.tensor([begin]), torch.tensor([count])
+    params = _native.params(
+        "SinkhornParams", begins=begins, counts=counts, potentials=torch.zeros(1, 3), **fields
+    )
+    with pytest.raises(ValueError, match=message):
+        _native.kernel("sinkhorn_forward")(params)
+
+
+def test_a_position_past_the_caches_is_refused():
+    caches = torch.zeros(2, 1, 4, 8)  # (B, H, capacity, D)
+    params = _native.params(
+        "DecodeStepParams", keys=caches, values=caches, positions=torch.tensor([3, 4], dtype=torch.int32)
+    )
+    with pytest.raises(ValueError, match=r"position must lie in \[0, 3\], given 4 at position 1"):
+        _native.kernel("decode_step")(params)

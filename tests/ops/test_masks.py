@@ -1,5 +1,7 @@
 """Masks: their definition against a loop over pairs, and their errors."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -187,6 +189,56 @@ def test_masks_that_do_not_fit_the_call(mask, message):
     q, k, v = testing.attention_inputs(2, 2, 2, 4, 5, requires_grad=False)
     with pytest.raises(ValueError, match=f"fastattn.attention: .*{message}"):
         fa.attention(q, k, v, mask=mask())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("lq, lk", [(4, 9), (9, 4), (6, 6)])
+def test_the_widest_windows_are_no_limit(lq, lk, backend):
+    q, k, v = testing.attention_inputs(1, 2, 2, lq, lk, requires_grad=False)
+    groups, key_groups = torch.ones(1, lq, dtype=torch.int64), torch.zeros(1, lk, dtype=torch.int64)
+    for widest in (2**31, sys.maxsize, 2**80):
+        for window in ((widest, 1), (1, widest), (widest, widest)):
+            limits = tuple(None if side == widest else side for side in window)
+            found, expected = (
+                fa.attention(q, k, v, mask=fa.Mask(window=sides), backend=backend)
+                for sides in (window, limits)
+            )
+            assert torch.equal(found, expected)
+        found, expected = (
+            fa.grouped_attention(q, k, v, groups, key_groups=key_groups, window=window, backend=backend)
+            for window in (widest, 100)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_a_mask_keeps_the_lengths_that_it_checked():
+    lengths = torch.tensor([2, 3], dtype=torch.int32)
+    mask = fa.Mask(key_lengths=lengths)
+    lengths.fill_(1000)
+    assert mask.key_lengths.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ({"cu_seqlens_q": (0, 99)}, r"cu_seqlens_q must lie in \[0, 5\], given 99 at position 1"),
+        ({"cu_seqlens_q": (1, 5)}, r"cu_seqlens_q must lie in \[0, 0\], given 1 at position 0"),
+        ({"cu_seqlens_k": (0, -1)}, r"cu_seqlens_k must lie in \[0, 7\], given -1 at position 1"),
+        ({"prefix_lengths": (8,)}, r"prefix_lengths must lie in \[0, 7\], given 8 at position 0"),
+        ({"key_lengths": (-1,)}, r"key_lengths must lie in \[0, 7\], given -1 at position 0"),
+    ],
+)
+def test_indices_that_only_a_compiled_call_knows_are_checked(indices, message):
+    """The op itself, as a compiled call runs it: the Mask was made of no contents."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 5, 7, requires_grad=False)
+    mask = fa.Mask(
+        cu_seqlens_q=ints(0, 5), cu_seqlens_k=ints(0, 7), prefix_lengths=ints(3), key_lengths=ints(6)
+    )
+    for name, values in indices.items():
+        setattr(mask, name, torch.tensor(values, dtype=torch.int32))
+    options = mask.schema_args("attention", q, k)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
 
 
 def test_a_tensor_for_a_mask_is_told_its_place():

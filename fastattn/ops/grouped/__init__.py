@@ -7,7 +7,7 @@ import torch
 
 from ... import _checks
 from ..._registry import call, requested
-from ...masks import Mask, check_mask, default_scale, traced
+from ...masks import LONGEST, Mask, check_mask, default_scale, traced
 from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
 
@@ -288,7 +288,7 @@ def _signatures(
 def _window(op: str, window: int) -> int:
     if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
         raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
-    return window
+    return min(window, LONGEST) if isinstance(window, int) else window
 
 
 def _scale(op: str, scale: float | None, q: torch.Tensor) -> float:
