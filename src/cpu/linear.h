@@ -177,6 +177,8 @@ static void linear_blocks(const LinearParams& p) {
   const int64_t wave = max64(1, kRowsKib * 256 / stride / block_rows) * block_rows;  // rows packed at a time
   const int64_t packed_rows = round_up(min64(wave, round_up(rows, kRows)), kRows);
   Word* packed = (Word*)cpu::scratch(0, size_t(packed_rows * stride) * 4);
+  const int64_t block = round_up(block_rows * c_row, 1024);  // sums of a thread's task, in whole pages
+  float* const sums = (float*)cpu::scratch(1, size_t(p.threads * block) * 4);
 
   for (int64_t begin = 0; begin < rows; begin += wave) {
     const int64_t here = min64(wave, rows - begin);
@@ -193,11 +195,11 @@ static void linear_blocks(const LinearParams& p) {
     const int64_t row_blocks = (here + block_rows - 1) / block_rows;
     const int64_t chunks = (layout.part_panels + block_panels - 1) / block_panels;
     // rows inside, so that the threads read one chunk of B at about the same time
-    parallel_items(row_blocks * chunks, p.threads, [&](int64_t task, int) {
+    parallel_items(row_blocks * chunks, p.threads, [&](int64_t task, int thread) {
       const int64_t chunk = task / row_blocks, first = task % row_blocks * block_rows;
       const int64_t count = min64(block_rows, here - first), groups = (count + kRows - 1) / kRows;
       const int64_t panel = chunk * block_panels, last = min64(layout.part_panels, panel + block_panels);
-      float* c = (float*)cpu::scratch(1, size_t(block_rows * c_row) * 4);
+      float* c = sums + thread * block;
       std::memset(c, 0, size_t(groups * kRows * c_row) * 4);
       for (int64_t s = 0; s < layout.steps; s += block_steps) {
         const int64_t steps = min64(block_steps, layout.steps - s);

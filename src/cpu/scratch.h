@@ -5,7 +5,8 @@
 namespace fastattn {
 namespace cpu {
 constexpr int kScratchSlots = 8;
-// At least `bytes` bytes of this thread's slot; what an earlier call left there is not kept when it grows.
+// At least `bytes` bytes of this thread's slot; what an earlier call left there is not kept when it grows. Throws where
+// there is no memory: not for use inside a parallel loop, which no exception may leave.
 void* scratch(int slot, size_t bytes);
 // Asks for large pages where there are such and [data, data + bytes) has whole ones: fresh memory then takes one fault
 // for 2 MiB instead of 512.

@@ -263,8 +263,10 @@ static void vocab_expand_of(const VocabExpandParams& p) {
 template <class T>
 static void vocab_collect_of(const VocabExpandParams& p) {
   const int64_t rows = p.logits.size[2], tokens = p.logits.size[3], codes = p.scores.size[3];
-  parallel_ranges(rows, row_threads(p.threads, rows, tokens), [&](int64_t begin, int64_t end, int) {
-    double* sums = (double*)cpu::scratch(0, codes * sizeof(double));
+  const int threads = row_threads(p.threads, rows, tokens);
+  double* const memory = (double*)cpu::scratch(0, size_t(threads * codes) * sizeof(double));
+  parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+    double* sums = memory + thread * codes;
     for (int64_t r = begin; r < end; r++) {
       const T* g = (const T*)p.logits.data + r * p.logits.stride[2];
       float* scores = (float*)p.scores.data + r * p.scores.stride[2];

@@ -1,5 +1,8 @@
-"""Parameter structs: what they point to stays alive, what they cannot hold or address is refused."""
+"""Parameter structs: what they point to stays alive, what they cannot hold or address is refused, and so is a call that
+memory does not suffice for."""
 
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -50,3 +53,40 @@ def test_a_position_past_the_caches_is_refused():
     )
     with pytest.raises(ValueError, match=r"position must lie in \[0, 3\], given 4 at position 1"):
         _native.kernel("decode_step")(params)
+
+
+# Two threads that would each have to take 256 MiB for themselves, with 128 MiB left for the process.
+_SCARCE = """
+import resource
+import torch
+from fastattn import _native
+
+torch.set_num_threads(2)
+
+
+def collect(classes, tokens):
+    codes = torch.zeros(tokens, dtype=torch.int64)
+    scores, logits = torch.empty(2, classes), torch.ones(2, tokens)
+    params = _native.params("VocabExpandParams", scores=scores, codes=codes, logits=logits, threads=2)
+    def call():
+        _native.kernel("vocab_collect")(params)
+        return scores[:, 0].tolist()
+    return call
+
+
+small, large = collect(8, 8192), collect(1 << 25, 8192)
+small()  # the threads are there
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + (128 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    large()
+except MemoryError:
+    print("refused", small())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the process by Linux's /proc")
+def test_memory_that_is_not_there_is_an_error_and_no_end():
+    done = subprocess.run([sys.executable, "-c", _SCARCE], capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "refused [8192.0, 8192.0]", done.stderr
