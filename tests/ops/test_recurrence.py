@@ -1,5 +1,6 @@
 """The recurrence pieces: every instruction set and dtype against the reference, gradients, strides, errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,29 @@ def test_rotary(isa, batch, heads, length, half, layout, dtype, farthest, per_ba
         testing.check_op(
             lambda q, k: fa.rotary(q, k, positions), lambda q, k: rounded_angles(q, k, positions), (q, k)
         )
+
+
+def test_negated_views_of_one_column_keep_their_sign():
+    """torch keeps the sign of `z.conj().imag` as a bit, and a strided view of one column is not copied."""
+    x = testing.random_tensor(6, 1, seed=1).to(torch.complex64).mul(1j).conj().imag
+    gate = testing.random_tensor(6, 1, seed=2)
+    assert x.is_neg()
+    for call in (lambda x: fa.gated(x, gate), lambda x: fa.rms_norm(x), lambda x: fa.fused_linear(x, gate)):
+        assert torch.equal(call(x), call(x.contiguous().resolve_neg()))
+    q = x.view(1, 1, 6, 1)
+    assert torch.equal(fa.attention(q, q, q), fa.attention(*[q.resolve_neg()] * 3))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_rotary_reads_positions_that_numpy_writes(dtype):
+    x = testing.random_tensor(1, 1, 4, 8)
+    memory = np.arange(4, dtype=dtype)
+    positions = torch.from_numpy(memory)
+    for far in (0, 1, 1000):  # the last one is past the first table of angles
+        memory += dtype(far)
+        expected, _ = fa.rotary(x.double(), x.double(), positions)
+        # angles to 1004, each with three float32 roundings, times |x| < 4
+        assert testing.max_error(fa.rotary(x, x, positions)[0], expected) <= 1004 * 3 * 2**-24 * 4
 
 
 def test_rotary_undoes_itself():

@@ -1,8 +1,5 @@
 """The recurrence pieces on the CPU: outputs allocated, parameters filled, one kernel call."""
 
-import weakref
-from collections.abc import Callable
-
 import torch
 
 from ... import _config, _native
@@ -12,8 +9,8 @@ _LONGEST_TABLE = (
     1 << 18
 )  # positions up to here share one table of cosines and sines; beyond, each call makes its own
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
-# what the latest positions became: the layers of a model share them
-_latest: tuple[Callable[[], torch.Tensor | None], tuple, tuple] = (lambda: None, (), ())
+# the latest positions and what they became: the layers of a model share them
+_latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
 
 
 def refusal(name: str, *args) -> str | None:
@@ -140,14 +137,14 @@ def placed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
     global _latest
-    version = None if positions.is_inference() else positions._version
-    key = (version, head_dim, theta, batch)
-    of, known, result = _latest
-    if version is not None and of() is positions and known == key:
+    key = (positions.shape, positions.dtype, head_dim, theta, batch)
+    known, latest, result = _latest
+    # by contents: numpy may write to a tensor's memory, and torch counts no version then
+    if known == key and latest.equal(positions):
         return result
     cos, sin, rows = _table(positions, head_dim, theta)
     result = (cos, sin, rows.expand(batch, -1)[:, None, None])
-    _latest = (weakref.ref(positions), key, result)
+    _latest = (key, positions.clone(), result)
     return result
 
 
@@ -163,7 +160,7 @@ def _table(
     if key not in _tables or _tables[key][0].shape[0] < longest:
         size = 1 << max(8, (longest - 1).bit_length())
         _tables[key] = _cos_sin(torch.arange(size), head_dim, theta)
-    return (*_tables[key], positions.to(torch.int32).contiguous().view(-1, positions.shape[-1]))
+    return (*_tables[key], positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
 
 
 def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
