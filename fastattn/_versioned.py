@@ -1,9 +1,10 @@
 """Results made from a tensor's contents, kept for as long as the same memory, unchanged, is used."""
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -24,7 +25,7 @@ register_optimizer_step_post_hook(_count_fused_writes)
 class VersionedCache:
     """At most `entries` tensors of `capacity` bytes in all, the least recently used dropped first; thread-safe.
 
-    A result belongs to a tensor's storage (weakly), address, layout and version counter. Writes that the counter misses
+    A result is dropped with the memory it was made from. It belongs to a tensor's storage (weakly), address, layout and version counter. Writes that the counter misses
     (through `.data`, or from outside of torch) are not seen: with `sampled`, for matrices, an element of every row and of
     every column is compared as well, which finds an update of a whole row, column or matrix. After a smaller one
     `torch.autograd.graph.increment_version(tensor)` says that the tensor has changed.
@@ -63,11 +64,23 @@ class VersionedCache:
             stale = [k for k, entry in self._found.items() if entry[0].expired() or _outdated(k, full)]
             for k in stale:
                 self.bytes -= self._found.pop(k)[1].nbytes
-            self._found[full] = (storage, result, None if sample is None else sample.clone())
+            kept = None if sample is None else sample.clone()
+            ended = weakref.ref(source.untyped_storage(), partial(self._drop, full))
+            self._found[full] = (storage, result, kept, ended)
             self.bytes += result.nbytes
             while len(self._found) > self._entries or self.bytes > self._capacity:
                 self.bytes -= self._found.popitem(last=False)[1][1].nbytes
         return result
+
+    def _drop(self, key: tuple, _: weakref.ref) -> None:
+        # memory may end anywhere, in a look-up too: what is left then goes with the next one that finds nothing
+        if self._lock.acquire(blocking=False):
+            try:
+                entry = self._found.pop(key, None)
+                if entry is not None:
+                    self.bytes -= entry[1].nbytes
+            finally:
+                self._lock.release()
 
     def _sample(self, source: torch.Tensor) -> torch.Tensor | None:
         if not self._sampled:
