@@ -42,8 +42,9 @@ def params(name: str, **fields):
 
 def rows(t: torch.Tensor) -> torch.Tensor:
     """t as (A, B, C, D) with a contiguous last dim: a view where strides allow, else a copy."""
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        t = t.contiguous()
+    if t.stride(-1) != 1:
+        # a negated view, `z.conj().imag`, has strides of two: one column needs no copy, but its sign
+        t = t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()
     if t.dim() <= 4:
         return t
     return t.reshape(-1, *t.shape[-3:])

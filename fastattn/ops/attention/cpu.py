@@ -70,11 +70,6 @@ def configure(name: str, *args) -> _config.Choice:
     return lookup(name, q, k, v, score=BY_CODE[score].name)
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """t itself where its last dim is contiguous, else a copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
     """t broadcast to (B, H, Lq, Lk) by strides of 0, its last dim contiguous."""
     if t is None:
@@ -161,9 +156,9 @@ def _call(
     _native.kernel(name)(
         _native.params(
             "AttentionParams",
-            q=_rows(q),
-            k=_rows(k),
-            v=_rows(v),
+            q=_native.rows(q),
+            k=_native.rows(k),
+            v=_native.rows(v),
             bias=bias,
             score=score or None,
             scale=scale,
@@ -202,7 +197,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, s
         *options,
         out=out,
         lse=lse if normalised else None,
-        grad_out=_rows(grad_out),
+        grad_out=_native.rows(grad_out),
         grad_lse=grad_lse if normalised else None,
         grad_q=grads[0],
         grad_k=grads[1],

@@ -86,14 +86,16 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     rstd = x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
     split = x.dim() <= 4 and gate is not None
     rows4 = (
-        _heads(x) if split else library.flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
+        _native.rows(x)
+        if split
+        else library.flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
     )
     _run(
         config,
         rows4,
         _packed_weight(weight, transposed=False, parts=2 if swiglu else 1),
         library.flat(out),
-        gate=_heads(gate) if split else None,
+        gate=_native.rows(gate) if split else None,
         residual=None if residual is None else library.flat(residual),
         product=library.flat(product) if product.numel() else None,
         rstd=rstd.view(-1) if eps is not None else None,
@@ -102,11 +104,6 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
         gated_up=int(swiglu),
     )
     return out, product, rstd
-
-
-def _heads(t: torch.Tensor) -> torch.Tensor:
-    """(..., H, D) with a contiguous last dim."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def fused_linear_backward(grad, x, weight, *rest):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 def flat(t: torch.Tensor) -> torch.Tensor:
     """(..., C) as (M, C) with a contiguous last dim."""
     t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+    return t if t.stride(1) == 1 else t.contiguous() if t.shape[1] > 1 else t.resolve_neg()
 
 
 def operand(rows: ModuleType, x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:

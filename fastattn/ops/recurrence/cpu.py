@@ -36,10 +36,10 @@ def _choose(t: torch.Tensor) -> _config.Choice:
     )
 
 
-def _call(name: str, struct: str, of: torch.Tensor, **fields) -> None:
-    """Run a kernel with the configuration of a tensor like `of`."""
+def _call(name: str, struct: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
+    """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
     fields.update(_choose(of).values)
-    _native.kernel(name)(_native.params(struct, threads=_native.threads(), **fields))
+    _native.kernel(name)(_native.params(struct, threads=threads or _native.threads(), **fields))
 
 
 def rms_norm(x, residual, weight, eps):
@@ -65,12 +65,14 @@ def rms_norm(x, residual, weight, eps):
 def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
-    partials = None if weight is None else total.new_zeros(_native.threads(), columns, dtype=torch.float32)
+    threads = _native.threads()  # read once: another thread may set it meanwhile
+    partials = None if weight is None else total.new_zeros(threads, columns, dtype=torch.float32)
     if total.numel():
         _call(
             "rms_norm_backward",
             "RmsNormBackwardParams",
             total,
+            threads,
             grad_normed=_native.rows(grad_normed),
             grad_total=None if grad_total is None else _native.rows(grad_total),
             total=_native.rows(total),
