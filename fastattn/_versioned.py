@@ -25,10 +25,10 @@ register_optimizer_step_post_hook(_count_fused_writes)
 class VersionedCache:
     """At most `entries` tensors of `capacity` bytes in all, the least recently used dropped first; thread-safe.
 
-    A result is dropped with the memory it was made from. It belongs to a tensor's storage (weakly), address, layout and version counter. Writes that the counter misses
-    (through `.data`, or from outside of torch) are not seen: with `sampled`, for matrices, an element of every row and of
-    every column is compared as well, which finds an update of a whole row, column or matrix. After a smaller one
-    `torch.autograd.graph.increment_version(tensor)` says that the tensor has changed.
+    A result belongs to a tensor's storage (weakly: it goes with it), address, layout and version counter. Writes that the
+    counter misses (through `.data`, or from outside of torch) are not seen: with `sampled`, for matrices, an element of
+    every row and of every column is compared as well, which finds an update of a whole row, column or matrix. After a
+    smaller one `torch.autograd.graph.increment_version(tensor)` says that the tensor has changed.
     """
 
     def __init__(self, entries: int, capacity: int, *, sampled: bool = False) -> None:
@@ -64,16 +64,15 @@ class VersionedCache:
             stale = [k for k, entry in self._found.items() if entry[0].expired() or _outdated(k, full)]
             for k in stale:
                 self.bytes -= self._found.pop(k)[1].nbytes
-            kept = None if sample is None else sample.clone()
             ended = weakref.ref(source.untyped_storage(), partial(self._drop, full))
-            self._found[full] = (storage, result, kept, ended)
+            self._found[full] = (storage, result, None if sample is None else sample.clone(), ended)
             self.bytes += result.nbytes
             while len(self._found) > self._entries or self.bytes > self._capacity:
                 self.bytes -= self._found.popitem(last=False)[1][1].nbytes
         return result
 
     def _drop(self, key: tuple, _: weakref.ref) -> None:
-        # memory may end anywhere, in a look-up too: what is left then goes with the next one that finds nothing
+        # memory may end anywhere, inside a look-up too: the next one that finds nothing then drops the result
         if self._lock.acquire(blocking=False):
             try:
                 entry = self._found.pop(key, None)
