@@ -229,3 +229,12 @@ def test_native_is_deterministic(isa):
     for out, grads in runs[1:]:
         assert torch.equal(out[0], runs[0][0][0])
         assert all(torch.equal(x, y) for x, y in zip(grads, runs[0][1], strict=True))
+
+
+def test_key_heads_that_serve_no_query_head():
+    q, k, v = torch.zeros(1, 0, 5, 4), *torch.ones(2, 1, 2, 5, 4)
+    inputs = [t.requires_grad_() for t in (q, k.clone(), v.clone(), torch.ones(1, 5, 3), torch.tensor(2.0))]
+    out = fa.gated_attention(*inputs[:4], sharpness=inputs[4], window=1)
+    assert out.shape == q.shape
+    for grad, t in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+        assert torch.equal(grad, torch.zeros_like(t))

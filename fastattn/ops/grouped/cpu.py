@@ -212,9 +212,12 @@ def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
 
 
 def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, window, gate, scale, *mask):
+    if not q.numel():  # a key head that serves no query head too
+        return tuple(
+            torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t in (q, k, v, assignment, sharpness)
+        )
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    if not any(g.numel() for g in grads):
-        return *grads, torch.zeros_like(assignment), torch.zeros_like(sharpness)
     tokens, groups = q.shape[2], assignment.shape[2]
     # heads handled together leave their sum at the first of them
     by_query = q.new_zeros(q.shape[0], q.shape[1], tokens, groups, dtype=torch.float32)
