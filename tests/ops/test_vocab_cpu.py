@@ -319,11 +319,24 @@ def test_choices_where_torch_rounds_products(monkeypatch):
     monkeypatch.setattr(
         torch, "mm", lambda a, b, out: out.copy_(mm(a.bfloat16().float(), b.bfloat16().float()))
     )
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     h, codebook = testing.random_tensor(200, 16, seed=1), testing.random_tensor(300, 16, seed=2)
     codes = torch.arange(300)
-    assert torch.equal(fa.vq_argmax(h, codebook, codes), reference.vq_argmax(h, codebook, codes, None))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(fa.vq_argmax(h, codebook, codes), reference.vq_argmax(h, codebook, codes, None))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_choices_after_a_gpu_was_allowed_tf32():
+    matmul, rows = torch.backends.cuda.matmul, torch.eye(3)
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert fa.nearest_codes(rows, rows).tolist() == [0, 1, 2]
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_choices_take_what_requires_gradients():

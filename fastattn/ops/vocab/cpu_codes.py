@@ -244,7 +244,8 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
 
 def _rounds_products() -> bool:
     """Whether torch was allowed to round the factors of float32 products, and the machine has instructions for it."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
+    # torch.get_float32_matmul_precision raises after the other ways to allow it, a GPU's among them
+    allowed = torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
     return allowed and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
