@@ -6,6 +6,14 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
 
+def traced() -> bool:
+    """Whether this call is traced, and tensors have no contents. torch.compiler.is_compiling is true in all threads while
+    one compiles; here it counts only where this thread's own mode is doing it (torch.export without Dynamo)."""
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
         shape = "x".join(map(str, value.shape)) or "a scalar"
@@ -94,7 +102,7 @@ def check_range(
     op: str, name: str, value: torch.Tensor, low: int, high: int, *, also: int | None = None
 ) -> None:
     """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped while tracing, where there are none."""
-    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.numel() == 0:
+    if traced() or value.device.type != "cpu" or value.numel() == 0:
         return
     if torch._subclasses.fake_tensor.is_fake(value):
         return

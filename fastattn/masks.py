@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ._checks import check_integer, check_tensor
+from ._checks import check_integer, check_tensor, traced
 
 SCHEMA = (
     "bool causal, int window_left, int window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
@@ -15,10 +15,6 @@ SCHEMA = (
 LONGEST = (
     2**31 - 1
 )  # of a sequence; a wider window, sys.maxsize say, has no limit and must not overflow a sum
-
-
-def traced() -> bool:
-    return torch.compiler.is_compiling()
 
 
 class Mask:

@@ -38,6 +38,18 @@ def test_explain_leaves_other_threads_calls_alone():
     torch.testing.assert_close(found[0], torch.nn.functional.silu(x[:, :1]) * x[:, 1:])
 
 
+def test_contents_are_checked_while_another_thread_compiles(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # torch's flag is the process's
+    assert torch.compiler.is_compiling()
+    h, codebook, codes = torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"codes must lie in \[0, 3\), given 3"):
+        fa.vq_argmax(h, codebook, codes)
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 3\) or -100, given 9"):
+        fa.linear_cross_entropy(h, codebook, torch.tensor([0, 9]))
+    mask = fa.Mask(cu_seqlens_q=torch.tensor([0, 2, 5]))
+    assert (mask.max_seqlen_q, mask.total_q) == (3, 5)
+
+
 def test_set_backend_is_a_setter_and_a_context():
     x = torch.ones(2, 4)
     with fa.set_backend("reference"):

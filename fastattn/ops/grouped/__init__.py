@@ -7,7 +7,7 @@ import torch
 
 from ... import _checks
 from ..._registry import call, requested
-from ...masks import LONGEST, Mask, check_mask, default_scale, traced
+from ...masks import LONGEST, Mask, check_mask, default_scale
 from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
 
@@ -253,7 +253,7 @@ def _documents(op: str, scores: torch.Tensor, cu_seqlens: torch.Tensor) -> list[
         raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {scores.shape[0]}")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
-    if traced() or cu_seqlens.device.type != "cpu":
+    if _checks.traced() or cu_seqlens.device.type != "cpu":
         return [scores.shape[1]] * (cu_seqlens.shape[0] - 1)
     cuts = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in itertools.pairwise(cuts)]

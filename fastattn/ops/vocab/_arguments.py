@@ -42,7 +42,7 @@ def check_wide(op: str, name: str, t: torch.Tensor, like: torch.Tensor) -> None:
 
 def check_positive_values(op: str, name: str, t: torch.Tensor) -> None:
     """Contents of a tensor on the CPU are more than zero. Skipped while tracing, where there are none."""
-    if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
+    if _checks.traced() or t.device.type != "cpu" or t.numel() == 0:
         return
     if torch._subclasses.fake_tensor.is_fake(t):
         return
