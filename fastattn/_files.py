@@ -1,10 +1,15 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -35,6 +40,8 @@ def make_folder(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file; a folder is needed")
+    if not is_unicode(str(path)):
+        raise ValueError(f"{path}: is not UTF-8; safetensors could not read what is written there")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -43,10 +50,63 @@ def make_folder(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: nothing can be written there: {error.strerror}") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, of which every failure is a ValueError: that of a text nested too deep as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file of UTF-8 holds. FileNotFoundError, or ValueError naming the file."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_char_device() or path.is_block_device():  # may have no end
+        raise ValueError(f"{path}: is a device; a file is needed")
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8: half of a surrogate pair, which JSON may spell and bytes become that are no
+    UTF-8, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8 to `path`, whole or not at all."""
+    """Writes `text` as UTF-8 to `path`, whole or not at all; a file name's bytes that are no UTF-8 are spelled out."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, whole or not at all. Equal tensors give equal bytes; those that share memory are each
+    written. Raises OSError where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    ready: dict[str, Tensor] = {}
+    kept = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if memory in kept else tensor
+        kept.add(memory)
+    with replacing(path) as temporary:
+        try:
+            save_file(ready, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def _umask() -> int:

@@ -17,7 +17,7 @@ from fastattn.nn import VQHead
 from fastattn.ops.vocab import nearest_codes
 from fastattn.optim import load_state_tensors, state_tensors
 from fastattn.training_run import HISTORY, Run, RunConfig
-from fastattn.training_state import STATE, fingerprint
+from fastattn.training_state import STATE, fingerprint, read_from
 
 __all__ = ["HISTORY", "STATE", "TrainConfig", "Trainer", "bp_steps_at", "held_out_loss", "moving_head"]
 
@@ -55,6 +55,8 @@ class Trainer(Run):
     Several processes (see :meth:`shard`) write the state as a DCP folder, training-<step>.dcp, one file a process.
     """
 
+    figures = ("held_out",)
+
     def __init__(
         self,
         folder: str | os.PathLike,
@@ -82,11 +84,12 @@ class Trainer(Run):
         Raises FileNotFoundError or ValueError: no state, an unreadable or half-written one, other data.
         """
         path, tensors, meta = training_ranks.newest_state(Path(folder))
-        model = HrmText(HrmTextConfig.from_dict(meta["model"]))
-        config = TrainConfig.from_dict(meta["config"])
-        trainer = cls(folder, model, tokenizer, samples, held_out, config)
-        trainer._restore(path, tensors, meta)
-        trainer.order = Order(samples, config.batch_tokens, config.seed, meta["epoch"], meta["position"])
+        with read_from(path):
+            model = HrmText(HrmTextConfig.from_dict(meta["model"]))
+            config = TrainConfig.from_dict(meta["config"])
+            trainer = cls(folder, model, tokenizer, samples, held_out, config)
+            trainer._restore(path, tensors, meta)
+            trainer.order = Order(samples, config.batch_tokens, config.seed, meta["epoch"], meta["position"])
         return trainer
 
     def shard(self) -> None:

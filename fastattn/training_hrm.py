@@ -16,7 +16,7 @@ from .models import Hrm, HrmConfig
 from .models.hrm import IGNORE, HrmCarry
 from .optim import SignSGD
 from .training_run import Run, RunConfig, part
-from .training_state import STATE, read_state
+from .training_state import STATE, read_from, read_state
 
 SEGMENTS = 16  # of an evaluation
 
@@ -40,6 +40,8 @@ class HrmTrainConfig(RunConfig):
 class HrmTrainer(Run):
     """A run of HRM; what a row of the batch has come to is part of its state."""
 
+    figures = ("cells", "exact")
+
     def __init__(
         self, folder: str | os.PathLike, model: Hrm, data: SudokuData | FolderData, config: HrmTrainConfig
     ) -> None:
@@ -59,15 +61,16 @@ class HrmTrainer(Run):
         kind = meta["model"].get("model_type")
         if kind != "hrm":
             raise ValueError(f"{path}: is a run of {kind}, not of hrm")
-        config = HrmTrainConfig.from_dict(meta["config"])
-        if config.sudoku is not None:
-            data = SudokuData(**config.sudoku)
-        elif data is None:
-            raise ValueError(f"{path}: the run was started on a folder of puzzles, which has to be given")
-        trainer = cls(folder, Hrm(HrmConfig.from_dict(meta["model"])), data, config)
-        trainer._restore(path, tensors, meta)
-        trainer.order = PuzzleOrder(data, config.batch_size, config.seed, meta["epoch"], meta["position"])
-        trainer.carry = HrmCarry(**part(tensors, "carry"))
+        with read_from(path):
+            config = HrmTrainConfig.from_dict(meta["config"])
+            if config.sudoku is not None:
+                data = SudokuData(**config.sudoku)
+            elif data is None:
+                raise ValueError(f"{path}: the run was started on a folder of puzzles, which has to be given")
+            trainer = cls(folder, Hrm(HrmConfig.from_dict(meta["model"])), data, config)
+            trainer._restore(path, tensors, meta)
+            trainer.order = PuzzleOrder(data, config.batch_size, config.seed, meta["epoch"], meta["position"])
+            trainer.carry = HrmCarry(**part(tensors, "carry"))
         return trainer
 
     @property

@@ -72,6 +72,8 @@ class Run:
     Its ``order`` gives the batches by ``next()``; its place, ``epoch`` and ``position``, is saved.
     """
 
+    figures: ClassVar[tuple[str, ...]]  # of an evaluation's row
+
     def __init__(
         self, folder: str | os.PathLike, model: nn.Module, order: Any, config: RunConfig, data: str
     ) -> None:
@@ -257,8 +259,20 @@ class Run:
         self.step_number, self.threads = meta["step"], meta["threads"]
         history = self.folder / HISTORY
         lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
-        self.history = [row for row in map(json.loads, lines) if row["step"] <= meta["step"]]
+        rows = [self._history_row(line, f"{history}:{number}") for number, line in enumerate(lines, 1)]
+        self.history = [row for row in rows if row["step"] <= meta["step"]]
         torch.set_rng_state(tensors["rng"])
+
+    def _history_row(self, line: str, where: str) -> dict[str, Any]:
+        try:
+            row = _files.parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        figures = ("loss", "tokens") if isinstance(row, dict) and "loss" in row else self.figures
+        wanted = ("step", "seconds", *figures)
+        if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in wanted):
+            raise ValueError(f"{where}: no row of a run's history")
+        return row
 
     def _copy(self, **changes: Any) -> Self:
         """A run that goes on apart from this one, with changes to its config."""
@@ -274,6 +288,10 @@ class Run:
 def part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The tensors called ``<name>.<rest>``, by their rest."""
     return {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_evaluation(row: dict[str, Any]) -> bool:

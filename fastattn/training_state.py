@@ -1,15 +1,16 @@
 """The one file a run resumes from: safetensors, with what is not a tensor as JSON in its header."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fastattn import _files
 from fastattn.data.tokenizer import Sample
@@ -29,17 +30,7 @@ _KEYS = {
 
 def write_state(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Writes the state, whole or not at all: an interrupted save leaves the last one."""
-    ready: dict[str, torch.Tensor] = {}
-    written = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        ready[name] = (
-            value.clone() if value.data_ptr() in written else value
-        )  # tied weights, each under its name
-        written.add(value.data_ptr())
-    header = {"fastattn_training": json.dumps({"format": FORMAT, **meta})}
-    with _files.replacing(path) as temporary:
-        save_file(ready, temporary, metadata=header)
+    _files.write_tensors(path, tensors, {"fastattn_training": json.dumps({"format": FORMAT, **meta})})
 
 
 def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -55,13 +46,18 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
         raise ValueError(f"{path}: unreadable or only half written: {error}") from error
     if header is None:
         raise ValueError(f"{path}: is a safetensors file, but not the state of a training run")
-    meta = json.loads(header)
+    try:
+        meta = _files.parse_json(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: its header is not JSON: {error}") from error
     check_state(path, tensors, meta)
     return tensors, meta
 
 
-def check_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+def check_state(path: Path, tensors: dict[str, torch.Tensor], meta: Any) -> None:
     """ValueError unless this version reads it and nothing of it is missing."""
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: its header is no JSON object")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path}: has format {meta.get('format')}; this version reads {FORMAT}")
     for key, kind in _KEYS.items():
@@ -69,6 +65,15 @@ def check_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, An
             raise ValueError(f"{path}: its header lacks {key!r}")
     if "rng" not in tensors:
         raise ValueError(f"{path}: the tensor 'rng' is missing")
+
+
+@contextlib.contextmanager
+def read_from(path: Path) -> Iterator[None]:
+    """A run is put together inside from what `path` holds: what does not fit is a ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: holds what no run writes: {error}") from error
 
 
 def fingerprint(samples: list[Sample]) -> str:

@@ -1,6 +1,7 @@
 """The `fastattn` command. Each subcommand is a module with `register(app)` that imports what is heavy when run."""
 
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -31,6 +32,8 @@ def build_app() -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; exits with 0, 2 for a mistake in what was asked or given, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no UTF-8
     try:
         build_app()(args=argv, prog_name="fastattn")
     except KeyboardInterrupt:
@@ -39,8 +42,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except _EXPECTED as error:
         if os.environ.get("FASTATTN_LOG", "").lower() == "debug":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error) or os.environ.get("FASTATTN_LOG", "").lower() == "debug":
+            raise
+        print(f"error: out of memory: {_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _line(text: str) -> str:
+    """One line, in which what would move a terminal's cursor is spelled out: files are named and quoted in errors."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+
+
+def _is_memory(error: Exception) -> bool:
+    """torch's allocator on the CPU raises RuntimeError, on a GPU one that is named for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _show_version(wanted: bool) -> None:

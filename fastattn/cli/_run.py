@@ -1,7 +1,6 @@
 """What `train` and `demo` share: starting a run, its progress on the screen, its end."""
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -69,10 +68,7 @@ def model_config(path: Path | None, vocab_size: int, **changes: Any) -> "HrmText
 
     if path is None:
         return HrmTextConfig(vocab_size=vocab_size, **SMALL_MODEL, **changes)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    values = _files.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object of HrmTextConfig keys")
     try:
@@ -102,7 +98,7 @@ def start(
 def model_type(folder: Path) -> str:
     """What the config.json of a model's folder says it is, "" where there is none to read."""
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return str(_files.read_json(folder / "config.json")["model_type"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

@@ -46,11 +46,13 @@ def write_jsonl(path: str | os.PathLike, examples: Iterable[Example]) -> None:
 
 def _parse(line: bytes, where: str) -> Example:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _files.parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON {_json_type(row)}; an object is needed")
     for field in Example._fields:
@@ -62,6 +64,8 @@ def _parse(line: bytes, where: str) -> Example:
             )
         if not row[field].strip():
             raise ValueError(f"{where}: field '{field}' is empty")
+        if not _files.is_unicode(row[field]):
+            raise ValueError(f"{where}: field '{field}' holds half of a surrogate pair")
     return Example(row["instruction"], row["response"])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import replacing, write_text
+from .._files import parse_json, replacing, write_text
 
 IGNORED = -100
 _FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
@@ -226,7 +226,7 @@ def _read_metadata(path: Path) -> PuzzleMetadata:
             f"{path}: no such file; a folder of puzzles has dataset.json in train and in test"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(PuzzleMetadata)}
         metadata = PuzzleMetadata(**{key: value for key, value in values.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:

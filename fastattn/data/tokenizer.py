@@ -57,11 +57,11 @@ class Tokenizer:
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
         """Reads `tokenizer.json` in `folder`; FileNotFoundError or ValueError if that is no tokenizer."""
         path = Path(folder) / FILE_NAME
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a model folder holds one")
         tokenizers = _tokenizers()
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         return cls(inner)
@@ -83,6 +83,8 @@ class Tokenizer:
         """The tokens before the response."""
         if not instruction.strip():
             raise ValueError("prompt: is empty")
+        if not _files.is_unicode(instruction):
+            raise ValueError("prompt: is not UTF-8")
         return [self.start, *self.encode(instruction), self.end_of_prompt]
 
     def samples(self, examples: list[Example]) -> list[Sample]:

@@ -5,14 +5,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import replacing, write_text
+from .._files import read_json, write_tensors, write_text
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,27 +32,17 @@ def save_json(path: str | os.PathLike, value: Any) -> None:
 
 def load_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        value = read_json(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; a JSON object is needed")
     return value
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file. Equal tensors give equal bytes; those that share memory are each written."""
-    ready: dict[str, Tensor] = {}
-    kept = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if memory in kept else tensor
-        kept.add(memory)
-    with replacing(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt"})
+    """Writes tensors to one safetensors file, see `_files.write_tensors`."""
+    write_tensors(path, tensors, {"format": "pt"})
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -115,6 +104,7 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return dict(TensorFile(path))
 
 
+Model = TypeVar("Model", bound=nn.Module)
 Source = tuple[str, ...]  # names of the file's tensors; concatenated along dim 0 they are one of the model's
 
 
@@ -149,6 +139,20 @@ def resolve(
         ]
         raise CheckpointError(f"{file.path}: the tensors do not fit the model; {'; '.join(lists)}")
     return sources
+
+
+def on_meta(make: Callable[[], Model], layers: int, file: TensorFile) -> Model:
+    """The model that `make` builds, without memory; CheckpointError where its config has a shape that none can have, or more
+    `layers` than the file has tensors, which would take long to build."""
+    if layers > len(file):
+        raise CheckpointError(
+            f"{file.path}: the tensors do not fit the model; its config has {layers} layers, the file {len(file)} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            return make()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file.path}: no model can have the shape of its config: {error}") from error
 
 
 def fill(

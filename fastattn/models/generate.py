@@ -122,6 +122,8 @@ def sample(
         before = probabilities.cumsum(-1) - probabilities
         before[:, 0] = -1.0  # the most likely stays, whatever top_p is as float32
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    if logits.device.type == "cpu" and not bool(kept[:, 0].isfinite().all()):
+        raise ValueError("generate: the logits hold NaN or infinity; the model's weights are not finite")
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return index.gather(-1, choice)[:, 0]
 

@@ -367,9 +367,8 @@ class Hrm(nn.Module):
                 config = HrmConfig.from_dict(values)
             except (TypeError, ValueError) as error:
                 raise checkpoint.CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
         file = checkpoint.TensorFile(directory)
+        model = checkpoint.on_meta(lambda: cls(config), max(config.H_layers, config.L_layers), file)
         wanted = {name: [(reference_name(name, config),)] for name in model.state_dict()}
         checkpoint.fill(model, file, checkpoint.resolve(wanted, file), dtype=dtype, device=device)
         checkpoint.check_one_dtype(model, directory)

@@ -372,9 +372,8 @@ class HrmText(nn.Module):
                 raise
             except (TypeError, ValueError) as error:
                 raise checkpoint.CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
         file = checkpoint.TensorFile(directory)
+        model = checkpoint.on_meta(lambda: cls(config), config.num_hidden_layers, file)
         sources = checkpoint.resolve({name: _layouts(name) for name in model.state_dict()}, file, _unused)
         checkpoint.fill(model, file, sources, dtype=dtype, device=device)
         checkpoint.check_one_dtype(model, directory)

@@ -17,6 +17,7 @@ _DESCRIPTIVE = {
     *("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype"),
     *("attention_dropout", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
 }
+_MOST, _MOST_CYCLES = 2**31 - 1, 4096  # beyond them nothing can be computed
 # Keys with one value that the model can be.
 _FIXED = {
     "hidden_act": "silu",
@@ -79,8 +80,12 @@ class HrmTextConfig:
             *("H_cycles", "L_cycles", "max_position_embeddings"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"HrmTextConfig: {name} is {value!r}; it must be an int of at least 1")
+            most = _MOST_CYCLES if name.endswith("cycles") else _MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                wanted = (
+                    "an int of at least 1" if not isinstance(value, int) or value < 1 else f"at most {most}"
+                )
+                raise ValueError(f"HrmTextConfig: {name} is {value!r}; it must be {wanted}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -88,7 +93,7 @@ class HrmTextConfig:
                     f"hidden_size {self.hidden_size}; give head_dim"
                 )
             self._set("head_dim", self.hidden_size // self.num_attention_heads)
-        if self.head_dim < 2 or self.head_dim % 2:
+        if not isinstance(self.head_dim, int) or not 2 <= self.head_dim <= _MOST or self.head_dim % 2:
             raise ValueError(f"HrmTextConfig: head_dim is {self.head_dim}; rotary positions need an even one")
         if self.initializer_range is None:
             self._set("initializer_range", self.hidden_size**-0.5)
@@ -104,6 +109,11 @@ class HrmTextConfig:
         if (self.head == "vq") != (self.codebook_size is not None):
             raise ValueError(
                 f"HrmTextConfig: codebook_size is {self.codebook_size!r}; head 'vq' needs one and 'dense' has none"
+            )
+        size = self.codebook_size
+        if size is not None and (not isinstance(size, int) or not 1 <= size <= self.vocab_size):
+            raise ValueError(
+                f"HrmTextConfig: codebook_size is {size!r}; it must be an int from 1 to vocab_size {self.vocab_size}"
             )
         if isinstance(self.eos_token_id, list):
             self._set("eos_token_id", tuple(self.eos_token_id))

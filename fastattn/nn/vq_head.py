@@ -7,10 +7,9 @@ from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import replacing
+from .._files import parse_json, write_tensors
 from ..ops.vocab import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
 
 ASSIGNMENTS = ("fixed", "straight_through", "ema")
@@ -86,7 +85,7 @@ class VQHead(nn.Module):
                     f"fastattn.VQHead: codes must be integers of shape ({vocab_size},), given {codes.dtype} of "
                     f"shape {tuple(codes.shape)}"
                 )
-            if int(codes.min()) < 0 or int(codes.max()) >= codebook_size:
+            if not _in_range(codes, codebook_size):
                 raise ValueError(f"fastattn.VQHead: codes must lie in [0, {codebook_size})")
             self.codes.copy_(codes)
             self._restart_means()
@@ -258,24 +257,28 @@ class VQHead(nn.Module):
             "assignment": self.assignment,
             "decay": self.decay,
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", "vq_head": json.dumps(shape)})
+        write_tensors(path, self.state_dict(), {"format": "pt", "vq_head": json.dumps(shape)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> "VQHead":
         """Reads what :meth:`save` wrote. Raises ValueError where the file is something else."""
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                shape = json.loads((file.metadata() or {}).get("vq_head", "null"))
+                shape = parse_json((file.metadata() or {}).get("vq_head", "null"))
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"fastattn.VQHead.load: {path} is unreadable: {error}") from error
         if not isinstance(shape, dict) or shape.keys() != _KEYS or "codebook" not in tensors:
             raise ValueError(f"fastattn.VQHead.load: {path} holds no VQHead")
-        head = cls(**shape, device="meta", dtype=tensors["codebook"].dtype)
-        head.load_state_dict(tensors, assign=True)
+        try:
+            head = cls(**shape, device="meta", dtype=tensors["codebook"].dtype)
+            head.load_state_dict(tensors, assign=True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"fastattn.VQHead.load: {path} holds no VQHead: {error}") from error
+        mixed = len({parameter.dtype for parameter in head.parameters()}) > 1
+        if mixed or head.codes.dtype != torch.int64 or not _in_range(head.codes, head.codebook_size):
+            raise ValueError(f"fastattn.VQHead.load: {path} holds no VQHead: its dtypes differ, or its codes")
         head.codebook.requires_grad_(head.assignment != "ema")
         return head
 
@@ -284,6 +287,10 @@ class VQHead(nn.Module):
             f"d_model={self.d_model}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size}, "
             f"bias={self.bias is not None}, assignment={self.assignment}"
         )
+
+
+def _in_range(codes: Tensor, count: int) -> bool:
+    return int(codes.min()) >= 0 and int(codes.max()) < count
 
 
 def _check_codebook_size(codebook_size: int, vocab_size: int) -> None:

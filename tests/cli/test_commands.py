@@ -7,9 +7,13 @@ import shutil
 import sys
 
 import pytest
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import fastattn
+from fastattn import training_state
+from fastattn._files import write_tensors
 from fastattn.cli import build_app, main
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
@@ -115,6 +119,11 @@ def test_sampling_options_are_checked(run, trained, options, message):
         ("config.json", b'{"hidden_size": 32', "not readable as JSON"),
         ("config.json", b'{"vocab_size": 300, "hiden_size": 32}', "unknown key 'hiden_size'"),
         ("config.json", b'{"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 2}', "do not fit"),
+        ("config.json", b"[" * 100_000, "nested too deep"),
+        ("config.json", b'{"vocab_size": 300, "head_dim": 9223372036854775808}', "head_dim"),
+        ("config.json", b'{"vocab_size": 300, "num_hidden_layers": 2000000000}', "2000000000 layers"),
+        ("config.json", b'{"vocab_size": 300, "L_cycles": 2000000000}', "at most 4096"),
+        ("config.json", b'{"vocab_size": 300, "head": "vq", "codebook_size": "x"}', "codebook_size is 'x'"),
         ("tokenizer.json", b"{}", "not a tokenizer"),
     ],
 )
@@ -123,7 +132,31 @@ def test_a_model_that_cannot_be_read(run, trained, tmp_path, name, content, mess
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
     code, _, err = run("generate", "--model", folder, "What is list3?")
-    assert code == 2 and message in err and str(folder) in err and "Traceback" not in err
+    assert code == 2 and message in err and str(folder) in err and err.count("\n") == 1
+
+
+def test_a_model_folder_without_end(run, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+        code, _, err = run("generate", "--model", folder, "What is list3?")
+        assert code == 2 and str(folder / name) in err
+        shutil.copy(trained / name, folder / "whole")
+        (folder / "whole").replace(folder / name)
+
+
+def test_weights_that_are_not_numbers(run, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t.fill_(torch.nan) for name, t in tensors.items()}, folder / "model.safetensors")
+    code, _, err = run("generate", "--model", folder, "--temperature", 1, "What is list3?")
+    assert code == 2 and "the logits hold NaN" in err
+
+
+def test_a_prompt_that_is_not_text(run, trained):
+    code, _, err = run("generate", "--model", trained, "list\udcff")
+    assert code == 2 and "prompt: is not UTF-8" in err
 
 
 def test_no_model(run, tmp_path):
@@ -184,7 +217,7 @@ def test_training_options_are_checked(run, data, config, tmp_path, options, mess
         ('{"hidden_size": 30, "num_attention_heads": 4}', "does not divide"),
         ('{"hidden_size": "32"}', "hidden_size"),
         ("[]", "must hold a JSON object"),
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
     ],
 )
 def test_a_config_that_cannot_be(run, data, tmp_path, text, message):
@@ -211,6 +244,26 @@ def test_a_run_is_not_overwritten(run, data, config, trained):
     assert (trained / "training.safetensors").read_bytes() == before
 
 
+def test_a_full_disk(run, data, config, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    code, _, err = run(*train_args(data, config, tmp_path / "run", "--steps", 1))
+    assert code == 2 and "training.safetensors: cannot be written: No space left" in err
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"history.jsonl", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, torch.OutOfMemoryError])
+def test_too_little_memory(run, data, config, tmp_path, monkeypatch, kind):
+    def start(*args):
+        raise kind("DefaultCPUAllocator:\ncan't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("fastattn.cli._run.start", start)
+    code, _, err = run(*train_args(data, config, tmp_path / "run", "--steps", 1))
+    assert code == 2 and err.startswith("error: out of memory: ") and err.count("\n") == 1
+
+
 def test_resuming_what_cannot_be(run, data, config, trained, tmp_path):
     def attempt(folder, source=data):
         code, _, err = run(*train_args(source, config, folder, "--resume"))
@@ -225,7 +278,25 @@ def test_resuming_what_cannot_be(run, data, config, trained, tmp_path):
     assert "half written" in attempt(folder)
     save_file(load_file(trained / "model.safetensors"), state)
     assert "not the state of a training run" in attempt(folder)
+    tensors, meta = training_state.read_state(trained / "training.safetensors")
+    for header in (
+        5,
+        meta | {"config": {"steps": []}},
+        meta | {"model": meta["model"] | {"head_dim": 2**40}},
+    ):
+        write_tensors(state, tensors, {"fastattn_training": json.dumps(header)})
+        assert str(state) in attempt(folder) or "head_dim" in attempt(folder)
+    narrow = {name: t[:1] if name.endswith("proj.weight") else t for name, t in tensors.items()}
+    training_state.write_state(state, narrow, meta)
+    err = attempt(folder)
+    assert "does not fit its own config" in err and err.count("\n") == 1
     state.write_bytes(whole)
+    history = folder / "history.jsonl"
+    rows = history.read_text()
+    for row in ("5", "{}", '{"step": 1, "loss": 2.0, "seconds": 1}', "[" * 100_000):
+        history.write_text(f"{rows}{row}\n")
+        assert f"history.jsonl:{rows.count(chr(10)) + 1}" in attempt(folder)
+    history.write_text(rows)
     other = tmp_path / "other.jsonl"
     other.write_text(GOOD * 30)
     assert "other data" in attempt(folder, other)

@@ -163,7 +163,7 @@ def test_a_save_that_dies_leaves_the_last_good_one(fresh, parts, tmp_path, monke
 
     with monkeypatch.context() as patch:
         if moment == "writing":
-            patch.setattr("fastattn.training_state.save_file", die)
+            patch.setattr("safetensors.torch.save_file", die)
         else:
             patch.setattr(os, "replace", die_at_the_state)
         with pytest.raises(Killed):

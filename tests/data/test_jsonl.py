@@ -33,6 +33,8 @@ def test_round_trip(tmp_path_factory, examples):
     ("line", "message"),
     [
         ('{"instruction": "a", "response": ', "not JSON"),
+        ("[" * 100_000, "not JSON: nested too deep"),
+        ('{"instruction": "\\ud800", "response": "b"}', "field 'instruction' holds half of a surrogate pair"),
         ("[1, 2]", "a JSON array; an object is needed"),
         ("3", "a JSON number"),
         ('{"instruction": "a"}', "field 'response' is missing"),

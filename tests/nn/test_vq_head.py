@@ -1,9 +1,13 @@
 """VQHead: equal to the dense head of its rows, fitted, trained in each assignment, saved and loaded."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
+from fastattn._files import write_tensors
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.nn import VQHead
 from fastattn.nn.vq_head import ASSIGNMENTS, fit_codebook
@@ -120,6 +124,30 @@ def test_save_and_load(tmp_path, assignment, bias):
     (tmp_path / "head.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match="unreadable"):
         VQHead.load(tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_a_file_that_holds_no_head(tmp_path, assignment):
+    path = tmp_path / "head.safetensors"
+    head = VQHead(D, V, K, assignment=assignment, dtype=torch.bfloat16)
+    head.save(path)
+    with safe_open(path, framework="pt") as file:
+        shape = file.metadata()["vq_head"]
+    for change in (
+        {"codes": torch.full((V,), K)},
+        {"codes": torch.zeros(V)},
+        {"codebook": torch.zeros(K - 1, D, dtype=torch.bfloat16)},
+        {"codebook": torch.zeros(K, D, dtype=torch.int64)},
+        {"codebook": torch.zeros(K, D)},
+        {"more": torch.zeros(1)},
+    ):
+        write_tensors(path, head.state_dict() | change, {"vq_head": shape})
+        with pytest.raises(ValueError, match=r"head\.safetensors holds no VQHead"):
+            VQHead.load(path)
+    for broken in ("[" * 100_000, "{", "5", json.dumps(json.loads(shape) | {"decay": "x"})):
+        write_tensors(path, head.state_dict(), {"vq_head": broken})
+        with pytest.raises(ValueError, match=r"head\.safetensors"):
+            VQHead.load(path)
 
 
 @pytest.mark.parametrize(
