@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import _native, testing
-from fastattn.ops.recurrence import reference
+from fastattn.ops.recurrence import cpu, reference
 
 shapes = st.one_of(
     st.tuples(st.integers(1, 70)),
@@ -138,6 +138,18 @@ def test_rotary_reads_positions_that_numpy_writes(dtype):
         expected, _ = fa.rotary(x.double(), x.double(), positions)
         # angles to 1004, each with three float32 roundings, times |x| < 4
         assert testing.max_error(fa.rotary(x, x, positions)[0], expected) <= 1004 * 3 * 2**-24 * 4
+
+
+def test_tables_of_angles_are_bounded():
+    x, positions = testing.random_tensor(1, 1, 3, 4), torch.arange(3)
+    for i in range(40):
+        found, _ = fa.rotary(x, x, positions, theta=1e4 + i)
+        # angles to 2, each with three float32 roundings, times |x| < 4
+        assert (
+            testing.max_error(found, fa.rotary(x.double(), x.double(), positions, theta=1e4 + i)[0])
+            <= 24 * 2**-24
+        )
+    assert len(cpu._tables) <= cpu._MOST_TABLES
 
 
 def test_rotary_undoes_itself():

@@ -8,6 +8,7 @@ from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 _LONGEST_TABLE = (
     1 << 18
 )  # positions up to here share one table of cosines and sines; beyond, each call makes its own
+_MOST_TABLES = 16  # a theta that depends on the length has one for each
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
 # the latest positions and what they became: the layers of a model share them
 _latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
@@ -159,10 +160,13 @@ def _table(
         cos, sin = _cos_sin(positions.reshape(-1), head_dim, theta)
         return cos, sin, torch.arange(positions.numel(), dtype=torch.int32).view(-1, positions.shape[-1])
     key = (head_dim, theta)
-    if key not in _tables or _tables[key][0].shape[0] < longest:
-        size = 1 << max(8, (longest - 1).bit_length())
-        _tables[key] = _cos_sin(torch.arange(size), head_dim, theta)
-    return (*_tables[key], positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
+    found = _tables.get(key)  # once: another thread may put a shorter one there
+    if found is None or found[0].shape[0] < longest:
+        found = _cos_sin(torch.arange(1 << max(8, (longest - 1).bit_length())), head_dim, theta)
+        if len(_tables) >= _MOST_TABLES:
+            _tables.clear()
+        _tables[key] = found
+    return (*found, positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
 
 
 def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
