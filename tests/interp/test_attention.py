@@ -165,6 +165,39 @@ def test_documents_of_unknown_lengths(op, nan_outputs):
         assert all(torch.equal(a, b) and b.any() for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("queries", (44, 2))
+@pytest.mark.parametrize("op", ("attention", "softplus_attention", "grouped_attention", "gated_attention"))
+def test_padding_may_hold_anything(op, queries, nan_outputs):
+    """Keys, values and assignments from key_lengths on: results and gradients are those of zeros there, theirs exactly 0."""
+    if op == "gated_attention" and queries != 44:
+        pytest.skip("it has as many queries as keys")
+    mask = Mask(key_lengths=torch.tensor([0, 21]))
+    q, k, v = testing.attention_inputs(2, 2, 1, queries, 44, 8)
+    extra = {
+        "grouped_attention": lambda: {
+            "groups": torch.ones(2, queries, dtype=torch.int64), "key_groups": (torch.arange(44) % 2).expand(2, 44),
+        },
+        "gated_attention": lambda: {"assignment": testing.random_tensor(2, 44, 3).abs(), "window": 4},
+    }.get(op, dict)()  # fmt: skip
+
+    def run(fill):
+        inputs = [t.detach().clone() for t in (q, k, v)]
+        for t in inputs[1:]:
+            t[0], t[1, :, 21:] = fill, fill
+        return testing.differentiate(
+            lambda q, k, v: getattr(fa, op)(q, k, v, mask=mask, backend="triton", **extra),
+            [t.requires_grad_() for t in inputs],
+        )
+
+    (out,), grads = run(torch.nan)
+    (clean,), expected = run(0.0)
+    assert torch.equal(out, clean) and out[1].any() and not out[0].any()
+    if op == "softplus_attention":  # a key of NaN has no direction: its own gradient is NaN, that of the norm
+        grads[1][0], grads[1][1, :, 21:] = 0, 0
+    assert all(map(torch.equal, grads, expected))
+    assert not any(g[0].any() or g[1, :, 21:].any() for g in grads[1:])
+
+
 def test_classes_of_a_dense_mask_are_a_streams_own(monkeypatch):
     """Kept for a stream while the mask is unchanged; formed in every call that a graph captures."""
     from fastattn import _triton

@@ -33,7 +33,7 @@ def _attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -48,7 +48,7 @@ def _attention_forward_kernel(
     q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc, top, total = attend(
         q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end,
-        edges, lk, scale2, score_shift(bias2, extent[3], LOG_N),
+        edges, extent[3], scale2, score_shift(bias2, extent[3], LOG_N),
         WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     acc, row_lse = finish(acc, top, total, SHIFTED, NORMALISED)

@@ -71,7 +71,7 @@ def _attention_base_kernel(
     A row of -1e9 and the like for every key has a log-sum-exp without the bits that tell its weights apart; the forward's
     running state has them. Base is 0 and rest is lse in other rows, which are not read again.
     """
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -92,7 +92,7 @@ def _attention_base_kernel(
         q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         _, top, total = attend(
             q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end,
-            edges, lk, scale2, score_shift(bias2, extent[3], LOG_N),
+            edges, extent[3], scale2, score_shift(bias2, extent[3], LOG_N),
             WEIGHT, True, True, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         inside = far & (rows < lq)
@@ -132,19 +132,19 @@ def score_gradient(
 @triton.jit
 def _query_tile_gradient(
     dq, q_tile, g_tile, lse, base, delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, ds_rows,
-    begin, end, tile, lk, scale2, shift2,
+    begin, end, tile, count, scale2, shift2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys added to a query tile's gradient (M, D)."""
+    """One tile of keys, of `count`, added to a query tile's gradient (M, D)."""
     first = tile * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
     k_tile, v_tile = load_two(
-        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED
+        k_base, k_l, v_base, v_l, first, count, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED
     )
     s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)  # (M, N)
-    s = add_bias(s * scale2 + shift2, bias_rows, bias_k, keys, end, lk)
+    s = add_bias(s * scale2 + shift2, bias_rows, bias_k, keys, end, count)
     if base is not None:
         s = _less_base(s, base[:, None])
     allowed = None
@@ -154,7 +154,7 @@ def _query_tile_gradient(
         s, dp, lse[:, None], delta[:, None], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
     )
     if ds_rows is not None:
-        inside = (end > 0)[:, None] & (keys < lk)[None, :]
+        inside = (end > 0)[:, None] & (keys < count)[None, :]
         tl.store(ds_rows[:, None] + keys[None, :], ds, mask=inside)
     return dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
 
@@ -171,7 +171,7 @@ def _attention_backward_q_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -208,7 +208,7 @@ def _attention_backward_q_kernel(
         for at in range(full, full_end):
             acc = _query_tile_gradient(
                 acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
@@ -220,7 +220,7 @@ def _attention_backward_q_kernel(
         if live:
             acc = _query_tile_gradient(
                 acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                dense_k, ds_rows, begin, end, at, lk, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
             )  # fmt: skip
     dq_base = place(dq, entry, dq_b, head, dq_h, start_q + first, dq_l)
@@ -291,7 +291,7 @@ def _attention_backward_kv_kernel(
 
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
     k_tile, v_tile = load_two(
-        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        k_base, k_l, v_base, v_l, first, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
     )
     shift2 = score_shift(bias2, extent[3], LOG_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -30,7 +30,7 @@ def _attention_decode_kernel(
     _, _, extent = sequence(
         batch, prefix_lengths, None, None, key_lengths, length_q, length_k, window_left, window_right
     )
-    lq, lk, key_length = extent[0], extent[1], extent[3]
+    lq, key_length = extent[0], extent[3]
     rows = tl.arange(0, BLOCK_M)  # (query head of the group, query)
     head = kv_head * GROUP + rows // lq
     row = rows % lq
@@ -56,7 +56,7 @@ def _attention_decode_kernel(
     dense_rows = row_pointers(dense, batch, dense_b, head, dense_h, row, dense_q, lq * 0, 0)
     acc, top, total = attend(
         q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, None, begin, end,
-        edges, lk, scale2, shift2,
+        edges, key_length, scale2, shift2,
         WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 

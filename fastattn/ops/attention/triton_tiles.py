@@ -296,7 +296,7 @@ def attend_tile(
     begin,  # (M,) interval of keys
     end,
     tile,
-    lk,
+    count,  # of keys: padding after them, which may hold anything, is not read
     scale2,
     shift2,
     WEIGHT: tl.constexpr,
@@ -313,14 +313,14 @@ def attend_tile(
     """One tile of keys added to a query tile's running state."""
     first = tile * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    k_tile = load_tile(k_base + offset(first, k_l), k_l, count - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     s = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
     s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2 + shift2  # (M, N)
-    s = add_bias(s, bias_rows, bias_k, keys, end, lk)
+    s = add_bias(s, bias_rows, bias_k, keys, end, count)
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
-    v_tile = load_tile(v_base + offset(first, v_l), v_l, lk - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
+    v_tile = load_tile(v_base + offset(first, v_l), v_l, count - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
     return fold(acc, top, total, s, allowed, v_tile, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
 
 
@@ -339,7 +339,7 @@ def attend(
     begin,
     end,
     edges,
-    lk,
+    count,  # of keys: padding after them, which may hold anything, is not read
     scale2,
     shift2,
     WEIGHT: tl.constexpr,
@@ -365,7 +365,7 @@ def attend(
         for tile in range(full, full_end):
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                 BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
@@ -377,7 +377,7 @@ def attend(
         if live:
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, lk, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                 BLOCK_DV, True, PRECISION,
             )  # fmt: skip
     return acc, top, total

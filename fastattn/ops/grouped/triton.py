@@ -74,6 +74,7 @@ def _grouped_forward_kernel(
         stop = tl.cdiv(highest_end, BLOCK_N)
     while at < stop:
         keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
+        there = there & (keys < extent[3])  # padding, which may hold anything, is not read
         k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
         v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale2

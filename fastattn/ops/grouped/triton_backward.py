@@ -63,6 +63,7 @@ def _grouped_backward_q_kernel(
         stop = tl.cdiv(highest_end, BLOCK_N)
     while at < stop:
         keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
+        there = there & (keys < extent[3])
         k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
         v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
         key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
@@ -124,8 +125,9 @@ def _grouped_backward_kv_kernel(
     part_k_base, part_v_base = place_two(
         part_k, part_k_b, part_k_h, part_k_l, part_v, part_v_b, part_v_h, part_v_l, entry, kv_head, start_k
     )
-    k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
-    v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+    real = there & (keys < extent[3])
+    k_tile = gather_tile(k_base, keys, k_l, real, HEAD_DIM, BLOCK_D)
+    v_tile = gather_tile(v_base, keys, v_l, real, V_DIM, BLOCK_DV)
     earliest = tl.min(tl.where(high > 0, low, lq), 0)
     if SORTED:
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

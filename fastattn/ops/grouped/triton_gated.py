@@ -77,9 +77,11 @@ def _gated_forward_kernel(
         key = at * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
         k_tile, v_tile = load_two(
-            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+            k_base, k_l, v_base, v_l, key, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
         )
-        b_tile = load_tile(a_base + offset(start_k + key, a_l), a_l, lk - key, GROUPS, BLOCK_N, BLOCK_G, True)
+        b_tile = load_tile(
+            a_base + offset(start_k + key, a_l), a_l, extent[3] - key, GROUPS, BLOCK_N, BLOCK_G, True
+        )
         s, agreement = (
             dot(q_tile, tl.trans(k_tile), zero, PRECISION),
             dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION),
@@ -133,9 +135,11 @@ def _gated_backward_q_kernel(
         key = at * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
         k_tile, v_tile = load_two(
-            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+            k_base, k_l, v_base, v_l, key, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
         )
-        b_tile = load_tile(a_base + offset(start_k + key, a_l), a_l, lk - key, GROUPS, BLOCK_N, BLOCK_G, True)
+        b_tile = load_tile(
+            a_base + offset(start_k + key, a_l), a_l, extent[3] - key, GROUPS, BLOCK_N, BLOCK_G, True
+        )
         s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
         agreement = dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION)
         far = rows[:, None] + (lk - lq) - keys[None, :] > near
@@ -178,9 +182,11 @@ def _gated_backward_kv_kernel(
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
     a_base = a + offset(entry, a_b)
     k_tile, v_tile = load_two(
-        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        k_base, k_l, v_base, v_l, first, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
     )
-    b_tile = load_tile(a_base + offset(start_k + first, a_l), a_l, lk - first, GROUPS, BLOCK_N, BLOCK_G, True)
+    b_tile = load_tile(
+        a_base + offset(start_k + first, a_l), a_l, extent[3] - first, GROUPS, BLOCK_N, BLOCK_G, True
+    )
     sharp = tl.load(sharpness)
     zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

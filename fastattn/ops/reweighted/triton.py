@@ -36,13 +36,13 @@ def above_threshold(s, top, reciprocal):
 
 @triton.jit
 def _scores(
-    q_tile, k_base, k_l, factor, begin, end, tile, lk,
+    q_tile, k_base, k_l, factor, begin, end, tile, count,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(softplus(c * q.k) (M, N), which of them are allowed)."""
     first = tile * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_base + offset(first, k_l), k_l, lk - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    k_tile = load_tile(k_base + offset(first, k_l), k_l, count - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     zero = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
     s = softplus_weight(dot(q_tile, tl.trans(k_tile), zero, PRECISION) * factor[:, None])
     return s, allowed_pairs(keys, begin, end, None, 0)
@@ -57,7 +57,7 @@ def _softplus_attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -78,7 +78,7 @@ def _softplus_attention_forward_kernel(
         lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
         for at in range(tile_begin, tile_end):
             s, allowed = _scores(
-                q_tile, k_base, k_l, factor, begin, end, at, lk, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
+                q_tile, k_base, k_l, factor, begin, end, at, extent[3], HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
             )
             total += tl.sum(tl.where(allowed, s, 0.0), 1)
             top = tl.maximum(top, tl.max(tl.where(allowed, s, 0.0), 1))
@@ -91,7 +91,7 @@ def _softplus_attention_forward_kernel(
     weights = tl.zeros([BLOCK_M], tl.float32)
     for at in range(tile_begin, tile_end):
         s, allowed = _scores(
-            q_tile, k_base, k_l, factor, begin, end, at, lk, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
+            q_tile, k_base, k_l, factor, begin, end, at, extent[3], HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
         )
         if REWEIGH:
             # 2^(p log2 x), 0 at x = 0: each weight is at most 1, so no power overflows
@@ -100,7 +100,7 @@ def _softplus_attention_forward_kernel(
         weight = tl.where(allowed, s, 0.0)
         weights += tl.sum(weight, 1)
         key = at * BLOCK_N
-        v_tile = load_tile(v_base + offset(key, v_l), v_l, lk - key, V_DIM, BLOCK_N, BLOCK_DV, True)
+        v_tile = load_tile(v_base + offset(key, v_l), v_l, extent[3] - key, V_DIM, BLOCK_N, BLOCK_DV, True)
         acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
     acc = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
     out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)

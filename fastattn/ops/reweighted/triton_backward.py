@@ -69,7 +69,7 @@ def _softplus_attention_backward_q_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of the unit vectors, and each row's mean of r over its keys (`shift`), which its keys' pass takes."""
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -94,7 +94,7 @@ def _softplus_attention_backward_q_kernel(
         key = (tile_begin + step % tiles_here) * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
         k_tile, v_tile = load_two(
-            k_base, k_l, v_base, v_l, key, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+            k_base, k_l, v_base, v_l, key, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
         )
         allowed = allowed_pairs(keys, begin, end, None, 0)
         s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
@@ -132,7 +132,7 @@ def _softplus_attention_backward_kv_kernel(
     _keys, low, high, tile_begin, tile_end = query_tiles(first, extent, CAUSAL, BLOCK_M, BLOCK_N)
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, kv_head, start_k)
     k_tile, v_tile = load_two(
-        k_base, k_l, v_base, v_l, first, lk, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
+        k_base, k_l, v_base, v_l, first, extent[3], HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True
     )
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
