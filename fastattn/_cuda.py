@@ -158,7 +158,7 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
     potentials = scores.new_empty(batch, 1, groups, dtype=torch.float32)
     if scores.numel() == 0:
         return assignment, potentials.zero_()
-    lengths = None if lengths is None else lengths.to(torch.int32)
+    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
     with _on(scores.device) as processors:
         blocks = max(1, min(processors, -(-length * 32 // threads)))
         partial = scores.new_empty(batch * blocks * groups * 2, dtype=torch.float32)

@@ -16,7 +16,8 @@ sinkhorn(SinkhornParams p) {
   const int warp = thread() / kWarp, lane = thread() % kWarp;
   const float scale = 1.0f / p.temperature;
   for (int64_t b = 0; b < p.batch; b++) {
-    const int64_t valid = p.lengths ? p.lengths[b] : p.length;
+    // contents on a GPU are not checked: whatever they are, no row beyond the last is touched
+    const int64_t valid = p.lengths && p.lengths[b] < p.length ? p.lengths[b] : p.length;
     const T* scores = (const T*)p.scores + b * p.length * GROUPS;
     T* assignment = (T*)p.assignment + b * p.length * GROUPS;
     float* partial = p.partial + b * blocks() * GROUPS * 2;

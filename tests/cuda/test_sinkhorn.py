@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import _config, _cuda, testing
 from fastattn.ops.grouped import reference
 
 
@@ -25,6 +25,17 @@ def check(host, scores, lengths=None, temperature=0.1, iterations=2, threads=256
         terms=scores.shape[1],
     )
     return actual[0]
+
+
+def test_lengths_beyond_the_scores_count_as_all(host):
+    """On a GPU no call waits to look at them."""
+    scores = testing.random_tensor(2, 20, 8)
+    found, expected = (_cuda.sinkhorn(scores, torch.tensor(n), 0.1, 2)[0] for n in ([99, -3], [20, 0]))
+    assert torch.equal(found, expected)
+
+
+def test_strided_lengths(host):
+    check(host, testing.random_tensor(2, 20, 8), torch.tensor([[13, 0], [7, 0]], dtype=torch.int32)[:, 0])
 
 
 @pytest.mark.parametrize("seed", (0, 1, 2))
