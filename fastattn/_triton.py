@@ -130,7 +130,9 @@ def stream(device: torch.device) -> int | None:
 
 
 def last_dim_contiguous(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    if t.stride(-1) == 1:
+        return t
+    return t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()  # the former resolves it as well
 
 
 def target(device: torch.device) -> _device.Target:

@@ -131,6 +131,13 @@ def test_a_captured_graphs_table_is_not_kept(monkeypatch):
     assert len(kernels._tables) == 1 and all(map(torch.equal, captured, plain))
 
 
+def test_negated_views_of_one_column():
+    z = torch.randn(5, 1, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    x = z.conj().imag
+    assert x.is_neg()
+    assert torch.equal(fa.gated(x, x), fa.gated(x.clone(), x.clone()))
+
+
 def test_empty_tensors():
     assert fa.rms_norm(torch.empty(0, 8)).shape == (0, 8)
     assert (
