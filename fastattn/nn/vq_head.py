@@ -208,7 +208,8 @@ class VQHead(nn.Module):
         A code is dead when it has no token ("straight_through"), or a running count under a tenth of one ("ema"). It starts
         again at a token's row, drawn in proportion to the squared distance from its present code ("k-means++", 2007).
 
-        Returns the number of codes reseeded. Raises ValueError for fixed codes.
+        Returns the number of codes reseeded. Raises ValueError for fixed codes, and where a dead code finds a weight that is
+        no number.
         """
         if self.weight is None:
             raise ValueError("fastattn.VQHead.update_codes: assignment is 'fixed', whose codes stay")
@@ -227,7 +228,9 @@ class VQHead(nn.Module):
     def _reseed(self, rows: Tensor, dead: Tensor, generator: torch.Generator | None) -> int:
         if dead.numel() == 0:
             return 0
-        far = (rows.float() - self.codebook.float()[self.codes]).square().sum(1)
+        far = (rows.double() - self.codebook.double()[self.codes]).square().sum(1)
+        if not bool(far.isfinite().all()):
+            raise ValueError("fastattn.VQHead.update_codes: weight or codebook holds NaN or infinity")
         count = min(dead.numel(), int((far > 0).sum()))
         if count == 0:
             return 0

@@ -126,6 +126,23 @@ def test_save_and_load(tmp_path, assignment, bias):
         VQHead.load(tmp_path / "head.safetensors")
 
 
+@pytest.mark.parametrize("scale", (1e-25, 1e25))
+def test_dead_codes_start_again_at_any_scale(scale):
+    """Squared distances that float32 does not hold."""
+    head = VQHead(D, V, K, assignment="straight_through")
+    with torch.no_grad():
+        head.weight.copy_(rows_around(torch.eye(5, D), 10, 1e-3) * scale)
+        head.codebook.fill_(1.0)
+        head.codebook[0] = 0.0
+    assert head.update_codes(generator=torch.Generator().manual_seed(0)) == K - 1
+    assert len(head.codes.unique()) == K
+    with torch.no_grad():
+        head.codebook[1:] = scale
+        head.weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="update_codes: weight or codebook holds NaN"):
+        head.update_codes()
+
+
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_a_file_that_holds_no_head(tmp_path, assignment):
     path = tmp_path / "head.safetensors"
