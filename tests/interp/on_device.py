@@ -17,7 +17,8 @@ def moved(value, device):
     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
     # a copy even where the device is this one
     there = whole.to(device, copy=True)
-    return there.as_strided(value.size(), value.stride(), value.storage_offset())
+    there = there.as_strided(value.size(), value.stride(), value.storage_offset())
+    return torch._neg_view(there) if value.is_neg() else there
 
 
 def by_way_of(op, backend, device):

@@ -30,6 +30,8 @@ def test_tensors_keep_their_layout_on_the_way():
     there = moved([x, 3, None], "cpu")[0]
     assert there.stride() == x.stride() and torch.equal(there, x) and there.data_ptr() != x.data_ptr()
     assert there.untyped_storage().nbytes() == x.untyped_storage().nbytes()
+    negated = torch.randn(4, 1, dtype=torch.complex64).conj().imag
+    assert moved(negated, "cpu").is_neg() and torch.equal(moved(negated, "cpu"), negated)
 
 
 def test_the_suite_goes_by_way_of_the_device(nan_outputs):
