@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastattn.autotune.tuner import BucketResult, Run
 
+from fastattn._files import write_text
 from fastattn.pictures import figure, framed
 
 _STYLE = """
@@ -43,8 +44,7 @@ def duration(seconds: float) -> str:
 
 def write(run: Run, path: Path) -> None:
     """Write the page about a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(run), encoding="utf-8")
+    write_text(path, page(run))
 
 
 def page(run: Run) -> str:

@@ -25,6 +25,8 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
+from fastattn._files import parse_json
+
 logger = logging.getLogger("fastattn")
 Point = tuple
 
@@ -87,7 +89,10 @@ def _open_database(url: str, options: dict[str, Any]) -> Any:
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": options})
         except SQLAlchemyError:  # two runs that create the tables at once get in each other's way
             time.sleep(wait)
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": options})
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": options})
+    except SQLAlchemyError as error:  # the URL may hold a password
+        raise ValueError(f"tune: storage {url.partition(':')[0]}:// cannot be opened: {error}") from error
 
 
 def mend_journal(path: Path, lock: _KernelLock) -> None:
@@ -99,7 +104,7 @@ def mend_journal(path: Path, lock: _KernelLock) -> None:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            good = all(isinstance(json.loads(line), dict) for line in whole.splitlines())
+            good = all(isinstance(parse_json(line), dict) for line in whole.splitlines())
         except ValueError:
             good = False
         if not good or (data and not whole):

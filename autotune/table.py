@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastattn import _config, _device, _tables
+from fastattn import _config, _device, _files, _tables
 
 LOCK_SECONDS = 30.0
 
@@ -88,18 +87,7 @@ def remove(path: Path, target: _device.Target, ops: Iterable[str] = ()) -> bool:
 
 def write(path: Path, table: dict) -> None:
     """Replace a file by this table in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dumps(table))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    _files.write_text(path, dumps(table))
 
 
 def dumps(table: dict) -> str:

@@ -20,6 +20,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     rename, so a power cut leaves the old file or the new one.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a rename would put a file for the device
+        raise OSError(f"{path}: is a device or a pipe; a file is needed")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)

@@ -99,7 +99,15 @@ def test_truncated_last_line_is_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "contents", [b"\x00\x01binary\n", b'{"a": 1}\nnonsense\n{"b": 2}\n', b"[1]\n", b"no line end"]
+    "contents",
+    [
+        b"\x00\x01binary\n",
+        b'{"a": 1}\nnonsense\n{"b": 2}\n',
+        b"[1]\n",
+        b"no line end",
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=range(5),
 )
 def test_corrupt_journal_is_set_aside(contents, tmp_path, caplog):
     path = tmp_path / "t.journal"
@@ -124,6 +132,10 @@ def test_changed_space_starts_afresh(tmp_path):
     assert len(trials_in(url, sweep).known) == 3
 
 
-def test_bad_storage_url():
+def test_bad_storage_url(monkeypatch):
     with pytest.raises(ValueError, match="expected journal:PATH"):
         study.open_storage("trials.txt")
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="storage nosuch:// cannot be opened") as raised:
+        study.open_storage("nosuch://user:secret@host/trials")
+    assert "secret" not in str(raised.value)

@@ -27,6 +27,10 @@ class Recorder(tuner.Listener):
         self.events.append(("finished", result.bucket.name))
 
 
+def _no_space(*args):
+    raise OSError("No space left on device")
+
+
 def test_whole_run(synthetic, target, tmp_path, monkeypatch):
     monkeypatch.setitem(tuner.TRIAL_LIMITS, "cpu", 5.0)  # what the hang takes
     recorder = Recorder()
@@ -73,6 +77,11 @@ def test_whole_run(synthetic, target, tmp_path, monkeypatch):
     trapped.failure, trapped.comparison = "<b>&", None
     assert "<b>&" not in report.page(run) and "&lt;b&gt;&amp;" in report.page(run)
     report.write(run, tmp_path / "new" / "report.html")
+    before = (tmp_path / "new" / "report.html").read_bytes()
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left"):
+        full.setattr("os.fsync", _no_space)
+        report.write(run, tmp_path / "new" / "report.html")
+    assert (tmp_path / "new" / "report.html").read_bytes() == before
     assert (tmp_path / "new" / "report.html").read_text().endswith("</html>\n")
 
     again = tuner.tune(modules=["planted"], ops=["planted"], budget=60.0, threads=1)

@@ -93,6 +93,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["data.jsonl"]  # no temporary file stays
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a file is needed"):
+        _files.write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and list(tmp_path.iterdir()) == [tmp_path / "pipe"]
+
+
 def test_the_written_file_has_ordinary_permissions(tmp_path):
     path = tmp_path / "a.json"
     _files.write_text(path, json.dumps({}))
