@@ -105,6 +105,19 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   }
 }
 
+FASTATTN_INLINE float lse_of(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row) {
+  const int64_t at = s.batch * p.lse.stride[1] + head * p.lse.stride[2] + (s.q_begin + row) * p.lse.stride[3];
+  return ((const float*)p.lse.data)[at];
+}
+// Large scores of a row to log2 of its weights, each rounded as the log-sum-exp was: a row of one key has weight 1.
+FASTATTN_NOINLINE void below_lse(float* x, const Columns& columns, float c, double bias, float lse) {
+  scale_row(x, columns, c);
+  for (int64_t j = columns.begin; j < columns.end; j++) {
+    const float difference = (float)((double)x[j] * kLn2Double + bias) - lse;
+    x[j] = difference > 0 ? 0.0f : difference * kLog2E;
+  }
+}
+
 template <class Unit, class Score>
 struct BackwardBlock {
   using Word = typename Unit::Word;
@@ -254,6 +267,11 @@ struct BackwardBlock {
         c = 1;
       }
       if (Score::kMaximum) constants.shift = queries.statistic[m + i];
+      if (Score::kMaximum && is_large(constants.shift)) {
+        below_lse(x, columns, c, s.bias, lse_of(p, s, head, m + i));
+        c = 1;
+        constants.shift = 0;
+      }
       if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
       const RowMask mask(p, s, ranges, head, m + i, i, n, there, mixed);
       if (mask.all(columns))

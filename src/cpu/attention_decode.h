@@ -154,6 +154,10 @@ struct DecodeChunk {
         for (int64_t j = 0; j < out_columns + W; j += W) store(to.out + j, load(to.out + j) * factor);
         *to.top = found;
       }
+      if (is_large(*to.top)) {
+        scale_row(x, columns, c);
+        c = 1;
+      }
       constants.shift = *to.top == -__builtin_inff() ? 0.0f : *to.top;
     }
     vf total = load(to.sums);

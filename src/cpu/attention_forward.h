@@ -137,6 +137,10 @@ struct ForwardBlock {
           for (int64_t j = columns.begin; j < columns.end; j += W)
             store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
         raise_top(x, columns, c, i);
+        if (is_large(top[i])) {
+          scale_row(x, columns, c);
+          c = 1;
+        }
         constants.shift = top[i] == -__builtin_inff() ? 0.0f : top[i];
       }
       if (all || Score::kMaximum)

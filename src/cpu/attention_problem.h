@@ -218,6 +218,16 @@ FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float c, const
   });
 }
 
+// Scores whose rounding shows in their weights: a row of such rounds x * c before its maximum is taken away, as the
+// maximum itself is rounded. Fused, the difference would be that rounding, and 2 to the power of it.
+constexpr float kLargeScore = 2048;
+FASTATTN_INLINE bool is_large(float top) {
+  return __builtin_fabsf(top) > kLargeScore && __builtin_fabsf(top) < __builtin_inff();
+}
+FASTATTN_NOINLINE void scale_row(float* x, const Columns& columns, float c) {
+  for (int64_t j = columns.begin; j < columns.end; j += W) store(x + j, load(x + j) * c);
+}
+
 // A row of `columns` floats times `factor` to memory of any dtype.
 FASTATTN_NOINLINE void store_row(Matrix to, int64_t row, const float* from, int64_t columns, float factor) {
   with_dtype(to.dtype, [&](auto* type) {

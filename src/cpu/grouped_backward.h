@@ -144,7 +144,7 @@ struct GroupedGradients {
     pack_rows<Singles>(grad_out, value_dim, o_rows, rows, value_dim, 1.0f);
     pack_panels<Singles>(grad_out_panels, block_q, 0, o_rows, rows, value_dim);
     const float* lse = (const float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
-    for (int64_t i = 0; i < rows; i++) row_lse[i] = lse[view.row(first + i)] * kLog2E;
+    for (int64_t i = 0; i < rows; i++) row_lse[i] = lse[view.row(first + i)];
     const int64_t groups = (rows + kRows - 1) / kRows;
     memset(block_grad_q, 0, size_t(groups * kRows * head_columns) * 4);
     for (int64_t n = ranges.begin / kGradientTile * kGradientTile; n < ranges.end; n += kGradientTile) {
@@ -183,7 +183,13 @@ struct GroupedGradients {
     zero_outside(slope, columns, kGradientTile);
     if (columns.empty()) return;
     const RowMask mask(p, view.s, ranges, 0, 0, i, n, there, false);
-    const float c = problem.c * problem.sign, shift = row_lse[i], d = delta[h * queries + view.row(first + i)];
+    const float d = delta[h * queries + view.row(first + i)];
+    float c = problem.c * problem.sign, shift = row_lse[i] * kLog2E;
+    if (is_large(shift)) {
+      below_lse(w, columns, c, 0, row_lse[i]);
+      c = 1;
+      shift = 0;
+    }
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       vi counts = mask.at(j);
       if (view.list && view.list->test) counts &= ListView::counted(*view.list, first + i, n + j);

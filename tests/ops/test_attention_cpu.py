@@ -26,6 +26,10 @@ def small_tiles():
         yield
 
 
+def make_qkv(length):
+    return (testing.random_tensor(1, 2, length, 64, seed=seed) for seed in range(3))
+
+
 def run(backend, score, mask, bias=None, **options):
     def op(q, k, v):
         return fa.attention(
@@ -41,6 +45,32 @@ def run(backend, score, mask, bias=None, **options):
         )
 
     return op
+
+
+@pytest.mark.parametrize("op", ["attention", "grouped_attention"])
+@pytest.mark.parametrize("magnitude", [1e3, 1e5, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [4, 70])
+def test_large_scores_leave_each_row_one_key(isa, nan_outputs, op, magnitude, dtype, length):
+    """Scores of 1e6 to 1e17 differ by far more than their rounding: every weight is 0 or 1, and so are the values' gradients."""
+    q, k, v = (t * m for t, m in zip(make_qkv(length), (magnitude, magnitude, 1.0), strict=True))
+    groups = torch.ones(1, length, dtype=torch.int64)
+
+    def run(*inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        if op == "attention":
+            out = fa.attention(*inputs)
+        else:
+            out = fa.grouped_attention(*inputs, groups, window=3)
+        return out, *torch.autograd.grad(out.sum(), inputs[2])
+
+    inputs = [t.to(dtype) for t in (q, k, v)]
+    out, grad = run(*inputs)
+    expected, expected_grad = run(*(t.double() for t in inputs))
+    assert torch.equal(out, expected.to(dtype))
+    # the backward scores few rows in another order than decoding did, which these scores show
+    if op != "attention" or length > 8:
+        assert torch.equal(grad, expected_grad.to(dtype))
 
 
 @given(problem=testing.attention_problems(), score=st.sampled_from(SCORES), dtype=st.sampled_from(DTYPES))
@@ -282,6 +312,15 @@ def test_any_scale_and_number_bias(isa, score, scale):
     testing.check_op(
         run("cpu", score, None, **options), run("reference", score, None, **options), inputs, terms=106
     )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("bias", [-math.inf, math.inf, math.nan])
+def test_a_bias_that_is_no_finite_number_has_the_definitions_result(score, bias):
+    q, k, v = make_qkv(9)
+    found = fa.attention(q, k, v, score=score, bias=bias)
+    expected = fa.attention(q, k, v, score=score, bias=bias, backend="reference")
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_small_sigmoid_weights_are_relatively_accurate(isa):

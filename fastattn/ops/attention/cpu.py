@@ -1,5 +1,6 @@
 """Tiled attention on the CPU: outputs allocated, parameters filled, one kernel call."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -58,6 +59,9 @@ def refusal(name: str, *args) -> str | None:
         # rows of -1e9 and the like for every key: what tells their weights apart is not in a float32 log-sum-exp
         if bias is not None and BY_CODE[score].name == "softmax" and _beyond(lse):
             return f"it finds weights from log-sum-exps up to {_LARGEST_LSE:.0f}, of finite biases too"
+    bias_value = args[6] if name == "attention" else args[11]
+    if bias_value is not None and not math.isfinite(bias_value):
+        return f"it serves finite numbers as bias, not {bias_value}"
     return unserved(*(args[:3] if name == "attention" else args[2:5]))
 
 
