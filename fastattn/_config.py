@@ -277,7 +277,7 @@ def override(configs: Mapping[tuple[str, str], Mapping[str, Value]]) -> Iterator
     """
     forced = {}
     for (op, backend), values in configs.items():
-        declaration = _declared[op, backend]
+        declaration = _declared.get((op, backend)) or tunings()[op, backend]
         full = {name: parameter.default for name, parameter in declaration.parameters.items()} | dict(values)
         for name, value in full.items():
             if name not in declaration.parameters or not declaration.parameters[name].accepts(value):

@@ -208,6 +208,18 @@ def test_largest_feasible_tiles_of_attention(target, op):
             compile_all(target, getattr(launches, op)(target))
 
 
+def test_products_do_not_wait_for_loads():
+    """Tiles are on their way while the ones before them are multiplied: the compiler arranges it for a `for` without tests of its
+    tiles, not for a `while`."""
+    recorded = launches.attention("sm_90", score="sigmoid", mask="full", head_dim=64)
+    recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
+    recorded += launches.grouped("sm_90") + launches.gated("sm_90") + launches.reweighted("sm_90")
+    with_products = [(one, k) for one, k in compiled("sm_90", recorded) if "wgmma.mma_async" in k.asm["ptx"]]
+    assert len(with_products) >= 12
+    for launch, kernel in with_products:
+        assert "cp.async.c" in kernel.asm["ptx"], launch.kernel.__name__
+
+
 def narrow_products(ttir: str) -> list[str]:
     """32-bit multiplications that an address is formed from without having been widened first."""
     defined = {m[1]: m[2] for m in re.finditer(r"^\s*(%[\w.]+)(?::\d+)? = (.*)$", ttir, re.M)}

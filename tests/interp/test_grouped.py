@@ -40,17 +40,28 @@ def test_is_the_rule(kind, count, top_k, window, nan_outputs):
     check(inputs, signatures(45, count, top_k), window, MASKS[kind]())
 
 
+def in_runs(length: int, run: int) -> torch.Tensor:
+    """(1, length): the first group for `run` tokens, then the second, then the first again."""
+    return (torch.arange(length) // run % 2 + 1)[None]
+
+
 def test_whole_tiles_and_far_ones(nan_outputs):
-    """Two groups in long runs: whole tiles, tiles of no common group, and more tiles than one look at their summaries."""
-    groups = (torch.arange(1100) // 300 % 2 + 1)[None]
+    """Whole tiles, tiles of no common group, and more tiles than one look at their summaries."""
     inputs = testing.attention_inputs(1, 1, 1, 1100, 1100, 4, requires_grad=False)
 
     def run(backend):
-        return lambda q, k, v: fa.grouped_attention(q, k, v, groups, window=2, backend=backend)
+        return lambda q, k, v: fa.grouped_attention(q, k, v, in_runs(1100, 300), window=2, backend=backend)
 
     with _config.override({("grouped_attention", "triton"): {"block_m": 128, "block_n": 16}}):
         out = run("triton")(*inputs)
     testing.assert_within_budget(out, run("reference"), inputs, terms=1100)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(32, 16), (16, 32)])
+def test_gradients_of_whole_tiles(block_m, block_n, nan_outputs):
+    tiles = {"block_m": block_m, "block_n": block_n}
+    with _config.override({("grouped_attention_backward", "triton"): tiles}):
+        check(testing.attention_inputs(1, 1, 1, 210, 210, 8), in_runs(210, 60), window=2, terms=210)
 
 
 def test_float16(nan_outputs):

@@ -17,15 +17,28 @@ from . import tuning_triton  # noqa: F401  declares what is looked up
 from .triton_tiles import (
     SUMMARY,
     _tile_summary_kernel,
-    next_live,
-    pairs,
+    load_keys,
+    next_run,
     query_tokens,
-    tokens_of_tile,
     union_and_common,
 )
 
 _LOG2E = tl.constexpr(LOG2E)
-_SUMMARY = tl.constexpr(SUMMARY)
+
+
+@triton.jit
+def _fold_tile(
+    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
+    WEIGHT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys added to a query tile's running state."""
+    k_tile, v_tile, allowed = load_keys(
+        side, at, extent, near, queries, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, SORTED, MASKED
+    )
+    s = tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32)
+    s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2
+    return fold(acc, top, total, s, allowed, v_tile, WEIGHT, True, True, MASKED, PRECISION)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
@@ -54,48 +67,45 @@ def _grouped_forward_kernel(
     part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
     lse_rows = lse + (offset(entry * heads + head, length_q) + start_q + rows)
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
+    side = (k_base, k_l, v_base, v_l, key_signatures, order_k, entry, order_k_b, start_k)
     highest_end = tl.max(end, 0)
     if SORTED:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        queries = (rows, begin, end, signature)
         union, common = union_and_common(signature)
-        lowest_end = tl.min(end, 0)
-        latest_begin = tl.max(begin, 0)
+        latest, lowest = tl.max(begin, 0), tl.min(end, 0)
         summary_row = summary + offset(tl.program_id(0) // tiles // heads, summary_b)
         stop = tl.cdiv(lk, BLOCK_N)
-        at = next_live(summary_row, lk * 0, stop, union, highest_end, True)
+        here, full, past = next_run(
+            summary_row, lk * 0, stop, union, common, highest_end, latest, lowest, True
+        )
+        while here < stop:
+            for at in range(here, full):
+                acc, top, total = _fold_tile(
+                    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
+                    WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, PRECISION,
+                )  # fmt: skip
+            for at in range(full, past):
+                acc, top, total = _fold_tile(
+                    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
+                    WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, PRECISION,
+                )  # fmt: skip
+            here, full, past = next_run(
+                summary_row, past, stop, union, common, highest_end, latest, lowest, True
+            )
     else:
         acc = gather_tile(part_base, rows, part_l, inside, V_DIM, BLOCK_DV)
         top = tl.load(lse_rows, mask=inside, other=float("-inf")) * _LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
         begin = tl.maximum(begin, rows + (lk - lq) - near)
-        at = tl.min(begin, 0) // BLOCK_N
-        stop = tl.cdiv(highest_end, BLOCK_N)
-    while at < stop:
-        keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
-        there = there & (keys < extent[3])  # padding, which may hold anything, is not read
-        k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
-        v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
-        s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale2
-        whole = at < 0
-        if SORTED:
-            summed = summary_row + offset(at, _SUMMARY)
-            whole = (tl.load(summed + 1) & common) != 0
-            whole = whole & (tl.load(summed + 2) >= latest_begin) & (tl.load(summed + 3) < lowest_end)
-        if whole:
-            acc, top, total = fold(acc, top, total, s, None, v_tile, WEIGHT, True, True, False, PRECISION)
-        else:
-            key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
-            allowed = pairs(
-                rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
-                key_signature[None, :], near, lk, lq, SORTED,
+        queries = (rows, begin, end, signature)
+        for at in range(tl.min(begin, 0) // BLOCK_N, tl.cdiv(highest_end, BLOCK_N)):
+            acc, top, total = _fold_tile(
+                acc, top, total, q_tile, side, at, extent, near, queries, scale2,
+                WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, PRECISION,
             )  # fmt: skip
-            acc, top, total = fold(acc, top, total, s, allowed, v_tile, WEIGHT, True, True, True, PRECISION)
-        if SORTED:
-            at = next_live(summary_row, at + 1, stop, union, highest_end, True)
-        else:
-            at += 1
     acc, row_lse = finish(acc, top, total, True, True)
     tl.store(lse_rows, row_lse, mask=inside)
     if SORTED:

@@ -18,7 +18,25 @@ from ..attention.triton_tiles import (
 )
 from .triton import problem, sorted_values
 from .triton import refusal as forward_refusal
-from .triton_tiles import next_live, pairs, query_tokens, tokens_of_tile, union_and_common
+from .triton_tiles import load_keys, next_run, pairs, query_tokens, tokens_of_tile, union_and_common
+
+
+@triton.jit
+def _query_tile_gradient(
+    dq, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+    WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys added to a query tile's gradient (M, D)."""
+    k_tile, v_tile, allowed = load_keys(
+        side, at, extent, near, queries, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, SORTED, MASKED
+    )
+    s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
+    _, ds = score_gradient(
+        s * scale2, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, MASKED
+    )
+    return dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
@@ -49,51 +67,79 @@ def _grouped_backward_q_kernel(
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
     g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
     row_lse, row_delta = load_statistics(lse, delta, statistics, inside)
+    side = (k_base, k_l, v_base, v_l, key_signatures, order_k, entry, order_k_b, start_k)
     highest_end = tl.max(end, 0)
     if SORTED:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        union, _common = union_and_common(signature)
+        queries = (rows, begin, end, signature)
+        union, common = union_and_common(signature)
+        latest, lowest = tl.max(begin, 0), tl.min(end, 0)
         summary_row = summary + offset(tl.program_id(0) // tiles // heads, summary_b)
         stop = tl.cdiv(lk, BLOCK_N)
-        at = next_live(summary_row, lk * 0, stop, union, highest_end, True)
+        here, full, past = next_run(
+            summary_row, lk * 0, stop, union, common, highest_end, latest, lowest, True
+        )
+        while here < stop:
+            for at in range(here, full):
+                acc = _query_tile_gradient(
+                    acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                    WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, PRECISION,
+                )  # fmt: skip
+            for at in range(full, past):
+                acc = _query_tile_gradient(
+                    acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                    WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, PRECISION,
+                )  # fmt: skip
+            here, full, past = next_run(
+                summary_row, past, stop, union, common, highest_end, latest, lowest, True
+            )
     else:
         acc = gather_tile(part_base, rows, part_l, inside, HEAD_DIM, BLOCK_D)
         begin = tl.maximum(begin, rows + (lk - lq) - near)
-        at = tl.min(begin, 0) // BLOCK_N
-        stop = tl.cdiv(highest_end, BLOCK_N)
-    while at < stop:
-        keys, there = tokens_of_tile(order_k, entry, order_k_b, start_k, at * BLOCK_N, lk, BLOCK_N, SORTED)
-        there = there & (keys < extent[3])
-        k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
-        v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
-        key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
-        allowed = pairs(
-            rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
-            key_signature[None, :], near, lk, lq, SORTED,
-        )  # fmt: skip
-        s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
-        _, ds = score_gradient(
-            s * scale2,
-            dp,
-            row_lse[:, None],
-            row_delta[:, None],
-            allowed,
-            WEIGHT,
-            DERIVATIVE,
-            True,
-            True,
-            True,
-        )
-        acc = dot(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
-        if SORTED:
-            at = next_live(summary_row, at + 1, stop, union, highest_end, True)
-        else:
-            at += 1
+        queries = (rows, begin, end, signature)
+        for at in range(tl.min(begin, 0) // BLOCK_N, tl.cdiv(highest_end, BLOCK_N)):
+            acc = _query_tile_gradient(
+                acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, PRECISION,
+            )  # fmt: skip
     if SORTED:
         scatter_tile(part_base, rows, part_l, inside, acc, HEAD_DIM, BLOCK_D)
     else:
         dq_base = place(dq, entry, dq_b, head, dq_h, start_q, dq_l)
         scatter_tile(dq_base, rows, dq_l, inside, acc * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _key_tile_gradient(
+    dk, dv, k_tile, v_tile, side, at, extent, near, of_keys, scale2,
+    WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SORTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries added to a key tile's gradients (N, D) and (N, Dv).
+
+    side: where queries, dO, statistics, signatures and their order lie; of_keys: (positions, there, signatures) (N,).
+    """
+    q_base, q_l, g_base, g_l, lse, delta, groups, groups_b, order, entry, order_b, start = side
+    rows, inside, begin, end, signature = query_tokens(
+        order, order_b, groups, groups_b, entry, start, at * BLOCK_M, extent, CAUSAL, BLOCK_M, SORTED
+    )
+    q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
+    g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
+    row_lse, row_delta = load_statistics(lse, delta, offset(rows, 1), inside)
+    allowed = None
+    if MASKED:
+        keys, there, key_signature = of_keys
+        allowed = pairs(
+            rows[None, :], there[:, None], begin[None, :], end[None, :], signature[None, :], keys[:, None],
+            key_signature[:, None], near, extent[1], extent[0], SORTED,
+        )  # fmt: skip
+    s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
+    weight, ds = score_gradient(
+        s * scale2, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, MASKED
+    )
+    dv = dot(weight.to(g_tile.dtype), g_tile, dv, PRECISION)
+    return dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION), dv
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
@@ -128,55 +174,51 @@ def _grouped_backward_kv_kernel(
     real = there & (keys < extent[3])
     k_tile = gather_tile(k_base, keys, k_l, real, HEAD_DIM, BLOCK_D)
     v_tile = gather_tile(v_base, keys, v_l, real, V_DIM, BLOCK_DV)
+    of_keys = (keys, there, key_signature)
     earliest = tl.min(tl.where(high > 0, low, lq), 0)
     if SORTED:
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        union, _common = union_and_common(key_signature)
+        union, common = union_and_common(key_signature)
+        latest, lowest = tl.max(low, 0), tl.min(high, 0)
         summary_row = summary + offset(tl.program_id(0) // tiles // kv_heads, summary_b)
         stop = tl.cdiv(lq, BLOCK_M)
-        start = next_live(summary_row, lq * 0, stop, union, earliest, False)
+        start, start_full, start_past = next_run(
+            summary_row, lq * 0, stop, union, common, earliest, latest, lowest, False
+        )
     else:
         dk_acc = gather_tile(part_k_base, keys, part_k_l, there, HEAD_DIM, BLOCK_D)
         dv_acc = gather_tile(part_v_base, keys, part_v_l, there, V_DIM, BLOCK_DV)
         high = tl.minimum(high, keys - (lk - lq) + near + 1)
-        start = earliest // BLOCK_M
-        stop = tl.cdiv(tl.max(high, 0), BLOCK_M)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
-        at = start
-        while at < stop:
-            rows, inside, begin, end, signature = query_tokens(
-                order_q, order_q_b, groups, groups_b, entry, start_q, at * BLOCK_M, extent, CAUSAL, BLOCK_M, SORTED
-            )  # fmt: skip
-            statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q + rows
-            q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
-            g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
-            row_lse, row_delta = load_statistics(lse, delta, statistics, inside)
-            allowed = pairs(
-                rows[None, :], there[:, None], begin[None, :], end[None, :], signature[None, :], keys[:, None],
-                key_signature[:, None], near, lk, lq, SORTED,
-            )  # fmt: skip
-            s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
-            weight, ds = score_gradient(
-                s * scale2,
-                dp,
-                row_lse[None, :],
-                row_delta[None, :],
-                allowed,
-                WEIGHT,
-                DERIVATIVE,
-                True,
-                True,
-                True,
-            )
-            dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
-            dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)
-            if SORTED:
-                at = next_live(summary_row, at + 1, stop, union, earliest, False)
-            else:
-                at += 1
+        statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
+        side = (
+            q_base, q_l, g_base, g_l, lse + statistics, delta + statistics, groups, groups_b, order_q, entry, order_q_b, start_q,
+        )  # fmt: skip
+        if SORTED:
+            here, full, past = start, start_full, start_past
+            while here < stop:
+                for at in range(here, full):
+                    dk_acc, dv_acc = _key_tile_gradient(
+                        dk_acc, dv_acc, k_tile, v_tile, side, at, extent, near, of_keys, scale2,
+                        WEIGHT, DERIVATIVE, CAUSAL, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, False, PRECISION,
+                    )  # fmt: skip
+                for at in range(full, past):
+                    dk_acc, dv_acc = _key_tile_gradient(
+                        dk_acc, dv_acc, k_tile, v_tile, side, at, extent, near, of_keys, scale2,
+                        WEIGHT, DERIVATIVE, CAUSAL, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, True, PRECISION,
+                    )  # fmt: skip
+                here, full, past = next_run(
+                    summary_row, past, stop, union, common, earliest, latest, lowest, False
+                )
+        else:
+            for at in range(earliest // BLOCK_M, tl.cdiv(tl.max(high, 0), BLOCK_M)):
+                dk_acc, dv_acc = _key_tile_gradient(
+                    dk_acc, dv_acc, k_tile, v_tile, side, at, extent, near, of_keys, scale2,
+                    WEIGHT, DERIVATIVE, CAUSAL, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, False, True, PRECISION,
+                )  # fmt: skip
     if SORTED:
         scatter_tile(part_k_base, keys, part_k_l, there, dk_acc, HEAD_DIM, BLOCK_D)
         scatter_tile(part_v_base, keys, part_v_l, there, dv_acc, V_DIM, BLOCK_DV)

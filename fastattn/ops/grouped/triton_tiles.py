@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..._triton import offset
+from ..._triton import gather_tile, offset
 from ..attention.triton_tiles import key_interval
 
 SUMMARY = 4  # of a tile: OR and AND of its signatures, its first and its last position
@@ -76,21 +76,36 @@ def _tile_summary_kernel(
 
 
 @triton.jit
-def next_live(summary_row, at, tiles, union, bound, EARLIER: tl.constexpr):
-    """The first tile from `at` on with a group of `union` and a token before (EARLIER), or at or after, position `bound`;
-    `tiles` where there is none."""
-    found = at * 0 + tiles
+def next_run(summary_row, at, tiles, union, common, bound, latest, lowest, EARLIER: tl.constexpr):
+    """The next tiles side by side, from `at` on, that share a group with `union` and have a token before (EARLIER), or at or
+    after, position `bound`: [begin, full_end) are of one group of `common` and wholly within [latest, lowest), so that all
+    their pairs count; [full_end, end) are not, and one of the two is empty. begin is `tiles` where there are none.
+
+    Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
+    """
+    begin = at * 0 + tiles
+    end = begin
+    full_end = begin
     while at < tiles:
         ahead = at + tl.arange(0, _CHUNK)
         row = summary_row + offset(ahead, _SUMMARY)
-        live = (tl.load(row, mask=ahead < tiles, other=0) & union) != 0
+        there = ahead < tiles
+        earliest = tl.load(row + 2, mask=there, other=_FAR)
+        last = tl.load(row + 3, mask=there, other=-1)
+        live = (tl.load(row, mask=there, other=0) & union) != 0
         if EARLIER:
-            live = live & (tl.load(row + 2, mask=ahead < tiles, other=0) < bound)
+            live = live & (earliest < bound)
         else:
-            live = live & (tl.load(row + 3, mask=ahead < tiles, other=-1) >= bound)
-        found = tl.min(tl.where(live, ahead, tiles), 0)
-        at = tl.where(found < tiles, tiles, at + _CHUNK)
-    return found
+            live = live & (last >= bound)
+        begin = tl.min(tl.where(live, ahead, tiles), 0)
+        full = (tl.load(row + 1, mask=there, other=0) & common) != 0
+        full = live & full & (earliest >= latest) & (last < lowest)
+        full_end = tl.min(tl.where((ahead >= begin) & (full == 0), ahead, at + _CHUNK), 0)
+        end = full_end
+        if full_end <= begin:
+            end = tl.min(tl.where((ahead > begin) & ((live == 0) | full), ahead, at + _CHUNK), 0)
+        at = tl.where(begin < tiles, tiles, at + _CHUNK)
+    return begin, full_end, end
 
 
 @triton.jit
@@ -104,3 +119,28 @@ def pairs(rows, inside, begin, end, signature, keys, key_signature, near, lk, lq
     if SORTED:
         return allowed & (shared != 0)
     return allowed & (shared == 0) & (rows + (lk - lq) - keys <= near)
+
+
+@triton.jit
+def load_keys(
+    side, at, extent, near, queries, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tile `at` of the keys: (keys (N, D), values (N, Dv), which pairs (M, N) count when MASKED).
+
+    side: where keys, values, signatures and their order lie; queries: (positions, begin, end, signatures) (M,).
+    """
+    k_base, k_l, v_base, v_l, key_signatures, order, entry, order_b, start = side
+    keys, there = tokens_of_tile(order, entry, order_b, start, at * BLOCK_N, extent[1], BLOCK_N, SORTED)
+    there = there & (keys < extent[3])  # padding, which may hold anything, is not read
+    k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
+    v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+    allowed = there
+    if MASKED:
+        rows, begin, end, signature = queries
+        key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
+        allowed = pairs(
+            rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
+            key_signature[None, :], near, extent[1], extent[0], SORTED,
+        )  # fmt: skip
+    return k_tile, v_tile, allowed
