@@ -39,3 +39,18 @@ def test_equal_scores_give_nothing():
     q, k, v = torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6, 4), testing.random_tensor(1, 1, 6, 4)
     out = fa.softplus_attention(q, k, v, power=3, backend="triton")
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("power", (None, 3.0))
+def test_what_is_no_number_stays(power, bad):
+    """In a query it takes its row, in a key the rows that attend it."""
+    for which, rows in ((0, [4]), (1, range(4, 9))):
+        qkv = [testing.random_tensor(1, 2, 9, 8, seed=i) for i in range(3)]
+        qkv[which][0, :, 4, 1] = bad
+        expected = torch.tensor([row in rows for row in range(9)]).expand(1, 2, 9)
+        for backend in ("triton", "reference"):
+            found = fa.softplus_attention(*qkv, power=power, mask=Mask(causal=True), backend=backend)
+            assert torch.equal(found.isnan().all(-1), expected) and torch.equal(
+                found.isnan().any(-1), expected
+            )

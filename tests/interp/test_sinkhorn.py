@@ -74,3 +74,17 @@ def test_empty(causal):
         out = fa.sinkhorn(scores, causal=causal, cu_seqlens=cuts, backend="triton")
         out.sum().backward()
         assert out.shape == shape and scores.grad.shape == shape
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("groups", (3, 16))
+@pytest.mark.parametrize("causal", (False, True))
+def test_what_is_no_number_stays(causal, groups, bad, nan_outputs):
+    """One such score, a token of them alone and a group of them alone reach what they reach in the definition."""
+    options = {"causal": causal, "temperature": 0.5, "iterations": 2}
+    for place in ((0, 20, 1), (0, 17), (slice(None), slice(None), 2)):
+        scores = testing.random_tensor(1, 32, groups)
+        scores[place] = bad
+        found, expected = (fa.sinkhorn(scores, backend=one, **options) for one in ("triton", "reference"))
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        torch.testing.assert_close(found, expected, equal_nan=True)

@@ -22,7 +22,8 @@ _TOGETHER = tl.constexpr(32)  # chunks whose sums are combined at a time
 def _joined(top, total, other_top, other_total):
     """(reference, sum relative to 2^reference) of two such pairs: log-sums, or signed sums."""
     most = tl.maximum(top, other_top)
-    return most, total * tl.exp2(top - most) + other_total * tl.exp2(other_top - most)
+    at = tl.where(most == float("-inf"), 0.0, most)
+    return most, total * tl.exp2(top - at) + other_total * tl.exp2(other_top - at)
 
 
 @triton.jit
@@ -93,15 +94,17 @@ def _column_potentials(
 def _row_potentials(x, v, valid):
     """u (TOKENS,) = -LSE over groups of x + v."""
     y = tl.where(valid, x + v, _NOWHERE)
-    most = tl.max(y, 1)
+    most = tl.maximum(tl.max(y, 1), _NOWHERE)
     total = tl.sum(tl.where(valid, tl.exp2(y - most[:, None]), 0.0), 1)
-    return -(most + tl.log2(tl.where(total > 0.0, total, 1.0)))
+    counted = tl.max(valid.to(tl.int32), 1) > 0  # of those a NaN stays, and a sum of nothing is infinite
+    return -(most + tl.log2(tl.where(counted, total, 1.0)))
 
 
 @triton.jit
 def _share(x, v, u, valid):
     """2^(x + u + v), at most 1 but for rounding."""
-    return tl.where(valid, tl.exp2(tl.minimum(x + v + u[:, None], 0.0)), 0.0)
+    y = x + v + u[:, None]
+    return tl.where(valid, tl.exp2(tl.where(y > 0.0, 0.0, y)), 0.0)  # a NaN stays
 
 
 @triton.jit
@@ -133,7 +136,7 @@ def _sinkhorn_kernel(
         tl.store(u_after + row + token, u, mask=token < tokens)
     if sums_after is not None:
         y = tl.where(valid, x + u[:, None], _NOWHERE)
-        top = tl.max(y, 0)
+        top = tl.maximum(tl.max(y, 0), _NOWHERE)
         total = tl.sum(tl.where(valid, tl.exp2(y - top[None, :]), 0.0), 0)
         _store_sums(sums_after, chunk, top, total, GROUPS, BLOCK_G)
 

@@ -55,4 +55,4 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x|; a vector shorter than SHORTEST becomes 0 and gets no gradient."""
     norm = torch.linalg.vector_norm(_wide(x), dim=-1, keepdim=True)
-    return torch.where(norm > SHORTEST, _wide(x) / norm.clamp(min=SHORTEST), 0.0).to(x.dtype)
+    return torch.where(norm <= SHORTEST, 0.0, _wide(x) / norm.clamp(min=SHORTEST)).to(x.dtype)  # NaN stays

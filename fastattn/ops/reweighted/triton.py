@@ -102,6 +102,8 @@ def _softplus_attention_forward_kernel(
         key = at * BLOCK_N
         v_tile = load_tile(v_base + offset(key, v_l), v_l, extent[3] - key, V_DIM, BLOCK_N, BLOCK_DV, True)
         acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
+    if REWEIGH:  # maxima pass a NaN over
+        weights = tl.where(total == total, weights, total)
     acc = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
     out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)
     store_tile(out_base, out_l, lq - first, acc, V_DIM, BLOCK_M, BLOCK_DV)
