@@ -81,7 +81,7 @@ class HrmConfig:
             )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"HrmConfig: {name} is {value!r}; it must be a positive number")
         for name in ("shared_stack", "full_last_cycle", "q_continue"):
             if not isinstance(getattr(self, name), bool):

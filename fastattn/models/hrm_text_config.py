@@ -102,7 +102,7 @@ class HrmTextConfig:
             if name == "embedding_scale" and value is None:
                 value = 1.0 / self.initializer_range
                 self._set(name, value)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"HrmTextConfig: {name} is {value!r}; it must be a positive number")
         if self.head not in ("dense", "vq"):
             raise ValueError(f"HrmTextConfig: head is {self.head!r}; it must be 'dense' or 'vq'")

@@ -124,6 +124,7 @@ def test_sampling_options_are_checked(run, trained, options, message):
         ("config.json", b'{"vocab_size": 300, "num_hidden_layers": 2000000000}', "2000000000 layers"),
         ("config.json", b'{"vocab_size": 300, "L_cycles": 2000000000}', "at most 4096"),
         ("config.json", b'{"vocab_size": 300, "head": "vq", "codebook_size": "x"}', "codebook_size is 'x'"),
+        ("config.json", b'{"vocab_size": 300, "rms_norm_eps": true}', "rms_norm_eps is True"),
         ("tokenizer.json", b"{}", "not a tokenizer"),
     ],
 )
