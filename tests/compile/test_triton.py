@@ -209,13 +209,15 @@ def test_largest_feasible_tiles_of_attention(target, op):
 
 
 def test_products_do_not_wait_for_loads():
-    """Tiles are on their way while the ones before them are multiplied: the compiler arranges it for a `for` without tests of its
-    tiles, not for a `while`."""
+    """Tiles are on their way while the ones before them are multiplied. The compiler arranges that in a `for` that takes every tile,
+    not in a `while` and not where a tile may be skipped."""
     recorded = launches.attention("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
+    recorded += launches.attention("sm_90", mask="dense", bias=True, head_dim=64)
+    recorded += launches.attention_backward("sm_90", mask="dense", bias=True, head_dim=64)
     recorded += launches.grouped("sm_90") + launches.gated("sm_90") + launches.reweighted("sm_90")
     with_products = [(one, k) for one, k in compiled("sm_90", recorded) if "wgmma.mma_async" in k.asm["ptx"]]
-    assert len(with_products) >= 12
+    assert len(with_products) >= 15
     for launch, kernel in with_products:
         assert "cp.async.c" in kernel.asm["ptx"], launch.kernel.__name__
 

@@ -134,6 +134,20 @@ def test_other_tiles(config):
         compare(testing.attention_inputs(1, 1, 1, 70, 37, 8), "softmax", Mask(causal=True, window=(50, None)))
 
 
+@pytest.mark.parametrize("lengths", [(20, 1100), (1100, 20)])
+def test_stretches_of_tiles_in_a_dense_mask(lengths, nan_outputs):
+    """Tiles of nothing before, between and after those attended, and more tiles than one look at their classes."""
+    from fastattn import _config
+
+    along = torch.zeros(1100, dtype=torch.bool)
+    for start, stop in ((40, 90), (170, 171), (1000, 1060)):
+        along[start:stop] = True
+    mask = Mask(dense=along.expand(20, -1) if lengths[1] == 1100 else along[:, None].expand(-1, 20))
+    tiles = {"block_m": 16, "block_n": 16}
+    with _config.override({(op, "triton"): tiles for op in ("attention", "attention_backward")}):
+        compare(testing.attention_inputs(1, 1, 1, *lengths, 8), "softmax", mask, terms=1100)
+
+
 def test_packed_documents_do_not_touch_each_other():
     offsets = torch.tensor([0, 11, 30])
     q, k, v = testing.attention_inputs(1, 1, 1, 30, 30, 16, requires_grad=False)

@@ -17,6 +17,7 @@ from .triton_tiles import (
     key_tiles,
     load_statistics,
     load_two,
+    next_attended,
     place,
     place_two,
     query_interval,
@@ -212,17 +213,24 @@ def _attention_backward_q_kernel(
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
-    for step in range(0, left + (tile_end - full_end)):
-        at = tl.where(step < left, tile_begin + step, full_end + step - left)
-        live = True
-        if class_row is not None:
-            live = tl.load(class_row + at) != 0
-        if live:
+    if class_row is None:
+        for step in range(0, left + (tile_end - full_end)):
+            at = tl.where(step < left, tile_begin + step, full_end + step - left)
             acc = _query_tile_gradient(
                 acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
                 dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
             )  # fmt: skip
+    else:
+        here, past = next_attended(class_row, 1, tile_begin, tile_end)
+        while here < tile_end:
+            for at in range(here, past):
+                acc = _query_tile_gradient(
+                    acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                    dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                    HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
+                )  # fmt: skip
+            here, past = next_attended(class_row, 1, past, tile_end)
     dq_base = place(dq, entry, dq_b, head, dq_h, start_q + first, dq_l)
     store_tile(dq_base, dq_l, lq - first, acc * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
@@ -325,17 +333,24 @@ def _attention_backward_kv_kernel(
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, False, PRECISION,
                 )  # fmt: skip
-        for step in range(0, left + (tile_end - full_end)):
-            at = tl.where(step < left, tile_begin + step, full_end + step - left)
-            live = True
-            if classes is not None:
-                live = tl.load(class_column + offset(at, classes_q)) != 0
-            if live:
+        if class_column is None:
+            for step in range(0, left + (tile_end - full_end)):
+                at = tl.where(step < left, tile_begin + step, full_end + step - left)
                 dk_acc, dv_acc = _key_tile_gradient(
                     dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
                     bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
+        else:
+            here, past = next_attended(class_column, classes_q, tile_begin, tile_end)
+            while here < tile_end:
+                for at in range(here, past):
+                    dk_acc, dv_acc = _key_tile_gradient(
+                        dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
+                        bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
+                        SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
+                    )  # fmt: skip
+                here, past = next_attended(class_column, classes_q, past, tile_end)
     store_two(
         dk, dk_b, dk_h, dk_l, dk_acc * scale, dv, dv_b, dv_h, dv_l, dv_acc, entry, kv_head, start_k + first, lk - first,
         HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,

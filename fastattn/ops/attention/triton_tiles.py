@@ -11,6 +11,7 @@ from ..._triton import LN2, LOG2E, dot, load_tile, offset, store_tile
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
+_CHUNK = tl.constexpr(64)  # tiles whose classes are looked at together
 
 
 # --- which keys a row attends --------------------------------------------------------------------------------------
@@ -138,6 +139,23 @@ def whole_tiles(edges, begin, end, BLOCK_N: tl.constexpr):
     _first_begin, first_end, last_begin, _last_end = edges
     full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), end)
     return full, tl.maximum(tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, end), full)
+
+
+@triton.jit
+def next_attended(classes, stride, at, stop):
+    """[begin, end) of the next tiles side by side, from `at` on, whose classes are not 0; begin is `stop` where there are none.
+
+    Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
+    """
+    begin = at * 0 + stop
+    end = begin
+    while at < stop:
+        ahead = at + tl.arange(0, _CHUNK)
+        live = tl.load(classes + offset(ahead, stride), mask=ahead < stop, other=0) != 0
+        begin = tl.min(tl.where(live, ahead, stop), 0)
+        end = tl.min(tl.where((ahead > begin) & (live == 0), ahead, at + _CHUNK), 0)
+        at = tl.where(begin < stop, stop, at + _CHUNK)
+    return begin, end
 
 
 @triton.jit
@@ -369,17 +387,24 @@ def attend(
                 BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
-    for step in range(0, left + (tile_end - full_end)):
-        tile = tl.where(step < left, tile_begin + step, full_end + step - left)
-        live = True
-        if tile_classes is not None:
-            live = tl.load(tile_classes + tile) != 0
-        if live:
+    if tile_classes is None:
+        for step in range(0, left + (tile_end - full_end)):
+            tile = tl.where(step < left, tile_begin + step, full_end + step - left)
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
                 end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                 BLOCK_DV, True, PRECISION,
             )  # fmt: skip
+    else:
+        here, past = next_attended(tile_classes, 1, tile_begin, tile_end)
+        while here < tile_end:
+            for tile in range(here, past):
+                acc, top, total = attend_tile(
+                    acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
+                    end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                    BLOCK_DV, True, PRECISION,
+                )  # fmt: skip
+            here, past = next_attended(tile_classes, 1, past, tile_end)
     return acc, top, total
 
 
