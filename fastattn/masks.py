@@ -12,9 +12,8 @@ SCHEMA = (
     "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? key_lengths, Tensor? dense"
 )
 
-LONGEST = (
-    2**31 - 1
-)  # of a sequence; a wider window, sys.maxsize say, has no limit and must not overflow a sum
+# Of a sequence. A wider window, sys.maxsize say, is no limit, and must not overflow a sum.
+LONGEST = 2**31 - 1
 
 
 class Mask:
