@@ -49,6 +49,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is computed.
+        ValueError: on the CPU, where a state or the largest logit is NaN or infinite.
     """
     config = model.config
     device = model.embed_tokens.weight.device
@@ -92,6 +93,7 @@ def _next(
     generator: torch.Generator | None,
 ) -> Tensor:
     """One token a row, from states (B, D); a quantised head gives it without all logits where it can."""
+    _check_finite("states", last)
     if isinstance(head, VQHead) and temperature == 0:
         return head.argmax(last)
     if isinstance(head, VQHead) and top_k is None and top_p is None:
@@ -108,7 +110,9 @@ def sample(
 ) -> Tensor:
     """One token a row, (B,) int64, from logits (B, V); see :func:`generate`."""
     if temperature == 0:
-        return logits.argmax(-1)
+        most, token = logits.max(-1)
+        _check_finite("logits", most)
+        return token
     logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k)
@@ -122,10 +126,17 @@ def sample(
         before = probabilities.cumsum(-1) - probabilities
         before[:, 0] = -1.0  # the most likely stays, whatever top_p is as float32
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    if logits.device.type == "cpu" and not bool(kept[:, 0].isfinite().all()):
-        raise ValueError("generate: the logits hold NaN or infinity; the model's weights are not finite")
+    _check_finite("logits", kept[:, 0])
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return index.gather(-1, choice)[:, 0]
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    # a GPU would be waited for
+    if values.device.type == "cpu" and not bool(values.isfinite().all()):
+        raise ValueError(
+            f"generate: the {name} hold NaN or infinity; the model's weights are not finite, or overflow its dtype"
+        )
 
 
 def _check_prompts(

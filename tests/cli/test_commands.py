@@ -152,7 +152,7 @@ def test_weights_that_are_not_numbers(run, trained, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: t.fill_(torch.nan) for name, t in tensors.items()}, folder / "model.safetensors")
     code, _, err = run("generate", "--model", folder, "--temperature", 1, "What is list3?")
-    assert code == 2 and "the logits hold NaN" in err
+    assert code == 2 and "hold NaN" in err
 
 
 def test_a_prompt_that_is_not_text(run, trained):

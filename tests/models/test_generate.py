@@ -1,5 +1,7 @@
 """Decoding: the cache against full recomputation, sampling, stopping."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -276,3 +278,18 @@ def test_arguments_of_the_wrong_type(model, arguments):
     given = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 2} | arguments
     with pytest.raises(TypeError, match=f"generate: {name} is"):
         model.generate(**given)
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@pytest.mark.parametrize(
+    ("head", "where"), [("linear", "lm_head"), ("linear", "recurrence"), ("vq", "recurrence")]
+)
+def test_weights_that_are_not_finite_name_no_token(head, temperature, where):
+    torch.manual_seed(0)
+    quantised = {"head": "vq", "codebook_size": 8} if head == "vq" else {}
+    model = HrmText(dataclasses.replace(CONFIG, **quantised))
+    part = getattr(model, where)
+    with torch.no_grad():
+        next(p for p in part.parameters() if p.ndim == 2).fill_(torch.nan)
+    with pytest.raises(ValueError, match="hold NaN"):
+        model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=2, temperature=temperature)
