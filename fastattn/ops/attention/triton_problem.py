@@ -40,7 +40,7 @@ class Problem:
         self.causal = causal
         self.group = self.heads // max(1, self.kv_heads)
         self.mask_kind = (
-            "dense" if dense is not None
+            "dense" if dense is not None or bias is not None  # an element is read for every pair
             else "packed" if self.packed
             else "window" if window_left >= 0 or window_right >= 0
             else "causal" if causal

@@ -20,6 +20,13 @@ def _reads_shared(key, target) -> bool:
     return key["dtype"] == "float32" or target.arch.startswith(("sm_9", "sm_10"))
 
 
+def _pair_bytes(values, key, target) -> int:
+    """AMD's shared memory for a bias or a mask on its way to each pair of a tile; other targets read it into registers."""
+    if key["mask"] != "dense" or target.kind != "hip":
+        return 0
+    return values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]] * max(1, values["num_stages"] - 1)
+
+
 def _forward_bytes(values, key, target) -> int:
     """Shared memory: the key and value tiles in flight, the weights, and the query tile where products read it from there."""
     flying = _tile_bytes(key, values["block_n"], "head_dim", "value_dim") * values["num_stages"]
@@ -31,6 +38,7 @@ def _forward_bytes(values, key, target) -> int:
             and values["block_m"] >= 64
         )
         flying += _tile_bytes(key, values["block_m"], "head_dim") * (1 + split)
+    flying += _pair_bytes(values, key, target)
     return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
 
 
@@ -128,7 +136,7 @@ def backward_bytes(values, key, target) -> int:
     flying = _tile_bytes(key, max(m, n), *names) * values["num_stages"]
     if _reads_shared(key, target):
         flying += _tile_bytes(key, max(m, n), *names)
-    return flying + 2 * m * n * _WIDTHS[key["dtype"]]
+    return flying + 2 * m * n * _WIDTHS[key["dtype"]] + _pair_bytes(values, key, target)
 
 
 def backward_fits(values, key, target) -> str | None:
