@@ -29,7 +29,8 @@ def _pair_bytes(values, key, target) -> int:
 
 def _forward_bytes(values, key, target) -> int:
     """Shared memory: the key and value tiles in flight, the weights, and the query tile where products read it from there."""
-    flying = _tile_bytes(key, values["block_n"], "head_dim", "value_dim") * values["num_stages"]
+    one = _tile_bytes(key, values["block_n"], "head_dim", "value_dim")
+    flying, queries = one * values["num_stages"], _tile_bytes(key, values["block_m"], "head_dim")
     if _reads_shared(key, target):
         # Hopper's three TF32 products hold the query tile as two, its upper and its lower bits, from 64 rows on
         split = (
@@ -37,7 +38,10 @@ def _forward_bytes(values, key, target) -> int:
             and target.arch.startswith(("sm_9", "sm_10"))
             and values["block_m"] >= 64
         )
-        flying += _tile_bytes(key, values["block_m"], "head_dim") * (1 + split)
+        flying += queries * (1 + split)
+    elif target.kind == "cuda":
+        # on its way to registers the query tile passes through, beside the first key tiles
+        flying = max(flying, queries + one * max(1, values["num_stages"] - 1))
     flying += _pair_bytes(values, key, target)
     return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
 
@@ -136,6 +140,9 @@ def backward_bytes(values, key, target) -> int:
     flying = _tile_bytes(key, max(m, n), *names) * values["num_stages"]
     if _reads_shared(key, target):
         flying += _tile_bytes(key, max(m, n), *names)
+    elif target.kind == "cuda":  # as forward, with the tile that stays
+        passing = _tile_bytes(key, m, *names) * max(1, values["num_stages"] - 1)
+        flying = max(flying, _tile_bytes(key, n, *names) + passing)
     return flying + 2 * m * n * _WIDTHS[key["dtype"]] + _pair_bytes(values, key, target)
 
 
