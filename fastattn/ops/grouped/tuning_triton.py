@@ -23,7 +23,10 @@ def _gated_backward_fits(values, key, target) -> str | None:
     """Two float32 (M, N) tiles go through shared memory for their products."""
     if target.kind == "cpu":
         return None
-    wanted = backward_bytes(values, key, target) + 2 * values["block_m"] * values["block_n"] * 4
+    m, n = values["block_m"], values["block_n"]
+    wanted = backward_bytes(values, key, target) + 2 * m * n * 4
+    if key["dtype"] == "float32":  # the agreements' products in float32 too, of up to 64 groups
+        wanted += 2 * m * n * 4 + (m + n) * 64 * 4
     if wanted > target.shared:
         return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
     return backward_fits(values, key, target)
