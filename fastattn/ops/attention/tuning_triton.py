@@ -21,7 +21,7 @@ def _reads_shared(key, target) -> bool:
 
 
 def _pair_bytes(values, key, target) -> int:
-    """AMD's shared memory for a bias or a mask on its way to each pair of a tile; other targets read it into registers."""
+    """AMD's shared memory for a bias or a mask on its way to each pair of a tile; elsewhere the rest of the estimate has room for it."""
     if key["mask"] != "dense" or target.kind != "hip":
         return 0
     return values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]] * max(1, values["num_stages"] - 1)
