@@ -16,17 +16,29 @@ def traced() -> bool:
 
 def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return f"a {str(value.dtype).removeprefix('torch.')} nested tensor"
         shape = "x".join(map(str, value.shape)) or "a scalar"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape ({shape})"
     return f"{type(value).__name__} {value!r}"
 
 
+def check_any_tensor(op: str, name: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
+    return value
+
+
 def check_tensor(
     op: str, name: str, value: object, *, dims: int | tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """`value` must be a tensor, and have one of the ranks `dims` when given."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
+    """`value` must be a dense strided tensor, and have one of the ranks `dims` when given."""
+    check_any_tensor(op, name, value)
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise NotImplementedError(
+            f"fastattn.{op}: {name} is a {layout} tensor, only dense strided ones are served"
+        )
     allowed = (dims,) if isinstance(dims, int) else dims
     if allowed is not None and value.dim() not in allowed:
         ranks = " or ".join(map(str, allowed))

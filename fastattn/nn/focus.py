@@ -178,8 +178,9 @@ def attention_forward(
     from ..integrations.transformers import recognise, refuse
 
     refuse(dropout, kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError("fastattn: Focus does not serve a position bias")
+    for name in ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"fastattn: Focus does not serve {name}")
     mask, keys = None, key.shape[2]
     if attention_mask is not None:
         found = recognise(attention_mask, keys)

@@ -72,11 +72,11 @@ def rotary(
 
     Dim i and i + D/2 are rotated by position * theta^(-2i/D); angles, sines and products in float32 (float64 for float64).
 
-    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,) or (B, L), int32 or int64, any order, zero or more.
+    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,), (1, L) or (B, L), int32 or int64, any order, zero or more.
     Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
     """
     op = "rotary"
-    _check_rotary(op, q, k, positions, theta)
+    positions = _check_rotary(op, q, k, positions, theta)
     return call("rotary", q, k, positions, float(theta), False, requested(op, None))
 
 
@@ -100,7 +100,7 @@ def rotary_append(
     Raises ValueError or TypeError naming the argument.
     """
     op = "rotary_append"
-    _check_rotary(op, q, k, positions, theta)
+    positions = _check_rotary(op, q, k, positions, theta)
     _checks.check_tensor(op, "v", v, dims=4)
     _checks.check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "k's heads and tokens")
     for name, cache, new in (("keys", keys, k), ("values", values, v)):
@@ -116,7 +116,10 @@ def rotary_append(
     return call(op, q, k, v, positions, slots, keys, values, float(theta), requested(op, None))
 
 
-def _check_rotary(op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float) -> None:
+def _check_rotary(
+    op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float
+) -> torch.Tensor:
+    """The positions as (L,) or (B, L)."""
     for name, t in (("q", q), ("k", k)):
         _checks.check_tensor(op, name, t, dims=4)
     _checks.check_floating(op, q=q, k=k)
@@ -128,6 +131,9 @@ def _check_rotary(op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Te
         )
     if q.shape[3] % 2:
         raise ValueError(f"fastattn.{op}: q must have an even head dim, given {q.shape[3]}")
+    if positions.dim() == 2 and positions.shape[0] == 1:
+        positions = positions[0]
     shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
-    _checks.check_shape(op, "positions", positions, shape, "(L,) or (B, L)")
+    _checks.check_shape(op, "positions", positions, shape, "(L,), (1, L) or (B, L)")
     _checks.check_positive(op, "theta", theta)
+    return positions
