@@ -7,6 +7,7 @@ sliding-window, PrefixLM or padding mask is recognised, element for element, and
 tests in its place; any other is used as it is.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,8 @@ _REFUSED = {
     "sinks": "attention sinks",
     "head_mask": "a head mask",
     "cache": "a paged cache",
+    "block_table": "a paged cache",
+    "read_index": "a paged cache",
     "indices": "sparse attention by indices",
     "block_indices": "sparse attention by indices",
 }
@@ -205,6 +208,21 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
+def is_cache(value: Any) -> bool:
+    """Whether an argument of a model is its key-value cache, whatever its name. A paged cache, which has no length of its
+    own, is none."""
+    return callable(getattr(value, "get_seq_length", None))
+
+
+def cache_name() -> str:
+    """What the installed transformers calls a model's cache, as an argument and in the output: `cache`, and in older
+    versions `past_key_values`."""
+    from transformers import LlamaForCausalLM
+
+    parameters = inspect.signature(LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError for arguments that change the result and are not served."""
     if dropout:
@@ -217,7 +235,8 @@ def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             "fastattn: output_attentions is not served, the weights are never formed; use attn_implementation='eager'"
         )
     for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
+        # a model's own cache is already in the keys and values
+        if kwargs.get(name) is not None and not is_cache(kwargs[name]):
             raise NotImplementedError(
                 f"fastattn: {what} ({name}) is not served; use attn_implementation='eager'"
             )

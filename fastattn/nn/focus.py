@@ -155,9 +155,11 @@ def _keep_hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _forget_caches(routers: nn.ModuleList):
+    from ..integrations.transformers import is_cache
+
     def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
+        caches = [value for value in (*args, *kwargs.values()) if is_cache(value)]
+        if all(cache.get_seq_length() == 0 for cache in caches):
             for router in routers:
                 router._caches.clear()
 

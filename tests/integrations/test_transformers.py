@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastattn as fa
 from fastattn import masks
 from fastattn.integrations import transformers as integration
-from fastattn.integrations.transformers import attention_forward, recognise
+from fastattn.integrations.transformers import attention_forward, cache_name, recognise
 
 VOCAB = 61
 COMMON = {
@@ -131,10 +131,10 @@ def test_cached_decoding_equals_one_pass(model, padded):
                 ids[:, start:stop],
                 attention_mask=keep[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(): cache},
             )
-            cache = step.past_key_values
+            cache = step[cache_name()]
             found.append(step.logits)
     rows = keep.bool()
     actual, expected = torch.cat(found, 1)[rows], whole[rows]
@@ -203,7 +203,7 @@ def test_hrm_text_prefix_lm_decodes_from_its_cache():
         step = model(ids[:, :6], token_type_ids=types[:, :6], use_cache=True)
         found = [step.logits]
         for t in range(6, LENGTH):
-            step = model(ids[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
+            step = model(ids[:, t : t + 1], use_cache=True, **{cache_name(): step[cache_name()]})
             found.append(step.logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
@@ -218,9 +218,17 @@ def test_what_is_not_served_is_refused():
     with pytest.raises(NotImplementedError, match=r"dropout is 0\.1"):
         model.train()(tokens())
     q = torch.zeros(1, 2, 3, 4)
-    for name in ("s_aux", "head_mask", "cache", "output_attentions"):
+    for name in ("s_aux", "head_mask", "cache", "block_table", "read_index", "output_attentions"):
         with pytest.raises(NotImplementedError, match=name):
             attention_forward(torch.nn.Module(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_a_models_own_cache_is_not_a_paged_one():
+    """Layers that hand on all their arguments hand on the cache too."""
+    q = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected, _ = attention_forward(torch.nn.Module(), q, q, q, None)
+    actual, _ = attention_forward(torch.nn.Module(), q, q, q, None, cache=transformers.DynamicCache())
+    assert torch.equal(actual, expected)
 
 
 def test_loads_from_a_directory(tmp_path):
