@@ -463,8 +463,10 @@ static void backward_scored(const AttentionParams& p) {
       return backward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
     case SigmoidScore<Arithmetic>::kCode:
       return backward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
-    default:
+    case SoftplusScore<Arithmetic>::kCode:
       return backward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
+    default:
+      cpu::unknown_code("score", p.score);
   }
 }
 

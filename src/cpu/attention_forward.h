@@ -268,8 +268,10 @@ static void attention_forward(const AttentionParams& p) {
       return forward_scored<SoftmaxScore<Arithmetic>>(p);
     case SigmoidScore<Arithmetic>::kCode:
       return forward_scored<SigmoidScore<Arithmetic>>(p);
-    default:
+    case SoftplusScore<Arithmetic>::kCode:
       return forward_scored<SoftplusScore<Arithmetic>>(p);
+    default:
+      cpu::unknown_code("score", p.score);
   }
 }
 

@@ -9,6 +9,7 @@
 #endif
 
 #include "../common/params.h"
+#include "../common/refuse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -536,8 +537,10 @@ FASTATTN_INLINE void with_dtype(DType dtype, const F& f) {
     f((float*)nullptr);
   else if (dtype == DType::bf16)
     f((bf16*)nullptr);
-  else
+  else if (dtype == DType::f16)
     f((f16*)nullptr);
+  else
+    cpu::unknown_code("dtype", int64_t(dtype));
 }
 
 }  // namespace FASTATTN_ISA

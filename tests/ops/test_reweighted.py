@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import _native, masks, testing
+from fastattn.ops.reweighted import reference
 
 
 def published(q, k, v, power, allowed):
@@ -223,12 +224,9 @@ def conditioning(q, k, v, power, mask):
     the output, a mean of v by these weights, by 2 max|v| p dx sum x^(p-1) / sum x^p.
     """
     args = mask.schema_args("test", q, k)
-    _, statistics = torch.ops.fastattn.softplus_attention(
-        q.double(), k.double(), v.double(), power, *args, "reference"
-    )
-    _, lower = torch.ops.fastattn.softplus_attention(
-        q.double(), k.double(), v.double(), max(power - 1, 1e-9), *args, "reference"
-    )
+    wide = q.double(), k.double(), v.double()
+    _, statistics = reference.softplus_attention(*wide, power, *args)
+    _, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), *args)
     n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args).sum(-1)
     c = math.log(q.shape[3]) * n.clamp(min=1).log()
     ds = (math.sqrt(q.shape[3]) + 4) * testing.EPS32 * (1 + c)
