@@ -312,7 +312,7 @@ struct BackwardBlock {
     if constexpr (kStep == 2) {
       for (int64_t i = begin * kRows; i < end * kRows; i++)
         for (int64_t j = 0; j < used; j += 2 * W)
-          store_two((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
+          store_factors((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
     } else {
       (void)begin, (void)end, (void)used;
     }

@@ -255,6 +255,18 @@ def test_native_lssa_under_every_mask(isa, problem):
 
 
 @pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_native_lssa_of_equal_values_is_that_value(isa, nan_outputs, dtype):
+    """A row of one key among them, whose weight log 2 is rounded where weights are multiplied in bf16. The weights' common
+    rounding would be up to eps / 2 of the value, which has the largest mantissa: more than half its last place."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 70, 70, 64, dtype=dtype, requires_grad=False)
+    v = torch.full_like(v, 2 - torch.finfo(dtype).eps)
+    out = native(None, fa.Mask(causal=True))(q, k, v)
+    # float32 sums of up to 70 products, twice, and a quotient
+    bound = 2 * 2 * 74 * testing.EPS32 if dtype == torch.float32 else 0
+    assert testing.max_error(out, v) <= bound
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
 @pytest.mark.parametrize(
     "mask",
     [
