@@ -323,12 +323,12 @@ inline void check_fields(const Checks& c, const VocabRowsParams& p) {
   c.require(!prepared || p.x.dtype == DType::f32, "x", "must be float32 with a bias, a soft cap or a temperature");
   if (p.bias.data) c.contiguous("bias", p.bias, {1, 1, 1, columns}, DType::f32);
   if (p.temperature.data) c.strided("temperature", p.temperature, by_row, DType::f32);
-  if (p.statistics) {
+  if (p.log_count.data) c.contiguous("log_count", p.log_count, {1, 1, 1, columns}, DType::f32);
+  if (p.statistics || p.gradient) {
     c.strided("row_max", p.row_max, by_row, DType::f32);
     c.strided("row_sum", p.row_sum, by_row, DType::f32);
-    c.strided("picked", p.picked, by_row, DType::f32);
   }
-  if (p.statistics || p.gradient) c.strided("lse", p.lse, by_row, DType::f32);
+  if (p.statistics) c.strided("picked", p.picked, by_row, DType::f32);
   if (!p.gradient) return;
   c.like("out", p.out, p.x);
   c.strided("grad", p.grad, by_row, DType::f32);

@@ -75,12 +75,11 @@ def _check_loss(op: str, target, h, ignore_index, reduction) -> None:
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
-def _check_loss_gradient(op: str, grad, lse, h, reduction: str) -> None:
-    statistics, rows = _checks.statistics_dtype(h), (h.shape[0],)
-    _checks.check_exact(
-        op, "grad", grad, rows if reduction == "none" else (), statistics, h.device, "the loss's"
-    )
-    _checks.check_exact(op, "lse", lse, rows, statistics, h.device, "one a row")
+def _check_loss_gradient(op: str, grad, statistics, h, reduction: str) -> None:
+    dtype, rows = _checks.statistics_dtype(h), h.shape[0]
+    shape = (rows,) if reduction == "none" else ()
+    _checks.check_exact(op, "grad", grad, shape, dtype, h.device, "the loss's")
+    _checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
 
 
 def _check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
@@ -113,11 +112,13 @@ def check_linear_cross_entropy(h, weight, bias, target, temperature, *options) -
     _check_wanted(op, "gradients", gradients, (h, weight, bias, temperature))
 
 
-def check_linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, lse, *options) -> None:
+def check_linear_cross_entropy_backward(
+    grad, h, weight, bias, target, temperature, statistics, *options
+) -> None:
     *options, wanted = options
     op = "linear_cross_entropy_backward"
     _check_linear(op, h, weight, bias, target, temperature, *options)
-    _check_loss_gradient(op, grad, lse, h, options[-1])
+    _check_loss_gradient(op, grad, statistics, h, options[-1])
     _check_wanted(op, "wanted", wanted, (h, weight, bias, temperature))
 
 
@@ -136,7 +137,7 @@ def check_linear_cross_entropy_contents(h, weight, bias, target, temperature, *o
 
 
 def check_linear_cross_entropy_backward_contents(
-    grad, h, weight, bias, target, temperature, lse, *options
+    grad, h, weight, bias, target, temperature, statistics, *options
 ) -> None:
     _linear_contents("linear_cross_entropy_backward", weight, target, temperature, options[3])
 
@@ -159,13 +160,13 @@ def check_stablemax_cross_entropy_contents(logits, target, ignore_index) -> None
     _check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
 
 
-def check_stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index) -> None:
     op = "stablemax_cross_entropy_backward"
     _check_stablemax(op, logits, target, ignore_index)
-    _check_loss_gradient(op, grad, lse, logits, "none")
+    _check_loss_gradient(op, grad, statistics, logits, "none")
 
 
-def check_stablemax_cross_entropy_backward_contents(grad, logits, target, lse, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward_contents(grad, logits, target, statistics, ignore_index) -> None:
     _check_targets("stablemax_cross_entropy_backward", target, logits.shape[1], ignore_index)
 
 
@@ -246,16 +247,16 @@ def check_vq_cross_entropy_contents(h, codebook, codes, bias, shadow, target, ig
 
 
 def check_vq_cross_entropy_backward(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ) -> None:
     op = "vq_cross_entropy_backward"
     _check_vq_loss(op, h, codebook, codes, bias, shadow, target, ignore_index, reduction)
-    _check_loss_gradient(op, grad, lse, h, reduction)
+    _check_loss_gradient(op, grad, statistics, h, reduction)
     _check_wanted(op, "wanted", wanted, (h, codebook, bias, shadow))
 
 
 def check_vq_cross_entropy_backward_contents(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, *_
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, *_
 ) -> None:
     op = "vq_cross_entropy_backward"
     check_codes(op, codes, codebook)
