@@ -242,6 +242,9 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   c.in("window_left", p.window_left, INT64_MIN, kLongest);
   c.in("window_right", p.window_right, INT64_MIN, kLongest);
   c.require(!std::isnan(p.bias_value), "bias_value", "must be a number");
+  // kernels multiply by both at once
+  c.require(!std::isfinite((float)p.scale) || std::isfinite((float)(p.scale * 1.4426950408889634)), "scale",
+            "must be a float32 with log2(e) as a factor too");
   if (p.tile_class.data) {
     c.tensor("tile_class", p.tile_class, {batch, heads, p.tile_class.size[2], p.tile_class.size[3]}, DType::u8);
     c.in("tile_class's rows", p.tile_class.size[2], (rows + p.block_q - 1) / p.block_q, INT64_MAX);

@@ -62,7 +62,8 @@ def check_scale(op: str, scale: float) -> None:
 
 def _check(op: str, q, k, v, bias, score, scale, bias_value, *mask) -> None:
     check_qkv(op, q, k, v)
-    BY_CODE[score]
+    if score not in BY_CODE:
+        raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
     if bias is not None:
         _checks.check_floating(op, q=q, bias=bias)
         masks.check_broadcast(op, "bias", bias, q, k)
