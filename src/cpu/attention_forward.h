@@ -109,14 +109,19 @@ struct ForwardBlock {
       }
       add_values(n, groups, values, capacity, s.keys);
     }
+    if (kRounded) undo_common_rounding(rows);
+    for (int64_t i = 0; i < rows; i++)
+      finish_row<Score>(p, s, head, first + i, out + i * out_columns, problem.value_dim, reduce_add(load(sums + i * W)),
+                        top[i]);
+  }
+
+  // So that division by a row's sum is division by the sum of its rounded weights.
+  void undo_common_rounding(int64_t rows) {
     for (int64_t i = 0; i < rows; i++) {
-      float* values = out + i * out_columns;
-      const float sum = reduce_add(load(sums + i * W));
-      if (kRounded) {  // finish_row divides by the sum itself
-        const float rounded = reduce_add(load(rounded_sums + i * W)), factor = rounded == 0 ? 0.0f : sum / rounded;
-        for (int64_t j = 0; j < out_columns; j += W) store(values + j, load(values + j) * factor);
-      }
-      finish_row<Score>(p, s, head, first + i, values, problem.value_dim, sum, top[i]);
+      const float sum = reduce_add(load(sums + i * W)), rounded = reduce_add(load(rounded_sums + i * W));
+      const float factor = rounded == 0 ? 0.0f : sum / rounded;
+      float* o = out + i * out_columns;
+      for (int64_t j = 0; j < out_columns; j += W) store(o + j, load(o + j) * factor);
     }
   }
 
