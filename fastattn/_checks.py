@@ -138,6 +138,24 @@ def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...],
         raise ValueError(f"fastattn.{op}: {name} must have shape ({wanted}) ({why}), given {describe(value)}")
 
 
+def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape`, of as many dims, broadcasts to `full`. By ==, which guards a size that is symbolic
+    while tracing; `in` would say that no symbol is the number it stands for."""
+    return all(a == 1 or a == b for a, b in zip(shape, full, strict=True))
+
+
+def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What all broadcast to, or None. As torch.broadcast_shapes, whose call a compiler would keep in its graph."""
+    result = [1] * max(len(shape) for shape in shapes)
+    for shape in shapes:
+        for i, size in enumerate(shape, len(result) - len(shape)):
+            if result[i] == 1:
+                result[i] = size
+            elif size != 1 and size != result[i]:
+                return None
+    return tuple(result)
+
+
 def check_choice(op: str, name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(

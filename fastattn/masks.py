@@ -5,11 +5,11 @@ import math
 
 import torch
 
-from ._checks import check_integer, check_same_device, check_tensor, describe, traced
+from ._checks import broadcasts, check_integer, check_same_device, check_tensor, describe, traced
 
 SCHEMA = (
-    "bool causal, int window_left, int window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? key_lengths, Tensor? dense"
+    "bool causal, SymInt window_left, SymInt window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? key_lengths, Tensor? dense"
 )
 
 # Of a sequence. A wider window, sys.maxsize say, is no limit, and must not overflow a sum.
@@ -156,8 +156,6 @@ class Mask:
         dense = self.dense
         if dense is not None:
             dense = check_broadcast(op, "dense mask", dense, q, k)
-        max_q = self.max_seqlen_q if self.packed else q.shape[2]
-        max_k = self.max_seqlen_k if self.packed else k.shape[2]
         return (
             self.causal or prefix is not None,
             self.window_left,
@@ -165,8 +163,8 @@ class Mask:
             prefix,
             offsets_q,
             offsets_k,
-            max_q,
-            max_k,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
             lengths,
             dense,
         )
@@ -176,7 +174,7 @@ def check_broadcast(op: str, name: str, t: torch.Tensor, q: torch.Tensor, k: tor
     """t as (B or 1, H or 1, Lq or 1, Lk or 1), which it must broadcast from."""
     full = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - t.dim()) + tuple(t.shape)
-    if t.dim() > 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
+    if t.dim() > 4 or not broadcasts(shape, full):
         raise ValueError(
             f"fastattn.{op}: {name} of shape {tuple(t.shape)} does not broadcast to (B, Hq, Lq, Lk) = {full}"
         )

@@ -26,7 +26,7 @@ class Problem:
         self.dense = None if dense is None else dense.expand(full)
         self.packed = cu_seqlens_q is not None
         self.sequences = cu_seqlens_q.numel() - 1 if self.packed else self.batch
-        # a packed mask made while tracing does not know its documents: each may be the longest there can be
+        # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
         self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
         self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
         indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)

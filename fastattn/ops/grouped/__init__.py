@@ -50,7 +50,7 @@ def sinkhorn(
         _checks.check_tensor(op, "potentials", potentials, dims=3)
         _checks.check_same_device(op, scores=scores, potentials=potentials)
         batch, _, groups = scores.shape
-        if potentials.shape[0] not in (1, batch) or potentials.shape[1:] != (1, groups):
+        if not _checks.broadcasts(potentials.shape, (batch, 1, groups)) or potentials.shape[2] != groups:
             raise ValueError(
                 f"fastattn.{op}: potentials must have shape ({batch} or 1)x1x{groups}, given {_checks.describe(potentials)}"
             )

@@ -101,7 +101,7 @@ def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
 
 register_op(
     "sinkhorn",
-    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
+    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> (Tensor, Tensor)",
     fake=_sinkhorn_fake,
     check=checks.check_sinkhorn,
     check_contents=checks.check_sinkhorn_contents,
@@ -118,7 +118,7 @@ register_op(
 )
 register_op(
     "sinkhorn_backward",
-    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> Tensor",
+    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> Tensor",
     fake=lambda grad, scores, *_: _contiguous_like(scores),
     check=checks.check_sinkhorn_backward,
     check_contents=checks.check_sinkhorn_backward_contents,
@@ -132,7 +132,7 @@ register_op(
 
 # --- grouped_attention ----------------------------------------------------------------------------------------------
 
-_GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, int window, float scale, {masks.SCHEMA}"
+_GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, SymInt window, float scale, {masks.SCHEMA}"
 
 
 def _attention_fake(q, k, v, *rest):
@@ -183,7 +183,7 @@ register_op(
 # --- gated_attention -------------------------------------------------------------------------------------------------
 
 _GATED_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor assignment, Tensor sharpness"
-_GATED_OPTIONS = f"int window, int gate, float scale, {masks.SCHEMA}"
+_GATED_OPTIONS = f"SymInt window, int gate, float scale, {masks.SCHEMA}"
 
 
 def _gated_backward(ctx, grad_out, _):

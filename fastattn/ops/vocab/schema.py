@@ -6,7 +6,7 @@ from ..._checks import statistics_dtype
 from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
 from . import checks
 
-_OPTIONS = "int transform, float softcap, float z_loss, int ignore_index, str reduction"
+_OPTIONS = "int transform, float softcap, float z_loss, SymInt ignore_index, str reduction"
 _TRITON = "fastattn.ops.vocab.triton"
 _DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
 
@@ -198,7 +198,7 @@ def _stablemax_backward(ctx, grad, _):
 
 register_op(
     "stablemax_cross_entropy",
-    "(Tensor logits, Tensor target, int ignore_index, str backend) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor target, SymInt ignore_index, str backend) -> (Tensor, Tensor)",
     fake=_stablemax_fake,
     check=checks.check_stablemax_cross_entropy,
     check_contents=checks.check_stablemax_cross_entropy_contents,
@@ -212,7 +212,7 @@ register_op(
 )
 register_op(
     "stablemax_cross_entropy_backward",
-    "(Tensor grad, Tensor logits, Tensor target, Tensor statistics, int ignore_index, str backend) -> Tensor",
+    "(Tensor grad, Tensor logits, Tensor target, Tensor statistics, SymInt ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     check=checks.check_stablemax_cross_entropy_backward,
     check_contents=checks.check_stablemax_cross_entropy_backward_contents,

@@ -128,7 +128,7 @@ def _loss_backward(ctx, grad, *_):
 
 register_op(
     "vq_cross_entropy",
-    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
+    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, SymInt ignore_index, "
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
     check=checks.check_vq_cross_entropy,
@@ -144,7 +144,7 @@ register_op(
 register_op(
     "vq_cross_entropy_backward",
     "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor statistics, "
-    "int ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted: (
         gradients_like((h, codebook, bias, shadow), wanted)
     ),

@@ -1,0 +1,266 @@
+"""One compiled graph serves many sizes and options of every op: graphs are counted, results compared with eager ones."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastattn as fa
+from fastattn import testing
+from fastattn.ops.matvec import matvec
+from fastattn.ops.recurrence import rotary_append
+
+MOST_GRAPHS = 3  # torch's own: one of the first sizes, one of symbols; a third where a size is 0 or 1
+STEPS = range(12)  # more than torch compiles anew (torch._dynamo.config.recompile_limit)
+
+
+def floats(*shape):
+    return testing.random_tensor(*shape, seed=sum(shape))
+
+
+def integers(high, *shape):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def qkv(step, *, batch=None):
+    batch, length = 5 + step % 5 if batch is None else batch, 20 + step
+    return [floats(batch, heads, length, 8) for heads in (4, 2, 2)]
+
+
+def offsets(step):
+    """Of 2 to 13 documents in 20 + step tokens."""
+    return torch.tensor([*range(2 + step), 20 + step])
+
+
+def weights(*shape):
+    return [floats(*shape[i : i + 2]) for i in range(len(shape) - 1)]
+
+
+def decode_inputs(step):
+    batch, capacity = 5 + step % 5, 20 + step
+    layer = [floats(32, 8), floats(8, 8), floats(24, 8), floats(8, 12)]
+    caches = [floats(2, 1, batch, 2, capacity, 4), floats(2, 1, batch, 2, capacity, 4)]
+    return [floats(batch, 8), floats(batch, 8), *layer, *layer, *caches, torch.arange(batch)]
+
+
+def decode(z_h, z_l, *rest):
+    *weights, keys, values, position = rest
+    with torch.no_grad():
+        return fa.decode_step(
+            z_h, z_l, weights, keys.clone(), values.clone(), position, h_cycles=1, l_cycles=1, backend="cpu"
+        )
+
+
+def append(q, k, v, positions, slots, keys, values):
+    with torch.no_grad():
+        keys, values = keys.clone(), values.clone()
+        return rotary_append(q, k, v, positions, slots, keys, values), keys, values
+
+
+def append_inputs(step):
+    batch, length = 5 + step % 5, 20 + step
+    place = torch.arange(length).expand(batch, length).contiguous()
+    cache = floats(batch, 2, length + 9, 8)
+    return [*qkv(step), place, place, cache, cache.clone()]
+
+
+def rows(step):
+    return 20 + step
+
+
+# name: (function, its inputs at a step); tensors of floats get gradients
+SIZES = {
+    "attention": (fa.attention, qkv),
+    "attention, causal, with lse": (
+        lambda *t: fa.attention(*t, mask=fa.Mask(causal=True), return_lse=True),
+        qkv,
+    ),
+    "attention, sigmoid": (fa.sigmoid_attention, qkv),
+    "attention, bias": (
+        lambda q, k, v, bias: fa.attention(q, k, v, score="softplus", bias=bias),
+        lambda step: [*qkv(step), floats(20 + step, 20 + step)],
+    ),
+    "attention, dense mask": (
+        lambda q, k, v, dense: fa.attention(q, k, v, mask=fa.Mask(dense=dense)),
+        lambda step: [*qkv(step), floats(20 + step, 20 + step) > 0],
+    ),
+    "attention, prefixes and key lengths": (
+        lambda q, k, v, prefix, keys: fa.attention(
+            q, k, v, mask=fa.Mask(prefix_lengths=prefix, key_lengths=keys)
+        ),
+        lambda step: [*qkv(step), integers(9, 5 + step % 5), 9 + integers(9, 5 + step % 5)],
+    ),
+    "attention, packed": (
+        lambda q, k, v, starts: fa.attention(q, k, v, mask=fa.Mask(causal=True, cu_seqlens_q=starts)),
+        lambda step: [*qkv(step, batch=1), offsets(step)],
+    ),
+    "attention, more keys than queries": (
+        lambda q, k, v: fa.attention(q, k, v, mask=fa.Mask(causal=True, window=(9, None))),
+        lambda step: [qkv(step)[0][:, :, 7:], *qkv(step)[1:]],
+    ),
+    "scaled_dot_product_attention": (
+        lambda q, k, v, mask: fa.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+        lambda step: [*qkv(step), floats(20 + step, 20 + step)],
+    ),
+    "scaled_dot_product_attention, causal": (
+        lambda *t: fa.scaled_dot_product_attention(*t, is_causal=True, enable_gqa=True),
+        qkv,
+    ),
+    "softplus_attention": (
+        lambda *t: fa.softplus_attention(*t, power=3.0, mask=fa.Mask(causal=True)),
+        qkv,
+    ),
+    "grouped_attention": (
+        lambda q, k, v, groups: fa.grouped_attention(q, k, v, groups, window=4),
+        lambda step: [*qkv(step), integers(8, 5 + step % 5, 20 + step)],
+    ),
+    "gated_attention": (
+        lambda *t: fa.gated_attention(*t, window=4),
+        lambda step: [*qkv(step), floats(5 + step % 5, 20 + step, 4).softmax(-1)],
+    ),
+    "sinkhorn": (
+        lambda s, lengths: fa.sinkhorn(s, lengths=lengths),
+        lambda step: [floats(5 + step % 5, 20 + step, 4), 9 + integers(9, 5 + step % 5)],
+    ),
+    "sinkhorn, packed": (
+        lambda s, starts: fa.sinkhorn(s, cu_seqlens=starts, causal=True),
+        lambda step: [floats(1, 20 + step, 4), offsets(step)],
+    ),
+    "sinkhorn, of potentials": (
+        lambda s, v: fa.sinkhorn(s, potentials=v),
+        lambda step: [floats(5 + step % 5, 20 + step, 4), floats(5 + step % 5, 1, 4)],
+    ),
+    "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
+    "linear_cross_entropy": (
+        lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),
+        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(30, 8), integers(30, 5 + step % 5, 20 + step)],
+    ),
+    "linear_cross_entropy, a loss a row": (
+        lambda h, w, target, b: fa.linear_cross_entropy(h, w, target, bias=b, reduction="none"),
+        lambda step: [floats(20 + step, 8), floats(30 + step, 8), integers(30, 20 + step), floats(30 + step)],
+    ),
+    "stablemax_cross_entropy": (
+        fa.stablemax_cross_entropy,
+        lambda step: [floats(5 + step % 5, 20 + step, 30 + step), integers(30, 5 + step % 5, 20 + step)],
+    ),
+    "vq_logits": (
+        fa.vq_logits,
+        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(7, 8), integers(7, 30 + step)],
+    ),
+    "vq_cross_entropy": (
+        lambda h, c, codes, target, shadow: fa.vq_cross_entropy(h, c, codes, target, shadow=shadow),
+        lambda step: [
+            floats(5 + step % 5, 20 + step, 8),
+            floats(7, 8),
+            integers(7, 30 + step),
+            integers(30, 5 + step % 5, 20 + step),
+            floats(30 + step, 8),
+        ],
+    ),
+    "vq_argmax": (fa.vq_argmax, lambda step: [floats(20 + step, 8), floats(7, 8), integers(7, 30 + step)]),
+    "nearest_codes": (fa.nearest_codes, lambda step: [floats(20 + step, 8), floats(7 + step, 8)]),
+    "rms_norm": (
+        lambda x, r, w: fa.rms_norm(x, residual=r, weight=w),
+        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(5 + step % 5, 20 + step, 8), floats(8)],
+    ),
+    "swiglu": (fa.swiglu, lambda step: [floats(5 + step % 5, 20 + step, 8)]),
+    "gated": (fa.gated, lambda step: [floats(5 + step % 5, 20 + step, 8), floats(5 + step % 5, 20 + step, 8)]),
+    "rotary": (
+        fa.rotary,
+        lambda step: [*qkv(step)[:2], torch.arange(20 + step).expand(5 + step % 5, -1).contiguous()],
+    ),
+    "rotary_append": (append, append_inputs),
+    "fused_linear": (
+        lambda x, w: fa.fused_linear(x, w, norm_eps=1e-6, swiglu=True),
+        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(24, 8)],
+    ),
+    "matvec": (matvec, lambda step: [floats(5 + step % 5, 8), floats(30 + step, 8)]),
+    "decode_step": (decode, decode_inputs),
+}
+
+
+def graphs(fn, calls, *, backend="aot_eager", **options):
+    """How many graphs torch.compile makes for the calls; outputs and gradients equal eager ones at each."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(fn, fullgraph=True, backend=counter, **options)
+    for inputs in calls:
+        given = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
+        (found, gradients), (outputs, expected) = (testing.differentiate(f, given) for f in (compiled, fn))
+        for a, b in zip((*found, *gradients), (*outputs, *expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_twelve_sizes(name):
+    fn, make = SIZES[name]
+    assert graphs(fn, map(make, STEPS)) <= MOST_GRAPHS
+
+
+@pytest.mark.parametrize("name", ("attention", "scaled_dot_product_attention", "grouped_attention"))
+def test_sizes_that_are_symbols_from_the_start(name):
+    fn, make = SIZES[name]
+    # a float argument's default is a symbol too: torch traces again where one has to be a number
+    assert graphs(fn, map(make, STEPS), dynamic=True) <= 2
+
+
+FIXED = torch.nn.Parameter(floats(24, 24))  # whose sizes are no symbols
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda *t: fa.attention(*t, bias=FIXED),
+        lambda *t: fa.attention(*t, mask=fa.Mask(dense=torch.ones(24, 24, dtype=torch.bool))),
+        lambda *t: fa.scaled_dot_product_attention(*t, FIXED, enable_gqa=True),
+        lambda *t: fa.scaled_dot_product_attention(*t, FIXED > 0, enable_gqa=True),
+        lambda *t: fa.sinkhorn(t[0][:, 0], potentials=FIXED[None, :1, :8]),
+    ],
+    ids=("bias", "dense", "attn_mask", "bool attn_mask", "potentials"),
+)
+def test_a_fixed_size_beside_symbols(fn):
+    assert graphs(fn, [qkv(4), qkv(4)], dynamic=True) <= 2
+
+
+def test_a_fixed_size_that_does_not_fit():
+    compiled = torch.compile(lambda *t: fa.attention(*t, bias=FIXED), backend="eager", dynamic=True)
+    compiled(*qkv(4))
+    with pytest.raises(ValueError, match=r"bias of shape \(24, 24\) does not broadcast"):
+        compiled(*qkv(5))
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *inputs):
+        return self.fn(*inputs)
+
+
+def _varying(first, second):
+    """torch.export's dynamic shapes of inputs whose sizes differ between two steps."""
+    dims = []
+    for a, b in zip(first, second, strict=True):
+        dims.append({i: torch.export.Dim.DYNAMIC for i, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n})
+    return (tuple(dims),)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_export_of_a_dynamic_size(name):
+    fn, make = SIZES[name]
+    exported = torch.export.export(_Module(fn), tuple(make(3)), dynamic_shapes=_varying(make(3), make(5)))
+    run = exported.module()
+    for step in (3, 5, 11):
+        found, expected = (testing.as_tuple(f(*make(step))) for f in (run, fn))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_named_length(strict):
+    length, batch = torch.export.Dim("length", max=4096), torch.export.Dim("batch")
+    shapes = (({0: batch, 2: length},) * 3,)
+    module = _Module(lambda *t: fa.attention(*t, mask=fa.Mask(causal=True, window=(5, None))))
+    exported = torch.export.export(module, tuple(qkv(0)), dynamic_shapes=shapes, strict=strict)
+    for step in STEPS:
+        assert torch.equal(exported.module()(*qkv(step)), module(*qkv(step)))
