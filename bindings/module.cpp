@@ -298,6 +298,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("logits", &VocabExpandParams::logits)
       .def_readwrite("threads", &VocabExpandParams::threads);
 
+  py::class_<DigestParams>(m, "DigestParams")
+      .def(py::init<>())
+      .def_readwrite("source", &DigestParams::source)
+      .def_readwrite("digest", &DigestParams::digest)
+      .def_readwrite("threads", &DigestParams::threads);
   py::class_<PackParams>(m, "PackParams")
       .def(py::init<>())
       .def_readwrite("source", &PackParams::source)
@@ -360,6 +365,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("vocab_dots", run("vocab_dots", &KernelTable::vocab_dots));
   m.def("vocab_expand", run("vocab_expand", &KernelTable::vocab_expand));
   m.def("vocab_collect", run("vocab_collect", &KernelTable::vocab_collect));
+  m.def("digest", run("digest", &KernelTable::digest));
   m.def("pack", run("pack", &KernelTable::pack));
   m.def("linear", run("linear", &KernelTable::linear));
   m.def("classify_tiles", run("classify_tiles", &KernelTable::classify_tiles));
