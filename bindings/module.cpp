@@ -163,6 +163,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("v", &AttentionParams::v)
       .def_readwrite("out", &AttentionParams::out)
       .def_readwrite("lse", &AttentionParams::lse)
+      .def_readwrite("state", &AttentionParams::state)
       .def_readwrite("bias", &AttentionParams::bias)
       .def_readwrite("prefix_lengths", &AttentionParams::prefix_lengths)
       .def_readwrite("cu_seqlens_q", &AttentionParams::cu_seqlens_q)

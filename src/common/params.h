@@ -64,11 +64,15 @@ struct RotaryParams : RowsParams {
   int32_t inverse = 0;
 };
 
+inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1) << 31) : entry; }
+
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
 // bias, dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors
-// are int32.
+// are int32. An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the last of them, not of all.
 struct AttentionParams {
   Tensor q, k, v, out, lse;
+  Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
+                 // below it
   Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;

@@ -22,6 +22,7 @@ struct SoftmaxScore {
   static constexpr bool kMaximum = true;     // the row maximum is subtracted before the exponential
   static constexpr bool kNormalised = true;  // weights are divided by their row sum
   static constexpr bool kSlope = false;      // the derivative is not the weight itself
+  static constexpr bool kLimit = false;      // far below 0 the weight is the exponential: a row sum may underflow
 
   static ScoreRow constants(double) { return {}; }  // a constant bias cancels; only the log-sum-exp has it
   // Row constants that make weight() the normalised one, from log2 of the row sum (without the bias) .
@@ -40,6 +41,7 @@ struct SigmoidScore {
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = false;
   static constexpr bool kSlope = true;
+  static constexpr bool kLimit = false;
 
   // exp(-bias) = factor * 2^exponent: a large bias costs no bits of x.
   static ScoreRow constants(double bias) {
@@ -75,6 +77,7 @@ struct SoftplusScore {
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = true;
   static constexpr bool kSlope = true;
+  static constexpr bool kLimit = true;
 
   static ScoreRow constants(double bias) {
     ScoreRow row;

@@ -4,8 +4,7 @@
 // summed in order.
 #pragma once
 
-#include "attention_problem.h"
-#include "scratch.h"
+#include "attention_decode.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -37,7 +36,7 @@ struct PackedQueries {
 
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
-    float* statistic;  // softmax: subtracted from x * c; softplus: 1 / row sum
+    float* statistic;  // softplus: 1 / row sum, or -1 where the weights are softmax's
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
   };
@@ -54,21 +53,6 @@ struct PackedQueries {
     return v;
   }
 };
-
-// sum(a * b) of two rows of any one dtype.
-FASTATTN_NOINLINE float dot_rows(Matrix a, Matrix b, int64_t row, int64_t columns) {
-  float result = 0;
-  with_dtype(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T *x = (const T*)a.data + row * a.stride, *y = (const T*)b.data + row * b.stride;
-    vf sum{};
-    int64_t j = 0;
-    for (; j + W <= columns; j += W) sum += load(x + j) * load(y + j);
-    if (j < columns) sum += load_n(x + j, (int)(columns - j)) * load_n(y + j, (int)(columns - j));
-    result = reduce_add(sum);
-  });
-  return result;
-}
 
 // Rows [first, first + rows) of one head to its packed operands and statistics.
 template <class Unit, class Score>
@@ -95,27 +79,23 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   for (int64_t i = 0; i < rows; i++) {
     const double z = lse[i * p.lse.stride[3]];
     const bool nothing = z == -__builtin_inf();
-    float delta = nothing ? 0.0f : dot_rows(grad, out, i, problem.value_dim);
+    float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
     if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
     to.delta[first + i] = delta;
-    if (Score::kMaximum)
-      to.statistic[first + i] = nothing ? __builtin_inff() : (float)((z - s.bias) / kLn2Double);
-    else
-      to.statistic[first + i] = nothing ? 0.0f : (float)__builtin_exp(-z);
+    if (!Score::kMaximum) {
+      const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
+      to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
+    }
   }
 }
 
-FASTATTN_INLINE float lse_of(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row) {
-  const int64_t at = s.batch * p.lse.stride[1] + head * p.lse.stride[2] + (s.q_begin + row) * p.lse.stride[3];
-  return ((const float*)p.lse.data)[at];
-}
-// Large scores of a row to log2 of its weights, each rounded as the log-sum-exp was: a row of one key has weight 1.
-FASTATTN_NOINLINE void below_lse(float* x, const Columns& columns, float c, double bias, float lse) {
-  scale_row(x, columns, c);
-  for (int64_t j = columns.begin; j < columns.end; j++) {
-    const float difference = (float)((double)x[j] * kLn2Double + bias) - lse;
-    x[j] = difference > 0 ? 0.0f : difference * kLog2E;
+// Prepares a row of scores for its normalised weights: the shift to take off x * c.
+FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
+  if (is_large(state.top, c)) {
+    subtract_top(x, columns, state.top);
+    return state.log_sum * kLog2E;
   }
+  return (float)((double)state.top * c + state.log_sum / kLn2Double);
 }
 
 template <class Unit, class Score>
@@ -198,12 +178,16 @@ struct BackwardBlock {
     const int64_t groups = (rows + kRows - 1) / kRows, used = round_up(there, kPanel);
 
     const Word* q = queries.rows + m * packed.q_steps;
+    const bool decoded = Score::kMaximum && decodes(problem, s);
     const auto make_weights = [&](int64_t begin, int64_t end) {
-      over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
-        float* to = weights + g * kRows * row + j;
-        product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
-                      [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
-      });
+      if (decoded)
+        decoded_products(s, head, m, begin * kRows, min64(rows, end * kRows), n, there, used);
+      else
+        over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
+          float* to = weights + g * kRows * row + j;
+          product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
+                        [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
+        });
       weigh(s, head, m, begin, end, rows, n, there, used, queries, kind == 2);
       pair_rows(weights, weights_t, begin, end, used);
     };
@@ -234,6 +218,21 @@ struct BackwardBlock {
     contract_keys(share, groups, n, there);
   }
 
+  // Products of rows [begin, end), summed in the order of a forward that decodes: weights of products rounded in
+  // another way than those of its row sum do not add up to 1, which in dQ leaves a share of what all keys have in
+  // common.
+  void decoded_products(const Sequence& s, int64_t head, int64_t m, int64_t begin, int64_t end, int64_t n,
+                        int64_t there, int64_t used) {
+    const AttentionParams& p = problem.p;
+    const Matrix q = matrix(p.q, s.batch, head, s.q_begin + m),
+                 k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n);
+    for (int64_t i = begin; i < end; i++) {
+      float* x = weights + i * row;
+      for (int64_t j = 0; j < there; j++) x[j] = dot_rows(q, i, k, j, problem.head_dim) * problem.sign;
+      for (int64_t j = there; j < used; j++) x[j] = 0;
+    }
+  }
+
   // f(group of rows, first column) for every panel of the tile that some row of the group attends.
   template <class F>
   void over_panels(int64_t begin, int64_t end, int64_t n, int64_t there, const F& f) {
@@ -255,6 +254,8 @@ struct BackwardBlock {
         if (Score::kSlope) memset(slope, 0, size_t(used) * 4);
         continue;
       }
+      const bool limit = Score::kLimit && queries.statistic[m + i] < 0;
+      if (limit) decoded_products(s, head, m, i, i + 1, n, there, used);
       for (float* t : {x, slope}) {
         memset(t, 0, size_t(columns.begin) * 4);
         memset(t + columns.end, 0, size_t(used - columns.end) * 4);
@@ -263,17 +264,22 @@ struct BackwardBlock {
       if (p.bias.data) {
         const char* bias =
             plane(p.bias, s.batch, head, s.q_begin + m + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, c, bias, p.bias.dtype, there);
-        c = 1;
+        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+        c = kLog2E;
       }
-      if (Score::kMaximum) constants.shift = queries.statistic[m + i];
-      if (Score::kMaximum && is_large(constants.shift)) {
-        below_lse(x, columns, c, s.bias, lse_of(p, s, head, m + i));
-        c = 1;
-        constants.shift = 0;
-      }
+      if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
       if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
       const RowMask mask(p, s, ranges, head, m + i, i, n, there, mixed);
+      if (limit) {
+        constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
+        for (int64_t j = columns.begin; j < columns.end; j += W) {
+          const vf w = keep(mask.at(j), SoftmaxScore<Arithmetic>::weight(load(x + j), c, constants));
+          store(x + j, w);
+          store(slope + j, w);
+        }
+        constants = Score::constants(s.bias);
+        continue;
+      }
       if (mask.all(columns))
         weigh_row<false>(x, slope, columns, c, constants, mask);
       else

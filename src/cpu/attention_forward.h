@@ -58,7 +58,7 @@ struct ForwardBlock {
   float* scores;        // (block_q, block_k)
   Weight* weights;      // (block_q, block_k), the scores' own memory when they are floats
   float* out;           // (block_q, out_columns)
-  float* top;           // (block_q) running maximum of x * c
+  float* top;           // (block_q) running maximum of x
   float* sums;          // (block_q, W) running row sum, by lanes
   float* rounded_sums;  // (block_q, W) the same of rounded weights, where they are summed
   RowRanges ranges;
@@ -111,8 +111,8 @@ struct ForwardBlock {
     }
     if (kRounded) undo_common_rounding(rows);
     for (int64_t i = 0; i < rows; i++)
-      finish_row<Score>(p, s, head, first + i, out + i * out_columns, problem.value_dim, reduce_add(load(sums + i * W)),
-                        top[i]);
+      finish_row_or_limit<Score>(problem, s, head, first + i, out + i * out_columns, reduce_add(load(sums + i * W)),
+                                 top[i]);
   }
 
   // So that division by a row's sum is division by the sum of its rounded weights.
@@ -151,8 +151,8 @@ struct ForwardBlock {
       if (p.bias.data) {
         const char* bias =
             plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, c, bias, p.bias.dtype, there);
-        c = 1;
+        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+        c = kLog2E;
       }
       const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
       const bool all = mask.all(columns);
@@ -161,11 +161,7 @@ struct ForwardBlock {
           for (int64_t j = columns.begin; j < columns.end; j += W)
             store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
         raise_top(x, columns, c, i);
-        if (is_large(top[i])) {
-          scale_row(x, columns, c);
-          c = 1;
-        }
-        constants.shift = top[i] == -__builtin_inff() ? 0.0f : top[i];
+        constants.shift = shift_of(x, columns, top[i], c);
       }
       if (all || Score::kMaximum)
         weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
@@ -181,10 +177,11 @@ struct ForwardBlock {
       a = vmax(a, load(x + j));
       b = vmax(b, load(x + j + W));
     }
-    const float found = reduce_max(vmax(a, b)) * c;
+    const float found = reduce_max(vmax(a, b));
     if (!(found > top[i])) return;
     if (top[i] != -__builtin_inff()) {
-      const vf factor = splat(exp2_bounded(splat(top[i] - found))[0]);
+      const float drop = (float)(divisor_exponent(top[i], c) - divisor_exponent(found, c));
+      const vf factor = splat(exp2_bounded(splat(drop))[0]);
       float* o = out + i * out_columns;
       for (int64_t j = 0; j < out_columns; j += W) store(o + j, load(o + j) * factor);
       store(sums + i * W, load(sums + i * W) * factor);

@@ -48,7 +48,7 @@ struct GatedProblem : Problem {
 
   // Where in a tile at key n the window of row i begins.
   int32_t near_column(const Sequence& s, int64_t i, int64_t n) const {
-    return (int32_t)max64(min64(i + s.k_length - s.q_length - g.window - n, INT32_MAX / 2), -INT32_MAX / 2);
+    return (int32_t)max64(min64(i + s.offset - g.window - n, INT32_MAX / 2), -INT32_MAX / 2);
   }
 };
 
@@ -176,9 +176,9 @@ struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     for (int64_t h = 0; h < count; h++) {
       turn_to(h);
       for (int64_t i = 0; i < rows; i++)
-        finish_row<SoftmaxScore<Arithmetic>>(p, s, block.head + h, block.first + i, this->out + i * this->out_columns,
-                                             this->problem.value_dim, reduce_add(load(this->sums + i * W)),
-                                             this->top[i]);
+        finish_row<SoftmaxScore<Arithmetic>>(this->problem, s, block.head + h, block.first + i,
+                                             this->out + i * this->out_columns, this->problem.value_dim,
+                                             reduce_add(load(this->sums + i * W)), this->top[i]);
     }
   }
 

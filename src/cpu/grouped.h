@@ -136,9 +136,7 @@ struct ListView {
       keys = rows ? max64(0, s.end_key(rows - 1) - first_key) : 0;
     }
   }
-  int64_t local_low(int64_t i) const {
-    return max64(s.first_key(i), max64(0, i + s.k_length - s.q_length - problem.g.window));
-  }
+  int64_t local_low(int64_t i) const { return max64(s.first_key(i), max64(0, i + s.offset - problem.g.window)); }
   int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
   int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
 
@@ -164,7 +162,7 @@ struct ListView {
     for (int64_t g = 0; g * kRows < count; g++) {
       int32_t lo = INT32_MAX, hi = 0;
       for (int64_t i = g * kRows; i < min64(count, (g + 1) * kRows); i++) {
-        const int64_t token = row(first + i), diagonal = token + s.k_length - s.q_length;
+        const int64_t token = row(first + i), diagonal = token + s.offset;
         if (list) {  // neither bound decreases with the token
           begin = below(s.first_key(token), begin);
           end = below(min64(s.end_key(token), diagonal - problem.g.window), end);
@@ -208,12 +206,12 @@ FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t coun
 }
 
 // What the lists so far have given the rows of one query head: weighted values, running maximum, running sum.
-struct RowState {
+struct ListState {
   float *values, *top, *sum;  // (rows, columns) and room to fill the last group of rows; (rows) each
 
   static int64_t value_words(int64_t rows, int64_t columns) { return round_up((rows + kRows) * columns, 16); }
   static int64_t words(int64_t rows, int64_t columns) { return value_words(rows, columns) + 2 * round_up(rows, 16); }
-  RowState(float* memory, int64_t rows, int64_t columns)
+  ListState(float* memory, int64_t rows, int64_t columns)
       : values(memory), top(memory + value_words(rows, columns)), sum(top + round_up(rows, 16)) {}
 };
 
@@ -232,7 +230,7 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
 
   // Rows of the local list start the state, those of a group's go on from it.
   void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
-           int64_t capacity, const RowState& state) {
+           int64_t capacity, const ListState& state) {
     const AttentionParams& p = this->problem.p;
     const int64_t groups = (rows + kRows - 1) / kRows, columns = this->out_columns;
     view.fill(this->ranges, first, rows);
@@ -289,7 +287,7 @@ static void grouped_tiled(const GroupedParams& p) {
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
   const PackedHead<Unit> packed(problem, longest.k);
   const int64_t out_columns = round_up(problem.value_dim, W);
-  const int64_t head_state = RowState::words(longest.q, out_columns);  // of one query head
+  const int64_t head_state = ListState::words(longest.q, out_columns);  // of one query head
   const int64_t words = packed.words() + problem.group * head_state;
   const int64_t blocks = (longest.q + block_q - 1) / block_q, pairs = problem.sequences * problem.kv_heads;
   const int64_t wave = max64(1, min64(pairs, 4 * p.pack_kib * 256 / max64(words, 1)));
@@ -329,21 +327,20 @@ static void grouped_tiled(const GroupedParams& p) {
         const Word* keys = store_at + pair * words;
         GroupedBlock<Unit> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
         block.run(view, head, first, min64(block_q, view.rows - first), keys, keys + packed.key_words, packed.capacity,
-                  RowState((float*)(keys + packed.words()) + in_group * head_state, longest.q, out_columns));
+                  ListState((float*)(keys + packed.words()) + in_group * head_state, longest.q, out_columns));
       });
     }
     parallel_items(count * problem.group, p.threads, [&](int64_t task, int) {
       const int64_t pair = task / problem.group, in_group = task % problem.group;
       const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
       const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
-      const RowState state((float*)(store_at + pair * words + packed.words()) + in_group * head_state, longest.q,
-                           out_columns);
+      const ListState state((float*)(store_at + pair * words + packed.words()) + in_group * head_state, longest.q,
+                            out_columns);
       const Matrix out = matrix(p.out, s.batch, head, s.q_begin);
-      float* lse = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
       for (int64_t i = 0; i < s.q_length; i++) {
         const float top = state.top[i], sum = state.sum[i];
         store_row(out, i, state.values + i * out_columns, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
-        lse[i] = sum == 0 ? -__builtin_inff() : (float)((double)top * kLn2Double + __builtin_log((double)sum));
+        *row_state(p.state, s, head, i) = row_state(top, problem.c, sum);
       }
     });
   }

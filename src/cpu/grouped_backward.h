@@ -1,6 +1,6 @@
-// Grouped sparse attention backward: list by list, P = exp(s - lse), dS = P (dP - delta), and the five products of
-// every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with few key
-// heads several, each with every so many blocks of rows and gradients of its own, summed in order.
+// Grouped sparse attention backward: list by list, P = exp(s - top - log sum), dS = P (dP - delta), and the five
+// products of every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with
+// few key heads several, each with every so many blocks of rows and gradients of its own, summed in order.
 #pragma once
 
 #include "attention_backward.h"
@@ -22,7 +22,8 @@ struct GroupedGradients {
   float *keys_transposed, *values_transposed, *key_panels, *list_keys, *list_values;  // of the list
   float *grad_q, *grad_k, *grad_v;                                                    // of the head
   float *q, *grad_out, *q_panels, *grad_out_panels, *block_grad_q;                    // of a block of rows
-  float *weights, *slopes, *delta, *row_lse;
+  float *weights, *slopes, *delta;
+  RowState* states;
   char* copy;
   RowRanges ranges;
 
@@ -64,7 +65,7 @@ struct GroupedGradients {
         weights(arena.take<float>(block_q * kGradientTile)),
         slopes(arena.take<float>(block_q * kGradientTile)),
         delta(arena.take<float>(queries * problem.group)),
-        row_lse(arena.take<float>(block_q)),
+        states(arena.take<RowState>(block_q)),
         copy(arena.take<char>(max64(block_q, capacity) * max64(head_dim, value_dim) * 4)),
         ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
 
@@ -78,7 +79,7 @@ struct GroupedGradients {
       const int64_t head = kv_head * problem.group + h;
       const Matrix gradient = matrix(p.grad_out, s.batch, head, s.q_begin),
                    out = matrix(p.out, s.batch, head, s.q_begin);
-      for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, out, i, value_dim);
+      for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, i, out, i, value_dim);
     }
     int64_t blocks = 0;
     for (int number = 0; number <= problem.lists[sequence].count; number++)
@@ -143,8 +144,7 @@ struct GroupedGradients {
         gather(copy, matrix(p.grad_out, s.batch, head, s.q_begin), first, rows, value_dim, scattered, row_at);
     pack_rows<Singles>(grad_out, value_dim, o_rows, rows, value_dim, 1.0f);
     pack_panels<Singles>(grad_out_panels, block_q, 0, o_rows, rows, value_dim);
-    const float* lse = (const float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
-    for (int64_t i = 0; i < rows; i++) row_lse[i] = lse[view.row(first + i)];
+    for (int64_t i = 0; i < rows; i++) states[i] = *row_state(p.state, view.s, head, view.row(first + i));
     const int64_t groups = (rows + kRows - 1) / kRows;
     memset(block_grad_q, 0, size_t(groups * kRows * head_columns) * 4);
     for (int64_t n = ranges.begin / kGradientTile * kGradientTile; n < ranges.end; n += kGradientTile) {
@@ -184,16 +184,12 @@ struct GroupedGradients {
     if (columns.empty()) return;
     const RowMask mask(p, view.s, ranges, 0, 0, i, n, there, false);
     const float d = delta[h * queries + view.row(first + i)];
-    float c = problem.c * problem.sign, shift = row_lse[i] * kLog2E;
-    if (is_large(shift)) {
-      below_lse(w, columns, c, 0, row_lse[i]);
-      c = 1;
-      shift = 0;
-    }
+    const float top = states[i].top, log2_sum = states[i].log_sum * kLog2E;
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       vi counts = mask.at(j);
       if (view.list && view.list->test) counts &= ListView::counted(*view.list, first + i, n + j);
-      const vf weight = keep(counts, exp2_bounded(at_most(load(w + j) * c - shift, 1.0f)));
+      const vf weight =
+          keep(counts, exp2_bounded(at_most(load(w + j) * problem.sign - top, 0.0f) * problem.c - log2_sum));
       store(w + j, weight);
       store(slope + j, keep(counts, weight * (load(slope + j) - d)));
     }

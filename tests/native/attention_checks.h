@@ -1,5 +1,6 @@
 // Attention by its definition in double, with the bounds that its arithmetic in float32 and bf16 implies.
 #pragma once
+#include <limits>
 #include <functional>
 #include <string>
 
@@ -41,9 +42,9 @@ class Attention {
     if (mask == 5) p.dense = dense;
     if (mask == 6) p.bias = bias, p.default_bias = 0;
     p.block_q = block_q, p.block_k = block_k, p.decode_rows = decode_rows, p.chunk_k = 64;
-    Array out(dtype, {B, H, L, Dv}), lse(DType::f32, {B, H, L});
+    Array out(dtype, {B, H, L, Dv}), lse(DType::f32, {B, H, L}), state(DType::f32, {B, H, L, 2});
     p.out = out;
-    if (score != 1) p.lse = lse;
+    if (score != 1) p.lse = lse, p.state = state;
     kernels.attention_forward(p);
     const std::string of = name();
     const auto within = [&](const char* what, const Array& got, const Result& r) {
@@ -55,7 +56,7 @@ class Attention {
     if (mask == 6) return;  // not differentiated
     Array dq(dtype, {B, H, L, D}), dk(dtype, {B, Hkv, K, D}), dv(dtype, {B, Hkv, K, Dv});
     p.out = stored_out, p.grad_out = grad;
-    if (score != 1) p.lse = stored_lse, p.grad_lse = grad_lse;
+    if (score != 1) p.lse = stored_lse, p.state = stored_state, p.grad_lse = grad_lse;
     p.grad_q = dq, p.grad_k = dk, p.grad_v = dv;
     kernels.attention_backward(p);
     within(" grad_q", dq, dq_), within(" grad_k", dk, dk_), within(" grad_v", dv, dv_);
@@ -72,7 +73,7 @@ class Attention {
     }
   };
   AttentionCase c;
-  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, stored_out, stored_lse;
+  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, stored_out, stored_lse, stored_state;
   Result out_, lse_, dq_, dk_, dv_;
   double scale;
 
@@ -111,6 +112,7 @@ class Attention {
     out_.reset(B * H * L * Dv), lse_.reset(B * H * L);
     dq_.reset(B * H * L * D), dk_.reset(B * Hkv * K * D), dv_.reset(B * Hkv * K * Dv);
     stored_out = Array(dtype, {B, H, L, Dv}), stored_lse = Array(DType::f32, {B, H, L});
+    stored_state = Array(DType::f32, {B, H, L, 2});
     std::vector<double> w(K), e(K), s(K);
     const std::vector<double> qs = q.values(), ks = k.values(), vs = v.values(), gs = grad.values();
     for (int64_t b = 0; b < B; b++)
@@ -161,6 +163,10 @@ class Attention {
             delta += t, delta_size += std::fabs(t);
           }
           stored_lse.set(row, lse_.value[row]);
+          // any number may stand for the maximum, which scores of this size do not need; softplus takes none off
+          const double infinite = std::numeric_limits<double>::infinity();
+          stored_state.set(2 * row, score == 2 && sum ? -infinite : 0);
+          stored_state.set(2 * row + 1, sum ? lse_.value[row] : infinite);
           for (int64_t j = 0; j < K; j++) {
             if (!finite(j)) continue;
             double dp = 0, dp_size = 0;

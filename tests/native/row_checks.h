@@ -155,14 +155,14 @@ inline void check_ops(const KernelTable& kernels, const KernelTable& baseline, R
     });
   }
   {
-    Array groups = Array::random(DType::i64, {1, L}, 1, 4), out(dtype, {1, H, L, Dv}), lse(f32, {1, H, L});
+    Array groups = Array::random(DType::i64, {1, L}, 1, 4), out(dtype, {1, H, L, Dv}), state(f32, {1, H, L, 2});
     GroupedParams first;
-    base(first), first.groups = groups, first.key_groups = groups, first.window = 16, first.out = out, first.lse = lse;
+    base(first), first.groups = groups, first.key_groups = groups, first.window = 16, first.out = out, first.state = state;
     baseline.grouped_forward(first);
     check("grouped attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
-      o = {Array(dtype, {1, H, L, Dv}), Array(f32, {1, H, L})};
+      o = {Array(dtype, {1, H, L, Dv}), Array(f32, {1, H, L, 2})};
       GroupedParams p = first;
-      p.out = o[0], p.lse = o[1];
+      p.out = o[0], p.state = o[1];
       t.grouped_forward(p);
     });
     check("grouped attention backward", 64 * D * Dv, half, [&](const KernelTable& t, Outputs& o) {
@@ -173,15 +173,15 @@ inline void check_ops(const KernelTable& kernels, const KernelTable& baseline, R
   }
   for (int gate = 0; gate < 2; gate++) {
     Array a = Array::random(f32, {1, L, G}, 0, 0.5), sharpness = Array::full(f32, {1}, 2), out(dtype, {1, H, L, Dv}),
-          lse(f32, {1, H, L});
+          state(f32, {1, H, L, 2});
     GatedParams first;
     base(first), first.assignment = a, first.sharpness = sharpness, first.window = 16, first.gate = gate;
-    first.out = out, first.lse = lse;
+    first.out = out, first.state = state;
     baseline.gated_attention_forward(first);
     check("gated attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
-      o = {Array(dtype, {1, H, L, Dv}), Array(f32, {1, H, L})};
+      o = {Array(dtype, {1, H, L, Dv}), Array(f32, {1, H, L, 2})};
       GatedParams p = first;
-      p.out = o[0], p.lse = o[1];
+      p.out = o[0], p.state = o[1];
       t.gated_attention_forward(p);
     });
     check("gated attention backward", 64 * D * Dv, half, [&](const KernelTable& t, Outputs& o) {

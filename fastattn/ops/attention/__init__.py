@@ -50,7 +50,7 @@ def attention(
         )
     mask = check_mask(op, mask)
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
-    out, lse = call(
+    out, lse, _ = call(
         "attention",
         q,
         k,

@@ -136,7 +136,8 @@ _GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, SymInt window, float scal
 
 
 def _attention_fake(q, k, v, *rest):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_statistics_dtype(q))
+    """out, and state as in attention's schema, of gated scores where there are gates."""
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=_statistics_dtype(q))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -145,11 +146,11 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _grouped_backward(ctx, grad_out, _):
-    (q, k, v, *options), (out, lse) = saved_inputs(ctx)
+    (q, k, v, *options), (out, state) = saved_inputs(ctx)
     none = (None,) * len(options)
     if grad_out is None:
         return None, None, None, *none
-    return *torch.ops.fastattn.grouped_attention_backward(grad_out, q, k, v, out, lse, *options), *none
+    return *torch.ops.fastattn.grouped_attention_backward(grad_out, q, k, v, out, state, *options), *none
 
 
 register_op(
@@ -168,7 +169,7 @@ register_op(
 )
 register_op(
     "grouped_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GROUPED_OPTIONS}, str backend) "
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor state, {_GROUPED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
     check=checks.check_grouped_attention_backward,
@@ -210,7 +211,7 @@ register_op(
 )
 register_op(
     "gated_attention_backward",
-    f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor lse, {_GATED_OPTIONS}, str backend) "
+    f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor state, {_GATED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
     check=checks.check_gated_attention_backward,
