@@ -29,7 +29,8 @@ def attention(
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
         (the fast backends copy only what has a strided last dim).
-    score: "softmax", "sigmoid" or "softplus".
+    score: "softmax", "sigmoid" or "softplus". Of softplus, log(1 + e^s), a row whose scores are all far below 0 has the weights that
+        they tend to, softmax's, which no underflow makes 0.
     scale: default 1/sqrt(D).
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given).
