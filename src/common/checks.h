@@ -198,9 +198,8 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-// What every kind of attention takes. lse: whether there are log-sum-exps, which the forward finds and the backward
-// reads.
-inline void check_attention(const Checks& c, const AttentionParams& p, bool lse) {
+// What every kind of attention takes.
+inline void check_attention(const Checks& c, const AttentionParams& p) {
   c.floating("q", p.q);
   const int64_t batch = p.q.size[0], heads = p.q.size[1], rows = p.q.size[2], head_dim = p.q.size[3];
   const int64_t kv_heads = p.k.size[1], keys = p.k.size[2], value_dim = p.v.size[3];
@@ -213,8 +212,6 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   c.tensor("k", p.k, {batch, kv_heads, keys, head_dim}, p.q.dtype);
   c.tensor("v", p.v, {batch, kv_heads, keys, value_dim}, p.q.dtype);
   c.tensor("out", p.out, {batch, heads, rows, value_dim}, p.q.dtype);
-  if (lse) c.strided("lse", p.lse, {1, batch, heads, rows}, DType::f32);
-  if (lse && !c.backward()) c.tensor("lse", p.lse, {1, batch, heads, rows}, DType::f32);
   if (c.backward()) {
     c.like("grad_out", p.grad_out, p.out);
     if (p.grad_lse.data) c.strided("grad_lse", p.grad_lse, {1, batch, heads, rows}, DType::f32);
@@ -253,26 +250,38 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   }
 }
 
+// What the forward finds of each row and the backward reads.
+inline void check_state(const Checks& c, const AttentionParams& p) {
+  c.contiguous("state", p.state, {p.q.size[0], p.q.size[1], p.q.size[2], 2}, DType::f32);
+}
+
 inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, 2);
-  check_attention(c, p, p.score != 1);
+  check_attention(c, p);
+  if (p.score == 1) return;
+  check_state(c, p);
+  const Size by_row{1, p.q.size[0], p.q.size[1], p.q.size[2]};
+  c.strided("lse", p.lse, by_row, DType::f32);
+  if (!c.backward()) c.tensor("lse", p.lse, by_row, DType::f32);
 }
 
 inline void check_fields(const Checks& c, const ReweightedParams& p) {
-  check_attention(c, p, false);
+  check_attention(c, p);
   c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
   c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");
 }
 
 inline void check_fields(const Checks& c, const GroupedParams& p) {
-  check_attention(c, p, true);
+  check_attention(c, p);
+  check_state(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
   c.in("window", p.window, 0, kLongest);
 }
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
-  check_attention(c, p, true);
+  check_attention(c, p);
+  check_state(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
   c.require(p.k.size[2] == rows, "k", "must have q's length");
   c.in("assignment's groups", groups, 1, INT32_MAX);
@@ -281,7 +290,6 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
   c.in("window", p.window, 0, kLongest);
   c.in("gate", p.gate, 0, 1);
   if (!c.backward()) return;
-  c.tensor("lse", p.lse, {1, batch, p.q.size[1], rows}, DType::f32);
   c.contiguous("grad_query_assignment", p.grad_query_assignment, {batch, p.q.size[1], rows, groups}, DType::f32);
   c.contiguous("grad_key_assignment", p.grad_key_assignment, {batch, p.k.size[1], rows, groups}, DType::f32);
   c.contiguous("grad_sharpness", p.grad_sharpness, {1, batch, p.q.size[1], rows}, DType::f32);

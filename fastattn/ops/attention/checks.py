@@ -74,11 +74,16 @@ def check_attention(q, k, v, bias, *options) -> None:
     _check("attention", q, k, v, bias, *options)
 
 
-def check_attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, *options) -> None:
+def check_attention_backward(
+    grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options
+) -> None:
     op = "attention_backward"
     _check(op, q, k, v, bias, score, *options)
-    statistics = tuple(q.shape[:3]) if BY_CODE[score].normalised else (0,)
-    check_results(op, grad_out, q, v, out, lse, "lse", statistics)
+    rows = tuple(q.shape[:3])
+    shape, state_shape = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
+    check_results(op, grad_out, q, v, out, lse, "lse", shape)
+    dtype = _checks.statistics_dtype(q)
+    _checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         _checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
     if bias_grad and bias is None:

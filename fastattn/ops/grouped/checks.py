@@ -120,10 +120,10 @@ def check_grouped_attention(*args) -> None:
     _check_grouped("grouped_attention", *args)
 
 
-def check_grouped_attention_backward(grad_out, q, k, v, out, lse, *options) -> None:
+def check_grouped_attention_backward(grad_out, q, k, v, out, state, *options) -> None:
     op = "grouped_attention_backward"
     _check_grouped(op, q, k, v, *options)
-    check_results(op, grad_out, q, v, out, lse, "lse", tuple(q.shape[:3]))
+    check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
 
 
 def check_grouped_contents(q, k, v, groups, key_groups, *_) -> None:
@@ -159,7 +159,7 @@ def check_gated_attention(*args) -> None:
     _check_gated("gated_attention", *args)
 
 
-def check_gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, *options) -> None:
+def check_gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, *options) -> None:
     op = "gated_attention_backward"
     _check_gated(op, q, k, v, assignment, sharpness, *options)
-    check_results(op, grad_out, q, v, out, lse, "lse", tuple(q.shape[:3]))
+    check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
