@@ -6,12 +6,14 @@ import math
 import torch
 
 from ._checks import (
+    as_integer,
     broadcasts,
     check_choice,
     check_integer,
     check_same_device,
     check_tensor,
     describe,
+    has_contents,
     traced,
 )
 
@@ -221,7 +223,7 @@ def check_args(
     if cu_seqlens_q is None and cu_seqlens_k is None:
         if prefix_lengths is None and key_lengths is None:
             return
-        sequences, of = q.shape[0], f"a batch of {q.shape[0]}"
+        sequences = q.shape[0]
     else:
         if q.shape[0] != 1:
             raise ValueError(
@@ -245,12 +247,13 @@ def check_args(
                     f"fastattn.{op}: {name} must lie in [0, {length}], or be -1 where it is not known, given {most}"
                 )
         sequences = cu_seqlens_q.shape[0] - 1
-        of = f"{sequences} documents"
     for name, value in (("prefix_lengths", prefix_lengths), ("key_lengths", key_lengths)):
         if value is None:
             continue
         _check_indices(op, name, value, q)
         if value.shape[0] != sequences:
+            # named here: a text of a size that is symbolic while tracing would make it a constant
+            of = f"a batch of {sequences}" if cu_seqlens_q is None else f"{sequences} documents"
             raise ValueError(f"fastattn.{op}: {name} has {value.shape[0]} entries for {of}")
     if prefix_lengths is not None and not causal:
         raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
@@ -287,20 +290,21 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"fastattn.Mask: window must be (left, right), given {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+    sides = tuple(None if side is None else as_integer(side) for side in window)
+    for given, side in zip(window, sides, strict=True):
+        if given is not None and (side is None or side < 0):
             raise ValueError(
                 f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
             )
-    return tuple(-1 if side is None else min(side, LONGEST) for side in window)
+    return tuple(-1 if side is None else LONGEST if side > LONGEST else side for side in sides)
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
-    """(values as int32, their contents on the host); contents are None while tracing, where there are none."""
+    """(values as int32, their contents on the host); None for contents that are not there."""
     if value is None:
         return None, None
     check_integer("Mask", name, value, dims=1)
-    contents = None if traced() else value.tolist()
+    contents = value.tolist() if has_contents(value) else None
     if contents and max(contents) > LONGEST:
         raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
     # a copy of int32 too: what is checked here is what kernels read

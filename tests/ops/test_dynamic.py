@@ -132,7 +132,11 @@ SIZES = {
     "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
     "linear_cross_entropy": (
         lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),
-        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(30, 8), integers(30, 5 + step % 5, 20 + step)],
+        lambda step: [
+            floats(5 + step % 5, 20 + step, 8),
+            floats(30, 8),
+            integers(30, 5 + step % 5, 20 + step),
+        ],
     ),
     "linear_cross_entropy, a loss a row": (
         lambda h, w, target, b: fa.linear_cross_entropy(h, w, target, bias=b, reduction="none"),
@@ -163,7 +167,10 @@ SIZES = {
         lambda step: [floats(5 + step % 5, 20 + step, 8), floats(5 + step % 5, 20 + step, 8), floats(8)],
     ),
     "swiglu": (fa.swiglu, lambda step: [floats(5 + step % 5, 20 + step, 8)]),
-    "gated": (fa.gated, lambda step: [floats(5 + step % 5, 20 + step, 8), floats(5 + step % 5, 20 + step, 8)]),
+    "gated": (
+        fa.gated,
+        lambda step: [floats(5 + step % 5, 20 + step, 8), floats(5 + step % 5, 20 + step, 8)],
+    ),
     "rotary": (
         fa.rotary,
         lambda step: [*qkv(step)[:2], torch.arange(20 + step).expand(5 + step % 5, -1).contiguous()],
@@ -178,13 +185,98 @@ SIZES = {
 }
 
 
+X, WEIGHT, TARGET, CODES = floats(9, 16), floats(30, 16), integers(30, 9), integers(7, 30)
+CODEBOOK, GROUPS = floats(7, 16), integers(8, 5, 20)
+
+
+def masked(**options):
+    return lambda q, k, v, n: fa.attention(
+        q, k, v, mask=fa.Mask(**{name: of(n) for name, of in options.items()})
+    )
+
+
+def sampled(h, codebook, n):
+    """The uniforms are torch's, and not those of another compilation: of one token, what is drawn is known."""
+    return fa.vq_sample(h, codebook, CODES[:1] * 0, temperature=0.5 + n)
+
+
+# name: (function of the inputs and a number from 0 to 11, inputs)
+OPTIONS = {
+    "attention, scale": (lambda q, k, v, n: fa.attention(q, k, v, scale=0.1 + n), qkv(0)),
+    "attention, bias": (lambda q, k, v, n: fa.attention(q, k, v, score="sigmoid", bias=n - 5.5), qkv(0)),
+    "attention, left window": (masked(window=lambda n: (n, None)), qkv(0)),
+    "attention, both windows": (masked(causal=lambda n: False, window=lambda n: (n, 2 * n + 1)), qkv(0)),
+    "sigmoid_attention": (lambda q, k, v, n: fa.sigmoid_attention(q, k, v, scale=0.1 + n), qkv(0)),
+    "scaled_dot_product_attention, scale": (
+        lambda q, k, v, n: fa.scaled_dot_product_attention(q, k, v, scale=0.1 + n, enable_gqa=True),
+        qkv(0),
+    ),
+    "softplus_attention, power": (lambda q, k, v, n: fa.softplus_attention(q, k, v, power=1.5 + n), qkv(0)),
+    "grouped_attention, window": (
+        lambda q, k, v, n: fa.grouped_attention(q, k, v, GROUPS, window=n),
+        qkv(0),
+    ),
+    "grouped_attention, scale": (
+        lambda q, k, v, n: fa.grouped_attention(q, k, v, GROUPS, scale=0.1 + n),
+        qkv(0),
+    ),
+    "gated_attention, window": (
+        lambda *t: fa.gated_attention(*t[:4], window=t[4]),
+        [*qkv(0), floats(5, 20, 4)],
+    ),
+    "gated_attention, sharpness and scale": (
+        lambda *t: fa.gated_attention(*t[:4], window=2, sharpness=0.5 + t[4], scale=0.1 + t[4]),
+        [*qkv(0), floats(5, 20, 4)],
+    ),
+    "sinkhorn, temperature": (lambda s, n: fa.sinkhorn(s, temperature=0.1 + n), [floats(5, 20, 4)]),
+    "sinkhorn, iterations": (lambda s, n: fa.sinkhorn(s, iterations=1 + n), [floats(5, 20, 4)]),
+    "sinkhorn, temperature of potentials": (
+        lambda s, v, n: fa.sinkhorn(s, temperature=0.1 + n, potentials=v),
+        [floats(5, 20, 4), floats(5, 1, 4)],
+    ),
+    "linear_cross_entropy, temperature": (
+        lambda h, w, n: fa.linear_cross_entropy(h, w, TARGET, temperature=0.5 + n),
+        [X, WEIGHT],
+    ),
+    "linear_cross_entropy, softcap and z_loss": (
+        lambda h, w, n: fa.linear_cross_entropy(h, w, TARGET, softcap=5.5 + n, z_loss=n / 100),
+        [X, WEIGHT],
+    ),
+    "linear_cross_entropy, ignore_index": (
+        lambda h, w, n: fa.linear_cross_entropy(h, w, TARGET, ignore_index=n),
+        [X, WEIGHT],
+    ),
+    "vq_cross_entropy, ignore_index": (
+        lambda h, c, n: fa.vq_cross_entropy(h, c, CODES, TARGET, ignore_index=n),
+        [X, CODEBOOK],
+    ),
+    "vq_sample, temperature": (sampled, [X, CODEBOOK]),
+    "rms_norm, eps": (lambda x, n: fa.rms_norm(x, eps=0.1 + n), [X]),
+    "rotary, theta": (lambda q, k, n: fa.rotary(q, k, torch.arange(20), theta=100.5 + n), qkv(0)[:2]),
+    "fused_linear, eps": (lambda x, w, n: fa.fused_linear(x, w, norm_eps=0.1 + n), [X, WEIGHT]),
+    "decode_step, position": (
+        lambda *t: decode(*t[:-2], t[-1]),
+        decode_inputs(0),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def two_graphs_and_no_more():
+    """A compiled function does not leave its graphs to the next test."""
+    yield
+    torch._dynamo.reset()
+
+
 def graphs(fn, calls, *, backend="aot_eager", **options):
     """How many graphs torch.compile makes for the calls; outputs and gradients equal eager ones at each."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(fn, fullgraph=True, backend=counter, **options)
     for inputs in calls:
-        given = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
+        given = [
+            t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs
+        ]
         (found, gradients), (outputs, expected) = (testing.differentiate(f, given) for f in (compiled, fn))
         for a, b in zip((*found, *gradients), (*outputs, *expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -195,6 +287,81 @@ def graphs(fn, calls, *, backend="aot_eager", **options):
 def test_twelve_sizes(name):
     fn, make = SIZES[name]
     assert graphs(fn, map(make, STEPS)) <= MOST_GRAPHS
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_twelve_numbers(name):
+    fn, inputs = OPTIONS[name]
+    numbers = (
+        STEPS
+        if name.endswith(("window", "windows", "iterations", "index", "position"))
+        else map(float, STEPS)
+    )
+    assert graphs(fn, ([*inputs, n] for n in numbers)) <= MOST_GRAPHS
+
+
+def documents(step):
+    """Offsets of 2 to 6 documents, none of the longest length of another step."""
+    cuts = torch.arange(2 + step % 5) * 3
+    return torch.cat([cuts, torch.tensor([30 + 2 * step])])
+
+
+# name: (the Mask of a step, inputs of a step)
+MASKS = {
+    "documents": (
+        lambda step: fa.Mask(causal=True, cu_seqlens_q=documents(step)),
+        lambda step: qkv(40, batch=1),
+    ),
+    "documents, padded": (
+        lambda step: fa.Mask(cu_seqlens_q=documents(step)),
+        lambda step: qkv(33 + step, batch=1),
+    ),
+    "documents with prefixes": (
+        lambda step: fa.Mask(
+            cu_seqlens_q=documents(step), prefix_lengths=integers(3, documents(step).numel() - 1) + step % 2
+        ),
+        lambda step: qkv(40, batch=1),
+    ),
+    "prefixes": (lambda step: fa.Mask(prefix_lengths=2 + integers(4 + step, 5)), lambda step: qkv(0)),
+    "key lengths": (
+        lambda step: fa.Mask(causal=True, key_lengths=2 + integers(4 + step, 5)),
+        lambda step: qkv(0),
+    ),
+    "windows": (lambda step: fa.Mask(window=(2 + step, 13 - step)), lambda step: qkv(0)),
+    "dense": (lambda step: fa.Mask(dense=floats(20 + step, 20 + step) > 0), qkv),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_a_batch(name):
+    mask, inputs = MASKS[name]
+    calls = [[*inputs(step), mask(step)] for step in STEPS]
+    assert graphs(lambda q, k, v, mask: fa.attention(q, k, v, mask=mask), calls) <= MOST_GRAPHS
+
+
+@pytest.mark.parametrize("op", ("softplus_attention", "gated_attention", "grouped_attention"))
+def test_a_mask_a_batch_of_other_ops(op):
+    mask, inputs = MASKS["documents"]
+    groups = integers(8, 1, 60)
+    router = {
+        "softplus_attention": (),
+        "grouped_attention": (groups,),
+        "gated_attention": (groups[..., None].float(),),
+    }
+    calls = [[*inputs(step), mask(step)] for step in STEPS]
+
+    def call(q, k, v, mask):
+        return getattr(fa, op)(q, k, v, *router[op], mask=mask)
+
+    assert graphs(call, calls) <= MOST_GRAPHS
+
+
+def test_a_mask_that_does_not_fit_a_compiled_call():
+    compiled = torch.compile(lambda q, k, v, mask: fa.attention(q, k, v, mask=mask), backend="eager")
+    for step in range(4):
+        compiled(*qkv(40, batch=1), fa.Mask(cu_seqlens_q=documents(step)))
+    with pytest.raises(ValueError, match="cu_seqlens_q ends at 99, past the 60 tokens given"):
+        compiled(*qkv(40, batch=1), fa.Mask(cu_seqlens_q=torch.tensor([0, 5, 99])))
 
 
 @pytest.mark.parametrize("name", ("attention", "scaled_dot_product_attention", "grouped_attention"))
@@ -242,7 +409,13 @@ def _varying(first, second):
     """torch.export's dynamic shapes of inputs whose sizes differ between two steps."""
     dims = []
     for a, b in zip(first, second, strict=True):
-        dims.append({i: torch.export.Dim.DYNAMIC for i, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n})
+        dims.append(
+            {
+                i: torch.export.Dim.DYNAMIC
+                for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True))
+                if m != n
+            }
+        )
     return (tuple(dims),)
 
 

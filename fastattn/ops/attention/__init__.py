@@ -58,7 +58,7 @@ def attention(
         v,
         tensor_bias,
         row.code,
-        default_scale(q.shape[-1]) if scale is None else _number(op, "scale", scale),
+        default_scale(q.shape[-1]) if scale is None else _checks.as_number(op, "scale", scale),
         bias_value,
         *mask.schema_args(op, q, k),
         requested(op, backend),
@@ -83,12 +83,6 @@ def sigmoid_attention(
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
 
 
-def _number(op: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"fastattn.{op}: {name} must be a number, given {_checks.describe(value)}")
-    return float(value)
-
-
 def _bias(
     op: str, bias: float | torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, default: float | None
 ) -> tuple[torch.Tensor | None, float | None]:
@@ -96,6 +90,6 @@ def _bias(
     if bias is None:
         return None, default
     if not isinstance(bias, torch.Tensor):
-        return None, _number(op, "bias", bias)
+        return None, _checks.as_number(op, "bias", bias)
     _checks.check_floating(op, q=q, bias=bias)
     return check_broadcast(op, "bias", bias, q, k), 0.0

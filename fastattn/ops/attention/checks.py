@@ -56,7 +56,9 @@ def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tu
 
 
 def check_scale(op: str, scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    # math.isfinite takes no symbol
+    number = isinstance(scale, (int, float, torch.SymFloat)) and not isinstance(scale, bool)
+    if not number or not -math.inf < scale < math.inf:
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
 
 

@@ -12,6 +12,7 @@ from ... import masks
 from ..._registry import (
     Backend,
     cpu_backend,
+    dispatch,
     reference_backend,
     reference_backward,
     register_op,
@@ -81,8 +82,8 @@ def _backward(ctx, grad_out, grad_lse, _):
         return (None,) * _INPUTS + none
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, dbias = torch.ops.fastattn.attention_backward(
-        grad_out, grad_lse, q, k, v, bias, out, lse, state, ctx.bias_grad, *options
+    dq, dk, dv, dbias = dispatch(
+        "attention_backward", grad_out, grad_lse, q, k, v, bias, out, lse, state, ctx.bias_grad, *options
     )
     return dq, dk, dv, dbias if ctx.bias_grad else None, *none
 

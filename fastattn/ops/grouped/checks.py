@@ -87,7 +87,7 @@ def _check_causal(
     op: str, q, k, v, window, scale, causal, window_left, window_right, prefix_lengths, *mask
 ) -> None:
     check_qkv(op, q, k, v)
-    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
+    if _checks.as_integer(window) is None or window < 0:
         raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
     if window > masks.LONGEST:
         raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")

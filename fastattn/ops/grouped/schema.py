@@ -6,6 +6,7 @@ from ... import _config, masks
 from ..._registry import (
     Backend,
     cpu_backend,
+    dispatch,
     reference_backend,
     reference_backward,
     register_op,
@@ -90,7 +91,7 @@ def _sinkhorn_backward(ctx, grad, _):
     none = (None,) * (len(inputs) - 1)
     if grad is None:
         return None, *none
-    return torch.ops.fastattn.sinkhorn_backward(grad, *inputs), *none
+    return dispatch("sinkhorn_backward", grad, *inputs), *none
 
 
 def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
@@ -150,7 +151,7 @@ def _grouped_backward(ctx, grad_out, _):
     none = (None,) * len(options)
     if grad_out is None:
         return None, None, None, *none
-    return *torch.ops.fastattn.grouped_attention_backward(grad_out, q, k, v, out, state, *options), *none
+    return *dispatch("grouped_attention_backward", grad_out, q, k, v, out, state, *options), *none
 
 
 register_op(
@@ -193,7 +194,7 @@ def _gated_backward(ctx, grad_out, _):
     none = (None,) * len(options)
     if grad_out is None:
         return (None,) * 5 + none
-    return *torch.ops.fastattn.gated_attention_backward(grad_out, *tensors, *results, *options), *none
+    return *dispatch("gated_attention_backward", grad_out, *tensors, *results, *options), *none
 
 
 register_op(

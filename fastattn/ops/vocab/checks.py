@@ -41,7 +41,7 @@ def check_target(op: str, target: torch.Tensor, shape: tuple[int, ...], ignore_i
     """Everything but the contents."""
     _checks.check_integer(op, "target", target)
     _checks.check_shape(op, "target", target, shape, "one class a row")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if _checks.as_integer(ignore_index) is None:
         raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {_checks.describe(ignore_index)}")
 
 

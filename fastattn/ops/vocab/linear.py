@@ -92,8 +92,8 @@ def _temperature(
         return None
     dtype = _checks.statistics_dtype(h)
     if not isinstance(temperature, torch.Tensor):
-        _checks.check_positive(op, "temperature", temperature)
-        return torch.full((target.numel(),), float(temperature), dtype=dtype, device=h.device)
+        number = _checks.as_positive(op, "temperature", temperature)
+        return torch.ones(target.numel(), dtype=dtype, device=h.device) * number
     check_wide(op, "temperature", temperature, h)
     _checks.check_shape(op, "temperature", temperature, tuple(h.shape[:-1]), "one a row")
     return temperature.reshape(-1).to(dtype)

@@ -3,7 +3,15 @@
 import torch
 
 from ..._checks import statistics_dtype
-from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    dispatch,
+    reference_backend,
+    register_op,
+    save,
+    triton_backend,
+)
 from . import checks
 
 _OPTIONS = "int transform, float softcap, float z_loss, SymInt ignore_index, str reduction"
@@ -116,7 +124,7 @@ def _setup_context(ctx, inputs, output):
     h, weight, bias, target, temperature, *ctx.options, ctx.gradients, ctx.backend = inputs
     _, statistics, *found = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(h, weight, bias, target, temperature, statistics, *found)
+    save(ctx, h, weight, bias, target, temperature, statistics, *found)
     ctx.set_materialize_grads(False)
 
 
@@ -128,9 +136,7 @@ def _backward(ctx, grad, *_):
     saved, found = tensors[:6], tensors[6:]
 
     def recompute(wanted):
-        return torch.ops.fastattn.linear_cross_entropy_backward(
-            grad, *saved, *ctx.options, wanted, ctx.backend
-        )
+        return dispatch("linear_cross_entropy_backward", grad, *saved, *ctx.options, wanted, ctx.backend)
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
     dh, dweight, dbias, dtemperature = saved_or_recomputed(wanted, ctx.gradients, grad, found, recompute)
@@ -179,7 +185,7 @@ def _stablemax_fake(logits, target, ignore_index):
 def _stablemax_setup(ctx, inputs, output):
     logits, target, ctx.ignore_index, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, target, output[1])
+    save(ctx, logits, target, output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -187,9 +193,7 @@ def _stablemax_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 4
     return (
-        torch.ops.fastattn.stablemax_cross_entropy_backward(
-            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend
-        ),
+        dispatch("stablemax_cross_entropy_backward", grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend),
         None,
         None,
         None,

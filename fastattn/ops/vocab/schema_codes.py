@@ -2,7 +2,15 @@
 
 import torch
 
-from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    dispatch,
+    reference_backend,
+    register_op,
+    save,
+    triton_backend,
+)
 from . import checks
 from .schema import bits, fake_statistics, gradients_like, saved_or_recomputed, selected
 
@@ -28,12 +36,12 @@ def _load_logits_backward():
 
 def _logits_setup(ctx, inputs, output):
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    save(ctx, *tensors)
 
 
 def _logits_backward(ctx, grad):
     wanted = bits(ctx.needs_input_grad[i] for i in (0, 1, 3))
-    found = torch.ops.fastattn.vq_logits_backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    found = dispatch("vq_logits_backward", grad, *ctx.saved_tensors, wanted, ctx.backend)
     dh, dcodebook, dbias = (g if wanted >> i & 1 else None for i, g in enumerate(found))
     return dh, dcodebook, None, dbias, None
 
@@ -106,7 +114,7 @@ def _load_loss_backward():
 def _loss_setup(ctx, inputs, output):
     *tensors, ctx.ignore_index, ctx.reduction, ctx.gradients, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    save(ctx, *tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -117,8 +125,8 @@ def _loss_backward(ctx, grad, *_):
     saved, found = tensors[:7], tensors[7:]
 
     def recompute(wanted):
-        return torch.ops.fastattn.vq_cross_entropy_backward(
-            grad, *saved, ctx.ignore_index, ctx.reduction, wanted, ctx.backend
+        return dispatch(
+            "vq_cross_entropy_backward", grad, *saved, ctx.ignore_index, ctx.reduction, wanted, ctx.backend
         )
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
