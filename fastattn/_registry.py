@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ._checks import as_integer, as_number
+from ._checks import as_integer, as_number, has_contents
 from ._config import Choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -143,6 +143,7 @@ class Op:
     check_contents: Callable[..., None] | None = None
     numbers: tuple[tuple[int, str], ...] = ()  # (place, name) of the schema's floats
     integers: tuple[tuple[int, str], ...] = ()  # and of its integers
+    writes: bool = False  # to an argument
 
     def plain(self, args: tuple) -> tuple:
         """args with numbers of numpy and 0-dim tensors as Python's; what is no number stays for `check` to refuse."""
@@ -237,7 +238,7 @@ def register_op(
     kinds = {
         kind: tuple((i, a[1]) for i, a in enumerate(arguments) if a[0].rstrip("?") in kind) for kind in _KINDS
     }
-    op = Op(name, fake, tuple(backends), check, check_contents, *kinds.values())
+    op = Op(name, fake, tuple(backends), check, check_contents, *kinds.values(), writes="!" in schema)
     _OPS[name] = op
     places = {i for i, _ in op.numbers}
 
@@ -390,7 +391,7 @@ def call(name: str, *args: Any) -> Any:
     """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part.
 
     Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
-    torch.func's gradients, which it refuses with no word of the op.
+    torch.func's gradients, and vmap of what writes to an argument, which it refuses with no word of the op.
     """
     op = _OPS[name]
     args = op.plain(args)
@@ -401,6 +402,8 @@ def call(name: str, *args: Any) -> Any:
         return op.run_checked(*args)
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         _refuse_functional_gradients(name, args)
+        if op.writes and not all(map(has_contents, _tensors(args))):
+            raise NotImplementedError(f"fastattn.{name}: torch.vmap is not supported, it writes to its caches")
     if torch.compiler.is_dynamo_compiling():
         packet = getattr(torch.ops.fastattn, name)
         return packet.traced(*args) if any(type(a) is float for a in args) else packet.default(*args)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -169,11 +170,12 @@ class Mask:
         self._check_contents(op, q, k)
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
-            lengths = self.key_lengths if self.align == "keys" else self.key_lengths + _ALIGNED
-            tensors = tuple(
-                None if t is None else t.to(q.device)
-                for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
-            )
+            with nullcontext() if traced() else torch.inference_mode(False):
+                lengths = self.key_lengths if self.align == "keys" else self.key_lengths + _ALIGNED
+                tensors = tuple(
+                    None if t is None else t.to(q.device)
+                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
+                )
             if not traced() and _lasting(tensors):
                 self._on_device[q.device] = tensors
         prefix, offsets_q, offsets_k, lengths = tensors
@@ -307,8 +309,9 @@ def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None
     contents = value.tolist() if has_contents(value) else None
     if contents and max(contents) > LONGEST:
         raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
-    # a copy of int32 too: what is checked here is what kernels read
-    return value.detach().to(torch.int32, copy=True).contiguous(), contents
+    # a copy of int32 too: what is checked here is what kernels read; one that autograd can save, whatever the mode
+    with torch.inference_mode(False) if contents is not None else nullcontext():
+        return value.detach().to(torch.int32, copy=True).contiguous(), contents
 
 
 def _not_negative(name: str, values: list[int]) -> None:

@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,5 +1,8 @@
 """One compiled graph serves many sizes and options of every op: graphs are counted, results compared with eager ones."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -394,6 +397,140 @@ def test_a_fixed_size_that_does_not_fit():
     compiled(*qkv(4))
     with pytest.raises(ValueError, match=r"bias of shape \(24, 24\) does not broadcast"):
         compiled(*qkv(5))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shapes_on_the_meta_device(name):
+    fn, make = SIZES[name]
+    found = testing.as_tuple(fn(*(t.to("meta") for t in make(2))))
+    for a, b in zip(found, testing.as_tuple(fn(*make(2))), strict=True):
+        assert (a.device.type, a.shape, a.dtype, a.stride()) == ("meta", b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_vmap_over_every_input(name):
+    fn, make = SIZES[name]
+    first, second = make(2), make(2)
+    second[0] = second[0] * 0.5
+    both = [torch.stack(pair) for pair in zip(first, second, strict=True)]
+    if name in ("rotary_append", "decode_step"):
+        with pytest.raises(NotImplementedError, match=f"fastattn.{name}: torch.vmap is not supported"):
+            torch.vmap(fn)(*both)
+        return
+    found = testing.as_tuple(torch.vmap(fn)(*both))
+    for i, inputs in enumerate((first, second)):
+        for a, b in zip(found, testing.as_tuple(fn(*inputs)), strict=True):
+            assert torch.equal(a[i], b)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_tensors_of_inference_mode(name):
+    """Outside of it, beside one that gets a gradient, and others inside of it."""
+    fn, make = SIZES[name]
+    with torch.inference_mode():
+        kept = [t.clone() for t in make(2)]
+        inside = testing.as_tuple(fn(*make(2)))
+    kept[0] = make(2)[0].requires_grad_()
+    outputs, gradients = testing.differentiate(fn, kept)
+    _, expected = testing.differentiate(fn, [kept[0], *make(2)[1:]])
+    assert all(torch.equal(a, b) for a, b in zip(inside, outputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_a_mask_of_inference_mode():
+    with torch.inference_mode():
+        mask = fa.Mask(causal=True, cu_seqlens_q=offsets(3))
+        fa.attention(*qkv(3, batch=1), mask=mask)
+    assert graphs(lambda *t: fa.attention(*t, mask=mask), [qkv(3, batch=1)]) == 1
+
+
+NUMBERS = (
+    np.float32(0.5),
+    np.float64(0.5),
+    np.int64(2),
+    torch.tensor(0.5),
+    torch.tensor(2),
+    Fraction(1, 2),
+    2,
+)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_numbers_of_numpy_and_torch(number):
+    q, k, v = qkv(0)
+    plain, options = float(number), {"window": (4, 2)}
+    found = fa.attention(q, k, v, scale=number, bias=plain, mask=fa.Mask(window=(np.int64(4), np.int32(2))))
+    assert torch.equal(found, fa.attention(q, k, v, scale=plain, bias=plain, mask=fa.Mask(**options)))
+    found = fa.scaled_dot_product_attention(q, k, v, scale=number, enable_gqa=True)
+    assert torch.equal(found, fa.attention(q, k, v, scale=plain))
+    found = fa.grouped_attention(q, k, v, GROUPS, window=np.int16(3), scale=number)
+    assert torch.equal(found, fa.grouped_attention(q, k, v, GROUPS, window=3, scale=plain))
+    assert torch.equal(
+        fa.sinkhorn(FIXED[None], temperature=number), fa.sinkhorn(FIXED[None], temperature=plain)
+    )
+    assert torch.equal(fa.rms_norm(X, eps=number), fa.rms_norm(X, eps=plain))
+    found = fa.linear_cross_entropy(X, WEIGHT, TARGET, softcap=number, ignore_index=np.int64(-1))
+    assert torch.equal(found, fa.linear_cross_entropy(X, WEIGHT, TARGET, softcap=plain, ignore_index=-1))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(1), "scale must be a number, given a float32 tensor"),
+        (torch.tensor(1.0, requires_grad=True), "scale gets no gradient; multiply q by it"),
+        (torch.tensor(1.0, device="meta"), r"scale is a tensor on meta, .* give float\(scale\)"),
+        (torch.tensor(True), "scale must be a number"),
+        (1j, "scale must be a number, given complex"),
+        (True, "scale must be a number, given bool"),
+    ],
+)
+def test_numbers_that_are_none(scale, message):
+    for call in (fa.attention, lambda *t, scale: fa.grouped_attention(*t, GROUPS, scale=scale)):
+        with pytest.raises(TypeError, match=message):
+            call(*qkv(0), scale=scale)
+    for window in ((np.float64(2), None), (np.bool_(True), None), (torch.tensor(2), None), (np.int64(-1), 0)):
+        with pytest.raises(ValueError, match="window counts keys"):
+            fa.Mask(window=window)
+
+
+@pytest.mark.parametrize("overload", ("default", "numbers", "traced"))
+def test_opcheck_of_symbolic_sizes(overload):
+    """Each way to take numbers, forward and backward; other ops' are the same code."""
+    q, k, v = (t.requires_grad_() for t in qkv(1))
+    number = torch.tensor(0.5, dtype=torch.float64) if overload == "numbers" else 0.5
+    options = (0, number, None, *fa.Mask(causal=True, window=(5, None)).schema_args("attention", q, k), "")
+    op = getattr(torch.ops.fastattn.attention, overload)
+    torch.library.opcheck(op, (q, k, v, None, *options))
+    for other in (torch.ops.fastattn.rms_norm, torch.ops.fastattn.softplus_attention):
+        args = (X.clone().requires_grad_(), None, None, number)
+        if other is torch.ops.fastattn.softplus_attention:
+            args = (q, k, v, number * 4, *options[3:-1])
+        torch.library.opcheck(getattr(other, overload), (*args, ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ("attention", "scaled_dot_product_attention", "linear_cross_entropy", "rotary")
+)
+def test_twelve_sizes_of_inductor(name):
+    fn, make = SIZES[name]
+    assert graphs(fn, map(make, STEPS), backend="inductor") <= MOST_GRAPHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    (
+        "attention, scale",
+        "attention, left window",
+        "sinkhorn, temperature",
+        "linear_cross_entropy, temperature",
+    ),
+)
+def test_twelve_numbers_of_inductor(name):
+    fn, inputs = OPTIONS[name]
+    numbers = STEPS if name.endswith("window") else map(float, STEPS)
+    assert graphs(fn, ([*inputs, n] for n in numbers), backend="inductor") <= MOST_GRAPHS
 
 
 class _Module(torch.nn.Module):
