@@ -306,7 +306,7 @@ inline void check_fields(const Checks& c, const SinkhornParams& p) {
   if (c.backward())
     c.contiguous("grad", p.grad, {1, 1, rows, groups}, p.scores.dtype);
   else
-    c.contiguous("potentials", p.potentials, {1, p.potentials.size[1], sequences, groups}, DType::f32);
+    c.contiguous("potentials", p.potentials, {1, sequences, 1, groups}, DType::f32);
   c.require(p.temperature > 0, "temperature", "must be more than zero");
   c.in("iterations", p.iterations, 1, kMostIterations);
 }
