@@ -39,7 +39,7 @@ def weights(*shape):
 
 
 def decode_inputs(step):
-    batch, capacity = 5 + step % 5, 20 + step
+    batch, capacity = 4 + step % 5, 20 + step  # up to 8 rows
     layer = [floats(32, 8), floats(8, 8), floats(24, 8), floats(8, 12)]
     caches = [floats(2, 1, batch, 2, capacity, 4), floats(2, 1, batch, 2, capacity, 4)]
     return [floats(batch, 8), floats(batch, 8), *layer, *layer, *caches, torch.arange(batch)]
