@@ -127,13 +127,16 @@ struct TileClassParams {
   int32_t threads = 1;
 };
 
-// Logits (R, C) of classes first .. first + C, in stages. Prepared in place: + bias, soft cap, / temperature (f32
-// only). statistics: row_max, row_sum and picked (the target's transformed logit) take these columns in. gradient: out
-// (may be x) becomes the gradient of grad * loss, for x as it came, from lse (R,); with statistics too, lse is found
-// first.
+// Logits (R, C) of classes first .. first + C, in stages. Prepared in place (f32 only): + bias, soft cap, and for
+// stablemax / temperature. A class weighs e^((x - row_max) / temperature + log_count), or s(x) / s(row_max) for
+// stablemax: never e^x or e^(x - lse), whose lse is rounded at the size of x. statistics: row_max (the largest prepared
+// logit), row_sum (of the weights) and picked (the target's prepared logit) take these columns in. gradient: out (may
+// be x) becomes the gradient of grad * loss, for x as it came, from row_max and row_sum, which are found first with
+// statistics.
 struct VocabRowsParams {
   Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
-  Tensor row_max, row_sum, picked, lse;      // (R,) f32
+  Tensor log_count;                          // (C,) f32 or absent (0), not with temperature or z_loss
+  Tensor row_max, row_sum, picked;           // (R,) f32
   Tensor grad, grad_temperature;             // (R,) f32; the second is added to
   int64_t first = 0, ignore_index = 0;       // rows with this target give zeros
   double softcap = 0, z_loss = 0;            // softcap 0: none
@@ -144,11 +147,10 @@ struct VocabRowsParams {
 // The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
 struct VocabTokensParams {
   Tensor codes, bias;
-  Tensor beta, sums;      // (K,) f32 logsumexp of bias by code; (K,) f64 scratch
-  Tensor largest;         // (K,) f32 or absent: takes each code's largest bias, and beta is then the logsumexp of
-                          // (bias - largest) * inverse_temperature
+  Tensor largest;         // (K,) f32 each code's largest bias
+  Tensor beta, sums;      // (K,) f32 logsumexp by code of (bias - largest) * inverse_temperature; (K,) f64 scratch
   Tensor best;            // (K,) i64 the first token of the largest bias, V where a code has none; beta: that bias
-  Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - beta_c) * mass_c with c = codes_i
+  Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - largest_c - beta_c) * mass_c with c = codes_i
   Tensor order, offsets;  // (V,) i32 tokens by code, lowest first; (K + 1,) i64 where each code's begin
   double inverse_temperature = 1;
 };

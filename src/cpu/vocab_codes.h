@@ -8,44 +8,40 @@ namespace FASTATTN_ISA {
 
 FASTATTN_INLINE float bias_at(const Tensor& bias, int64_t i) { return bias.data ? *float_at(bias, i) : 0.0f; }
 
-// beta_k = logsumexp over the code's tokens of bias, -inf where it has none; with `largest`, that of
-// (bias - largest_k) * inverse_temperature.
+// largest_k of bias over the code's tokens and beta_k = logsumexp of (bias - largest_k) * inverse_temperature, both
+// -inf where it has none.
 static void vocab_code_bias(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
   float* beta = (float*)p.beta.data;
-  float* apart = (float*)p.largest.data;
+  float* most = (float*)p.largest.data;
   double* sums = (double*)p.sums.data;
   const float over = (float)p.inverse_temperature;
-  for (int64_t k = 0; k < codes; k++) beta[k] = -kInfinity, sums[k] = 0;
+  for (int64_t k = 0; k < codes; k++) most[k] = -kInfinity, sums[k] = 0;
   if (!p.bias.data) {
     for (int64_t i = 0; i < tokens; i++) sums[index_at(p.codes, i)] += 1;
     for (int64_t k = 0; k < codes; k++) {
       beta[k] = (float)__builtin_log(sums[k]);
-      if (apart) apart[k] = sums[k] > 0 ? 0.0f : -kInfinity;
+      if (sums[k] > 0) most[k] = 0.0f;
     }
     return;
   }
   for (int64_t i = 0; i < tokens; i++) {
     const float b = *float_at(p.bias, i);
-    float& largest = beta[index_at(p.codes, i)];
+    float& largest = most[index_at(p.codes, i)];
     largest = b > largest ? b : largest;
   }
   for (int64_t i = 0; i < tokens; i += W) {
     const int n = (int)min64(W, tokens - i);
     vf shifted = splat(-kInfinity);
     for (int w = 0; w < n; w++) {
-      const float largest = beta[index_at(p.codes, i + w)];
+      const float largest = most[index_at(p.codes, i + w)];
       const float b = *float_at(p.bias, i + w);
       shifted[w] = largest == -kInfinity && b == b ? -kInfinity : (b - largest) * over;
     }
     const vf e = exp(shifted);
     for (int w = 0; w < n; w++) sums[index_at(p.codes, i + w)] += e[w];
   }
-  for (int64_t k = 0; k < codes; k++) {
-    const float rest = (float)__builtin_log(sums[k]);
-    if (apart) apart[k] = beta[k];
-    beta[k] = apart ? rest : beta[k] + rest;
-  }
+  for (int64_t k = 0; k < codes; k++) beta[k] = (float)__builtin_log(sums[k]);
 }
 
 template <class I>
@@ -71,6 +67,7 @@ static void vocab_best_tokens(const VocabTokensParams& p) {
 
 static void vocab_bias_gradient(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3];
+  const float* most = (const float*)p.largest.data;
   const float* beta = (const float*)p.beta.data;
   const float* mass = (const float*)p.mass.data;
   float* out = (float*)p.out.data;
@@ -80,7 +77,7 @@ static void vocab_bias_gradient(const VocabTokensParams& p) {
     for (int w = 0; w < n; w++) {
       const int64_t k = index_at(p.codes, i + w);
       const float b = bias_at(p.bias, i + w);
-      shifted[w] = b == -kInfinity ? b : b - beta[k];
+      shifted[w] = b == -kInfinity ? b : b - most[k] - beta[k];
       share[w] = mass[k];
     }
     put(out + i, exp(shifted) * share, n);

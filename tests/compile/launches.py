@@ -100,12 +100,14 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
     from fastattn.ops.vocab import triton_codes
 
     h, weight, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
-    labels, lse = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
+    labels, rows = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
     logits = empty(100, 32000, dtype=dtype)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
-        kernels.linear_cross_entropy(h, weight, None, labels, lse, 1, 0.0, 0.0, -100, "none", 0)
-        kernels.stablemax_cross_entropy_backward(lse, logits, labels, lse, -100)
+        kernels.linear_cross_entropy(h, weight, None, labels, rows, 1, 0.0, 0.0, -100, "none", 0)
+        kernels.stablemax_cross_entropy_backward(
+            rows, logits, labels, empty(2, 100, dtype=torch.float32), -100
+        )
         codebook, codes = empty(1024, 64, dtype=dtype), empty(32000, dtype=torch.int64)
         triton_codes.vq_cross_entropy(h, codebook, codes, bias, weight, labels, -100, "mean", 15)
         triton_codes.vq_logits_backward(

@@ -219,15 +219,11 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
         codes = Array::random(DType::i64, {C}, 0, K), scores = Array::random(f32, {R, K}, 0, 1);
   for (int stablemax = 0; stablemax < 2; stablemax++)
     same(kernels, baseline, report, "vocabulary rows", 64 + C, 0, [&](const KernelTable& t, Outputs& o) {
-      o = {logits,
-           Array::full(f32, {R}, -INFINITY),
-           Array::full(f32, {R}, 0),
-           Array::full(f32, {R}, 0),
-           Array::full(f32, {R}, 0),
+      o = {logits, Array::full(f32, {R}, -INFINITY), Array::full(f32, {R}, 0), Array::full(f32, {R}, 0),
            Array(f32, {R, C})};
       VocabRowsParams p;
-      p.x = o[0], p.out = o[5], p.bias = bias, p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
-      p.lse = o[4], p.grad = gradient, p.statistics = p.gradient = 1, p.stablemax = stablemax, p.ignore_index = -100;
+      p.x = o[0], p.out = o[4], p.bias = bias, p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
+      p.grad = gradient, p.statistics = p.gradient = 1, p.stablemax = stablemax, p.ignore_index = -100;
       t.vocab_rows(p);
     });
   same(kernels, baseline, report, "vocabulary dots", 2 * D, 0, [&](const KernelTable& t, Outputs& o) {

@@ -370,7 +370,7 @@ def test_samples_follow_the_dense_distribution(isa, biased, temperature):
     rows = h.detach().expand(draws, d)
     g = torch.Generator().manual_seed(0)
     tokens = fa.vq_sample(rows, codebook, codes, bias=bias, temperature=temperature, generator=g)
-    logits = reference.dense_logits(h.detach().double(), codebook.double()[codes], bias)[0]
+    logits = reference.dense_logits(h.detach().double(), codebook.double(), codes, bias)[0]
     expected = torch.softmax(logits / temperature, 0) * draws
     counts = torch.bincount(tokens, minlength=v).double()
     if biased:
@@ -392,7 +392,7 @@ def test_samples_at_any_temperature(isa, backend, biased):
     bias = bias.detach() if biased else None
     if biased:
         bias[::3] = -math.inf
-    logits = reference.dense_logits(h.detach().double(), codebook.double()[codes], bias)[0]
+    logits = reference.dense_logits(h.detach().double(), codebook.double(), codes, bias)[0]
     rows, g = h.detach().expand(2000, -1), torch.Generator().manual_seed(0)
     with fa.set_backend(backend):
         for temperature in (1e-20, 1e-38, 1e-45, 1e-300, 5e-324):

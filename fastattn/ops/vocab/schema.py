@@ -22,6 +22,13 @@ def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
     )
 
 
+def fake_statistics(rows: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An empty loss, and what backward needs of each row beside it: (2, N), the largest logit and the sum of the weights,
+    of which the largest logit's is 1. A log-sum-exp of both would be rounded at the size of the logits."""
+    statistics = rows.new_empty(2, rows.shape[0], dtype=statistics_dtype(rows))
+    return statistics.new_empty(rows.shape[:1] if reduction == "none" else ()), statistics
+
+
 def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
     """The gradients whose bit is set, (0,) for the others."""
     return tuple(g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(found))
@@ -92,12 +99,10 @@ def _fake(
     reduction,
     gradients,
 ):
-    lse = h.new_empty(h.shape[0], dtype=statistics_dtype(h))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, *gradients_like((h, weight, bias, temperature), gradients)
+    return *fake_statistics(h, reduction), *gradients_like((h, weight, bias, temperature), gradients)
 
 
-def _fake_backward(grad, h, weight, bias, target, temperature, lse, *options):
+def _fake_backward(grad, h, weight, bias, target, temperature, statistics, *options):
     return gradients_like((h, weight, bias, temperature), options[-1])
 
 
@@ -107,11 +112,11 @@ def _load_reference():
     def linear_cross_entropy(h, weight, bias, target, *args):
         *args, gradients = (weight, bias, target, *args)
         check_targets("linear_cross_entropy", target, weight.shape[0], args[-2])
-        loss, lse = reference.linear_cross_entropy(h, *args)
+        loss, statistics = reference.linear_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
             found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, lse, *selected(found, gradients, h)
+        return loss, statistics, *selected(found, gradients, h)
 
     return linear_cross_entropy
 
@@ -119,7 +124,7 @@ def _load_reference():
 def _load_reference_backward():
     from . import reference
 
-    def linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, lse, *options):
+    def linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, statistics, *options):
         *options, wanted = options
         found = reference.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
         return selected(found, wanted, h)
@@ -129,9 +134,9 @@ def _load_reference_backward():
 
 def _setup_context(ctx, inputs, output):
     h, weight, bias, target, temperature, *ctx.options, ctx.gradients, ctx.backend = inputs
-    _, lse, *found = output
+    _, statistics, *found = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(h, weight, bias, target, temperature, lse, *found)
+    ctx.save_for_backward(h, weight, bias, target, temperature, statistics, *found)
     ctx.set_materialize_grads(False)
 
 
@@ -168,7 +173,7 @@ register_op(
 )
 register_op(
     "linear_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor lse, "
+    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor statistics, "
     f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backends=(
@@ -184,8 +189,7 @@ register_op(
 
 
 def _stablemax_fake(logits, target, ignore_index):
-    loss = logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits))
-    return loss, torch.empty_like(loss)
+    return fake_statistics(logits, "none")
 
 
 def _check_stablemax(logits, target, ignore_index):
@@ -226,7 +230,7 @@ register_op(
 )
 register_op(
     "stablemax_cross_entropy_backward",
-    "(Tensor grad, Tensor logits, Tensor target, Tensor lse, int ignore_index, str backend) -> Tensor",
+    "(Tensor grad, Tensor logits, Tensor target, Tensor statistics, int ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     backends=(
         cpu_backend(__package__, "stablemax_cross_entropy_backward", tuned=False),

@@ -3,9 +3,10 @@
 import torch
 
 from ..._registry import Backend, cpu_backend, register_op, triton_backend
-from ._arguments import check_codes, check_targets, statistics_dtype
+from ._arguments import check_codes, check_targets
 from .schema import (
     bits,
+    fake_statistics,
     gradients_like,
     reference_backend,
     saved_or_recomputed,
@@ -82,9 +83,7 @@ _DIFFERENTIABLE = (0, 1, 3, 4)  # h, codebook, bias, shadow
 
 
 def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
-    lse = h.new_empty(h.shape[0], dtype=statistics_dtype(h))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, *gradients_like((h, codebook, bias, shadow), gradients)
+    return *fake_statistics(h, reduction), *gradients_like((h, codebook, bias, shadow), gradients)
 
 
 def _load_loss():
@@ -94,11 +93,11 @@ def _load_loss():
         *args, gradients = (codebook, codes, bias, shadow, target, ignore_index, *args)
         check_codes("vq_cross_entropy", codes, codebook.shape[0])
         check_targets("vq_cross_entropy", target, codes.shape[0], ignore_index)
-        loss, lse = reference.vq_cross_entropy(h, *args)
+        loss, statistics = reference.vq_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
             found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, lse, *selected(found, gradients, h)
+        return loss, statistics, *selected(found, gradients, h)
 
     return vq_cross_entropy
 
@@ -106,7 +105,7 @@ def _load_loss():
 def _load_loss_backward():
     from .reference import vq_cross_entropy_gradients
 
-    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, lse, *options):
+    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, statistics, *options):
         *options, wanted = options
         found = vq_cross_entropy_gradients(grad, h, codebook, codes, bias, shadow, target, *options)
         return selected(found, wanted, h)
@@ -152,9 +151,9 @@ register_op(
 )
 register_op(
     "vq_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor lse, "
+    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor statistics, "
     "int ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted: (
+    fake=lambda grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted: (
         gradients_like((h, codebook, bias, shadow), wanted)
     ),
     backends=(
