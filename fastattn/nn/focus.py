@@ -155,9 +155,11 @@ def _keep_hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _forget_caches(routers: nn.ModuleList):
+    from ..integrations.transformers import is_cache
+
     def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
+        caches = [value for value in (*args, *kwargs.values()) if is_cache(value)]
+        if all(cache.get_seq_length() == 0 for cache in caches):
             for router in routers:
                 router._caches.clear()
 
@@ -178,8 +180,9 @@ def attention_forward(
     from ..integrations.transformers import recognise, refuse
 
     refuse(dropout, kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError("fastattn: Focus does not serve a position bias")
+    for name in ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"fastattn: Focus does not serve {name}")
     mask, keys = None, key.shape[2]
     if attention_mask is not None:
         found = recognise(attention_mask, keys)

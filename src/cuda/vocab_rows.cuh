@@ -50,8 +50,10 @@ vocab_rows(VocabRowsParams p) {
       if (thread() == 0) p.loss[row] = p.largest[row] = p.total[row] = 0;
       continue;
     }
-    // read before the barriers of the sums, and so before any thread writes a gradient over it
-    const float picked = Logit(p, x, target, tau).x;
+    // Read before the barriers of the sums, and so before any thread writes a gradient over it. A target of no class,
+    // which the host cannot see without waiting, makes the loss NaN.
+    const bool known = target >= 0 && target < p.classes;
+    const float picked = known ? Logit(p, x, target, tau).x : sqrtf(-1.0f);
     float top = kLowest, total = 0;
     for (int64_t i = thread(); i < p.classes; i += threads()) top = fmaxf(top, Logit(p, x, i, tau).x);
     top = block_max(top, scratch);

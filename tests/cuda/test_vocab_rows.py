@@ -153,3 +153,13 @@ def test_stablemax_of_equal_logits(host, value):
     target = torch.tensor([0, 69])
     loss = fa.linear_cross_entropy(h, weight, target, transform="stablemax", backend="cuda")
     torch.testing.assert_close(loss, torch.tensor(70.0).log(), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("target", (-1, 30, 1 << 40))
+def test_a_target_of_no_class_makes_its_loss_nan(host, target):
+    from fastattn.ops.vocab import cuda
+
+    h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    targets = torch.tensor([3, target])
+    loss, *_ = cuda.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, IGNORED, "none", 3)
+    assert loss[0].isfinite() and loss[1].isnan()

@@ -131,3 +131,13 @@ def test_a_large_softcap_changes_little():
     plain = fa.linear_cross_entropy(h, weight, target, reduction="none", backend="triton")
     # a logit below 10 is off by 3 roundings of itself, and by (x / cap)^2 / 3 < 1e-10 of itself
     assert testing.max_error(capped, plain) <= 2 * 10 * 4 * testing.EPS32
+
+
+@pytest.mark.parametrize("target", (-1, 30, 1 << 40))
+def test_a_target_of_no_class_makes_its_loss_nan(target):
+    from fastattn.ops.vocab import triton
+
+    h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    targets = torch.tensor([3, target])
+    loss, *_ = triton.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, -100, "none", 3)
+    assert loss[0].isfinite() and loss[1].isnan()
