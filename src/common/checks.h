@@ -330,11 +330,16 @@ inline void check_fields(const Checks& c, const VocabRowsParams& p) {
   const Size by_row{1, 1, 1, rows};
   c.tensor("x", p.x, {1, 1, rows, columns}, p.x.dtype);
   c.integers("target", p.target, rows);
-  const bool prepared = p.bias.data || p.softcap != 0 || p.temperature.data;
-  c.require(!prepared || p.x.dtype == DType::f32, "x", "must be float32 with a bias, a soft cap or a temperature");
+  const bool prepared = p.bias.data || p.softcap != 0 || (p.temperature.data && p.stablemax);
+  c.require(!prepared || p.x.dtype == DType::f32, "x",
+            "must be float32 with a bias, a soft cap, or stablemax and a temperature");
   if (p.bias.data) c.contiguous("bias", p.bias, {1, 1, 1, columns}, DType::f32);
   if (p.temperature.data) c.strided("temperature", p.temperature, by_row, DType::f32);
-  if (p.log_count.data) c.contiguous("log_count", p.log_count, {1, 1, 1, columns}, DType::f32);
+  if (p.log_count.data) {
+    c.contiguous("log_count", p.log_count, {1, 1, 1, columns}, DType::f32);
+    c.require(!p.stablemax && !p.temperature.data && p.z_loss == 0, "log_count",
+              "is not served with stablemax, a temperature or z_loss");
+  }
   if (p.statistics || p.gradient) {
     c.strided("row_max", p.row_max, by_row, DType::f32);
     c.strided("row_sum", p.row_sum, by_row, DType::f32);
@@ -358,7 +363,7 @@ inline void check_fields(const Checks& c, const VocabTokensParams& p) {
   if (p.beta.data) c.contiguous("beta", p.beta, by_code, DType::f32);
   c.require(p.best.data || p.mass.data || p.order.data || p.sums.data, "best, mass, order or sums", "is needed");
   if (p.sums.data) c.contiguous("sums", p.sums, by_code, DType::f64);
-  if (p.largest.data) c.contiguous("largest", p.largest, by_code, DType::f32);
+  if (p.sums.data || p.mass.data) c.contiguous("largest", p.largest, by_code, DType::f32);
   if (p.best.data) {
     c.contiguous("codes", p.codes, by_token, p.codes.dtype);
     c.contiguous("best", p.best, by_code, DType::i64);

@@ -209,6 +209,21 @@ def test_no_rows_left(reduction, rows):
             assert g is None or not g.any()
 
 
+def test_a_loss_scale_is_not_rounded_to_16_bits():
+    """The gradient that comes in multiplies those found in the forward pass as float32."""
+    t = head(torch.bfloat16, requires_grad=True)
+    for loss, leaves in (
+        (fa.linear_cross_entropy(t["h"], t["weight"], t["target"]), ("h", "weight")),
+        (fa.vq_cross_entropy(t["h"], t["codebook"], t["codes"], t["target"]), ("h", "codebook")),
+    ):
+        leaves = [t[name] for name in leaves]
+        for scale in (torch.tensor(1.7), torch.tensor(65537.0)):
+            plain = torch.autograd.grad(loss, leaves, torch.tensor(1.0), retain_graph=True)
+            scaled = torch.autograd.grad(loss, leaves, scale, retain_graph=True)
+            for a, b in zip(plain, scaled, strict=True):
+                assert torch.equal(b, (a.float() * scale).to(a.dtype))
+
+
 def test_ignored_rows_may_hold_anything():
     t = head(torch.float32)
     h = t["h"].clone()

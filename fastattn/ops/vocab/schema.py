@@ -53,7 +53,8 @@ def saved_or_recomputed(
     if wanted & ~found_before:
         found = recompute(wanted)
     else:
-        found = [s * grad.to(s.dtype) if wanted >> i & 1 else None for i, s in enumerate(saved)]
+        # a scalar `grad` leaves the dtype of s, and is not rounded to it first
+        found = [s * grad if wanted >> i & 1 else None for i, s in enumerate(saved)]
     return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
 
 
