@@ -27,8 +27,7 @@ class Mask:
         of one, (1, H, total, D). cu_seqlens_k defaults to cu_seqlens_q. Documents never attend each other; an empty one is
         legal; rows after the last offset attend nothing.
     key_lengths: (B,) integers, or one a document when packed: keys from there on are padding.
-    dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. Its tiles are classed once: after a write that torch does
-        not count (through `.data`, or from outside of torch) call `torch.autograd.graph.increment_version(dense)`.
+    dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads what it holds then.
 
     Index tensors are int32 or int64 on any device; their contents are checked here, once. Raises ValueError or TypeError naming
     the argument.

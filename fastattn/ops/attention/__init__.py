@@ -31,8 +31,7 @@ def attention(
     score: "softmax", "sigmoid" or "softplus".
     scale: default 1/sqrt(D).
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
-        -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given). A tensor's
-        tiles of -inf are found once: a write that torch does not count has to be announced, as for a Mask's `dense`.
+        -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given).
     mask: a fastattn.Mask; default every key.
     return_lse: also return the natural log-sum-exp of each row (log of the normaliser), (B, Hq, Lq), float32 (float64 for
         float64), differentiable. Not defined for sigmoid.

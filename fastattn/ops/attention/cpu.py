@@ -6,14 +6,12 @@ from collections.abc import Mapping
 import torch
 
 from ... import _config, _native
-from ..._versioned import VersionedCache
 from ...scores import BY_CODE
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 _LARGEST_LSE = 1e6  # float32 has 4 bits after the point there
-_classes = VersionedCache(entries=32, capacity=1 << 26)
 
 
 def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -86,26 +84,22 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
 def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
     """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask or bias: 0 empty, 1 full, 2 mixed.
 
-    Kept for as long as the same memory, unchanged, is used.
+    Found anew in every call: a compiler, numpy or `.data` writes to a mask's memory and nothing tells so.
     """
     block_q, block_k = config["block_q"], config["block_k"]
-
-    def make() -> torch.Tensor:
-        tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
-        classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
-        _native.kernel("classify_tiles")(
-            _native.params(
-                "TileClassParams",
-                mask=mask,
-                classes=classes,
-                block_q=block_q,
-                block_k=block_k,
-                threads=_native.threads(),
-            )
+    tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
+    classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
+    _native.kernel("classify_tiles")(
+        _native.params(
+            "TileClassParams",
+            mask=mask,
+            classes=classes,
+            block_q=block_q,
+            block_k=block_k,
+            threads=_native.threads(),
         )
-        return classes
-
-    return _classes.get(mask, (block_q, block_k, _native.cpu_isa()), make)
+    )
+    return classes
 
 
 def mask_fields(

@@ -1,20 +1,34 @@
-"""Classes of a dense mask's tiles, so that kernels skip the empty ones; kept while the same tensor is unchanged.
+"""Classes of a dense mask's tiles, so that kernels skip the empty ones: one launch, in every call.
 
-A stream has its own, which no other has to wait for. A graph being captured forms them anew and keeps none: a replay then follows
-the mask's contents.
+Nothing is kept: a compiler, a replayed graph or `.data` writes to a mask's memory and nothing tells so.
 """
 
-import weakref
-
 import torch
-import torch.nn.functional as F
 import triton
+import triton.language as tl
 
 from ... import _triton
+from ..._triton import offset
 
-_known: dict[
-    int, tuple[weakref.ref, int, dict]
-] = {}  # by id of a root tensor: itself, its version, its views' classes
+
+@triton.jit(do_not_specialize=["heads", "rows", "columns", "length_q", "length_k"])
+def _tile_classes_kernel(
+    mask, classes, mask_b, mask_h, mask_q, mask_k, heads, rows, columns, length_q, length_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile: 1 where any of its pairs is attended, else 0."""
+    program = tl.program_id(0)
+    column = program % columns
+    row = program // columns % rows
+    head = program // columns // rows % heads
+    entry = program // columns // rows // heads
+    q = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = mask + offset(entry, mask_b) + offset(head, mask_h)
+    at = base + offset(q, mask_q)[:, None] + offset(k, mask_k)[None, :]
+    inside = (q < length_q)[:, None] & (k < length_k)[None, :]
+    attended = tl.load(at, mask=inside, other=0).to(tl.int32)
+    tl.store(classes + program, tl.max(tl.max(attended, 1), 0).to(tl.uint8))
 
 
 def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
@@ -25,41 +39,19 @@ def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
     dense = problem.dense_mask
     if dense is None or problem.packed:
         return None
-    stream = _triton.stream(dense.device)
-    if dense.is_inference() or dense.device.type == "meta" or stream is None:
-        found = _classes(dense, problem, block_m, block_n)
-    else:
-        views = _views(dense)
-        key = (
-            dense.shape,
-            dense.stride(),
-            dense.storage_offset(),
-            block_m,
-            block_n,
-            problem.length_q,
-            problem.length_k,
-            stream,
-        )
-        if key not in views:
-            views[key] = _classes(dense, problem, block_m, block_n)
-        found = views[key]
-    return found.expand(problem.batch, problem.heads, -1, -1)
-
-
-def _views(dense: torch.Tensor) -> dict:
-    """What is known of the tensor that `dense` is a view of, as long as it lives unchanged."""
-    root = dense._base if dense._is_view() else dense
-    place = id(root)
-    held, version, views = _known.get(place, (None, -1, {}))
-    if held is None or held() is not root or version != root._version:
-        views = {}
-        _known[place] = (weakref.ref(root, lambda _: _known.pop(place, None)), root._version, views)
-    return views
-
-
-def _classes(dense: torch.Tensor, problem, block_m: int, block_n: int) -> torch.Tensor:
     batch, heads = dense.shape[:2]
     rows, columns = triton.cdiv(problem.length_q, block_m), triton.cdiv(problem.length_k, block_n)
-    full = dense.expand(batch, heads, problem.length_q, problem.length_k)
-    full = F.pad(full, (0, columns * block_n - problem.length_k, 0, rows * block_m - problem.length_q))
-    return full.view(batch, heads, rows, block_m, columns, block_n).any(5).any(3).to(torch.uint8)
+    classes = torch.empty(batch, heads, rows, columns, dtype=torch.uint8, device=dense.device)
+    values = {
+        "mask": dense.expand(batch, heads, problem.length_q, problem.length_k),
+        "classes": classes,
+        "heads": heads,
+        "rows": rows,
+        "columns": columns,
+        "length_q": problem.length_q,
+        "length_k": problem.length_k,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    _triton.start(_tile_classes_kernel, (classes.numel(),), values, num_warps=4)
+    return classes.expand(problem.batch, problem.heads, -1, -1)
