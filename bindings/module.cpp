@@ -298,6 +298,11 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("logits", &VocabExpandParams::logits)
       .def_readwrite("threads", &VocabExpandParams::threads);
 
+  py::class_<DigestParams>(m, "DigestParams")
+      .def(py::init<>())
+      .def_readwrite("source", &DigestParams::source)
+      .def_readwrite("digest", &DigestParams::digest)
+      .def_readwrite("threads", &DigestParams::threads);
   py::class_<PackParams>(m, "PackParams")
       .def(py::init<>())
       .def_readwrite("source", &PackParams::source)
@@ -360,6 +365,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("vocab_dots", run(&KernelTable::vocab_dots));
   m.def("vocab_expand", run(&KernelTable::vocab_expand));
   m.def("vocab_collect", run(&KernelTable::vocab_collect));
+  m.def("digest", run(&KernelTable::digest));
   m.def("pack", run(&KernelTable::pack));
   m.def("linear", run(&KernelTable::linear));
   m.def("classify_tiles", run(&KernelTable::classify_tiles));

@@ -29,7 +29,8 @@ class Mask:
     key_lengths: (B,) integers, or one a document when packed: keys from there on are padding.
     dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads what it holds then.
 
-    Index tensors are int32 or int64 on any device; their contents are checked here, once. Raises ValueError or TypeError naming
+    Index tensors are int32 or int64 on any device; their contents are copied and checked here, once: what is written to them
+    afterwards is not seen, make another Mask. Raises ValueError or TypeError naming
     the argument.
     """
 
@@ -172,7 +173,7 @@ class Mask:
                 None if t is None else t.to(q.device)
                 for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, self.key_lengths)
             )
-            if not traced():
+            if not traced() and _lasting(tensors):
                 self._on_device[q.device] = tensors
         prefix, offsets_q, offsets_k, lengths = tensors
         dense = self.dense
@@ -192,6 +193,15 @@ class Mask:
             lengths,
             dense,
         )
+
+
+def _lasting(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether copies made in this call serve later ones: not fake ones, nor those that a graph being captured would fill at its
+    first replay."""
+    if any(type(t) is not torch.Tensor for t in tensors if t is not None):
+        return False
+    on_gpu = any(t is not None and t.is_cuda for t in tensors)
+    return not (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
 def check_mask(op: str, mask: Mask | None) -> Mask:

@@ -63,10 +63,6 @@ def shard(model: nn.Module) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=False)
     model.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     model.set_gradient_divide_factor(1.0)
-    # FSDP gathers behind the version counters, by which packed weights are kept: count it as the write that it is
-    model.register_forward_pre_hook(
-        lambda module, args: torch.autograd.graph.increment_version(list(module.parameters()))
-    )
 
 
 def split(batch: Batch) -> Batch:

@@ -18,7 +18,8 @@ class KeyValueCache:
 
     Row b holds ``lengths[b]`` tokens at positions ``0 .. lengths[b] - 1``, with no gaps, so rows may have
     different lengths. A forward calls :meth:`reserve` once, every attention layer :meth:`LayerCache.append`, and the
-    forward :meth:`commit` at its end.
+    forward :meth:`commit` at its end. What is held belongs to the weights that made it: call :meth:`reset` after those
+    change.
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class KeyValueCache:
                 f"KeyValueCache: batch_size {batch_size} and capacity {capacity} must both be at least 1"
             )
         shape = (calls, layers, batch_size, heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0  # an upper bound of lengths, on the host
         self.ragged = False  # rows differ in length
@@ -58,6 +59,16 @@ class KeyValueCache:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._slots = self._make_slots()  # views of this cache's memory
+
+    @property
+    def keys(self) -> Tensor:
+        """(calls, layers, B, H, capacity, D), made once: the slots are views of it, so that no other can take its place."""
+        return self._keys
+
+    @property
+    def values(self) -> Tensor:
+        """As keys."""
+        return self._values
 
     @property
     def batch_size(self) -> int:

@@ -1,5 +1,7 @@
 """Focus (arXiv 2604.03260): a router that gives tokens their groups, and its retrofit to a frozen transformers model."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,7 +148,9 @@ class FocusRouter(nn.Module):
             layer.focus_router = router
             layer.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
             routers.append(router)
-        model.register_forward_pre_hook(_forget_caches(routers), with_kwargs=True)
+        hooks = _OneCache(routers)
+        model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        model.register_forward_hook(hooks.after)
         return routers.train()
 
 
@@ -154,14 +158,33 @@ def _keep_hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> None:
     layer.focus_input = args[0] if args else kwargs["hidden_states"]
 
 
-def _forget_caches(routers: nn.ModuleList):
-    def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
+class _OneCache:
+    """Hooks of a retrofitted model, by which its routers' signatures go with one cache of keys and no other."""
+
+    def __init__(self, routers: nn.ModuleList) -> None:
+        self._routers = routers
+        self._cache: Callable[[], Any] = _no_cache  # whose signatures the routers keep
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
-            for router in routers:
+            self._cache = _no_cache
+            for router in self._routers:
                 router._caches.clear()
+        elif self._cache() is not cache:
+            raise NotImplementedError(
+                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; past_key_values is another"
+            )
 
-    return hook
+    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+        for part in parts:
+            if hasattr(part, "get_seq_length"):
+                self._cache = weakref.ref(part)
+
+
+def _no_cache() -> None:
+    return None
 
 
 def attention_forward(

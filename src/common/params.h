@@ -182,6 +182,12 @@ struct VocabExpandParams {
   int32_t threads = 1;
 };
 
+// digest i64 (1,) of a contiguous source u8 (bytes,).
+struct DigestParams {
+  Tensor source, digest;
+  int32_t threads = 1;
+};
+
 // B (steps, columns) of a product, packed for the kernel into `packed`: source is (columns, steps), or (steps, columns)
 // when transposed. parts: the columns are that many equal runs, each padded by itself. packed absent: its size in bytes
 // goes to `bytes` (1,) i64.

@@ -35,6 +35,7 @@ struct KernelTable {
   void (*vocab_dots)(const VocabDotsParams&);
   void (*vocab_expand)(const VocabExpandParams&);
   void (*vocab_collect)(const VocabExpandParams&);
+  void (*digest)(const DigestParams&);
   void (*pack)(const PackParams&);
   void (*linear)(const LinearParams&);
   void (*classify_tiles)(const TileClassParams&);

@@ -96,6 +96,19 @@ def test_cached_decoding_keeps_signatures(model):
     assert torch.equal(ids, made)
 
 
+@pytest.mark.parametrize("between", (True, False), ids=("another cache", "no cache"))
+def test_a_cache_of_other_signatures_is_refused(model, between):
+    """Of the same shape, so that nothing else would tell them apart."""
+    FocusRouter.retrofit(model, groups=4, window=WINDOW).eval()
+    with torch.no_grad():
+        first = model(tokens(), use_cache=True)
+        model(tokens().flip(1), use_cache=between)
+        with pytest.raises(NotImplementedError, match="past_key_values is another"):
+            model(tokens()[:, :1], past_key_values=first.past_key_values, use_cache=True)
+        again = model(tokens(), use_cache=True, return_dict=False)
+        model(tokens()[:, :1], past_key_values=again[1], use_cache=True)
+
+
 def test_padding_has_no_groups():
     router = FocusRouter(16, groups=4)
     h = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import _config, _native, testing
-from fastattn._versioned import VersionedCache
+from fastattn._contents import ContentsCache, digest
 from fastattn.ops.linear import cpu, reference
 
 every_isa = pytest.mark.parametrize("isa", testing.isas())
@@ -136,10 +136,13 @@ def fused_optimizer_step(weight):
     torch.optim.AdamW([weight], lr=3.0, weight_decay=0.0, fused=True).step()
 
 
-def one_element(weight):
-    """What neither the version counter nor a look at some elements shows has to be said."""
-    weight.data[0, 5] += 3
-    torch.autograd.graph.increment_version(weight)
+def through_numpy(weight):
+    weight.detach().numpy()[0, 5] += 3
+
+
+def as_an_alias(weight):
+    """As a replayed graph or a compiler's buffer: a tensor of the same memory with a counter of its own."""
+    torch.empty(0).set_(weight.untyped_storage()).view(weight.shape)[0, 5] += 3
 
 
 CHANGES = {
@@ -152,7 +155,11 @@ CHANGES = {
     "row through data": lambda weight: weight.data[-1].add_(3),
     "column through data": lambda weight: weight.data[:, -1].add_(3),
     "other storage": lambda weight: setattr(weight, "data", weight.data * 3),
-    "one element through data": one_element,
+    "one element through data": lambda weight: weight.data[0, 5].add_(3),
+    "two signs through data": lambda weight: weight.data[0, 5:7].neg_(),
+    "two rows exchanged through data": lambda weight: weight.data.copy_(weight.data.roll(1, 0)),
+    "from outside of torch": through_numpy,
+    "alias": as_an_alias,
 }
 
 
@@ -174,17 +181,40 @@ def test_packed_weights_follow_the_weight(change, shape):
     assert testing.max_error(found, F.linear(x, weight).detach()) <= bound(x, weight)
 
 
-def test_a_write_to_any_row_or_column_through_data_is_seen():
-    for rows, columns in ((1, 5), (5, 1), (4, 4), (9, 4), (4, 9), (10, 3)):
-        weight = torch.zeros(rows, columns)
-        cache = VersionedCache(entries=2, capacity=1 << 20, sampled=True)
-        for part in (*weight.data.unbind(0), *weight.data.unbind(1)):
-            cache.get(weight, (), weight.clone)
-            part += 1
-            assert torch.equal(cache.get(weight, (), weight.clone), weight)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.bool))
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 9), (1000, 300)])
+def test_a_digest_sees_every_element_and_its_place(shape, dtype, isa):
+    """The largest is of two parts of a digest."""
+    source = testing.random_tensor(*shape, seed=1).to(dtype)
+    before = digest(source)
+    assert digest(source.clone()) == before
+    seen = {before}
+    flat = source.view(-1).view(torch.uint8 if dtype == torch.bool else torch.int16)
+    for i in range(0, flat.numel(), 1 + flat.numel() // 200):
+        flat[i] ^= 1  # its lowest bit
+        seen.add(digest(source))
+        flat[i] ^= 1
+    assert digest(source) == before and len(seen) == 1 + len(range(0, flat.numel(), 1 + flat.numel() // 200))
+    if dtype != torch.bool and source.numel() > 1:
+        for other in (-source, source.flip(0, 1), source.roll(1), torch.zeros_like(source)):
+            seen.add(digest(other.contiguous()))
+        assert len(seen) >= 5
 
 
-def test_inference_tensors_are_packed_each_time():
+def test_a_digest_does_not_depend_on_the_number_of_threads():
+    source = testing.random_tensor(1000, 300, seed=1)
+    before = torch.get_num_threads()
+    try:
+        found = set()
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.add(digest(source))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+def test_inference_tensors_are_followed():
     x = testing.random_tensor(20, 24, seed=1)
     with use("native"), torch.inference_mode():
         weight = testing.random_tensor(30, 24, seed=2).clone()
@@ -195,7 +225,7 @@ def test_inference_tensors_are_packed_each_time():
 
 
 def test_weights_are_packed_once_and_forgotten(monkeypatch):
-    cache = VersionedCache(entries=8, capacity=1 << 20, sampled=True)
+    cache = ContentsCache(entries=8, capacity=1 << 20)
     monkeypatch.setattr(cpu, "_packed", cache)
     x = testing.random_tensor(20, 24, seed=1)
     weights = [testing.random_tensor(30, 24, seed=i) for i in range(3)]
@@ -205,7 +235,7 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
         assert len(cache) == 3
         weights[0].add_(1)
         fa.fused_linear(x, weights[0])
-        assert len(cache) == 3  # the older version is gone
+        assert len(cache) == 3  # what it was packed from before is gone
         view = weights[2][:1]
         del weights[1:], weight
         assert len(cache) == 2  # with its weight, but while a view is left
@@ -216,7 +246,7 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
 
 def test_cache_is_bounded_and_shared_by_threads():
     sources = [torch.full((4, 4), float(i)) for i in range(20)]
-    cache = VersionedCache(entries=6, capacity=5 * 64, sampled=True)
+    cache = ContentsCache(entries=6, capacity=5 * 64)
     wrong = []
 
     def work():

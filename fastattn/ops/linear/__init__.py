@@ -24,11 +24,10 @@ def fused_linear(
     2002.05202, equation 6). One native or Triton kernel, or torch's product between row kernels where that is the faster
     (`fastattn tune` measures which; a GPU's default is torch's); sums in float32. Gradients on a GPU are torch's products.
 
-    x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu; packed
-    once for the CPU and kept until it changes: by any in-place op or optimizer step, or by an update of a whole row or column
-    through `.data`. Single elements written through `.data` or from outside of torch, or in place where each call is given a
-    new `weight.data` (its count of versions starts at 0; `weight.detach()` shares the weight's), are not noticed: call
-    `torch.autograd.graph.increment_version(weight)` after that. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
+    x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu. Our CPU
+    kernel keeps a packed copy of it, as large as the weight, while its memory lives, and each call compares a digest of the
+    whole weight, so that every write is noticed: one read of it, which counts where x has few rows (`Linear` layers of
+    fastattn's models multiply fewer than 16 by the weight as it is). gate: as x. residual: (..., N), or (..., N/2) with swiglu.
     Returns (..., N), or (..., N/2). Differentiable in x, weight, gate and residual.
     Raises ValueError or TypeError naming the argument; norm_eps and gate exclude each other.
     """

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from ... import _config, _device, _native
-from ..._versioned import VersionedCache
+from ..._contents import ContentsCache
 from ..recurrence import cpu as rows
 from . import (
     library,
@@ -13,7 +13,7 @@ from . import (
 )
 
 # a quarter of the memory: a recurrence that outgrows it packs every weight again in every call
-_packed = VersionedCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4), sampled=True)
+_packed = ContentsCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4))
 
 
 def refusal(name: str, *args) -> str | None:
