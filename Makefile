@@ -1,6 +1,8 @@
 # make demo      set up, tune (demo-run/tune.html), train a small model on real text, let it answer (demo-run/report.html)
 # make test      set up, then the whole test suite on the installed package
 # make test-all  with the slow tests
+# make test-latest  the suite on the newest versions that pyproject.toml allows, in .venv-latest
+# make lock      writes constraints.txt anew: the newest versions around torch TORCH=...
 # make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
 # make test-kernels   the CPU kernels alone, without Python, each instruction set of this machine: seconds after the build
 # make test-arm64     the same for arm64 on another machine: a cross-compiler and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user)
@@ -10,22 +12,26 @@
 # make lint      ruff and clang-format, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
-# Python 3.11 or 3.12 and a C++ compiler are needed. PYTHON=... picks the interpreter, PIP_FLAGS=... is passed to
-# every pip install (say, an index with CPU builds of torch), DEMO_FLAGS=... to `fastattn demo`.
+# Python 3.11 to 3.14 and a C++ compiler are needed. PYTHON=... picks the interpreter, PIP_FLAGS=... is passed to
+# every pip install (say, an index with CPU builds of torch), DEMO_FLAGS=... to `fastattn demo`. CONSTRAINTS= installs the
+# newest versions in place of the tested ones.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test
+.PHONY: demo test test-all test-latest lock test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test versions
 .NOTPARALLEL:
 
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
+CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
 GPU_CHECK_FLAGS ?=
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt $(PIP_FLAGS)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile $(addprefix -c ,$(CONSTRAINTS)) $(PIP_FLAGS)
+TOOLS := scikit-build-core pybind11 cmake ninja
+EXTRAS := train tune hf test lint
 
 demo: setup-demo
 	@tuned="$(VENV)/.tuned-$$($(call contents,src fastattn autotune))"; \
@@ -44,6 +50,27 @@ test: setup-test
 
 test-all: setup-test
 	@$(call run_tests,slow or not slow)
+
+# Set up again each time: what is newest changes.
+test-latest:
+	@rm -f .venv-latest/.ready-*
+	@$(MAKE) --no-print-directory setup-test versions test \
+		VENV=.venv-latest CONSTRAINTS= PIP_FLAGS="--upgrade --upgrade-strategy eager $(PIP_FLAGS)"
+
+# The versions that a row of docs/support.md names.
+versions:
+	@$(BIN)/python -c 'import platform; print("== with Python", platform.python_version())'
+	@$(BIN)/python -m pip list --disable-pip-version-check --format freeze | grep -E '^(torch|triton|transformers|numpy)=='
+
+# One resolution for every Python that the package takes: versions that differ between them get a marker.
+TORCH ?= 2.13.0
+lock:
+	@[ -x build/lock/bin/uv ] || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -qq uv; }
+	@printf '%s\n' $(TOOLS) > build/lock/tools.in; echo torch==$(TORCH) > build/lock/torch.in
+	@{ echo "# The closure the project is tested with, made by \`make lock\`. torch has its pin from there."; \
+	build/lock/bin/uv pip compile -q --universal --python-version 3.11 --no-python-downloads --upgrade --no-header --no-annotate \
+		-c build/lock/torch.in $(addprefix --extra ,$(EXTRAS)) pyproject.toml build/lock/tools.in; } > build/lock/constraints.txt
+	@mv build/lock/constraints.txt constraints.txt; echo "== constraints.txt: $$(grep -c == constraints.txt) pins"
 
 test-emulated: setup-test
 	@echo "== tests: AVX-512 kernels, emulated"; cd tests; OMP_WAIT_POLICY=passive $(BIN)/python -P native/emulated.py
@@ -102,21 +129,22 @@ setup-demo:
 	@$(call setup,train$(comma)tune)
 
 setup-test:
-	@$(call setup,train$(comma)tune$(comma)hf$(comma)test$(comma)lint)
+	@$(call setup,$(subst $(space),$(comma),$(EXTRAS)))
 
 clean:
-	rm -rf $(VENV) build demo-run
+	rm -rf $(VENV) .venv-latest build demo-run
 
 comma := ,
+space := $(subst ,, )
 
 # A digest of files' names and contents, so that set-up follows what changed and not when.
 contents = { echo "$(PYTHON)"; find pyproject.toml constraints.txt CMakeLists.txt $(1) -type f \
 	-not -path '*/__pycache__/*' -not -name '*.so' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c 1-16
 
-# Installs the package from source, not in place, with extras $(1). torch comes first and pinned: left to itself, pip
-# may take its newest build, which brings gigabytes of CUDA packages.
+# Installs the package from source, not in place, with extras $(1). torch comes first, apart: it is the
+# large download.
 define setup
-[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or 3.12 found; give PYTHON=/path/to/python"; exit 1; }; \
+[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 to 3.14 found; give PYTHON=/path/to/python"; exit 1; }; \
 command -v "$${CXX:-c++}" > /dev/null || { echo "error: no C++ compiler found; install g++ or clang++"; exit 1; }; \
 contents=$$($(call contents,src bindings fastattn autotune)); \
 stamp="$(VENV)/.ready-$(subst $(comma),-,$(1))-$$contents"; \
@@ -125,9 +153,9 @@ if [ ! -x $(BIN)/python ]; then echo "== set-up: $(VENV) with $$($(PYTHON) --ver
 echo "== set-up: torch (a large download the first time)"; \
 $(PIP) -qq torch; \
 echo "== set-up: build tools and packages for [$(1)]"; \
-$(PIP) -qq scikit-build-core pybind11 cmake ninja; \
+$(PIP) -qq $(TOOLS); \
 echo "== set-up: fastattn, compiled from source"; \
-$(PIP) -qq --no-build-isolation -Cbuild-dir=build/make ".[$(1)]"; \
+$(PIP) -qq --no-build-isolation -Cbuild-dir=build/$(notdir $(VENV)) ".[$(1)]"; \
 find $(VENV) -maxdepth 1 -name '.ready-*' -not -name "*-$$contents" -delete; touch "$$stamp"
 endef
 

@@ -163,17 +163,7 @@ def refusal(op: str, backend: str, entry: Entry, target: _device.Target) -> str 
     declaration = _config.declared().get((op, backend))
     if declaration is None:
         return "no such op and backend here"
-    key, sizes = entry.get("key"), entry.get("sizes")
-    if not isinstance(key, dict) or key.keys() != set(declaration.structural):
-        return f"key fields are not {', '.join(declaration.structural)}"
-    if not isinstance(sizes, dict) or sizes.keys() != set(declaration.sizes):
-        return f"sizes are not {', '.join(declaration.sizes)}"
-    if any(type(size) is not int or not 0 < size < 2**63 for size in sizes.values()):
-        return "a size is not a positive integer"
-    try:
-        return declaration.refuses(entry.get("config"), {**key, **sizes}, target)
-    except Exception as error:  # a feasibility test may stumble over a key that no call makes
-        return f"no such key ({type(error).__name__})"
+    return declaration.refuses_entry(entry, target)
 
 
 def _place(entry: Entry) -> str:

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "../src/common/indices.h"
+#include "../src/common/checks.h"
 #include "../src/cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -62,9 +62,9 @@ struct type_caster<Tensor> {
 }  // namespace pybind11::detail
 
 template <class P>
-static auto run(void (*KernelTable::*kernel)(const P&)) {
-  return [kernel](const P& p) {
-    check_indices(p);
+static auto run(const char* name, void (*KernelTable::*kernel)(const P&)) {
+  return [name, kernel](const P& p) {
+    check(name, p);
     py::gil_scoped_release release;
     (cpu::kernels().*kernel)(p);
   };
@@ -336,38 +336,38 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("bf16", &PeakParams::bf16)
       .def_readwrite("threads", &PeakParams::threads);
 
-  m.def("rms_norm", run(&KernelTable::rms_norm));
-  m.def("rms_norm_backward", run(&KernelTable::rms_norm_backward));
-  m.def("swiglu", run(&KernelTable::swiglu));
-  m.def("swiglu_backward", run(&KernelTable::swiglu_backward));
-  m.def("gated", run(&KernelTable::gated));
-  m.def("gated_backward", run(&KernelTable::gated_backward));
-  m.def("rotary", run(&KernelTable::rotary));
-  m.def("matvec", run(&KernelTable::matvec));
-  m.def("decode_step", run(&KernelTable::decode_step));
-  m.def("attention_forward", run(&KernelTable::attention_forward));
-  m.def("attention_backward", run(&KernelTable::attention_backward));
-  m.def("reweighted_forward", run(&KernelTable::reweighted_forward));
-  m.def("reweighted_backward", run(&KernelTable::reweighted_backward));
-  m.def("grouped_forward", run(&KernelTable::grouped_forward));
-  m.def("grouped_backward", run(&KernelTable::grouped_backward));
-  m.def("gated_attention_forward", run(&KernelTable::gated_attention_forward));
-  m.def("gated_attention_backward", run(&KernelTable::gated_attention_backward));
-  m.def("sinkhorn_forward", run(&KernelTable::sinkhorn_forward));
-  m.def("sinkhorn_backward", run(&KernelTable::sinkhorn_backward));
-  m.def("vocab_rows", run(&KernelTable::vocab_rows));
-  m.def("vocab_code_bias", run(&KernelTable::vocab_code_bias));
-  m.def("vocab_best_tokens", run(&KernelTable::vocab_best_tokens));
-  m.def("vocab_bias_gradient", run(&KernelTable::vocab_bias_gradient));
-  m.def("vocab_group", run(&KernelTable::vocab_group));
-  m.def("vocab_sample", run(&KernelTable::vocab_sample));
-  m.def("vocab_best", run(&KernelTable::vocab_best));
-  m.def("vocab_dots", run(&KernelTable::vocab_dots));
-  m.def("vocab_expand", run(&KernelTable::vocab_expand));
-  m.def("vocab_collect", run(&KernelTable::vocab_collect));
-  m.def("digest", run(&KernelTable::digest));
-  m.def("pack", run(&KernelTable::pack));
-  m.def("linear", run(&KernelTable::linear));
-  m.def("classify_tiles", run(&KernelTable::classify_tiles));
-  m.def("peak", run(&KernelTable::peak));
+  m.def("rms_norm", run("rms_norm", &KernelTable::rms_norm));
+  m.def("rms_norm_backward", run("rms_norm_backward", &KernelTable::rms_norm_backward));
+  m.def("swiglu", run("swiglu", &KernelTable::swiglu));
+  m.def("swiglu_backward", run("swiglu_backward", &KernelTable::swiglu_backward));
+  m.def("gated", run("gated", &KernelTable::gated));
+  m.def("gated_backward", run("gated_backward", &KernelTable::gated_backward));
+  m.def("rotary", run("rotary", &KernelTable::rotary));
+  m.def("matvec", run("matvec", &KernelTable::matvec));
+  m.def("decode_step", run("decode_step", &KernelTable::decode_step));
+  m.def("attention_forward", run("attention_forward", &KernelTable::attention_forward));
+  m.def("attention_backward", run("attention_backward", &KernelTable::attention_backward));
+  m.def("reweighted_forward", run("reweighted_forward", &KernelTable::reweighted_forward));
+  m.def("reweighted_backward", run("reweighted_backward", &KernelTable::reweighted_backward));
+  m.def("grouped_forward", run("grouped_forward", &KernelTable::grouped_forward));
+  m.def("grouped_backward", run("grouped_backward", &KernelTable::grouped_backward));
+  m.def("gated_attention_forward", run("gated_attention_forward", &KernelTable::gated_attention_forward));
+  m.def("gated_attention_backward", run("gated_attention_backward", &KernelTable::gated_attention_backward));
+  m.def("sinkhorn_forward", run("sinkhorn_forward", &KernelTable::sinkhorn_forward));
+  m.def("sinkhorn_backward", run("sinkhorn_backward", &KernelTable::sinkhorn_backward));
+  m.def("vocab_rows", run("vocab_rows", &KernelTable::vocab_rows));
+  m.def("vocab_code_bias", run("vocab_code_bias", &KernelTable::vocab_code_bias));
+  m.def("vocab_best_tokens", run("vocab_best_tokens", &KernelTable::vocab_best_tokens));
+  m.def("vocab_bias_gradient", run("vocab_bias_gradient", &KernelTable::vocab_bias_gradient));
+  m.def("vocab_group", run("vocab_group", &KernelTable::vocab_group));
+  m.def("vocab_sample", run("vocab_sample", &KernelTable::vocab_sample));
+  m.def("vocab_best", run("vocab_best", &KernelTable::vocab_best));
+  m.def("vocab_dots", run("vocab_dots", &KernelTable::vocab_dots));
+  m.def("vocab_expand", run("vocab_expand", &KernelTable::vocab_expand));
+  m.def("vocab_collect", run("vocab_collect", &KernelTable::vocab_collect));
+  m.def("digest", run("digest", &KernelTable::digest));
+  m.def("pack", run("pack", &KernelTable::pack));
+  m.def("linear", run("linear", &KernelTable::linear));
+  m.def("classify_tiles", run("classify_tiles", &KernelTable::classify_tiles));
+  m.def("peak", run("peak", &KernelTable::peak));
 }

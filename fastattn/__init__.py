@@ -2,6 +2,7 @@
 
 import importlib
 
+from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
 from ._native import cpu_isas
 from ._registry import explain, set_backend
 from .masks import Mask

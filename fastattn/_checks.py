@@ -16,17 +16,29 @@ def traced() -> bool:
 
 def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return f"a {str(value.dtype).removeprefix('torch.')} nested tensor"
         shape = "x".join(map(str, value.shape)) or "a scalar"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape ({shape})"
     return f"{type(value).__name__} {value!r}"
 
 
+def check_any_tensor(op: str, name: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
+    return value
+
+
 def check_tensor(
     op: str, name: str, value: object, *, dims: int | tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """`value` must be a tensor, and have one of the ranks `dims` when given."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
+    """`value` must be a dense strided tensor, and have one of the ranks `dims` when given."""
+    check_any_tensor(op, name, value)
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise NotImplementedError(
+            f"fastattn.{op}: {name} is a {layout} tensor, only dense strided ones are served"
+        )
     allowed = (dims,) if isinstance(dims, int) else dims
     if allowed is not None and value.dim() not in allowed:
         ranks = " or ".join(map(str, allowed))
@@ -34,11 +46,11 @@ def check_tensor(
     return value
 
 
-def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors given are floating, of one dtype and on one device."""
+def check_floating(op: str, *, absent: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
+    """All tensors are floating, of one dtype and on one device; those named in `absent` may be None."""
     first: tuple[str, torch.Tensor] | None = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name in absent:
             continue
         check_tensor(op, name, t)
         if t.dtype not in FLOATING:
@@ -52,6 +64,50 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{str(first[1].dtype).removeprefix('torch.')}; convert one of them"
             )
     check_same_device(op, **tensors)
+
+
+def check_exact(
+    op: str,
+    name: str,
+    value: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    why: str,
+) -> None:
+    """A tensor that can only have one shape, dtype and device: an incoming gradient, a result that was kept."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.shape == shape
+        and value.dtype is dtype
+        and value.device == device
+    ):
+        return
+    check_tensor(op, name, value)
+    check_shape(op, name, value, shape, why)
+    if value.dtype is not dtype:
+        raise TypeError(
+            f"fastattn.{op}: {name} must be {str(dtype).removeprefix('torch.')}, given {describe(value)}"
+        )
+    raise ValueError(
+        f"fastattn.{op}: {name} is on {value.device} but the rest is on {device}; nothing is copied between devices silently"
+    )
+
+
+def check_like(op: str, name: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
+    """`value` has the shape, dtype and device of `like`, which is called `other`."""
+    check_exact(op, name, value, like.shape, like.dtype, like.device, f"{other}'s")
+
+
+def check_written(op: str, name: str, value: torch.Tensor) -> None:
+    """No two elements of a tensor that is written in place share memory by a stride of 0."""
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise ValueError(f"fastattn.{op}: {name} is written in place and must not be an expanded tensor")
+
+
+def statistics_dtype(t: torch.Tensor) -> torch.dtype:
+    """Of an op's log-sum-exps, losses and norms."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -105,6 +161,9 @@ def check_range(
     if traced() or value.device.type != "cpu" or value.numel() == 0:
         return
     if torch._subclasses.fake_tensor.is_fake(value):
+        return
+    least, most = torch.aminmax(value)
+    if least >= low and most < high:
         return
     bad = (value < low) | (value >= high)
     if also is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import math
 import pkgutil
 import threading
@@ -73,6 +74,20 @@ class Declaration:
                 return f"{name}={_tables.brief(values[name])} is not allowed"
         return self.feasible(values, key, target) if self.feasible is not None else None
 
+    def refuses_entry(self, entry: Mapping[str, Any], target: _device.Target) -> str | None:
+        """Why a look-up passes over a table's entry on this device, or None."""
+        key, sizes = entry.get("key"), entry.get("sizes")
+        if not isinstance(key, dict) or key.keys() != set(self.structural):
+            return f"key fields are not {', '.join(self.structural)}"
+        if not isinstance(sizes, dict) or sizes.keys() != set(self.sizes):
+            return f"sizes are not {', '.join(self.sizes)}"
+        if any(type(size) is not int or not 0 < size < 2**63 for size in sizes.values()):
+            return "a size is not a positive integer"
+        try:
+            return self.refuses(entry.get("config"), {**key, **sizes}, target)
+        except Exception as error:  # a feasibility test may stumble over a key that no call makes
+            return f"no such key ({type(error).__name__})"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -99,7 +114,9 @@ class _Bucket:
     declaration: Declaration
     structural: dict[str, Any]
     target: _device.Target
-    entries: list[_Entry]
+    steps: tuple[
+        list[_Entry], ...
+    ]  # this device's entries, then those of its instruction set or architecture
     memo: dict[tuple, Choice] = field(default_factory=dict)
     default: Choice | None = None  # set where no size can change the answer
 
@@ -190,15 +207,12 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
             raise TypeError(f"{op}.{backend}: {name}={value!r} must be a string, integer or bool")
     target = _device.target(device)
     with _lock:
-        found: list[_Entry] = []
-        for source, table in _tables.tables(target):
-            places = {
-                place for place, _, _ in found
-            }  # an earlier table's entry for a size hides a later one's
-            more = entries(declaration, table, structural, target, source)
-            found += [entry for entry in more if entry[0] not in places]
-        bucket = _Bucket(declaration, dict(structural), target, found)
-        if not found and declaration.default is None:
+        steps = tuple(
+            _usable(declaration, found, structural, target)
+            for found in (_tables.tables(target), _tables.relatives(target))
+        )
+        bucket = _Bucket(declaration, dict(structural), target, steps)
+        if not any(steps) and declaration.default is None:
             bucket.default = Choice(MappingProxyType(declaration.defaults({}, target)), "default")
         if len(_buckets) > _MEMO:
             _buckets.clear()
@@ -206,30 +220,26 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
     return bucket
 
 
-def entries(
-    declaration: Declaration, table: dict, structural: Key, target: _device.Target, source: str
+def _usable(
+    declaration: Declaration, tables: list[tuple[str, dict]], structural: Key, target: _device.Target
 ) -> list[_Entry]:
-    """The table's usable entries for one structural key."""
-    usable = []
-    for entry in _tables.table_entries(table, declaration.op, declaration.backend):
-        key, sizes = entry.get("key"), entry.get("sizes")
-        if not isinstance(key, dict) or not _same_key(key, structural):
-            continue
-        if not isinstance(sizes, dict) or sizes.keys() != set(declaration.sizes):
-            continue
-        if any(type(size) is not int or not 0 < size < 2**63 for size in sizes.values()):
-            _tables.complain(
-                f"{source}: {declaration.op}.{declaration.backend} has a bad size, entry ignored"
-            )
-            continue
-        config = entry.get("config")
-        reason = declaration.refuses(config, {**structural, **sizes}, target)
-        if reason is not None:
-            _tables.complain(f"{source}: {declaration.op}.{declaration.backend}: {reason}, entry ignored")
-            continue
-        place = tuple(math.log2(sizes[name]) for name in declaration.sizes)
-        usable.append((place, {name: config[name] for name in declaration.parameters}, source))
-    return usable
+    """The tables' entries for one structural key; an earlier table's entry for a size hides a later one's."""
+    usable: dict[tuple[float, ...], _Entry] = {}
+    for source, table in tables:
+        earlier = set(usable)
+        for entry in _tables.table_entries(table, declaration.op, declaration.backend):
+            key = entry.get("key")
+            if not isinstance(key, dict) or not _same_key(key, structural):
+                continue
+            reason = declaration.refuses_entry(entry, target)
+            if reason is not None:
+                _tables.complain(f"{source}: {declaration.op}.{declaration.backend}: {reason}, entry ignored")
+                continue
+            place = tuple(math.log2(entry["sizes"][name]) for name in declaration.sizes)
+            if place not in earlier:
+                values = {name: entry["config"][name] for name in declaration.parameters}
+                usable.setdefault(place, (place, values, source))
+    return list(usable.values())
 
 
 def _same_key(key: dict, structural: Key) -> bool:
@@ -245,7 +255,7 @@ def _choose(bucket: _Bucket, sizes: Mapping[str, int]) -> Choice:
     place = tuple(math.log2(max(1, sizes[name])) for name in declaration.sizes)
     key = {**bucket.structural, **sizes}
     choice = None
-    for _, values, source in nearest(bucket.entries, place):
+    for _, values, source in itertools.chain.from_iterable(nearest(step, place) for step in bucket.steps):
         # tuned for a neighbouring size, so feasibility is asked again for this one
         if declaration.refuses(values, key, target) is None:
             choice = Choice(MappingProxyType(values), source)

@@ -26,7 +26,7 @@ _ISA_FLAGS = (  # best first; the flags a processor must have
 class Target:
     """One device, as far as tile sizes can tell it from another.
 
-    Tables are matched on kind, name, arch and units; the sizes (bytes, 0 = unknown) feed feasibility tests.
+    Tables are matched on kind, name, arch and units, then on kind and arch; the sizes (bytes, 0 = unknown) feed feasibility tests.
     """
 
     kind: str  # "cpu" | "cuda" | "hip"
@@ -51,10 +51,17 @@ class Target:
 
     def matches(self, described: Any) -> bool:
         """Whether a table's device section means this device."""
+        return self._agrees(described, ("kind", "name", "arch", "units"))
+
+    def resembles(self, described: Any) -> bool:
+        """Whether it means a device of the same instruction set or GPU architecture."""
+        return self._agrees(described, ("kind", "arch"))
+
+    def _agrees(self, described: Any, fields: tuple[str, ...]) -> bool:
         return isinstance(described, dict) and all(
             type(described.get(field)) is type(getattr(self, field))
             and described[field] == getattr(self, field)
-            for field in ("kind", "name", "arch", "units")
+            for field in fields
         )
 
 

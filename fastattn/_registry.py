@@ -132,10 +132,18 @@ class Op:
     name: str
     fake: Callable
     backends: tuple[Backend, ...]
+    check: Callable[..., None]
+    check_contents: Callable[..., None] | None = None
 
     def run(self, *args: Any) -> Any:
-        """The schema's arguments to the backend that serves them."""
+        """The schema's arguments, checked, to the backend that serves them."""
+        self.check(*args[:-1])
+        return self.run_checked(*args)
+
+    def run_checked(self, *args: Any) -> Any:
         *args, requested = args
+        if self.check_contents is not None:
+            self.check_contents(*args)
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         explained = _explained_here.calls
         if explained is None:
@@ -181,24 +189,36 @@ def register_op(
     *,
     fake: Callable,
     backends: Sequence[Backend],
+    check: Callable[..., None],
+    check_contents: Callable[..., None] | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     twice: bool = False,
 ) -> None:
     """Define `torch.ops.fastattn.<name>`; `schema` is the part after the name, its last argument `str backend`.
 
-    fake takes the schema's arguments less `backend`; backward and setup_context are as in torch.library.register_autograd.
+    fake, check and check_contents take the schema's arguments less `backend`; backward and setup_context are as in
+    torch.library.register_autograd.
+    check: raises ValueError, TypeError or NotImplementedError unless ranks, sizes, dtypes, devices and numbers are what the
+    backends rely on. It runs before every call, whether from a public function, a compiled graph or torch.ops, and when one is
+    traced; so it costs a microsecond or two and reads no tensor.
+    check_contents: the same of what index tensors hold, before a call that computes.
     twice: the backward is made of differentiable operations; elsewhere create_graph raises NotImplementedError.
     """
-    op = Op(name, fake, tuple(backends))
+    op = Op(name, fake, tuple(backends), check, check_contents)
     _OPS[name] = op
     _LIBRARY.define(name + schema)
 
     def run_fake(*args):
+        check(*args[:-1])
         return fake(*args[:-1])
 
+    def run_without_gradients(*args):
+        with torch.no_grad():
+            return op.run(*args)
+
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, op.run, key)
+        _LIBRARY.impl(name, run_without_gradients if backward is None else op.run, key)
     torch.library.register_fake(f"fastattn::{name}", run_fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
@@ -239,6 +259,11 @@ def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
 def needs_grad(args: Sequence[Any]) -> bool:
     """Whether a call with these arguments would be recorded by autograd."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args))
+
+
+def refuse_gradients(name: str, args: Sequence[Any]) -> None:
+    if needs_grad(args):
+        raise NotImplementedError(f"fastattn.{name}: it has no gradients; call it under torch.no_grad()")
 
 
 def _unobserved(args: Sequence[Any]) -> bool:
@@ -301,10 +326,12 @@ def call(name: str, *args: Any) -> Any:
     Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
     torch.func's gradients, which it refuses with no word of the op.
     """
+    op = _OPS[name]
+    op.check(*args[:-1])
     if forward_ad._current_level >= 0:
         _refuse_tangents(name, args)
     if _unobserved(args):
-        return _OPS[name].run(*args)
+        return op.run_checked(*args)
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         _refuse_functional_gradients(name, args)
     return getattr(torch.ops.fastattn, name)(*args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import stat
 import threading
@@ -21,7 +22,9 @@ SCHEMA = 1
 MAX_BYTES = 4 << 20  # a table is a few kilobytes; anything larger is not one
 
 logger = logging.getLogger("fastattn")
+_MOST_RELATIVES = 32  # tables of other devices that are read
 _read: dict[_device.Target, list[tuple[str, dict]]] = {}
+_relatives: dict[_device.Target, list[tuple[str, dict]]] = {}
 _installed: dict[_device.Target, dict] = {}
 _complained: set[str] = set()
 _lock = threading.RLock()
@@ -31,6 +34,7 @@ def forget() -> None:
     """Read the files again when next asked."""
     with _lock:
         _read.clear()
+        _relatives.clear()
         _complained.clear()
 
 
@@ -86,6 +90,33 @@ def tables(target: _device.Target) -> list[tuple[str, dict]]:
                 if table is not None:
                     _read[target].append((str(path), table))
         return _read[target]
+
+
+def relatives(target: _device.Target) -> list[tuple[str, dict]]:
+    """(source, table) of devices with this one's instruction set or architecture, best first: of the same name, then of the
+    nearest number of units; among equals the earlier folder's."""
+    with _lock:
+        if target in _installed:
+            return []
+        if target not in _relatives:
+            found = []
+            for directory in directories():
+                for path in sorted(directory.glob("*.json"))[:_MOST_RELATIVES]:
+                    if path.stem == target.slug:  # `tables` has looked at it
+                        continue
+                    table = read_table(path)
+                    described = None if table is None else table.get("device")
+                    if target.resembles(described) and not target.matches(described):
+                        found.append((str(path), table))
+            found.sort(key=lambda item: _strangeness(item[1]["device"], target))
+            _relatives[target] = found
+        return _relatives[target]
+
+
+def _strangeness(described: dict, target: _device.Target) -> tuple[bool, float]:
+    units = described.get("units")
+    known = type(units) is int and 0 < units < 2**31
+    return described.get("name") != target.name, abs(math.log2(units / target.units)) if known else math.inf
 
 
 def read_table(path: Path, target: _device.Target | None = None) -> dict | None:
@@ -146,7 +177,7 @@ def effective(device: Any) -> dict:
     target = _device.target(device)
     ops: dict[str, dict[str, dict[str, list]]] = {}
     seen = set()
-    for _, table in tables(target):
+    for _, table in (*tables(target), *relatives(target)):
         level = table.get("ops")
         for op, backends in level.items() if isinstance(level, dict) else ():
             for backend in backends if isinstance(backends, dict) else ():

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ._checks import check_integer, check_tensor, traced
+from ._checks import check_integer, check_same_device, check_tensor, describe, traced
 
 SCHEMA = (
     "bool causal, int window_left, int window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
@@ -121,15 +121,10 @@ class Mask:
                 parts.append(f"{name}: {tuple(value.shape)}")
         return f"Mask({', '.join(parts)})"
 
-    def check(self, op: str, q: torch.Tensor, k: torch.Tensor) -> None:
-        """The mask fits q (B, H, Lq, D) and k (B, Hkv, Lk, D). Raises ValueError naming what does not."""
-        batch, heads, lq, _ = q.shape
-        lk = k.shape[2]
+    def _check_contents(self, op: str, q: torch.Tensor, k: torch.Tensor) -> None:
+        """The contents of index tensors, known on the host, fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), or ValueError."""
+        lq, lk = q.shape[2], k.shape[2]
         if self.packed:
-            if batch != 1:
-                raise ValueError(
-                    f"fastattn.{op}: packed documents (cu_seqlens_q) need a batch of one, given {batch}"
-                )
             for name, total, length in (
                 ("cu_seqlens_q", self.total_q, lq),
                 ("cu_seqlens_k", self.total_k, lk),
@@ -141,32 +136,14 @@ class Mask:
                 ("prefix_lengths", self.longest_prefix),
                 ("key_lengths", self.longest_key_length),
             ):
-                value = getattr(self, name)
-                if value is None:
-                    continue
-                if value.numel() != batch:
-                    raise ValueError(
-                        f"fastattn.{op}: {name} has {value.numel()} entries for a batch of {batch}"
-                    )
                 if longest > lk:
                     raise ValueError(
                         f"fastattn.{op}: {name} holds {longest}, longer than the {lk} keys given"
                     )
-        if self.dense is not None:
-            full = (batch, heads, lq, lk)
-            shape = (1,) * (4 - self.dense.dim()) + tuple(self.dense.shape)
-            if any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-                raise ValueError(
-                    f"fastattn.{op}: dense mask of shape {tuple(self.dense.shape)} does not broadcast to (B, H, Lq, Lk) = {full}"
-                )
-            if self.dense.device != q.device:
-                raise ValueError(
-                    f"fastattn.{op}: the dense mask is on {self.dense.device} but q is on {q.device}"
-                )
 
     def schema_args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> tuple:
         """The values of `masks.SCHEMA` for this call, index tensors as int32 on q's device."""
-        self.check(op, q, k)
+        self._check_contents(op, q, k)
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
             tensors = tuple(
@@ -178,7 +155,7 @@ class Mask:
         prefix, offsets_q, offsets_k, lengths = tensors
         dense = self.dense
         if dense is not None:
-            dense = dense.view((1,) * (4 - dense.dim()) + tuple(dense.shape))
+            dense = check_broadcast(op, "dense mask", dense, q, k)
         max_q = self.max_seqlen_q if self.packed else q.shape[2]
         max_k = self.max_seqlen_k if self.packed else k.shape[2]
         return (
@@ -193,6 +170,76 @@ class Mask:
             lengths,
             dense,
         )
+
+
+def check_broadcast(op: str, name: str, t: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """t as (B or 1, H or 1, Lq or 1, Lk or 1), which it must broadcast from."""
+    full = (*q.shape[:3], k.shape[2])
+    shape = (1,) * (4 - t.dim()) + tuple(t.shape)
+    if t.dim() > 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"fastattn.{op}: {name} of shape {tuple(t.shape)} does not broadcast to (B, Hq, Lq, Lk) = {full}"
+        )
+    return t if t.dim() == 4 else t.view(shape)
+
+
+def check_args(
+    op: str, q: torch.Tensor, k: torch.Tensor, causal, window_left, window_right, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k, key_lengths, dense,
+) -> None:  # fmt: skip
+    """The values of `SCHEMA` fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), but for what index tensors hold."""
+    if window_left > LONGEST or window_right > LONGEST:
+        side = max(window_left, window_right)
+        raise ValueError(f"fastattn.{op}: a window must be at most {LONGEST} keys, given {side}")
+    if dense is not None:
+        if dense.dtype != torch.bool or dense.dim() != 4:
+            raise TypeError(
+                f"fastattn.{op}: dense must be a bool tensor of four dimensions, given {describe(dense)}"
+            )
+        check_broadcast(op, "dense mask", dense, q, k)
+        check_same_device(op, q=q, **{"the dense mask": dense})
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        if prefix_lengths is None and key_lengths is None:
+            return
+        sequences, of = q.shape[0], f"a batch of {q.shape[0]}"
+    else:
+        if q.shape[0] != 1:
+            raise ValueError(
+                f"fastattn.{op}: packed documents (cu_seqlens_q) need a batch of one, given {q.shape[0]}"
+            )
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            raise ValueError(f"fastattn.{op}: cu_seqlens_q and cu_seqlens_k must be given together")
+        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            _check_indices(op, name, value, q)
+        if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0] or cu_seqlens_q.shape[0] < 1:
+            raise ValueError(
+                f"fastattn.{op}: cu_seqlens_k has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has "
+                f"{cu_seqlens_q.shape[0]}; they must agree, and be one at least"
+            )
+        for name, most, length in (
+            ("max_seqlen_q", max_seqlen_q, q.shape[2]),
+            ("max_seqlen_k", max_seqlen_k, k.shape[2]),
+        ):
+            if not -1 <= most <= length:
+                raise ValueError(
+                    f"fastattn.{op}: {name} must lie in [0, {length}], or be -1 where it is not known, given {most}"
+                )
+        sequences = cu_seqlens_q.shape[0] - 1
+        of = f"{sequences} documents"
+    for name, value in (("prefix_lengths", prefix_lengths), ("key_lengths", key_lengths)):
+        if value is None:
+            continue
+        _check_indices(op, name, value, q)
+        if value.shape[0] != sequences:
+            raise ValueError(f"fastattn.{op}: {name} has {value.shape[0]} entries for {of}")
+    if prefix_lengths is not None and not causal:
+        raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
+
+
+def _check_indices(op: str, name: str, value: torch.Tensor, q: torch.Tensor) -> None:
+    if value.dtype != torch.int32 or value.dim() != 1:
+        raise TypeError(f"fastattn.{op}: {name} must be int32 of one dimension, given {describe(value)}")
+    check_same_device(op, q=q, **{name: value})
 
 
 def _lasting(tensors: tuple[torch.Tensor | None, ...]) -> bool:

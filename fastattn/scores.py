@@ -42,4 +42,12 @@ SCORES: dict[str, Score] = {
         Score("softplus", 2, F.softplus, normalised=True, log_n_bias=False),
     )
 }
-BY_CODE: dict[int, Score] = {row.code: row for row in SCORES.values()}
+
+
+class _ByCode(dict[int, Score]):
+    def __missing__(self, code: int) -> Score:
+        known = ", ".join(f"{row.code} ({row.name})" for row in self.values())
+        raise ValueError(f"fastattn: score must be one of {known}, given {code!r}")
+
+
+BY_CODE: dict[int, Score] = _ByCode({row.code: row for row in SCORES.values()})

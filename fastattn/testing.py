@@ -1,7 +1,8 @@
 """Error budgets and input makers, shared by the tests and the benchmarks.
 
 The truth is an op's reference run in float64. What a result y in a low dtype may differ by is not a guessed
-tolerance but what plain torch does in the same dtype on the same inputs:
+tolerance but what plain torch does in the same dtype on the same inputs, the reference with every step
+rounded to that dtype (by itself the reference of attention computes in float32 and rounds once):
 
     max|y - truth| <= factor * max|eager - truth| + rounding band        (factor 2, gradients 3)
 
@@ -26,6 +27,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
+from ._arithmetic import rounding_every_step
 
 EPS32 = torch.finfo(torch.float32).eps
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,7 +160,8 @@ def assert_within_budget(
     """Outputs of an op given `inputs`, against reference(*inputs) in float64 and in the inputs' dtype."""
     with torch.no_grad():
         truth = as_tuple(reference(*to_float64(inputs)))
-        eager = as_tuple(reference(*inputs))
+        with rounding_every_step():
+            eager = as_tuple(reference(*inputs))
     actual = as_tuple(actual)
     assert len(actual) == len(truth), f"{len(actual)} outputs, the reference has {len(truth)}"
     for i, (a, t, e) in enumerate(zip(actual, truth, eager, strict=True)):
@@ -219,7 +223,8 @@ def check_op(
     outputs, gradients = differentiate(op, inputs, grad_outputs)
     if grad_outputs is None:
         grad_outputs = output_gradients(outputs)
-    eager, eager_gradients = differentiate(reference, inputs, grad_outputs)
+    with rounding_every_step():
+        eager, eager_gradients = differentiate(reference, inputs, grad_outputs)
     truth, true_gradients = differentiate(reference, to_float64(inputs), grad_outputs)
     assert len(outputs) == len(truth), f"{len(outputs)} outputs, the reference has {len(truth)}"
     for i, (a, t, e) in enumerate(zip(outputs, truth, eager, strict=True)):

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.registry import Case, Problem, faster_than, share_of_peak
 from fastattn import testing
+from fastattn.integrations.transformers import cache_name
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.models.hrm_text_config import SIZES
 
@@ -150,9 +151,8 @@ def decode(dtype, hidden, layers, batch, cached, shortest=None, device="cpu"):
     with torch.no_grad():
         ours(prompt, prefix_lengths=lengths, lengths=lengths if ragged else None, cache=cache)
         # theirs gets our keys and values: its own bf16 prompt can take minutes
-        kept = theirs(
-            prompt[:, :1], token_type_ids=torch.ones_like(prompt[:, :1]), use_cache=True
-        ).past_key_values
+        name = cache_name()
+        kept = theirs(prompt[:, :1], token_type_ids=torch.ones_like(prompt[:, :1]), use_cache=True)[name]
         slots = zip(cache.keys.flatten(0, 1), cache.values.flatten(0, 1), strict=True)
         for layer, (keys, values) in zip(kept.layers, slots, strict=True):
             layer.keys, layer.values = (t[:, :, :cached].clone() for t in (keys, values))
@@ -175,7 +175,7 @@ def decode(dtype, hidden, layers, batch, cached, shortest=None, device="cpu"):
 
     @torch.no_grad()
     def peer():
-        logits = theirs(token, past_key_values=kept, use_cache=True, **padded).logits
+        logits = theirs(token, use_cache=True, **{name: kept}, **padded).logits
         kept.crop(-1)
         return logits
 

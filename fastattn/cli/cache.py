@@ -38,8 +38,9 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
     target = _device.present(device, "cache")
     console.print(f"{target.name}, {target.arch}, {target.units} units", markup=False)
     shown = False
-    for source, table in _tables.tables(target):
-        rows = Table(title=escape(source), title_justify="left", box=None, pad_edge=False)
+    for source, table in (*_tables.tables(target), *_tables.relatives(target)):
+        made_for = "" if target.matches(table["device"]) else f" (made for {_made_for(table)})"
+        rows = Table(title=escape(_plain(source + made_for)), title_justify="left", box=None, pad_edge=False)
         for name in ("op", "bucket", "configuration"):
             rows.add_column(name, overflow="fold")
         for name in ("time", "gain", "spread"):
@@ -90,14 +91,16 @@ def why(
     choice = _config.lookup(name, backend, structural=structural, sizes=sizes, device=target)
     console.print(f"{_fields(choice.values)}  from {_plain(choice.source)}", markup=False)
     sources = dict(_tables.tables(target))
-    for directory in _tables.directories():
-        path = str(directory / f"{target.slug}.json")
-        if path not in sources:
+    relatives = dict(_tables.relatives(target))
+    for path in (*(str(d / f"{target.slug}.json") for d in _tables.directories()), *relatives):
+        table = sources.get(path) or relatives.get(path)
+        if table is None:
             reason = "cannot be used" if Path(path).exists() else "is not there"
             console.print(f"  {path} {reason}", markup=False, soft_wrap=True)
             continue
-        console.print(f"  {path}", markup=False, soft_wrap=True)
-        for found_op, found_backend, entry in every_entry(sources[path]):
+        made_for = f", made for {_made_for(table)}" if path in relatives else ""
+        console.print(_plain(f"  {path}{made_for}"), markup=False, soft_wrap=True)
+        for found_op, found_backend, entry in every_entry(table):
             if (found_op, found_backend) != (name, backend):
                 continue
             reason = refusal(name, backend, entry, target)
@@ -107,6 +110,11 @@ def why(
             console.print(
                 f"    {_fields(entry.get('sizes'))}: {_plain(reason)}", markup=False, soft_wrap=True
             )
+
+
+def _made_for(table: dict) -> str:
+    device = table["device"]
+    return f"{device.get('name')}, {device.get('units')} units"
 
 
 def verify(

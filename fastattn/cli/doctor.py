@@ -158,9 +158,11 @@ def probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]
 def _print_tables(console: Any, device: str) -> None:
     from fastattn import _device, _tables
 
-    found = _tables.tables(_device.target(device))
-    console.print("tuned tables in use:" if found else "tuned tables in use: none")
-    for source, table in found:
+    target = _device.target(device)
+    found = _tables.tables(target)
+    relatives = [(f"{source} (another {target.arch} device)", t) for source, t in _tables.relatives(target)]
+    console.print("tuned tables in use:" if found or relatives else "tuned tables in use: none")
+    for source, table in (*found, *relatives):
         console.print(f"  {source}: {', '.join(table.get('ops', ()))}", markup=False)
 
 
@@ -181,9 +183,12 @@ def _hints() -> list[str]:
     if os.environ.get("FASTATTN_BACKEND"):
         hints.append(f"FASTATTN_BACKEND={os.environ['FASTATTN_BACKEND']} rules out every other backend")
     if not _tables.tables(target):
-        hints.append(
-            "no tuned table for this processor: built-in tile sizes are used; `fastattn tune` makes one"
+        used = (
+            f"those of other {target.arch} processors are"
+            if _tables.relatives(target)
+            else "built-in tile sizes are"
         )
+        hints.append(f"no tuned table for this processor: {used} used; `fastattn tune` makes one")
     if not torch.cuda.is_available():
         kind = (
             "torch is a CPU build"

@@ -7,6 +7,8 @@ sliding-window, PrefixLM or padding mask is recognised, element for element, and
 tests in its place; any other is used as it is.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +27,19 @@ _REFUSED = {
     "sinks": "attention sinks",
     "head_mask": "a head mask",
     "cache": "a paged cache",
+    "block_table": "a paged cache",
+    "read_index": "a paged cache",
     "indices": "sparse attention by indices",
     "block_indices": "sparse attention by indices",
 }
 _sdpa_families: dict[type, bool] = {}
+
+_KEPT = 4  # masks whose structure is remembered: a model has one for each kind of layer
+_LARGEST_KEPT = 1 << 26  # elements
+_known: tuple[tuple, ...] = ()  # (keys, contents, structure), the latest first
+_known_on_device: tuple[
+    tuple, ...
+] = ()  # (weak reference, version, keys, allowed, structure), the latest first
 
 
 def register() -> None:
@@ -103,18 +114,25 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: query (B, Hq, Lq, D), key and value (B, Hkv, Lk, D) -> ((B, Lq, Hq, D), None).
 
     attention_mask: None, bool (True = attend) or additive, each broadcastable to (B, Hq, Lq, Lk).
+    cu_seq_lens_q, cu_seq_lens_k: token offsets (documents + 1,) of documents packed in a batch of one, as transformers'
+        DataCollatorWithFlattening gives them; documents do not attend each other, whatever the mask says.
     Raises NotImplementedError for dropout, a soft cap, attention sinks, sparse indices, a paged cache,
-    output_attentions, and causal attention without a mask of other than as many queries as keys.
+    output_attentions, packed documents with a cache, and causal attention without a mask of other than as many queries as keys.
     """
     refuse(dropout, kwargs)
     query, key, value = autocast(query, key, value)
     bias, mask, keys, causal = position_bias, None, key.shape[2], False
-    if attention_mask is None:
+    documents = _documents(query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if documents:
+        mask, bias = _packed_mask(module, attention_mask, is_causal, keys, documents, bias)
+    elif attention_mask is None:
         causal = query.shape[2] > 1 and _is_causal(module, is_causal)
         if causal and query.shape[2] != keys:
             raise NotImplementedError(
@@ -142,12 +160,67 @@ def attention_forward(
     return out.transpose(1, 2).contiguous().to(dtype), None
 
 
+def _documents(
+    query: torch.Tensor, key: torch.Tensor, offsets_q: torch.Tensor | None, offsets_k: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Mask's keywords for documents packed in a batch of one; none for a batch that is not packed."""
+    if offsets_q is None and offsets_k is None:
+        return {}
+    if offsets_q is None or offsets_k is None:
+        raise ValueError("fastattn: cu_seq_lens_q and cu_seq_lens_k must be given together")
+    if query.shape[0] != 1:
+        raise NotImplementedError(f"fastattn: cu_seq_lens_q needs a batch of one, given {query.shape[0]}")
+    if query.shape[2] != key.shape[2]:
+        raise NotImplementedError(
+            f"fastattn: cu_seq_lens_q is served for as many queries as keys, given {query.shape[2]} and "
+            f"{key.shape[2]}: packed documents have no cache"
+        )
+    return {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
+
+
+def _packed_mask(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    keys: int,
+    documents: dict[str, torch.Tensor],
+    bias: torch.Tensor | None,
+) -> tuple[Mask, torch.Tensor | None]:
+    """(Mask, bias) of packed documents: within each, what the model's own mask or `is_causal` says."""
+    if attention_mask is None:
+        return Mask(causal=_is_causal(module, is_causal), **documents), bias
+    found = recognise(attention_mask, keys)
+    if found is None:
+        return Mask(**documents), attention_mask if bias is None else attention_mask + bias
+    mask, _ = found
+    dense = mask.dense if mask is not None else None
+    if dense is None:
+        # a document's own positions are not the row's, which lengths and prefixes count in
+        dense = _allowed(attention_mask)
+    return Mask(dense=dense, **documents), bias
+
+
 def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
     """What no mask means: eager attention attends everything, "sdpa" goes by `is_causal`."""
     config = getattr(module, "config", None)
     if config is not None and not _sdpa_family(type(config)):
         return False
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether an argument of a model is its key-value cache, whatever its name. A paged cache, which has no length of its
+    own, is none."""
+    return callable(getattr(value, "get_seq_length", None))
+
+
+def cache_name() -> str:
+    """What the installed transformers calls a model's cache, as an argument and in the output: `cache`, and in older
+    versions `past_key_values`."""
+    from transformers import LlamaForCausalLM
+
+    parameters = inspect.signature(LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -162,7 +235,8 @@ def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             "fastattn: output_attentions is not served, the weights are never formed; use attn_implementation='eager'"
         )
     for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
+        # a model's own cache is already in the keys and values
+        if kwargs.get(name) is not None and not is_cache(kwargs[name]):
             raise NotImplementedError(
                 f"fastattn: {what} ({name}) is not served; use attn_implementation='eager'"
             )
@@ -170,22 +244,56 @@ def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
 
 def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
     """(Mask, keys): attention under `mask`, broadcastable to (B, H, Lq, lk), is attention under Mask over the first
-    `keys` keys; None where it adds more than 0 or the lowest number. Remembered on the tensor while it is unchanged."""
+    `keys` keys; None where it adds more than 0 or the lowest number.
+
+    The layers of a model bring one mask many times: what it means is found once, and remembered with a copy of its contents.
+    """
     if mask.dtype == torch.bool and mask.dim() != 4:
         raise ValueError(
             f"fastattn: attention_mask must have 4 dimensions (B, H, Lq, Lk), given {tuple(mask.shape)}"
         )
     if torch.compiler.is_compiling():
         return (Mask(dense=mask), lk) if mask.dtype == torch.bool else None
-    version = None if mask.is_inference() else mask._version
-    remembered = getattr(mask, "_fastattn_mask", None)
-    if version is not None and remembered is not None and remembered[0] == (version, lk):
-        return remembered[1]
+    if mask.device.type != "cpu":
+        return _recognise_on_device(mask, lk)
     allowed = _allowed(mask)
-    found = None if allowed is None else _structure(allowed, lk) or (Mask(dense=allowed), lk)
-    if version is not None:
-        mask._fastattn_mask = ((version, lk), found)
-    return found
+    if allowed is None:
+        return None
+    return _known_structure(allowed, lk) or (Mask(dense=allowed), lk)
+
+
+def _known_structure(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
+    """`_structure`, found once for the masks of the latest contents."""
+    global _known
+    for length, contents, structure in _known:
+        # by contents: numpy and compiled code write to memory without torch's count
+        if length == lk and contents.equal(allowed):
+            return structure
+    structure = _structure(allowed, lk)
+    if allowed.numel() <= _LARGEST_KEPT:
+        _known = ((lk, allowed.clone(), structure), *_known[: _KEPT - 1])
+    return structure
+
+
+def _recognise_on_device(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
+    """`recognise` where to read a mask is to wait for the device: a tensor object is read once in each of its versions."""
+    global _known_on_device
+    version = None if mask.is_inference() else mask._version
+    known = (e for e in _known_on_device if e[0]() is mask and e[1:3] == (version, lk))
+    entry = next(known, None)
+    if entry is None:
+        allowed = _allowed(mask)
+        structure = None if allowed is None else _structure(allowed, lk)
+        # a bool mask is its own: an entry keeps no mask alive
+        entry = (weakref.ref(mask), version, lk, None if allowed is mask else allowed, structure)
+        if version is not None:
+            _known_on_device = (entry, *_known_on_device[: _KEPT - 1])
+    *_, allowed, structure = entry
+    if mask.dtype == torch.bool:
+        allowed = mask
+    if allowed is None:
+        return None
+    return structure or (Mask(dense=allowed), lk)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor | None:

@@ -166,20 +166,24 @@ class _OneCache:
         self._cache: Callable[[], Any] = _no_cache  # whose signatures the routers keep
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
+        from ..integrations.transformers import is_cache
+
+        caches = [value for value in (*args, *kwargs.values()) if is_cache(value)]
+        if all(cache.get_seq_length() == 0 for cache in caches):
             self._cache = _no_cache
             for router in self._routers:
                 router._caches.clear()
-        elif self._cache() is not cache:
+        elif not any(cache is self._cache() for cache in caches):
             raise NotImplementedError(
-                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; past_key_values is another"
+                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; the model was given another"
             )
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        from ..integrations.transformers import is_cache
+
         parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         for part in parts:
-            if hasattr(part, "get_seq_length"):
+            if is_cache(part):
                 self._cache = weakref.ref(part)
 
 
@@ -201,8 +205,9 @@ def attention_forward(
     from ..integrations.transformers import recognise, refuse
 
     refuse(dropout, kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError("fastattn: Focus does not serve a position bias")
+    for name in ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"fastattn: Focus does not serve {name}")
     mask, keys = None, key.shape[2]
     if attention_mask is not None:
         found = recognise(attention_mask, keys)

@@ -23,7 +23,8 @@ def scaled_dot_product_attention(
     unmodified model, in torch.autocast's dtype inside it. Differentiable in query, key, value and a floating attn_mask.
 
     query: (..., Lq, D); key: (..., Lk, D); value: (..., Lk, Dv): one floating dtype and device, 2 or more
-        dimensions, leading ones broadcast.
+        dimensions, leading ones broadcast. Or all three jagged nested tensors (B, H, L of each sequence, D), as
+        `torch.nested.nested_tensor(..., layout=torch.jagged).transpose(1, 2)` gives them, without attn_mask.
     attn_mask: broadcastable to (..., Lq, Lk). bool: True = attend. Floating, of query's dtype or float32:
         added to the scaled scores, in the wider of the two dtypes.
     dropout_p: only 0.
@@ -36,6 +37,8 @@ def scaled_dot_product_attention(
     NotImplementedError naming the argument.
     """
     op = "scaled_dot_product_attention"
+    if any(isinstance(t, torch.Tensor) and t.is_nested for t in (query, key, value)):
+        return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.check_tensor(op, name, t)
         if t.dim() < 2:
@@ -87,6 +90,36 @@ def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return [t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors]
+
+
+def _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
+    """Attention of jagged nested tensors (B, H, L of each sequence, D): packed documents of one batch."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _checks.check_any_tensor(op, name, t)
+        if t.layout is not torch.jagged or t.dim() != 4 or t._ragged_idx != 2 or t.lengths() is not None:
+            raise NotImplementedError(
+                f"fastattn.{op}: query, key and value must all be dense, or all jagged nested tensors of shape "
+                f"(B, H, L of each sequence, D) without holes; {name} is not"
+            )
+    if attn_mask is not None:
+        raise NotImplementedError(f"fastattn.{op}: attn_mask is not served with nested tensors, is_causal is")
+    if dropout_p != 0:
+        raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
+    offsets_q, offsets_k, offsets_v = query.offsets(), key.offsets(), value.offsets()
+    if offsets_k is not offsets_v and not torch.equal(offsets_k, offsets_v):
+        raise ValueError(f"fastattn.{op}: key and value must have the same sequence lengths")
+    if is_causal and offsets_q is not offsets_k and not torch.equal(offsets_q, offsets_k):
+        raise NotImplementedError(
+            f"fastattn.{op}: is_causal needs nested query and key of the same sequence lengths"
+        )
+    q, k, v = autocast(query.values(), key.values(), value.values())  # (H, tokens of all sequences, D)
+    if not enable_gqa and q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"fastattn.{op}: key has {k.shape[0]} heads, query has {q.shape[0]}; they must agree without enable_gqa"
+        )
+    mask = Mask(causal=is_causal, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
+    out = attention(q[None], k[None], v[None], scale=scale, mask=mask)
+    return torch.nested.nested_tensor_from_jagged(out[0], offsets=offsets_q, jagged_dim=2)
 
 
 def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:

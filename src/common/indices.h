@@ -44,9 +44,6 @@ void check_indices(const P& p) {
       check_index("cu_seqlens", i, begin, 0, p.scores.size[2]);
       check_index("lengths", i, count, 0, p.scores.size[2] - begin);
     }
-  } else if constexpr (std::is_same_v<P, DecodeStepParams>) {
-    for (int64_t i = 0; i < p.positions.size[3]; i++)
-      check_index("position", i, ((const int32_t*)p.positions.data)[i], 0, p.keys.size[2] - 1);
   }
 }
 

@@ -312,7 +312,7 @@ struct BackwardBlock {
     if constexpr (kStep == 2) {
       for (int64_t i = begin * kRows; i < end * kRows; i++)
         for (int64_t j = 0; j < used; j += 2 * W)
-          store_two((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
+          store_factors((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
     } else {
       (void)begin, (void)end, (void)used;
     }
@@ -463,8 +463,10 @@ static void backward_scored(const AttentionParams& p) {
       return backward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
     case SigmoidScore<Arithmetic>::kCode:
       return backward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
-    default:
+    case SoftplusScore<Arithmetic>::kCode:
       return backward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
+    default:
+      cpu::unknown_code("score", p.score);
   }
 }
 

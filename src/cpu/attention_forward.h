@@ -19,11 +19,18 @@ struct PackedHead {
   int64_t words() const { return key_words + value_words; }
 };
 
-// Weights of one row of scores over the columns, in place of them or as bf16; adds them to the row sum.
+// Whether a row is divided by the sum of the rounded weights that its values were multiplied by. Where the largest
+// weight is 1, which bf16 holds, there is no need; elsewhere a row of few keys, or of equal weights, would be off by
+// their common rounding.
+template <class Score, class Out>
+constexpr bool kSumsRounded = Score::kNormalised && !Score::kMaximum && std::is_same_v<Out, bf16>;
+
+// Weights of one row of scores over the columns, in place of them or as bf16; adds them to the row sum, and as they are
+// rounded to that of rounded weights.
 template <class Score, bool kMasked, class Out>
 FASTATTN_INLINE void weigh_row(const float* x, Out* out, const Columns& columns, float c, const ScoreRow& constants,
-                               const RowMask& mask, float* sum) {
-  vf total = Score::kNormalised ? load(sum) : vf{};
+                               const RowMask& mask, float* sum, float* rounded_sum) {
+  vf total = Score::kNormalised ? load(sum) : vf{}, rounded{};
   static_assert(kPanel % (2 * W) == 0);
   for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
     vf w[2];
@@ -32,31 +39,35 @@ FASTATTN_INLINE void weigh_row(const float* x, Out* out, const Columns& columns,
       if (kMasked && !Score::kMaximum) w[i] = keep(mask.at(j + i * W), w[i]);
       if (Score::kNormalised) total += w[i];
     }
-    store_two(out + j, w[0], w[1]);
+    store_factors(out + j, w[0], w[1]);
+    if (kSumsRounded<Score, Out>) rounded += load(out + j) + load(out + j + W);
   }
   if (Score::kNormalised) store(sum, total);
+  if (kSumsRounded<Score, Out>) store(rounded_sum, load(rounded_sum) + rounded);
 }
 
 template <class Unit, class Score>
 struct ForwardBlock {
   using Word = typename Unit::Word;
   using Weight = std::conditional_t<Unit::kStep == 2, bf16, float>;
+  static constexpr bool kRounded = kSumsRounded<Score, Weight>;
 
   const Problem& problem;
   int64_t block_q, block_k, q_steps, out_columns;
-  Word* q;          // (block_q, q_steps)
-  float* scores;    // (block_q, block_k)
-  Weight* weights;  // (block_q, block_k), the scores' own memory when they are floats
-  float* out;       // (block_q, out_columns)
-  float* top;       // (block_q) running maximum of x * c
-  float* sums;      // (block_q, W) running row sum, by lanes
+  Word* q;              // (block_q, q_steps)
+  float* scores;        // (block_q, block_k)
+  Weight* weights;      // (block_q, block_k), the scores' own memory when they are floats
+  float* out;           // (block_q, out_columns)
+  float* top;           // (block_q) running maximum of x * c
+  float* sums;          // (block_q, W) running row sum, by lanes
+  float* rounded_sums;  // (block_q, W) the same of rounded weights, where they are summed
   RowRanges ranges;
 
   static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k) {
     const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
-    int64_t words = block_q * (q_steps + block_k + out_columns + 1 + W);
+    int64_t words = block_q * (q_steps + block_k + out_columns + 1 + (kRounded ? 2 : 1) * W);
     if (Unit::kStep == 2) words += block_q * block_k / 2;
-    return words * 4 + RowRanges::bytes(block_q) + 64 * 8;
+    return words * 4 + RowRanges::bytes(block_q) + 64 * 9;
   }
 
   ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena arena)
@@ -71,6 +82,7 @@ struct ForwardBlock {
         out(arena.take<float>(block_q * out_columns)),
         top(arena.take<float>(block_q)),
         sums(arena.take<float>(block_q * W)),
+        rounded_sums(arena.take<float>(kRounded ? block_q * W : 0)),
         ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
 
   // Rows [first, first + rows) of one query head of a sequence, against its packed keys and values.
@@ -81,6 +93,7 @@ struct ForwardBlock {
     ranges.fill(s, first, rows);
     memset(out, 0, size_t(groups * kRows * out_columns) * 4);
     memset(sums, 0, size_t(groups * kRows * W) * 4);
+    if (kRounded) memset(rounded_sums, 0, size_t(groups * kRows * W) * 4);
     for (int64_t i = 0; i < groups * kRows; i++) top[i] = -__builtin_inff();
     if (ranges.begin < ranges.end)
       pack_rows<Unit>(q, q_steps, matrix(p.q, s.batch, head, s.q_begin + first), rows, problem.head_dim, problem.sign);
@@ -96,9 +109,15 @@ struct ForwardBlock {
       }
       add_values(n, groups, values, capacity, s.keys);
     }
-    for (int64_t i = 0; i < rows; i++)
-      finish_row<Score>(p, s, head, first + i, out + i * out_columns, problem.value_dim, reduce_add(load(sums + i * W)),
-                        top[i]);
+    for (int64_t i = 0; i < rows; i++) {
+      float* values = out + i * out_columns;
+      const float sum = reduce_add(load(sums + i * W));
+      if (kRounded) {  // finish_row divides by the sum itself
+        const float rounded = reduce_add(load(rounded_sums + i * W)), factor = rounded == 0 ? 0.0f : sum / rounded;
+        for (int64_t j = 0; j < out_columns; j += W) store(values + j, load(values + j) * factor);
+      }
+      finish_row<Score>(p, s, head, first + i, values, problem.value_dim, sum, top[i]);
+    }
   }
 
   FASTATTN_NOINLINE_MEMBER void score_tile(int64_t n, int64_t begin, int64_t groups, const Word* keys, int64_t count) {
@@ -144,9 +163,9 @@ struct ForwardBlock {
         constants.shift = top[i] == -__builtin_inff() ? 0.0f : top[i];
       }
       if (all || Score::kMaximum)
-        weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W);
+        weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
       else
-        weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W);
+        weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
     }
   }
 
@@ -268,8 +287,10 @@ static void attention_forward(const AttentionParams& p) {
       return forward_scored<SoftmaxScore<Arithmetic>>(p);
     case SigmoidScore<Arithmetic>::kCode:
       return forward_scored<SigmoidScore<Arithmetic>>(p);
-    default:
+    case SoftplusScore<Arithmetic>::kCode:
       return forward_scored<SoftplusScore<Arithmetic>>(p);
+    default:
+      cpu::unknown_code("score", p.score);
   }
 }
 

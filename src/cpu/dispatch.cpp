@@ -2,9 +2,13 @@
 
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #if defined(FASTATTN_X86)
 #include <cpuid.h>
 #endif
+
+#include "../common/refuse.h"
 
 namespace fastattn {
 
@@ -95,6 +99,10 @@ const KernelTable& kernels() {
     current.store(table);
   }
   return *table;
+}
+
+void unknown_code(const char* field, int64_t code) {
+  throw std::invalid_argument("fastattn: no kernel has a " + std::string(field) + " of " + std::to_string(code));
 }
 
 }  // namespace cpu

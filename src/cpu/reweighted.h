@@ -81,7 +81,7 @@ struct ReweightedBlock {
   Weight* weights;            // (block_q, weight_stride): the scores' own memory when they are floats
   float* out;                 // (block_q, out_columns)
   float *sums, *tops, *lows;  // (block_q, W) by lanes
-  float* totals;              // (block_q, W) sums of weights, by lanes
+  float* totals;              // (block_q, W) sums of weights, by lanes; without a power, of weights rounded to bf16
   RowScale* scale;
   RowRanges ranges;
   int64_t base = 0, end = 0;  // keys it runs over, from a tile's first on
@@ -167,14 +167,18 @@ struct ReweightedBlock {
     sum(totals, other.totals, rows * W);
   }
 
+  // Without a power, values are divided by the sum of the rounded weights that they were multiplied by: the mean of
+  // equal values is then that value, and weights that are all rounded the same way lose nothing. With a power the
+  // largest weight is 1, which bf16 holds.
   void finish_row(const BlockRows& rows, const Sequence& s, int64_t r) {
     const float total = reduce_add(load((p.reweigh ? totals : sums) + r * W));
+    const float weighed = Unit::kStep == 2 && !p.reweigh ? reduce_add(load(totals + r * W)) : total;
     float* statistics = statistics_of(p, s, rows, r);
     statistics[0] = p.reweigh ? scale[r].top : 0.0f;
     statistics[1] = p.reweigh ? scale[r].reciprocal_height : 1.0f;
     statistics[2] = total;
     store_row(matrix(p.out, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r)), 0, out + r * out_columns,
-              problem.value_dim, total == 0 ? 0.0f : 1 / total);
+              problem.value_dim, weighed == 0 ? 0.0f : 1 / weighed);
   }
 
   void score_tile(const BlockRows& rows, const Sequence& s, int64_t n, int64_t there, const float* reciprocals) {
@@ -273,8 +277,13 @@ struct ReweightedBlock {
     float* x = scores + r * stride + (n - base);
     Weight* w = Unit::kStep == 2 ? weights + r * weight_stride : (Weight*)x;
     if (!p.reweigh) {
-      if (Unit::kStep == 2)
-        for (int64_t j = columns.begin; j < columns.end; j += W) store(w + j, load(x + j));
+      if (Unit::kStep == 1) return true;
+      vf total = load(totals + r * W);
+      for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+        store_factors(w + j, load(x + j), load(x + j + W));
+        total += load(w + j) + load(w + j + W);
+      }
+      store(totals + r * W, total);
       return true;
     }
     const float top = scale[r].top, reciprocal = scale[r].reciprocal_height;
@@ -283,11 +292,14 @@ struct ReweightedBlock {
       return false;
     }
     vf total = load(totals + r * W), most{};
-    for (int64_t j = columns.begin; j < columns.end; j += W) {
-      const vf y = Power::of(at_least(1.0f - (top - load(x + j)) * reciprocal, 0.0f), power);
-      total += y;
-      most = vmax(most, y);
-      store(w + j, y);
+    for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+      vf y[2];
+      FASTATTN_EACH(i, 2) {
+        y[i] = Power::of(at_least(1.0f - (top - load(x + j + i * W)) * reciprocal, 0.0f), power);
+        total += y[i];
+        most = vmax(most, y[i]);
+      }
+      store_factors(w + j, y[0], y[1]);
     }
     store(totals + r * W, total);
     return reduce_max(most) * (float)scale[r].keys >= kNegligible;

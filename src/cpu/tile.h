@@ -4,6 +4,14 @@
 // A is read by broadcast, from any two strides; B is packed in panels of up to kPanel columns, a panel being
 // (steps, columns of the panel). Operands are made of 32-bit words: one float, or two bf16 that are neighbours
 // along the contracted dimension (steps are then pairs).
+//
+// Pairs are multiplied by VDPBF16PS, which takes subnormals for zero: in both factors, in the sum it adds to, and in
+// that sum after each of its two products. What is lost of C = sum_k a_k b_k besides float32's roundings:
+//   a flushed factor is below 2^-126 and takes less than 2^-126 times the other factor with it (of two, 2^-252);
+//   a flushed sum is below 2^-126: once after each product, and once more where C goes on from memory, rescaled.
+// Together less than 2^-126 sum_k (2 + max(|a_k|, |b_k|)): with factors of at most 1, 3n 2^-126 for n products. So
+// results of normal factors are right to a few of the smallest normal numbers, and factors that are all subnormal give
+// zero. Products of floats (Singles) keep subnormals, and so does what is stored from either.
 #pragma once
 
 #include "vec.h"

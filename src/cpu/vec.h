@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "../common/params.h"
+#include "../common/refuse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -27,6 +29,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint16_t vh2 __attribute__((vector_size(W * 4)));
 
 struct bf16 {
   uint16_t bits;
@@ -164,12 +167,50 @@ FASTATTN_INLINE vu bf16_keeping_nan(vf x, vu rounded) {
   return select_u(x == x, rounded, as_vu(x) | splat_u(0x400000));
 }
 
-FASTATTN_INLINE vh to_bf16(vf x) {
+FASTATTN_INLINE vh bf16_by_integers(vf x) { return narrow(bf16_keeping_nan(x, bf16_rounded(x)) >> 16); }
+
+// The bf16 unit (FASTATTN_BF16_DOT) has instructions for bf16, imitated where the processor lacks them. Whatever MXCSR
+// says, they take a subnormal operand for a zero of its sign and make a subnormal result one. Their conversions are for
+// factors of dot_pairs, which does not see subnormals either; what is stored for others keeps them (to_bf16).
+FASTATTN_INLINE vf flushed(vf x) { return select(vabs(x) < splat(0x1p-126f), (vf)((vi)x & int32_t(0x80000000)), x); }
+
+#if defined(FASTATTN_BF16_DOT)
+FASTATTN_INLINE vh flushed_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  return narrow(bf16_keeping_nan(x, bf16_rounded(x)) >> 16);
+  return bf16_by_integers(flushed(x));
 #endif
+}
+FASTATTN_INLINE vh2 flushed_bf16(vf a, vf b) {
+#if defined(__AVX512BF16__)
+  return (vh2)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+  const vh halves[2] = {flushed_bf16(a), flushed_bf16(b)};
+  vh2 both;
+  memcpy(&both, halves, sizeof both);
+  return both;
+#endif
+}
+FASTATTN_INLINE bool has_subnormal(vf a, vf b) {
+#if defined(__AVX512DQ__)
+  constexpr int kSubnormal = 0x20;
+  return !_kortestz_mask16_u8(_mm512_fpclass_ps_mask((__m512)a, kSubnormal),
+                              _mm512_fpclass_ps_mask((__m512)b, kSubnormal));
+#else
+  const vi found = ((vi)flushed(a) ^ (vi)a) | ((vi)flushed(b) ^ (vi)b);
+  int any = 0;
+  for (int i = 0; i < W; i++) any |= found[i];
+  return any != 0;
+#endif
+}
+#endif
+
+FASTATTN_INLINE vh to_bf16(vf x) {
+#if defined(FASTATTN_BF16_DOT)
+  if (__builtin_expect(!has_subnormal(x, x), 1)) return flushed_bf16(x);
+#endif
+  return bf16_by_integers(x);
 }
 
 FASTATTN_INLINE vf from_f16(vh x) {
@@ -277,12 +318,6 @@ FASTATTN_INLINE void store_two(T* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
 }
-#if defined(__AVX512BF16__)
-FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  memcpy(p, &both, sizeof both);
-}
-#else
 // Both rounded to bf16, in the upper half of each word.
 FASTATTN_INLINE void round_two(vf a, vf b, vu* x, vu* y) {
   *x = bf16_rounded(a);
@@ -293,6 +328,13 @@ FASTATTN_INLINE void round_two(vf a, vf b, vu* x, vu* y) {
   }
 }
 FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
+#if defined(FASTATTN_BF16_DOT)
+  if (__builtin_expect(!has_subnormal(a, b), 1)) {
+    const vh2 both = flushed_bf16(a, b);
+    memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
   vu x, y;
   round_two(a, b, &x, &y);
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FASTATTN_WIDE)
@@ -305,16 +347,28 @@ FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) {
   memcpy(p + W, &second, sizeof second);
 #endif
 }
-#endif
 
-// Words of two bf16, low's elements in the lower halves and high's in the upper ones.
+// Factors of dot_pairs, or of a float32 product; dot_pairs does not see their subnormals.
+FASTATTN_INLINE void store_factors(float* p, vf a, vf b) { store_two(p, a, b); }
+FASTATTN_INLINE void store_factors(bf16* p, vf a, vf b) {
+#if defined(FASTATTN_BF16_DOT)
+  const vh2 both = flushed_bf16(a, b);
+  memcpy(p, &both, sizeof both);
+#else
+  store_two(p, a, b);
+#endif
+}
+
+// Words of two bf16 that are factors of dot_pairs, low's elements in the lower halves and high's in the upper ones.
+#if defined(FASTATTN_BF16_DOT)
+template <int... L>
+FASTATTN_INLINE vu interleaved(vh2 x, std::integer_sequence<int, L...>) {
+  return (vu)__builtin_shufflevector(x, x, (L / 2 + L % 2 * W)...);
+}
+#endif
 FASTATTN_INLINE vu bf16_words(vf low, vf high) {
-#if defined(__AVX512BF16__)
-  vh order[2];  // lane i of low, lane i of high
-  for (int i = 0; i < 2 * W; i++) order[i / W][i % W] = uint16_t(i / 2 + i % 2 * W);
-  __m512i lanes;
-  memcpy(&lanes, order, sizeof lanes);
-  return (vu)_mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#if defined(FASTATTN_BF16_DOT)
+  return interleaved(flushed_bf16(low, high), std::make_integer_sequence<int, 2 * W>{});
 #else
   return widen(to_bf16(low)) | (widen(to_bf16(high)) << 16);
 #endif
@@ -366,7 +420,6 @@ FASTATTN_INLINE void unpair(const T*, vf*) {}
 template <class T>
 FASTATTN_INLINE void pair(const T*, vf*) {}
 
-#if !defined(__AVX512BF16__)
 FASTATTN_INLINE void load_pair(const bf16* p, vf* x) {
   vu both;
   memcpy(&both, p, sizeof both);
@@ -388,32 +441,33 @@ FASTATTN_INLINE void store_pair_nearest(bf16* p, const vf* x) {
   const vu both = join_halves(bf16_nearest(x[0]), bf16_nearest(x[1]));
   memcpy(p, &both, sizeof both);
 }
-FASTATTN_INLINE void unpair(const bf16*, vf* x) {
-  float ordered[2 * W];
-  for (int i = 0; i < 2 * W; i++) ordered[i] = x[i % 2][i / 2];
-  memcpy(x, ordered, sizeof ordered);
+template <int... L>
+FASTATTN_INLINE void unpair_lanes(vf* x, std::integer_sequence<int, L...>) {
+  const vf a = x[0], b = x[1];
+  x[0] = __builtin_shufflevector(a, b, (L / 2 + L % 2 * W)...);
+  x[1] = __builtin_shufflevector(a, b, ((L + W) / 2 + L % 2 * W)...);
 }
-FASTATTN_INLINE void pair(const bf16*, vf* x) {
-  float ordered[2 * W], split[2 * W];
-  memcpy(ordered, x, sizeof ordered);
-  for (int i = 0; i < 2 * W; i++) split[i] = ordered[i % W * 2 + i / W];
-  memcpy(x, split, sizeof split);
+FASTATTN_INLINE void unpair(const bf16*, vf* x) { unpair_lanes(x, std::make_integer_sequence<int, W>{}); }
+template <int... L>
+FASTATTN_INLINE void pair_lanes(vf* x, std::integer_sequence<int, L...>) {
+  const vf a = x[0], b = x[1];
+  x[0] = __builtin_shufflevector(a, b, (2 * L)...);
+  x[1] = __builtin_shufflevector(a, b, (2 * L + 1)...);
 }
-#endif
+FASTATTN_INLINE void pair(const bf16*, vf* x) { pair_lanes(x, std::make_integer_sequence<int, W>{}); }
 
-// --- bf16 dot
-// ---------------------------------------------------------------------------------------------------------
+// --- bf16 dot --------------------------------------------------------------------------------------------------------
 
-// acc + a1 * b1 + a0 * b0 a lane, a and b holding two bf16: products exact, sums in float32, subnormals flushed, the
-// odd element first, as VDPBF16PS does.
+// acc + a1 * b1 + a0 * b0 a lane, a and b holding two bf16: the odd element first, each product added to the sum in one
+// rounding to nearest even, subnormals flushed from operands and from both sums, as VDPBF16PS does. tile.h says what
+// that loses.
 FASTATTN_INLINE vf dot_pairs(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-  const auto flush = [](vf x) { return select(vabs(x) < splat(0x1p-126f), (vf)((vi)x & int32_t(0x80000000)), x); };
-  const vf a1 = flush((vf)(a & 0xffff0000u)), b1 = flush((vf)(b & 0xffff0000u));
-  const vf a0 = flush((vf)(a << 16)), b0 = flush((vf)(b << 16));
-  return flush(flush(acc + a1 * b1) + a0 * b0);
+  const vf a1 = flushed((vf)(a & 0xffff0000u)), b1 = flushed((vf)(b & 0xffff0000u));
+  const vf a0 = flushed((vf)(a << 16)), b0 = flushed((vf)(b << 16));
+  return flushed(flushed(flushed(acc) + a1 * b1) + a0 * b0);
 #endif
 }
 
@@ -536,8 +590,10 @@ FASTATTN_INLINE void with_dtype(DType dtype, const F& f) {
     f((float*)nullptr);
   else if (dtype == DType::bf16)
     f((bf16*)nullptr);
-  else
+  else if (dtype == DType::f16)
     f((f16*)nullptr);
+  else
+    cpu::unknown_code("dtype", int64_t(dtype));
 }
 
 }  // namespace FASTATTN_ISA

@@ -41,8 +41,10 @@ vocab_rows(VocabRowsParams p) {
       if (thread() == 0) p.loss[row] = p.lse[row] = 0;
       continue;
     }
-    // read before the barriers of the sums, and so before any thread writes a gradient over it
-    const float picked = VocabLogit<STABLEMAX>(p, x, target, tau).log_weight();
+    // Read before the barriers of the sums, and so before any thread writes a gradient over it. A target of no class,
+    // which the host cannot see without waiting, makes the loss NaN.
+    const bool known = target >= 0 && target < p.classes;
+    const float picked = known ? VocabLogit<STABLEMAX>(p, x, target, tau).log_weight() : sqrtf(-1.0f);
     LogSum sum;
     for (int64_t i = thread(); i < p.classes; i += threads())
       sum.add(VocabLogit<STABLEMAX>(p, x, i, tau).log_weight(), 1);

@@ -1,5 +1,6 @@
 """The look-up ladder, and every kind of file that must be a miss."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -56,6 +57,58 @@ def test_ladder(put, target):
     assert look_up().values["tile"] == 128 and look_up().source == str(ours)
     explicit = put(table(target, entry(tile=16)), "config")
     assert look_up().values["tile"] == 16 and look_up().source == str(explicit)
+
+
+def relative(target, **changes):
+    return dataclasses.replace(target, **{"name": "some relative", **changes})
+
+
+def put_for(tmp_path, device, contents, place="shipped"):
+    path = tmp_path / place / f"{device.slug}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(contents))
+    _config.reload()
+    return str(path)
+
+
+def test_a_table_of_the_same_instruction_set_comes_before_the_default(tmp_path, synthetic, target):
+    other = relative(target, units=target.units + 6)
+    path = put_for(tmp_path, other, table(other, entry(512, 64)))
+    assert look_up(512).values["tile"] == 64 and look_up(512).source == path
+    assert look_up(5000).source == "default"
+    foreign = relative(target, arch="another")
+    put_for(tmp_path, foreign, table(foreign, entry(8192, 128)))
+    assert look_up(8192).source == "default"
+
+
+def test_this_device_s_entry_comes_before_a_nearer_one_of_a_relative(tmp_path, put, target):
+    put(table(target, entry(1024, 128)))
+    other = relative(target)
+    path = put_for(tmp_path, other, table(other, entry(512, 64), entry(64, 16)))
+    assert look_up(512).values["tile"] == 128
+    assert look_up(64).source == path
+
+
+def test_among_relatives_the_same_name_comes_first_then_the_nearest_number_of_units(
+    tmp_path, synthetic, target
+):
+    far, near = relative(target, units=target.units * 64), relative(target, units=target.units * 2)
+    put_for(tmp_path, far, table(far, entry(512, 16)), "config")
+    put_for(tmp_path, near, table(near, entry(512, 64)))
+    assert look_up(512).values["tile"] == 64
+    namesake = dataclasses.replace(target, units=target.units * 100)
+    put_for(tmp_path, namesake, table(namesake, entry(512, 128)))
+    assert look_up(512).values["tile"] == 128
+
+
+def test_a_relative_s_entry_is_checked_for_this_device(tmp_path, synthetic, target, caplog):
+    other = relative(target)
+    put_for(tmp_path, other, table(other, entry(512, 128, "wide"), entry(1024, tile=77)))
+    with caplog.at_level(logging.WARNING, "fastattn"):
+        assert look_up(512).source == "default"
+    assert len(caplog.records) == 2
+    put_for(tmp_path, other, {**table(other), "device": {**other.describe(), "units": "many"}})
+    assert look_up(512).source == "default"
 
 
 def test_structure_exact_and_sizes_nearest(put, target):

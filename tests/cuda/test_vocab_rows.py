@@ -127,3 +127,13 @@ def test_the_configuration_names_the_kernel(host):
     with torch.no_grad(), _config.override({("vocab_rows", "cuda"): {"threads": 64}}):
         fa.linear_cross_entropy(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2]), backend="cuda")
     assert host.launches == ["vocab_rows<false, 64>"]
+
+
+@pytest.mark.parametrize("target", (-1, 30, 1 << 40))
+def test_a_target_of_no_class_makes_its_loss_nan(host, target):
+    from fastattn.ops.vocab import cuda
+
+    h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    targets = torch.tensor([3, target])
+    loss, *_ = cuda.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, IGNORED, "none", 3)
+    assert loss[0].isfinite() and loss[1].isnan()

@@ -1,5 +1,8 @@
 """transformers models on fastattn: equal to eager attention, and no mask is ever dropped."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import masks
-from fastattn.integrations.transformers import attention_forward, recognise
+from fastattn.integrations import transformers as integration
+from fastattn.integrations.transformers import attention_forward, cache_name, recognise
 
 VOCAB = 61
 COMMON = {
@@ -127,10 +131,10 @@ def test_cached_decoding_equals_one_pass(model, padded):
                 ids[:, start:stop],
                 attention_mask=keep[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(): cache},
             )
-            cache = step.past_key_values
+            cache = step[cache_name()]
             found.append(step.logits)
     rows = keep.bool()
     actual, expected = torch.cat(found, 1)[rows], whole[rows]
@@ -199,7 +203,7 @@ def test_hrm_text_prefix_lm_decodes_from_its_cache():
         step = model(ids[:, :6], token_type_ids=types[:, :6], use_cache=True)
         found = [step.logits]
         for t in range(6, LENGTH):
-            step = model(ids[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
+            step = model(ids[:, t : t + 1], use_cache=True, **{cache_name(): step[cache_name()]})
             found.append(step.logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
@@ -214,9 +218,17 @@ def test_what_is_not_served_is_refused():
     with pytest.raises(NotImplementedError, match=r"dropout is 0\.1"):
         model.train()(tokens())
     q = torch.zeros(1, 2, 3, 4)
-    for name in ("s_aux", "head_mask", "cache", "output_attentions"):
+    for name in ("s_aux", "head_mask", "cache", "block_table", "read_index", "output_attentions"):
         with pytest.raises(NotImplementedError, match=name):
             attention_forward(torch.nn.Module(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_a_models_own_cache_is_not_a_paged_one():
+    """Layers that hand on all their arguments hand on the cache too."""
+    q = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected, _ = attention_forward(torch.nn.Module(), q, q, q, None)
+    actual, _ = attention_forward(torch.nn.Module(), q, q, q, None, cache=transformers.DynamicCache())
+    assert torch.equal(actual, expected)
 
 
 def test_loads_from_a_directory(tmp_path):
@@ -293,6 +305,62 @@ def test_common_masks_are_recognised_and_a_changed_tensor_is_read_again():
     assert recognise(changed, lq)[0].dense is changed
 
 
+def test_a_mask_that_numpy_writes_to_is_read_again():
+    memory = np.tril(np.ones((1, 1, 6, 6), dtype=bool))
+    allowed = torch.from_numpy(memory)
+    assert recognise(allowed, 6)[0].causal
+    memory[..., 3, 2] = False
+    found, _ = recognise(allowed, 6)
+    assert torch.equal(found.dense, torch.from_numpy(memory))
+
+
+def test_a_mask_given_to_a_model_can_be_saved_afterwards(model, tmp_path):
+    allowed = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    logits(model, "fastattn", tokens(), attention_mask=allowed)
+    torch.save(allowed, tmp_path / "mask.pt")
+    assert torch.equal(torch.load(tmp_path / "mask.pt", weights_only=True), allowed)
+    assert not vars(allowed)
+
+
+@pytest.mark.parametrize("mask", [None, "given"])
+def test_packed_documents_by_their_offsets_do_not_attend_each_other(model, mask):
+    """As transformers' DataCollatorWithFlattening packs them."""
+    documents = [
+        tokens(1, n, seed=n) for n in (5, 4, 3)
+    ]  # within gemma's window, which a given mask replaces
+    offsets = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    ids = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    allowed = None if mask is None else torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    packed = logits(model, "fastattn", ids, position_ids=positions, attention_mask=allowed, **packing)
+    for start, document in zip((0, 5, 9), documents, strict=True):
+        alone = logits(model, "eager", document)
+        actual = packed[:, start : start + document.shape[1]]
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "packing", "error", "message"),
+    [
+        (
+            (2, 4, 4),
+            {"cu_seq_lens_q": [0, 4], "cu_seq_lens_k": [0, 4]},
+            NotImplementedError,
+            "a batch of one",
+        ),
+        ((1, 4, 6), {"cu_seq_lens_q": [0, 4], "cu_seq_lens_k": [0, 6]}, NotImplementedError, "no cache"),
+        ((1, 4, 4), {"cu_seq_lens_q": [0, 4]}, ValueError, "must be given together"),
+    ],
+)
+def test_offsets_that_are_not_served_are_refused_by_name(shapes, packing, error, message):
+    batch, lq, lk = shapes
+    q, k = torch.zeros(batch, 2, lq, 8), torch.zeros(batch, 2, lk, 8)
+    packing = {name: torch.tensor(value) for name, value in packing.items()}
+    with pytest.raises(error, match=message):
+        attention_forward(torch.nn.Module(), q, k, k, None, is_causal=True, **packing)
+
+
 def test_additive_masks_that_only_forbid_are_recognised():
     lq = 12
     i, j = torch.arange(lq)[:, None], torch.arange(lq)
@@ -312,3 +380,25 @@ def test_a_bias_of_another_dtype_computes_in_the_wider_one():
     out, _ = attention_forward(torch.nn.Module(), q, k, v, None, is_causal=False, position_bias=bias)
     expected = fa.attention(q.float(), k.float(), v.float(), bias=bias).bfloat16().transpose(1, 2)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_on_other_devices_are_read_once_a_version(monkeypatch, dtype):
+    """A CPU tensor in place of a GPU's: what counts is that no second look waits for it."""
+    allowed = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask = (
+        allowed.clone() if dtype == torch.bool else torch.zeros(2, 1, 6, 6).masked_fill(~allowed, -torch.inf)
+    )
+    looked_at = []
+    structure = integration._structure
+    monkeypatch.setattr(integration, "_structure", lambda *args: looked_at.append(1) or structure(*args))
+    for _ in range(2):
+        found, keys = integration._recognise_on_device(mask, 6)
+        assert found.causal and keys == 6 and len(looked_at) == 1
+    mask[1, 0, 3, 2] = False if dtype == torch.bool else -torch.inf
+    for _ in range(2):
+        found, _ = integration._recognise_on_device(mask, 6)
+        assert not found.dense[1, 0, 3, 2] and len(looked_at) == 2
+    kept = weakref.ref(mask)
+    del mask, found
+    assert kept() is None

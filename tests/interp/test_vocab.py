@@ -83,3 +83,13 @@ def test_strided_temperatures():
         for t in (temperature[:, 0], temperature[:, 0].contiguous())
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("target", (-1, 30, 1 << 40))
+def test_a_target_of_no_class_makes_its_loss_nan(target):
+    from fastattn.ops.vocab import triton
+
+    h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    targets = torch.tensor([3, target])
+    loss, *_ = triton.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, -100, "none", 3)
+    assert loss[0].isfinite() and loss[1].isnan()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from fastattn.integrations.transformers import cache_name
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.models.hrm_text import released_name
 
@@ -187,7 +188,7 @@ def test_cached_decoding_equals_transformers(pair):
     expected = [out.logits]
     for t in range(5, 9):
         got.append(ours(ids[:, t : t + 1], cache=cache).logits)
-        out = theirs(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = theirs(ids[:, t : t + 1], use_cache=True, **{cache_name(): out[cache_name()]})
         expected.append(out.logits)
     torch.testing.assert_close(torch.cat(got, 1), torch.cat(expected, 1), rtol=0, atol=1e-5)
 

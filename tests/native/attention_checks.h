@@ -105,6 +105,9 @@ class Attention {
   void define() {
     const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask] = c;
     const double u = 0x1p-24, half = dtype == DType::bf16 ? 0x1p-8 : 0;  // of weights and dS, where they become bf16
+    // what each product of bf16 may lose in subnormals (tile.h), its factors being at most 2 Dv (inputs are at most 1,
+    // so dP and delta at most Dv); in scores and dP themselves it is nothing beside their other errors
+    const double flushed = dtype == DType::bf16 ? (2 + 2 * double(Dv)) * 0x1p-126 : 0;
     out_.reset(B * H * L * Dv), lse_.reset(B * H * L);
     dq_.reset(B * H * L * D), dk_.reset(B * Hkv * K * D), dv_.reset(B * Hkv * K * Dv);
     stored_out = Array(dtype, {B, H, L, Dv}), stored_lse = Array(DType::f32, {B, H, L});
@@ -147,7 +150,7 @@ class Attention {
             e[j] = score == 1 ? w[j] * (1 - w[j]) : score == 0 ? w[j] : finite(j) ? sigmoid(s[j]) / z : 0;
             for (int64_t d = 0; d < Dv && w[j]; d++) {
               const double t = w[j] * vs[(kv * K + j) * Dv + d];
-              out_.add(row * Dv + d, t, std::fabs(t) * (rw + (K + 8) * 2 * u + half));
+              out_.add(row * Dv + d, t, std::fabs(t) * (rw + (K + 8) * 2 * u + half) + flushed);
             }
           }
           double delta = score == 1 || !sum ? 0 : -grad_lse[row], delta_size = std::fabs(delta);
@@ -164,13 +167,14 @@ class Attention {
             for (int64_t d = 0; d < Dv; d++) {
               const double g = gs[row * Dv + d], t = g * vs[(kv * K + j) * Dv + d];
               dp += t, dp_size += std::fabs(t);
-              dv_.add((kv * K + j) * Dv + d, w[j] * g, std::fabs(w[j] * g) * (rw + (L * H + 8) * 2 * u + half));
+              dv_.add((kv * K + j) * Dv + d, w[j] * g,
+                      std::fabs(w[j] * g) * (rw + (L * H + 8) * 2 * u + half) + flushed);
             }
             const double ds = scale * e[j] * (dp - delta);
             const double ds_error =
                 scale * e[j] * (std::fabs(dp - delta) * rw + (Dv + 4) * 2 * u * (dp_size + delta_size));
             const auto share = [&](double with) {
-              return std::fabs(with) * (ds_error + std::fabs(ds) * (half + (K + L * H + 8) * 2 * u));
+              return std::fabs(with) * (ds_error + std::fabs(ds) * (half + (K + L * H + 8) * 2 * u)) + scale * flushed;
             };
             for (int64_t d = 0; d < D; d++) {
               const double kd = ks[(kv * K + j) * D + d], qd = qs[row * D + d];
@@ -179,7 +183,9 @@ class Attention {
             }
           }
         }
-    for (Result* r : {&out_, &dq_, &dk_, &dv_}) r->round(unit(dtype), dtype == DType::f16 ? 0x1p-25 : 0x1p-126);
+    // half of the smallest subnormal is the least error of what is stored
+    const double least = dtype == DType::f16 ? 0x1p-25 : dtype == DType::bf16 ? 0x1p-134 : 0x1p-150;
+    for (Result* r : {&out_, &dq_, &dk_, &dv_}) r->round(unit(dtype), least);
     lse_.round(4 * u, 0);
   }
 };

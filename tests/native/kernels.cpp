@@ -3,6 +3,7 @@
 // The result is the exit status and the last line.
 #include "attention_checks.h"
 #include "row_checks.h"
+#include "subnormal_checks.h"
 
 using namespace checks;
 
@@ -31,6 +32,7 @@ static void check(const KernelTable& kernels, const KernelTable& baseline, Repor
     check_ops(kernels, baseline, report, dtype);
   }
   check_vocab(kernels, baseline, report);
+  check_subnormals(kernels, baseline, report);
 }
 
 int main(int argc, char** argv) {

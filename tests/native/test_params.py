@@ -46,13 +46,112 @@ def test_rows_of_no_scores_are_refused(begin, count, message):
         _native.kernel("sinkhorn_forward")(params)
 
 
-def test_a_position_past_the_caches_is_refused():
-    caches = torch.zeros(2, 1, 4, 8)  # (B, H, capacity, D)
-    params = _native.params(
-        "DecodeStepParams", keys=caches, values=caches, positions=torch.tensor([3, 4], dtype=torch.int32)
-    )
-    with pytest.raises(ValueError, match=r"position must lie in \[0, 3\], given 4 at position 1"):
-        _native.kernel("decode_step")(params)
+def _step():
+    """Fields of a decode step of two rows: one call of one layer a stack, hidden 6, two heads of four, inner 3."""
+    z, caches = torch.zeros(2, 6), torch.zeros(4, 2, 4, 4)
+    sizes = ((32, 6), (6, 8), (6, 6), (6, 3))
+    weights = [torch.zeros(*size) for _ in range(2) for size in sizes]
+    angles = torch.zeros(5, 2)
+    fields = {
+        "z_h": z,
+        "z_l": z,
+        "out": z.clone(),
+        "keys": caches,
+        "values": caches.clone(),
+        "cos": angles,
+        "sin": angles,
+    }
+    fields |= {
+        "weights": torch.tensor([w.data_ptr() for w in weights]),
+        "layers": 1,
+        "inner": 3,
+        "longest": 4,
+    }
+    fields |= {
+        "positions": torch.tensor([3, 0], dtype=torch.int32),
+        "rows": torch.zeros(2, 1, 1, 1, dtype=torch.int32),
+    }
+    return fields | {"lengths": fields["positions"] + 1}, weights
+
+
+def test_a_decode_step_that_does_not_fit_is_refused():
+    fields, weights = _step()
+    call = _native.kernel("decode_step")
+    call(_native.params("DecodeStepParams", **fields))
+    assert len(weights) == 8  # alive until then
+    for name, value, message in (
+        (
+            "positions",
+            torch.tensor([3, 4], dtype=torch.int32),
+            r"position must lie in \[0, 3\], given 4 at position 1",
+        ),
+        ("positions", torch.tensor([3, 4]), "decode_step: positions has another dtype"),
+        ("longest", 5, r"decode_step: longest must lie in \[1, 4\], given 5"),
+        ("h_cycles", 2, "decode_step: keys must be those of every call"),
+        ("cos", torch.zeros(5, 3), r"decode_step: cos must have sizes \(1, 1, 5, 2\), given \(1, 1, 5, 3\)"),
+        ("rows", torch.full((2, 1, 1, 1), 5, dtype=torch.int32), r"rows must lie in \[0, 4\], given 5"),
+        ("weights", torch.zeros(8, dtype=torch.int64), "decode_step: weights must all be there"),
+        ("values", torch.zeros(4, 2, 3, 4), "decode_step: values must have sizes"),
+        ("threads", 0, "decode_step: threads must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(_native.params("DecodeStepParams", **fields | {name: value}))
+
+
+def _attention_fields():
+    q, k, v = torch.ones(1, 4, 5, 8), torch.ones(1, 2, 7, 8), torch.ones(1, 2, 7, 6)
+    return {"q": q, "k": k, "v": v, "out": torch.empty(1, 4, 5, 6), "lse": torch.empty(1, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": 3}, r"attention_forward: score must lie in \[0, 2\], given 3"),
+        ({"score": -1}, "score must lie in"),
+        (
+            {"k": torch.ones(1, 2, 7, 9)},
+            r"attention_forward: k must have sizes \(1, 2, 7, 8\), given \(1, 2, 7, 9\)",
+        ),
+        ({"k": torch.ones(1, 3, 7, 8)}, "k must have a number of heads that divides q's"),
+        ({"v": torch.ones(1, 2, 7, 6).double()}, "v has another dtype"),
+        ({"q": torch.ones(1, 4, 5, 8).double()}, "q must be float32, bfloat16 or float16"),
+        ({"lse": None}, "lse is needed"),
+        (
+            {"out": torch.empty(1, 4, 6, 5).mT},
+            "out must have the elements of its last dimension side by side",
+        ),
+        ({"key_lengths": torch.tensor([7])}, "key_lengths has another dtype"),
+        ({"cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens_k goes with cu_seqlens_q"),
+        ({"dense": torch.ones(1, 4, 5, 6, dtype=torch.bool)}, "dense must have sizes"),
+        ({"block_q": 0}, "block_q must lie in"),
+        ({"window_left": 1 << 40}, "window_left must lie in"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(isa, change, message):
+    fields = _attention_fields()
+    _native.kernel("attention_forward")(_native.params("AttentionParams", **fields))
+    with pytest.raises(ValueError, match=message):
+        _native.kernel("attention_forward")(_native.params("AttentionParams", **fields | change))
+
+
+def test_every_kernel_refuses_parameters_that_are_not_set():
+    structs = {name.removesuffix("Params") for name in dir(_native._core) if name.endswith("Params")}
+    takes = {
+        "swiglu": "Gate",
+        "gated": "Gate",
+        "pack": "Pack",
+        "classify_tiles": "TileClass",
+        "linear": "Linear",
+    }
+    for name in dir(_native._core):
+        kernel = getattr(_native._core, name)
+        docs = kernel.__doc__ or ""
+        if "Params)" not in docs or not callable(kernel) or isinstance(kernel, type):
+            continue
+        struct = docs.split("Params)")[0].split(".")[-1].split(" ")[-1]
+        assert takes.get(name, struct) == struct and struct in structs
+        with pytest.raises(ValueError, match=f"fastattn.{name}: "):
+            kernel(getattr(_native._core, f"{struct}Params")())
 
 
 # Two threads that would each have to take 256 MiB for themselves, with 128 MiB left for the process.

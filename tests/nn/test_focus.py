@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import fastattn as fa
+from fastattn.integrations.transformers import cache_name
 from fastattn.nn import FocusRouter
 
 COMMON = {
@@ -24,6 +25,9 @@ CONFIGS = {
     "hrm_text": lambda: transformers.HrmTextConfig(**COMMON, num_hidden_layers=1, H_cycles=2, L_cycles=2),
 }
 WINDOW = 3
+# "past_key_values" goes with transformers 5.40
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+SERVED_NAMES = {cache_name()} | ({"past_key_values"} if VERSION < (5, 40) else set())
 
 
 @pytest.fixture(params=CONFIGS)
@@ -81,8 +85,12 @@ def test_no_token_sees_a_later_one(model):
         assert change[:, :12].max() < 1e-5 and change[:, 12:].max() > 1e-3
 
 
-def test_cached_decoding_keeps_signatures(model):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_cached_decoding_keeps_signatures(model, name):
     """Greedy tokens by hand, from a cache, equal generate's; their groups are those of frozen potentials."""
+    if name not in SERVED_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} does not take {name}")
     routers = FocusRouter.retrofit(model, groups=4, window=WINDOW).eval()
     made = model.generate(tokens(), max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=True)
     assert made.shape == (2, 26)
@@ -92,8 +100,12 @@ def test_cached_decoding_keeps_signatures(model):
         ids = tokens()
         for _ in range(6):
             ids = torch.cat([ids, state.logits[:, -1:].argmax(-1)], 1)
-            state = model(ids[:, -1:], past_key_values=state.past_key_values, use_cache=True)
+            state = model(ids[:, -1:], use_cache=True, **{name: state[cache_name()]})
     assert torch.equal(ids, made)
+    with torch.no_grad():  # the next prompt starts anew, with a cache of its own or without
+        for fresh in (transformers.DynamicCache(config=model.config), None):
+            model(tokens(), use_cache=True, **{name: fresh})
+            assert all(signature.shape == (2, 20) for router in routers for signature, _ in router._caches)
 
 
 @pytest.mark.parametrize("between", (True, False), ids=("another cache", "no cache"))
@@ -103,10 +115,10 @@ def test_a_cache_of_other_signatures_is_refused(model, between):
     with torch.no_grad():
         first = model(tokens(), use_cache=True)
         model(tokens().flip(1), use_cache=between)
-        with pytest.raises(NotImplementedError, match="past_key_values is another"):
-            model(tokens()[:, :1], past_key_values=first.past_key_values, use_cache=True)
+        with pytest.raises(NotImplementedError, match="the model was given another"):
+            model(tokens()[:, :1], use_cache=True, **{cache_name(): first[cache_name()]})
         again = model(tokens(), use_cache=True, return_dict=False)
-        model(tokens()[:, :1], past_key_values=again[1], use_cache=True)
+        model(tokens()[:, :1], use_cache=True, **{cache_name(): again[1]})
 
 
 def test_padding_has_no_groups():

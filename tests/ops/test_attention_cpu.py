@@ -339,6 +339,16 @@ def test_small_sigmoid_weights_are_relatively_accurate(isa):
     assert testing.relative_error(fa.sigmoid_attention(*low, bias=bias, backend="cpu"), truth) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softplus_of_equal_values_is_that_value(isa, nan_outputs, dtype):
+    """As LSSA's in test_reweighted.py: the rounding that a row's weights have in common does not show."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 70, 70, 64, dtype=dtype, requires_grad=False)
+    v = torch.full_like(v, 2 - torch.finfo(dtype).eps)
+    out = fa.attention(q, k, v, score="softplus", mask=fa.Mask(causal=True), backend="cpu")
+    bound = 2 * 2 * 74 * testing.EPS32 if dtype == torch.float32 else 0
+    assert testing.max_error(out, v) <= bound
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_a_dense_mask_changed_in_place_is_classed_again(isa, score):
     q, k, v = leaves((1, 2, 60, 8), (1, 2, 100, 8), (1, 2, 100, 8))

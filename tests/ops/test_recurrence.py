@@ -294,3 +294,14 @@ def test_opcheck(dtype):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(3, 8))
+
+
+def test_rotary_takes_one_row_of_positions_for_the_batch():
+    q, k, _ = testing.attention_inputs(3, 4, 2, 7, 7, 8, requires_grad=False)
+    positions = torch.arange(5, 12)
+    for actual, expected in zip(
+        fa.rotary(q, k, positions[None]), fa.rotary(q, k, positions.expand(3, -1)), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match=r"\(L,\), \(1, L\) or \(B, L\)"):
+        fa.rotary(q, k, positions.expand(2, -1))

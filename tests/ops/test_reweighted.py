@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import _native, masks, testing
+from fastattn.ops.reweighted import reference
 
 
 def published(q, k, v, power, allowed):
@@ -223,12 +224,9 @@ def conditioning(q, k, v, power, mask):
     the output, a mean of v by these weights, by 2 max|v| p dx sum x^(p-1) / sum x^p.
     """
     args = mask.schema_args("test", q, k)
-    _, statistics = torch.ops.fastattn.softplus_attention(
-        q.double(), k.double(), v.double(), power, *args, "reference"
-    )
-    _, lower = torch.ops.fastattn.softplus_attention(
-        q.double(), k.double(), v.double(), max(power - 1, 1e-9), *args, "reference"
-    )
+    wide = q.double(), k.double(), v.double()
+    _, statistics = reference.softplus_attention(*wide, power, *args)
+    _, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), *args)
     n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args).sum(-1)
     c = math.log(q.shape[3]) * n.clamp(min=1).log()
     ds = (math.sqrt(q.shape[3]) + 4) * testing.EPS32 * (1 + c)
@@ -254,6 +252,18 @@ def test_native_lssa_under_every_mask(isa, problem):
     mask = problem.mask() or fa.Mask()
     with testing.nan_filled_outputs():
         testing.check_op(native(None, mask), defined(None, mask), problem.inputs(), terms=problem.k_len + 16)
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_native_lssa_of_equal_values_is_that_value(isa, nan_outputs, dtype):
+    """A row of one key among them, whose weight log 2 is rounded where weights are multiplied in bf16. The weights' common
+    rounding would be up to eps / 2 of the value, which has the largest mantissa: more than half its last place."""
+    q, k, v = testing.attention_inputs(1, 2, 2, 70, 70, 64, dtype=dtype, requires_grad=False)
+    v = torch.full_like(v, 2 - torch.finfo(dtype).eps)
+    out = native(None, fa.Mask(causal=True))(q, k, v)
+    # float32 sums of up to 70 products, twice, and a quotient
+    bound = 2 * 2 * 74 * testing.EPS32 if dtype == torch.float32 else 0
+    assert testing.max_error(out, v) <= bound
 
 
 @pytest.mark.parametrize("dtype", testing.LOW_DTYPES)

@@ -1,5 +1,6 @@
 """scaled_dot_product_attention means what torch's means, argument by argument."""
 
+import itertools
 import math
 
 import pytest
@@ -161,6 +162,66 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(
             compiled(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options)
         )
+
+
+def jagged(lengths, heads, dim, seed, dtype=torch.float32):
+    """Nested (B, H, L of each sequence, D), a leaf's view, and the leaf (tokens, H, D)."""
+    leaf = testing.random_tensor(sum(lengths), heads, dim, seed=seed, dtype=dtype, requires_grad=True)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    return torch.nested.nested_tensor_from_jagged(leaf, offsets=offsets).transpose(1, 2), leaf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("q_lengths", "k_lengths", "is_causal"),
+    [((3, 7, 1), (3, 7, 1), False), ((3, 0, 7), (3, 0, 7), True), ((2, 5), (4, 9), False)],
+)
+def test_jagged_nested_tensors_are_sequences(q_lengths, k_lengths, is_causal, dtype):
+    lengths, heads, dims = (q_lengths, k_lengths, k_lengths), (4, 2, 2), (8, 8, 5)
+    made = [jagged(*shape, seed, dtype) for seed, shape in enumerate(zip(lengths, heads, dims, strict=True))]
+    out = fa.scaled_dot_product_attention(*(n for n, _ in made), is_causal=is_causal, enable_gqa=True)
+    assert out.is_nested and out.shape[:2] == (len(q_lengths), 4) and out.dtype == dtype
+    sizes = [list(n) for n in lengths]
+    for i, sequence in enumerate(out.unbind()):
+        expected = fa.scaled_dot_product_attention(
+            *(leaf.split(size)[i].transpose(0, 1) for (_, leaf), size in zip(made, sizes, strict=True)),
+            is_causal=is_causal,
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(sequence, expected, rtol=0, atol=1e-14 if dtype == torch.float64 else 0)
+    out.values().float().square().sum().backward()
+    assert all(leaf.grad.isfinite().all() and leaf.grad.any() for _, leaf in made)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_result_of_nested_queries_can_be_added_to_them():
+    q, _ = jagged((3, 5), 2, 8, 0)
+    out = fa.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close((out + q).values() - q.values(), out.values())
+    torch.testing.assert_close(out.values(), F.scaled_dot_product_attention(q, q, q).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: ((q, q, q), {"attn_mask": T(5, 5)}), "attn_mask is not served with nested tensors"),
+        (lambda q: ((q, q, T(2, 2, 5, 8)), {}), "all jagged nested tensors"),
+        (lambda q: ((q.transpose(1, 2),) * 3, {}), "all jagged nested tensors"),
+        (
+            lambda q: ((torch.nested.nested_tensor([T(2, 3, 8)], layout=torch.strided),) * 3, {}),
+            "all jagged nested tensors",
+        ),
+        (
+            lambda q: ((q, *[jagged((4, 5), 2, 8, 0)[0]] * 2), {"is_causal": True}),
+            "of the same sequence lengths",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_nested_tensors_cannot_say_is_refused_by_name(change, message):
+    args, kwargs = change(jagged((3, 5), 2, 8, 0)[0])
+    with pytest.raises(NotImplementedError, match=message):
+        fa.scaled_dot_product_attention(*args, **kwargs)
 
 
 T = torch.zeros

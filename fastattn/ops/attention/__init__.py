@@ -4,9 +4,10 @@ import torch
 
 from ... import _checks
 from ..._registry import call, requested
-from ...masks import Mask, check_mask, default_scale
+from ...masks import Mask, check_broadcast, check_mask, default_scale
 from ...scores import SCORES
 from . import schema  # noqa: F401  registers the ops
+from .checks import check_qkv
 
 
 def attention(
@@ -81,23 +82,6 @@ def sigmoid_attention(
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
 
 
-def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Ranks, dtypes, devices and sizes of q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv)."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _checks.check_tensor(op, name, t, dims=4)
-    _checks.check_floating(op, q=q, k=k, v=v)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"fastattn.{op}: k has a batch of {k.shape[0]}, q has {q.shape[0]}; they must agree")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            f"fastattn.{op}: v must have k's batch, heads and length {tuple(k.shape[:3])}, given {tuple(v.shape[:3])}"
-        )
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"fastattn.{op}: k has head dim {k.shape[3]}, q has {q.shape[3]}; they must agree")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"fastattn.{op}: k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}")
-
-
 def _number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"fastattn.{op}: {name} must be a number, given {_checks.describe(value)}")
@@ -113,10 +97,4 @@ def _bias(
     if not isinstance(bias, torch.Tensor):
         return None, _number(op, "bias", bias)
     _checks.check_floating(op, q=q, bias=bias)
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if bias.dim() > 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"fastattn.{op}: bias of shape {tuple(bias.shape)} does not broadcast to (B, Hq, Lq, Lk) = {full}"
-        )
-    return bias.view(shape), 0.0
+    return check_broadcast(op, "bias", bias, q, k), 0.0

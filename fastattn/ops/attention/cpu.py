@@ -102,6 +102,10 @@ def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor
     return classes
 
 
+def _side_by_side(indices: torch.Tensor | None) -> torch.Tensor | None:
+    return None if indices is None else indices.contiguous()
+
+
 def mask_fields(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,10 +125,10 @@ def mask_fields(
         "causal": int(causal) or None,
         "window_left": None if window_left < 0 else window_left,
         "window_right": None if window_right < 0 else window_right,
-        "prefix_lengths": prefix_lengths,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "key_lengths": key_lengths,
+        "prefix_lengths": _side_by_side(prefix_lengths),
+        "cu_seqlens_q": _side_by_side(cu_seqlens_q),
+        "cu_seqlens_k": _side_by_side(cu_seqlens_k),
+        "key_lengths": _side_by_side(key_lengths),
         "dense": _plane(dense, (*q.shape[:3], k.shape[2])),
     }
 
@@ -193,7 +197,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, s
         bias,
         score,
         *options,
-        out=out,
+        out=_native.rows(out),
         lse=lse if normalised else None,
         grad_out=_native.rows(grad_out),
         grad_lse=grad_lse if normalised else None,

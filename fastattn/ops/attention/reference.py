@@ -3,9 +3,11 @@
 import torch
 
 from ... import masks
+from ..._arithmetic import rounded_once
 from ...scores import BY_CODE
 
 
+@rounded_once
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

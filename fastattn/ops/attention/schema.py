@@ -14,6 +14,7 @@ from ..._registry import (
     triton_backend,
 )
 from ...scores import BY_CODE
+from .checks import check_attention, check_attention_backward
 
 _OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
 _INPUTS = 4  # q, k, v, bias
@@ -77,6 +78,7 @@ register_op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
+    check=check_attention,
     backends=(
         cpu_backend(__package__, "attention"),
         triton_backend("fastattn.ops.attention.triton", "attention", configure="configure"),
@@ -90,6 +92,7 @@ register_op(
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool bias_grad, "
     f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    check=check_attention_backward,
     backends=(
         cpu_backend(__package__, "attention_backward"),
         triton_backend("fastattn.ops.attention.triton_backward", "attention_backward", configure="configure"),

@@ -29,7 +29,8 @@ class Problem:
         # a packed mask made while tracing does not know its documents: each may be the longest there can be
         self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
         self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
-        self.indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
+        indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
+        self.indices = tuple(None if t is None else t.contiguous() for t in indices)
         self.window = tuple(
             _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)
         )

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..._arithmetic import widened
 from ..recurrence.reference import gated, rms_norm_of_sum, rotary, swiglu
 
 
@@ -38,9 +39,10 @@ def decode_step(
             q, k = rotary(q, k, positions[:, None], theta, False)
             keys, values = k_cache[call, layer], v_cache[call, layer]  # (B, H, capacity, D)
             keys[rows, :, positions.long()], values[rows, :, positions.long()] = k[:, :, 0], v[:, :, 0]
-            scores = (q @ keys[:, :, :end].mT).to(wide) * dim**-0.5  # (B, H, 1, end)
+            scores = (widened(q) @ widened(keys[:, :, :end]).mT).to(wide) * dim**-0.5  # (B, H, 1, end)
             weight = torch.softmax(scores.masked_fill(unused, -torch.inf), -1)
-            attended = gated(weight.to(x.dtype) @ values[:, :, :end].masked_fill(unused.mT, 0), gate)
+            known = widened(values[:, :, :end].masked_fill(unused.mT, 0))
+            attended = gated((weight.to(known.dtype) @ known).to(x.dtype), gate)
             x = x + attended.reshape(batch, heads * dim) @ out.T
             x = x + swiglu(rms_norm_of_sum(x, None, eps) @ gate_up.T) @ down.T
         return rms_norm_of_sum(x, None, eps)

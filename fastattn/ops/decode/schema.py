@@ -5,6 +5,7 @@ import importlib
 import torch
 
 from ..._registry import Backend, cpu_backend, reference_backend, register_op
+from .checks import check_decode_step, check_decode_step_contents
 
 
 def _cuda():
@@ -16,6 +17,8 @@ register_op(
     "(Tensor z_h, Tensor z_l, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? positions, int position, "
     "int h_cycles, int l_cycles, float theta, float eps, str backend) -> Tensor",
     fake=lambda z_h, *_: torch.empty_like(z_h, memory_format=torch.contiguous_format),
+    check=check_decode_step,
+    check_contents=check_decode_step_contents,
     backends=(
         Backend(
             "cuda",

@@ -1,18 +1,13 @@
 """Grouped sparse attention (Focus, arXiv 2604.03260): the router's balance, its signatures, training and inference forms."""
 
-import itertools
-import math
-
 import torch
 
 from ... import _checks
 from ..._registry import call, requested
 from ...masks import LONGEST, Mask, check_mask, default_scale
 from ..attention import check_qkv
-from . import schema  # noqa: F401  registers the ops
-
-MAX_GROUPS = 63  # a bit each in an int64 that stays positive
-GATES = ("multiply", "log")
+from . import checks, schema  # noqa: F401  the latter registers the ops
+from .checks import GATES, MAX_GROUPS  # noqa: F401  the latter is for routers
 
 
 def sinkhorn(
@@ -32,7 +27,8 @@ def sinkhorn(
     With X = scores / temperature and u = 0, `iterations` times: v_g = -log sum_tokens exp(X + u), u_l = -log sum_groups exp(X + v);
     the result is exp(X + u + v). Rows sum to 1, column sums tend to L / G.
 
-    scores: (B, L, G), any floating dtype; computed in float32 (float64 for float64).
+    scores: (B, L, G), G at most 63, any floating dtype; computed in float32 (float64 for float64).
+    temperature: more than zero. iterations: 1 to 10000; kernels keep something of each.
     causal: token l's column sums run over tokens up to l, so that no token's assignment depends on a later one. The plain form
         sums over the whole sequence: a causal model trained with it sees the future through its routing.
     lengths: (B,) integers; tokens from there on are padding: they count in no sum and their rows are 0. Default L.
@@ -49,21 +45,8 @@ def sinkhorn(
     Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
     """
     op = "sinkhorn"
-    _checks.check_tensor(op, "scores", scores, dims=3)
-    _checks.check_floating(op, scores=scores)
-    _check_group_count(op, "scores", scores)
-    _checks.check_positive(op, "temperature", temperature)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"fastattn.{op}: iterations must be an integer of at least 1, given {iterations!r}")
-    sequences = [scores.shape[1]] * scores.shape[0]
-    if cu_seqlens is not None:
-        sequences = _documents(op, scores, cu_seqlens)
-    if lengths is not None:
-        _checks.check_integer(op, "lengths", lengths, dims=1)
-        _checks.check_same_device(op, scores=scores, lengths=lengths)
-        _checks.check_shape(op, "lengths", lengths, (len(sequences),), "one a sequence")
-        _checks.check_range(op, "lengths", lengths, 0, max(sequences, default=0) + 1)
     if potentials is not None:
+        checks.check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
         _checks.check_tensor(op, "potentials", potentials, dims=3)
         _checks.check_same_device(op, scores=scores, potentials=potentials)
         batch, _, groups = scores.shape
@@ -80,7 +63,7 @@ def sinkhorn(
         scores,
         lengths,
         cu_seqlens,
-        float(temperature),
+        temperature,
         iterations,
         causal,
         requested(op, backend),
@@ -100,7 +83,7 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
     op = "focus_groups"
     _checks.check_tensor(op, "assignment", assignment, dims=3)
     _checks.check_floating(op, assignment=assignment)
-    groups = _check_group_count(op, "assignment", assignment)
+    groups = checks.check_group_count(op, "assignment", assignment)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= groups:
         raise ValueError(f"fastattn.{op}: top_k must lie in [1, {groups}], given {top_k!r}")
     order = assignment.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
@@ -148,21 +131,18 @@ def grouped_attention(
                 f"fastattn.{op}: key_groups is needed where q has another length ({q.shape[2]}) than k ({k.shape[2]})"
             )
         key_groups = groups
-    signatures = [
-        _signatures(op, name, value, (q.shape[0], length), q)
-        for name, value, length in (
-            ("groups", groups, q.shape[2]),
-            ("key_groups", key_groups, k.shape[2]),
-        )
-    ]
+    for name, value, length in (("groups", groups, q.shape[2]), ("key_groups", key_groups, k.shape[2])):
+        checks.check_signatures(op, name, value, q, length)
+    signatures = groups.long()
     return call(
         "grouped_attention",
         q,
         k,
         v,
-        *signatures,
-        _window(op, window),
-        _scale(op, scale, q),
+        signatures,
+        signatures if key_groups is groups else key_groups.long(),
+        _window(window),
+        default_scale(q.shape[3]) if scale is None else scale,
         *_causal_args(op, mask, q, k),
         requested(op, backend),
     )[0]
@@ -202,21 +182,7 @@ def gated_attention(
     """
     op = "gated_attention"
     check_qkv(op, q, k, v)
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"fastattn.{op}: k has {k.shape[2]} tokens, q has {q.shape[2]}; they must agree (decoding uses grouped_attention)"
-        )
-    _checks.check_tensor(op, "assignment", assignment, dims=3)
-    _checks.check_floating(op, assignment=assignment)
-    _checks.check_same_device(op, q=q, assignment=assignment)
-    if assignment.shape[:2] != (q.shape[0], q.shape[2]) or assignment.shape[2] == 0:
-        raise ValueError(
-            f"fastattn.{op}: assignment must have shape (B, L, G) = ({q.shape[0]}, {q.shape[2]}, 1 or more), "
-            f"given {tuple(assignment.shape)}"
-        )
     if isinstance(sharpness, torch.Tensor):
-        _checks.check_floating(op, sharpness=sharpness)
-        _checks.check_same_device(op, q=q, sharpness=sharpness)
         if sharpness.numel() != 1:
             raise ValueError(
                 f"fastattn.{op}: sharpness must be a number or a tensor of one element, given {_checks.describe(sharpness)}"
@@ -237,73 +203,19 @@ def gated_attention(
         v,
         assignment,
         sharpness,
-        _window(op, window),
+        _window(window),
         GATES.index(gate),
-        _scale(op, scale, q),
+        default_scale(q.shape[3]) if scale is None else scale,
         *_causal_args(op, mask, q, k),
         requested(op, backend),
     )[0]
 
 
-def _documents(op: str, scores: torch.Tensor, cu_seqlens: torch.Tensor) -> list[int]:
-    """Lengths of packed documents; all of `scores`, unknown, while tracing and on a GPU, which nothing waits for."""
-    _checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
-    _checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
-    if scores.shape[0] != 1:
-        raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {scores.shape[0]}")
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
-    if _checks.traced() or cu_seqlens.device.type != "cpu":
-        return [scores.shape[1]] * (cu_seqlens.shape[0] - 1)
-    cuts = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in itertools.pairwise(cuts)]
-    if cuts[0] != 0 or min(lengths, default=0) < 0 or cuts[-1] > scores.shape[1]:
-        raise ValueError(
-            f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {scores.shape[1]}, given {cuts}"
-        )
-    return lengths
-
-
-def _check_group_count(op: str, name: str, value: torch.Tensor) -> int:
-    groups = value.shape[2]
-    if not 1 <= groups <= MAX_GROUPS:
-        raise ValueError(
-            f"fastattn.{op}: {name} must be (B, L, G) with G in [1, {MAX_GROUPS}], given G = {groups}"
-        )
-    return groups
-
-
-def _signatures(
-    op: str, name: str, value: torch.Tensor, shape: tuple[int, int], q: torch.Tensor
-) -> torch.Tensor:
-    """Checked signatures as int64."""
-    _checks.check_integer(op, name, value, dims=2)
-    _checks.check_same_device(op, q=q, **{name: value})
-    _checks.check_shape(op, name, value, shape, "batch and length")
-    highest = torch.iinfo(value.dtype).max
-    _checks.check_range(op, name, value, 0, highest, also=highest)
-    return value.long()
-
-
-def _window(op: str, window: int) -> int:
-    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
-        raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
-    return min(window, LONGEST) if isinstance(window, int) else window
-
-
-def _scale(op: str, scale: float | None, q: torch.Tensor) -> float:
-    if scale is None:
-        return default_scale(q.shape[3])
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
-    return float(scale)
+def _window(window: int) -> int:
+    """A wider one than any sequence is no limit, and must not overflow a sum."""
+    return min(window, LONGEST) if type(window) is int else window
 
 
 def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple:
     """The schema's mask arguments, causal whatever the mask says."""
-    mask = check_mask(op, mask)
-    if mask.prefix_lengths is not None:
-        raise NotImplementedError(
-            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
-        )
-    return (True, *mask.schema_args(op, q, k)[1:])
+    return (True, *check_mask(op, mask).schema_args(op, q, k)[1:])

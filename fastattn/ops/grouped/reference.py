@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from ... import masks
+from ..._arithmetic import rounded_once
 from ..attention.reference import attention, expand_heads
 
 
@@ -74,6 +75,7 @@ def grouped_attention(
     return attention(q, k, v, None, 0, scale, 0.0, *mask, rule if dense is None else rule & dense)
 
 
+@rounded_once
 def gated_attention(
     q: torch.Tensor,
     k: torch.Tensor,

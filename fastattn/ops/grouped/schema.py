@@ -13,6 +13,7 @@ from ..._registry import (
     saved_inputs,
     triton_backend,
 )
+from . import checks
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,8 @@ register_op(
     "sinkhorn",
     "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
     fake=_sinkhorn_fake,
+    check=checks.check_sinkhorn,
+    check_contents=checks.check_sinkhorn_contents,
     backends=(
         Backend(
             "cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, _configure_cuda_sinkhorn, devices=("cuda",)
@@ -117,6 +120,8 @@ register_op(
     "sinkhorn_backward",
     "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> Tensor",
     fake=lambda grad, scores, *_: _contiguous_like(scores),
+    check=checks.check_sinkhorn_backward,
+    check_contents=checks.check_sinkhorn_backward_contents,
     backends=(
         cpu_backend(__package__, "sinkhorn_backward", tuned=False),
         triton_backend(f"{__package__}.triton_sinkhorn", "sinkhorn_backward", configure="configure_backward"),
@@ -151,6 +156,8 @@ register_op(
     "grouped_attention",
     f"(Tensor q, Tensor k, Tensor v, {_GROUPED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
+    check=checks.check_grouped_attention,
+    check_contents=checks.check_grouped_contents,
     backends=(
         cpu_backend(__package__, "grouped_attention"),
         triton_backend(f"{__package__}.triton", "grouped_attention", configure="configure"),
@@ -164,6 +171,7 @@ register_op(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GROUPED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
+    check=checks.check_grouped_attention_backward,
     backends=(
         cpu_backend(__package__, "grouped_attention_backward"),
         triton_backend(f"{__package__}.triton_backward", "grouped_attention_backward", configure="configure"),
@@ -191,6 +199,7 @@ register_op(
     "gated_attention",
     f"({_GATED_INPUTS}, {_GATED_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_attention_fake,
+    check=checks.check_gated_attention,
     backends=(
         cpu_backend(__package__, "gated_attention"),
         triton_backend(f"{__package__}.triton_gated", "gated_attention", configure="configure"),
@@ -204,6 +213,7 @@ register_op(
     f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor lse, {_GATED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
+    check=checks.check_gated_attention_backward,
     backends=(
         cpu_backend(__package__, "gated_attention_backward"),
         triton_backend(

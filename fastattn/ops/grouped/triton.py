@@ -150,7 +150,11 @@ def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: st
     groups, key_groups = groups.contiguous(), key_groups.contiguous()
     _, offsets_q, offsets_k, _ = p.indices
     order_q = _order(groups, offsets_q)
-    same = key_groups.data_ptr() == groups.data_ptr() and key_groups.dtype is groups.dtype and offsets_q is offsets_k
+    same = (
+        key_groups.data_ptr() == groups.data_ptr()
+        and key_groups.dtype is groups.dtype
+        and offsets_q is offsets_k
+    )
     order_k = order_q if same and p.length_q == p.length_k else _order(key_groups, offsets_k)
     if over == "queries":
         block, longest = config["block_n"], p.longest_k

@@ -3,6 +3,7 @@
 import torch
 
 from ..._registry import Backend, cpu_backend, reference_backward, register_op, triton_backend
+from .checks import check_fused_linear, check_fused_linear_backward
 
 
 def _lead(x: torch.Tensor, gate: torch.Tensor | None) -> tuple[int, ...]:
@@ -104,6 +105,7 @@ register_op(
     "(Tensor x, Tensor weight, Tensor? gate, Tensor? residual, float? eps, bool swiglu, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
+    check=check_fused_linear,
     backends=(
         cpu_backend(__package__, "fused_linear"),
         triton_backend(f"{__package__}.triton", "fused_linear", configure="configure"),
@@ -117,6 +119,7 @@ register_op(
     "(Tensor grad, Tensor x, Tensor weight, Tensor? gate, Tensor rstd, Tensor product, float? eps, bool swiglu, "
     "bool need_x, bool need_weight, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    check=check_fused_linear_backward,
     backends=(
         cpu_backend(__package__, "fused_linear_backward"),
         triton_backend(f"{__package__}.triton", "fused_linear_backward"),

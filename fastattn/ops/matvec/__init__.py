@@ -2,7 +2,6 @@
 
 import torch
 
-from ... import _checks
 from ..._registry import call, needs_grad, requested
 from . import schema
 
@@ -15,14 +14,7 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None)
     x: (..., K); weight: (N, K), of x's dtype. Returns (..., N). Differentiable in both. The CPU kernel serves up to 8
     rows; more, and GPUs, go to the reference, which is the library's product. Raises ValueError or TypeError naming the argument.
     """
-    op = "matvec"
-    _checks.check_floating(op, x=x, weight=weight)
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"fastattn.{op}: weight must have shape (N, K), K x's last dim, given {_checks.describe(weight)} "
-            f"for x {_checks.describe(x)}"
-        )
-    return call(op, x, weight, requested(op, backend))
+    return call("matvec", x, weight, requested("matvec", backend))
 
 
 def is_unchanged(module: torch.nn.Module, kind: type) -> bool:

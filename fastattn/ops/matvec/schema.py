@@ -4,6 +4,7 @@ import importlib
 import math
 
 from ..._registry import Backend, register_op
+from .checks import check_matvec
 
 MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
 
@@ -47,6 +48,7 @@ register_op(
     "matvec",
     "(Tensor x, Tensor weight, str backend) -> Tensor",
     fake=_fake,
+    check=check_matvec,
     backends=(
         Backend("cpu", _load("cpu"), _refusal, _configure, devices=("cpu",)),
         Backend("reference", _load("reference")),

@@ -2,8 +2,7 @@
 
 import torch
 
-from ... import _checks
-from ..._registry import call, needs_grad, requested
+from ..._registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 
 
@@ -23,16 +22,7 @@ def rms_norm(
     Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
     Raises ValueError or TypeError naming the argument.
     """
-    op = "rms_norm"
-    _checks.check_floating(op, x=x, residual=residual, weight=weight)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"fastattn.{op}: x must have a last dim of 1 or more, given {_checks.describe(x)}")
-    if residual is not None:
-        _checks.check_shape(op, "residual", residual, tuple(x.shape), "x's")
-    if weight is not None:
-        _checks.check_shape(op, "weight", weight, (x.shape[-1],), "x's last dim")
-    _checks.check_positive(op, "eps", eps, zero=True)
-    normed, total, _ = call("rms_norm", x, residual, weight, float(eps), requested(op, None))
+    normed, total, _ = call("rms_norm", x, residual, weight, eps, requested("rms_norm", None))
     return normed if residual is None else (normed, total)
 
 
@@ -42,13 +32,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up: (..., 2I), the gate in the first half; any strides. Returns (..., I). float32 inside, one rounding. Differentiable.
     Raises ValueError or TypeError naming the argument.
     """
-    op = "swiglu"
-    _checks.check_floating(op, gate_up=gate_up)
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"fastattn.{op}: gate_up must have an even last dim, gate | up, given {_checks.describe(gate_up)}"
-        )
-    return call("swiglu", gate_up, requested(op, None))
+    return call("swiglu", gate_up, requested("swiglu", None))
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -57,12 +41,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     x, gate: one shape (..., D), any strides. Returns that shape. Differentiable in both.
     Raises ValueError or TypeError naming the argument.
     """
-    op = "gated"
-    _checks.check_floating(op, x=x, gate=gate)
-    if x.dim() == 0:
-        raise ValueError(f"fastattn.{op}: x must have a last dim, given {_checks.describe(x)}")
-    _checks.check_shape(op, "gate", gate, tuple(x.shape), "x's")
-    return call("gated", x, gate, requested(op, None))
+    return call("gated", x, gate, requested("gated", None))
 
 
 def rotary(
@@ -72,12 +51,10 @@ def rotary(
 
     Dim i and i + D/2 are rotated by position * theta^(-2i/D); angles, sines and products in float32 (float64 for float64).
 
-    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,) or (B, L), int32 or int64, any order, zero or more.
+    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,), (1, L) or (B, L), int32 or int64, any order, zero or more.
     Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
     """
-    op = "rotary"
-    _check_rotary(op, q, k, positions, theta)
-    return call("rotary", q, k, positions, float(theta), False, requested(op, None))
+    return call("rotary", q, k, _one_row(positions), theta, False, requested("rotary", None))
 
 
 def rotary_append(
@@ -94,40 +71,16 @@ def rotary_append(
     """`rotary` of q and k, the latter written with v into a cache: one launch on a GPU, for decoding and prefill.
 
     q, k, positions, theta: as for `rotary`. v: (B, Hkv, L, Dv). slots: (B, L), int32 or int64, the row of the cache that each token
-    takes; no two of a sequence alike, each in [0, capacity), which is not checked.
+    takes: no two of a sequence alike, which is not checked, each in [0, capacity), which is checked on the CPU.
     keys: (B, Hkv, capacity, D); values: (B, Hkv, capacity, Dv); q's dtype and device; written in place.
     Returns rotated q, contiguous. It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
     Raises ValueError or TypeError naming the argument.
     """
     op = "rotary_append"
-    _check_rotary(op, q, k, positions, theta)
-    _checks.check_tensor(op, "v", v, dims=4)
-    _checks.check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "k's heads and tokens")
-    for name, cache, new in (("keys", keys, k), ("values", values, v)):
-        _checks.check_tensor(op, name, cache, dims=4)
-        shape = (*new.shape[:2], cache.shape[2], new.shape[3])
-        _checks.check_shape(op, name, cache, shape, "batch, heads, capacity and head dim")
-    _checks.check_floating(op, q=q, k=k, v=v, keys=keys, values=values)
-    _checks.check_integer(op, "slots", slots, dims=2)
-    _checks.check_shape(op, "slots", slots, (q.shape[0], q.shape[2]), "(B, L)")
-    _checks.check_same_device(op, q=q, slots=slots)
-    if needs_grad((q, k, v, keys, values)):
-        raise NotImplementedError(f"fastattn.{op}: it has no gradients; call it under torch.no_grad()")
-    return call(op, q, k, v, positions, slots, keys, values, float(theta), requested(op, None))
+    return call(op, q, k, v, _one_row(positions), slots, keys, values, theta, requested(op, None))
 
 
-def _check_rotary(op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float) -> None:
-    for name, t in (("q", q), ("k", k)):
-        _checks.check_tensor(op, name, t, dims=4)
-    _checks.check_floating(op, q=q, k=k)
-    _checks.check_integer(op, "positions", positions, dims=(1, 2))
-    _checks.check_same_device(op, q=q, positions=positions)
-    if (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], q.shape[2], q.shape[3]):
-        raise ValueError(
-            f"fastattn.{op}: k must have q's batch, length and head dim, given q {tuple(q.shape)} and k {tuple(k.shape)}"
-        )
-    if q.shape[3] % 2:
-        raise ValueError(f"fastattn.{op}: q must have an even head dim, given {q.shape[3]}")
-    shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
-    _checks.check_shape(op, "positions", positions, shape, "(L,) or (B, L)")
-    _checks.check_positive(op, "theta", theta)
+def _one_row(positions: torch.Tensor) -> torch.Tensor:
+    """(1, L) as (L,), which every sequence of the batch shares."""
+    one = isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[0] == 1
+    return positions[0] if one else positions

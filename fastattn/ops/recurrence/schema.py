@@ -10,6 +10,7 @@ from ..._registry import (
     register_op,
     triton_backend,
 )
+from . import checks
 
 
 def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -79,6 +80,7 @@ register_op(
     "rms_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_rms_norm_fake,
+    check=checks.check_rms_norm,
     backends=(
         cpu_backend(__package__, "rms_norm"),
         _triton("rms_norm"),
@@ -92,6 +94,7 @@ register_op(
     "(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight, Tensor rstd, float eps, str backend) "
     "-> (Tensor, Tensor)",
     fake=_rms_norm_backward_fake,
+    check=checks.check_rms_norm_backward,
     backends=(
         cpu_backend(__package__, "rms_norm_backward"),
         _triton("rms_norm_backward"),
@@ -120,6 +123,7 @@ register_op(
     "swiglu",
     "(Tensor gate_up, str backend) -> Tensor",
     fake=_swiglu_fake,
+    check=checks.check_swiglu,
     backends=(
         cpu_backend(__package__, "swiglu"),
         _triton("swiglu"),
@@ -132,6 +136,7 @@ register_op(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up, str backend) -> Tensor",
     fake=lambda grad, gate_up: _contiguous_like(gate_up),
+    check=checks.check_swiglu_backward,
     backends=(
         cpu_backend(__package__, "swiglu_backward"),
         _triton("swiglu_backward"),
@@ -156,6 +161,7 @@ register_op(
     "gated",
     "(Tensor x, Tensor gate, str backend) -> Tensor",
     fake=lambda x, gate: _contiguous_like(x),
+    check=checks.check_gated,
     backends=(cpu_backend(__package__, "gated"), _triton("gated"), reference_backend(__package__, "gated")),
     backward=_gated_backward,
     setup_context=_gated_setup,
@@ -164,6 +170,7 @@ register_op(
     "gated_backward",
     "(Tensor grad, Tensor x, Tensor gate, str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, gate: (_contiguous_like(x), _contiguous_like(gate)),
+    check=checks.check_gated_backward,
     backends=(
         cpu_backend(__package__, "gated_backward"),
         _triton("gated_backward"),
@@ -190,6 +197,7 @@ register_op(
     "rotary",
     "(Tensor q, Tensor k, Tensor positions, float theta, bool inverse, str backend) -> (Tensor, Tensor)",
     fake=lambda q, k, positions, theta, inverse: (_contiguous_like(q), _contiguous_like(k)),
+    check=checks.check_rotary,
     backends=(
         cpu_backend(__package__, "rotary"),
         _triton("rotary"),
@@ -208,6 +216,8 @@ register_op(
     "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor slots, Tensor(a!) keys, Tensor(b!) values, float theta, "
     "str backend) -> Tensor",
     fake=lambda q, *rest: _contiguous_like(q),
+    check=checks.check_rotary_append,
+    check_contents=checks.check_rotary_append_contents,
     backends=(
         triton_backend("fastattn.ops.recurrence.triton", "rotary_append", refusal="refusal_append"),
         reference_backend(__package__, "rotary_append"),

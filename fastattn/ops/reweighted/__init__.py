@@ -1,10 +1,7 @@
 """Length-scaled softplus attention (LSSA) and its re-weighted form (LSSAR)."""
 
-import math
-
 import torch
 
-from ... import _checks
 from ..._registry import call, requested
 from ...masks import Mask, check_mask
 from ..attention import check_qkv
@@ -43,14 +40,5 @@ def softplus_attention(
     """
     op = "softplus_attention"
     check_qkv(op, q, k, v)
-    if q.shape[3] == 0:
-        raise ValueError(f"fastattn.{op}: q must have a head dim of 1 or more, given {_checks.describe(q)}")
-    if power is not None:
-        _checks.check_positive(op, "power", power)
-        if not 1 <= power < math.inf:
-            raise ValueError(
-                f"fastattn.{op}: power must be None or a finite number of at least 1, given {power!r}"
-            )
-        power = float(power)
     args = check_mask(op, mask).schema_args(op, q, k)
     return call("softplus_attention", q, k, v, power, *args, requested(op, backend))[0]

@@ -56,7 +56,7 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask
             mask,
             grad_out=_native.rows(grad_out),
             out=_native.rows(out),
-            statistics=statistics,
+            statistics=statistics.contiguous(),
             grad_q=grads[0],
             grad_k=grads[1],
             grad_v=grads[2],

@@ -5,6 +5,7 @@ import math
 import torch
 
 from ... import masks
+from ..._arithmetic import rounded_once
 from ..attention.reference import expand_heads
 
 EQUAL = 8.0  # scores of a row that lie within EQUAL * eps * (1 + c) are all equal
@@ -12,6 +13,7 @@ SHORTEST = 1e-12
 FEW = 3  # rows with at most this many keys have no offset
 
 
+@rounded_once
 def softplus_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, power: float | None, *mask: object
 ) -> tuple[torch.Tensor, torch.Tensor]:

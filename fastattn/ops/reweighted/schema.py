@@ -13,6 +13,7 @@ from ..._registry import (
     saved_inputs,
     triton_backend,
 )
+from .checks import check_softplus_attention, check_softplus_attention_backward
 
 _OPTIONS = f"float? power, {masks.SCHEMA}"
 _INPUTS = 3  # q, k, v
@@ -56,6 +57,7 @@ register_op(
     "softplus_attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
     fake=_fake,
+    check=check_softplus_attention,
     backends=(
         cpu_backend(__package__, "softplus_attention"),
         triton_backend("fastattn.ops.reweighted.triton", "softplus_attention", configure="configure"),
@@ -69,6 +71,7 @@ register_op(
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    check=check_softplus_attention_backward,
     backends=(
         cpu_backend(__package__, "softplus_attention_backward"),
         triton_backend(

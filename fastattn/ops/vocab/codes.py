@@ -9,23 +9,14 @@ import torch
 from ... import _checks
 from ..._registry import call, requested
 from . import schema_codes  # noqa: F401  registers the ops
-from ._arguments import REDUCTIONS, check_matrix, check_rows, check_target, check_wide, needed
+from ._arguments import needed
+from .checks import check_rows, check_target
 
 
-def _check_head(
-    op: str, h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    check_rows(op, "h", h)
-    check_matrix(op, "codebook", codebook, "K")
-    check_rows(op, "h", h, codebook.shape[1])
-    _checks.check_floating(op, h=h, codebook=codebook)
-    _checks.check_integer(op, "codes", codes, dims=1)
-    if codes.shape[0] < 1:
-        raise ValueError(f"fastattn.{op}: codes must name a code for 1 token or more, given none")
-    if bias is not None:
-        check_wide(op, "bias", bias, h)
-        _checks.check_shape(op, "bias", bias, tuple(codes.shape), "one a token of codes")
-    _checks.check_same_device(op, h=h, codebook=codebook, codes=codes, bias=bias)
+def _rows(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    """t (..., d) as (N, d)."""
+    check_rows(op, name, t)
+    return t.reshape(-1, t.shape[-1])
 
 
 def _detached(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -51,8 +42,7 @@ def vq_logits(
     Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_logits"
-    _check_head(op, h, codebook, codes, bias)
-    logits = call("vq_logits", h.reshape(-1, h.shape[-1]), codebook, codes, bias, requested(op, backend))
+    logits = call(op, _rows(op, "h", h), codebook, codes, bias, requested(op, backend))
     return logits.reshape(*h.shape[:-1], codes.shape[0])
 
 
@@ -84,17 +74,11 @@ def vq_cross_entropy(
     gradient accumulates in float32. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_cross_entropy"
-    _check_head(op, h, codebook, codes, bias)
-    tokens = codes.shape[0]
-    check_target(op, target, tuple(h.shape[:-1]), ignore_index)
-    if shadow is not None:
-        check_wide(op, "shadow", shadow, h)
-        _checks.check_shape(op, "shadow", shadow, (tokens, h.shape[-1]), "a row a token of codes")
-    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
-    _checks.check_same_device(op, h=h, target=target, shadow=shadow)
+    rows = _rows(op, "h", h)
+    check_target(op, target, h.shape[:-1], ignore_index)
     loss = call(
-        "vq_cross_entropy",
-        h.reshape(-1, h.shape[-1]),
+        op,
+        rows,
         codebook,
         codes,
         bias,
@@ -121,9 +105,8 @@ def vq_argmax(
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_argmax"
-    _check_head(op, h, codebook, codes, bias)
-    rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
-    found = call("vq_argmax", rows, codebook, codes, bias, requested(op, None))
+    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
+    found = call(op, rows, codebook, codes, bias, requested(op, None))
     return found.reshape(h.shape[:-1])
 
 
@@ -147,15 +130,13 @@ def vq_sample(
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_sample"
-    _check_head(op, h, codebook, codes, bias)
-    _checks.check_positive(op, "temperature", temperature)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"fastattn.{op}: generator must be a torch.Generator, given {_checks.describe(generator)}"
         )
-    rows, codebook, bias = _detached(h.reshape(-1, h.shape[-1]), codebook, bias)
+    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
-    found = call("vq_sample", rows, codebook, codes, bias, uniform, float(temperature), requested(op, None))
+    found = call(op, rows, codebook, codes, bias, uniform, temperature, requested(op, None))
     return found.reshape(h.shape[:-1])
 
 
@@ -169,10 +150,6 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "nearest_codes"
-    check_rows(op, "x", x)
-    check_matrix(op, "codebook", codebook, "K")
-    check_rows(op, "x", x, codebook.shape[1])
-    _checks.check_floating(op, x=x, codebook=codebook)
-    rows, codebook = _detached(x.reshape(-1, x.shape[-1]), codebook)
-    found = call("nearest_codes", rows, codebook, requested(op, None))
+    rows, codebook = _detached(_rows(op, "x", x), codebook)
+    found = call(op, rows, codebook, requested(op, None))
     return found.reshape(x.shape[:-1])

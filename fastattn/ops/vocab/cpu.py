@@ -13,7 +13,6 @@ import torch
 from ... import _config, _native
 from ..._config import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
-from ._arguments import check_targets
 
 _MIB = 1 << 20
 _TILE_ROWS = 8192
@@ -307,7 +306,6 @@ def _returned(rows: Rows, found, h, weight, bias, temperature) -> tuple[torch.Te
 def linear_cross_entropy(
     h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
 ):
-    check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
     config = _choose(h, weight).values
     options = _options(transform, softcap, z_loss)
     rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
@@ -366,7 +364,6 @@ def linear_cross_entropy_backward(
 
 
 def stablemax_cross_entropy(logits, target, ignore_index):
-    check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
     statistics = Statistics(logits)
     run_rows(
         _native.rows(logits),

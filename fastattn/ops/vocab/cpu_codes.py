@@ -5,7 +5,7 @@ import torch
 from ... import _config, _native
 from ..._config import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
-from ._arguments import check_codes, check_targets, inverse
+from ._arguments import inverse
 from .cpu import _MIB, Rows, Statistics, call, product, refusal, run_rows
 
 __all__ = ["refusal"]
@@ -162,8 +162,6 @@ def _returned(rows: Rows, found, tensors) -> tuple[torch.Tensor, ...]:
 
 
 def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
-    check_codes("vq_cross_entropy", codes, codebook.shape[0])
-    check_targets("vq_cross_entropy", target, codes.shape[0], ignore_index)
     rows = Rows(target, ignore_index)
     statistics, found = _loss(
         rows.of(h).float(),
@@ -213,7 +211,6 @@ def _expand(name: str, scores, codes, bias, logits) -> None:
 
 
 def vq_logits(h, codebook, codes, bias):
-    check_codes("vq_logits", codes, codebook.shape[0])
     logits = h.new_empty(h.shape[0], codes.shape[0])
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
     chunks = _chunks(h.shape[0], codebook.shape[0], _choose(h, codebook).values["chunk_mib"])
@@ -288,7 +285,6 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
 
 
 def vq_argmax(h, codebook, codes, bias):
-    check_codes("vq_argmax", codes, codebook.shape[0])
     count = codebook.shape[0]
     largest = torch.empty(count, dtype=torch.float32)
     best = torch.empty(count, dtype=torch.int64)
@@ -309,7 +305,6 @@ def nearest_codes(x, codebook):
 
 
 def vq_sample(h, codebook, codes, bias, uniform, temperature):
-    check_codes("vq_sample", codes, codebook.shape[0])
     count = codebook.shape[0]
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
     order = torch.empty(codes.shape[0], dtype=torch.int32)

@@ -2,10 +2,10 @@
 
 import torch
 
-from ..._registry import Backend, cpu_backend, register_op, triton_backend
-from ._arguments import check_targets, statistics_dtype
+from ..._checks import statistics_dtype
+from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from . import checks
 
-TRANSFORMS = (None, "stablemax")
 _OPTIONS = "int transform, float softcap, float z_loss, int ignore_index, str reduction"
 _TRITON = "fastattn.ops.vocab.triton"
 _DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
@@ -40,25 +40,6 @@ def saved_or_recomputed(
     else:
         found = [s * grad.to(s.dtype) if wanted >> i & 1 else None for i, s in enumerate(saved)]
     return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
-
-
-def reference_backend(name: str, check=None) -> Backend:
-    """reference.<name>, after check(*args)."""
-
-    def load():
-        from . import reference
-
-        defined = getattr(reference, name)
-        if check is None:
-            return defined
-
-        def checked(*args):
-            check(*args)
-            return defined(*args)
-
-        return checked
-
-    return Backend("reference", load)
 
 
 def _cuda_backend(name: str) -> Backend:
@@ -106,7 +87,6 @@ def _load_reference():
 
     def linear_cross_entropy(h, weight, bias, target, *args):
         *args, gradients = (weight, bias, target, *args)
-        check_targets("linear_cross_entropy", target, weight.shape[0], args[-2])
         loss, lse = reference.linear_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
@@ -157,6 +137,8 @@ register_op(
     "(Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, "
     f"{_OPTIONS}, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
+    check=checks.check_linear_cross_entropy,
+    check_contents=checks.check_linear_cross_entropy_contents,
     backends=(
         cpu_backend(__package__, "linear_cross_entropy"),
         _cuda_backend("linear_cross_entropy"),
@@ -171,6 +153,8 @@ register_op(
     "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor lse, "
     f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    check=checks.check_linear_cross_entropy_backward,
+    check_contents=checks.check_linear_cross_entropy_backward_contents,
     backends=(
         cpu_backend(__package__, "linear_cross_entropy_backward", tuned=False),
         _cuda_backend("linear_cross_entropy_backward"),
@@ -186,10 +170,6 @@ register_op(
 def _stablemax_fake(logits, target, ignore_index):
     loss = logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits))
     return loss, torch.empty_like(loss)
-
-
-def _check_stablemax(logits, target, ignore_index):
-    check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
 
 
 def _stablemax_setup(ctx, inputs, output):
@@ -216,10 +196,12 @@ register_op(
     "stablemax_cross_entropy",
     "(Tensor logits, Tensor target, int ignore_index, str backend) -> (Tensor, Tensor)",
     fake=_stablemax_fake,
+    check=checks.check_stablemax_cross_entropy,
+    check_contents=checks.check_stablemax_cross_entropy_contents,
     backends=(
         cpu_backend(__package__, "stablemax_cross_entropy", tuned=False),
         triton_backend(_TRITON, "stablemax_cross_entropy", configure="configure_rows"),
-        reference_backend("stablemax_cross_entropy", _check_stablemax),
+        reference_backend(__package__, "stablemax_cross_entropy"),
     ),
     backward=_stablemax_backward,
     setup_context=_stablemax_setup,
@@ -228,9 +210,11 @@ register_op(
     "stablemax_cross_entropy_backward",
     "(Tensor grad, Tensor logits, Tensor target, Tensor lse, int ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    check=checks.check_stablemax_cross_entropy_backward,
+    check_contents=checks.check_stablemax_cross_entropy_backward_contents,
     backends=(
         cpu_backend(__package__, "stablemax_cross_entropy_backward", tuned=False),
         triton_backend(_TRITON, "stablemax_cross_entropy_backward", configure="configure_rows"),
-        reference_backend("stablemax_cross_entropy_backward"),
+        reference_backend(__package__, "stablemax_cross_entropy_backward"),
     ),
 )

@@ -2,28 +2,16 @@
 
 import torch
 
-from ..._registry import Backend, cpu_backend, register_op, triton_backend
-from ._arguments import check_codes, check_targets, statistics_dtype
-from .schema import (
-    bits,
-    gradients_like,
-    reference_backend,
-    saved_or_recomputed,
-    selected,
-)
+from ..._checks import statistics_dtype
+from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from . import checks
+from .schema import bits, gradients_like, saved_or_recomputed, selected
 
 
 def _triton(name: str, *, tuned: bool = False) -> Backend:
     configure = "configure" if tuned else None
     refusal = "refusal_sample" if name == "vq_sample" else "refusal"
     return triton_backend("fastattn.ops.vocab.triton_codes", name, refusal=refusal, configure=configure)
-
-
-def _checked_codes(name: str) -> Backend:
-    def check(h, codebook, codes, *args):
-        check_codes(name, codes, codebook.shape[0])
-
-    return reference_backend(name, check)
 
 
 # --- vq_logits -------------------------------------------------------------------------------------------------------
@@ -51,14 +39,18 @@ def _logits_backward(ctx, grad):
     return dh, dcodebook, None, dbias, None
 
 
+_check_logits, _check_logits_contents = checks.head_checks("vq_logits")
+
 register_op(
     "vq_logits",
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
     fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
+    check=_check_logits,
+    check_contents=_check_logits_contents,
     backends=(
         cpu_backend(__package__, "vq_logits", module="cpu_codes"),
         _triton("vq_logits", tuned=True),
-        _checked_codes("vq_logits"),
+        reference_backend(__package__, "vq_logits"),
     ),
     backward=_logits_backward,
     setup_context=_logits_setup,
@@ -68,6 +60,8 @@ register_op(
     "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, int wanted, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
+    check=checks.check_vq_logits_backward,
+    check_contents=checks.check_vq_logits_backward_contents,
     backends=(
         cpu_backend(__package__, "vq_logits_backward", module="cpu_codes", tuned=False),
         _triton("vq_logits_backward"),
@@ -92,8 +86,6 @@ def _load_loss():
 
     def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, *args):
         *args, gradients = (codebook, codes, bias, shadow, target, ignore_index, *args)
-        check_codes("vq_cross_entropy", codes, codebook.shape[0])
-        check_targets("vq_cross_entropy", target, codes.shape[0], ignore_index)
         loss, lse = reference.vq_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
@@ -142,6 +134,8 @@ register_op(
     "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
+    check=checks.check_vq_cross_entropy,
+    check_contents=checks.check_vq_cross_entropy_contents,
     backends=(
         cpu_backend(__package__, "vq_cross_entropy", module="cpu_codes"),
         _triton("vq_cross_entropy", tuned=True),
@@ -157,6 +151,8 @@ register_op(
     fake=lambda grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted: (
         gradients_like((h, codebook, bias, shadow), wanted)
     ),
+    check=checks.check_vq_cross_entropy_backward,
+    check_contents=checks.check_vq_cross_entropy_backward_contents,
     backends=(
         cpu_backend(__package__, "vq_cross_entropy_backward", module="cpu_codes", tuned=False),
         _triton("vq_cross_entropy_backward"),
@@ -172,21 +168,32 @@ def _one_a_row(rows, *_):
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
-for _name, _schema in (
-    ("vq_argmax", "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor"),
+for _name, _schema, (_check, _check_contents) in (
+    (
+        "vq_argmax",
+        "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
+        checks.head_checks("vq_argmax"),
+    ),
     (
         "vq_sample",
         "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor uniform, float temperature, str backend) -> Tensor",
+        (checks.check_vq_sample, checks.check_vq_sample_contents),
     ),
-    ("nearest_codes", "(Tensor x, Tensor codebook, str backend) -> Tensor"),
+    (
+        "nearest_codes",
+        "(Tensor x, Tensor codebook, str backend) -> Tensor",
+        (checks.check_nearest_codes, None),
+    ),
 ):
     register_op(
         _name,
         _schema,
         fake=_one_a_row,
+        check=_check,
+        check_contents=_check_contents,
         backends=(
             cpu_backend(__package__, _name, module="cpu_codes"),
             _triton(_name, tuned=True),
-            reference_backend(_name) if _name == "nearest_codes" else _checked_codes(_name),
+            reference_backend(__package__, _name),
         ),
     )

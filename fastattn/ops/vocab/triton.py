@@ -61,13 +61,14 @@ def _vocab_rows_kernel(
                 tl.store(grad_temperature + row, 0.0)
         return
     if STATISTICS:
-        # The target's logit is read before the sums below, and so before any thread writes a gradient over it.
-        always = label >= 0
+        # The target's logit is read before the sums below, and so before any thread writes a gradient over it. A target
+        # of no class, which the host cannot see without waiting, makes the loss NaN.
+        known = (label >= 0) & (label < classes)
         picked, _picked_slope = _transform(
-            tl.load(x_base + label).to(tl.float32),
+            tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32),
             bias,
             label,
-            always,
+            known,
             softcap,
             tau,
             bias is not None,

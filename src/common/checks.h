@@ -1,0 +1,461 @@
+// What a kernel takes for granted of its parameters: tensors that are there, their sizes, dtypes and strides, codes and
+// numbers. Checked before every call, in a fraction of a microsecond: a compiled graph reaches kernels without the
+// checks of a public function.
+#pragma once
+#include <cmath>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "indices.h"
+#include "params.h"
+
+namespace fastattn {
+
+constexpr int64_t kLongest = INT32_MAX;  // of a sequence: kernels keep intervals of keys in 32 bits
+constexpr int64_t kLargestBlock = 1 << 16;
+constexpr int64_t kLargestHeadDim = 256;
+constexpr int64_t kMostGroups = 64, kMostIterations = 1 << 20;  // of Sinkhorn
+constexpr int64_t kMostRows = 8;                                // of a product by weights that are read once
+
+struct Size {
+  int64_t of[4];
+};
+
+// A kernel's name, and what it refuses. Tensors are four-dimensional, missing leading dimensions of size 1.
+class Checks {
+ public:
+  explicit Checks(const char* kernel) : kernel_(kernel), backward_(ends_with(kernel, "_backward")) {}
+
+  bool backward() const { return backward_; }
+
+  void require(bool holds, const char* field, const char* rule) const {
+    if (!holds) refuse(field, rule);
+  }
+  void in(const char* field, int64_t value, int64_t low, int64_t high) const {
+    if (value < low || value > high)
+      refuse(field,
+             "must lie in [" + std::to_string(low) + ", " + std::to_string(high) + "], given " + std::to_string(value));
+  }
+  // A tensor of this size and dtype, elements of the last dimension side by side; one without elements may be absent.
+  void tensor(const char* field, const Tensor& t, const Size& size, DType dtype) const {
+    strided(field, t, size, dtype);
+    if (t.stride[3] != 1 && t.size[3] > 1) refuse(field, "must have the elements of its last dimension side by side");
+  }
+  // The same, of any strides.
+  void strided(const char* field, const Tensor& t, const Size& size, DType dtype) const {
+    bool same = true, empty = false;
+    for (int i = 0; i < 4; i++) same &= t.size[i] == size.of[i], empty |= size.of[i] == 0;
+    if (!t.data && !empty) refuse(field, "is needed");
+    if (!same && t.data) refuse(field, "must have sizes " + text(size.of) + ", given " + text(t.size));
+    if (t.dtype != dtype && t.data) refuse(field, "has another dtype than the kernel takes");
+  }
+  // The same, all elements side by side.
+  void contiguous(const char* field, const Tensor& t, const Size& size, DType dtype) const {
+    strided(field, t, size, dtype);
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; i--) {
+      if (t.size[i] > 1 && t.stride[i] != stride) refuse(field, "must be contiguous");
+      stride *= t.size[i];
+    }
+  }
+  void like(const char* field, const Tensor& t, const Tensor& other) const {
+    tensor(field, t, size_of(other), other.dtype);
+  }
+  // float32, bfloat16 or float16, the elements of the last dimension side by side.
+  void floating(const char* field, const Tensor& t) const {
+    if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16)
+      refuse(field, "must be float32, bfloat16 or float16");
+    tensor(field, t, size_of(t), t.dtype);
+  }
+  // `count` int32 or int64 of any stride.
+  void integers(const char* field, const Tensor& t, int64_t count) const {
+    strided(field, t, {1, 1, 1, count}, t.dtype);
+    require(t.dtype == DType::i32 || t.dtype == DType::i64, field, "must be int32 or int64");
+  }
+
+  static Size size_of(const Tensor& t) { return {t.size[0], t.size[1], t.size[2], t.size[3]}; }
+
+ private:
+  const char* kernel_;
+  bool backward_;
+
+  static bool ends_with(std::string_view text, std::string_view end) {
+    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+  }
+  static std::string text(const int64_t* sizes) {
+    std::string result;
+    for (int i = 0; i < 4; i++) result += (i ? ", " : "(") + std::to_string(sizes[i]);
+    return result + ")";
+  }
+  [[noreturn]] void refuse(const char* field, const std::string& rule) const {
+    throw std::invalid_argument("fastattn." + std::string(kernel_) + ": " + field + " " + rule);
+  }
+};
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+inline void check_fields(const Checks& c, const RmsNormParams& p) {
+  c.floating("x", p.x);
+  c.in("x's last dimension", p.x.size[3], 1, INT64_MAX);
+  if (p.residual.data) {
+    c.like("residual", p.residual, p.x);
+    c.like("total", p.total, p.x);
+  }
+  if (p.weight.data) c.contiguous("weight", p.weight, {1, 1, 1, p.x.size[3]}, p.x.dtype);
+  c.like("normed", p.normed, p.x);
+  c.strided("rstd", p.rstd, {p.x.size[0], p.x.size[1], p.x.size[2], 1}, DType::f32);
+}
+
+inline void check_fields(const Checks& c, const RmsNormBackwardParams& p) {
+  c.floating("total", p.total);
+  c.in("total's last dimension", p.total.size[3], 1, INT64_MAX);
+  c.like("grad_normed", p.grad_normed, p.total);
+  if (p.grad_total.data) c.like("grad_total", p.grad_total, p.total);
+  c.like("grad", p.grad, p.total);
+  c.strided("rstd", p.rstd, {p.total.size[0], p.total.size[1], p.total.size[2], 1}, DType::f32);
+  if (p.weight.data) {
+    c.contiguous("weight", p.weight, {1, 1, 1, p.total.size[3]}, p.total.dtype);
+    c.contiguous("weight_partials", p.weight_partials, {1, 1, p.weight_partials.size[2], p.total.size[3]}, DType::f32);
+    c.in("weight_partials' rows", p.weight_partials.size[2], p.threads, INT64_MAX);
+  }
+}
+
+inline void check_fields(const Checks& c, const GateParams& p) {
+  c.floating("a", p.a);
+  c.like("b", p.b, p.a);
+  if (!c.backward()) return c.like("out", p.out, p.a);
+  c.like("grad_out", p.grad_out, p.a);
+  c.like("grad_a", p.grad_a, p.a);
+  c.like("grad_b", p.grad_b, p.a);
+}
+
+inline void check_fields(const Checks& c, const RotaryParams& p) {
+  c.floating("x", p.x);
+  c.require(p.x.size[3] % 2 == 0, "x", "must have an even last dimension");
+  c.like("out", p.out, p.x);
+  const int64_t angles = p.cos.size[2], half = p.x.size[3] / 2;
+  c.contiguous("cos", p.cos, {1, 1, angles, half}, DType::f32);
+  c.contiguous("sin", p.sin, {1, 1, angles, half}, DType::f32);
+  c.tensor("rows", p.rows, {p.rows.size[0], 1, 1, p.x.size[2]}, DType::i32);
+  c.require(p.rows.size[0] == p.x.size[0] || p.rows.stride[0] == 0, "rows", "must be one for each batch, or for all");
+  const int64_t lists = p.rows.stride[0] == 0 ? 1 : p.rows.size[0];
+  for (int64_t b = 0; b < lists && p.rows.data; b++)
+    for (int64_t i = 0; i < p.rows.size[3]; i++)
+      check_index("rows", i, ((const int32_t*)p.rows.data)[b * p.rows.stride[0] + i], 0, angles - 1);
+}
+
+inline void check_fields(const Checks& c, const MatvecParams& p) {
+  c.floating("weight", p.weight);
+  const int64_t rows = p.x.size[2], inputs = p.weight.size[3];
+  c.in("x's rows", rows, 0, kMostRows);
+  c.in("weight's last dimension", inputs, 1, INT64_MAX);
+  c.tensor("weight", p.weight, {1, 1, p.weight.size[2], inputs}, p.weight.dtype);
+  c.tensor("x", p.x, {1, 1, rows, inputs}, p.x.dtype == DType::f32 ? DType::f32 : p.weight.dtype);
+  c.tensor("out", p.out, {1, 1, rows, p.weight.size[2]}, p.out.dtype == DType::f32 ? DType::f32 : p.weight.dtype);
+  c.require(!p.add || p.out.dtype == DType::f32, "out", "must be float32 to be added to");
+}
+
+inline void check_fields(const Checks& c, const DecodeStepParams& p) {
+  const int64_t batch = p.z_h.size[2], hidden = p.z_h.size[3];
+  const int64_t heads = p.keys.size[1], capacity = p.keys.size[2], head_dim = p.keys.size[3];
+  c.floating("z_h", p.z_h);
+  c.in("z_h's rows", batch, 1, kMostRows);
+  c.in("z_h's last dimension", hidden, 1, INT64_MAX);
+  c.tensor("z_h", p.z_h, {1, 1, batch, hidden}, p.z_h.dtype);
+  c.like("z_l", p.z_l, p.z_h);
+  c.like("out", p.out, p.z_h);
+  c.in("layers", p.layers, 1, INT32_MAX);
+  c.in("inner", p.inner, 1, INT64_MAX);
+  c.in("h_cycles", p.h_cycles, 1, INT32_MAX);
+  c.in("l_cycles", p.l_cycles, 1, INT32_MAX - 1);
+  c.require(p.keys.size[0] % (p.layers * batch) == 0 &&
+                p.keys.size[0] / (p.layers * batch) == int64_t(p.h_cycles) * (p.l_cycles + 1),
+            "keys", "must be those of every call of every layer of every row");
+  c.in("keys' heads", heads, 1, INT64_MAX);
+  c.require(head_dim % 2 == 0, "keys", "must have an even last dimension");
+  c.in("keys' last dimension", head_dim, 2, kLargestHeadDim);
+  c.tensor("keys", p.keys, Checks::size_of(p.keys), p.z_h.dtype);
+  c.tensor("values", p.values, Checks::size_of(p.keys), p.z_h.dtype);
+  c.in("longest", p.longest, 1, capacity);
+  c.contiguous("positions", p.positions, {1, 1, 1, batch}, DType::i32);
+  c.contiguous("lengths", p.lengths, {1, 1, 1, batch}, DType::i32);
+  const int64_t angles = p.cos.size[2];
+  c.contiguous("cos", p.cos, {1, 1, angles, head_dim / 2}, DType::f32);
+  c.contiguous("sin", p.sin, {1, 1, angles, head_dim / 2}, DType::f32);
+  c.tensor("rows", p.rows, {batch, 1, 1, 1}, DType::i32);
+  for (int64_t b = 0; b < batch; b++) {
+    check_index("position", b, ((const int32_t*)p.positions.data)[b], 0, p.longest - 1);
+    check_index("lengths", b, ((const int32_t*)p.lengths.data)[b], 0, p.longest);
+    check_index("rows", b, ((const int32_t*)p.rows.data)[b * p.rows.stride[0]], 0, angles - 1);
+  }
+  c.contiguous("weights", p.weights, {1, 1, 1, 8 * p.layers}, DType::i64);
+  for (int64_t i = 0; i < 8 * p.layers; i++)
+    c.require(((const int64_t*)p.weights.data)[i] != 0, "weights", "must all be there");
+}
+
+// --- attention -------------------------------------------------------------------------------------------------------
+
+// What every kind of attention takes. lse: whether there are log-sum-exps, which the forward finds and the backward
+// reads.
+inline void check_attention(const Checks& c, const AttentionParams& p, bool lse) {
+  c.floating("q", p.q);
+  const int64_t batch = p.q.size[0], heads = p.q.size[1], rows = p.q.size[2], head_dim = p.q.size[3];
+  const int64_t kv_heads = p.k.size[1], keys = p.k.size[2], value_dim = p.v.size[3];
+  c.in("k's heads", kv_heads, 1, INT64_MAX);
+  c.require(heads % kv_heads == 0, "k", "must have a number of heads that divides q's");
+  c.in("q's last dimension", head_dim, 1, kLargestHeadDim);
+  c.in("v's last dimension", value_dim, 1, kLargestHeadDim);
+  c.in("q's length", rows, 0, kLongest);
+  c.in("k's length", keys, 0, kLongest);
+  c.tensor("k", p.k, {batch, kv_heads, keys, head_dim}, p.q.dtype);
+  c.tensor("v", p.v, {batch, kv_heads, keys, value_dim}, p.q.dtype);
+  c.tensor("out", p.out, {batch, heads, rows, value_dim}, p.q.dtype);
+  if (lse) c.strided("lse", p.lse, {1, batch, heads, rows}, DType::f32);
+  if (lse && !c.backward()) c.tensor("lse", p.lse, {1, batch, heads, rows}, DType::f32);
+  if (c.backward()) {
+    c.like("grad_out", p.grad_out, p.out);
+    if (p.grad_lse.data) c.strided("grad_lse", p.grad_lse, {1, batch, heads, rows}, DType::f32);
+    c.like("grad_q", p.grad_q, p.q);
+    c.like("grad_k", p.grad_k, p.k);
+    c.like("grad_v", p.grad_v, p.v);
+  }
+  if (p.bias.data) c.tensor("bias", p.bias, {batch, heads, rows, keys}, p.q.dtype);
+  if (p.dense.data) c.tensor("dense", p.dense, {batch, heads, rows, keys}, DType::u8);
+  const bool packed = p.cu_seqlens_q.data;
+  c.require(packed == (p.cu_seqlens_k.data != nullptr), "cu_seqlens_k", "goes with cu_seqlens_q");
+  c.require(!packed || batch == 1, "cu_seqlens_q", "needs a batch of one");
+  const int64_t entries = p.cu_seqlens_q.size[3], sequences = packed ? entries - 1 : batch;
+  if (packed) {
+    c.in("cu_seqlens_q's entries", entries, 1, INT64_MAX);
+    c.contiguous("cu_seqlens_q", p.cu_seqlens_q, {1, 1, 1, entries}, DType::i32);
+    c.contiguous("cu_seqlens_k", p.cu_seqlens_k, {1, 1, 1, entries}, DType::i32);
+  }
+  if (p.prefix_lengths.data) c.contiguous("prefix_lengths", p.prefix_lengths, {1, 1, 1, sequences}, DType::i32);
+  if (p.key_lengths.data) c.contiguous("key_lengths", p.key_lengths, {1, 1, 1, sequences}, DType::i32);
+  c.in("block_q", p.block_q, 1, kLargestBlock);
+  c.in("block_k", p.block_k, 1, kLargestBlock);
+  c.in("pack_kib", p.pack_kib, 0, INT32_MAX);
+  c.in("chunk_k", p.chunk_k, 1, kLongest);
+  c.in("window_left", p.window_left, INT64_MIN, kLongest);
+  c.in("window_right", p.window_right, INT64_MIN, kLongest);
+  c.require(!std::isnan(p.bias_value), "bias_value", "must be a number");
+  if (p.tile_class.data) {
+    c.tensor("tile_class", p.tile_class, {batch, heads, p.tile_class.size[2], p.tile_class.size[3]}, DType::u8);
+    c.in("tile_class's rows", p.tile_class.size[2], (rows + p.block_q - 1) / p.block_q, INT64_MAX);
+    c.in("tile_class's columns", p.tile_class.size[3], (keys + p.block_k - 1) / p.block_k, INT64_MAX);
+    c.require(!packed, "tile_class", "is of no packed documents");
+  }
+}
+
+inline void check_fields(const Checks& c, const AttentionParams& p) {
+  c.in("score", p.score, 0, 2);
+  check_attention(c, p, p.score != 1);
+}
+
+inline void check_fields(const Checks& c, const ReweightedParams& p) {
+  check_attention(c, p, false);
+  c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
+  c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");
+}
+
+inline void check_fields(const Checks& c, const GroupedParams& p) {
+  check_attention(c, p, true);
+  c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
+  c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
+  c.in("window", p.window, 0, kLongest);
+}
+
+inline void check_fields(const Checks& c, const GatedParams& p) {
+  check_attention(c, p, true);
+  const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
+  c.require(p.k.size[2] == rows, "k", "must have q's length");
+  c.in("assignment's groups", groups, 1, INT32_MAX);
+  c.contiguous("assignment", p.assignment, {1, batch, rows, groups}, DType::f32);
+  c.strided("sharpness", p.sharpness, {1, 1, 1, 1}, DType::f32);
+  c.in("window", p.window, 0, kLongest);
+  c.in("gate", p.gate, 0, 1);
+  if (!c.backward()) return;
+  c.tensor("lse", p.lse, {1, batch, p.q.size[1], rows}, DType::f32);
+  c.contiguous("grad_query_assignment", p.grad_query_assignment, {batch, p.q.size[1], rows, groups}, DType::f32);
+  c.contiguous("grad_key_assignment", p.grad_key_assignment, {batch, p.k.size[1], rows, groups}, DType::f32);
+  c.contiguous("grad_sharpness", p.grad_sharpness, {1, batch, p.q.size[1], rows}, DType::f32);
+}
+
+inline void check_fields(const Checks& c, const SinkhornParams& p) {
+  const int64_t rows = p.scores.size[2], groups = p.scores.size[3], sequences = p.begins.size[3];
+  c.floating("scores", p.scores);
+  c.in("scores' groups", groups, 1, kMostGroups);
+  c.contiguous("scores", p.scores, {1, 1, rows, groups}, p.scores.dtype);
+  c.contiguous("begins", p.begins, {1, 1, 1, sequences}, DType::i64);
+  c.contiguous("counts", p.counts, {1, 1, 1, sequences}, DType::i64);
+  c.contiguous("out", p.out, {1, 1, rows, groups}, p.scores.dtype);
+  if (c.backward())
+    c.contiguous("grad", p.grad, {1, 1, rows, groups}, p.scores.dtype);
+  else
+    c.contiguous("potentials", p.potentials, {1, p.potentials.size[1], sequences, groups}, DType::f32);
+  c.require(p.temperature > 0, "temperature", "must be more than zero");
+  c.in("iterations", p.iterations, 1, kMostIterations);
+}
+
+inline void check_fields(const Checks& c, const TileClassParams& p) {
+  if (p.mask.dtype != DType::u8) c.floating("mask", p.mask);
+  c.tensor("mask", p.mask, Checks::size_of(p.mask), p.mask.dtype);
+  c.in("block_q", p.block_q, 1, kLargestBlock);
+  c.in("block_k", p.block_k, 1, kLargestBlock);
+  const int64_t bands = p.classes.size[2], columns = p.classes.size[3];
+  c.tensor("classes", p.classes, {p.mask.size[0], p.mask.size[1], bands, columns}, DType::u8);
+  c.in("classes' rows", bands, (p.mask.size[2] + p.block_q - 1) / p.block_q, INT64_MAX);
+  c.in("classes' columns", columns, (p.mask.size[3] + p.block_k - 1) / p.block_k, INT64_MAX);
+}
+
+// --- output layer ----------------------------------------------------------------------------------------------------
+
+inline void check_fields(const Checks& c, const VocabRowsParams& p) {
+  c.floating("x", p.x);
+  const int64_t rows = p.x.size[2], columns = p.x.size[3];
+  const Size by_row{1, 1, 1, rows};
+  c.tensor("x", p.x, {1, 1, rows, columns}, p.x.dtype);
+  c.integers("target", p.target, rows);
+  const bool prepared = p.bias.data || p.softcap != 0 || p.temperature.data;
+  c.require(!prepared || p.x.dtype == DType::f32, "x", "must be float32 with a bias, a soft cap or a temperature");
+  if (p.bias.data) c.contiguous("bias", p.bias, {1, 1, 1, columns}, DType::f32);
+  if (p.temperature.data) c.strided("temperature", p.temperature, by_row, DType::f32);
+  if (p.statistics) {
+    c.strided("row_max", p.row_max, by_row, DType::f32);
+    c.strided("row_sum", p.row_sum, by_row, DType::f32);
+    c.strided("picked", p.picked, by_row, DType::f32);
+  }
+  if (p.statistics || p.gradient) c.strided("lse", p.lse, by_row, DType::f32);
+  if (!p.gradient) return;
+  c.like("out", p.out, p.x);
+  c.strided("grad", p.grad, by_row, DType::f32);
+  if (p.temperature.data) c.strided("grad_temperature", p.grad_temperature, by_row, DType::f32);
+}
+
+// Of four kernels, each with fields of its own, which go by the same sizes.
+inline void check_fields(const Checks& c, const VocabTokensParams& p) {
+  const int64_t tokens = p.codes.size[3];
+  const int64_t codes = p.beta.data ? p.beta.size[3] : p.offsets.size[3] - 1;
+  const Size by_code{1, 1, 1, codes}, by_token{1, 1, 1, tokens};
+  c.in("codes' number", tokens, 1, INT32_MAX);
+  c.integers("codes", p.codes, tokens);
+  c.in("beta's size", codes, 1, INT64_MAX);
+  if (p.bias.data) c.contiguous("bias", p.bias, by_token, DType::f32);
+  if (p.beta.data) c.contiguous("beta", p.beta, by_code, DType::f32);
+  c.require(p.best.data || p.mass.data || p.order.data || p.sums.data, "best, mass, order or sums", "is needed");
+  if (p.sums.data) c.contiguous("sums", p.sums, by_code, DType::f64);
+  if (p.largest.data) c.contiguous("largest", p.largest, by_code, DType::f32);
+  if (p.best.data) {
+    c.contiguous("codes", p.codes, by_token, p.codes.dtype);
+    c.contiguous("best", p.best, by_code, DType::i64);
+  }
+  if (p.mass.data) {
+    c.contiguous("mass", p.mass, by_code, DType::f32);
+    c.contiguous("out", p.out, by_token, DType::f32);
+  }
+  if (p.order.data) {
+    c.contiguous("order", p.order, by_token, DType::i32);
+    c.contiguous("offsets", p.offsets, {1, 1, 1, codes + 1}, DType::i64);
+  }
+}
+
+inline void check_fields(const Checks& c, const VocabSampleParams& p) {
+  const int64_t rows = p.scores.size[2], codes = p.scores.size[3], tokens = p.order.size[3];
+  c.tensor("scores", p.scores, {1, 1, rows, codes}, DType::f32);
+  c.in("scores' columns", codes, 1, INT64_MAX);
+  c.tensor("uniform", p.uniform, {1, 1, rows, 2}, DType::f64);
+  c.contiguous("largest", p.largest, {1, 1, 1, codes}, DType::f32);
+  c.contiguous("beta", p.beta, {1, 1, 1, codes}, DType::f32);
+  if (p.bias.data) c.strided("bias", p.bias, {1, 1, 1, tokens}, DType::f32);
+  c.contiguous("order", p.order, {1, 1, 1, tokens}, DType::i32);
+  c.contiguous("offsets", p.offsets, {1, 1, 1, codes + 1}, DType::i64);
+  c.contiguous("out", p.out, {1, 1, 1, rows}, DType::i64);
+}
+
+inline void check_fields(const Checks& c, const VocabBestParams& p) {
+  c.floating("x", p.x);
+  const int64_t rows = p.scores.size[2], codes = p.scores.size[3], width = p.x.size[3];
+  c.tensor("scores", p.scores, {1, 1, rows, codes}, DType::f32);
+  c.tensor("x", p.x, {1, 1, rows, width}, p.x.dtype);
+  c.tensor("codebook", p.codebook, {1, 1, codes, width}, p.x.dtype);
+  c.contiguous("offset", p.offset, {1, 1, 1, codes}, DType::f64);
+  if (p.ids.data) c.contiguous("ids", p.ids, {1, 1, 1, codes}, DType::i64);
+  c.contiguous("out", p.out, {1, 1, 1, rows}, DType::i64);
+}
+
+inline void check_fields(const Checks& c, const VocabDotsParams& p) {
+  c.floating("x", p.x);
+  const int64_t rows = p.x.size[2], width = p.x.size[3], codes = p.codebook.size[2];
+  c.tensor("x", p.x, {1, 1, rows, width}, p.x.dtype);
+  c.tensor("codebook", p.codebook, {1, 1, codes, width}, p.x.dtype);
+  c.tensor("out", p.out, {1, 1, rows, codes}, DType::f32);
+  if (p.squares.data) c.strided("squares", p.squares, {1, 1, 1, codes}, DType::f32);
+}
+
+inline void check_fields(const Checks& c, const VocabExpandParams& p) {
+  c.floating("logits", p.logits);
+  const int64_t rows = p.logits.size[2], tokens = p.logits.size[3];
+  c.tensor("logits", p.logits, {1, 1, rows, tokens}, p.logits.dtype);
+  c.tensor("scores", p.scores, {1, 1, rows, p.scores.size[3]}, DType::f32);
+  c.integers("codes", p.codes, tokens);
+  if (p.bias.data) c.contiguous("bias", p.bias, {1, 1, 1, tokens}, DType::f32);
+}
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+inline void check_fields(const Checks& c, const DigestParams& p) {
+  c.contiguous("source", p.source, {1, 1, 1, p.source.size[3]}, DType::u8);
+  c.contiguous("digest", p.digest, {1, 1, 1, 1}, DType::i64);
+}
+
+inline void check_fields(const Checks& c, const PackParams& p) {
+  c.floating("source", p.source);
+  c.tensor("source", p.source, {1, 1, p.source.size[2], p.source.size[3]}, p.source.dtype);
+  const int64_t columns = p.source.size[p.transposed ? 3 : 2];
+  c.in("parts", p.parts, 1, INT32_MAX);
+  c.require(columns % p.parts == 0, "parts", "must divide the columns");
+  if (!p.packed.data) return c.contiguous("bytes", p.bytes, {1, 1, 1, 1}, DType::i64);
+  c.contiguous("packed", p.packed, {1, 1, 1, p.packed.size[3]}, DType::u8);
+  c.in("packed's bytes", p.packed.size[3], 2 * p.source.size[2] * p.source.size[3], INT64_MAX);
+}
+
+inline void check_fields(const Checks& c, const LinearParams& p) {
+  c.floating("x", p.x);
+  c.floating("out", p.out);
+  const int64_t rows = p.out.size[2], outputs = p.out.size[3];
+  const int64_t inputs = p.transposed ? p.x.size[2] : p.x.size[2] * p.x.size[3];
+  if (p.transposed)
+    c.tensor("x", p.x, {1, 1, p.x.size[2], rows}, p.x.dtype);
+  else
+    c.require(p.x.size[0] * p.x.size[1] == rows, "x", "must have out's rows");
+  c.tensor("out", p.out, {1, 1, rows, outputs}, p.x.dtype);
+  if (p.gate.data) c.like("gate", p.gate, p.x);
+  if (p.residual.data) c.like("residual", p.residual, p.out);
+  if (p.product.data) c.tensor("product", p.product, {1, 1, rows, 2 * outputs}, p.x.dtype);
+  if (p.norm) c.contiguous("rstd", p.rstd, {1, 1, 1, rows}, DType::f32);
+  c.contiguous("packed", p.packed, {1, 1, 1, p.packed.size[3]}, DType::u8);
+  c.in("packed's bytes", p.packed.size[3], 2 * inputs * outputs * (p.gated_up ? 2 : 1), INT64_MAX);
+  c.in("block_rows", p.block_rows, 1, kLargestBlock);
+  c.in("block_columns", p.block_columns, 1, kLargestBlock);
+  c.in("block_steps", p.block_steps, 1, kLargestBlock);
+}
+
+inline void check_fields(const Checks& c, const PeakParams& p) {
+  c.contiguous("sink", p.sink, {1, 1, 1, p.sink.size[3]}, DType::f32);
+  c.in("sink's size", p.sink.size[3], p.threads, INT64_MAX);
+  c.contiguous("operations", p.operations, {1, 1, 1, 1}, DType::i64);
+}
+
+// Throws std::invalid_argument unless the kernel of this name can run on p.
+template <class P>
+void check(const char* kernel, const P& p) {
+  const Checks c(kernel);
+  if constexpr (requires { p.threads; }) c.in("threads", p.threads, 1, 1 << 16);
+  check_fields(c, p);
+  check_indices(p);
+}
+
+}  // namespace fastattn
