@@ -168,21 +168,22 @@ class _OneCache:
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         from ..integrations.transformers import is_cache
 
-        given = [value for value in (*args, *kwargs.values()) if is_cache(value)]
-        begun = [cache for cache in given if cache.get_seq_length() > 0]
-        if not begun:
+        caches = [value for value in (*args, *kwargs.values()) if is_cache(value)]
+        if all(cache.get_seq_length() == 0 for cache in caches):
             self._cache = _no_cache
             for router in self._routers:
                 router._caches.clear()
-        elif any(cache is not self._cache() for cache in begun):
+        elif not any(cache is self._cache() for cache in caches):
             raise NotImplementedError(
-                "fastattn: Focus keeps the signatures of one cache of keys, the latest that was begun; this call brings another"
+                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; the model was given another"
             )
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        from ..integrations.transformers import is_cache
+
         parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         for part in parts:
-            if hasattr(part, "get_seq_length"):
+            if is_cache(part):
                 self._cache = weakref.ref(part)
 
 

@@ -422,6 +422,11 @@ inline void check_fields(const Checks& c, const VocabExpandParams& p) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
+inline void check_fields(const Checks& c, const DigestParams& p) {
+  c.contiguous("source", p.source, {1, 1, 1, p.source.size[3]}, DType::u8);
+  c.contiguous("digest", p.digest, {1, 1, 1, 1}, DType::i64);
+}
+
 inline void check_fields(const Checks& c, const PackParams& p) {
   c.floating("source", p.source);
   c.tensor("source", p.source, {1, 1, p.source.size[2], p.source.size[3]}, p.source.dtype);

@@ -1,5 +1,6 @@
-// A digest of a tensor's bytes: what was made from them is known to be theirs still. It reads them as fast as memory gives
-// them. Two contents have one digest by chance only, once in 2^60; it does not withstand someone who looks for two.
+// A digest of a tensor's bytes: what was made from them is known to be theirs still. It reads them as fast as memory
+// gives them. Two contents have one digest by chance only, once in 2^60; it does not withstand someone who looks for
+// two.
 #pragma once
 
 #include "parallel.h"

@@ -115,10 +115,10 @@ def test_a_cache_of_other_signatures_is_refused(model, between):
     with torch.no_grad():
         first = model(tokens(), use_cache=True)
         model(tokens().flip(1), use_cache=between)
-        with pytest.raises(NotImplementedError, match="this call brings another"):
-            model(tokens()[:, :1], **{cache_name(): first[cache_name()]}, use_cache=True)
+        with pytest.raises(NotImplementedError, match="the model was given another"):
+            model(tokens()[:, :1], use_cache=True, **{cache_name(): first[cache_name()]})
         again = model(tokens(), use_cache=True, return_dict=False)
-        model(tokens()[:, :1], **{cache_name(): again[1]}, use_cache=True)
+        model(tokens()[:, :1], use_cache=True, **{cache_name(): again[1]})
 
 
 def test_padding_has_no_groups():
