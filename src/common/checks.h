@@ -459,11 +459,6 @@ inline void check_fields(const Checks& c, const LinearParams& p) {
   c.in("block_steps", p.block_steps, 1, kLargestBlock);
 }
 
-inline void check_fields(const Checks& c, const DigestParams& p) {
-  c.contiguous("source", p.source, {1, 1, 1, p.source.size[3]}, DType::u8);
-  c.contiguous("digest", p.digest, {1, 1, 1, 1}, DType::i64);
-}
-
 inline void check_fields(const Checks& c, const PeakParams& p) {
   c.contiguous("sink", p.sink, {1, 1, 1, p.sink.size[3]}, DType::f32);
   c.in("sink's size", p.sink.size[3], p.threads, INT64_MAX);
