@@ -16,11 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FAMILIES = tuple(
-    sorted(
-        p.stem
-        for p in HERE.glob("*.py")
-        if p.stem not in ("campaign", "__init__") and not p.stem.startswith("test_")
-    )
+    sorted(p.stem for p in HERE.glob("*.py") if not p.stem.startswith(("_", "test_", "campaign")))
 )
 
 

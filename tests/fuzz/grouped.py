@@ -116,7 +116,7 @@ def _grouped(case: dict) -> None:
     near = _distance(case) <= case["near"]
     rule = (((groups[:, :, None] & key_groups[:, None]) != 0) | near)[:, None]
     dense = rule if dense is None else rule & dense
-    for name, _, truth, bound in attention._expected(case, q, k, v, None, dense, grad, None, wanted):
+    for name, truth, bound in attention._expected(case, q, k, v, None, dense, grad, None, wanted):
         if name in found:
             attention._compare(name, found[name], truth, bound)
 
