@@ -18,7 +18,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-latest lock test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test versions
+.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test versions
 .NOTPARALLEL:
 
 VENV ?= .venv
