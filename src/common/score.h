@@ -8,6 +8,10 @@
 
 namespace fastattn {
 
+namespace cpu {
+[[noreturn]] void unknown_score(int code);  // throws std::invalid_argument
+}
+
 // What a row or its sequence adds to a score.
 struct ScoreRow {
   float shift = 0;     // softmax: subtracted from x * c; softplus: added to it
@@ -24,7 +28,6 @@ struct SoftmaxScore {
   static constexpr bool kSlope = false;      // the derivative is not the weight itself
 
   static ScoreRow constants(double) { return {}; }  // a constant bias cancels; only the log-sum-exp has it
-  // Row constants that make weight() the normalised one, from log2 of the row sum (without the bias) .
   static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
     return M::exp2_bounded(x * c - row.shift);
   }
@@ -101,5 +104,16 @@ struct SoftplusScore {
     return softplus(x, e) * row.factor;
   }
 };
+
+// visit(code, f): f(score) of the score with this code.
+template <class... Score>
+struct ScoreList {
+  template <class F>
+  static void visit(int code, const F& f) {
+    if (!((code == Score::kCode && (f(Score{}), true)) || ...)) cpu::unknown_score(code);
+  }
+};
+template <class M>
+using Scores = ScoreList<SoftmaxScore<M>, SigmoidScore<M>, SoftplusScore<M>>;
 
 }  // namespace fastattn
