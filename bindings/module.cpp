@@ -79,7 +79,7 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 0; i < n; i++) result[i] = py::str(names[i]);
     return result;
   });
-  m.def("cpu_isa", [] { return cpu::kernels().name; });
+  m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("select_cpu_isa", [](const char* name) { return cpu::select(name); });
   m.def("set_dtypes", [](const py::dict& codes) {
     dtypes.clear();

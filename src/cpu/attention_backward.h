@@ -14,7 +14,7 @@ template <class Unit>
 struct PackedQueries {
   using Word = typename Unit::Word;
   int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
-  int64_t row_words, grad_row_words, panel_words, grad_panel_words, share_words;
+  int64_t share_words;  // floats of one slice's dQ
 
   PackedQueries(const Problem& problem, int64_t rows, int64_t slices)
       : capacity(rows),
@@ -22,17 +22,8 @@ struct PackedQueries {
         o_steps(steps_of<Unit>(problem.value_dim)),
         q_columns(round_up(problem.head_dim, W)),
         o_columns(round_up(problem.value_dim, W)),
-        slices(slices) {
-    row_words = round_up(rows * q_steps, 16);
-    grad_row_words = round_up(rows * o_steps, 16);
-    panel_words = round_up(steps_of<Unit>(rows) * q_columns, 16);
-    grad_panel_words = round_up(steps_of<Unit>(rows) * o_columns, 16);
-    share_words = round_up(rows * q_columns, 16);
-  }
-  int64_t words() const {
-    return row_words + grad_row_words + panel_words + grad_panel_words + 2 * round_up(capacity, 16) +
-           slices * share_words;
-  }
+        slices(slices),
+        share_words(round_up(rows * q_columns, 16)) {}
 
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
@@ -40,13 +31,12 @@ struct PackedQueries {
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
   };
-  View view(char* memory) const {
-    Arena arena{memory};
+  View view(Arena& arena) const {
     View v;
-    v.rows = arena.take<Word>(row_words);
-    v.grad_rows = arena.take<Word>(grad_row_words);
-    v.panels = arena.take<Word>(panel_words);
-    v.grad_panels = arena.take<Word>(grad_panel_words);
+    v.rows = arena.take<Word>(capacity * q_steps);
+    v.grad_rows = arena.take<Word>(capacity * o_steps);
+    v.panels = arena.take<Word>(steps_of<Unit>(capacity) * q_columns);
+    v.grad_panels = arena.take<Word>(steps_of<Unit>(capacity) * o_columns);
     v.statistic = arena.take<float>(capacity);
     v.delta = arena.take<float>(capacity);
     v.shares = arena.take<float>(slices * share_words);
@@ -132,10 +122,10 @@ struct BackwardBlock {
         weights_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)weights),
         grads_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)slopes),
         grads(kStep == 2 ? arena.take<Word>(block_q * row / 2) : (Word*)slopes),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
-  // Keys [n, n + block_k) of one key head against every row of its query heads.
-  void run(const Sequence& s, int64_t kv_head, int64_t n, const char* memory, int64_t slice) {
+  // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
+  void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice) {
     const AttentionParams& p = problem.p;
     const int64_t owned = min64(block_k, s.k_length - n), there = min64(owned, s.keys - n);
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
@@ -146,7 +136,8 @@ struct BackwardBlock {
       pack_transposed<Unit>(values, v, there, problem.value_dim);
       pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
       for (int64_t g = 0; g < problem.group; g++) {
-        const typename Queries::View queries = packed.view((char*)memory + g * packed.words() * 4);
+        Arena memory = heads[first + g];
+        const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
         for (int64_t m = 0; m < s.q_length; m += block_q) {
           const int64_t rows = min64(block_q, s.q_length - m);
@@ -379,7 +370,10 @@ static void backward_tiled(const AttentionParams& p) {
   const int64_t slices = even_parts(heads, p.threads, heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads);
 
   const PackedQueries<Unit> packed(problem, blocks * block_q, slices);
-  const int64_t pair_bytes = problem.group * packed.words() * 4;
+  const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
+  const int64_t block_bytes =
+      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, arena); });
+  const int64_t pair_bytes = problem.group * head_bytes;
   // Pairs packed at a time, in whole rounds of the threads: with 3, half of 2 threads would wait for the last one.
   int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
   for (int64_t even = wave; wave < pairs && even * slices >= p.threads; even--)
@@ -387,76 +381,70 @@ static void backward_tiled(const AttentionParams& p) {
       wave = even;
       break;
     }
-  char* const origin = (char*)4096;
-  Arena measure{origin};
-  BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, measure);
-  const int64_t block_bytes = round_up(measure.next - origin, 4096);
+  const bool small = slices == 1 && small_pairs(pairs, pair_bytes, p.threads);
+  Blocks memory, queries;  // of each thread; packed, of each query head of each thread or of each pair of a wave
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, block_bytes);
+    queries = arena.blocks((small ? p.threads : wave) * problem.group, head_bytes, 64);
+  });
+  memory.zero();
 
   // one block of rows of one of a pair's query heads, the `index`-th: view, sequence, query head, first row, rows
-  const auto with_rows = [&](int64_t pair, int64_t index, char* queries, const auto& f) {
+  const auto with_rows = [&](int64_t pair, int64_t index, int64_t slot, const auto& f) {
     const int64_t g = index / blocks, first = index % blocks * block_q;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (first >= s.q_length) return;
-    f(packed.view(queries + g * packed.words() * 4), s, pair % problem.kv_heads * problem.group + g, first,
-      min64(block_q, s.q_length - first));
+    Arena head = queries[slot * problem.group + g];
+    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, first, min64(block_q, s.q_length - first));
   };
-  const auto pack = [&](int64_t pair, int64_t index, char* queries) {
-    with_rows(pair, index, queries,
-              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-                pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
-                for (int64_t i = 0; i < slices; i++)
-                  memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
-                         size_t(round_up(rows, kRows) * packed.q_columns) * 4);
-              });
+  const auto pack = [&](int64_t pair, int64_t index, int64_t slot) {
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
+      for (int64_t i = 0; i < slices; i++)
+        memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
+               size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+    });
   };
-  const auto run = [&](int64_t pair, int64_t slice, const char* queries, char* mine) {
+  const auto run = [&](int64_t pair, int64_t slice, int64_t slot, int thread) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
-    Arena arena{mine};
+    Arena arena = memory[thread];
     BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
     for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
-      block.run(s, pair % problem.kv_heads, n, queries, slice);
+      block.run(s, pair % problem.kv_heads, n, queries, slot * problem.group, slice);
   };
-  const auto sum_shares = [&](int64_t pair, int64_t index, char* queries) {
-    with_rows(pair, index, queries,
-              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-                float* total = view.shares + first * packed.q_columns;
-                for (int64_t i = 1; i < slices; i++)
-                  for (int64_t j = 0; j < rows * packed.q_columns; j += W)
-                    FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
-                const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
-                for (int64_t i = 0; i < rows; i++)
-                  store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
-              });
+  const auto sum_shares = [&](int64_t pair, int64_t index, int64_t slot) {
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      float* total = view.shares + first * packed.q_columns;
+      for (int64_t i = 1; i < slices; i++)
+        for (int64_t j = 0; j < rows * packed.q_columns; j += W)
+          FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
+      const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
+      for (int64_t i = 0; i < rows; i++)
+        store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+    });
   };
 
   const int64_t pair_blocks = problem.group * blocks;
-  if (slices == 1 && small_pairs(pairs, pair_bytes, p.threads)) {
-    const int64_t bytes = block_bytes + round_up(pair_bytes, 4096);
-    char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
-    for (int t = 0; t < p.threads; t++) memset(memory + t * bytes, 0, size_t(block_bytes));
+  if (small) {
     parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
-      char *mine = memory + thread * bytes, *queries = mine + block_bytes;
-      for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, queries);
-      run(pair, 0, queries, mine);
-      for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, queries);
+      for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, thread);
+      run(pair, 0, thread, thread);
+      for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, thread);
     });
     return;
   }
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * block_bytes + wave * pair_bytes));
-  memset(memory, 0, size_t(p.threads * block_bytes));
-  char* store = memory + p.threads * block_bytes;
   for (int64_t begin = 0; begin < pairs; begin += wave) {
     const int64_t count = min64(wave, pairs - begin);
     const auto over_rows = [&](const auto& f) {
       parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int) {
         const int64_t slot = task / pair_blocks;
-        f(begin + slot, task % pair_blocks, store + slot * pair_bytes);
+        f(begin + slot, task % pair_blocks, slot);
       });
     };
     over_rows(pack);
     parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
       const int64_t slot = task / slices;
-      run(begin + slot, task % slices, store + slot * pair_bytes, memory + thread * block_bytes);
+      run(begin + slot, task % slices, slot, thread);
     });
     over_rows(sum_shares);
   }
@@ -464,23 +452,7 @@ static void backward_tiled(const AttentionParams& p) {
 
 template <class Unit>
 static void backward_scored(const AttentionParams& p) {
-  switch (p.score) {
-    case SoftmaxScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
-    case SigmoidScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
-    case SoftplusScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
-    default:
-      cpu::unknown_code("score", p.score);
-  }
-}
-
-static void attention_backward(const AttentionParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return backward_scored<Pairs>(p);
-#endif
-  backward_scored<Singles>(p);
+  Scores<Arithmetic>::visit(p.score, [&](auto score) { backward_tiled<Unit, decltype(score)>(p); });
 }
 
 }  // namespace FASTATTN_ISA

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "attention_problem.h"
-#include "scratch.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -39,7 +38,7 @@ struct DecodeChunk {
         out_columns(round_up(problem.value_dim, W)),
         q(arena.take<float>(round_up(rows, 4) * q_columns)),
         scores(arena.take<float>(round_up(rows, 4) * kTile)),
-        ranges(arena.take<char>(RowRanges::bytes(round_up(rows, kRows))), round_up(rows, kRows)) {}
+        ranges(round_up(rows, kRows), arena) {}
 
   // Keys [begin, end) of one key head for all rows of its query heads, (group, q_length) in order.
   void run(const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, float* partials) {
@@ -230,8 +229,10 @@ constexpr float kLimitSum = 1e-20f;
 FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int64_t head, int64_t row) {
   constexpr int64_t kTile = 64;
   const AttentionParams& p = problem.p;
-  int32_t bounds[2 * kRows + 2];
-  RowRanges ranges(bounds, kRows);
+  static_assert(kRows * sizeof(int32_t) <= 64);
+  alignas(64) char memory[4 * (64 + kArenaGap)];  // four pieces
+  Arena arena(memory, sizeof memory);
+  RowRanges ranges(kRows, arena);
   ranges.fill(s, row, 1);
   const float c = exponent_of(problem);
   float x[kTile], out[256 + W] = {}, sum = 0, top = -__builtin_inff();
@@ -312,19 +313,20 @@ static void forward_decoded(const AttentionParams& p) {
   const int64_t chunk = round_up(p.chunk_k, Chunk::kTile), chunks = max64(1, (longest_k + chunk - 1) / chunk);
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t stride = Chunk::partial_floats(problem), pair_floats = round_up(chunks * rows * stride, 16);
-  char* const origin = (char*)4096;
-  Arena measure{origin};
-  Chunk(problem, rows, measure);
-  const int64_t thread_bytes = round_up(measure.next - origin, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * thread_bytes + pairs * pair_floats * 4));
-  float* partials = (float*)(memory + p.threads * thread_bytes);
+  const int64_t chunk_bytes = bytes_of([&](Arena& arena) { Chunk(problem, rows, arena); });
+  Blocks memory;  // of each thread
+  float* partials = nullptr;
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, chunk_bytes);
+    partials = arena.take<float>(pairs * pair_floats);
+  });
   const float c = exponent_of(problem);
 
   parallel_items(pairs * chunks, p.threads, [&](int64_t task, int thread) {
     const int64_t pair = task / chunks, begin = task % chunks * chunk;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (!decodes(problem, s) || (begin > 0 && begin >= s.keys)) return;
-    Arena arena{memory + thread * thread_bytes};
+    Arena arena = memory[thread];
     Chunk(problem, rows, arena)
         .run(s, pair % problem.kv_heads, begin, min64(begin + chunk, s.keys),
              partials + pair * pair_floats + task % chunks * rows * stride);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/score.h"
+#include "arena.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -113,17 +114,6 @@ FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int6
   return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
 }
 
-// Memory carved off one allocation, every piece aligned to 64 bytes.
-struct Arena {
-  char* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = (T*)next;
-    next += round_up(count * (int64_t)sizeof(T), 64);
-    return p;
-  }
-};
-
 // Whether a thread should pack and finish a sequence's key head alone: there are enough of them for every thread, and
 // what is packed of one stays in the thread's own cache.
 FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int threads) {
@@ -134,16 +124,13 @@ FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int thread
 struct RowRanges {
   int32_t *low, *high;              // (rows)
   int32_t *group_low, *group_high;  // (rows / kRows)
-  int32_t begin, end;               // union over the block
+  int32_t begin = 0, end = 0;       // union over the block
 
-  static int64_t bytes(int64_t rows) { return round_up((2 * rows + 2 * (rows / kRows)) * 4, 64); }
-
-  RowRanges(void* memory, int64_t capacity) {
-    low = (int32_t*)memory;
-    high = low + capacity;
-    group_low = high + capacity;
-    group_high = group_low + capacity / kRows;
-  }
+  RowRanges(int64_t capacity, Arena& arena)
+      : low(arena.take<int32_t>(capacity)),
+        high(arena.take<int32_t>(capacity)),
+        group_low(arena.take<int32_t>(capacity / kRows)),
+        group_high(arena.take<int32_t>(capacity / kRows)) {}
   void fill(const Sequence& s, int64_t first, int64_t rows) {
     begin = INT32_MAX;
     end = 0;

@@ -11,26 +11,20 @@ namespace FASTATTN_ISA {
 struct GatedGradientBlock {
   const GatedProblem& problem;
   const GatedParams& p;
-  int64_t block_q, head_bytes;
+  int64_t block_q;
   RowRanges ranges;                  // of every head
   GateTile tile;                     // gates of the tile, and the gradient of the agreement summed over heads
   float *weights, *slopes, *shares;  // (block_q, kGradientTile): P, dS to the products, that gradient
   float* a_panels;                   // assignments of the rows as panels contracted over rows
   float* grad_a;                     // (block_q, group_columns)
   RowState* states;                  // (heads, block_q)
-  char* blocks;                      // memory of a GradientBlock each head
+  Blocks blocks;                     // memory of a GradientBlock each head
 
-  static int64_t bytes(const GatedProblem& problem, int64_t block_q, int64_t heads) {
-    return GateTile::bytes(problem, block_q, kGradientTile, true) + RowRanges::bytes(block_q) +
-           block_q * (3 * kGradientTile + 2 * problem.group_columns + 2 * heads) * 4 +
-           heads * round_up(GradientBlock::bytes(problem, block_q), 64) + 64 * 8;
-  }
-  GatedGradientBlock(const GatedProblem& problem, int64_t block_q, int64_t heads, Arena arena)
+  GatedGradientBlock(const GatedProblem& problem, int64_t block_q, int64_t heads, Arena& arena)
       : problem(problem),
         p(problem.g),
         block_q(block_q),
-        head_bytes(round_up(GradientBlock::bytes(problem, block_q), 64)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q),
+        ranges(block_q, arena),
         tile(problem, block_q, kGradientTile, true, arena),
         weights(arena.take<float>(block_q * kGradientTile)),
         slopes(arena.take<float>(block_q * kGradientTile)),
@@ -38,10 +32,10 @@ struct GatedGradientBlock {
         a_panels(arena.take<float>(block_q * problem.group_columns)),
         grad_a(arena.take<float>(block_q * problem.group_columns)),
         states(arena.take<RowState>(heads * block_q)),
-        blocks(arena.take<char>(heads * head_bytes)) {}
+        blocks(arena.blocks(heads, bytes_of([&](Arena& measure) { GradientBlock(problem, block_q, measure); }), 64)) {}
 
   GradientBlock of_head(int64_t h) const {
-    Arena arena{blocks + h * head_bytes};
+    Arena arena = blocks[h];
     GradientBlock block(problem, block_q, arena);
     block.ranges = ranges;
     return block;
@@ -191,27 +185,6 @@ static Together gradient_heads_together(const Problem& problem, int64_t blocks) 
   Together together(problem, most);
   while (most > 1 && blocks * together.chunks(problem) < 2 * parts) together = Together(problem, most /= 2);
   return together;
-}
-
-static void gated_attention_backward(const GatedParams& p) {
-  const GatedProblem problem(p);
-  const Longest longest(problem);
-  const int64_t block_q = round_up(p.block_q, kRows);
-  const Together together = gradient_heads_together(problem, (longest.q + block_q - 1) / block_q);
-  for_gradient_heads(
-      problem, longest, block_q, GatedGradientBlock::bytes(problem, block_q, together.heads), problem.group_columns,
-      together,
-      [&](const BlockRows& rows, const Sequence& s, const auto& heads, Arena arena) {
-        GatedGradientBlock(problem, block_q, together.heads, arena).run(rows, s, problem.index_of(s), heads);
-      },
-      [&](int64_t kv_head, const Sequence& s, const GradientHead& head) {
-        store_gradients(matrix(p.grad_k, s.batch, kv_head, s.k_begin), head.grad_keys, head.head_columns, s.keys,
-                        s.k_length, problem.head_dim, (float)p.scale);
-        store_gradients(matrix(p.grad_v, s.batch, kv_head, s.k_begin), head.grad_values, head.value_columns, s.keys,
-                        s.k_length, problem.value_dim, 1.0f);
-        store_gradients(matrix(p.grad_key_assignment, s.batch, kv_head, s.k_begin), head.extra, problem.group_columns,
-                        s.keys, s.k_length, problem.groups, problem.sharpness);
-      });
 }
 
 }  // namespace FASTATTN_ISA

@@ -27,18 +27,7 @@ struct GroupedGradients {
   char* copy;
   RowRanges ranges;
 
-  static int64_t bytes(const Problem& problem, const Longest& longest, int64_t block_q) {
-    const int64_t capacity = round_up(longest.k, kGradientTile) + kGradientTile;
-    const int64_t head_columns = round_up(problem.head_dim, W), value_columns = round_up(problem.value_dim, W);
-    const int64_t dims = problem.head_dim + problem.value_dim;
-    const int64_t words = capacity * (dims + 2 * head_columns + value_columns) +
-                          longest.q * (problem.group * head_columns + problem.group) +
-                          longest.k * (head_columns + value_columns) +
-                          block_q * (dims + 2 * head_columns + value_columns + 2 * kGradientTile + 2);
-    return words * 4 + max64(block_q, capacity) * max64(problem.head_dim, problem.value_dim) * 4 +
-           RowRanges::bytes(block_q) + 64 * 20;
-  }
-  GroupedGradients(const GroupedProblem& problem, const Longest& longest, int64_t block_q, Arena arena)
+  GroupedGradients(const GroupedProblem& problem, const Longest& longest, int64_t block_q, Arena& arena)
       : problem(problem),
         p(problem.g),
         capacity(round_up(longest.k, kGradientTile) + kGradientTile),
@@ -67,7 +56,7 @@ struct GroupedGradients {
         delta(arena.take<float>(queries * problem.group)),
         states(arena.take<RowState>(block_q)),
         copy(arena.take<char>(max64(block_q, capacity) * max64(head_dim, value_dim) * 4)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
   // The part-th of `parts` of a key head's blocks of rows: gradients without their factors.
   void run(int64_t sequence, int64_t kv_head, int64_t part, int64_t parts) {
@@ -195,32 +184,6 @@ struct GroupedGradients {
     }
   }
 };
-
-static void grouped_backward(const GroupedParams& p) {
-  const GroupedProblem problem(p);
-  const Longest longest(problem);
-  const int64_t block_q = round_up(p.block_q, kRows);
-  const int64_t bytes = round_up(GroupedGradients::bytes(problem, longest, block_q), 4096);
-  const int64_t heads = problem.sequences * problem.kv_heads;
-  const int64_t parts = heads == 0 || heads >= p.threads ? 1 : even_parts(heads, p.threads, p.threads / heads);
-  const int64_t slots = parts > 1 ? heads * parts : p.threads;
-  char* memory = (char*)cpu::scratch(0, size_t(slots * bytes));
-  const auto gradients = [&](int64_t slot) {
-    return GroupedGradients(problem, longest, block_q, Arena{memory + slot * bytes});
-  };
-  parallel_items(heads * parts, p.threads, [&](int64_t task, int thread) {
-    const int64_t head = task / parts, sequence = head / problem.kv_heads, kv_head = head % problem.kv_heads;
-    GroupedGradients mine = gradients(parts > 1 ? task : thread);
-    mine.run(sequence, kv_head, task % parts, parts);
-    if (parts == 1) mine.finish(sequence, kv_head);
-  });
-  if (parts == 1) return;
-  parallel_items(heads, p.threads, [&](int64_t head, int) {
-    GroupedGradients total = gradients(head * parts);
-    for (int64_t part = 1; part < parts; part++) total.add(gradients(head * parts + part));
-    total.finish(head / problem.kv_heads, head % problem.kv_heads);
-  });
-}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -1,7 +1,6 @@
 // Kernels of a head whose rows are shared vectors: sums over the tokens of each code, choice and sampling.
-#pragma once
-#include "scratch.h"
-#include "vocab.h"
+#include "../arena.h"
+#include "../vocab.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -10,7 +9,7 @@ FASTATTN_INLINE float bias_at(const Tensor& bias, int64_t i) { return bias.data 
 
 // largest_k of bias over the code's tokens and beta_k = logsumexp of (bias - largest_k) * inverse_temperature, both
 // -inf where it has none.
-static void vocab_code_bias(const VocabTokensParams& p) {
+void vocab_code_bias(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
   float* beta = (float*)p.beta.data;
   float* most = (float*)p.largest.data;
@@ -58,14 +57,14 @@ static void best_tokens_of(const VocabTokensParams& p, const I* code_of) {
   }
 }
 // Each code's token of the largest bias, the first of equals, and that bias.
-static void vocab_best_tokens(const VocabTokensParams& p) {
+void vocab_best_tokens(const VocabTokensParams& p) {
   if (p.codes.dtype == DType::i64)
     best_tokens_of(p, (const int64_t*)p.codes.data);
   else
     best_tokens_of(p, (const int32_t*)p.codes.data);
 }
 
-static void vocab_bias_gradient(const VocabTokensParams& p) {
+void vocab_bias_gradient(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3];
   const float* most = (const float*)p.largest.data;
   const float* beta = (const float*)p.beta.data;
@@ -85,7 +84,7 @@ static void vocab_bias_gradient(const VocabTokensParams& p) {
 }
 
 // A counting sort: tokens by code, in their own order within one.
-static void vocab_group(const VocabTokensParams& p) {
+void vocab_group(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.offsets.size[3] - 1;
   int32_t* order = (int32_t*)p.order.data;
   int64_t* offsets = (int64_t*)p.offsets.data;
@@ -112,7 +111,7 @@ FASTATTN_INLINE int64_t pick(int64_t count, double uniform, const F& weight) {
   return last;
 }
 
-static void vocab_sample(const VocabSampleParams& p) {
+void vocab_sample(const VocabSampleParams& p) {
   const int64_t codes = p.scores.size[3];
   const vf over = splat((float)p.inverse_temperature);
   const float* largest = (const float*)p.largest.data;
@@ -261,7 +260,8 @@ template <class T>
 static void vocab_collect_of(const VocabExpandParams& p) {
   const int64_t rows = p.logits.size[2], tokens = p.logits.size[3], codes = p.scores.size[3];
   const int threads = row_threads(p.threads, rows, tokens);
-  double* const memory = (double*)cpu::scratch(0, size_t(threads * codes) * sizeof(double));
+  double* memory = nullptr;
+  with_scratch(0, [&](Arena& arena) { memory = arena.take<double>(threads * codes); });
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     double* sums = memory + thread * codes;
     for (int64_t r = begin; r < end; r++) {
@@ -274,16 +274,16 @@ static void vocab_collect_of(const VocabExpandParams& p) {
   });
 }
 
-static void vocab_best(const VocabBestParams& p) {
+void vocab_best(const VocabBestParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { vocab_best_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_dots(const VocabDotsParams& p) {
+void vocab_dots(const VocabDotsParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { vocab_dots_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_expand(const VocabExpandParams& p) {
+void vocab_expand(const VocabExpandParams& p) {
   with_dtype(p.logits.dtype, [&](auto* t) { vocab_expand_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_collect(const VocabExpandParams& p) {
+void vocab_collect(const VocabExpandParams& p) {
   with_dtype(p.logits.dtype, [&](auto* t) { vocab_collect_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
 
