@@ -289,6 +289,8 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
   c.strided("sharpness", p.sharpness, {1, 1, 1, 1}, DType::f32);
   c.in("window", p.window, 0, kLongest);
   c.in("gate", p.gate, 0, 1);
+  // logarithms of gates are divided by it
+  c.require(p.scale == 0 || !(std::fabs(p.scale) < 0x1p-100), "scale", "must be 0 or beyond 2^-100");
   if (!c.backward()) return;
   c.contiguous("grad_query_assignment", p.grad_query_assignment, {batch, p.q.size[1], rows, groups}, DType::f32);
   c.contiguous("grad_key_assignment", p.grad_key_assignment, {batch, p.k.size[1], rows, groups}, DType::f32);

@@ -6,6 +6,7 @@ from ... import _checks
 
 REDUCTIONS = ("none", "sum", "mean")
 TRANSFORMS = (None, "stablemax")  # by code
+LEAST_SOFTCAP = 2.0**-100  # kernels take its reciprocal in float32
 
 
 def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) -> None:
@@ -99,6 +100,10 @@ def _check_linear(
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(TRANSFORMS))
         raise ValueError(f"fastattn.{op}: transform must be one of {known}, given {transform}")
     _checks.check_positive(op, "softcap", softcap, zero=True)
+    if 0 < softcap < LEAST_SOFTCAP:
+        raise ValueError(
+            f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
+        )
     _checks.check_positive(op, "z_loss", z_loss, zero=True)
     if temperature is not None:
         statistics = _checks.statistics_dtype(h)
