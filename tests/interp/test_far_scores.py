@@ -1,4 +1,8 @@
-"""Triton attention of scores far from 0, in the interpreter: weights that a float32 log-sum-exp has no bits for, or that underflow."""
+"""Triton attention of scores far from 0, in the interpreter: weights that a float32 log-sum-exp has no bits for, or that underflow.
+
+Products of the largest scores are exact: numpy, which forms them here, rounds others by the shapes of its operands, forward and
+backward apart, where a GPU adds in one order.
+"""
 
 import pytest
 import torch
@@ -25,22 +29,26 @@ def compare(inputs, **options):
     )
 
 
-@pytest.mark.parametrize("exact", (False, True))
 @pytest.mark.parametrize("size", (-44_000.0, 300.0))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_softmax(nan_outputs, shape, size, exact):
-    compare(testing.far_attention_inputs(size, exact=exact, head_dim=16, **shape))
+def test_softmax(nan_outputs, shape, size):
+    compare(testing.far_attention_inputs(size, exact=True, head_dim=16, **shape))
 
 
 @pytest.mark.parametrize("scale", (-0.25, 0.0))
 def test_softmax_of_any_scale(nan_outputs, scale):
-    compare(testing.far_attention_inputs(-3_000.0, head_dim=16, **SHAPES["tiled"]), scale=scale, bias=-1.5)
+    compare(
+        testing.far_attention_inputs(-3_000.0, exact=True, head_dim=16, **SHAPES["tiled"]),
+        scale=scale,
+        bias=-1.5,
+    )
 
 
 @pytest.mark.parametrize("size", (-44_000.0, -104.0, -50.0, -44.0))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_softplus(nan_outputs, shape, size):
-    compare(testing.far_attention_inputs(size, head_dim=16, **shape), score="softplus")
+    # exact products leave no error to the eager run, whose exponents of -50 are rounded as ours are
+    compare(testing.far_attention_inputs(size, exact=size < -1000, head_dim=16, **shape), score="softplus")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -60,7 +68,7 @@ def test_softplus_parts_of_both_kinds(nan_outputs):
     from fastattn import _config
 
     inputs = testing.attention_inputs(1, 2, 1, 1, 200, 16)
-    with _config.override({("attention_decode", "triton"): {"keys_per_split": 64, "waves": 64}}):
+    with _config.override({("attention_decode", "triton"): {"keys_per_split": 32}}):
         for low in (slice(0, 150), slice(100, 200), slice(0, 200)):
             bias = torch.zeros(1, 1, 1, 200)
             bias[..., low] = -300.0
@@ -68,7 +76,9 @@ def test_softplus_parts_of_both_kinds(nan_outputs):
 
 
 def test_grouped(nan_outputs):
-    inputs = testing.far_attention_inputs(-44_000.0, batch=1, heads=2, kv_heads=1, q_len=45, head_dim=16)
+    inputs = testing.far_attention_inputs(
+        -44_000.0, exact=True, batch=1, heads=2, kv_heads=1, q_len=45, head_dim=16
+    )
     groups = torch.ones(1, 45, dtype=torch.int64)
     groups[:, 20:] = 2
     testing.check_op(
