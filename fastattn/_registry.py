@@ -403,7 +403,9 @@ def call(name: str, *args: Any) -> Any:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         _refuse_functional_gradients(name, args)
         if op.writes and not all(map(has_contents, _tensors(args))):
-            raise NotImplementedError(f"fastattn.{name}: torch.vmap is not supported, it writes to its caches")
+            raise NotImplementedError(
+                f"fastattn.{name}: torch.vmap is not supported, it writes to its caches"
+            )
     if torch.compiler.is_dynamo_compiling():
         packet = getattr(torch.ops.fastattn, name)
         return packet.traced(*args) if any(type(a) is float for a in args) else packet.default(*args)

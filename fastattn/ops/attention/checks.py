@@ -56,9 +56,8 @@ def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tu
 
 
 def check_scale(op: str, scale: float) -> None:
-    # math.isfinite takes no symbol
-    number = isinstance(scale, (int, float, torch.SymFloat)) and not isinstance(scale, bool)
-    if not number or not -math.inf < scale < math.inf:
+    number = _checks.as_number(op, "scale", scale, kind="a finite number")
+    if not -math.inf < number < math.inf:  # math.isfinite takes no symbol
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
 
 
