@@ -38,12 +38,12 @@ def as_integer(value: object) -> int | None:
     return None
 
 
-def as_number(op: str, name: str, value: object) -> float:
+def as_number(op: str, name: str, value: object, *, kind: str = "a number") -> float:
     """A real number of Python, numpy, a compiler, or a 0-dim tensor on the CPU, as torch's own functions take them."""
     number = value
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"fastattn.{op}: {name} must be a number, given {describe(value)}")
+            raise TypeError(f"fastattn.{op}: {name} must be {kind}, given {describe(value)}")
         if value.requires_grad:
             raise TypeError(
                 f"fastattn.{op}: {name} gets no gradient; multiply q by it, or give float({name})"
@@ -56,7 +56,7 @@ def as_number(op: str, name: str, value: object) -> float:
     elif isinstance(value, bool) or not isinstance(
         value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
     ):
-        raise TypeError(f"fastattn.{op}: {name} must be a number, given {describe(value)}")
+        raise TypeError(f"fastattn.{op}: {name} must be {kind}, given {describe(value)}")
     return float(number)
 
 

@@ -56,7 +56,7 @@ def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tu
 
 
 def check_scale(op: str, scale: float) -> None:
-    number = _checks.as_number(op, "scale", scale)
+    number = _checks.as_number(op, "scale", scale, kind="a finite number")
     if not -math.inf < number < math.inf:  # math.isfinite takes no symbol
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
 

@@ -191,7 +191,7 @@ def gated_attention(
             )
         sharpness = sharpness.reshape(())
     else:
-        number = _checks.as_number(op, "sharpness", sharpness)
+        number = _checks.as_number(op, "sharpness", sharpness, kind="a number or a tensor")
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         sharpness = torch.ones((), dtype=wide, device=q.device) * number
     _checks.check_choice(op, "gate", gate, GATES)
