@@ -38,6 +38,11 @@ def as_integer(value: object) -> int | None:
     return None
 
 
+def is_number(value: object) -> bool:
+    """Whether `as_number` may have a float to make of it: of a number but a symbol, which is one, and of tensors."""
+    return isinstance(value, (torch.Tensor, numbers.Real)) and not isinstance(value, (bool, torch.SymFloat))
+
+
 def as_number(op: str, name: str, value: object, *, kind: str = "a number") -> float:
     """A real number of Python, numpy, a compiler, or a 0-dim tensor on the CPU, as torch's own functions take them."""
     number = value

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ._checks import as_integer, as_number, has_contents
+from ._checks import as_integer, as_number, has_contents, is_number
 from ._config import Choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -150,11 +150,7 @@ class Op:
         changed = None
         for i, name in self.numbers:
             value = args[i]
-            if (
-                type(value) is not float
-                and value is not None
-                and not isinstance(value, (bool, torch.SymFloat))
-            ):
+            if type(value) is not float and is_number(value):
                 changed = changed or list(args)
                 changed[i] = as_number(self.name, name, value)
         for i, _ in self.integers:

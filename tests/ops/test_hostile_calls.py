@@ -79,12 +79,15 @@ def _refused():
         TypeError,
         "key_lengths must be int32",
     )
-    backward = (q, q, q, None, out, lse, False, 0, 1.0, None, *mask)
+    state = lse.new_empty(*lse.shape, 2)
+    backward = (q, q, q, None, out, lse, state, False, 0, 1.0, None, *mask)
     yield "attention_backward", (out[:, :1], None, *backward), ValueError, "grad_out must have shape"
     wrong = (*backward[:5], lse[:, :1], *backward[6:])
     yield "attention_backward", (out, None, *wrong), ValueError, "lse must have shape"
+    wrong = (*backward[:6], state[..., :1], *backward[7:])
+    yield "attention_backward", (out, None, *wrong), ValueError, "state must have shape"
     yield "vq_argmax", (h, h, codes, None), ValueError, r"codes must lie in \[0, 3\), given 9 at position 3"
-    loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(3), -100, "mean", 3)
+    loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(2, 3), -100, "mean", 3)
     yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
     yield (
         "linear_cross_entropy",
