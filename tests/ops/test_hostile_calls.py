@@ -50,7 +50,7 @@ def _refused():
     """(op, arguments less the backend, error, message): what a public function would refuse, past it."""
     q, wide = torch.ones(1, 2, 4, 8), torch.ones(1, 9, 65)
     mask = (False, -1, -1, None, None, None, 4, 4, None, None)
-    out, lse = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4)
+    out, lse, state = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4), torch.ones(1, 2, 4, 2)
     h, codes, target = torch.ones(3, 8), torch.tensor([0, 1, 2, 9]), torch.tensor([0, 3, 4])
     sinkhorn = (None, None, 0.1, 3, False)
     yield "sinkhorn", (wide, *sinkhorn), ValueError, r"G in \[1, 63\], given G = 65"
@@ -79,12 +79,12 @@ def _refused():
         TypeError,
         "key_lengths must be int32",
     )
-    backward = (q, q, q, None, out, lse, False, 0, 1.0, None, *mask)
+    backward = (q, q, q, None, out, lse, state, False, 0, 1.0, None, *mask)
     yield "attention_backward", (out[:, :1], None, *backward), ValueError, "grad_out must have shape"
     wrong = (*backward[:5], lse[:, :1], *backward[6:])
     yield "attention_backward", (out, None, *wrong), ValueError, "lse must have shape"
     yield "vq_argmax", (h, h, codes, None), ValueError, r"codes must lie in \[0, 3\), given 9 at position 3"
-    loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(3), -100, "mean", 3)
+    loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(2, 3), -100, "mean", 3)
     yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
     yield (
         "linear_cross_entropy",
