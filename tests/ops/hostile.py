@@ -29,6 +29,7 @@ CLEAR = (ValueError, TypeError, NotImplementedError)
 # torch's own words for an argument that does not fit the schema, and for one that it has no kernel for
 DISPATCHER = (
     "Overloaded torch operator invoked from Python failed to match any schema",
+    "cloned_mutable_input.is_same",  # of a negated view that an op writes to
     "fastattn::",
     "Could not run",
     "Overflow when unpacking",
@@ -342,7 +343,7 @@ def _changed(value, kind: str, r, args):
     if "Tensor" in kind:
         others = [a for a in args if isinstance(a, torch.Tensor)]
         if value is None or r.random() < 0.05:
-            return _changed_tensor(r.choice(others), r) if r.random() < 0.7 else None
+            return _changed_tensor(r.choice(others), r) if others and r.random() < 0.7 else None
         return _changed_tensor(value, r)
     if "int" in kind:
         return r.choice(INTEGERS)

@@ -67,6 +67,7 @@ def _check(op: str, q, k, v, bias, score, scale, bias_value, *mask) -> None:
         raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
     if bias is not None:
         _checks.check_floating(op, q=q, bias=bias)
+        _checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)
     masks.check_args(op, q, k, *mask)
 
