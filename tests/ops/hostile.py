@@ -27,7 +27,14 @@ PAGE = mmap.PAGESIZE
 SECONDS = 30  # of one call, before it counts as hanging
 CLEAR = (ValueError, TypeError, NotImplementedError)
 # torch's own words for an argument that does not fit the schema, and for one that it has no kernel for
-DISPATCHER = ("fastattn::", "Could not run", "Overflow when unpacking", "Tensor is unallocated", "meta")
+DISPATCHER = (
+    "fastattn::",
+    "Overloaded torch operator",
+    "Could not run",
+    "Overflow when unpacking",
+    "Tensor is unallocated",
+    "meta",
+)
 
 
 # How many of an op's results follow from its arguments alone: the others are what a backend keeps for its backward, or a
