@@ -33,6 +33,7 @@ DISPATCHER = (
     "Could not run",
     "Overflow when unpacking",
     "Tensor is unallocated",
+    "cloned_mutable_input",  # a negated view where the op writes
     "meta",
 )
 
@@ -342,7 +343,7 @@ def _changed(value, kind: str, r, args):
     if "Tensor" in kind:
         others = [a for a in args if isinstance(a, torch.Tensor)]
         if value is None or r.random() < 0.05:
-            return _changed_tensor(r.choice(others), r) if r.random() < 0.7 else None
+            return _changed_tensor(r.choice(others), r) if others and r.random() < 0.7 else None
         return _changed_tensor(value, r)
     if "int" in kind:
         return r.choice(INTEGERS)
