@@ -68,6 +68,9 @@ def _refused():
         ValueError,
         "cu_seqlens must start at 0, not decrease",
     )
+    cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
+    packed = (wide[..., :4], lengths, cuts, 0.1, 3, False)
+    yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
     for score in (-1, 3, 2**40):
         message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"
         yield "attention", (q, q, q, None, score, 1.0, None, *mask), ValueError, message

@@ -67,7 +67,14 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, *_) -> None:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {longest}, given {cuts}"
             )
-        longest = max(spans, default=0)
+        for i, (length, span) in enumerate(
+            zip(lengths.tolist() if lengths is not None else (), spans, strict=False)
+        ):
+            if not 0 <= length <= span:
+                raise ValueError(
+                    f"fastattn.{op}: lengths[{i}] must lie in [0, {span}], its document, given {length}"
+                )
+        return
     if lengths is not None:
         _checks.check_range(op, "lengths", lengths, 0, longest + 1)
 
