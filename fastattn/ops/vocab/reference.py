@@ -241,7 +241,14 @@ def vq_cross_entropy_gradients(
 def vq_argmax(
     h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return _first_largest(dense_logits(h.double(), codebook.double(), codes, bias))
+    scores = _products(h.double(), codebook.double())[:, codes.long()]
+    return _first_largest(scores if bias is None else scores + bias)
+
+
+def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """x codebook^T, whose columns for equal vectors are bitwise equal: a product may round by its place."""
+    distinct, which = codebook.unique(dim=0, return_inverse=True)
+    return (x @ distinct.T)[:, which]
 
 
 def _first_largest(x: torch.Tensor) -> torch.Tensor:
@@ -259,13 +266,18 @@ def vq_sample(
     temperature: float,
 ) -> torch.Tensor:
     """uniform (N, 2) in [0, 1): the first picks the code, the second the token within it, by cumulative probability."""
-    logits = dense_logits(h.double(), codebook.double(), codes, bias)
-    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float64).tiny)
-    tokens = torch.softmax(logits, dim=1)  # (N, V)
-    shape = (h.shape[0], codebook.shape[0])
-    of_code = tokens.new_zeros(shape).index_add(1, codes.long(), tokens)  # (N, K)
+    temperature = max(temperature, torch.finfo(torch.float64).tiny)
+    count, codes = codebook.shape[0], codes.long()
+    bias = uniform.new_zeros(codes.shape) if bias is None else bias.double()
+    most = bias.new_full((count,), -torch.inf).scatter_reduce(0, codes, bias, "amax")  # (K,)
+    # of a token beside its code's likeliest, which is not rounded at the size of the products
+    tokens = torch.where(bias == -torch.inf, 0.0, ((bias - most[codes]) / temperature).exp())  # (V,)
+    scores = h.double() @ codebook.double().T + most  # (N, K)
+    scores = torch.where(most == -torch.inf, -torch.inf, scores)
+    weights = ((scores - scores.amax(1, keepdim=True)) / temperature).exp()
+    of_code = weights * tokens.new_zeros(count).index_add(0, codes, tokens)
     code = _pick(of_code, uniform[:, 0])
-    within = torch.where(codes.long()[None] == code[:, None], tokens, 0.0)
+    within = torch.where(codes[None] == code[:, None], tokens, 0.0)
     return _pick(within, uniform[:, 1])
 
 
@@ -278,4 +290,4 @@ def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     x, codebook = x.double(), codebook.double()
-    return _first_largest(x @ codebook.T - codebook.square().sum(1) / 2)
+    return _first_largest(_products(x, codebook) - codebook.square().sum(1) / 2)
