@@ -107,7 +107,6 @@ def _attention_fields():
         "out": torch.empty(1, 4, 5, 6),
         "lse": torch.empty(1, 4, 5),
         "state": torch.empty(1, 4, 5, 2),
-        "state": torch.empty(1, 4, 5, 2),
     }
 
 

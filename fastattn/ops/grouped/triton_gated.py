@@ -55,7 +55,7 @@ def _gated_forward_kernel(
     V_DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -109,7 +109,7 @@ def _gated_backward_q_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
