@@ -42,7 +42,7 @@ class Checks {
   // A tensor of this size and dtype, elements of the last dimension side by side; one without elements may be absent.
   void tensor(const char* field, const Tensor& t, const Size& size, DType dtype) const {
     strided(field, t, size, dtype);
-    if (t.stride[3] != 1 && t.size[3] > 1) refuse(field, "must have the elements of its last dimension side by side");
+    side_by_side(field, t);
   }
   // The same, of any strides.
   void strided(const char* field, const Tensor& t, const Size& size, DType dtype) const {
@@ -52,11 +52,16 @@ class Checks {
     if (!same && t.data) refuse(field, "must have sizes " + text(size.of) + ", given " + text(t.size));
     if (t.dtype != dtype && t.data) refuse(field, "has another dtype than the kernel takes");
   }
+  static bool empty(const Tensor& t) { return !(t.size[0] && t.size[1] && t.size[2] && t.size[3]); }
+  void side_by_side(const char* field, const Tensor& t) const {
+    if (t.stride[3] != 1 && t.size[3] > 1 && !empty(t))
+      refuse(field, "must have the elements of its last dimension side by side");
+  }
   // The same, all elements side by side.
   void contiguous(const char* field, const Tensor& t, const Size& size, DType dtype) const {
     strided(field, t, size, dtype);
-    int64_t stride = t.size[0] * t.size[1] * t.size[2] * t.size[3] ? 1 : 0;
-    if (!stride) return;  // nothing is read, whatever the strides
+    if (empty(t)) return;  // nothing is read, whatever the strides
+    int64_t stride = 1;
     for (int i = 3; i >= 0; i--) {
       if (t.size[i] > 1 && t.stride[i] != stride) refuse(field, "must be contiguous");
       stride *= t.size[i];

@@ -154,7 +154,7 @@ def test_what_it_cannot_serve_says_why(host):
         z_h, z_l, k, v = tensors
         if batch != 1:
             z_h, z_l = z_h.expand(batch, -1), z_l.expand(batch, -1)
-            k, v = (c.expand(-1, -1, batch, -1, -1, -1) for c in (k, v))
+            k, v = (c.repeat(1, 1, batch, 1, 1, 1) for c in (k, v))
         options = {"h_cycles": 1, "l_cycles": 1}
         found = fa.explain("decode_step", z_h, z_l, weights, k, v, 2, **options)
         with pytest.raises(NotImplementedError, match="decode_step: no backend can serve this call"):

@@ -21,6 +21,7 @@ import math
 import random
 
 import torch
+import torch.nn.functional as F
 
 import fastattn as fa
 from fastattn import testing
@@ -280,9 +281,11 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         raw = torch.sigmoid(s)
         slope = raw * torch.sigmoid(-s)
     else:
-        raw = torch.nn.functional.softplus(s)
-        raw = torch.where(s < -30, torch.exp(s), raw).masked_fill(~allowed, 0.0)
-        slope = torch.sigmoid(s)
+        # far below 0 a softplus is the exponential: rows of such scores alone are softmax's, however far
+        low = top < -30
+        raw = torch.where(low, torch.exp(s - top), torch.where(s < -30, torch.exp(s), F.softplus(s)))
+        raw = raw.masked_fill(~allowed, 0.0)
+        slope = torch.where(low, raw, torch.sigmoid(s))
     slope = slope.masked_fill(~allowed, 0.0)
     normalised = score in SHIFTED
     if normalised:
@@ -290,7 +293,8 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         safe = total.masked_fill(total == 0, 1.0)
         weight, slope = raw / safe, slope / safe
         shared = (weight * error).sum(-1, keepdim=True)
-        lse = (total.log() + (top if score == "softmax" else 0.0)).squeeze(-1)
+        shift = top if score == "softmax" else torch.where(top < -30, top, 0.0)
+        lse = (total.log() + shift).squeeze(-1)
     else:
         weight, shared = raw, 0.0
     relative = error + shared + (lk + 16) * UNIT + half

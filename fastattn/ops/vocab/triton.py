@@ -93,8 +93,8 @@ def _vocab_rows_kernel(
         # The target's logit is read before the sums below, and so before any thread writes a gradient over it. A target
         # of no class, which the host cannot see without waiting, makes the loss NaN.
         known = (label >= 0) & (label < classes)
-        value = tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32)
-        picked, _picked_slope = _prepare(value, bias, label, known, softcap, tau, STABLEMAX, SOFTCAP)
+        target_logit = tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32)
+        picked, _picked_slope = _prepare(target_logit, bias, label, known, softcap, tau, STABLEMAX, SOFTCAP)
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         weights = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
