@@ -66,7 +66,9 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_tempera
         total += tl.exp((value - finite) * inverse_temperature)
     tl.store(beta + code, tl.log(tl.sum(total, 0)))
     tl.store(largest + code, most)
-    tl.store(best + code, tl.min(tl.where(top == most, first, 1 << 62), 0))
+    named = tl.min(tl.where(top == most, first, 1 << 62), 0)
+    # a maximum of NaN, which equals nothing, names the code's first token
+    tl.store(best + code, tl.where(named == 1 << 62, tl.min(first, 0), named))
 
 
 @triton.jit
