@@ -324,14 +324,14 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
   Array logits = Array::random(dtype, {R, V}, -4, 4, layout);
   // statistics and the gradient at once; the gradient from statistics there are
   for (int kind = 0; kind < 5; kind++) {
-    Array lse = Array::full(f32, {R}, 9);
     check("vocabulary rows", 64 + V, [&, threads = threads, layout = layout](const KernelTable& t, Outputs& o) {
       const auto zero = [&] { return Array::full(f32, {R}, 0); };
-      o = {logits, Array::full(f32, {R}, -INFINITY), zero(), zero(), kind == 1 ? lse : zero(), zero()};
+      const bool known = kind == 1;  // of each row, its largest logit and the sum of its weights
+      o = {logits, Array::full(f32, {R}, known ? 4 : -INFINITY), Array::full(f32, {R}, known ? 300 : 0), zero(), zero(), zero()};
       o.push_back(Array(dtype, {R, V}, layout));
       VocabRowsParams p;
       p.x = o[0], p.out = o[6], p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
-      p.lse = o[4], p.grad = gradient, p.ignore_index = -100, p.threads = threads, p.gradient = 1, p.z_loss = 0.01;
+      p.grad = gradient, p.ignore_index = -100, p.threads = threads, p.gradient = 1, p.z_loss = 0.01;
       p.statistics = kind != 1, p.stablemax = kind == 2;
       if (kind > 2 && dtype == DType::f32) p.bias = bias, p.softcap = kind == 3 ? 0 : 3;
       if (kind == 4) p.temperature = temperature, p.grad_temperature = o[5];

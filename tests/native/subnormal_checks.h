@@ -65,7 +65,7 @@ struct Subnormals {
           });
     }
   }
-  bool has_dots() const { return dtype == DType::bf16 && std::string(kernels.name) == "avx512bf16"; }
+  bool has_dots() const { return dtype == DType::bf16 && std::string(kernels.isa) == "avx512bf16"; }
 
   void rows() const {
     const DType f32 = DType::f32;
