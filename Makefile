@@ -5,6 +5,8 @@
 # make lock      writes constraints.txt anew: the newest versions around torch TORCH=...
 # make test-emulated  the AVX-512 kernels' tests, lowered to AVX2, for machines without AVX-512
 # make test-kernels   the CPU kernels alone, without Python, each instruction set of this machine: seconds after the build
+# make test-sanitized the same under AddressSanitizer and UndefinedBehaviorSanitizer: minutes, mostly the build
+# make test-threads   the same under ThreadSanitizer (part of test-all)
 # make test-arm64     the same for arm64 on another machine: a cross-compiler and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
@@ -18,7 +20,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-latest lock test-emulated test-kernels test-arm64 gpu-check lint clean setup-demo setup-test versions
+.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-sanitized test-threads test-arm64 gpu-check lint clean setup-demo setup-test versions
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -50,6 +52,7 @@ test: setup-test
 
 test-all: setup-test
 	@$(call run_tests,slow or not slow)
+	@$(MAKE) --no-print-directory test-threads
 
 # Set up again each time: what is newest changes.
 test-latest:
@@ -83,6 +86,25 @@ kernel_check = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ni
 test-kernels: setup-test
 	@$(call kernel_check,build/kernels,)
 	@build/kernels/kernel_check
+
+# $(call sanitized,FOLDER,address or thread): builds FOLDER/kernel_check so, for what this machine can run. Where that
+# is no bf16 dot product, its kernels are lowered to AVX2: they pack memory in a way of their own.
+define sanitized
+isas=$$(cd tests; $(BIN)/python -P -c 'import fastattn; print(*fastattn.cpu_isas(), sep=";")'); emulate=OFF; \
+case "$$isas" in *avx512bf16) ;; *avx2*) emulate=ON; isas="baseline;avx2;avx512bf16";; esac; \
+$(call kernel_check,$(1),-DFASTATTN_SANITIZE=$(2) -DFASTATTN_CUDA=OFF -DFASTATTN_EMULATE_AVX512=$$emulate "-DFASTATTN_ISAS=$$isas")
+endef
+
+# Threads of OpenMP that wait must not spin on few cores.
+test-sanitized: setup-test
+	@echo "== tests: CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@$(call sanitized,build/sanitized,address)
+	@OMP_WAIT_POLICY=passive build/sanitized/kernel_check
+
+test-threads: setup-test
+	@echo "== tests: CPU kernels under ThreadSanitizer"
+	@$(call sanitized,build/threads,thread)
+	@build/threads/kernel_check
 
 ARM64 ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64

@@ -79,7 +79,7 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 0; i < n; i++) result[i] = py::str(names[i]);
     return result;
   });
-  m.def("cpu_isa", [] { return cpu::kernels().name; });
+  m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("select_cpu_isa", [](const char* name) { return cpu::select(name); });
   m.def("set_dtypes", [](const py::dict& codes) {
     dtypes.clear();
@@ -163,6 +163,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("v", &AttentionParams::v)
       .def_readwrite("out", &AttentionParams::out)
       .def_readwrite("lse", &AttentionParams::lse)
+      .def_readwrite("state", &AttentionParams::state)
       .def_readwrite("bias", &AttentionParams::bias)
       .def_readwrite("prefix_lengths", &AttentionParams::prefix_lengths)
       .def_readwrite("cu_seqlens_q", &AttentionParams::cu_seqlens_q)
@@ -233,10 +234,10 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("bias", &VocabRowsParams::bias)
       .def_readwrite("target", &VocabRowsParams::target)
       .def_readwrite("temperature", &VocabRowsParams::temperature)
+      .def_readwrite("log_count", &VocabRowsParams::log_count)
       .def_readwrite("row_max", &VocabRowsParams::row_max)
       .def_readwrite("row_sum", &VocabRowsParams::row_sum)
       .def_readwrite("picked", &VocabRowsParams::picked)
-      .def_readwrite("lse", &VocabRowsParams::lse)
       .def_readwrite("grad", &VocabRowsParams::grad)
       .def_readwrite("grad_temperature", &VocabRowsParams::grad_temperature)
       .def_readwrite("first", &VocabRowsParams::first)

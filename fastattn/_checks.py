@@ -1,5 +1,8 @@
 """Argument checks shared by all public functions: they raise before any kernel runs and name op and argument."""
 
+import numbers
+import operator
+
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -12,6 +15,54 @@ def traced() -> bool:
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def has_contents(value: torch.Tensor) -> bool:
+    """Whether numbers can be read from a tensor here: not while tracing, from the meta device or under vmap."""
+    if traced() or value.is_meta or torch._subclasses.fake_tensor.is_fake(value):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return False
+        value = functorch.get_unwrapped(value)
+    return True
+
+
+def as_integer(value: object) -> int | None:
+    """An int of Python, numpy or a compiler; None for what is none."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return None
+
+
+def is_number(value: object) -> bool:
+    """Whether `as_number` may have a float to make of it: of a number but a symbol, which is one, and of tensors."""
+    return isinstance(value, (torch.Tensor, numbers.Real)) and not isinstance(value, (bool, torch.SymFloat))
+
+
+def as_number(op: str, name: str, value: object, *, kind: str = "a number") -> float:
+    """A real number of Python, numpy, a compiler, or a 0-dim tensor on the CPU, as torch's own functions take them."""
+    number = value
+    if isinstance(value, torch.Tensor):
+        if value.dim() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"fastattn.{op}: {name} must be {kind}, given {describe(value)}")
+        if value.requires_grad:
+            raise TypeError(
+                f"fastattn.{op}: {name} gets no gradient; multiply q by it, or give float({name})"
+            )
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"fastattn.{op}: {name} is a tensor on {value.device}, which a call would wait for; give float({name})"
+            )
+        number = value.item()
+    elif isinstance(value, bool) or not isinstance(
+        value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+    ):
+        raise TypeError(f"fastattn.{op}: {name} must be {kind}, given {describe(value)}")
+    return float(number)
 
 
 def describe(value: object) -> str:
@@ -138,6 +189,24 @@ def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...],
         raise ValueError(f"fastattn.{op}: {name} must have shape ({wanted}) ({why}), given {describe(value)}")
 
 
+def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape`, of as many dims, broadcasts to `full`. By ==, which guards a size that is symbolic
+    while tracing; `in` would say that no symbol is the number it stands for."""
+    return all(a == 1 or a == b for a, b in zip(shape, full, strict=True))
+
+
+def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What all broadcast to, or None. As torch.broadcast_shapes, whose call a compiler would keep in its graph."""
+    result = [1] * max(len(shape) for shape in shapes)
+    for shape in shapes:
+        for i, size in enumerate(shape, len(result) - len(shape)):
+            if result[i] == 1:
+                result[i] = size
+            elif size != 1 and size != result[i]:
+                return None
+    return tuple(result)
+
+
 def check_choice(op: str, name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(
@@ -145,22 +214,24 @@ def check_choice(op: str, name: str, value: object, allowed: tuple) -> None:
         )
 
 
-def check_positive(op: str, name: str, value: float, *, zero: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"fastattn.{op}: {name} must be a number, given {describe(value)}")
-    if not (value > 0 or (zero and value == 0)):
+def check_positive(op: str, name: str, value: object, *, zero: bool = False) -> None:
+    number = as_number(op, name, value)
+    if not (number > 0 or (zero and number == 0)):
         raise ValueError(
             f"fastattn.{op}: {name} must be {'zero or more' if zero else 'more than zero'}, given {value!r}"
         )
 
 
+def as_positive(op: str, name: str, value: object, *, zero: bool = False) -> float:
+    check_positive(op, name, value, zero=zero)
+    return as_number(op, name, value)
+
+
 def check_range(
     op: str, name: str, value: torch.Tensor, low: int, high: int, *, also: int | None = None
 ) -> None:
-    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped while tracing, where there are none."""
-    if traced() or value.device.type != "cpu" or value.numel() == 0:
-        return
-    if torch._subclasses.fake_tensor.is_fake(value):
+    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped where there are none to read."""
+    if value.device.type != "cpu" or not has_contents(value) or value.numel() == 0:
         return
     least, most = torch.aminmax(value)
     if least >= low and most < high:

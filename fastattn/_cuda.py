@@ -40,7 +40,9 @@ class SinkhornParams(ctypes.Structure):
 class VocabRowsParams(ctypes.Structure):
     _fields_ = [
         (name, _pointer)
-        for name in ("logits", "bias", "target", "temperature", "grad", "loss", "lse", "grad_temperature")
+        for name in (
+            "logits", "bias", "target", "temperature", "grad", "loss", "largest", "total", "grad_temperature"
+        )
     ] + [
         ("rows", _i64), ("classes", _i64), ("row_stride", _i64), ("ignore_index", _i64),
         ("softcap", _f32), ("z_loss", _f32),
@@ -176,10 +178,10 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
 
 
 def vocab_rows(
-    logits, bias, target, temperature, grad, loss, lse, grad_temperature, *, stablemax, softcap, z_loss, ignore_index,
-    threads: int = THREADS,
+    logits, bias, target, temperature, grad, loss, largest, total, grad_temperature, *, stablemax, softcap, z_loss,
+    ignore_index, threads: int = THREADS,
 ) -> None:  # fmt: skip
-    """Fills loss and lse (N,) of logits (N, classes), and where grad (N,) is given puts the gradient over the logits.
+    """Fills loss, largest and total (N,) of logits (N, classes), and where grad (N,) is given puts the gradient over the logits.
 
     All float32 but target (N,) int64; logits may have a row stride. bias, temperature and grad_temperature may be None.
     """
@@ -187,7 +189,7 @@ def vocab_rows(
         return
     if not compilable():
         threads = THREADS
-    tensors = (logits, bias, target, temperature, grad, loss, lse, grad_temperature)
+    tensors = (logits, bias, target, temperature, grad, loss, largest, total, grad_temperature)
     with _on(logits.device):
         params = VocabRowsParams(
             *map(_address, tensors), *logits.shape, logits.stride(0), ignore_index, softcap, z_loss

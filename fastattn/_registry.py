@@ -7,17 +7,19 @@ Its backends are tried in order, the reference last; one that is asked for by na
 import importlib
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from ._checks import as_integer, as_number, has_contents, is_number
 from ._config import Choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -110,11 +112,16 @@ def reference_backend(package: str, name: str) -> Backend:
     return Backend("reference", lambda: getattr(importlib.import_module(f"{package}.reference"), name))
 
 
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """Keep tensors for backward. Those of torch.inference_mode are copied: autograd takes only others."""
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
+
+
 def save_inputs(ctx: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
     """Keep an op's inputs and some results for its backward; a gradient that is zero comes as None."""
     ctx.where = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
     ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.where), *results)
+    save(ctx, *(inputs[i] for i in ctx.where), *results)
     ctx.set_materialize_grads(False)
 
 
@@ -134,6 +141,24 @@ class Op:
     backends: tuple[Backend, ...]
     check: Callable[..., None]
     check_contents: Callable[..., None] | None = None
+    numbers: tuple[tuple[int, str], ...] = ()  # (place, name) of the schema's floats
+    integers: tuple[tuple[int, str], ...] = ()  # and of its integers
+    writes: bool = False  # to an argument
+
+    def plain(self, args: tuple) -> tuple:
+        """args with numbers of numpy and 0-dim tensors as Python's; what is no number stays for `check` to refuse."""
+        changed = None
+        for i, name in self.numbers:
+            value = args[i]
+            if type(value) is not float and is_number(value):
+                changed = changed or list(args)
+                changed[i] = as_number(self.name, name, value)
+        for i, _ in self.integers:
+            value = args[i]
+            if type(value) is not int and (integer := as_integer(value)) is not None:
+                changed = changed or list(args)
+                changed[i] = integer
+        return args if changed is None else tuple(changed)
 
     def run(self, *args: Any) -> Any:
         """The schema's arguments, checked, to the backend that serves them."""
@@ -205,28 +230,66 @@ def register_op(
     check_contents: the same of what index tensors hold, before a call that computes.
     twice: the backward is made of differentiable operations; elsewhere create_graph raises NotImplementedError.
     """
-    op = Op(name, fake, tuple(backends), check, check_contents)
+    arguments = [argument.split() for argument in schema[1 : schema.index(") ->")].split(", ")]
+    kinds = {
+        kind: tuple((i, a[1]) for i, a in enumerate(arguments) if a[0].rstrip("?") in kind) for kind in _KINDS
+    }
+    op = Op(name, fake, tuple(backends), check, check_contents, *kinds.values(), writes="!" in schema)
     _OPS[name] = op
-    _LIBRARY.define(name + schema)
+    places = {i for i, _ in op.numbers}
 
-    def run_fake(*args):
-        check(*args[:-1])
-        return fake(*args[:-1])
-
-    def run_without_gradients(*args):
+    def run(*args):
+        if backward is not None:
+            return op.run(*args)
         with torch.no_grad():
             return op.run(*args)
 
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run_without_gradients if backward is None else op.run, key)
-    torch.library.register_fake(f"fastattn::{name}", run_fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"fastattn::{name}",
-            backward if twice else _differentiable_once(name, backward),
-            setup_context=setup_context,
-            lib=_LIBRARY,
-        )
+    def run_numbers(*args):
+        return run(*(float(a) if i in places and a is not None else a for i, a in enumerate(args)))
+
+    def run_fake(*args):
+        # numbers that are tensors have been checked as what they were before
+        check(*(1.0 if i in places and isinstance(a, torch.Tensor) else a for i, a in enumerate(args[:-1])))
+        return fake(*args[:-1])
+
+    overloads = {name: (schema, run)}
+    if places:
+        overloads[f"{name}.{_NUMBERS}"] = (_FLOAT.sub(r"Tensor\1 ", schema), run_numbers)
+        _LIBRARY.define(f"{name}.{_TRACED}" + _FLOAT.sub(r"Scalar\1 ", schema))
+        _LIBRARY.impl(f"{name}.{_TRACED}", partial(dispatch, name), "CompositeImplicitAutograd")
+    for overload, (signature, implementation) in overloads.items():
+        _LIBRARY.define(overload + signature)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(overload, implementation, key)
+        torch.library.register_fake(f"fastattn::{overload}", run_fake, lib=_LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"fastattn::{overload}",
+                backward if twice else _differentiable_once(name, backward),
+                setup_context=setup_context,
+                lib=_LIBRARY,
+            )
+
+
+# A schema's float is a constant of a compiled graph: one a number. So an op with floats has two overloads more. A graph of
+# Dynamo calls the traced one, which takes a symbol as it is; below it a symbol becomes a tensor (0-dim float64 on the CPU, of
+# which compilers make their own input), and the op that takes numbers as such tensors is what the graph keeps.
+_NUMBERS, _TRACED = "numbers", "traced"
+_FLOAT = re.compile(r"\bfloat(\??) ")
+_KINDS = (("float",), ("int", "SymInt"))
+
+
+def dispatch(name: str, *args: Any) -> Any:
+    """torch.ops.fastattn.<name>(*args) by the overload that takes its numbers as they are."""
+    packet, numbers = getattr(torch.ops.fastattn, name), _OPS[name].numbers
+    if not any(isinstance(args[i], (torch.SymFloat, torch.Tensor)) for i, _ in numbers):
+        return packet.default(*args)
+    args = list(args)
+    for i, _ in numbers:
+        if args[i] is not None and not isinstance(args[i], torch.Tensor):
+            # a product is what compilers make of tensors in place of symbols
+            args[i] = torch.ones((), dtype=torch.float64, device="cpu") * args[i]
+    return getattr(packet, _NUMBERS)(*args)
 
 
 def _differentiable_once(name: str, backward: Callable) -> Callable:
@@ -324,9 +387,10 @@ def call(name: str, *args: Any) -> Any:
     """torch.ops.fastattn.<name>(*args); past the dispatcher, which costs more than a small op, where it has no part.
 
     Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
-    torch.func's gradients, which it refuses with no word of the op.
+    torch.func's gradients, and vmap of what writes to an argument, which it refuses with no word of the op.
     """
     op = _OPS[name]
+    args = op.plain(args)
     op.check(*args[:-1])
     if forward_ad._current_level >= 0:
         _refuse_tangents(name, args)
@@ -334,7 +398,14 @@ def call(name: str, *args: Any) -> Any:
         return op.run_checked(*args)
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         _refuse_functional_gradients(name, args)
-    return getattr(torch.ops.fastattn, name)(*args)
+        if op.writes and not all(map(has_contents, _tensors(args))):
+            raise NotImplementedError(
+                f"fastattn.{name}: torch.vmap is not supported, it writes to its caches"
+            )
+    if torch.compiler.is_dynamo_compiling():
+        packet = getattr(torch.ops.fastattn, name)
+        return packet.traced(*args) if any(type(a) is float for a in args) else packet.default(*args)
+    return dispatch(name, *args)
 
 
 @contextmanager

@@ -2,15 +2,29 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import torch
 
-from ._checks import check_integer, check_same_device, check_tensor, describe, traced
+from ._checks import (
+    as_integer,
+    broadcasts,
+    check_choice,
+    check_integer,
+    check_same_device,
+    check_tensor,
+    describe,
+    has_contents,
+    traced,
+)
 
 SCHEMA = (
-    "bool causal, int window_left, int window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? key_lengths, Tensor? dense"
+    "bool causal, SymInt window_left, SymInt window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? key_lengths, Tensor? dense"
 )
+
+# Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
+_ALIGNED = -(2**31)
 
 # Of a sequence. A wider window, sys.maxsize say, is no limit, and must not overflow a sum.
 LONGEST = 2**31 - 1
@@ -27,6 +41,9 @@ class Mask:
         of one, (1, H, total, D). cu_seqlens_k defaults to cu_seqlens_q. Documents never attend each other; an empty one is
         legal; rows after the last offset attend nothing.
     key_lengths: (B,) integers, or one a document when packed: keys from there on are padding.
+    align: the key that the last query is aligned with, for causal, window and prefix: "keys", the last key given (of the
+        document when packed), or "key_lengths", the last one that key_lengths counts, as in a cache with room for more keys.
+        With it Lk above is the key length; queries before the first key attend nothing.
     dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads what it holds then.
 
     Index tensors are int32 or int64 on any device; their contents are copied and checked here, once: what is written to them
@@ -43,7 +60,12 @@ class Mask:
         cu_seqlens_k: torch.Tensor | None = None,
         key_lengths: torch.Tensor | None = None,
         dense: torch.Tensor | None = None,
+        align: str = "keys",
     ) -> None:
+        check_choice("Mask", "align", align, ("keys", "key_lengths"))
+        if align == "key_lengths" and key_lengths is None:
+            raise ValueError('fastattn.Mask: align="key_lengths" needs key_lengths')
+        self.align = align
         if not isinstance(causal, bool):
             raise TypeError(f"fastattn.Mask: causal must be a bool, given {type(causal).__name__} {causal!r}")
         self.causal = causal
@@ -119,6 +141,8 @@ class Mask:
             value = getattr(self, name)
             if value is not None:
                 parts.append(f"{name}: {tuple(value.shape)}")
+        if self.align != "keys":
+            parts.append(f"align={self.align!r}")
         return f"Mask({', '.join(parts)})"
 
     def _check_contents(self, op: str, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -146,18 +170,18 @@ class Mask:
         self._check_contents(op, q, k)
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
-            tensors = tuple(
-                None if t is None else t.to(q.device)
-                for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, self.key_lengths)
-            )
+            with nullcontext() if traced() else torch.inference_mode(False):
+                lengths = self.key_lengths if self.align == "keys" else self.key_lengths + _ALIGNED
+                tensors = tuple(
+                    None if t is None else t.to(q.device)
+                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
+                )
             if not traced() and _lasting(tensors):
                 self._on_device[q.device] = tensors
         prefix, offsets_q, offsets_k, lengths = tensors
         dense = self.dense
         if dense is not None:
             dense = check_broadcast(op, "dense mask", dense, q, k)
-        max_q = self.max_seqlen_q if self.packed else q.shape[2]
-        max_k = self.max_seqlen_k if self.packed else k.shape[2]
         return (
             self.causal or prefix is not None,
             self.window_left,
@@ -165,8 +189,8 @@ class Mask:
             prefix,
             offsets_q,
             offsets_k,
-            max_q,
-            max_k,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
             lengths,
             dense,
         )
@@ -176,7 +200,7 @@ def check_broadcast(op: str, name: str, t: torch.Tensor, q: torch.Tensor, k: tor
     """t as (B or 1, H or 1, Lq or 1, Lk or 1), which it must broadcast from."""
     full = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - t.dim()) + tuple(t.shape)
-    if t.dim() > 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
+    if t.dim() > 4 or not broadcasts(shape, full):
         raise ValueError(
             f"fastattn.{op}: {name} of shape {tuple(t.shape)} does not broadcast to (B, Hq, Lq, Lk) = {full}"
         )
@@ -201,7 +225,7 @@ def check_args(
     if cu_seqlens_q is None and cu_seqlens_k is None:
         if prefix_lengths is None and key_lengths is None:
             return
-        sequences, of = q.shape[0], f"a batch of {q.shape[0]}"
+        sequences = q.shape[0]
     else:
         if q.shape[0] != 1:
             raise ValueError(
@@ -225,12 +249,13 @@ def check_args(
                     f"fastattn.{op}: {name} must lie in [0, {length}], or be -1 where it is not known, given {most}"
                 )
         sequences = cu_seqlens_q.shape[0] - 1
-        of = f"{sequences} documents"
     for name, value in (("prefix_lengths", prefix_lengths), ("key_lengths", key_lengths)):
         if value is None:
             continue
         _check_indices(op, name, value, q)
         if value.shape[0] != sequences:
+            # named here: a text of a size that is symbolic while tracing would make it a constant
+            of = f"a batch of {sequences}" if cu_seqlens_q is None else f"{sequences} documents"
             raise ValueError(f"fastattn.{op}: {name} has {value.shape[0]} entries for {of}")
     if prefix_lengths is not None and not causal:
         raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
@@ -267,24 +292,26 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"fastattn.Mask: window must be (left, right), given {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+    sides = tuple(None if side is None else as_integer(side) for side in window)
+    for given, side in zip(window, sides, strict=True):
+        if given is not None and (side is None or side < 0):
             raise ValueError(
                 f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
             )
-    return tuple(-1 if side is None else min(side, LONGEST) for side in window)
+    return tuple(-1 if side is None else LONGEST if side > LONGEST else side for side in sides)
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
-    """(values as int32, their contents on the host); contents are None while tracing, where there are none."""
+    """(values as int32, their contents on the host); None for contents that are not there."""
     if value is None:
         return None, None
     check_integer("Mask", name, value, dims=1)
-    contents = None if traced() else value.tolist()
+    contents = value.tolist() if has_contents(value) else None
     if contents and max(contents) > LONGEST:
         raise ValueError(f"fastattn.Mask: {name} holds {max(contents)}; at most 2**31 - 1 is allowed")
-    # a copy of int32 too: what is checked here is what kernels read
-    return value.detach().to(torch.int32, copy=True).contiguous(), contents
+    # a copy of int32 too: what is checked here is what kernels read; one that autograd can save, whatever the mode
+    with torch.inference_mode(False) if contents is not None else nullcontext():
+        return value.detach().to(torch.int32, copy=True).contiguous(), contents
 
 
 def _not_negative(name: str, values: list[int]) -> None:
@@ -318,6 +345,34 @@ def positions(
     return document, torch.where(inside, token - starts[document.clamp(min=0)], 0)
 
 
+def key_length(key_lengths: torch.Tensor) -> torch.Tensor:
+    """The lengths that a schema's key_lengths hold, int64."""
+    lengths = key_lengths.long()
+    return torch.where(lengths < 0, lengths - _ALIGNED, lengths)
+
+
+def diagonal_offset(
+    lq: int,
+    lk: int,
+    device: torch.device,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    """From each row's place in its sequence to the key on its diagonal: (B or 1, Lq)."""
+    if cu_seqlens_q is None:
+        queries, keys = (torch.full((1,), n, device=device) for n in (lq, lk))
+    else:
+        queries, keys = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
+    if key_lengths is not None:
+        keys = torch.where(key_lengths < 0, key_length(key_lengths), keys)
+    offset = keys - queries  # (B or 1,), or (documents,)
+    if cu_seqlens_q is None:
+        return offset[:, None].expand(-1, lq)
+    document, _ = positions(cu_seqlens_q, lq, device)
+    return torch.cat([offset, offset.new_zeros(1)])[document][None]  # document -1 is padding
+
+
 def dense_allowed(
     lq: int,
     lk: int,
@@ -337,21 +392,18 @@ def dense_allowed(
     document_q, i = positions(cu_seqlens_q, lq, device)
     document_k, j = positions(cu_seqlens_k, lk, device)
     if cu_seqlens_q is None:
-        offset = torch.full((lq,), lk - lq, device=device)
         per_row = (
             (lambda t: t.long()[:, None, None])
             if prefix_lengths is not None or key_lengths is not None
             else None
         )
     else:
-        spans = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()  # (documents,)
-        spans = torch.cat([spans, spans.new_zeros(1)])  # document -1 is padding
-        offset = spans[document_q]
 
         def per_row(t):
             return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
 
-    diagonal = (i + offset)[None, :, None]  # (1, Lq, 1)
+    offset = diagonal_offset(lq, lk, device, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    diagonal = (i + offset)[:, :, None]  # (B or 1, Lq, 1)
     j = j[None, None, :]
     allowed = (document_q[:, None] == document_k[None, :]) & (document_q >= 0)[:, None]
     allowed = allowed[None]  # (1, Lq, Lk)
@@ -365,7 +417,7 @@ def dense_allowed(
     if window_right >= 0:
         allowed = allowed & (j <= diagonal + window_right)
     if key_lengths is not None:
-        allowed = allowed & (j < per_row(key_lengths))
+        allowed = allowed & (j < per_row(key_length(key_lengths)))
     allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
     return allowed if dense is None else allowed & dense
 
@@ -380,10 +432,10 @@ def sequence_keys(
 ) -> torch.Tensor:
     """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
     if cu_seqlens_q is None:
-        count = torch.full((1,), lk, device=device) if key_lengths is None else key_lengths.long()
+        count = torch.full((1,), lk, device=device) if key_lengths is None else key_length(key_lengths)
         count = count[:, None, None, None].expand(-1, 1, lq, 1)
     else:
-        count = (cu_seqlens_k.diff() if key_lengths is None else key_lengths).long()
+        count = cu_seqlens_k.diff().long() if key_lengths is None else key_length(key_lengths)
         count = torch.cat([count, count.new_ones(1)])[positions(cu_seqlens_q, lq, device)[0]][
             None, None, :, None
         ]

@@ -46,8 +46,11 @@ SCORES: dict[str, Score] = {
 
 class _ByCode(dict[int, Score]):
     def __missing__(self, code: int) -> Score:
+        raise ValueError(f"fastattn: {self.unknown(code)}")
+
+    def unknown(self, code: int) -> str:
         known = ", ".join(f"{row.code} ({row.name})" for row in self.values())
-        raise ValueError(f"fastattn: score must be one of {known}, given {code!r}")
+        return f"score must be one of {known}, given {code!r}"
 
 
-BY_CODE: dict[int, Score] = _ByCode({row.code: row for row in SCORES.values()})
+BY_CODE = _ByCode({row.code: row for row in SCORES.values()})

@@ -356,6 +356,26 @@ def attention_inputs(
     )
 
 
+def far_attention_inputs(size: float, *, exact: bool = False, **options) -> tuple[torch.Tensor, ...]:
+    """`attention_inputs` whose scores lie about `size`, within a few units of each other in a row: what tells weights apart is in
+    the last bits. exact: products are exact in float32 up to some 10^6, so that nothing but the weights is rounded."""
+    q, k, v = (t.detach() for t in attention_inputs(**options))
+    # one direction has `size`, the same for every query and key; the others have what tells keys apart
+    head_dim = q.shape[-1]
+    base = 4.0
+    q[..., 0], k[..., 0] = base, size * math.sqrt(head_dim) / base
+    if exact:
+        q, k = ((t * 4).round() / 4 for t in (q, k))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def far_magnitudes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[float, ...]:
+    """For `check_op`: in dq what all keys have in common cancels, as the dS of a row add up to 0. For `output_gradients` a row's
+    |dS| add up to at most 2 * 2 * Dv * max|v|, of which random signs leave the root of Dv."""
+    share = 4 * math.sqrt(v.shape[-1]) * max_finite(v) / math.sqrt(q.shape[-1])
+    return (share * max_finite(k), 0.0, 0.0)
+
+
 def isas() -> tuple[str, ...]:
     """Instruction sets this machine can run, best last."""
     import fastattn

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 from fastattn import _native, testing
 
+sys.path.append(str(Path(__file__).parent))  # tests are no packages
+
 # What a person has tuned on this machine is not what is tested; inherited by the processes that tests start.
 _cache = tempfile.TemporaryDirectory(prefix="fastattn-tests-")
 os.environ["FASTATTN_CACHE_DIR"] = _cache.name

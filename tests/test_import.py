@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastattn.autotune import space
 
 import fastattn as fa
-from fastattn.autotune import space
 
 ROOT = Path(__file__).parents[1]
 CALL = """

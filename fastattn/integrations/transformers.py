@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import masks
+from .. import _checks, masks
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.sdpa import autocast
@@ -252,7 +252,7 @@ def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
         raise ValueError(
             f"fastattn: attention_mask must have 4 dimensions (B, H, Lq, Lk), given {tuple(mask.shape)}"
         )
-    if torch.compiler.is_compiling():
+    if not _checks.has_contents(mask):
         return (Mask(dense=mask), lk) if mask.dtype == torch.bool else None
     if mask.device.type != "cpu":
         return _recognise_on_device(mask, lk)

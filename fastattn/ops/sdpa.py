@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
@@ -158,13 +158,12 @@ def _four_dims(
             key = key.repeat_interleave(heads // key.shape[-3], dim=-3)
             value = value.repeat_interleave(heads // value.shape[-3], dim=-3)
         shared = 3
-    try:
-        batch = torch.broadcast_shapes(*(t.shape[:-shared] for t in (query, key, value)))
-    except RuntimeError:
+    batch = _checks.common_shape(*(t.shape[:-shared] for t in (query, key, value)))
+    if batch is None:
         raise ValueError(
             f"fastattn.{op}: the leading dims of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
             f" {tuple(value.shape)} do not broadcast"
-        ) from None
+        )
 
     def expand(t: torch.Tensor) -> torch.Tensor:
         t = t.expand(*batch, *t.shape[-shared:])
@@ -182,7 +181,7 @@ def _four_dims(
 def _mask_four_dims(op: str, mask: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
     """`mask`, broadcastable to `full` = (..., Lq, Lk), as at most (B, H, Lq, Lk) with every dim 1 or full."""
     padded = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > len(full) or any(a not in (1, b) for a, b in zip(padded, full, strict=True)):
+    if mask.dim() > len(full) or not _checks.broadcasts(padded, full):
         raise ValueError(
             f"fastattn.{op}: attn_mask of shape {tuple(mask.shape)} does not broadcast to (..., Lq, Lk) = {full}"
         )

@@ -55,7 +55,8 @@ class Checks {
   // The same, all elements side by side.
   void contiguous(const char* field, const Tensor& t, const Size& size, DType dtype) const {
     strided(field, t, size, dtype);
-    int64_t stride = 1;
+    int64_t stride = t.size[0] * t.size[1] * t.size[2] * t.size[3] ? 1 : 0;
+    if (!stride) return;  // nothing is read, whatever the strides
     for (int i = 3; i >= 0; i--) {
       if (t.size[i] > 1 && t.stride[i] != stride) refuse(field, "must be contiguous");
       stride *= t.size[i];
@@ -198,9 +199,8 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-// What every kind of attention takes. lse: whether there are log-sum-exps, which the forward finds and the backward
-// reads.
-inline void check_attention(const Checks& c, const AttentionParams& p, bool lse) {
+// What every kind of attention takes.
+inline void check_attention(const Checks& c, const AttentionParams& p) {
   c.floating("q", p.q);
   const int64_t batch = p.q.size[0], heads = p.q.size[1], rows = p.q.size[2], head_dim = p.q.size[3];
   const int64_t kv_heads = p.k.size[1], keys = p.k.size[2], value_dim = p.v.size[3];
@@ -213,8 +213,6 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   c.tensor("k", p.k, {batch, kv_heads, keys, head_dim}, p.q.dtype);
   c.tensor("v", p.v, {batch, kv_heads, keys, value_dim}, p.q.dtype);
   c.tensor("out", p.out, {batch, heads, rows, value_dim}, p.q.dtype);
-  if (lse) c.strided("lse", p.lse, {1, batch, heads, rows}, DType::f32);
-  if (lse && !c.backward()) c.tensor("lse", p.lse, {1, batch, heads, rows}, DType::f32);
   if (c.backward()) {
     c.like("grad_out", p.grad_out, p.out);
     if (p.grad_lse.data) c.strided("grad_lse", p.grad_lse, {1, batch, heads, rows}, DType::f32);
@@ -242,6 +240,9 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   c.in("window_left", p.window_left, INT64_MIN, kLongest);
   c.in("window_right", p.window_right, INT64_MIN, kLongest);
   c.require(!std::isnan(p.bias_value), "bias_value", "must be a number");
+  // kernels multiply by both at once
+  c.require(!std::isfinite((float)p.scale) || std::isfinite((float)(p.scale * 1.4426950408889634)), "scale",
+            "must be a float32 with log2(e) as a factor too");
   if (p.tile_class.data) {
     c.tensor("tile_class", p.tile_class, {batch, heads, p.tile_class.size[2], p.tile_class.size[3]}, DType::u8);
     c.in("tile_class's rows", p.tile_class.size[2], (rows + p.block_q - 1) / p.block_q, INT64_MAX);
@@ -250,26 +251,38 @@ inline void check_attention(const Checks& c, const AttentionParams& p, bool lse)
   }
 }
 
+// What the forward finds of each row and the backward reads.
+inline void check_state(const Checks& c, const AttentionParams& p) {
+  c.contiguous("state", p.state, {p.q.size[0], p.q.size[1], p.q.size[2], 2}, DType::f32);
+}
+
 inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, 2);
-  check_attention(c, p, p.score != 1);
+  check_attention(c, p);
+  if (p.score == 1) return;
+  check_state(c, p);
+  const Size by_row{1, p.q.size[0], p.q.size[1], p.q.size[2]};
+  c.strided("lse", p.lse, by_row, DType::f32);
+  if (!c.backward()) c.tensor("lse", p.lse, by_row, DType::f32);
 }
 
 inline void check_fields(const Checks& c, const ReweightedParams& p) {
-  check_attention(c, p, false);
+  check_attention(c, p);
   c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
   c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");
 }
 
 inline void check_fields(const Checks& c, const GroupedParams& p) {
-  check_attention(c, p, true);
+  check_attention(c, p);
+  check_state(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
   c.in("window", p.window, 0, kLongest);
 }
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
-  check_attention(c, p, true);
+  check_attention(c, p);
+  check_state(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
   c.require(p.k.size[2] == rows, "k", "must have q's length");
   c.in("assignment's groups", groups, 1, INT32_MAX);
@@ -277,8 +290,9 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
   c.strided("sharpness", p.sharpness, {1, 1, 1, 1}, DType::f32);
   c.in("window", p.window, 0, kLongest);
   c.in("gate", p.gate, 0, 1);
+  // logarithms of gates are divided by it
+  c.require(p.scale == 0 || !(std::fabs(p.scale) < 0x1p-100), "scale", "must be 0 or beyond 2^-100");
   if (!c.backward()) return;
-  c.tensor("lse", p.lse, {1, batch, p.q.size[1], rows}, DType::f32);
   c.contiguous("grad_query_assignment", p.grad_query_assignment, {batch, p.q.size[1], rows, groups}, DType::f32);
   c.contiguous("grad_key_assignment", p.grad_key_assignment, {batch, p.k.size[1], rows, groups}, DType::f32);
   c.contiguous("grad_sharpness", p.grad_sharpness, {1, batch, p.q.size[1], rows}, DType::f32);
@@ -295,7 +309,7 @@ inline void check_fields(const Checks& c, const SinkhornParams& p) {
   if (c.backward())
     c.contiguous("grad", p.grad, {1, 1, rows, groups}, p.scores.dtype);
   else
-    c.contiguous("potentials", p.potentials, {1, p.potentials.size[1], sequences, groups}, DType::f32);
+    c.contiguous("potentials", p.potentials, {1, sequences, 1, groups}, DType::f32);
   c.require(p.temperature > 0, "temperature", "must be more than zero");
   c.in("iterations", p.iterations, 1, kMostIterations);
 }
@@ -319,16 +333,21 @@ inline void check_fields(const Checks& c, const VocabRowsParams& p) {
   const Size by_row{1, 1, 1, rows};
   c.tensor("x", p.x, {1, 1, rows, columns}, p.x.dtype);
   c.integers("target", p.target, rows);
-  const bool prepared = p.bias.data || p.softcap != 0 || p.temperature.data;
-  c.require(!prepared || p.x.dtype == DType::f32, "x", "must be float32 with a bias, a soft cap or a temperature");
+  const bool prepared = p.bias.data || p.softcap != 0 || (p.temperature.data && p.stablemax);
+  c.require(!prepared || p.x.dtype == DType::f32, "x",
+            "must be float32 with a bias, a soft cap, or stablemax and a temperature");
   if (p.bias.data) c.contiguous("bias", p.bias, {1, 1, 1, columns}, DType::f32);
   if (p.temperature.data) c.strided("temperature", p.temperature, by_row, DType::f32);
-  if (p.statistics) {
+  if (p.log_count.data) {
+    c.contiguous("log_count", p.log_count, {1, 1, 1, columns}, DType::f32);
+    c.require(!p.stablemax && !p.temperature.data && p.z_loss == 0, "log_count",
+              "is not served with stablemax, a temperature or z_loss");
+  }
+  if (p.statistics || p.gradient) {
     c.strided("row_max", p.row_max, by_row, DType::f32);
     c.strided("row_sum", p.row_sum, by_row, DType::f32);
-    c.strided("picked", p.picked, by_row, DType::f32);
   }
-  if (p.statistics || p.gradient) c.strided("lse", p.lse, by_row, DType::f32);
+  if (p.statistics) c.strided("picked", p.picked, by_row, DType::f32);
   if (!p.gradient) return;
   c.like("out", p.out, p.x);
   c.strided("grad", p.grad, by_row, DType::f32);
@@ -347,7 +366,7 @@ inline void check_fields(const Checks& c, const VocabTokensParams& p) {
   if (p.beta.data) c.contiguous("beta", p.beta, by_code, DType::f32);
   c.require(p.best.data || p.mass.data || p.order.data || p.sums.data, "best, mass, order or sums", "is needed");
   if (p.sums.data) c.contiguous("sums", p.sums, by_code, DType::f64);
-  if (p.largest.data) c.contiguous("largest", p.largest, by_code, DType::f32);
+  if (p.sums.data || p.mass.data) c.contiguous("largest", p.largest, by_code, DType::f32);
   if (p.best.data) {
     c.contiguous("codes", p.codes, by_token, p.codes.dtype);
     c.contiguous("best", p.best, by_code, DType::i64);

@@ -25,13 +25,15 @@ inline void check_mask_indices(const AttentionParams& p) {
   };
   check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.q.size[2]);
   check_offsets("cu_seqlens_k", p.cu_seqlens_k, p.k.size[2]);
-  const auto check_lengths = [&](const char* name, const Tensor& t) {
-    for (int64_t i = 0; t.data && i < t.size[3]; i++)
-      check_index(name, i, at(t, i), 0,
-                  p.cu_seqlens_k.data ? at(p.cu_seqlens_k, i + 1) - at(p.cu_seqlens_k, i) : p.k.size[2]);
+  const auto check_lengths = [&](const char* name, const Tensor& t, bool aligned) {
+    for (int64_t i = 0; t.data && i < t.size[3]; i++) {
+      const int64_t most = p.cu_seqlens_k.data ? at(p.cu_seqlens_k, i + 1) - at(p.cu_seqlens_k, i) : p.k.size[2];
+      const int64_t entry = at(t, i), length = aligned ? length_of(entry) : entry;
+      check_index(name, i, length > most ? entry : length, 0, most);
+    }
   };
-  check_lengths("prefix_lengths", p.prefix_lengths);
-  check_lengths("key_lengths", p.key_lengths);
+  check_lengths("prefix_lengths", p.prefix_lengths, false);
+  check_lengths("key_lengths", p.key_lengths, true);
 }
 
 template <class P>

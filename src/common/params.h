@@ -64,11 +64,15 @@ struct RotaryParams : RowsParams {
   int32_t inverse = 0;
 };
 
+inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1) << 31) : entry; }
+
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
 // bias, dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors
-// are int32.
+// are int32. An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the last of them, not of all.
 struct AttentionParams {
   Tensor q, k, v, out, lse;
+  Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
+                 // below it
   Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
@@ -127,13 +131,16 @@ struct TileClassParams {
   int32_t threads = 1;
 };
 
-// Logits (R, C) of classes first .. first + C, in stages. Prepared in place: + bias, soft cap, / temperature (f32
-// only). statistics: row_max, row_sum and picked (the target's transformed logit) take these columns in. gradient: out
-// (may be x) becomes the gradient of grad * loss, for x as it came, from lse (R,); with statistics too, lse is found
-// first.
+// Logits (R, C) of classes first .. first + C, in stages. Prepared in place (f32 only): + bias, soft cap, and for
+// stablemax / temperature. A class weighs e^((x - row_max) / temperature + log_count), or s(x) / s(row_max) for
+// stablemax: never e^x or e^(x - lse), whose lse is rounded at the size of x. statistics: row_max (the largest prepared
+// logit), row_sum (of the weights) and picked (the target's prepared logit) take these columns in. gradient: out (may
+// be x) becomes the gradient of grad * loss, for x as it came, from row_max and row_sum, which are found first with
+// statistics.
 struct VocabRowsParams {
   Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
-  Tensor row_max, row_sum, picked, lse;      // (R,) f32
+  Tensor log_count;                          // (C,) f32 or absent (0), not with temperature or z_loss
+  Tensor row_max, row_sum, picked;           // (R,) f32
   Tensor grad, grad_temperature;             // (R,) f32; the second is added to
   int64_t first = 0, ignore_index = 0;       // rows with this target give zeros
   double softcap = 0, z_loss = 0;            // softcap 0: none
@@ -144,11 +151,10 @@ struct VocabRowsParams {
 // The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
 struct VocabTokensParams {
   Tensor codes, bias;
-  Tensor beta, sums;      // (K,) f32 logsumexp of bias by code; (K,) f64 scratch
-  Tensor largest;         // (K,) f32 or absent: takes each code's largest bias, and beta is then the logsumexp of
-                          // (bias - largest) * inverse_temperature
+  Tensor largest;         // (K,) f32 each code's largest bias
+  Tensor beta, sums;      // (K,) f32 logsumexp by code of (bias - largest) * inverse_temperature; (K,) f64 scratch
   Tensor best;            // (K,) i64 the first token of the largest bias, V where a code has none; beta: that bias
-  Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - beta_c) * mass_c with c = codes_i
+  Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - largest_c - beta_c) * mass_c with c = codes_i
   Tensor order, offsets;  // (V,) i32 tokens by code, lowest first; (K + 1,) i64 where each code's begin
   double inverse_temperature = 1;
 };

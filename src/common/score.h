@@ -4,7 +4,7 @@
 // scale_by_rounded, at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the
 // bias.
 #pragma once
-#include <cstdint>
+#include "refuse.h"
 
 namespace fastattn {
 
@@ -22,9 +22,9 @@ struct SoftmaxScore {
   static constexpr bool kMaximum = true;     // the row maximum is subtracted before the exponential
   static constexpr bool kNormalised = true;  // weights are divided by their row sum
   static constexpr bool kSlope = false;      // the derivative is not the weight itself
+  static constexpr bool kLimit = false;      // far below 0 the weight is the exponential: a row sum may underflow
 
   static ScoreRow constants(double) { return {}; }  // a constant bias cancels; only the log-sum-exp has it
-  // Row constants that make weight() the normalised one, from log2 of the row sum (without the bias) .
   static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
     return M::exp2_bounded(x * c - row.shift);
   }
@@ -40,6 +40,7 @@ struct SigmoidScore {
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = false;
   static constexpr bool kSlope = true;
+  static constexpr bool kLimit = false;
 
   // exp(-bias) = factor * 2^exponent: a large bias costs no bits of x.
   static ScoreRow constants(double bias) {
@@ -75,6 +76,7 @@ struct SoftplusScore {
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = true;
   static constexpr bool kSlope = true;
+  static constexpr bool kLimit = true;
 
   static ScoreRow constants(double bias) {
     ScoreRow row;
@@ -101,5 +103,16 @@ struct SoftplusScore {
     return softplus(x, e) * row.factor;
   }
 };
+
+// visit(code, f): f(score) of the score with this code.
+template <class... Score>
+struct ScoreList {
+  template <class F>
+  static void visit(int code, const F& f) {
+    if (!((code == Score::kCode && (f(Score{}), true)) || ...)) cpu::unknown_code("score", code);
+  }
+};
+template <class M>
+using Scores = ScoreList<SoftmaxScore<M>, SigmoidScore<M>, SoftplusScore<M>>;
 
 }  // namespace fastattn

@@ -4,8 +4,7 @@
 // summed in order.
 #pragma once
 
-#include "attention_problem.h"
-#include "scratch.h"
+#include "attention_decode.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -15,7 +14,7 @@ template <class Unit>
 struct PackedQueries {
   using Word = typename Unit::Word;
   int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
-  int64_t row_words, grad_row_words, panel_words, grad_panel_words, share_words;
+  int64_t share_words;  // floats of one slice's dQ
 
   PackedQueries(const Problem& problem, int64_t rows, int64_t slices)
       : capacity(rows),
@@ -23,52 +22,27 @@ struct PackedQueries {
         o_steps(steps_of<Unit>(problem.value_dim)),
         q_columns(round_up(problem.head_dim, W)),
         o_columns(round_up(problem.value_dim, W)),
-        slices(slices) {
-    row_words = round_up(rows * q_steps, 16);
-    grad_row_words = round_up(rows * o_steps, 16);
-    panel_words = round_up(steps_of<Unit>(rows) * q_columns, 16);
-    grad_panel_words = round_up(steps_of<Unit>(rows) * o_columns, 16);
-    share_words = round_up(rows * q_columns, 16);
-  }
-  int64_t words() const {
-    return row_words + grad_row_words + panel_words + grad_panel_words + 2 * round_up(capacity, 16) +
-           slices * share_words;
-  }
+        slices(slices),
+        share_words(round_up(rows * q_columns, 16)) {}
 
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
-    float* statistic;  // softmax: subtracted from x * c; softplus: 1 / row sum
+    float* statistic;  // softplus: 1 / row sum, or -1 where the weights are softmax's
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
   };
-  View view(char* memory) const {
-    Arena arena{memory};
+  View view(Arena& arena) const {
     View v;
-    v.rows = arena.take<Word>(row_words);
-    v.grad_rows = arena.take<Word>(grad_row_words);
-    v.panels = arena.take<Word>(panel_words);
-    v.grad_panels = arena.take<Word>(grad_panel_words);
+    v.rows = arena.take<Word>(capacity * q_steps);
+    v.grad_rows = arena.take<Word>(capacity * o_steps);
+    v.panels = arena.take<Word>(steps_of<Unit>(capacity) * q_columns);
+    v.grad_panels = arena.take<Word>(steps_of<Unit>(capacity) * o_columns);
     v.statistic = arena.take<float>(capacity);
     v.delta = arena.take<float>(capacity);
     v.shares = arena.take<float>(slices * share_words);
     return v;
   }
 };
-
-// sum(a * b) of two rows of any one dtype.
-FASTATTN_NOINLINE float dot_rows(Matrix a, Matrix b, int64_t row, int64_t columns) {
-  float result = 0;
-  with_dtype(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T *x = (const T*)a.data + row * a.stride, *y = (const T*)b.data + row * b.stride;
-    vf sum{};
-    int64_t j = 0;
-    for (; j + W <= columns; j += W) sum += load(x + j) * load(y + j);
-    if (j < columns) sum += load_n(x + j, (int)(columns - j)) * load_n(y + j, (int)(columns - j));
-    result = reduce_add(sum);
-  });
-  return result;
-}
 
 // Rows [first, first + rows) of one head to its packed operands and statistics.
 template <class Unit, class Score>
@@ -95,27 +69,23 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   for (int64_t i = 0; i < rows; i++) {
     const double z = lse[i * p.lse.stride[3]];
     const bool nothing = z == -__builtin_inf();
-    float delta = nothing ? 0.0f : dot_rows(grad, out, i, problem.value_dim);
+    float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
     if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
     to.delta[first + i] = delta;
-    if (Score::kMaximum)
-      to.statistic[first + i] = nothing ? __builtin_inff() : (float)((z - s.bias) / kLn2Double);
-    else
-      to.statistic[first + i] = nothing ? 0.0f : (float)__builtin_exp(-z);
+    if (!Score::kMaximum) {
+      const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
+      to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
+    }
   }
 }
 
-FASTATTN_INLINE float lse_of(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row) {
-  const int64_t at = s.batch * p.lse.stride[1] + head * p.lse.stride[2] + (s.q_begin + row) * p.lse.stride[3];
-  return ((const float*)p.lse.data)[at];
-}
-// Large scores of a row to log2 of its weights, each rounded as the log-sum-exp was: a row of one key has weight 1.
-FASTATTN_NOINLINE void below_lse(float* x, const Columns& columns, float c, double bias, float lse) {
-  scale_row(x, columns, c);
-  for (int64_t j = columns.begin; j < columns.end; j++) {
-    const float difference = (float)((double)x[j] * kLn2Double + bias) - lse;
-    x[j] = difference > 0 ? 0.0f : difference * kLog2E;
+// Prepares a row of scores for its normalised weights: the shift to take off x * c.
+FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
+  if (is_large(state.top, c)) {
+    subtract_top(x, columns, state.top);
+    return state.log_sum * kLog2E;
   }
+  return (float)((double)state.top * c + state.log_sum / kLn2Double);
 }
 
 template <class Unit, class Score>
@@ -152,10 +122,10 @@ struct BackwardBlock {
         weights_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)weights),
         grads_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)slopes),
         grads(kStep == 2 ? arena.take<Word>(block_q * row / 2) : (Word*)slopes),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
-  // Keys [n, n + block_k) of one key head against every row of its query heads.
-  void run(const Sequence& s, int64_t kv_head, int64_t n, const char* memory, int64_t slice) {
+  // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
+  void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice) {
     const AttentionParams& p = problem.p;
     const int64_t owned = min64(block_k, s.k_length - n), there = min64(owned, s.keys - n);
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
@@ -166,7 +136,8 @@ struct BackwardBlock {
       pack_transposed<Unit>(values, v, there, problem.value_dim);
       pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
       for (int64_t g = 0; g < problem.group; g++) {
-        const typename Queries::View queries = packed.view((char*)memory + g * packed.words() * 4);
+        Arena memory = heads[first + g];
+        const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
         for (int64_t m = 0; m < s.q_length; m += block_q) {
           const int64_t rows = min64(block_q, s.q_length - m);
@@ -198,12 +169,16 @@ struct BackwardBlock {
     const int64_t groups = (rows + kRows - 1) / kRows, used = round_up(there, kPanel);
 
     const Word* q = queries.rows + m * packed.q_steps;
+    const bool decoded = Score::kMaximum && decodes(problem, s);
     const auto make_weights = [&](int64_t begin, int64_t end) {
-      over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
-        float* to = weights + g * kRows * row + j;
-        product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
-                      [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
-      });
+      if (decoded)
+        decoded_products(s, head, m, begin * kRows, min64(rows, end * kRows), n, there, used);
+      else
+        over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
+          float* to = weights + g * kRows * row + j;
+          product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
+                        [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
+        });
       weigh(s, head, m, begin, end, rows, n, there, used, queries, kind == 2);
       pair_rows(weights, weights_t, begin, end, used);
     };
@@ -234,6 +209,21 @@ struct BackwardBlock {
     contract_keys(share, groups, n, there);
   }
 
+  // Products of rows [begin, end), summed in the order of a forward that decodes: weights of products rounded in
+  // another way than those of its row sum do not add up to 1, which in dQ leaves a share of what all keys have in
+  // common.
+  void decoded_products(const Sequence& s, int64_t head, int64_t m, int64_t begin, int64_t end, int64_t n,
+                        int64_t there, int64_t used) {
+    const AttentionParams& p = problem.p;
+    const Matrix q = matrix(p.q, s.batch, head, s.q_begin + m),
+                 k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n);
+    for (int64_t i = begin; i < end; i++) {
+      float* x = weights + i * row;
+      for (int64_t j = 0; j < there; j++) x[j] = dot_rows(q, i, k, j, problem.head_dim) * problem.sign;
+      for (int64_t j = there; j < used; j++) x[j] = 0;
+    }
+  }
+
   // f(group of rows, first column) for every panel of the tile that some row of the group attends.
   template <class F>
   void over_panels(int64_t begin, int64_t end, int64_t n, int64_t there, const F& f) {
@@ -255,6 +245,8 @@ struct BackwardBlock {
         if (Score::kSlope) memset(slope, 0, size_t(used) * 4);
         continue;
       }
+      const bool limit = Score::kLimit && queries.statistic[m + i] < 0;
+      if (limit) decoded_products(s, head, m, i, i + 1, n, there, used);
       for (float* t : {x, slope}) {
         memset(t, 0, size_t(columns.begin) * 4);
         memset(t + columns.end, 0, size_t(used - columns.end) * 4);
@@ -263,17 +255,22 @@ struct BackwardBlock {
       if (p.bias.data) {
         const char* bias =
             plane(p.bias, s.batch, head, s.q_begin + m + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, c, bias, p.bias.dtype, there);
-        c = 1;
+        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+        c = kLog2E;
       }
-      if (Score::kMaximum) constants.shift = queries.statistic[m + i];
-      if (Score::kMaximum && is_large(constants.shift)) {
-        below_lse(x, columns, c, s.bias, lse_of(p, s, head, m + i));
-        c = 1;
-        constants.shift = 0;
-      }
+      if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
       if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
       const RowMask mask(p, s, ranges, head, m + i, i, n, there, mixed);
+      if (limit) {
+        constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
+        for (int64_t j = columns.begin; j < columns.end; j += W) {
+          const vf w = keep(mask.at(j), SoftmaxScore<Arithmetic>::weight(load(x + j), c, constants));
+          store(x + j, w);
+          store(slope + j, w);
+        }
+        constants = Score::constants(s.bias);
+        continue;
+      }
       if (mask.all(columns))
         weigh_row<false>(x, slope, columns, c, constants, mask);
       else
@@ -373,7 +370,10 @@ static void backward_tiled(const AttentionParams& p) {
   const int64_t slices = even_parts(heads, p.threads, heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads);
 
   const PackedQueries<Unit> packed(problem, blocks * block_q, slices);
-  const int64_t pair_bytes = problem.group * packed.words() * 4;
+  const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
+  const int64_t block_bytes =
+      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, arena); });
+  const int64_t pair_bytes = problem.group * head_bytes;
   // Pairs packed at a time, in whole rounds of the threads: with 3, half of 2 threads would wait for the last one.
   int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
   for (int64_t even = wave; wave < pairs && even * slices >= p.threads; even--)
@@ -381,76 +381,70 @@ static void backward_tiled(const AttentionParams& p) {
       wave = even;
       break;
     }
-  char* const origin = (char*)4096;
-  Arena measure{origin};
-  BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, measure);
-  const int64_t block_bytes = round_up(measure.next - origin, 4096);
+  const bool small = slices == 1 && small_pairs(pairs, pair_bytes, p.threads);
+  Blocks memory, queries;  // of each thread; packed, of each query head of each thread or of each pair of a wave
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, block_bytes);
+    queries = arena.blocks((small ? p.threads : wave) * problem.group, head_bytes, 64);
+  });
+  memory.zero();
 
   // one block of rows of one of a pair's query heads, the `index`-th: view, sequence, query head, first row, rows
-  const auto with_rows = [&](int64_t pair, int64_t index, char* queries, const auto& f) {
+  const auto with_rows = [&](int64_t pair, int64_t index, int64_t slot, const auto& f) {
     const int64_t g = index / blocks, first = index % blocks * block_q;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (first >= s.q_length) return;
-    f(packed.view(queries + g * packed.words() * 4), s, pair % problem.kv_heads * problem.group + g, first,
-      min64(block_q, s.q_length - first));
+    Arena head = queries[slot * problem.group + g];
+    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, first, min64(block_q, s.q_length - first));
   };
-  const auto pack = [&](int64_t pair, int64_t index, char* queries) {
-    with_rows(pair, index, queries,
-              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-                pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
-                for (int64_t i = 0; i < slices; i++)
-                  memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
-                         size_t(round_up(rows, kRows) * packed.q_columns) * 4);
-              });
+  const auto pack = [&](int64_t pair, int64_t index, int64_t slot) {
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
+      for (int64_t i = 0; i < slices; i++)
+        memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
+               size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+    });
   };
-  const auto run = [&](int64_t pair, int64_t slice, const char* queries, char* mine) {
+  const auto run = [&](int64_t pair, int64_t slice, int64_t slot, int thread) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
-    Arena arena{mine};
+    Arena arena = memory[thread];
     BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
     for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
-      block.run(s, pair % problem.kv_heads, n, queries, slice);
+      block.run(s, pair % problem.kv_heads, n, queries, slot * problem.group, slice);
   };
-  const auto sum_shares = [&](int64_t pair, int64_t index, char* queries) {
-    with_rows(pair, index, queries,
-              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-                float* total = view.shares + first * packed.q_columns;
-                for (int64_t i = 1; i < slices; i++)
-                  for (int64_t j = 0; j < rows * packed.q_columns; j += W)
-                    FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
-                const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
-                for (int64_t i = 0; i < rows; i++)
-                  store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
-              });
+  const auto sum_shares = [&](int64_t pair, int64_t index, int64_t slot) {
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
+      float* total = view.shares + first * packed.q_columns;
+      for (int64_t i = 1; i < slices; i++)
+        for (int64_t j = 0; j < rows * packed.q_columns; j += W)
+          FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
+      const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
+      for (int64_t i = 0; i < rows; i++)
+        store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+    });
   };
 
   const int64_t pair_blocks = problem.group * blocks;
-  if (slices == 1 && small_pairs(pairs, pair_bytes, p.threads)) {
-    const int64_t bytes = block_bytes + round_up(pair_bytes, 4096);
-    char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
-    for (int t = 0; t < p.threads; t++) memset(memory + t * bytes, 0, size_t(block_bytes));
+  if (small) {
     parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
-      char *mine = memory + thread * bytes, *queries = mine + block_bytes;
-      for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, queries);
-      run(pair, 0, queries, mine);
-      for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, queries);
+      for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, thread);
+      run(pair, 0, thread, thread);
+      for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, thread);
     });
     return;
   }
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * block_bytes + wave * pair_bytes));
-  memset(memory, 0, size_t(p.threads * block_bytes));
-  char* store = memory + p.threads * block_bytes;
   for (int64_t begin = 0; begin < pairs; begin += wave) {
     const int64_t count = min64(wave, pairs - begin);
     const auto over_rows = [&](const auto& f) {
       parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int) {
         const int64_t slot = task / pair_blocks;
-        f(begin + slot, task % pair_blocks, store + slot * pair_bytes);
+        f(begin + slot, task % pair_blocks, slot);
       });
     };
     over_rows(pack);
     parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
       const int64_t slot = task / slices;
-      run(begin + slot, task % slices, store + slot * pair_bytes, memory + thread * block_bytes);
+      run(begin + slot, task % slices, slot, thread);
     });
     over_rows(sum_shares);
   }
@@ -458,23 +452,7 @@ static void backward_tiled(const AttentionParams& p) {
 
 template <class Unit>
 static void backward_scored(const AttentionParams& p) {
-  switch (p.score) {
-    case SoftmaxScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SoftmaxScore<Arithmetic>>(p);
-    case SigmoidScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SigmoidScore<Arithmetic>>(p);
-    case SoftplusScore<Arithmetic>::kCode:
-      return backward_tiled<Unit, SoftplusScore<Arithmetic>>(p);
-    default:
-      cpu::unknown_code("score", p.score);
-  }
-}
-
-static void attention_backward(const AttentionParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return backward_scored<Pairs>(p);
-#endif
-  backward_scored<Singles>(p);
+  Scores<Arithmetic>::visit(p.score, [&](auto score) { backward_tiled<Unit, decltype(score)>(p); });
 }
 
 }  // namespace FASTATTN_ISA

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "attention_problem.h"
-#include "scratch.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -39,7 +38,7 @@ struct DecodeChunk {
         out_columns(round_up(problem.value_dim, W)),
         q(arena.take<float>(round_up(rows, 4) * q_columns)),
         scores(arena.take<float>(round_up(rows, 4) * kTile)),
-        ranges(arena.take<char>(RowRanges::bytes(round_up(rows, kRows))), round_up(rows, kRows)) {}
+        ranges(round_up(rows, kRows), arena) {}
 
   // Keys [begin, end) of one key head for all rows of its query heads, (group, q_length) in order.
   void run(const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, float* partials) {
@@ -136,8 +135,8 @@ struct DecodeChunk {
     float c = problem.c;
     if (p.bias.data) {
       const char* bias = plane(p.bias, s.batch, head, s.q_begin + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-      add_bias(x, columns, c, bias, p.bias.dtype, keys);
-      c = 1;
+      add_bias(x, columns, problem.size, bias, p.bias.dtype, keys);
+      c = kLog2E;
     }
     const RowMask mask(p, s, ranges, head, i, r, n, keys, p.dense.data);
     ScoreRow constants = Score::constants(s.bias);
@@ -148,17 +147,14 @@ struct DecodeChunk {
         store(x + j, masked);
         top = vmax(top, masked);
       }
-      const float found = reduce_max(top) * c;
+      const float found = reduce_max(top);
       if (found > *to.top) {
-        const vf factor = splat(exp2_bounded(splat(*to.top - found))[0]);
+        const float drop = (float)(divisor_exponent(*to.top, c) - divisor_exponent(found, c));
+        const vf factor = splat(exp2_bounded(splat(drop))[0]);
         for (int64_t j = 0; j < out_columns + W; j += W) store(to.out + j, load(to.out + j) * factor);
         *to.top = found;
       }
-      if (is_large(*to.top)) {
-        scale_row(x, columns, c);
-        c = 1;
-      }
-      constants.shift = *to.top == -__builtin_inff() ? 0.0f : *to.top;
+      constants.shift = shift_of(x, columns, *to.top, c);
     }
     vf total = load(to.sums);
     for (int64_t j = 0; j < columns.end; j += W) {
@@ -211,6 +207,92 @@ struct DecodeChunk {
   }
 };
 
+// sum(a * b) of two rows of any one dtype, in the order in which DecodeChunk adds.
+FASTATTN_NOINLINE float dot_rows(Matrix a, int64_t row_a, Matrix b, int64_t row_b, int64_t columns) {
+  float result = 0;
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *x = (const T*)a.data + row_a * a.stride, *y = (const T*)b.data + row_b * b.stride;
+    vf sum{};
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) sum += load(x + j) * load(y + j);
+    if (j < columns) sum += load_n(x + j, (int)(columns - j)) * load_n(y + j, (int)(columns - j));
+    result = reduce_add(sum);
+  });
+  return result;
+}
+
+// A row of softplus weights whose sum is less than this is softmax's, to which it tends: e^s differs from log(1 + e^s)
+// by half of it at most. The row's maximum then keeps the sum from underflowing.
+constexpr float kLimitSum = 1e-20f;
+
+FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int64_t head, int64_t row) {
+  constexpr int64_t kTile = 64;
+  const AttentionParams& p = problem.p;
+  static_assert(kRows * sizeof(int32_t) <= 64);
+  alignas(64) char memory[4 * (64 + kArenaGap)];  // four pieces
+  Arena arena(memory, sizeof memory);
+  RowRanges ranges(kRows, arena);
+  ranges.fill(s, row, 1);
+  const float c = exponent_of(problem);
+  float x[kTile], out[256 + W] = {}, sum = 0, top = -__builtin_inff();
+  const Matrix q = matrix(p.q, s.batch, head, s.q_begin + row);
+  for (int64_t n = ranges.begin / kTile * kTile; n < ranges.end; n += kTile) {
+    const int64_t keys = min64(kTile, s.keys - n);
+    const Columns columns{0, round_up(keys, W)};
+    const Matrix k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n),
+                 v = matrix(p.v, s.batch, head / problem.group, s.k_begin + n);
+    for (int64_t j = 0; j < kTile; j++) x[j] = j < keys ? dot_rows(q, 0, k, j, problem.head_dim) * problem.sign : 0.0f;
+    if (p.bias.data)
+      add_bias(x, columns, problem.size,
+               plane(p.bias, s.batch, head, s.q_begin + row, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2),
+               p.bias.dtype, keys);
+    const RowMask mask(p, s, ranges, head, row, 0, n, keys, p.dense.data);
+    vf highest = splat(-__builtin_inff());
+    for (int64_t j = 0; j < columns.end; j += W) {
+      const vf masked = select(mask.at(j), load(x + j), splat(-__builtin_inff()));
+      store(x + j, masked);
+      highest = vmax(highest, masked);
+    }
+    const float found = reduce_max(highest);
+    float kept = 1;
+    if (found > top) {
+      kept = exp2_bounded(splat((float)(divisor_exponent(top, c) - divisor_exponent(found, c))))[0];
+      top = found;
+    }
+    ScoreRow constants;
+    constants.shift = shift_of(x, columns, top, c);
+    vf total{};
+    for (int64_t j = 0; j < columns.end; j += W) {
+      const vf w = SoftmaxScore<Arithmetic>::weight(load(x + j), c, constants);
+      total += w;
+      store(x + j, w);
+    }
+    sum = sum * kept + reduce_add(total);
+    with_dtype(v.dtype, [&](auto* type) {
+      const auto* values = (decltype(type))v.data;
+      for (int64_t d = 0; d < problem.value_dim; d += W) {
+        vf acc = load(out + d) * kept;
+        const int left = (int)min64(W, problem.value_dim - d);
+        for (int64_t j = 0; j < keys; j++)
+          acc += splat(x[j]) * (left == W ? load(values + j * v.stride + d) : load_n(values + j * v.stride + d, left));
+        store(out + d, acc);
+      }
+    });
+  }
+  finish_row<SoftmaxScore<Arithmetic>>(problem, s, head, row, out, problem.value_dim, sum, top);
+}
+
+// finish_row, of a row whose weights may all have underflowed.
+template <class Score>
+FASTATTN_INLINE void finish_row_or_limit(const Problem& problem, const Sequence& s, int64_t head, int64_t row,
+                                         const float* from, float sum, float top) {
+  if (Score::kLimit && sum < kLimitSum)
+    limit_row(problem, s, head, row);
+  else
+    finish_row<Score>(problem, s, head, row, from, problem.value_dim, sum, top);
+}
+
 // Sequences of few rows a key head are decoded, the others tiled; it depends on nothing but the sequence.
 FASTATTN_INLINE bool decodes(const Problem& problem, const Sequence& s) {
   return problem.group * s.q_length <= problem.p.decode_rows;
@@ -231,18 +313,20 @@ static void forward_decoded(const AttentionParams& p) {
   const int64_t chunk = round_up(p.chunk_k, Chunk::kTile), chunks = max64(1, (longest_k + chunk - 1) / chunk);
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t stride = Chunk::partial_floats(problem), pair_floats = round_up(chunks * rows * stride, 16);
-  char* const origin = (char*)4096;
-  Arena measure{origin};
-  Chunk(problem, rows, measure);
-  const int64_t thread_bytes = round_up(measure.next - origin, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(p.threads * thread_bytes + pairs * pair_floats * 4));
-  float* partials = (float*)(memory + p.threads * thread_bytes);
+  const int64_t chunk_bytes = bytes_of([&](Arena& arena) { Chunk(problem, rows, arena); });
+  Blocks memory;  // of each thread
+  float* partials = nullptr;
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, chunk_bytes);
+    partials = arena.take<float>(pairs * pair_floats);
+  });
+  const float c = exponent_of(problem);
 
   parallel_items(pairs * chunks, p.threads, [&](int64_t task, int thread) {
     const int64_t pair = task / chunks, begin = task % chunks * chunk;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (!decodes(problem, s) || (begin > 0 && begin >= s.keys)) return;
-    Arena arena{memory + thread * thread_bytes};
+    Arena arena = memory[thread];
     Chunk(problem, rows, arena)
         .run(s, pair % problem.kv_heads, begin, min64(begin + chunk, s.keys),
              partials + pair * pair_floats + task % chunks * rows * stride);
@@ -262,16 +346,16 @@ static void forward_decoded(const AttentionParams& p) {
         if (Score::kMaximum) {
           if (*part.top == -__builtin_inff()) continue;
           const float top = *part.top > *total.top ? *part.top : *total.top;
-          mine = exp2_bounded(splat(*total.top - top))[0];
-          theirs = exp2_bounded(splat(*part.top - top))[0];
+          const double whole = divisor_exponent(top, c);
+          mine = exp2_bounded(splat((float)(divisor_exponent(*total.top, c) - whole)))[0];
+          theirs = exp2_bounded(splat((float)(divisor_exponent(*part.top, c) - whole)))[0];
           *total.top = top;
         }
         for (int64_t j = 0; j < width; j += W)
           store(total.out + j, load(total.out + j) * mine + load(part.out + j) * theirs);
       }
       const int64_t head = pair % problem.kv_heads * problem.group + r / s.q_length;
-      finish_row<Score>(p, s, head, r % s.q_length, total.out, problem.value_dim, reduce_add(load(total.sums)),
-                        *total.top);
+      finish_row_or_limit<Score>(problem, s, head, r % s.q_length, total.out, reduce_add(load(total.sums)), *total.top);
     }
   });
 }

@@ -6,17 +6,17 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Sizes of the packed operands of one key head, in words.
+// The packed operands of one key head.
 template <class Unit>
 struct PackedHead {
+  using Word = typename Unit::Word;
   int64_t capacity;  // steps of keys
-  int64_t key_words, value_words;
-  PackedHead(const Problem& problem, int64_t keys) {
-    capacity = steps_of<Unit>(keys);
-    key_words = round_up(round_up(keys, kPanel) * steps_of<Unit>(problem.head_dim), 16);
-    value_words = round_up(capacity * round_up(problem.value_dim, W), 16);
-  }
-  int64_t words() const { return key_words + value_words; }
+  Word *keys, *values;
+
+  PackedHead(const Problem& problem, int64_t length, Arena& arena)
+      : capacity(steps_of<Unit>(length)),
+        keys(arena.take<Word>(round_up(length, kPanel) * steps_of<Unit>(problem.head_dim))),
+        values(arena.take<Word>(capacity * round_up(problem.value_dim, W))) {}
 };
 
 // Whether a row is divided by the sum of the rounded weights that its values were multiplied by. Where the largest
@@ -58,19 +58,12 @@ struct ForwardBlock {
   float* scores;        // (block_q, block_k)
   Weight* weights;      // (block_q, block_k), the scores' own memory when they are floats
   float* out;           // (block_q, out_columns)
-  float* top;           // (block_q) running maximum of x * c
+  float* top;           // (block_q) running maximum of x
   float* sums;          // (block_q, W) running row sum, by lanes
   float* rounded_sums;  // (block_q, W) the same of rounded weights, where they are summed
   RowRanges ranges;
 
-  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k) {
-    const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
-    int64_t words = block_q * (q_steps + block_k + out_columns + 1 + (kRounded ? 2 : 1) * W);
-    if (Unit::kStep == 2) words += block_q * block_k / 2;
-    return words * 4 + RowRanges::bytes(block_q) + 64 * 9;
-  }
-
-  ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena arena)
+  ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
       : problem(problem),
         block_q(block_q),
         block_k(block_k),
@@ -83,11 +76,10 @@ struct ForwardBlock {
         top(arena.take<float>(block_q)),
         sums(arena.take<float>(block_q * W)),
         rounded_sums(arena.take<float>(kRounded ? block_q * W : 0)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
   // Rows [first, first + rows) of one query head of a sequence, against its packed keys and values.
-  void run(const Sequence& s, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
-           int64_t capacity) {
+  void run(const Sequence& s, int64_t head, int64_t first, int64_t rows, const PackedHead<Unit>& packed) {
     const AttentionParams& p = problem.p;
     const int64_t groups = (rows + kRows - 1) / kRows;
     ranges.fill(s, first, rows);
@@ -104,19 +96,24 @@ struct ForwardBlock {
       if (kind == 0) continue;
       for (int64_t g = 0; g < groups; g += kStrip) {
         const int64_t end = min64(groups, g + kStrip);
-        score_tile(n, g, end, keys, s.keys);
+        score_tile(n, g, end, packed.keys, s.keys);
         weigh_tile(s, head, first, g * kRows, min64(rows, end * kRows), n, constants, kind == 2);
       }
-      add_values(n, groups, values, capacity, s.keys);
+      add_values(n, groups, packed.values, packed.capacity, s.keys);
     }
+    if (kRounded) undo_common_rounding(rows);
+    for (int64_t i = 0; i < rows; i++)
+      finish_row_or_limit<Score>(problem, s, head, first + i, out + i * out_columns, reduce_add(load(sums + i * W)),
+                                 top[i]);
+  }
+
+  // So that division by a row's sum is division by the sum of its rounded weights.
+  void undo_common_rounding(int64_t rows) {
     for (int64_t i = 0; i < rows; i++) {
-      float* values = out + i * out_columns;
-      const float sum = reduce_add(load(sums + i * W));
-      if (kRounded) {  // finish_row divides by the sum itself
-        const float rounded = reduce_add(load(rounded_sums + i * W)), factor = rounded == 0 ? 0.0f : sum / rounded;
-        for (int64_t j = 0; j < out_columns; j += W) store(values + j, load(values + j) * factor);
-      }
-      finish_row<Score>(p, s, head, first + i, values, problem.value_dim, sum, top[i]);
+      const float sum = reduce_add(load(sums + i * W)), rounded = reduce_add(load(rounded_sums + i * W));
+      const float factor = rounded == 0 ? 0.0f : sum / rounded;
+      float* o = out + i * out_columns;
+      for (int64_t j = 0; j < out_columns; j += W) store(o + j, load(o + j) * factor);
     }
   }
 
@@ -146,8 +143,8 @@ struct ForwardBlock {
       if (p.bias.data) {
         const char* bias =
             plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, c, bias, p.bias.dtype, there);
-        c = 1;
+        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+        c = kLog2E;
       }
       const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
       const bool all = mask.all(columns);
@@ -156,11 +153,7 @@ struct ForwardBlock {
           for (int64_t j = columns.begin; j < columns.end; j += W)
             store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
         raise_top(x, columns, c, i);
-        if (is_large(top[i])) {
-          scale_row(x, columns, c);
-          c = 1;
-        }
-        constants.shift = top[i] == -__builtin_inff() ? 0.0f : top[i];
+        constants.shift = shift_of(x, columns, top[i], c);
       }
       if (all || Score::kMaximum)
         weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
@@ -176,10 +169,11 @@ struct ForwardBlock {
       a = vmax(a, load(x + j));
       b = vmax(b, load(x + j + W));
     }
-    const float found = reduce_max(vmax(a, b)) * c;
+    const float found = reduce_max(vmax(a, b));
     if (!(found > top[i])) return;
     if (top[i] != -__builtin_inff()) {
-      const vf factor = splat(exp2_bounded(splat(top[i] - found))[0]);
+      const float drop = (float)(divisor_exponent(top[i], c) - divisor_exponent(found, c));
+      const vf factor = splat(exp2_bounded(splat(drop))[0]);
       float* o = out + i * out_columns;
       for (int64_t j = 0; j < out_columns; j += W) store(o + j, load(o + j) * factor);
       store(sums + i * W, load(sums + i * W) * factor);
@@ -217,57 +211,58 @@ static void forward_tiled(const AttentionParams& p) {
     longest_k = max64(longest_k, r.keys);
   }
   if (longest_q == 0) return;
-  const PackedHead<Unit> packed(problem, longest_k);
+  const int64_t head_bytes = bytes_of([&](Arena& arena) { PackedHead<Unit>(problem, longest_k, arena); });
+  const int64_t block_bytes =
+      bytes_of([&](Arena& arena) { ForwardBlock<Unit, Score>(problem, block_q, block_k, arena); });
   const int64_t blocks = (longest_q + block_q - 1) / block_q;
   const int64_t pairs = problem.sequences * problem.kv_heads;
-  const int64_t wave = max64(1, min64(pairs, p.pack_kib * 256 / max64(packed.words(), 1)));
-  const int64_t block_bytes = round_up(ForwardBlock<Unit, Score>::bytes(problem, block_q, block_k), 4096);
-  using Word = typename Unit::Word;
+  const int64_t wave = max64(1, min64(pairs, p.pack_kib * 1024 / max64(head_bytes, 1)));
 
   constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
   const int64_t pack_tasks = (longest_k + kPackRows - 1) / kPackRows;
-  const auto pack = [&](int64_t pair, int64_t first, Word* to) {
+  const auto pack = [&](int64_t pair, int64_t first, Arena memory) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     const int64_t head = pair % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
     if (rows <= 0 || decodes(problem, s)) return;
-    pack_transposed<Unit>(to + first * steps_of<Unit>(problem.head_dim), matrix(p.k, s.batch, head, s.k_begin + first),
-                          rows, problem.head_dim);
-    pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
-                      matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
+    const PackedHead<Unit> to(problem, longest_k, memory);
+    pack_transposed<Unit>(to.keys + first * steps_of<Unit>(problem.head_dim),
+                          matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
+    pack_panels<Unit>(to.values, to.capacity, first / Unit::kStep, matrix(p.v, s.batch, head, s.k_begin + first), rows,
+                      problem.value_dim);
   };
   // block `index` of a pair's query heads; the last rows of a causal sequence have the most keys, so they start first
-  const auto run = [&](int64_t pair, int64_t index, const Word* keys, char* memory) {
+  const auto run = [&](int64_t pair, int64_t index, Arena packed, Arena memory) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     const int64_t first = (blocks - 1 - index % blocks) * block_q;
     if (first >= s.q_length || decodes(problem, s)) return;
     const int64_t head = pair % problem.kv_heads * problem.group + index / blocks;
-    ForwardBlock<Unit, Score> block(problem, block_q, block_k, Arena{memory});
-    block.run(s, head, first, min64(block_q, s.q_length - first), keys, keys + packed.key_words, packed.capacity);
+    ForwardBlock<Unit, Score> block(problem, block_q, block_k, memory);
+    block.run(s, head, first, min64(block_q, s.q_length - first), PackedHead<Unit>(problem, longest_k, packed));
   };
 
   const int64_t pair_blocks = problem.group * blocks;
-  if (small_pairs(pairs, packed.words() * 4, p.threads)) {
-    const int64_t bytes = block_bytes + round_up(packed.words() * 4, 4096);
-    char* memory = (char*)cpu::scratch(0, size_t(p.threads * bytes));
+  const bool small = small_pairs(pairs, head_bytes, p.threads);
+  Blocks memory, heads;  // of each thread; packed, of each thread or of each pair of a wave
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, block_bytes);
+    heads = small ? arena.blocks(p.threads, head_bytes) : arena.blocks(wave, head_bytes, 64);
+  });
+  if (small) {
     parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
-      char* mine = memory + thread * bytes;
-      Word* keys = (Word*)(mine + block_bytes);
-      for (int64_t i = 0; i < pack_tasks; i++) pack(pair, i * kPackRows, keys);
-      for (int64_t i = 0; i < pair_blocks; i++) run(pair, i, keys, mine);
+      for (int64_t i = 0; i < pack_tasks; i++) pack(pair, i * kPackRows, heads[thread]);
+      for (int64_t i = 0; i < pair_blocks; i++) run(pair, i, heads[thread], memory[thread]);
     });
     return;
   }
-  char* memory = (char*)cpu::scratch(0, size_t(wave * packed.words() * 4 + p.threads * block_bytes));
-  Word* store = (Word*)(memory + p.threads * block_bytes);
   for (int64_t begin = 0; begin < pairs; begin += wave) {
     const int64_t count = min64(wave, pairs - begin);
     parallel_items(count * pack_tasks, p.threads, [&](int64_t task, int) {
       const int64_t slot = task / pack_tasks;
-      pack(begin + slot, task % pack_tasks * kPackRows, store + slot * packed.words());
+      pack(begin + slot, task % pack_tasks * kPackRows, heads[slot]);
     });
     parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int thread) {
       const int64_t slot = task / pair_blocks;
-      run(begin + slot, task % pair_blocks, store + slot * packed.words(), memory + thread * block_bytes);
+      run(begin + slot, task % pair_blocks, heads[slot], memory[thread]);
     });
   }
 }
@@ -279,19 +274,6 @@ static void forward_scored(const AttentionParams& p) {
   if (p.q.dtype == DType::bf16) return forward_tiled<Pairs, Score>(p);
 #endif
   forward_tiled<Singles, Score>(p);
-}
-
-static void attention_forward(const AttentionParams& p) {
-  switch (p.score) {
-    case SoftmaxScore<Arithmetic>::kCode:
-      return forward_scored<SoftmaxScore<Arithmetic>>(p);
-    case SigmoidScore<Arithmetic>::kCode:
-      return forward_scored<SigmoidScore<Arithmetic>>(p);
-    case SoftplusScore<Arithmetic>::kCode:
-      return forward_scored<SoftplusScore<Arithmetic>>(p);
-    default:
-      cpu::unknown_code("score", p.score);
-  }
 }
 
 }  // namespace FASTATTN_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/score.h"
+#include "arena.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -30,14 +31,15 @@ constexpr double kLn2Double = 0.693147180559945309;
 // One batch element or one packed document. `keys` of its k_length keys may be attended at all.
 struct Sequence {
   int64_t batch, q_begin, q_length, k_begin, k_length, keys, prefix;
+  int64_t offset;  // from a row to the key on its diagonal
   bool causal;
   int64_t window_left, window_right;
   double bias;
 
   // Both never decrease with the row.
-  int64_t first_key(int64_t i) const { return window_left < 0 ? 0 : max64(0, i + k_length - q_length - window_left); }
+  int64_t first_key(int64_t i) const { return window_left < 0 ? 0 : max64(0, i + offset - window_left); }
   int64_t end_key(int64_t i) const {
-    const int64_t diagonal = i + k_length - q_length;
+    const int64_t diagonal = i + offset;
     int64_t end = keys;
     if (causal) end = min64(end, max64(diagonal + 1, prefix));
     if (window_right >= 0) end = min64(end, diagonal + window_right + 1);
@@ -56,7 +58,8 @@ struct Problem {
   int64_t heads, kv_heads, group, head_dim, value_dim;
   int64_t documents;  // -1: not packed
   int64_t sequences;  // packed: one more, the rows and keys after the last document
-  float c;            // |scale| * log2(e)
+  float size;         // |scale|, or 1 for a scale of 0
+  float c;            // size * log2(e)
   float sign;         // of the scale, or 0
 
   explicit Problem(const AttentionParams& params) : p(params) {
@@ -68,6 +71,7 @@ struct Problem {
     documents = p.cu_seqlens_q.data ? p.cu_seqlens_q.size[3] - 1 : -1;
     sequences = documents < 0 ? p.q.size[0] : documents + 1;
     sign = p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f;
+    size = p.scale == 0 ? 1.0f : (float)__builtin_fabs(p.scale);
     c = p.scale == 0 ? 1.0f : (float)(__builtin_fabs(p.scale) * 1.4426950408889634);
   }
 
@@ -88,7 +92,12 @@ struct Problem {
       r.k_length = (after ? p.k.size[2] : index(p.cu_seqlens_k, s + 1)) - r.k_begin;
     }
     r.keys = after ? 0 : r.k_length;
-    if (p.key_lengths.data && !after) r.keys = min64(r.keys, index(p.key_lengths, s));
+    r.offset = r.k_length - r.q_length;
+    if (p.key_lengths.data && !after) {
+      const int64_t n = index(p.key_lengths, s);
+      r.keys = min64(r.keys, length_of(n));
+      if (n < 0) r.offset = r.keys - r.q_length;
+    }
     r.prefix = p.prefix_lengths.data && !after ? index(p.prefix_lengths, s) : 0;
     r.causal = p.causal;
     r.window_left = p.window_left;
@@ -105,17 +114,6 @@ FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int6
   return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
 }
 
-// Memory carved off one allocation, every piece aligned to 64 bytes.
-struct Arena {
-  char* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = (T*)next;
-    next += round_up(count * (int64_t)sizeof(T), 64);
-    return p;
-  }
-};
-
 // Whether a thread should pack and finish a sequence's key head alone: there are enough of them for every thread, and
 // what is packed of one stays in the thread's own cache.
 FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int threads) {
@@ -126,16 +124,13 @@ FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int thread
 struct RowRanges {
   int32_t *low, *high;              // (rows)
   int32_t *group_low, *group_high;  // (rows / kRows)
-  int32_t begin, end;               // union over the block
+  int32_t begin = 0, end = 0;       // union over the block
 
-  static int64_t bytes(int64_t rows) { return round_up((2 * rows + 2 * (rows / kRows)) * 4, 64); }
-
-  RowRanges(void* memory, int64_t capacity) {
-    low = (int32_t*)memory;
-    high = low + capacity;
-    group_low = high + capacity;
-    group_high = group_low + capacity / kRows;
-  }
+  RowRanges(int64_t capacity, Arena& arena)
+      : low(arena.take<int32_t>(capacity)),
+        high(arena.take<int32_t>(capacity)),
+        group_low(arena.take<int32_t>(capacity / kRows)),
+        group_high(arena.take<int32_t>(capacity / kRows)) {}
   void fill(const Sequence& s, int64_t first, int64_t rows) {
     begin = INT32_MAX;
     end = 0;
@@ -203,29 +198,44 @@ struct RowMask {
   }
 };
 
-// x = x * c + bias * log2(e) over the columns of one row; `bias` starts at the tile's first column.
-FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float c, const char* bias, DType dtype,
+// x = x * size + bias over the columns of one row, scores in base e, so that what tells large biases apart is not
+// rounded away; `bias` starts at the tile's first column.
+FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float size, const char* bias, DType dtype,
                                 int64_t keys) {
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* b = (const T*)bias;
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       const vf add = j + W <= keys ? load(b + j) : j < keys ? load_n(b + j, (int)(keys - j)) : vf{};
-      // -FLT_MAX, a finite mask, stays finite: rows of nothing else are the mean of the values, -inf alone is nothing
-      const vf finite = at_most(at_least(add * kLog2E, -3e38f), 3e38f);
-      store(x + j, load(x + j) * c + select(add - add == vf{}, finite, add));
+      // -FLT_MAX, a finite mask, stays finite, times log2(e) too: rows of nothing else are the mean of the values, -inf
+      // alone is nothing
+      const vf finite = at_most(at_least(add, -2e38f), 2e38f);
+      store(x + j, load(x + j) * size + select(add - add == vf{}, finite, add));
     }
   });
 }
 
-// Scores whose rounding shows in their weights: a row of such rounds x * c before its maximum is taken away, as the
-// maximum itself is rounded. Fused, the difference would be that rounding, and 2 to the power of it.
-constexpr float kLargeScore = 2048;
-FASTATTN_INLINE bool is_large(float top) {
-  return __builtin_fabsf(top) > kLargeScore && __builtin_fabsf(top) < __builtin_inff();
+// Weights are 2^(x * c - top * c), `top` the row's maximum of x. Elsewhere one fused operation, whose rounded top * c
+// is a factor of the whole row; a row of large scores, of which that factor would show, takes top off x first, exactly.
+constexpr float kLargeScore = 64;
+FASTATTN_INLINE bool is_large(float top, float c) {
+  return !(__builtin_fabsf(top * c) <= kLargeScore) && __builtin_fabsf(top) < __builtin_inff();
 }
-FASTATTN_NOINLINE void scale_row(float* x, const Columns& columns, float c) {
-  for (int64_t j = columns.begin; j < columns.end; j += W) store(x + j, load(x + j) * c);
+// x - top, at most 0: another kernel's products may be rounded another way, and of 1e9 the last bit is 64.
+FASTATTN_NOINLINE void subtract_top(float* x, const Columns& columns, float top) {
+  for (int64_t j = columns.begin; j < columns.end; j += W) store(x + j, at_most(load(x + j) - top, 0.0f));
+}
+// log2 of what either way divides a row's weights by, to the last bit.
+FASTATTN_INLINE double divisor_exponent(float top, float c) {
+  return is_large(top, c) ? (double)top * c : (double)(top * c);
+}
+// Prepares a row of scores for weights relative to its maximum: the shift to take off x * c.
+FASTATTN_INLINE float shift_of(float* x, const Columns& columns, float top, float c) {
+  if (is_large(top, c)) {
+    subtract_top(x, columns, top);
+    return 0;
+  }
+  return top == -__builtin_inff() ? 0.0f : top * c;
 }
 
 // A row of `columns` floats times `factor` to memory of any dtype.
@@ -239,18 +249,40 @@ FASTATTN_NOINLINE void store_row(Matrix to, int64_t row, const float* from, int6
   });
 }
 
-// The output and log-sum-exp of one row of a sequence, from its weighted values, row sum and the maximum they are
-// relative to.
+// What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e.
+FASTATTN_INLINE float exponent_of(const Problem& problem) { return problem.p.bias.data ? kLog2E : problem.c; }
+
+// A row's log-sum-exp in two numbers, its maximum of x and the logarithm of its sum of weights relative to it.
+struct RowState {
+  float top, log_sum;
+};
+FASTATTN_INLINE RowState* row_state(const Tensor& t, const Sequence& s, int64_t head, int64_t row) {
+  return (RowState*)((float*)t.data + s.batch * t.stride[0] + head * t.stride[1] + (s.q_begin + row) * t.stride[2]);
+}
+// From the sum of weights as `divisor_exponent` has them divided; every weight of an empty row is 2^-inf.
+FASTATTN_INLINE RowState row_state(float top, float c, double sum) {
+  if (sum == 0) return {0, __builtin_inff()};
+  return {top, (float)(__builtin_log(sum) + (divisor_exponent(top, c) - (double)top * c) * kLn2Double)};
+}
+
+// The output, log-sum-exp and state of one row of a sequence, from its weighted values, row sum and the maximum they
+// are relative to.
 template <class Score>
-FASTATTN_INLINE void finish_row(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row,
-                                const float* from, int64_t columns, float sum, float top) {
+FASTATTN_INLINE void finish_row(const Problem& problem, const Sequence& s, int64_t head, int64_t row, const float* from,
+                                int64_t columns, float sum, float top) {
+  const AttentionParams& p = problem.p;
   float factor = 1;
   if (Score::kNormalised) {
     factor = sum == 0 ? 0.0f : 1 / sum;
     double lse = __builtin_log((double)sum);  // -inf where nothing is attended
-    if (Score::kMaximum && sum != 0) lse += (double)top * kLn2Double + s.bias;
-    float* to = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + row;
-    *to = (float)lse;
+    if (Score::kLimit && p.state.data) *row_state(p.state, s, head, row) = {-__builtin_inff(), (float)lse};
+    if (Score::kMaximum) {
+      const float c = exponent_of(problem);
+      if (sum != 0) lse += divisor_exponent(top, c) * kLn2Double + s.bias;
+      if (p.state.data) *row_state(p.state, s, head, row) = row_state(top, c, sum);
+    }
+    if (p.lse.data)
+      ((float*)p.lse.data)[s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + row] = (float)lse;
   }
   store_row(matrix(p.out, s.batch, head, s.q_begin + row), 0, from, columns, factor);
 }

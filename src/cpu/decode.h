@@ -29,10 +29,7 @@ struct DecodeStep {
         heads(p.keys.size[1]),
         head_dim(p.keys.size[3]),
         width(heads * head_dim) {
-    Arena arena{nullptr};
-    lay_out(arena);
-    arena.next = (char*)cpu::scratch(1, size_t(arena.next - (char*)nullptr));
-    lay_out(arena);
+    with_scratch(1, [&](Arena& arena) { lay_out(arena); });
   }
   void lay_out(Arena& arena) {
     z_h = arena.take<float>(rows * hidden);
@@ -158,10 +155,6 @@ struct DecodeStep {
       });
   }
 };
-
-static void decode_step(const DecodeStepParams& p) {
-  with_dtype(p.z_h.dtype, [&](auto* t) { DecodeStep<std::remove_pointer_t<decltype(t)>>(p).run(); });
-}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

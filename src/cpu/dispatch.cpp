@@ -10,23 +10,29 @@
 
 #include "../common/refuse.h"
 
-namespace fastattn {
+#define FASTATTN_STRING2(x) #x
+#define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
-namespace baseline {
-extern const KernelTable table;
-}
-#if defined(FASTATTN_X86)
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
-namespace avx512bf16 {
-extern const KernelTable table;
-}
+#define FASTATTN_ISA baseline
+#include "table.inc"
+#undef FASTATTN_ISA
+#if defined(FASTATTN_HAS_AVX2)
+#define FASTATTN_ISA avx2
+#include "table.inc"
+#undef FASTATTN_ISA
+#endif
+#if defined(FASTATTN_HAS_AVX512)
+#define FASTATTN_ISA avx512
+#include "table.inc"
+#undef FASTATTN_ISA
+#endif
+#if defined(FASTATTN_HAS_AVX512BF16)
+#define FASTATTN_ISA avx512bf16
+#include "table.inc"
+#undef FASTATTN_ISA
 #endif
 
+namespace fastattn {
 namespace cpu {
 namespace {
 
@@ -48,18 +54,27 @@ int candidates(Candidate* out) {
   out[n++] = {&baseline::table, true};
 #if defined(FASTATTN_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #if defined(FASTATTN_EMULATE_AVX512)
-  // compiled to AVX2 code; first, because only tests ask for them
-  out[n++] = {&avx512::table, avx2};
-  out[n++] = {&avx512bf16::table, avx2};
-  out[n++] = {&avx2::table, avx2};
+  // compiled to AVX2 code; before avx2, because only tests ask for them
+  [[maybe_unused]] const bool avx512 = avx2, avx512bf16 = avx2;
 #else
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(FASTATTN_HAS_AVX2)
   out[n++] = {&avx2::table, avx2};
+#endif
+#endif
+#if defined(FASTATTN_HAS_AVX512)
   out[n++] = {&avx512::table, avx512};
-  out[n++] = {&avx512bf16::table, avx512 && __builtin_cpu_supports("avx512bf16")};
+#endif
+#if defined(FASTATTN_HAS_AVX512BF16)
+  out[n++] = {&avx512bf16::table, avx512bf16};
+#endif
+#if defined(FASTATTN_EMULATE_AVX512) && defined(FASTATTN_HAS_AVX2)
+  out[n++] = {&avx2::table, avx2};
 #endif
 #endif
   return n;
@@ -74,7 +89,7 @@ int runnable(const char** names, int capacity) {
   const int n = candidates(all);
   int found = 0;
   for (int i = 0; i < n && found < capacity; i++)
-    if (all[i].able) names[found++] = all[i].table->name;
+    if (all[i].able) names[found++] = all[i].table->isa;
   return found;
 }
 
@@ -82,7 +97,7 @@ bool select(const char* name) {
   Candidate all[8];
   const int n = candidates(all);
   for (int i = 0; i < n; i++)
-    if (all[i].able && std::strcmp(all[i].table->name, name) == 0) {
+    if (all[i].able && std::strcmp(all[i].table->isa, name) == 0) {
       current.store(all[i].table);
       return true;
     }

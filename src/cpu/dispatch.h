@@ -5,41 +5,10 @@
 namespace fastattn {
 
 struct KernelTable {
-  const char* name;
-  void (*rms_norm)(const RmsNormParams&);
-  void (*rms_norm_backward)(const RmsNormBackwardParams&);
-  void (*swiglu)(const GateParams&);
-  void (*swiglu_backward)(const GateParams&);
-  void (*gated)(const GateParams&);
-  void (*gated_backward)(const GateParams&);
-  void (*rotary)(const RotaryParams&);
-  void (*matvec)(const MatvecParams&);
-  void (*decode_step)(const DecodeStepParams&);
-  void (*attention_forward)(const AttentionParams&);
-  void (*attention_backward)(const AttentionParams&);
-  void (*reweighted_forward)(const ReweightedParams&);
-  void (*reweighted_backward)(const ReweightedParams&);
-  void (*grouped_forward)(const GroupedParams&);
-  void (*grouped_backward)(const GroupedParams&);
-  void (*gated_attention_forward)(const GatedParams&);
-  void (*gated_attention_backward)(const GatedParams&);
-  void (*sinkhorn_forward)(const SinkhornParams&);
-  void (*sinkhorn_backward)(const SinkhornParams&);
-  void (*vocab_rows)(const VocabRowsParams&);
-  void (*vocab_code_bias)(const VocabTokensParams&);
-  void (*vocab_best_tokens)(const VocabTokensParams&);
-  void (*vocab_bias_gradient)(const VocabTokensParams&);
-  void (*vocab_group)(const VocabTokensParams&);
-  void (*vocab_sample)(const VocabSampleParams&);
-  void (*vocab_best)(const VocabBestParams&);
-  void (*vocab_dots)(const VocabDotsParams&);
-  void (*vocab_expand)(const VocabExpandParams&);
-  void (*vocab_collect)(const VocabExpandParams&);
-  void (*digest)(const DigestParams&);
-  void (*pack)(const PackParams&);
-  void (*linear)(const LinearParams&);
-  void (*classify_tiles)(const TileClassParams&);
-  void (*peak)(const PeakParams&);
+  const char* isa;
+#define KERNEL(name, Params) void (*name)(const Params&);
+#include "kernels.def"
+#undef KERNEL
 };
 
 namespace cpu {

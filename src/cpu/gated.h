@@ -10,35 +10,37 @@ namespace FASTATTN_ISA {
 // The assignment of every sequence, packed once for all heads: to contract groups, and to contract keys.
 struct GatedProblem : Problem {
   const GatedParams& g;
+  struct Packed {
+    float *transposed, *panels;  // (groups, keys) in panels of keys; (keys, groups) in panels of groups
+  };
   int64_t groups, group_columns;
   float sharpness;
-  int64_t* offsets;  // (sequences) into `packed`
-  float* packed;
+  Packed* packed = nullptr;  // (sequences)
 
   explicit GatedProblem(const GatedParams& params)
       : Problem(params), g(params), groups(params.assignment.size[3]), group_columns(round_up(groups, W)) {
     sharpness = *(const float*)g.sharpness.data;
-    int64_t total = 0;
-    for (int64_t s = 0; s < sequences; s++) total += words(sequence(s));
-    char* memory = (char*)cpu::scratch(1, size_t(round_up(sequences * 8, 64) + total * 4));
-    offsets = (int64_t*)memory;
-    packed = (float*)(memory + round_up(sequences * 8, 64));
-    int64_t next = 0;
+    with_scratch(1, [&](Arena& arena) {
+      packed = arena.take<Packed>(sequences);
+      for (int64_t i = 0; i < sequences; i++) {
+        const int64_t keys = sequence(i).keys;
+        float* transposed = arena.take<float>(round_up(keys, kPanel) * groups);
+        float* panels = arena.take<float>(keys * group_columns);
+        if (packed) packed[i] = {transposed, panels};
+      }
+    });
     for (int64_t i = 0; i < sequences; i++) {
       const Sequence s = sequence(i);
-      offsets[i] = next;
-      next += words(s);
-      pack_transposed<Singles>(packed + offsets[i], rows(s, s.k_begin), s.keys, groups);
-      pack_panels<Singles>(key_panels(i), s.keys, 0, rows(s, s.k_begin), s.keys, groups);
+      pack_transposed<Singles>(packed[i].transposed, rows(s, s.k_begin), s.keys, groups);
+      pack_panels<Singles>(packed[i].panels, s.keys, 0, rows(s, s.k_begin), s.keys, groups);
     }
   }
-  int64_t words(const Sequence& s) const { return round_up(round_up(s.keys, kPanel) * (groups + group_columns), 16); }
   Matrix rows(const Sequence& s, int64_t first) const {
     return {(const float*)g.assignment.data + s.batch * g.assignment.stride[1] + first * g.assignment.stride[2],
             g.assignment.stride[2], DType::f32};
   }
-  const float* transposed(int64_t sequence) const { return packed + offsets[sequence]; }
-  float* key_panels(int64_t s) const { return packed + offsets[s] + round_up(sequence(s).keys, kPanel) * groups; }
+  const float* transposed(int64_t sequence) const { return packed[sequence].transposed; }
+  const float* key_panels(int64_t sequence) const { return packed[sequence].panels; }
   int64_t index_of(const Sequence& s) const {
     if (documents < 0) return s.batch;
     int64_t low = 0;
@@ -48,7 +50,7 @@ struct GatedProblem : Problem {
 
   // Where in a tile at key n the window of row i begins.
   int32_t near_column(const Sequence& s, int64_t i, int64_t n) const {
-    return (int32_t)max64(min64(i + s.k_length - s.q_length - g.window - n, INT32_MAX / 2), -INT32_MAX / 2);
+    return (int32_t)max64(min64(i + s.offset - g.window - n, INT32_MAX / 2), -INT32_MAX / 2);
   }
 };
 
@@ -62,9 +64,6 @@ struct GateTile {
   float* closed;   // (block_q, stride) 1 - gate, with its digits where the gate is all but 1; or null
   float* a;        // (block_q, groups)
 
-  static int64_t bytes(const GatedProblem& problem, int64_t block_q, int64_t stride, bool with_closed) {
-    return block_q * (problem.groups + stride * (with_closed ? 2 : 1)) * 4 + 64 * 3;
-  }
   GateTile(const GatedProblem& problem, int64_t block_q, int64_t stride, bool with_closed, Arena& arena)
       : problem(problem),
         stride(stride),
@@ -118,32 +117,24 @@ template <class Unit>
 struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   using Base = ForwardBlock<Unit, SoftmaxScore<Arithmetic>>;
   const GatedProblem& gated;
-  int64_t head_words;
   GateTile tile;
-  float* heads;  // of each: rows of q, output, running sums and maxima
+  Blocks heads;  // of each: rows of q, output, running sums and maxima
 
-  static int64_t words(const GatedProblem& problem, int64_t block_q) {
-    return round_up(block_q * (steps_of<Unit>(problem.head_dim) + round_up(problem.value_dim, W) + W + 1), 16);
+  GatedBlock(const GatedProblem& problem, int64_t block_q, int64_t block_k, int64_t count, Arena& arena)
+      : Base(problem, block_q, block_k, arena), gated(problem), tile(problem, block_q, block_k, false, arena) {
+    heads = arena.blocks(count, bytes_of([&](Arena& measure) { take_head(measure); }), 64);
   }
-  static int64_t own_bytes(const GatedProblem& problem, int64_t block_q, int64_t block_k, int64_t heads) {
-    return round_up(GateTile::bytes(problem, block_q, block_k, false) + heads * words(problem, block_q) * 4, 64);
-  }
-  static int64_t bytes(const GatedProblem& problem, int64_t block_q, int64_t block_k, int64_t heads) {
-    return Base::bytes(problem, block_q, block_k) + own_bytes(problem, block_q, block_k, heads);
-  }
-  GatedBlock(const GatedProblem& problem, int64_t block_q, int64_t block_k, int64_t count, Arena arena)
-      : Base(problem, block_q, block_k, Arena{arena.next + own_bytes(problem, block_q, block_k, count)}),
-        gated(problem),
-        head_words(words(problem, block_q)),
-        tile(problem, block_q, block_k, false, arena),
-        heads(arena.take<float>(count * head_words)) {}
 
+  void take_head(Arena& arena) {
+    this->out = arena.take<float>(this->block_q * this->out_columns);
+    this->sums = arena.take<float>(this->block_q * W);
+    this->top = arena.take<float>(this->block_q);
+    this->q = arena.take<typename Unit::Word>(this->block_q * this->q_steps);
+  }
   // The block becomes that of the h-th head.
   void turn_to(int64_t h) {
-    this->out = heads + h * head_words;
-    this->sums = this->out + this->block_q * this->out_columns;
-    this->top = this->sums + this->block_q * W;
-    this->q = (typename Unit::Word*)(this->top + this->block_q);
+    Arena arena = heads[h];
+    take_head(arena);
   }
 
   template <class Panels>
@@ -176,9 +167,9 @@ struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     for (int64_t h = 0; h < count; h++) {
       turn_to(h);
       for (int64_t i = 0; i < rows; i++)
-        finish_row<SoftmaxScore<Arithmetic>>(p, s, block.head + h, block.first + i, this->out + i * this->out_columns,
-                                             this->problem.value_dim, reduce_add(load(this->sums + i * W)),
-                                             this->top[i]);
+        finish_row<SoftmaxScore<Arithmetic>>(this->problem, s, block.head + h, block.first + i,
+                                             this->out + i * this->out_columns, this->problem.value_dim,
+                                             reduce_add(load(this->sums + i * W)), this->top[i]);
     }
   }
 
@@ -206,18 +197,13 @@ static void gated_tiled(const GatedParams& p) {
   Together together(problem, most);
   while (most > 1 && blocks * together.units(problem) * together.chunks(problem) < 4 * p.threads)
     together = Together(problem, most /= 2);
+  const int64_t bytes =
+      bytes_of([&](Arena& arena) { GatedBlock<Unit>(problem, block_q, block_k, together.heads, arena); });
   for_packed_blocks<Unit>(
-      problem, longest, block_q, GatedBlock<Unit>::bytes(problem, block_q, block_k, together.heads), false, together,
+      problem, longest, block_q, bytes, false, together,
       [&](const BlockRows& rows, const Sequence& s, const auto& panels, Arena arena) {
         GatedBlock<Unit>(problem, block_q, block_k, together.heads, arena).run(rows, s, problem.index_of(s), panels);
       });
-}
-
-static void gated_attention_forward(const GatedParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return gated_tiled<Pairs>(p);
-#endif
-  gated_tiled<Singles>(p);
 }
 
 }  // namespace FASTATTN_ISA

@@ -11,37 +11,31 @@ namespace FASTATTN_ISA {
 struct GatedGradientBlock {
   const GatedProblem& problem;
   const GatedParams& p;
-  int64_t block_q, head_bytes;
+  int64_t block_q;
   RowRanges ranges;                  // of every head
   GateTile tile;                     // gates of the tile, and the gradient of the agreement summed over heads
   float *weights, *slopes, *shares;  // (block_q, kGradientTile): P, dS to the products, that gradient
   float* a_panels;                   // assignments of the rows as panels contracted over rows
   float* grad_a;                     // (block_q, group_columns)
-  float* row_lse;                    // (heads, block_q)
-  char* blocks;                      // memory of a GradientBlock each head
+  RowState* states;                  // (heads, block_q)
+  Blocks blocks;                     // memory of a GradientBlock each head
 
-  static int64_t bytes(const GatedProblem& problem, int64_t block_q, int64_t heads) {
-    return GateTile::bytes(problem, block_q, kGradientTile, true) + RowRanges::bytes(block_q) +
-           block_q * (3 * kGradientTile + 2 * problem.group_columns + heads) * 4 +
-           heads * round_up(GradientBlock::bytes(problem, block_q), 64) + 64 * 8;
-  }
-  GatedGradientBlock(const GatedProblem& problem, int64_t block_q, int64_t heads, Arena arena)
+  GatedGradientBlock(const GatedProblem& problem, int64_t block_q, int64_t heads, Arena& arena)
       : problem(problem),
         p(problem.g),
         block_q(block_q),
-        head_bytes(round_up(GradientBlock::bytes(problem, block_q), 64)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q),
+        ranges(block_q, arena),
         tile(problem, block_q, kGradientTile, true, arena),
         weights(arena.take<float>(block_q * kGradientTile)),
         slopes(arena.take<float>(block_q * kGradientTile)),
         shares(arena.take<float>(block_q * kGradientTile)),
         a_panels(arena.take<float>(block_q * problem.group_columns)),
         grad_a(arena.take<float>(block_q * problem.group_columns)),
-        row_lse(arena.take<float>(heads * block_q)),
-        blocks(arena.take<char>(heads * head_bytes)) {}
+        states(arena.take<RowState>(heads * block_q)),
+        blocks(arena.blocks(heads, bytes_of([&](Arena& measure) { GradientBlock(problem, block_q, measure); }), 64)) {}
 
   GradientBlock of_head(int64_t h) const {
-    Arena arena{blocks + h * head_bytes};
+    Arena arena = blocks[h];
     GradientBlock block(problem, block_q, arena);
     block.ranges = ranges;
     return block;
@@ -54,8 +48,8 @@ struct GatedGradientBlock {
     ranges.fill(s, rows.first, count);
     for (int64_t h = 0; h < heads; h++) {
       of_head(h).load(p, s, BlockRows{rows.head + h, rows.first, count, count});
-      const float* lse = (const float*)p.lse.data + s.batch * p.lse.stride[1] + (rows.head + h) * p.lse.stride[2] + row;
-      for (int64_t i = 0; i < count; i++) row_lse[h * block_q + i] = lse[i] * kLog2E;
+      for (int64_t i = 0; i < count; i++)
+        states[h * block_q + i] = *row_state(p.state, s, rows.head + h, rows.first + i);
     }
     tile.load(s, rows.first, count);
     pack_panels<Singles>(a_panels, block_q, 0, problem.rows(s, row), count, problem.groups);
@@ -67,7 +61,7 @@ struct GatedGradientBlock {
       for (int64_t h = 0; h < heads; h++) {
         GradientBlock block = of_head(h);
         const GradientHead head = head_of(h);
-        add_head(block, head, s, BlockRows{rows.head + h, rows.first, count, count}, row_lse + h * block_q, n, there,
+        add_head(block, head, s, BlockRows{rows.head + h, rows.first, count, count}, states + h * block_q, n, there,
                  gates, h == 0);
       }
       if (gates) add_assignment(head_of(0), sequence, s, count, n, there);
@@ -89,7 +83,7 @@ struct GatedGradientBlock {
   }
 
   void add_head(GradientBlock& block, const GradientHead& head, const Sequence& s, const BlockRows& rows,
-                const float* lse, int64_t n, int64_t there, bool gates, bool starts) {
+                const RowState* state, int64_t n, int64_t there, bool gates, bool starts) {
     const int64_t count = rows.count, groups = (count + kRows - 1) / kRows;
     const int64_t columns = round_up(min64(ranges.end - n, there), kPanel);
     int64_t first, last;
@@ -109,11 +103,11 @@ struct GatedGradientBlock {
       if (columns.empty()) continue;
       const RowMask mask = row_mask(p, ranges, s, rows, r, n, there);
       if (!gates)
-        weigh_row<false, false>(r, columns, mask, lse[r], block.delta[r]);
+        weigh_row<false, false>(r, columns, mask, state[r], block.delta[r]);
       else if (p.gate == 0)
-        weigh_row<true, false>(r, columns, mask, lse[r], block.delta[r]);
+        weigh_row<true, false>(r, columns, mask, state[r], block.delta[r]);
       else
-        weigh_row<true, true>(r, columns, mask, lse[r], block.delta[r]);
+        weigh_row<true, true>(r, columns, mask, state[r], block.delta[r]);
     }
     add_transposed(head.grad_values + n * head.value_columns, head.value_columns, weights, kGradientTile,
                    block.grad_out_panels, block_q, ranges, count, n);
@@ -124,16 +118,16 @@ struct GatedGradientBlock {
 
   // One head's scores and dP of row r become P and dS; what the agreement's gradient has of them is added to shares.
   template <bool kGated, bool kLogarithm>
-  void weigh_row(int64_t r, const Columns& columns, const RowMask& mask, float shift, float d) {
+  void weigh_row(int64_t r, const Columns& columns, const RowMask& mask, const RowState& state, float d) {
     float *w = weights + r * kGradientTile, *slope = slopes + r * kGradientTile, *share = shares + r * kGradientTile;
     const float* gates = tile.gates + r * kGradientTile;
-    const float c = problem.c * problem.sign;
+    const float sign = problem.sign, c = problem.c, unit = 1 / c, log2_sum = state.log_sum * kLog2E;
     const auto vectors = [&](auto masked) {
       for (int64_t j = columns.begin; j < columns.end; j += W) {
         const vf x = load(w + j), gate = kGated ? load(gates + j) : vf{};
-        vf y = x * c;
-        if (kGated) y = kLogarithm ? y + gate : y * gate;
-        vf weight = exp2_bounded(at_most(y - shift, 1.0f));
+        vf y = x * sign;
+        if (kGated) y = kLogarithm ? y + gate * unit : y * gate;
+        vf weight = exp2_bounded(at_most(y - state.top, 0.0f) * c - log2_sum);
         vf ds = weight * (load(slope + j) - d);
         vf part = kLogarithm ? ds : ds * gate * x;
         if constexpr (masked) {
@@ -191,27 +185,6 @@ static Together gradient_heads_together(const Problem& problem, int64_t blocks) 
   Together together(problem, most);
   while (most > 1 && blocks * together.chunks(problem) < 2 * parts) together = Together(problem, most /= 2);
   return together;
-}
-
-static void gated_attention_backward(const GatedParams& p) {
-  const GatedProblem problem(p);
-  const Longest longest(problem);
-  const int64_t block_q = round_up(p.block_q, kRows);
-  const Together together = gradient_heads_together(problem, (longest.q + block_q - 1) / block_q);
-  for_gradient_heads(
-      problem, longest, block_q, GatedGradientBlock::bytes(problem, block_q, together.heads), problem.group_columns,
-      together,
-      [&](const BlockRows& rows, const Sequence& s, const auto& heads, Arena arena) {
-        GatedGradientBlock(problem, block_q, together.heads, arena).run(rows, s, problem.index_of(s), heads);
-      },
-      [&](int64_t kv_head, const Sequence& s, const GradientHead& head) {
-        store_gradients(matrix(p.grad_k, s.batch, kv_head, s.k_begin), head.grad_keys, head.head_columns, s.keys,
-                        s.k_length, problem.head_dim, (float)p.scale);
-        store_gradients(matrix(p.grad_v, s.batch, kv_head, s.k_begin), head.grad_values, head.value_columns, s.keys,
-                        s.k_length, problem.value_dim, 1.0f);
-        store_gradients(matrix(p.grad_key_assignment, s.batch, kv_head, s.k_begin), head.extra, problem.group_columns,
-                        s.keys, s.k_length, problem.groups, problem.sharpness);
-      });
 }
 
 }  // namespace FASTATTN_ISA

@@ -31,13 +31,6 @@ struct GradientHead {
         extra(arena.take<float>(capacity * extra_columns)),
         reciprocals(arena.take<float>(capacity)) {}
 
-  static int64_t bytes(const Problem& problem, int64_t longest_k, int64_t extra_columns) {
-    const int64_t capacity = round_up(longest_k, kGradientTile) + kGradientTile;
-    const int64_t columns = problem.head_dim + problem.value_dim + 2 * round_up(problem.head_dim, W) +
-                            round_up(problem.value_dim, W) + extra_columns + 1;
-    return capacity * columns * 4 + 64 * 8;
-  }
-
   void load(const Problem& problem, const Sequence& s, int64_t head) {
     const Matrix k = matrix(problem.p.k, s.batch, head, s.k_begin), v = matrix(problem.p.v, s.batch, head, s.k_begin);
     pack_transposed<Singles>(keys_transposed, k, s.keys, problem.head_dim);
@@ -91,11 +84,6 @@ struct GradientBlock {
   float* delta;                       // (block_q) grad_out . out
   RowRanges ranges;
 
-  static int64_t bytes(const Problem& problem, int64_t block_q) {
-    const int64_t head_columns = round_up(problem.head_dim, W), value_columns = round_up(problem.value_dim, W);
-    return block_q * (problem.head_dim + problem.value_dim + 2 * head_columns + value_columns + 1) * 4 +
-           RowRanges::bytes(block_q) + 64 * 8;
-  }
   GradientBlock(const Problem& problem, int64_t block_q, Arena& arena)
       : block_q(block_q),
         head_dim(problem.head_dim),
@@ -108,7 +96,7 @@ struct GradientBlock {
         grad_out_panels(arena.take<float>(block_q * value_columns)),
         grad_q(arena.take<float>(block_q * head_columns)),
         delta(arena.take<float>(block_q)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
   void load(const AttentionParams& p, const Sequence& s, const BlockRows& rows) {
     fill_ranges(ranges, s, rows);
@@ -188,12 +176,15 @@ static void for_gradient_heads(const Problem& problem, const Longest& longest, i
   const int64_t threads = problem.p.threads, members = together.kv_heads, in_sequence = together.units(problem);
   const int64_t units = problem.sequences * in_sequence, parts = max64(1, threads / max64(units, 1));
   const int64_t slots = parts > 1 ? units * parts : min64(threads, units);
-  const int64_t head_bytes = round_up(GradientHead::bytes(problem, longest.k, extra), 4096);
-  block_bytes = round_up(block_bytes, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(slots * members * head_bytes + threads * block_bytes));
+  const int64_t head_bytes = bytes_of([&](Arena& arena) { GradientHead(problem, longest.k, extra, arena); });
+  Blocks memory, gradients;  // of each thread; of each key head of a slot
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(threads, block_bytes);
+    gradients = arena.blocks(slots * members, head_bytes);
+  });
   const int64_t blocks = (longest.q + block_q - 1) / block_q, items = blocks * together.chunks(problem);
   const auto head_at = [&](int64_t slot, int64_t member) {
-    Arena arena{memory + threads * block_bytes + (slot * members + member) * head_bytes};
+    Arena arena = gradients[slot * members + member];
     return GradientHead(problem, longest.k, extra, arena);
   };
   parallel_items(units * parts, (int)threads, [&](int64_t task, int thread) {
@@ -208,8 +199,7 @@ static void for_gradient_heads(const Problem& problem, const Longest& longest, i
       const int64_t rows = min64(block_q, s.q_length - first);
       run(
           BlockRows{kv_head * problem.group + in_unit, first, rows, rows * heads}, s,
-          [&](int64_t h) { return head_at(slot, (in_unit + h) / problem.group); },
-          Arena{memory + thread * block_bytes});
+          [&](int64_t h) { return head_at(slot, (in_unit + h) / problem.group); }, memory[thread]);
     }
     if (parts > 1) return;
     for (int64_t m = 0; m < there; m++) finish(kv_head + m, s, head_at(slot, m));

@@ -32,20 +32,19 @@ FASTATTN_INLINE const int64_t* signatures(const Tensor& t, int64_t batch, int64_
   return (const int64_t*)t.data + batch * t.stride[2] + first;
 }
 
-// The tokens among `length` whose signature has some bit of `bits`, written to memory from *next on.
-FASTATTN_INLINE Members members(const int64_t* signature, int64_t length, uint64_t bits, int32_t** next) {
-  Members m{*next, nullptr, nullptr, 0};
+// The `count` tokens among `length` whose signature has some bit of `bits`.
+FASTATTN_INLINE Members members(const int64_t* signature, int64_t length, uint64_t bits, int64_t count, Arena& arena) {
+  const int64_t room = round_up(count, kPanel);  // of whole panels
+  const Members m{arena.take<int32_t>(count), arena.take<int32_t>(room), arena.take<int32_t>(room), count};
+  if (!m.position) return m;
+  int64_t next = 0;
   for (int64_t i = 0; i < length; i++)
-    if ((uint64_t)signature[i] & bits) m.position[m.count++] = (int32_t)i;
-  const int64_t room = round_up(m.count, 64) + 64;  // vectors may be read past the last member
-  m.low = m.position + room;
-  m.high = m.low + room;
+    if ((uint64_t)signature[i] & bits) m.position[next++] = (int32_t)i;
   for (int64_t i = 0; i < room; i++) {
-    const uint64_t s = i < m.count ? (uint64_t)signature[m.position[i]] : 0;
+    const uint64_t s = i < count ? (uint64_t)signature[m.position[i]] : 0;
     m.low[i] = (int32_t)(uint32_t)s;
     m.high[i] = (int32_t)(uint32_t)(s >> 32);
   }
-  *next = m.high + room;
   return m;
 }
 
@@ -57,30 +56,22 @@ FASTATTN_INLINE uint64_t union_of(const Members& m, uint64_t bits) {
 
 struct GroupedProblem : Problem {
   const GroupedParams& g;
-  SequenceLists* lists;  // (sequences)
-  int32_t* next;
-  int most = 0;  // lists of any sequence
+  SequenceLists* lists = nullptr;  // (sequences)
+  int most = 0;                    // lists of any sequence
 
   GroupedProblem(const GroupedParams& params) : Problem(params), g(params) {
-    int64_t tokens = 0, bits = 0;
-    const auto count = [&](const Tensor& t) {
-      for (int64_t b = 0; b < t.size[2]; b++)
-        for (int64_t i = 0; i < t.size[3]; i++) bits += __builtin_popcountll((uint64_t)signatures(t, b, 0)[i]);
-      tokens += t.size[2] * t.size[3];
-    };
-    count(g.groups);
-    count(g.key_groups);
-    const int64_t words = 3 * (bits + tokens + sequences * 2 * (kMostLists + 1) * 128);
-    char* memory = (char*)cpu::scratch(1, size_t(sequences * (int64_t)sizeof(SequenceLists) + words * 4));
-    lists = (SequenceLists*)memory;
-    next = (int32_t*)(memory + sequences * sizeof(SequenceLists));
-    for (int64_t s = 0; s < sequences; s++) {
-      build(sequence(s), lists[s]);
-      most = lists[s].count > most ? lists[s].count : most;
-    }
+    with_scratch(1, [&](Arena& arena) {
+      lists = arena.take<SequenceLists>(sequences);
+      SequenceLists measured;
+      for (int64_t s = 0; s < sequences; s++) {
+        SequenceLists& to = lists ? lists[s] : measured;
+        build(sequence(s), to, arena);
+        most = to.count > most ? to.count : most;
+      }
+    });
   }
 
-  void build(const Sequence& s, SequenceLists& to) {
+  void build(const Sequence& s, SequenceLists& to, Arena& arena) const {
     to.count = 0;
     if (s.k_length <= g.window + 1) return;  // the window reaches everything
     const int64_t *q = signatures(g.groups, s.batch, s.q_begin), *k = signatures(g.key_groups, s.batch, s.k_begin);
@@ -99,15 +90,17 @@ struct GroupedProblem : Problem {
     if (pairs == 0) return;
     if (pairs > any_q * any_k) {  // so much overlap that one list of all is less work
       GroupList& list = to.list[to.count++];
-      list = {members(q, s.q_length, ~0ull, &next), members(k, s.keys, ~0ull, &next), ~0u, ~0u, true, true};
+      list = {
+          members(q, s.q_length, ~0ull, any_q, arena), members(k, s.keys, ~0ull, any_k, arena), ~0u, ~0u, true, true};
       return;
     }
     for (int b = 0; b < 64; b++) {
       if (!in_q[b] || !in_k[b]) continue;
       const uint64_t bit = 1ull << b, lower = bit - 1;
       GroupList& list = to.list[to.count++];
-      list.queries = members(q, s.q_length, bit, &next);
-      list.keys = members(k, s.keys, bit, &next);
+      list.queries = members(q, s.q_length, bit, in_q[b], arena);
+      list.keys = members(k, s.keys, bit, in_k[b], arena);
+      if (!list.keys.position) continue;  // only measured
       list.low = (uint32_t)lower;
       list.high = (uint32_t)(lower >> 32);
       list.test = (union_of(list.queries, lower) & union_of(list.keys, lower)) != 0;
@@ -136,9 +129,7 @@ struct ListView {
       keys = rows ? max64(0, s.end_key(rows - 1) - first_key) : 0;
     }
   }
-  int64_t local_low(int64_t i) const {
-    return max64(s.first_key(i), max64(0, i + s.k_length - s.q_length - problem.g.window));
-  }
+  int64_t local_low(int64_t i) const { return max64(s.first_key(i), max64(0, i + s.offset - problem.g.window)); }
   int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
   int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
 
@@ -164,7 +155,7 @@ struct ListView {
     for (int64_t g = 0; g * kRows < count; g++) {
       int32_t lo = INT32_MAX, hi = 0;
       for (int64_t i = g * kRows; i < min64(count, (g + 1) * kRows); i++) {
-        const int64_t token = row(first + i), diagonal = token + s.k_length - s.q_length;
+        const int64_t token = row(first + i), diagonal = token + s.offset;
         if (list) {  // neither bound decreases with the token
           begin = below(s.first_key(token), begin);
           end = below(min64(s.end_key(token), diagonal - problem.g.window), end);
@@ -208,13 +199,13 @@ FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t coun
 }
 
 // What the lists so far have given the rows of one query head: weighted values, running maximum, running sum.
-struct RowState {
+struct ListState {
   float *values, *top, *sum;  // (rows, columns) and room to fill the last group of rows; (rows) each
 
-  static int64_t value_words(int64_t rows, int64_t columns) { return round_up((rows + kRows) * columns, 16); }
-  static int64_t words(int64_t rows, int64_t columns) { return value_words(rows, columns) + 2 * round_up(rows, 16); }
-  RowState(float* memory, int64_t rows, int64_t columns)
-      : values(memory), top(memory + value_words(rows, columns)), sum(top + round_up(rows, 16)) {}
+  ListState(int64_t rows, int64_t columns, Arena& arena)
+      : values(arena.take<float>((rows + kRows) * columns)),
+        top(arena.take<float>(rows)),
+        sum(arena.take<float>(rows)) {}
 };
 
 template <class Unit>
@@ -223,16 +214,12 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   using Word = typename Unit::Word;
   char* rows_of_q;  // (block_q, D) gathered
 
-  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k) {
-    return Base::bytes(problem, block_q, block_k) + block_q * problem.head_dim * 4 + 64;
-  }
-  GroupedBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena arena)
-      : Base(problem, block_q, block_k, Arena{arena.next + round_up(block_q * problem.head_dim * 4, 64)}),
-        rows_of_q(arena.next) {}
+  GroupedBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
+      : Base(problem, block_q, block_k, arena), rows_of_q(arena.take<char>(block_q * problem.head_dim * 4)) {}
 
   // Rows of the local list start the state, those of a group's go on from it.
-  void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const Word* keys, const Word* values,
-           int64_t capacity, const RowState& state) {
+  void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const PackedHead<Unit>& packed,
+           const ListState& state) {
     const AttentionParams& p = this->problem.p;
     const int64_t groups = (rows + kRows - 1) / kRows, columns = this->out_columns;
     view.fill(this->ranges, first, rows);
@@ -258,10 +245,10 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     Sequence s = view.s;
     s.keys = view.keys;
     for (int64_t n = this->ranges.begin / this->block_k * this->block_k; n < this->ranges.end; n += this->block_k) {
-      this->score_tile(n, 0, groups, keys, view.keys);
+      this->score_tile(n, 0, groups, packed.keys, view.keys);
       if (view.list && view.list->test) exclude(*view.list, first, rows, n, min64(this->block_k, view.keys - n));
       this->weigh_tile(s, head, first, 0, rows, n, ScoreRow{}, false);
-      this->add_values(n, groups, values, capacity, view.keys);
+      this->add_values(n, groups, packed.values, packed.capacity, view.keys);
     }
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = view.row(first + i);
@@ -281,23 +268,43 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   }
 };
 
+// The packed operands of one list of one key head, and what its query heads have so far.
+template <class Unit>
+struct GroupedHead : PackedHead<Unit> {
+  Blocks states;
+  int64_t rows, columns;
+
+  GroupedHead(const Problem& problem, const Longest& longest, Arena& arena)
+      : PackedHead<Unit>(problem, longest.k, arena), rows(longest.q), columns(round_up(problem.value_dim, W)) {
+    states = arena.blocks(problem.group, bytes_of([&](Arena& measure) { ListState(rows, columns, measure); }), 64);
+  }
+  ListState state(int64_t in_group) const {
+    Arena arena = states[in_group];
+    return ListState(rows, columns, arena);
+  }
+};
+
 template <class Unit>
 static void grouped_tiled(const GroupedParams& p) {
-  using Word = typename Unit::Word;
   const GroupedProblem problem(p);
   const Longest longest(problem);
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
-  const PackedHead<Unit> packed(problem, longest.k);
-  const int64_t out_columns = round_up(problem.value_dim, W);
-  const int64_t head_state = RowState::words(longest.q, out_columns);  // of one query head
-  const int64_t words = packed.words() + problem.group * head_state;
+  const int64_t head_bytes = bytes_of([&](Arena& arena) { GroupedHead<Unit>(problem, longest, arena); });
+  const int64_t block_bytes = bytes_of([&](Arena& arena) { GroupedBlock<Unit>(problem, block_q, block_k, arena); });
   const int64_t blocks = (longest.q + block_q - 1) / block_q, pairs = problem.sequences * problem.kv_heads;
-  const int64_t wave = max64(1, min64(pairs, 4 * p.pack_kib * 256 / max64(words, 1)));
+  const int64_t wave = max64(1, min64(pairs, 4 * p.pack_kib * 1024 / max64(head_bytes, 1)));
   constexpr int64_t kPackRows = 4 * kPanel;
-  const int64_t gathered = round_up(kPackRows * (problem.head_dim + problem.value_dim) * 4, 64);
-  const int64_t block_bytes = round_up(max64(GroupedBlock<Unit>::bytes(problem, block_q, block_k), gathered), 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(wave * words * 4 + p.threads * block_bytes));
-  Word* store_at = (Word*)(memory + p.threads * block_bytes);
+  const int64_t copy_bytes = kPackRows * max64(problem.head_dim, problem.value_dim) * 4;
+  Blocks memory, copies, heads;  // of each thread; keys or values gathered by it; of each key head of a wave
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, block_bytes);
+    copies = arena.blocks(p.threads, bytes_of([&](Arena& measure) { measure.take<char>(copy_bytes); }));
+    heads = arena.blocks(wave, head_bytes, 64);
+  });
+  const auto head_of = [&](int64_t slot) {
+    Arena arena = heads[slot];
+    return GroupedHead<Unit>(problem, longest, arena);
+  };
   const int64_t pack_tasks = (longest.k + kPackRows - 1) / kPackRows, q_steps = steps_of<Unit>(problem.head_dim);
 
   for (int64_t begin = 0; begin < pairs; begin += wave) {
@@ -309,16 +316,15 @@ static void grouped_tiled(const GroupedParams& p) {
         const ListView view(problem, pair / problem.kv_heads, number);
         const int64_t rows = min64(kPackRows, view.keys - first);
         if (rows <= 0) return;
-        char* copy = memory + thread * block_bytes;
-        Word* to = store_at + task / pack_tasks * words;
+        char* copy = copies[thread].template take<char>(copy_bytes);
+        const GroupedHead<Unit> to = head_of(task / pack_tasks);
         const auto position = [&](int64_t j) { return view.key(j); };
         const Matrix k = gather(copy, matrix(p.k, view.s.batch, head, view.s.k_begin), first, rows, problem.head_dim,
                                 view.list != nullptr, position);
-        pack_transposed<Unit>(to + first * q_steps, k, rows, problem.head_dim);
-        const Matrix v =
-            gather(copy + kPackRows * problem.head_dim * 4, matrix(p.v, view.s.batch, head, view.s.k_begin), first,
-                   rows, problem.value_dim, view.list != nullptr, position);
-        pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep, v, rows, problem.value_dim);
+        pack_transposed<Unit>(to.keys + first * q_steps, k, rows, problem.head_dim);
+        const Matrix v = gather(copy, matrix(p.v, view.s.batch, head, view.s.k_begin), first, rows, problem.value_dim,
+                                view.list != nullptr, position);
+        pack_panels<Unit>(to.values, to.capacity, first / Unit::kStep, v, rows, problem.value_dim);
       });
       parallel_items(count * problem.group * blocks, p.threads, [&](int64_t task, int thread) {
         const int64_t pair = task / (problem.group * blocks), in_group = task / blocks % problem.group;
@@ -326,34 +332,26 @@ static void grouped_tiled(const GroupedParams& p) {
         const int64_t first = (blocks - 1 - task % blocks) * block_q;
         if (first >= view.rows) return;
         const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
-        const Word* keys = store_at + pair * words;
-        GroupedBlock<Unit> block(problem, block_q, block_k, Arena{memory + thread * block_bytes});
-        block.run(view, head, first, min64(block_q, view.rows - first), keys, keys + packed.key_words, packed.capacity,
-                  RowState((float*)(keys + packed.words()) + in_group * head_state, longest.q, out_columns));
+        const GroupedHead<Unit> packed = head_of(pair);
+        Arena arena = memory[thread];
+        GroupedBlock<Unit> block(problem, block_q, block_k, arena);
+        block.run(view, head, first, min64(block_q, view.rows - first), packed, packed.state(in_group));
       });
     }
     parallel_items(count * problem.group, p.threads, [&](int64_t task, int) {
       const int64_t pair = task / problem.group, in_group = task % problem.group;
       const Sequence s = problem.sequence((begin + pair) / problem.kv_heads);
       const int64_t head = (begin + pair) % problem.kv_heads * problem.group + in_group;
-      const RowState state((float*)(store_at + pair * words + packed.words()) + in_group * head_state, longest.q,
-                           out_columns);
+      const GroupedHead<Unit> packed = head_of(pair);
+      const ListState state = packed.state(in_group);
       const Matrix out = matrix(p.out, s.batch, head, s.q_begin);
-      float* lse = (float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
       for (int64_t i = 0; i < s.q_length; i++) {
         const float top = state.top[i], sum = state.sum[i];
-        store_row(out, i, state.values + i * out_columns, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
-        lse[i] = sum == 0 ? -__builtin_inff() : (float)((double)top * kLn2Double + __builtin_log((double)sum));
+        store_row(out, i, state.values + i * packed.columns, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
+        *row_state(p.state, s, head, i) = row_state(top, problem.c, sum);
       }
     });
   }
-}
-
-static void grouped_forward(const GroupedParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return grouped_tiled<Pairs>(p);
-#endif
-  grouped_tiled<Singles>(p);
 }
 
 }  // namespace FASTATTN_ISA

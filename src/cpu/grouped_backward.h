@@ -1,6 +1,6 @@
-// Grouped sparse attention backward: list by list, P = exp(s - lse), dS = P (dP - delta), and the five products of
-// every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with few key
-// heads several, each with every so many blocks of rows and gradients of its own, summed in order.
+// Grouped sparse attention backward: list by list, P = exp(s - top - log sum), dS = P (dP - delta), and the five
+// products of every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with
+// few key heads several, each with every so many blocks of rows and gradients of its own, summed in order.
 #pragma once
 
 #include "attention_backward.h"
@@ -22,22 +22,12 @@ struct GroupedGradients {
   float *keys_transposed, *values_transposed, *key_panels, *list_keys, *list_values;  // of the list
   float *grad_q, *grad_k, *grad_v;                                                    // of the head
   float *q, *grad_out, *q_panels, *grad_out_panels, *block_grad_q;                    // of a block of rows
-  float *weights, *slopes, *delta, *row_lse;
+  float *weights, *slopes, *delta;
+  RowState* states;
   char* copy;
   RowRanges ranges;
 
-  static int64_t bytes(const Problem& problem, const Longest& longest, int64_t block_q) {
-    const int64_t capacity = round_up(longest.k, kGradientTile) + kGradientTile;
-    const int64_t head_columns = round_up(problem.head_dim, W), value_columns = round_up(problem.value_dim, W);
-    const int64_t dims = problem.head_dim + problem.value_dim;
-    const int64_t words = capacity * (dims + 2 * head_columns + value_columns) +
-                          longest.q * (problem.group * head_columns + problem.group) +
-                          longest.k * (head_columns + value_columns) +
-                          block_q * (dims + 2 * head_columns + value_columns + 2 * kGradientTile + 2);
-    return words * 4 + max64(block_q, capacity) * max64(problem.head_dim, problem.value_dim) * 4 +
-           RowRanges::bytes(block_q) + 64 * 20;
-  }
-  GroupedGradients(const GroupedProblem& problem, const Longest& longest, int64_t block_q, Arena arena)
+  GroupedGradients(const GroupedProblem& problem, const Longest& longest, int64_t block_q, Arena& arena)
       : problem(problem),
         p(problem.g),
         capacity(round_up(longest.k, kGradientTile) + kGradientTile),
@@ -64,9 +54,9 @@ struct GroupedGradients {
         weights(arena.take<float>(block_q * kGradientTile)),
         slopes(arena.take<float>(block_q * kGradientTile)),
         delta(arena.take<float>(queries * problem.group)),
-        row_lse(arena.take<float>(block_q)),
+        states(arena.take<RowState>(block_q)),
         copy(arena.take<char>(max64(block_q, capacity) * max64(head_dim, value_dim) * 4)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
   // The part-th of `parts` of a key head's blocks of rows: gradients without their factors.
   void run(int64_t sequence, int64_t kv_head, int64_t part, int64_t parts) {
@@ -78,7 +68,7 @@ struct GroupedGradients {
       const int64_t head = kv_head * problem.group + h;
       const Matrix gradient = matrix(p.grad_out, s.batch, head, s.q_begin),
                    out = matrix(p.out, s.batch, head, s.q_begin);
-      for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, out, i, value_dim);
+      for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, i, out, i, value_dim);
     }
     int64_t blocks = 0;
     for (int number = 0; number <= problem.lists[sequence].count; number++)
@@ -143,8 +133,7 @@ struct GroupedGradients {
         gather(copy, matrix(p.grad_out, s.batch, head, s.q_begin), first, rows, value_dim, scattered, row_at);
     pack_rows<Singles>(grad_out, value_dim, o_rows, rows, value_dim, 1.0f);
     pack_panels<Singles>(grad_out_panels, block_q, 0, o_rows, rows, value_dim);
-    const float* lse = (const float*)p.lse.data + s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin;
-    for (int64_t i = 0; i < rows; i++) row_lse[i] = lse[view.row(first + i)];
+    for (int64_t i = 0; i < rows; i++) states[i] = *row_state(p.state, view.s, head, view.row(first + i));
     const int64_t groups = (rows + kRows - 1) / kRows;
     memset(block_grad_q, 0, size_t(groups * kRows * head_columns) * 4);
     for (int64_t n = ranges.begin / kGradientTile * kGradientTile; n < ranges.end; n += kGradientTile) {
@@ -184,47 +173,17 @@ struct GroupedGradients {
     if (columns.empty()) return;
     const RowMask mask(p, view.s, ranges, 0, 0, i, n, there, false);
     const float d = delta[h * queries + view.row(first + i)];
-    float c = problem.c * problem.sign, shift = row_lse[i] * kLog2E;
-    if (is_large(shift)) {
-      below_lse(w, columns, c, 0, row_lse[i]);
-      c = 1;
-      shift = 0;
-    }
+    const float top = states[i].top, log2_sum = states[i].log_sum * kLog2E;
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       vi counts = mask.at(j);
       if (view.list && view.list->test) counts &= ListView::counted(*view.list, first + i, n + j);
-      const vf weight = keep(counts, exp2_bounded(at_most(load(w + j) * c - shift, 1.0f)));
+      const vf weight =
+          keep(counts, exp2_bounded(at_most(load(w + j) * problem.sign - top, 0.0f) * problem.c - log2_sum));
       store(w + j, weight);
       store(slope + j, keep(counts, weight * (load(slope + j) - d)));
     }
   }
 };
-
-static void grouped_backward(const GroupedParams& p) {
-  const GroupedProblem problem(p);
-  const Longest longest(problem);
-  const int64_t block_q = round_up(p.block_q, kRows);
-  const int64_t bytes = round_up(GroupedGradients::bytes(problem, longest, block_q), 4096);
-  const int64_t heads = problem.sequences * problem.kv_heads;
-  const int64_t parts = heads == 0 || heads >= p.threads ? 1 : even_parts(heads, p.threads, p.threads / heads);
-  const int64_t slots = parts > 1 ? heads * parts : p.threads;
-  char* memory = (char*)cpu::scratch(0, size_t(slots * bytes));
-  const auto gradients = [&](int64_t slot) {
-    return GroupedGradients(problem, longest, block_q, Arena{memory + slot * bytes});
-  };
-  parallel_items(heads * parts, p.threads, [&](int64_t task, int thread) {
-    const int64_t head = task / parts, sequence = head / problem.kv_heads, kv_head = head % problem.kv_heads;
-    GroupedGradients mine = gradients(parts > 1 ? task : thread);
-    mine.run(sequence, kv_head, task % parts, parts);
-    if (parts == 1) mine.finish(sequence, kv_head);
-  });
-  if (parts == 1) return;
-  parallel_items(heads, p.threads, [&](int64_t head, int) {
-    GroupedGradients total = gradients(head * parts);
-    for (int64_t part = 1; part < parts; part++) total.add(gradients(head * parts + part));
-    total.finish(head / problem.kv_heads, head % problem.kv_heads);
-  });
-}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -6,9 +6,9 @@
 // meets them, and finishes it while it is in L2.
 #pragma once
 
+#include "arena.h"
 #include "pack.h"
 #include "recurrence.h"
-#include "scratch.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -176,9 +176,12 @@ static void linear_blocks(const LinearParams& p) {
   const int64_t block_steps = max64(W, p.block_steps / Unit::kStep);
   const int64_t wave = max64(1, kRowsKib * 256 / stride / block_rows) * block_rows;  // rows packed at a time
   const int64_t packed_rows = round_up(min64(wave, round_up(rows, kRows)), kRows);
-  Word* packed = (Word*)cpu::scratch(0, size_t(packed_rows * stride) * 4);
-  const int64_t block = round_up(block_rows * c_row, 1024);  // sums of a thread's task, in whole pages
-  float* const sums = (float*)cpu::scratch(1, size_t(p.threads * block) * 4);
+  Word* packed = nullptr;
+  Blocks sums;  // of a thread's task
+  with_scratch(0, [&](Arena& arena) { packed = arena.take<Word>(packed_rows * stride); });
+  with_scratch(1, [&](Arena& arena) {
+    sums = arena.blocks(p.threads, bytes_of([&](Arena& block) { block.take<float>(block_rows * c_row); }));
+  });
 
   for (int64_t begin = 0; begin < rows; begin += wave) {
     const int64_t here = min64(wave, rows - begin);
@@ -199,7 +202,7 @@ static void linear_blocks(const LinearParams& p) {
       const int64_t chunk = task / row_blocks, first = task % row_blocks * block_rows;
       const int64_t count = min64(block_rows, here - first), groups = (count + kRows - 1) / kRows;
       const int64_t panel = chunk * block_panels, last = min64(layout.part_panels, panel + block_panels);
-      float* c = sums + thread * block;
+      float* c = sums[thread].template take<float>(block_rows * c_row);
       std::memset(c, 0, size_t(groups * kRows * c_row) * 4);
       for (int64_t s = 0; s < layout.steps; s += block_steps) {
         const int64_t steps = min64(block_steps, layout.steps - s);
@@ -218,22 +221,6 @@ static void linear_blocks(const LinearParams& p) {
       });
     });
   }
-}
-
-// --- entry points ---------------------------------------------------------------------------------------------------
-
-static void pack(const PackParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.source.dtype == DType::bf16) return pack_panels_of<Pairs>(p);
-#endif
-  pack_panels_of<Singles>(p);
-}
-
-static void linear(const LinearParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.x.dtype == DType::bf16) return linear_blocks<Pairs>(p);
-#endif
-  linear_blocks<Singles>(p);
 }
 
 }  // namespace FASTATTN_ISA

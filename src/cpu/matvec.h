@@ -1,14 +1,12 @@
 // out (M, N) = x (M, K) weight (N, K)^T for a few rows: as fast as the weights can be read, float32 sums. x and out
 // have the weight's type or are float32.
 #pragma once
+#include "arena.h"
 #include "parallel.h"
-#include "scratch.h"
-#include "tile.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kMatvecRows = 8;
 constexpr int64_t kSerialWeights = 1 << 15;  // below this a second thread costs more to start than it saves
 
 constexpr int64_t kAhead = 4096;  // bytes that are fetched before they are read: the rows are too short for the
@@ -79,7 +77,8 @@ static void matvec_rows(const MatvecParams& p) {
   const int64_t rows = p.x.size[2], K = p.x.size[3], N = p.weight.size[2];
   const int64_t x_row = round_up(K, 2 * W);
   const int64_t padded = rows <= 2 ? rows : round_up(rows, 4);
-  float* x = (float*)cpu::scratch(0, padded * x_row * sizeof(float));
+  float* x = nullptr;
+  with_scratch(0, [&](Arena& arena) { x = arena.take<float>(padded * x_row); });
   memset(x + rows * x_row, 0, (padded - rows) * x_row * sizeof(float));
   for (int64_t m = 0; m < rows; m++) {
     const X* from = (const X*)p.x.data + m * p.x.stride[2];
@@ -99,13 +98,6 @@ static void matvec_rows(const MatvecParams& p) {
     if (rows == 1) return matvec_columns<1, T>(p, x, x_row, begin, end);
     if (rows == 2) return matvec_columns<2, T>(p, x, x_row, begin, end);
     matvec_columns<4, T>(p, x, x_row, begin, end);
-  });
-}
-
-static void matvec(const MatvecParams& p) {
-  with_dtype(p.weight.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    p.x.dtype == DType::f32 ? matvec_rows<T, float>(p) : matvec_rows<T, T>(p);
   });
 }
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #if defined(_OPENMP)
 #include <omp.h>
+#elif defined(FASTATTN_STD_THREADS)
+#include "threads.h"
 #endif
 
 #include "vec.h"
@@ -18,13 +20,18 @@ FASTATTN_INLINE void parallel_ranges(int64_t count, int threads, const Body& bod
     if (count > 0) body((int64_t)0, count, 0);
     return;
   }
+  const auto part = [&](int t) {
+    const int64_t begin = count * t / threads, end = count * (t + 1) / threads;
+    if (begin < end) body(begin, end, t);
+  };
+#if defined(FASTATTN_STD_THREADS)
+  cpu::run_threads(threads, [](void* context, int t) { (*(decltype(part)*)context)(t); }, (void*)&part);
+#else
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
-  for (int t = 0; t < threads; t++) {
-    const int64_t begin = count * t / threads, end = count * (t + 1) / threads;
-    if (begin < end) body(begin, end, t);
-  }
+  for (int t = 0; t < threads; t++) part(t);
+#endif
 }
 
 // body(item, thread) over [0, count), the next free thread taking the next item: for items of uneven cost whose results
@@ -39,6 +46,13 @@ FASTATTN_INLINE void parallel_items(int64_t count, int threads, const Body& body
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < count; i++) body(i, omp_get_thread_num());
+#elif defined(FASTATTN_STD_THREADS)
+  int64_t next = 0;
+  const auto work = [&](int t) {
+    // relaxed: taking an item orders nothing, so that ThreadSanitizer sees items as unordered
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i, t);
+  };
+  cpu::run_threads(threads, [](void* context, int t) { (*(decltype(work)*)context)(t); }, (void*)&work);
 #else
   for (int64_t i = 0; i < count; i++) body(i, 0);
 #endif

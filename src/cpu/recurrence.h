@@ -288,29 +288,5 @@ static void rotary_rows(const RotaryParams& p) {
   });
 }
 
-// --- entry points: one a kernel, switching on the dtype -------------------------------------------------------------
-
-static void rms_norm(const RmsNormParams& p) {
-  with_dtype(p.x.dtype, [&](auto* t) { rms_norm_rows<std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void rms_norm_backward(const RmsNormBackwardParams& p) {
-  with_dtype(p.total.dtype, [&](auto* t) { rms_norm_backward_rows<std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void swiglu(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void swiglu_backward(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void gated(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void gated_backward(const GateParams& p) {
-  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
-}
-static void rotary(const RotaryParams& p) {
-  with_dtype(p.x.dtype, [&](auto* t) { rotary_rows<std::remove_pointer_t<decltype(t)>>(p); });
-}
-
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -86,13 +86,6 @@ struct ReweightedBlock {
   RowRanges ranges;
   int64_t base = 0, end = 0;  // keys it runs over, from a tile's first on
 
-  static int64_t bytes(const Problem& problem, int64_t block_q, int64_t block_k, int64_t stride) {
-    const int64_t q_steps = steps_of<Unit>(problem.head_dim), out_columns = round_up(problem.value_dim, W);
-    int64_t words = block_q * (stride + out_columns + 4 * W) + (block_q + kRows) * q_steps;
-    if (Unit::kStep == 2) words += block_q * block_k / 2;
-    return words * 4 + block_q * (int64_t)sizeof(RowScale) + RowRanges::bytes(block_q) + 64 * 12;
-  }
-
   ReweightedBlock(const Problem& problem, const ReweightedParams& p, int64_t block_q, int64_t block_k, int64_t stride,
                   Arena& arena)
       : problem(problem),
@@ -113,7 +106,7 @@ struct ReweightedBlock {
         lows(arena.take<float>(block_q * W)),
         totals(arena.take<float>(block_q * W)),
         scale(arena.take<RowScale>(block_q)),
-        ranges(arena.take<char>(RowRanges::bytes(block_q)), block_q) {}
+        ranges(block_q, arena) {}
 
   template <class Panels>
   void run(const BlockRows& rows, const Sequence& s, const Panels& panels) {
@@ -323,8 +316,9 @@ static void reweighted_tiled(const ReweightedParams& p) {
   // a streamed head is shared out in parts of its keys where heads are fewer than threads
   const int64_t parts = streamed ? max64(1, min64(p.threads / max64(pairs, 1), columns / kPartKeys)) : 1;
   const int64_t stride = score_stride((columns / block_k + parts - 1) / parts * block_k);
-  const int64_t bytes = ReweightedBlock<Unit>::bytes(problem, block_q, block_k, stride);
   if (!streamed) {
+    const int64_t bytes =
+        bytes_of([&](Arena& arena) { ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena); });
     for_packed_blocks<Unit>(
         problem, longest, block_q, bytes, true, Together(),
         [&](const BlockRows& rows, const Sequence& s, const auto& panels, Arena arena) {
@@ -332,16 +326,21 @@ static void reweighted_tiled(const ReweightedParams& p) {
         });
     return;
   }
-  const int64_t told_bytes = round_up(block_q * (int64_t)sizeof(RowPart), 64);
-  const int64_t each = round_up(told_bytes + bytes + StreamedPanels<Unit>::bytes(problem, block_k), 4096);
-  char* memory = (char*)cpu::scratch(0, size_t((parts > 1 ? pairs * parts : p.threads) * each));
-  const auto told = [&](int64_t slot) { return (RowPart*)(memory + slot * each); };
+  const int64_t bytes = bytes_of([&](Arena& arena) {
+    arena.take<RowPart>(block_q);
+    StreamedPanels<Unit>(problem, problem.sequence(0), 0, block_k, arena);
+    ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena);
+  });
+  Blocks memory;
+  with_scratch(0, [&](Arena& arena) { memory = arena.blocks(parts > 1 ? pairs * parts : p.threads, bytes); });
+  const auto told = [&](int64_t slot) { return memory[slot].template take<RowPart>(block_q); };
   // run(block, its rows, sequence, panels) with the memory of a slot
   const auto with_block = [&](int64_t slot, int64_t pair, const auto& run) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (s.q_length == 0) return;
     const int64_t head = pair % problem.kv_heads;
-    Arena arena{memory + slot * each + told_bytes};
+    Arena arena = memory[slot];
+    arena.take<RowPart>(block_q);
     const StreamedPanels<Unit> panels(problem, s, head, block_k, arena);
     ReweightedBlock<Unit> block(problem, p, block_q, block_k, stride, arena);
     run(block, BlockRows{head * problem.group, 0, s.q_length, s.q_length * problem.group}, s, panels);
@@ -385,13 +384,6 @@ static void reweighted_tiled(const ReweightedParams& p) {
       for (int64_t r = 0; r < rows.count; r++) block.finish_row(rows, s, r);
     });
   });
-}
-
-static void reweighted_forward(const ReweightedParams& p) {
-#if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return reweighted_tiled<Pairs>(p);
-#endif
-  reweighted_tiled<Singles>(p);
 }
 
 }  // namespace FASTATTN_ISA

@@ -177,10 +177,6 @@ struct StreamedPanels {
   Word *key_words, *value_words;
   float* norms;
 
-  static int64_t bytes(const Problem& problem, int64_t block_k) {
-    const int64_t words = block_k * (steps_of<Unit>(problem.head_dim) + round_up(problem.value_dim, W) + 1);
-    return words * 4 + 64 * 3;
-  }
   StreamedPanels(const Problem& problem, const Sequence& s, int64_t head, int64_t block_k, Arena& arena)
       : k(matrix(problem.p.k, s.batch, head, s.k_begin)),
         v(matrix(problem.p.v, s.batch, head, s.k_begin)),
@@ -208,23 +204,31 @@ struct StreamedPanels {
   const Word* value_panel(int64_t, int64_t d, int64_t) const { return value_words + d * (block_k / Unit::kStep); }
 };
 
+// A packed key head, with 1 / |key| where the kernel normalises keys.
+template <class Unit>
+struct PackedKeys : PackedHead<Unit> {
+  float* reciprocals;
+  PackedKeys(const Problem& problem, int64_t length, bool norms, Arena& arena)
+      : PackedHead<Unit>(problem, length, arena),
+        reciprocals(arena.take<float>(norms ? round_up(length, kPanel) : 0)) {}
+};
+
 // Key heads of sequences packed in waves, then blocks of query rows of some heads together: run(block rows, sequence,
 // panels of the block's h-th head, thread memory).
 template <class Unit, class Run>
 static void for_packed_blocks(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
                               bool norms, const Together& together, const Run& run) {
-  using Word = typename Unit::Word;
   const AttentionParams& p = problem.p;
-  const PackedHead<Unit> packed(problem, longest.k);
-  const int64_t norm_words = norms ? round_up(longest.k, kPanel) + kPanel : 0;
-  const int64_t words = packed.words() + round_up(norm_words, 16);
+  const int64_t head_bytes = bytes_of([&](Arena& arena) { PackedKeys<Unit>(problem, longest.k, norms, arena); });
   const int64_t blocks = (longest.q + block_q - 1) / block_q, members = together.kv_heads;
   const int64_t in_sequence = together.units(problem), units = problem.sequences * in_sequence;
   const int64_t chunks = together.chunks(problem);
-  const int64_t wave = max64(1, min64(units, p.pack_kib * 256 / max64(words * members, 1)));
-  block_bytes = round_up(block_bytes, 4096);
-  char* memory = (char*)cpu::scratch(0, size_t(wave * members * words * 4 + p.threads * block_bytes));
-  Word* store = (Word*)(memory + p.threads * block_bytes);
+  const int64_t wave = max64(1, min64(units, p.pack_kib * 1024 / max64(head_bytes * members, 1)));
+  Blocks memory, store;  // of each thread; of each key head of a wave
+  with_scratch(0, [&](Arena& arena) {
+    memory = arena.blocks(p.threads, block_bytes);
+    store = arena.blocks(wave * members, head_bytes, 64);
+  });
   const int64_t q_steps = steps_of<Unit>(problem.head_dim);
 
   constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
@@ -236,13 +240,13 @@ static void for_packed_blocks(const Problem& problem, const Longest& longest, in
       const Sequence s = problem.sequence(unit / in_sequence);
       const int64_t head = unit % in_sequence * members + slot % members, rows = min64(kPackRows, s.keys - first);
       if (rows <= 0 || head >= problem.kv_heads) return;
-      Word* to = store + slot * words;
+      Arena arena = store[slot];
+      const PackedKeys<Unit> to(problem, longest.k, norms, arena);
       const Matrix keys = matrix(p.k, s.batch, head, s.k_begin + first);
-      pack_transposed<Unit>(to + first * q_steps, keys, rows, problem.head_dim);
-      pack_panels<Unit>(to + packed.key_words, packed.capacity, first / Unit::kStep,
-                        matrix(p.v, s.batch, head, s.k_begin + first), rows, problem.value_dim);
-      if (norms)
-        reciprocal_norms((float*)(to + packed.words()) + first, keys, rows, problem.head_dim, round_up(rows, kPanel));
+      pack_transposed<Unit>(to.keys + first * q_steps, keys, rows, problem.head_dim);
+      pack_panels<Unit>(to.values, to.capacity, first / Unit::kStep, matrix(p.v, s.batch, head, s.k_begin + first),
+                        rows, problem.value_dim);
+      if (norms) reciprocal_norms(to.reciprocals + first, keys, rows, problem.head_dim, round_up(rows, kPanel));
     });
     parallel_items(count * chunks * blocks, p.threads, [&](int64_t task, int thread) {
       const int64_t slot = task / (chunks * blocks), unit = begin + slot;
@@ -254,12 +258,12 @@ static void for_packed_blocks(const Problem& problem, const Longest& longest, in
       if (first >= s.q_length || head >= problem.heads) return;
       const int64_t rows = min64(block_q, s.q_length - first);
       const auto panels = [&](int64_t h) {
-        const Word* to = store + (slot * members + (in_unit + h) / problem.group) * words;
-        return PackedPanels<Unit>{to, to + packed.key_words, (const float*)(to + packed.words()), q_steps,
-                                  packed.capacity};
+        Arena arena = store[slot * members + (in_unit + h) / problem.group];
+        const PackedKeys<Unit> of(problem, longest.k, norms, arena);
+        return PackedPanels<Unit>{of.keys, of.values, of.reciprocals, q_steps, of.capacity};
       };
       const int64_t heads = min64(together.heads, min64(problem.heads - head, members * problem.group - in_unit));
-      run(BlockRows{head, first, rows, rows * heads}, s, panels, Arena{memory + thread * block_bytes});
+      run(BlockRows{head, first, rows, rows * heads}, s, panels, memory[thread]);
     });
   }
 }

@@ -1,7 +1,12 @@
 #include "scratch.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#if defined(FASTATTN_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 
@@ -15,8 +20,17 @@ namespace {
 struct Slots {
   void* data[kScratchSlots] = {};
   size_t size[kScratchSlots] = {};
+  [[maybe_unused]] size_t used[kScratchSlots] = {};  // by the latest call, or all that is new
   ~Slots() {
-    for (void* p : data) std::free(p);
+    for (int i = 0; i < kScratchSlots; i++) release(i);
+  }
+  void release(int slot) {
+#if defined(FASTATTN_ASAN)
+    __asan_unpoison_memory_region(data[slot], size[slot]);
+#endif
+    std::free(data[slot]);
+    data[slot] = nullptr;
+    size[slot] = used[slot] = 0;
   }
 };
 thread_local Slots slots;
@@ -24,15 +38,34 @@ thread_local Slots slots;
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
-  if (slots.size[slot] < bytes) {
-    std::free(slots.data[slot]);
-    slots.size[slot] = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+  if (!slots.data[slot] || slots.size[slot] < bytes) {
+    slots.release(slot);
+    const size_t rounded = (bytes / 4096 + 1) * 4096;
     slots.data[slot] = std::aligned_alloc(4096, rounded);
     if (!slots.data[slot]) throw std::bad_alloc();
-    slots.size[slot] = rounded;
+    slots.size[slot] = slots.used[slot] = rounded;
   }
+#if defined(FASTATTN_ASAN)
+  __asan_unpoison_memory_region(slots.data[slot], bytes);
+  std::memset(slots.data[slot], 0xff, bytes);
+  __asan_poison_memory_region(slots.data[slot], std::max(bytes, slots.used[slot]));
+  slots.used[slot] = bytes;
+#endif
   return slots.data[slot];
+}
+
+#if defined(FASTATTN_ASAN)
+void open_scratch(void* data, size_t bytes) { __asan_unpoison_memory_region(data, bytes); }
+#endif
+
+void zero_scratch(void* data, size_t bytes) {
+#if defined(FASTATTN_ASAN)
+  open_scratch(data, bytes);
+#endif
+  std::memset(data, 0, bytes);
+#if defined(FASTATTN_ASAN)
+  __asan_poison_memory_region(data, bytes);
+#endif
 }
 
 void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {

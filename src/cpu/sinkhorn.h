@@ -3,9 +3,11 @@
 // only v is kept; the backward finds it again and runs the iterations in reverse.
 #pragma once
 
+#include <utility>
+
+#include "../common/limits.h"
+#include "arena.h"
 #include "parallel.h"
-#include "scratch.h"
-#include "tile.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -127,7 +129,7 @@ struct SinkhornChunk {
       }
       return;
     }
-    vf part[64] = {};
+    vf part[limits::groups] = {};
     for (int64_t j = 0; j < tokens; j += W) {
       const vf u = row_potential(before, j);
       vf slope_u{};
@@ -150,10 +152,10 @@ struct SinkhornChunk {
  private:
   template <class Slope>
   void reverse_rows(const float* v, float* sums, const Slope& slope) const {
-    vf part[64] = {};
+    vf part[limits::groups] = {};
     for (int64_t j = 0; j < tokens; j += W) {
       const vf u = row_potential(v, j);
-      vf share[64], slope_u{};
+      vf share[limits::groups], slope_u{};
       for (int64_t g = 0; g < problem.groups; g++) {
         share[g] = exp2_bounded(at(g, j) + v[g] + u);
         slope_u += slope(g, j, share[g]);
@@ -177,14 +179,22 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
     chunks += (problem.sequence(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
   if (chunks == 0) return;
   // first chunk of each sequence, sequence of each chunk; potentials of every iteration; partial results; chunks
-  const int64_t index_words = round_up(2 * (problem.sequences + 1 + chunks), 16);
-  const int64_t potentials = round_up(problem.sequences * (iterations + 1) * groups, 16);
-  const int64_t partials = round_up(chunks * 2 * groups, 16), kept = kBackward ? 2 : 1;
-  float* memory = (float*)cpu::scratch(
-      0, size_t(index_words + potentials + partials + chunks * kept * tile + p.threads * tile) * 4);
-  int64_t *first = (int64_t*)memory, *owner = first + problem.sequences + 1;
-  float *v = memory + index_words, *partial = v + potentials, *x = partial + partials,
-        *copies = x + chunks * kept * tile;
+  int64_t *first = nullptr, *owner = nullptr;
+  float *v = nullptr, *partial = nullptr;
+  Blocks tiles, copies;  // of each chunk: x and, backward, the gradient; of each thread
+  const auto take_tiles = [&](Arena& arena) {
+    float* x = arena.take<float>(tile);
+    return std::pair(x, kBackward ? arena.take<float>(tile) : nullptr);
+  };
+  with_scratch(0, [&](Arena& arena) {
+    first = arena.take<int64_t>(problem.sequences + 1);
+    owner = arena.take<int64_t>(chunks);
+    v = arena.take<float>(problem.sequences * (iterations + 1) * groups);
+    partial = arena.take<float>(chunks * 2 * groups);
+    tiles = arena.blocks(chunks, bytes_of(take_tiles), 64);
+    copies = arena.blocks(p.threads, bytes_of([&](Arena& measure) { measure.take<float>(tile); }), 64);
+  });
+  const auto copy_of = [&](int thread) { return copies[thread].template take<float>(tile); };
   first[0] = 0;
   for (int64_t s = 0; s < problem.sequences; s++) {
     first[s + 1] = first[s] + (problem.sequence(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
@@ -195,15 +205,16 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   };
   const auto chunk = [&](int64_t c) {
     const int64_t left = problem.sequence(owner[c]).count - (c - first[owner[c]]) * kSinkhornTokens;
-    float* at = x + c * kept * tile;
-    return SinkhornChunk{problem, at, kBackward ? at + tile : nullptr, min64(left, kSinkhornTokens)};
+    Arena arena = tiles[c];
+    const auto [x, gradient] = take_tiles(arena);
+    return SinkhornChunk{problem, x, gradient, min64(left, kSinkhornTokens)};
   };
   const auto potential = [&](int64_t s, int64_t t) { return v + (s * (iterations + 1) + t) * groups; };
   const auto each = [&](const auto& run) { parallel_items(chunks, p.threads, run); };
 
   each([&](int64_t c, int thread) {
     const SinkhornChunk here = chunk(c);
-    float* copy = copies + thread * tile;
+    float* copy = copy_of(thread);
     problem.read(copy, p.scores, row_of(c), here.tokens * groups, problem.scale);
     here.transpose_in(here.x, copy);
     if (!kBackward) return;
@@ -233,7 +244,7 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   if (!kBackward) {
     each([&](int64_t c, int thread) {
       const SinkhornChunk here = chunk(c);
-      float* copy = copies + thread * tile;
+      float* copy = copy_of(thread);
       here.assign(potential(owner[c], iterations), copy);
       here.transpose_out(here.x, copy);
       problem.write(p.out, row_of(c), here.x, here.tokens * groups, 1.0f);
@@ -261,7 +272,7 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   }
   each([&](int64_t c, int thread) {
     const SinkhornChunk here = chunk(c);
-    float* copy = copies + thread * tile;
+    float* copy = copy_of(thread);
     here.transpose_out(copy, here.gradient);
     problem.write(p.out, row_of(c), copy, here.tokens * groups, problem.back);
   });
@@ -327,14 +338,22 @@ static void sinkhorn_causal(const SinkhornProblem& problem) {
   const SinkhornParams& p = problem.p;
   const int64_t groups = problem.groups, columns = problem.columns, iterations = p.iterations;
   const int64_t tile = kSinkhornBlock * columns;
-  const int64_t each = round_up(SinkhornScan::words(problem) + 2 * tile + iterations * columns + iterations + 1, 1024);
-  float* memory = (float*)cpu::scratch(0, size_t(p.threads * each) * 4);
+  struct Buffers {
+    float *state, *x, *copy, *v, *u;
+  };
+  const auto take = [&](Arena& arena) {
+    return Buffers{arena.take<float>(SinkhornScan::words(problem)), arena.take<float>(tile),
+                   arena.take<float>(kSinkhornBlock * groups), arena.take<float>(iterations * columns),
+                   arena.take<float>(iterations + 1)};
+  };
+  Blocks memory;  // of each thread
+  with_scratch(0, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
   parallel_items(problem.sequences, p.threads, [&](int64_t s, int thread) {
     const SinkhornSequence sequence = problem.sequence(s);
     if (sequence.count == 0) return;
-    float* next = memory + thread * each;
-    SinkhornScan scan(problem, next);
-    float *x = next + SinkhornScan::words(problem), *copy = x + tile, *v = copy + tile, *u = v + iterations * columns;
+    Arena arena = memory[thread];
+    const auto [state, x, copy, v, u] = take(arena);
+    SinkhornScan scan(problem, state);
     const float* last = v + (iterations - 1) * columns;
     scan.reset();
     for (int64_t i = 0; i < sequence.count; i += kSinkhornBlock) {
@@ -362,23 +381,29 @@ static void sinkhorn_causal_backward(const SinkhornProblem& problem) {
   int64_t longest = 0;
   for (int64_t s = 0; s < problem.sequences; s++) longest = max64(longest, problem.sequence(s).count);
   const int64_t blocks = (longest + kSinkhornBlock - 1) / kSinkhornBlock;
-  const int64_t each = round_up(
-      (1 + blocks) * state + 3 * tile + kSinkhornBlock * (steps + iterations + 1) + 2 * steps + 2 * columns, 1024);
-  float* memory = (float*)cpu::scratch(0, size_t(p.threads * each) * 4);
+  struct Buffers {
+    float *running, *states, *x, *gradient, *copy, *v, *carried, *later, *slope, *u;
+  };
+  const auto take = [&](Arena& arena) {
+    return Buffers{arena.take<float>(state),
+                   arena.take<float>(blocks * state),
+                   arena.take<float>(tile),
+                   arena.take<float>(tile),
+                   arena.take<float>(kSinkhornBlock * groups),
+                   arena.take<float>(kSinkhornBlock * steps),
+                   arena.take<float>(steps),
+                   arena.take<float>(steps),
+                   arena.take<float>(columns),
+                   arena.take<float>(kSinkhornBlock * (iterations + 1))};
+  };
+  Blocks memory;  // of each thread
+  with_scratch(0, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
   parallel_items(problem.sequences, p.threads, [&](int64_t s, int thread) {
     const SinkhornSequence sequence = problem.sequence(s);
     if (sequence.count == 0) return;
-    float* next = memory + thread * each;
-    const auto take = [&](int64_t n) {
-      float* at = next;
-      next += n;
-      return at;
-    };
-    float* running = take(state);
+    Arena arena = memory[thread];
+    const auto [running, states, x, gradient, copy, v, carried, later, slope, u] = take(arena);
     SinkhornScan scan(problem, running);
-    float *states = take(blocks * state), *x = take(tile), *gradient = take(tile), *copy = take(tile);
-    float *v = take(kSinkhornBlock * steps), *carried = take(steps), *later = take(steps), *slope = take(columns);
-    float *sum = take(columns), *u = take(kSinkhornBlock * (iterations + 1));
     const int64_t used = (sequence.count + kSinkhornBlock - 1) / kSinkhornBlock;
     scan.reset();
     for (int64_t b = 0; b < used; b++) {
@@ -429,22 +454,6 @@ static void sinkhorn_causal_backward(const SinkhornProblem& problem) {
       problem.write(p.out, row, gradient, tokens * groups, problem.back);
     }
   });
-}
-
-static void sinkhorn_forward(const SinkhornParams& p) {
-  const SinkhornProblem problem(p);
-  if (p.causal)
-    sinkhorn_causal(problem);
-  else
-    sinkhorn_plain<false>(problem);
-}
-
-static void sinkhorn_backward(const SinkhornParams& p) {
-  const SinkhornProblem problem(p);
-  if (p.causal)
-    sinkhorn_causal_backward(problem);
-  else
-    sinkhorn_plain<true>(problem);
 }
 
 }  // namespace FASTATTN_ISA

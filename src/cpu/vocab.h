@@ -27,27 +27,50 @@ FASTATTN_INLINE vf tanh(vf x) {
   return select(absolute(x) < splat(0.6f), small, large);
 }
 
-// StableMax's s(x) = x + 1 for x >= 0, 1 / (1 - x) below.
-FASTATTN_INLINE vf stable(vf x) {
-  const vf r = splat(1.0f) + absolute(x);
-  return select(x >= splat(0.0f), r, splat(1.0f) / r);
-}
 FASTATTN_INLINE float symlog(float x) { return x >= 0 ? __builtin_log1pf(x) : -__builtin_log1pf(-x); }
+
+// What a prepared logit weighs beside the largest of its row, which weighs 1: a softmax's e^((x - largest) /
+// temperature), or a StableMax's s(x) / s(largest) with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below.
+template <bool Stable>
+struct Weights {
+  vf largest, scale;  // scale: the temperature, or 1 + |largest|
+  bool divided;       // softmax: there is a temperature; StableMax: largest is negative
+  const float* log_count;
+  FASTATTN_INLINE Weights make(float largest, const float* temperature, const float* log_count) {
+    if (Stable) return {splat(largest), splat(1.0f + __builtin_fabsf(largest)), largest < 0, nullptr};
+    return {splat(largest), splat(temperature ? *temperature : 1.0f), temperature != nullptr, log_count};
+  }
+  // of n columns from j on
+  inline __attribute__((always_inline)) vf operator()(vf a, int64_t j, int n) const {
+    if constexpr (Stable) {
+      const vf r = splat(1.0f) + absolute(a);
+      if (divided) return scale / r;
+      const vi up = a >= vf{};
+      return select(up, r, splat(1.0f)) / select(up, scale, r * scale);
+    }
+    vf above = distance(a);
+    if (log_count) above += get(log_count + j, n);
+    return exp(above);
+  }
+  inline __attribute__((always_inline)) vf distance(vf a) const {
+    return divided ? (a - largest) / scale : a - largest;
+  }
+};
 
 template <class T>
 FASTATTN_INLINE float scalar_at(const T* p) {
   return get(p, 1)[0];
 }
 
-// x + bias, capped, over the temperature, in place.
+// x + bias, capped, over the temperature if there is one, in place.
 template <class T>
-FASTATTN_INLINE void prepare_row(T* x, int64_t columns, const float* bias, float cap, float over_temperature) {
-  const vf over = splat(over_temperature), up = splat(cap), down = splat(cap != 0 ? 1.0f / cap : 0.0f);
+FASTATTN_INLINE void prepare_row(T* x, int64_t columns, const float* bias, float cap, const float* temperature) {
+  const vf up = splat(cap), over = splat(temperature ? *temperature : 1.0f);
   for_columns(columns, [&](int64_t j, int n) {
     vf y = get(x + j, n);
     if (bias) y += get(bias + j, n);
-    if (cap != 0) y = up * tanh(y * down);
-    put(x + j, y * over, n);
+    if (cap != 0) y = up * tanh(y / up);
+    put(x + j, temperature ? y / over : y, n);
   });
 }
 
@@ -66,53 +89,41 @@ FASTATTN_INLINE float row_maximum(const T* x, int64_t columns) {
   return best;
 }
 
-// Sum of f over a row; the lanes that a last part of a vector lacks count as zero.
+// Sum of f(value, column, lanes) over a row; the lanes that a last part of a vector lacks count as zero.
 template <class T, class F>
 FASTATTN_INLINE float row_sum(const T* x, int64_t columns, const F& f) {
   vf s[4] = {};
   int64_t j = 0;
   for (; j + 4 * W <= columns; j += 4 * W)
-    for (int i = 0; i < 4; i++) s[i] += f(load(x + j + i * W));
-  for (; j + W <= columns; j += W) s[0] += f(load(x + j));
+    for (int i = 0; i < 4; i++) s[i] += f(load(x + j + i * W), j + i * W, W);
+  for (; j + W <= columns; j += W) s[0] += f(load(x + j), j, W);
   float sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
   if (j < columns) {
-    const vf last = f(load_n(x + j, (int)(columns - j)));
-    for (int i = 0; i < (int)(columns - j); i++) sum += last[i];
+    const int n = (int)(columns - j);
+    const vf last = f(load_n(x + j, n), j, n);
+    for (int i = 0; i < n; i++) sum += last[i];
   }
   return sum;
 }
 
-// out = e^(x - shift), and its sum.
-static float exponentials(const float* x, float* out, int64_t columns, vf shift) {
-  vf s[4] = {};
-  const auto put_at = [&](int64_t j) {
-    const vf e = exp(load(x + j) - shift);
-    store(out + j, e);
+// out = the weights of x, and their sum.
+static float weigh_row(const float* x, float* out, int64_t columns, const Weights<false>& weights) {
+  return row_sum(x, columns, [&](vf a, int64_t j, int n) {
+    const vf e = weights(a, j, n);
+    put(out + j, e, n);
     return e;
-  };
-  int64_t j = 0;
-  for (; j + 4 * W <= columns; j += 4 * W)
-    for (int i = 0; i < 4; i++) s[i] += put_at(j + i * W);
-  for (; j + W <= columns; j += W) s[0] += put_at(j);
-  float sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
-  if (j < columns) {
-    const int n = (int)(columns - j);
-    const vf e = exp(load_n(x + j, n) - shift);
-    store_n(out + j, e, n);
-    for (int i = 0; i < n; i++) sum += e[i];
-  }
-  return sum;
+  });
 }
 
 // Statistics and gradient of a whole row of prepared logits, with one exponential an element; the target's share is
 // left in.
 static void softmax_row(const VocabRowsParams& p, int64_t r, const float* x, float* out, int64_t columns) {
   const float largest = row_maximum(x, columns);
-  const float sum = exponentials(x, out, columns, splat(largest));
-  const float lse = largest + __builtin_logf(sum);
+  const auto weights = Weights<false>::make(largest, nullptr, (const float*)p.log_count.data);
+  const float sum = weigh_row(x, out, columns, weights);
   *float_at(p.row_max, r) = largest;
   *float_at(p.row_sum, r) = sum;
-  *float_at(p.lse, r) = lse;
+  const float lse = p.z_loss != 0 ? largest + __builtin_logf(sum) : 0.0f;
   const vf weight = splat(*float_at(p.grad, r) * (1.0f + 2.0f * (float)p.z_loss * lse) / sum);
   for_columns(columns, [&](int64_t j, int n) { put(out + j, get(out + j, n) * weight, n); });
 }
@@ -120,8 +131,9 @@ static void softmax_row(const VocabRowsParams& p, int64_t r, const float* x, flo
 template <class T, bool Stable>
 static void vocab_rows_of(const VocabRowsParams& p) {
   const int64_t columns = p.x.size[3];
-  const float cap = (float)p.softcap;
-  const bool prepared = p.bias.data || p.softcap != 0 || p.temperature.data;
+  const float cap = (float)p.softcap, z_loss = (float)p.z_loss;
+  const bool prepared = p.bias.data || p.softcap != 0 || (Stable && p.temperature.data);
+  const float* log_count = (const float*)p.log_count.data;
   const int threads = row_threads(p.threads, p.x.size[2], columns);
   parallel_ranges(p.x.size[2], threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
@@ -129,70 +141,66 @@ static void vocab_rows_of(const VocabRowsParams& p) {
       T* out = (T*)p.out.data + r * p.out.stride[2];
       const int64_t target = index_at(p.target, r);
       if (target == p.ignore_index) {
-        if (p.statistics) *float_at(p.picked, r) = *float_at(p.lse, r) = 0;
+        if (p.statistics) *float_at(p.picked, r) = 0;
         if (p.gradient) for_columns(columns, [&](int64_t j, int n) { put(out + j, vf{}, n); });
         continue;
       }
-      const float temperature = p.temperature.data ? *float_at(p.temperature, r) : 1.0f;
-      const float over = 1.0f / temperature;
-      if (prepared) prepare_row(x, columns, (const float*)p.bias.data, cap, over);
+      const float* temperature = p.temperature.data ? float_at(p.temperature, r) : nullptr;
+      if (prepared) prepare_row(x, columns, (const float*)p.bias.data, cap, Stable ? temperature : nullptr);
       const int64_t column = target - p.first;
       const bool here = column >= 0 && column < columns;
       const float y = here ? scalar_at(x + column) : 0.0f;
-      float sum = 0;
+      float* largest = float_at(p.row_max, r);
+      float* sum = float_at(p.row_sum, r);
 
       if constexpr (!Stable && std::is_same_v<T, float>) {
-        if (p.statistics && p.gradient && cap == 0 && !p.temperature.data) {
+        if (p.statistics && p.gradient && cap == 0 && !temperature) {
           softmax_row(p, r, x, out, columns);
           if (here) *float_at(p.picked, r) = y, out[column] -= *float_at(p.grad, r);
           continue;
         }
       }
       if (p.statistics) {
-        float* total = float_at(p.row_sum, r);
-        if constexpr (Stable) {
-          *total += row_sum(x, columns, [](vf a) { return stable(a); });
+        const float tile = row_maximum(x, columns);
+        const float next = tile > *largest ? tile : *largest;
+        if (next > -kInfinity) {
+          const auto weights = Weights<Stable>::make(next, temperature, log_count);
+          const auto before = Weights<Stable>::make(next, temperature, nullptr)(splat(*largest), 0, W);
+          if (*sum > 0) *sum *= before[0];
+          *sum += row_sum(x, columns, weights);
         } else {
-          float* largest = float_at(p.row_max, r);
-          const float tile = row_maximum(x, columns);
-          const float next = tile > *largest ? tile : *largest;
-          if (next > -kInfinity) {
-            const vf shift = splat(next);
-            const float before = *total > 0 ? *total * exp(splat(*largest - next))[0] : *total;
-            *total = before + row_sum(x, columns, [&](vf a) { return exp(a - shift); });
-          } else {
-            *total += row_sum(x, columns, [](vf a) { return select(a == a, vf{}, a); });  // a NaN stays one
-          }
-          *largest = next;
+          *sum += row_sum(x, columns, [](vf a, int64_t, int) { return select(a == a, vf{}, a); });  // a NaN stays one
         }
-        if (here) *float_at(p.picked, r) = Stable ? symlog(y) : y;
-        sum = *total;
-        if (p.gradient) *float_at(p.lse, r) = (Stable ? 0.0f : *float_at(p.row_max, r)) + __builtin_logf(sum);
+        *largest = next;
+        if (here) *float_at(p.picked, r) = y;
       }
 
       if (p.gradient) {
-        const float lse = *float_at(p.lse, r), grad = *float_at(p.grad, r);
-        const float scale = grad * (1.0f + 2.0f * (float)p.z_loss * lse);
-        const float share = !Stable ? scale : scale / (p.statistics ? sum : (float)__builtin_exp((double)lse));
-        const vf weight = splat(share), shift = splat(lse), back = splat(temperature / (cap != 0 ? cap : 1.0f));
+        const float grad = *float_at(p.grad, r);
+        const auto weights = Weights<Stable>::make(*largest, temperature, log_count);
+        // d of the loss by the log-sum-exp
+        const float tau = temperature ? *temperature : 1.0f, top = Stable ? symlog(*largest) : *largest / tau;
+        const float spread = z_loss != 0 ? 2.0f * z_loss * (top + __builtin_logf(*sum)) * grad : 0.0f;
+        const vf share = splat((grad + spread) / *sum), over = splat(tau);
+        const vf back = splat((Stable ? tau : 1.0f) / (cap != 0 ? cap : 1.0f));
         vf dots = {};
-        // of the normaliser by a prepared logit: softmax, or s(a) / (1 + |a|) over the sum
-        const auto normaliser = [&](vf a) {
-          if constexpr (!Stable) return weight * exp(a - shift);
-          const vf inverse = splat(1.0f) / (splat(1.0f) + absolute(a));
-          return weight * select(a >= vf{}, splat(1.0f), inverse * inverse);
+        // of the normaliser by a prepared logit over its temperature
+        const auto normaliser = [&](vf a, int64_t j, int n) {
+          const vf g = share * weights(a, j, n);
+          return Stable ? g / (splat(1.0f) + absolute(a)) : g;
         };
-        // from a prepared logit back to the one that came from the product
+        // from there back to the one that came from the product
         const auto chain = [&](vf g, vf a) {
-          if (p.temperature.data) g *= splat(over);
+          if (temperature) g /= over;
           return cap != 0 ? g * (splat(1.0f) - (a * back) * (a * back)) : g;
         };
+        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`.
         const auto by_temperature = [&](vf g, vf a) {
-          if (p.temperature.data) dots += select(g == vf{}, g, g * a);
+          if (temperature) dots += select(g == vf{}, g, g * (Stable ? a : weights.distance(a)));
         };
         for_columns(columns, [&](int64_t j, int n) {
           const vf a = get(x + j, n);
-          vf g = normaliser(a);
+          vf g = normaliser(a, j, n);
           if (n < W) {  // lanes past the end hold zeros, whose share must not be counted
             vf kept = {};
             for (int i = 0; i < n; i++) kept[i] = g[i];
@@ -206,21 +214,12 @@ static void vocab_rows_of(const VocabRowsParams& p) {
           g[0] = Stable ? -grad / (1.0f + __builtin_fabsf(y)) : -grad;
           a[0] = y;
           by_temperature(g, a);
-          put(out + column, chain(normaliser(a) + g, a), 1);
+          if (!Stable && temperature && spread != 0) dots[0] += spread * top;
+          put(out + column, chain(normaliser(a, column, 1) + g, a), 1);
         }
-        if (p.temperature.data) *float_at(p.grad_temperature, r) -= reduce_add(dots) * over;
+        if (temperature) *float_at(p.grad_temperature, r) -= reduce_add(dots) / tau;
       }
     }
-  });
-}
-
-static void vocab_rows(const VocabRowsParams& p) {
-  with_dtype(p.x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    if (p.stablemax)
-      vocab_rows_of<T, true>(p);
-    else
-      vocab_rows_of<T, false>(p);
   });
 }
 

@@ -21,7 +21,8 @@ struct SinkhornParams {
   float temperature = 0.1f;
 };
 
-// One row of logits a block: loss and log-sum-exp, and the loss's gradient over the logits when grad is given.
+// One row of logits a block: the loss, the largest logit and the sum of the weights, of which the largest logit's is 1;
+// and the loss's gradient over the logits when grad is given.
 // logits (rows, classes) f32 with a row stride; bias (classes,) f32 or null; target (rows,) i64; the rest (rows,) f32.
 struct VocabRowsParams {
   float* logits = nullptr;
@@ -29,7 +30,7 @@ struct VocabRowsParams {
   const int64_t* target = nullptr;
   const float* temperature = nullptr;
   const float* grad = nullptr;
-  float *loss = nullptr, *lse = nullptr, *grad_temperature = nullptr;
+  float *loss = nullptr, *largest = nullptr, *total = nullptr, *grad_temperature = nullptr;
   int64_t rows = 0, classes = 0, row_stride = 0, ignore_index = -100;
   float softcap = 0, z_loss = 0;
 };

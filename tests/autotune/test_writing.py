@@ -116,6 +116,8 @@ def _hold(path, held, release):
         release.wait(60)
 
 
+# Python 3.12 and later warn of forks; the child makes no call of torch
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_held_lock_times_out(target, synthetic, monkeypatch):
     monkeypatch.setattr(tables, "LOCK_SECONDS", 0.2)
     path = tables.user_path(target)

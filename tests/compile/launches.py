@@ -69,8 +69,9 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     out = empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     normalised = next(row for row in SCORES.values() if row.code == score).normalised
     lse = empty(*(q.shape[:3] if normalised else (0,)), dtype=torch.float32)
+    state = empty(*((*q.shape[:3], 2) if normalised else (0,)), dtype=torch.float32)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        attention_backward(out, None, q, k, v, bias, out, lse, bias is not None, score, *rest)
+        attention_backward(out, None, q, k, v, bias, out, lse, state, bias is not None, score, *rest)
     return launches
 
 
@@ -100,12 +101,14 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
     from fastattn.ops.vocab import triton_codes
 
     h, weight, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
-    labels, lse = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
+    labels, rows = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
     logits = empty(100, 32000, dtype=dtype)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
-        kernels.linear_cross_entropy(h, weight, None, labels, lse, 1, 0.0, 0.0, -100, "none", 0)
-        kernels.stablemax_cross_entropy_backward(lse, logits, labels, lse, -100)
+        kernels.linear_cross_entropy(h, weight, None, labels, rows, 1, 0.0, 0.0, -100, "none", 0)
+        kernels.stablemax_cross_entropy_backward(
+            rows, logits, labels, empty(2, 100, dtype=torch.float32), -100
+        )
         codebook, codes = empty(1024, 64, dtype=dtype), empty(32000, dtype=torch.int64)
         triton_codes.vq_cross_entropy(h, codebook, codes, bias, weight, labels, -100, "mean", 15)
         triton_codes.vq_logits_backward(
@@ -182,8 +185,8 @@ def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64
     signatures = empty(1, q.shape[2], dtype=torch.int64)
     options = (signatures, signatures, 128, scale, *mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, lse = triton.grouped_attention(q, k, v, *options)
-        triton_backward.grouped_attention_backward(out, q, k, v, out, lse, *options)
+        out, state = triton.grouped_attention(q, k, v, *options)
+        triton_backward.grouped_attention_backward(out, q, k, v, out, state, *options)
     return launches
 
 
@@ -196,6 +199,6 @@ def gated(
     assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)
     options = (128, gate, scale, *mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, lse = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
-        kernels.gated_attention_backward(out, q, k, v, assignment, sharpness, out, lse, *options)
+        out, state = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
+        kernels.gated_attention_backward(out, q, k, v, assignment, sharpness, out, state, *options)
     return launches

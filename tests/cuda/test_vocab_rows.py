@@ -2,6 +2,7 @@
 
 import math
 
+import large_logits
 import pytest
 import torch
 
@@ -13,15 +14,15 @@ IGNORED = -100
 
 
 def defined(stablemax, softcap, z_loss, target, reduction="none"):
-    """(loss, lse, gradient of the logits, gradient of the temperature): with the identity as weight, h is the logits."""
+    """(loss, largest logit, sum of weights, gradient of the logits, gradient of the temperature): with the identity as weight, h is the logits."""
     options = (int(stablemax), softcap, z_loss, IGNORED, reduction)
 
     def run(logits, bias, temperature, grad):
         weight = torch.eye(logits.shape[1], dtype=logits.dtype)
         arguments = logits, weight, bias, target, temperature, *options
-        loss, lse = reference.linear_cross_entropy(*arguments)
+        loss, statistics = reference.linear_cross_entropy(*arguments)
         found = reference.linear_cross_entropy_gradients(grad, *arguments)
-        return (loss, lse, found[0]) + (() if temperature is None else (found[3],))
+        return (loss, *statistics, found[0]) + (() if temperature is None else (found[3],))
 
     return run
 
@@ -40,14 +41,14 @@ def check(host, *, stablemax, softcap=0.0, z_loss=0.0, classes=30, stride=None, 
     temperature = testing.random_tensor(rows, seed=3).abs() + 0.5 if extras else None
     grad = testing.random_tensor(rows, seed=4)
     x = rows_of(rows, classes, stride or classes)
-    loss, lse = torch.empty(2, rows)
+    loss, largest, total = torch.empty(3, rows)
     dtau = torch.empty(rows) if extras else None
     _cuda.vocab_rows(
-        x, bias, target, temperature, grad, loss, lse, dtau,
+        x, bias, target, temperature, grad, loss, largest, total, dtau,
         stablemax=stablemax, softcap=softcap, z_loss=z_loss, ignore_index=IGNORED, threads=threads,
     )  # fmt: skip
     testing.assert_within_budget(
-        (loss, lse, x) + (() if dtau is None else (dtau,)),
+        (loss, largest, total, x) + (() if dtau is None else (dtau,)),
         defined(stablemax, softcap, z_loss, target),
         (logits, bias, temperature, grad),
         terms=classes,
@@ -108,9 +109,11 @@ def test_linear_cross_entropy_gradients(host):
     options = (0, 3.0, 0.01, IGNORED, "mean")
 
     def run(h, weight, bias):
-        loss, lse, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
+        loss, statistics, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
         one = torch.ones(())
-        again = cuda.linear_cross_entropy_backward(one, h, weight, bias, target, None, lse, *options, 7)
+        again = cuda.linear_cross_entropy_backward(
+            one, h, weight, bias, target, None, statistics, *options, 7
+        )
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
         return (loss, *first[:3])
@@ -127,6 +130,29 @@ def test_the_configuration_names_the_kernel(host):
     with torch.no_grad(), _config.override({("vocab_rows", "cuda"): {"threads": 64}}):
         fa.linear_cross_entropy(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2]), backend="cuda")
     assert host.launches == ["vocab_rows<false, 64>"]
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+def test_large_logits(host, reduction):
+    for size in large_logits.SIZES:
+        for dtype in testing.LOW_DTYPES:
+            problem = large_logits.dense(size, 150, dtype)
+            large_logits.check(problem, reduction, "cuda", rounded_gradients=True)
+        large_logits.check(large_logits.dense(size, 150, biased=True), reduction, "cuda")
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("z_loss", (0.0, 1e-4))
+def test_logits_that_a_temperature_makes_large(host, z_loss, reduction):
+    large_logits.check(large_logits.heated(150, z_loss), reduction, "cuda")
+
+
+@pytest.mark.parametrize("value", (1e4, 1e8, -1e30, 2e38))
+def test_stablemax_of_equal_logits(host, value):
+    h, weight = torch.full((2, 1), value), torch.ones(70, 1)
+    target = torch.tensor([0, 69])
+    loss = fa.linear_cross_entropy(h, weight, target, transform="stablemax", backend="cuda")
+    torch.testing.assert_close(loss, torch.tensor(70.0).log(), rtol=4e-7, atol=0)
 
 
 @pytest.mark.parametrize("target", (-1, 30, 1 << 40))

@@ -1,10 +1,11 @@
 """Triton vocabulary losses in the interpreter, against the reference."""
 
+import large_logits
 import pytest
 import torch
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import _config, testing
 
 OPTIONS = {
     "plain": {},
@@ -83,6 +84,53 @@ def test_strided_temperatures():
         for t in (temperature[:, 0], temperature[:, 0].contiguous())
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+def test_large_logits(reduction, nan_outputs):
+    for size in large_logits.SIZES:
+        for dtype in testing.LOW_DTYPES:
+            problem = large_logits.dense(size, 150, dtype)
+            large_logits.check(problem, reduction, "triton", rounded_gradients=True)
+        large_logits.check(large_logits.dense(size, 150, biased=True), reduction, "triton")
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("z_loss", (0.0, 1e-4))
+def test_logits_that_a_temperature_makes_large(z_loss, reduction, nan_outputs):
+    large_logits.check(large_logits.heated(150, z_loss), reduction, "triton")
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+def test_large_logits_of_codes(reduction, nan_outputs):
+    for size in large_logits.SIZES:
+        for dtype in testing.LOW_DTYPES:
+            large_logits.check(large_logits.shared(size, dtype), reduction, "triton", rounded_gradients=True)
+        large_logits.check(large_logits.shared(size, biased=True), reduction, "triton")
+
+
+def test_large_logits_of_more_classes_than_one_pass_takes(nan_outputs):
+    with _config.override({("vocab_rows", "triton"): {"block": 16384, "chunk_mib": 1, "num_warps": 4}}):
+        large_logits.check(large_logits.dense(2.0**27, 66_000), "mean", "triton")
+
+
+@pytest.mark.parametrize("value", (1e4, 1e8, -1e30, 3e38))
+def test_stablemax_of_equal_logits(value):
+    logits = torch.full((2, 70), value, requires_grad=True)
+    loss = fa.stablemax_cross_entropy(logits, torch.tensor([0, 69]), backend="triton")
+    torch.testing.assert_close(loss.detach(), torch.tensor(70.0).log(), rtol=4e-7, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all()
+
+
+def test_a_large_softcap_changes_little():
+    """cap * tanh(x / cap) keeps the digits of x."""
+    h, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(30, 8, seed=2)
+    target = torch.arange(5)
+    capped = fa.linear_cross_entropy(h, weight, target, softcap=1e6, reduction="none", backend="triton")
+    plain = fa.linear_cross_entropy(h, weight, target, reduction="none", backend="triton")
+    # a logit below 10 is off by 3 roundings of itself, and by (x / cap)^2 / 3 < 1e-10 of itself
+    assert testing.max_error(capped, plain) <= 2 * 10 * 4 * testing.EPS32
 
 
 @pytest.mark.parametrize("target", (-1, 30, 1 << 40))

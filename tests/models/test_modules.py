@@ -405,6 +405,8 @@ class Logits(torch.utils.data.Dataset):
             return self.model(IDS[:1]).logits[0] * fa.rms_norm(torch.full((3, 40), index + 1.0))[0]
 
 
+# Python 3.12 and later warn of forks; forking is what is tested
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_data_loader_workers_call_ops():
     """Forked from a process whose threads have run."""
     model = made()

@@ -1,6 +1,8 @@
 // Attention by its definition in double, with the bounds that its arithmetic in float32 and bf16 implies.
 #pragma once
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <string>
 
 #include "arrays.h"
@@ -11,39 +13,72 @@ struct AttentionCase {
   DType dtype;
   int score;
   int64_t batch, heads, kv_heads, rows, keys, head_dim, value_dim;
-  int mask;  // 0 none, 1 causal, 2 window, 3 prefix, 4 key lengths, 5 dense, 6 tensor bias
+  // 0 none, 1 causal, 2 window, 3 prefix, 4 key lengths, 5 dense, 6 tensor bias; of packed documents: 7 causal, 8
+  // prefix and key lengths
+  int mask;
+  Layout layout;
+};
+
+// How a call is cut in pieces, on which results do not depend.
+struct Cut {
+  int64_t block_q = 48, block_k = 64, decode_rows = 0, pack_kib = 16384;
+  int threads = 1;
 };
 
 // One case's inputs, the definition's results and the errors they may have.
 class Attention {
  public:
   explicit Attention(const AttentionCase& c) : c(c) {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask] = c;
-    q = Array::random(dtype, {B, H, L, D}), k = Array::random(dtype, {B, Hkv, K, D});
-    v = Array::random(dtype, {B, Hkv, K, Dv}), grad = Array::random(dtype, {B, H, L, Dv});
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
+    q = Array::random(dtype, {B, H, L, D}, -1, 1, layout), k = Array::random(dtype, {B, Hkv, K, D}, -1, 1, layout);
+    v = Array::random(dtype, {B, Hkv, K, Dv}, -1, 1, layout);
+    grad = Array::random(dtype, {B, H, L, Dv}, -1, 1, layout);
     grad_lse = Array::random(DType::f32, {B, H, L});
-    if (mask == 3) prefix = Array::full(DType::i32, {B}, double(K / 3));
-    if (mask == 4) lengths = Array::full(DType::i32, {B}, double(K - K / 4));
-    if (mask == 5) dense = Array::random(DType::u8, {B, H, L, K}, 0, 2);
-    if (mask == 6) bias = Array::random(dtype, {B, H, L, K});
+    if (mask == 5) dense = Array::random(DType::u8, {B, H, L, K}, 0, 2, layout);
+    if (mask == 6) bias = Array::random(dtype, {B, H, L, K}, -1, 1, layout);
+    if (mask < 7) {
+      for (int64_t b = 0; b < B; b++) documents.push_back({b, 0, L, 0, K, K, 0});
+    } else {  // the second has no rows, the third no keys; then rows and keys of none
+      const int64_t rows[] = {0, L / 4, L / 4, L / 2, L - 2}, keys[] = {0, K / 3, K / 3 + 5, K / 3 + 5, K - 3};
+      begins_q = Array(DType::i32, {5}), begins_k = Array(DType::i32, {5});
+      for (int i = 0; i < 5; i++) begins_q.set(i, (double)rows[i]), begins_k.set(i, (double)keys[i]);
+      for (int i = 0; i < 4; i++)
+        documents.push_back({0, rows[i], rows[i + 1], keys[i], keys[i + 1], keys[i + 1] - keys[i], 0});
+    }
+    const int64_t count = (int64_t)documents.size();
+    if (mask == 3 || mask == 8) prefix = Array(DType::i32, {count});
+    if (mask == 4 || mask == 8) lengths = Array(DType::i32, {count});
+    for (int64_t i = 0; i < count; i++) {
+      Document& d = documents[i];
+      if (mask == 4 || mask == 8) d.keys -= d.keys / 4, lengths.set(i, (double)d.keys);
+      if (mask == 3 || mask == 8) d.prefix = d.keys / 3, prefix.set(i, (double)d.prefix);
+    }
     scale = 1 / std::sqrt(double(D));
     define();
   }
 
-  void check(const KernelTable& kernels, Report& report, int64_t block_q, int64_t block_k, int64_t decode_rows) {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask] = c;
+  void check(const KernelTable& kernels, Report& report, const Cut& cut) {
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
     AttentionParams p;
     p.q = q, p.k = k, p.v = v, p.scale = scale, p.score = score;
-    p.default_bias = score == 1, p.causal = mask == 1 || mask == 3;
+    p.default_bias = score == 1, p.causal = causal();
     if (mask == 2) p.window_left = K / 5, p.window_right = 3;
-    if (mask == 3) p.prefix_lengths = prefix;
-    if (mask == 4) p.key_lengths = lengths;
-    if (mask == 5) p.dense = dense;
+    p.prefix_lengths = prefix, p.key_lengths = lengths, p.dense = dense;
+    p.cu_seqlens_q = begins_q, p.cu_seqlens_k = begins_k;
     if (mask == 6) p.bias = bias, p.default_bias = 0;
-    p.block_q = block_q, p.block_k = block_k, p.decode_rows = decode_rows, p.chunk_k = 64;
-    Array out(dtype, {B, H, L, Dv}), lse(DType::f32, {B, H, L});
+    p.block_q = cut.block_q, p.block_k = cut.block_k, p.decode_rows = cut.decode_rows, p.chunk_k = 64;
+    p.pack_kib = cut.pack_kib, p.threads = cut.threads;
+    // the tiles of block_q and block_k above, whatever they are rounded up to
+    Array classes(DType::u8, {B, H, (L + cut.block_q - 1) / cut.block_q, (K + cut.block_k - 1) / cut.block_k});
+    if (mask == 5 && cut.threads > 1) {
+      TileClassParams t;
+      t.mask = dense, t.classes = classes, t.block_q = cut.block_q, t.block_k = cut.block_k, t.threads = cut.threads;
+      kernels.classify_tiles(t);
+      p.tile_class = classes;
+    }
+    Array out(dtype, {B, H, L, Dv}, layout), lse(DType::f32, {B, H, L}), state(DType::f32, {B, H, L, 2});
     p.out = out;
-    if (score != 1) p.lse = lse;
+    if (score != 1) p.lse = lse, p.state = state;
     kernels.attention_forward(p);
     const std::string of = name();
     const auto within = [&](const char* what, const Array& got, const Result& r) {
@@ -53,9 +88,9 @@ class Attention {
     within(" out", out, out_);
     if (score != 1) within(" lse", lse, lse_);
     if (mask == 6) return;  // not differentiated
-    Array dq(dtype, {B, H, L, D}), dk(dtype, {B, Hkv, K, D}), dv(dtype, {B, Hkv, K, Dv});
+    Array dq(dtype, {B, H, L, D}, layout), dk(dtype, {B, Hkv, K, D}, layout), dv(dtype, {B, Hkv, K, Dv}, layout);
     p.out = stored_out, p.grad_out = grad;
-    if (score != 1) p.lse = stored_lse, p.grad_lse = grad_lse;
+    if (score != 1) p.lse = stored_lse, p.state = stored_state, p.grad_lse = grad_lse;
     p.grad_q = dq, p.grad_k = dk, p.grad_v = dv;
     kernels.attention_backward(p);
     within(" grad_q", dq, dq_), within(" grad_k", dk, dk_), within(" grad_v", dv, dv_);
@@ -71,63 +106,63 @@ class Attention {
       for (size_t i = 0; i < value.size(); i++) bound[i] += std::fabs(value[i]) * unit * 1.01 + least;
     }
   };
+  struct Document {
+    int64_t batch, row, row_end, key, key_end, keys, prefix;
+  };
   AttentionCase c;
-  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, stored_out, stored_lse;
+  std::vector<Document> documents;  // of each batch element, or packed
+  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, begins_q, begins_k, stored_out, stored_lse, stored_state;
   Result out_, lse_, dq_, dk_, dv_;
   double scale;
 
   std::string name() const {
     char text[160];
-    std::snprintf(text, sizeof text, "attention dtype %d score %d B %d H %d/%d L %d K %d D %d/%d mask %d", int(c.dtype),
-                  c.score, int(c.batch), int(c.heads), int(c.kv_heads), int(c.rows), int(c.keys), int(c.head_dim),
-                  int(c.value_dim), c.mask);
+    std::snprintf(text, sizeof text, "attention dtype %d score %d B %d H %d/%d L %d K %d D %d/%d mask %d layout %d",
+                  int(c.dtype), c.score, int(c.batch), int(c.heads), int(c.kv_heads), int(c.rows), int(c.keys),
+                  int(c.head_dim), int(c.value_dim), c.mask, int(c.layout));
     return text;
   }
 
-  bool attends(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    const int64_t diagonal = i + c.keys - c.rows;
-    switch (c.mask) {
-      case 1:
-        return j <= diagonal;
-      case 2:
-        return j >= diagonal - c.keys / 5 && j <= diagonal + 3;
-      case 3:
-        return j <= diagonal || j < c.keys / 3;
-      case 4:
-        return j < c.keys - c.keys / 4;
-      case 5:
-        return dense[((b * c.heads + h) * c.rows + i) * c.keys + j] != 0;
-      default:
-        return true;
-    }
+  bool causal() const { return c.mask == 1 || c.mask == 3 || c.mask > 6; }
+  // Whether row i of a document attends its key j.
+  bool attends(const Document& d, int64_t h, int64_t i, int64_t j) const {
+    const int64_t diagonal = i + (d.key_end - d.key) - (d.row_end - d.row);
+    if (j >= d.keys || (causal() && j > diagonal && j >= d.prefix)) return false;
+    if (c.mask == 2) return j >= diagonal - c.keys / 5 && j <= diagonal + 3;
+    if (c.mask == 5) return dense[((d.batch * c.heads + h) * c.rows + i) * c.keys + j] != 0;
+    return true;
   }
 
   void define() {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask] = c;
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
     const double u = 0x1p-24, half = dtype == DType::bf16 ? 0x1p-8 : 0;  // of weights and dS, where they become bf16
     // what each product of bf16 may lose in subnormals (tile.h), its factors being at most 2 Dv (inputs are at most 1,
     // so dP and delta at most Dv); in scores and dP themselves it is nothing beside their other errors
     const double flushed = dtype == DType::bf16 ? (2 + 2 * double(Dv)) * 0x1p-126 : 0;
     out_.reset(B * H * L * Dv), lse_.reset(B * H * L);
     dq_.reset(B * H * L * D), dk_.reset(B * Hkv * K * D), dv_.reset(B * Hkv * K * Dv);
-    stored_out = Array(dtype, {B, H, L, Dv}), stored_lse = Array(DType::f32, {B, H, L});
+    stored_out = Array(dtype, {B, H, L, Dv}, layout), stored_lse = Array::full(DType::f32, {B, H, L}, -INFINITY);
+    stored_state = Array::full(DType::f32, {B, H, L, 2}, -INFINITY);
+    lse_.value.assign(lse_.value.size(), -INFINITY);  // of rows that attend nothing
+    for (int64_t i = 0; i < stored_out.count(); i++) stored_out.set(i, 0);
     std::vector<double> w(K), e(K), s(K);
     const std::vector<double> qs = q.values(), ks = k.values(), vs = v.values(), gs = grad.values();
-    for (int64_t b = 0; b < B; b++)
+    for (const Document& d : documents)
       for (int64_t h = 0; h < H; h++)
-        for (int64_t i = 0; i < L; i++) {
-          const int64_t row = (b * H + h) * L + i, kv = b * Hkv + h * Hkv / H;
-          const double own = score == 1 && mask != 6 ? -std::log(double(mask == 4 ? K - K / 4 : K)) : 0;
+        for (int64_t i = 0; i < d.row_end - d.row; i++) {
+          const int64_t row = (d.batch * H + h) * L + d.row + i, key = (d.batch * Hkv + h * Hkv / H) * K + d.key;
+          const int64_t K = d.key_end - d.key;
+          const double own = score == 1 && mask != 6 ? -std::log(double(std::max<int64_t>(d.keys, 1))) : 0;
           double top = -INFINITY, sum = 0, err = 0;
           for (int64_t j = 0; j < K; j++) {
             s[j] = -INFINITY;
-            if (!attends(b, h, i, j)) continue;
+            if (!attends(d, h, i, j)) continue;
             double x = 0, size = 0;
-            for (int64_t d = 0; d < D; d++) {
-              const double t = qs[row * D + d] * ks[(kv * K + j) * D + d];
+            for (int64_t n = 0; n < D; n++) {
+              const double t = qs[row * D + n] * ks[(key + j) * D + n];
               x += t, size += std::fabs(t);
             }
-            s[j] = x * scale + own + (mask == 6 ? bias[row * K + j] : 0);
+            s[j] = x * scale + own + (mask == 6 ? bias[row * c.keys + j] : 0);
             // of the score in float32: D products summed, two roundings each in a bf16 dot; then of the exponential
             err = std::fmax(err, 2 * (D + 4) * u * size * scale + 4 * u * (std::fabs(s[j]) + std::fabs(own)));
             top = std::fmax(top, s[j]);
@@ -143,32 +178,35 @@ class Attention {
             sum += w[j];
           }
           const double z = score == 1 ? 1 : sum == 0 ? 1 : sum;
-          lse_.add(row, std::log(sum) + (score == 0 && sum ? top : 0), 2 * rw + K * u);
+          lse_.value[row] = std::log(sum) + (score == 0 && sum ? top : 0), lse_.bound[row] = 2 * rw + K * u;
           for (int64_t j = 0; j < K; j++) {
             w[j] /= z;
             // softmax's and softplus' own derivatives are relative to the row sum; sigmoid's is not
             e[j] = score == 1 ? w[j] * (1 - w[j]) : score == 0 ? w[j] : finite(j) ? sigmoid(s[j]) / z : 0;
-            for (int64_t d = 0; d < Dv && w[j]; d++) {
-              const double t = w[j] * vs[(kv * K + j) * Dv + d];
-              out_.add(row * Dv + d, t, std::fabs(t) * (rw + (K + 8) * 2 * u + half) + flushed);
+            for (int64_t n = 0; n < Dv && w[j]; n++) {
+              const double t = w[j] * vs[(key + j) * Dv + n];
+              out_.add(row * Dv + n, t, std::fabs(t) * (rw + (K + 8) * 2 * u + half) + flushed);
             }
           }
           double delta = score == 1 || !sum ? 0 : -grad_lse[row], delta_size = std::fabs(delta);
-          for (int64_t d = 0; d < Dv; d++) {
-            stored_out.set(row * Dv + d, out_.value[row * Dv + d]);
+          for (int64_t n = 0; n < Dv; n++) {
+            stored_out.set(row * Dv + n, out_.value[row * Dv + n]);
             if (score == 1) continue;
-            const double t = gs[row * Dv + d] * stored_out[row * Dv + d];
+            const double t = gs[row * Dv + n] * stored_out[row * Dv + n];
             delta += t, delta_size += std::fabs(t);
           }
           stored_lse.set(row, lse_.value[row]);
+          // any number may stand for the maximum, which scores of this size do not need; softplus takes none off
+          const double infinite = std::numeric_limits<double>::infinity();
+          stored_state.set(2 * row, score == 2 && sum ? -infinite : 0);
+          stored_state.set(2 * row + 1, sum ? lse_.value[row] : infinite);
           for (int64_t j = 0; j < K; j++) {
             if (!finite(j)) continue;
             double dp = 0, dp_size = 0;
-            for (int64_t d = 0; d < Dv; d++) {
-              const double g = gs[row * Dv + d], t = g * vs[(kv * K + j) * Dv + d];
+            for (int64_t n = 0; n < Dv; n++) {
+              const double g = gs[row * Dv + n], t = g * vs[(key + j) * Dv + n];
               dp += t, dp_size += std::fabs(t);
-              dv_.add((kv * K + j) * Dv + d, w[j] * g,
-                      std::fabs(w[j] * g) * (rw + (L * H + 8) * 2 * u + half) + flushed);
+              dv_.add((key + j) * Dv + n, w[j] * g, std::fabs(w[j] * g) * (rw + (L * H + 8) * 2 * u + half) + flushed);
             }
             const double ds = scale * e[j] * (dp - delta);
             const double ds_error =
@@ -176,10 +214,10 @@ class Attention {
             const auto share = [&](double with) {
               return std::fabs(with) * (ds_error + std::fabs(ds) * (half + (K + L * H + 8) * 2 * u)) + scale * flushed;
             };
-            for (int64_t d = 0; d < D; d++) {
-              const double kd = ks[(kv * K + j) * D + d], qd = qs[row * D + d];
-              dq_.add(row * D + d, ds * kd, share(kd));
-              dk_.add((kv * K + j) * D + d, ds * qd, share(qd));
+            for (int64_t n = 0; n < D; n++) {
+              const double kd = ks[(key + j) * D + n], qd = qs[row * D + n];
+              dq_.add(row * D + n, ds * kd, share(kd));
+              dk_.add((key + j) * D + n, ds * qd, share(qd));
             }
           }
         }

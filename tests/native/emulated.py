@@ -1,8 +1,8 @@
 """Run tests on the AVX-512 kernels without AVX-512: `python tests/native/emulated.py [pytest arguments]`.
 
 Builds the compiled module with FASTATTN_EMULATE_AVX512 (the same kernels, 64-byte vectors lowered to AVX2, the bf16
-instructions imitated in plain C++, what they flush included), runs kernel_check, puts the module in the place of the installed one, and runs the ops' tests on
-each instruction set.
+instructions imitated in plain C++, what they flush included), runs kernel_check, puts the module in the place of the
+installed one, and runs the ops' tests on each instruction set.
 """
 
 import importlib.util

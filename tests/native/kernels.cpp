@@ -13,29 +13,48 @@ static void check_attention(const KernelTable& kernels, Report& report) {
   };
   const Shape shapes[] = {
       {1, 2, 1, 70, 150, 64, 64}, {2, 2, 2, 7, 90, 40, 24}, {1, 4, 2, 1, 170, 128, 128}, {1, 1, 1, 33, 33, 129, 17}};
+  const Layout layouts[] = {Layout::contiguous, Layout::padded, Layout::heads_inside};
+  const Cut cuts[] = {{}, {.block_q = 20, .pack_kib = 8, .threads = 3}, {.block_k = 100, .pack_kib = 1}};
+  int number = 0;
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
     for (int score = 0; score < 3; score++)
       for (const Shape& s : shapes)
-        for (int mask = 0; mask < 7; mask++) {
+        for (int mask = 0; mask < 9; mask++) {
           if (mask > 1 && s.head_dim != 64 && mask != 4) continue;
-          Attention at({dtype, score, s.batch, s.heads, s.kv_heads, s.rows, s.keys, s.head_dim, s.value_dim, mask});
-          at.check(kernels, report, 48, 64, 0);
-          if (s.rows == 1) at.check(kernels, report, 48, 64, 8);
+          const Layout layout = layouts[number % 3];
+          Attention at(
+              {dtype, score, s.batch, s.heads, s.kv_heads, s.rows, s.keys, s.head_dim, s.value_dim, mask, layout});
+          Cut cut = cuts[number++ % 4 % 3];
+          at.check(kernels, report, cut);
+          cut.decode_rows = mask > 6 ? 40 : 8;  // of the packed documents some are decoded, some are not
+          if (s.rows == 1 || mask > 6) at.check(kernels, report, cut);
         }
 }
 
 static void check(const KernelTable& kernels, const KernelTable& baseline, Report& report) {
-  report.isa = kernels.name;
+  report.isa = kernels.isa;
   check_attention(kernels, report);
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    check_rows(kernels, baseline, report, dtype);
-    check_ops(kernels, baseline, report, dtype);
-  }
-  check_vocab(kernels, baseline, report);
+  const Variant variants[] = {{Layout::contiguous, 1}, {Layout::padded, 3}, {Layout::heads_inside, 2}};
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+    for (const Variant& v : variants) {
+      if (v.threads < int(dtype) + 1) continue;  // f32 every way, f16 one
+      check_rows(kernels, baseline, report, dtype, v);
+      const bool packed = v.threads == 3, twice = v.threads == 1;
+      const int64_t length = packed ? 131 : twice ? 50 : 101;
+      check_heads(kernels, baseline, report, {dtype, v, packed, twice ? 2 : 1, 4, 2, length, length, 64, 48});
+      check_heads(kernels, baseline, report, {dtype, v, false, 1, 3, 1, 2, 170, 33, 17});
+      check_sinkhorn(kernels, baseline, report, dtype, v.threads);
+      check_vocab(kernels, baseline, report, dtype, v);
+    }
+  for (const Variant& v : variants) check_classes(kernels, baseline, report, v);
+  // a few rows of one key head, whose keys are shared out to more threads than there are heads
+  check_heads(kernels, baseline, report, {DType::f32, {Layout::padded, 4}, false, 1, 2, 1, 1, 2100, 40, 24});
+  check_peak(kernels, report);
   check_subnormals(kernels, baseline, report);
 }
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a sanitizer's report ends the program
   const char* names[8];
   int count = cpu::runnable(names, 8), failed = 0;
   if (argc > 1) {

@@ -51,8 +51,8 @@ struct Subnormals {
           std::string("subnormals, ") + name + " dtype " + std::to_string(int(dtype)) + ", output " + std::to_string(n);
       int64_t subnormal = 0;
       for (int64_t i = 0; i < expected[n].count(); i++)
-        subnormal += expected[n][i] != 0 && std::fabs(expected[n][i]) < normal;
-      if (!subnormal) {
+        subnormal += std::fabs(expected[n][i]) > 4 * unit && std::fabs(expected[n][i]) < normal;
+      if (!subnormal) {  // of a size that shows when it is flushed
         report.failed++;
         std::printf("FAILED %s: %s: the baseline stores no subnormal\n", report.isa, what.c_str());
         continue;
@@ -111,13 +111,13 @@ struct Subnormals {
       });
     }
     const int64_t G = 8, L = 131;
-    Array scores = Array::random(dtype, {L, G}), gradient = random({L, G}, normal / 2),
+    Array scores = Array::random(dtype, {L, G}), gradient = Array::random(dtype, {L, G}, -8 * normal, 8 * normal),
           begins = Array::full(DType::i64, {1}, 0), counts = Array::full(DType::i64, {1}, double(L));
     for (int causal = 0; causal < 2; causal++)
       check("sinkhorn_backward", [&](const KernelTable& t, Outputs& o) {
         o = {Array(dtype, {L, G})};
         SinkhornParams p;
-        p.scores = scores, p.begins = begins, p.counts = counts, p.out = o[0], p.causal = causal, p.temperature = 4;
+        p.scores = scores, p.begins = begins, p.counts = counts, p.out = o[0], p.causal = causal, p.temperature = 0.5;
         p.grad = gradient, t.sinkhorn_backward(p);
       });
   }

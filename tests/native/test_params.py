@@ -100,7 +100,14 @@ def test_a_decode_step_that_does_not_fit_is_refused():
 
 def _attention_fields():
     q, k, v = torch.ones(1, 4, 5, 8), torch.ones(1, 2, 7, 8), torch.ones(1, 2, 7, 6)
-    return {"q": q, "k": k, "v": v, "out": torch.empty(1, 4, 5, 6), "lse": torch.empty(1, 4, 5)}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": torch.empty(1, 4, 5, 6),
+        "lse": torch.empty(1, 4, 5),
+        "state": torch.empty(1, 4, 5, 2),
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,7 @@ def _attention_fields():
         ({"v": torch.ones(1, 2, 7, 6).double()}, "v has another dtype"),
         ({"q": torch.ones(1, 4, 5, 8).double()}, "q must be float32, bfloat16 or float16"),
         ({"lse": None}, "lse is needed"),
+        ({"state": None}, "state is needed"),
         (
             {"out": torch.empty(1, 4, 6, 5).mT},
             "out must have the elements of its last dimension side by side",

@@ -301,8 +301,7 @@ def test_rows_of_a_finite_mask(isa, nan_outputs, dtype, q_len, fill):
     out = fa.attention(q, k, v, bias=bias)
     mean = v[:, :, :40].double().mean(2).expand(1, 2, 16)
     assert testing.max_error(out[:, :, 0], mean) <= 4 * torch.finfo(dtype).eps * testing.max_finite(v)
-    with pytest.raises(NotImplementedError, match="log-sum-exps up to"):
-        fa.attention(q, k, v, bias=bias, backend="cpu").sum().backward()
+    assert fa.attention(q, k, v, bias=bias, backend="cpu").sum().backward() is None
 
 
 @pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0))

@@ -124,11 +124,11 @@ def test_opcheck(score, backend):
     options = (code, 0.5, None, *mask.schema_args("attention", q, k))
     torch.library.opcheck(torch.ops.fastattn.attention.default, (q, k, v, None, *options, backend))
     detached = [t.detach() for t in (q, k, v)]
-    out, lse = torch.ops.fastattn.attention(*detached, None, *options, backend)
+    out, lse, state = torch.ops.fastattn.attention(*detached, None, *options, backend)
     grad_lse = None if score == "sigmoid" else torch.ones_like(lse)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
-        (torch.ones_like(out), grad_lse, *detached, None, out, lse, False, *options, backend),
+        (torch.ones_like(out), grad_lse, *detached, None, out, lse, state, False, *options, backend),
     )
 
 

@@ -191,6 +191,8 @@ class _Calls(torch.utils.data.Dataset):
         return testing.as_tuple(fn(*inputs))
 
 
+# Python 3.12 and later warn of forks; forking is what is tested
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_forked_worker_may_call():
     expected = [
         testing.as_tuple(fn(*inputs)) for fn, inputs in CALLS.values()

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastattn  # noqa: F401  registers the ops
 
 PROGRAM = Path(__file__).with_name("hostile.py")
 
@@ -41,3 +44,99 @@ def _complaints(seed: int, first: int, last: int) -> list[str]:
 def test_a_hostile_call_is_refused_or_served(seed):
     complaints = _complaints(seed, 0, 3000 if seed == 1 else 30000)
     assert not complaints, "\n".join(complaints)
+
+
+def _refused():
+    """(op, arguments less the backend, error, message): what a public function would refuse, past it."""
+    q, wide = torch.ones(1, 2, 4, 8), torch.ones(1, 9, 65)
+    mask = (False, -1, -1, None, None, None, 4, 4, None, None)
+    out, lse = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4)
+    h, codes, target = torch.ones(3, 8), torch.tensor([0, 1, 2, 9]), torch.tensor([0, 3, 4])
+    sinkhorn = (None, None, 0.1, 3, False)
+    yield "sinkhorn", (wide, *sinkhorn), ValueError, r"G in \[1, 63\], given G = 65"
+    yield "sinkhorn_backward", (wide, wide, *sinkhorn), ValueError, r"G in \[1, 63\], given G = 65"
+    yield (
+        "sinkhorn",
+        (wide[..., :4], None, None, 0.1, 10**9, False),
+        ValueError,
+        "iterations must be at most 10000",
+    )
+    cuts = torch.tensor([0, 7, 3])
+    yield (
+        "sinkhorn",
+        (wide[..., :4], None, cuts, 0.1, 3, False),
+        ValueError,
+        "cu_seqlens must start at 0, not decrease",
+    )
+    cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
+    packed = (wide[..., :4], lengths, cuts, 0.1, 3, False)
+    yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
+    for score in (-1, 3, 2**40):
+        message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"
+        yield "attention", (q, q, q, None, score, 1.0, None, *mask), ValueError, message
+    yield "attention", (q, q[:, :, :3], q, None, 0, 1.0, None, *mask), ValueError, "v must have k's batch"
+    lengths = torch.tensor([4])
+    yield (
+        "attention",
+        (q, q, q, None, 0, 1.0, None, *mask[:8], lengths, None),
+        TypeError,
+        "key_lengths must be int32",
+    )
+    state = lse.new_empty(*lse.shape, 2)
+    backward = (q, q, q, None, out, lse, state, False, 0, 1.0, None, *mask)
+    yield "attention_backward", (out[:, :1], None, *backward), ValueError, "grad_out must have shape"
+    wrong = (*backward[:5], lse[:, :1], *backward[6:])
+    yield "attention_backward", (out, None, *wrong), ValueError, "lse must have shape"
+    wrong = (*backward[:6], state[..., :1], *backward[7:])
+    yield "attention_backward", (out, None, *wrong), ValueError, "state must have shape"
+    yield "vq_argmax", (h, h, codes, None), ValueError, r"codes must lie in \[0, 3\), given 9 at position 3"
+    loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(2, 3), -100, "mean", 3)
+    yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
+    yield (
+        "linear_cross_entropy",
+        (h, h, None, target, None, 2, 0.0, 0.0, 4, "mean", 0),
+        ValueError,
+        "transform must be",
+    )
+    yield (
+        "linear_cross_entropy",
+        (h, h, None, codes[:3], None, 0, 0.0, 0.0, 4, "mean", 4),
+        ValueError,
+        "gradients must be",
+    )
+    yield "rms_norm_backward", (h, None, h, None, torch.ones(2), 0.0), ValueError, "rstd must have shape"
+    yield "nearest_codes", (h, h[:, :5]), ValueError, "x must have a last dim of 5"
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "error", "message"),
+    [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(_refused())],
+)
+def test_what_a_public_function_refuses_is_refused_past_it(op, arguments, error, message):
+    call = getattr(torch.ops.fastattn, op)
+    for backend in ("", "cpu", "reference"):
+        with pytest.raises(error, match=rf"^fastattn\.{op}: .*{message}"):
+            call(*arguments, backend)
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_what_has_no_contents_is_checked_alike(device):
+    """As where a graph is traced."""
+    scores, q = torch.ones(1, 9, 65, device=device), torch.ones(1, 2, 4, 8, device=device)
+    with pytest.raises(ValueError, match="given G = 65"):
+        torch.ops.fastattn.sinkhorn(scores, None, None, 0.1, 3, False, "")
+    mask = (False, -1, -1, None, None, None, 4, 4, None, None)
+    with pytest.raises(ValueError, match="score must be one of"):
+        torch.ops.fastattn.attention(q, q, q, None, 3, 1.0, None, *mask, "")
+
+
+def test_a_backend_that_is_not_there_is_named():
+    with pytest.raises(
+        NotImplementedError, match="there is no fpga backend; there are: cpu, triton, reference"
+    ):
+        torch.ops.fastattn.swiglu(torch.ones(2, 4), "fpga")
+
+
+def test_results_of_ops_without_gradients_need_none():
+    h = torch.ones(3, 8, requires_grad=True)
+    assert not torch.ops.fastattn.nearest_codes(h, h, "").requires_grad

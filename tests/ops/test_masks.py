@@ -255,3 +255,167 @@ def test_packed_offsets_past_the_tokens():
 
 def test_a_mask_prints_what_it_holds():
     assert repr(fa.Mask(causal=True, window=(3, None))) == "Mask(causal, window=(3, -1))"
+
+
+# --- queries aligned with the last key that key_lengths counts ------------------------------------------------------
+
+ALIGNED = {
+    "causal": {"causal": True},
+    "window": {"window": (5, 2)},
+    "causal window": {"causal": True, "window": (9, None)},
+    "prefix": {"prefix_lengths": True},
+}
+
+
+@given(
+    lq=st.integers(0, 9),
+    lk=st.integers(0, 9),
+    kind=st.sampled_from(sorted(ALIGNED)),
+    keys=st.lists(st.integers(0, 9), min_size=2, max_size=2),
+)
+def test_definition_of_aligned_key_lengths(lq, lk, kind, keys):
+    """As if the keys from the length on had never been given."""
+    keys = [min(n, lk) for n in keys]
+    options = dict(ALIGNED[kind])
+    prefixes = ints(*(min(4, n) for n in keys)) if options.pop("prefix_lengths", False) else None
+    mask = fa.Mask(**options, prefix_lengths=prefixes, key_lengths=ints(*keys), align="key_lengths")
+    found = dense(mask, 2, lq, lk)
+    for b, n in enumerate(keys):
+        alone = fa.Mask(**options, prefix_lengths=None if prefixes is None else prefixes[b : b + 1])
+        assert torch.equal(found[b, :, :n], dense(alone, 1, lq, n)[0])
+        assert not found[b, :, n:].any()
+
+
+LENGTHS, CAPACITY, QUERIES = (37, 60, 3), 60, 5
+
+
+def rows_of(t, packed, b, size, used):
+    """The first `used` rows of the b-th of three sequences of `size` rows."""
+    return t[:, :, b * size : b * size + used] if packed else t[b : b + 1, :, :used]
+
+
+def aligned_ops():
+    """name -> f(q, k, v, mask, sequence or None for all, backend)."""
+    generator = torch.Generator().manual_seed(1)
+    groups, key_groups = (torch.randint(1, 8, (3, n), generator=generator) for n in (QUERIES, CAPACITY))
+
+    def grouped(q, k, v, mask, b, backend):
+        mine = (groups, key_groups) if b is None else (groups[b : b + 1], key_groups[b : b + 1, : k.shape[2]])
+        of_q, of_k = (g.reshape(q.shape[0], -1) for g in mine)
+        return fa.grouped_attention(q, k, v, of_q, key_groups=of_k, window=2, mask=mask, backend=backend)
+
+    def scored(score):
+        return lambda q, k, v, mask, b, backend: fa.attention(
+            q, k, v, score=score, mask=mask, backend=backend
+        )
+
+    def reweighted(power):
+        return lambda q, k, v, mask, b, backend: fa.softplus_attention(
+            q, k, v, power=power, mask=mask, backend=backend
+        )
+
+    return {
+        **{score: scored(score) for score in ("softmax", "sigmoid", "softplus")},
+        "lssa": reweighted(None),
+        "lssar": reweighted(3),
+        "grouped": grouped,
+    }
+
+
+def check_aligned(op, backend, packed, kind):
+    """Outputs and gradients are those of each sequence without its padding, which has gradients of exactly 0."""
+    batch, parts = (1, 3) if packed else (3, 1)
+    q, k, v = testing.attention_inputs(batch, 4, 2, QUERIES * parts, CAPACITY * parts, 16)
+    options = dict(ALIGNED[kind])
+    prefixes = ints(30, 7, 2) if options.pop("prefix_lengths", False) else None
+    cuts = {"cu_seqlens_q": ints(0, 5, 10, 15), "cu_seqlens_k": ints(0, 60, 120, 180)} if packed else {}
+    mask = fa.Mask(
+        **options, **cuts, prefix_lengths=prefixes, key_lengths=ints(*LENGTHS), align="key_lengths"
+    )
+    (out,), grads = testing.differentiate(lambda *x: op(*x, mask, None, backend), (q, k, v))
+    (incoming,) = testing.output_gradients((out,))
+    for b, n in enumerate(LENGTHS):
+        alone = fa.Mask(**options, prefix_lengths=None if prefixes is None else prefixes[b : b + 1])
+        cut_q, cut_k = (packed, b, QUERIES, QUERIES), (packed, b, CAPACITY, n)
+        inputs = [rows_of(t.detach(), *cut) for t, cut in ((q, cut_q), (k, cut_k), (v, cut_k))]
+        (expected,), true = testing.differentiate(
+            lambda *x, b=b, alone=alone: op(*x, alone, b, "reference"),
+            testing.to_float64([t.requires_grad_() for t in inputs]),
+            (rows_of(incoming, *cut_q).double(),),
+        )
+        found = [
+            rows_of(t, *cut) for t, cut in ((out, cut_q), *zip(grads, (cut_q, cut_k, cut_k), strict=True))
+        ]
+        for a, t in zip(found, (expected, *true), strict=True):
+            # sums over 16 products and 60 keys, or 10 rows, of terms below 8
+            testing.assert_close_to_truth(a, t, None, terms=86, magnitude=8.0)
+        for t in grads[1:]:
+            assert not rows_of(t, packed, b, CAPACITY, CAPACITY)[:, :, n:].any()
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("kind", ALIGNED)
+@pytest.mark.parametrize("name", aligned_ops())
+def test_aligned_key_lengths(isa, nan_outputs, name, kind, packed):
+    if name == "grouped" and kind == "prefix":
+        pytest.skip("it refuses a prefix")
+    for backend in ("cpu", "reference"):
+        check_aligned(aligned_ops()[name], backend, packed, kind)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_aligned_key_lengths_of_one_query(isa, backend):
+    """Decoding's kernel: a window counts back from the last key of the row."""
+    q, k, v = testing.attention_inputs(2, 4, 2, 1, 90, 16, requires_grad=False)
+    mask = fa.Mask(causal=True, window=(6, None), key_lengths=ints(90, 40), align="key_lengths")
+    out = fa.attention(q, k, v, mask=mask, backend=backend)
+    for b, n in enumerate((90, 40)):
+        seen = slice(n - 7, n)
+        alone = fa.attention(q[b : b + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen], backend="reference")
+        testing.assert_close_to_truth(out[b : b + 1], alone, None, terms=7, magnitude=1.0)
+
+
+def test_gated_attention_of_aligned_key_lengths(isa, nan_outputs):
+    """As many queries as keys: the first queries of a shorter row have no key."""
+    a = testing.random_tensor(2, 30, 3).abs().requires_grad_()
+    inputs = (*testing.attention_inputs(2, 2, 1, 30, 30, 8), a)
+    mask = fa.Mask(key_lengths=ints(30, 19), align="key_lengths")
+
+    def op(backend):
+        return lambda *x: fa.gated_attention(*x, window=4, sharpness=2.0, mask=mask, backend=backend)
+
+    testing.check_op(op("cpu"), op("reference"), inputs, terms=120)
+    out = op("cpu")(*inputs)
+    assert not out[1, :, :11].any() and out[1, :, 11:].any()
+
+
+def test_errors_of_align():
+    with pytest.raises(ValueError, match="align must be one of 'keys', 'key_lengths', given 'last'"):
+        fa.Mask(align="last")
+    with pytest.raises(ValueError, match='align="key_lengths" needs key_lengths'):
+        fa.Mask(causal=True, align="key_lengths")
+    mask = fa.Mask(causal=True, key_lengths=ints(3), align="key_lengths")
+    assert repr(mask) == "Mask(causal, key_lengths: (1,), align='key_lengths')"
+    assert mask.key_lengths.tolist() == [3]
+
+
+def test_aligned_lengths_that_only_a_compiled_call_knows_are_checked():
+    q, k, v = testing.attention_inputs(1, 2, 2, 5, 7, requires_grad=False)
+    for length in (8, -1):
+        mask = fa.Mask(causal=True, key_lengths=ints(6), align="key_lengths")
+        mask.key_lengths = torch.tensor([length], dtype=torch.int32)
+        options = mask.schema_args("attention", q, k)
+        with pytest.raises(ValueError, match=r"key_lengths must lie in \[0, 7\]"):
+            torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
+
+
+def test_aligned_key_lengths_compile():
+    q, k, v = testing.attention_inputs(2, 2, 2, 5, 12, requires_grad=False)
+
+    def call(q, k, v, lengths):
+        mask = fa.Mask(causal=True, key_lengths=lengths, align="key_lengths")
+        return fa.attention(q, k, v, mask=mask)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for lengths in (ints(12, 5), ints(7, 0)):
+        assert torch.equal(compiled(q, k, v, lengths), call(q, k, v, lengths))

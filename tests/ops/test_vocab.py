@@ -135,16 +135,16 @@ def calls(dtype):
     h, weight, bias, temperature = t["h"], t["weight"], t["bias"], t["temperature"]
     target, codes, codebook = t["target"], t["codes"], t["codebook"]
     options = (1, 2.0, 0.1, -100)
-    one, row = torch.ones((), dtype=dtype), torch.ones(N, dtype=dtype)
+    one, row, statistics = (torch.ones(shape, dtype=dtype) for shape in ((), (N,), (2, N)))
     linear = (h, weight, bias, target, temperature)
     yield ops.linear_cross_entropy, (*linear, *options, "mean", 15, "")
     yield ops.linear_cross_entropy, (*linear, *options, "none", 0, "")
     yield ops.linear_cross_entropy, (h, weight, None, target, None, 0, 0.0, 0.0, -100, "sum", 0, "")
     detached = tuple(x.detach() for x in linear)
-    yield ops.linear_cross_entropy_backward, (one, *detached, row, *options, "mean", 15, "")
+    yield ops.linear_cross_entropy_backward, (one, *detached, statistics, *options, "mean", 15, "")
     logits = (h @ weight.T).detach()
     yield ops.stablemax_cross_entropy, (logits.clone().requires_grad_(), target, -100, "")
-    yield ops.stablemax_cross_entropy_backward, (row, logits, target, row, -100, "")
+    yield ops.stablemax_cross_entropy_backward, (row, logits, target, statistics, -100, "")
     yield ops.vq_logits, (h, codebook, codes, bias, "")
     quantised = (h.detach(), codebook.detach(), codes, bias.detach())
     yield ops.vq_logits_backward, (torch.ones(N, V, dtype=dtype), *quantised, 7, "")
@@ -153,7 +153,7 @@ def calls(dtype):
     yield ops.vq_cross_entropy, (h, codebook, codes, bias, shadow, target, -100, "none", 0, "")
     yield (
         ops.vq_cross_entropy_backward,
-        (one, *quantised, shadow.detach(), target, row, -100, "mean", 15, ""),
+        (one, *quantised, shadow.detach(), target, statistics, -100, "mean", 15, ""),
     )
     yield ops.vq_argmax, (*quantised, "")
     yield ops.vq_sample, (*quantised, torch.rand(N, 2, dtype=torch.float64), 0.7, "")
@@ -207,6 +207,21 @@ def test_no_rows_left(reduction, rows):
             loss.sum(), [t[k] for k in ("h", "weight", "codebook", "bias")], allow_unused=True
         ):
             assert g is None or not g.any()
+
+
+def test_a_loss_scale_is_not_rounded_to_16_bits():
+    """The gradient that comes in multiplies those found in the forward pass as float32."""
+    t = head(torch.bfloat16, requires_grad=True)
+    for loss, leaves in (
+        (fa.linear_cross_entropy(t["h"], t["weight"], t["target"]), ("h", "weight")),
+        (fa.vq_cross_entropy(t["h"], t["codebook"], t["codes"], t["target"]), ("h", "codebook")),
+    ):
+        leaves = [t[name] for name in leaves]
+        for scale in (torch.tensor(1.7), torch.tensor(65537.0)):
+            plain = torch.autograd.grad(loss, leaves, torch.tensor(1.0), retain_graph=True)
+            scaled = torch.autograd.grad(loss, leaves, scale, retain_graph=True)
+            for a, b in zip(plain, scaled, strict=True):
+                assert torch.equal(b, (a.float() * scale).to(a.dtype))
 
 
 def test_ignored_rows_may_hold_anything():

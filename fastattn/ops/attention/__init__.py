@@ -29,7 +29,8 @@ def attention(
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
         (the fast backends copy only what has a strided last dim).
-    score: "softmax", "sigmoid" or "softplus".
+    score: "softmax", "sigmoid" or "softplus". Of softplus, log(1 + e^s), a row whose scores are all far below 0 has the weights that
+        they tend to, softmax's, which no underflow makes 0.
     scale: default 1/sqrt(D).
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given).
@@ -50,14 +51,14 @@ def attention(
         )
     mask = check_mask(op, mask)
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
-    out, lse = call(
+    out, lse, _ = call(
         "attention",
         q,
         k,
         v,
         tensor_bias,
         row.code,
-        default_scale(q.shape[-1]) if scale is None else _number(op, "scale", scale),
+        default_scale(q.shape[-1]) if scale is None else _checks.as_number(op, "scale", scale),
         bias_value,
         *mask.schema_args(op, q, k),
         requested(op, backend),
@@ -82,12 +83,6 @@ def sigmoid_attention(
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
 
 
-def _number(op: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"fastattn.{op}: {name} must be a number, given {_checks.describe(value)}")
-    return float(value)
-
-
 def _bias(
     op: str, bias: float | torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, default: float | None
 ) -> tuple[torch.Tensor | None, float | None]:
@@ -95,6 +90,6 @@ def _bias(
     if bias is None:
         return None, default
     if not isinstance(bias, torch.Tensor):
-        return None, _number(op, "bias", bias)
+        return None, _checks.as_number(op, "bias", bias)
     _checks.check_floating(op, q=q, bias=bias)
     return check_broadcast(op, "bias", bias, q, k), 0.0

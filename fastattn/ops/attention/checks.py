@@ -56,15 +56,18 @@ def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tu
 
 
 def check_scale(op: str, scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    number = _checks.as_number(op, "scale", scale, kind="a finite number")
+    if not -math.inf < number < math.inf:  # math.isfinite takes no symbol
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
 
 
 def _check(op: str, q, k, v, bias, score, scale, bias_value, *mask) -> None:
     check_qkv(op, q, k, v)
-    BY_CODE[score]
+    if score not in BY_CODE:
+        raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
     if bias is not None:
         _checks.check_floating(op, q=q, bias=bias)
+        _checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)
     masks.check_args(op, q, k, *mask)
 
@@ -73,11 +76,16 @@ def check_attention(q, k, v, bias, *options) -> None:
     _check("attention", q, k, v, bias, *options)
 
 
-def check_attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, *options) -> None:
+def check_attention_backward(
+    grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options
+) -> None:
     op = "attention_backward"
     _check(op, q, k, v, bias, score, *options)
-    statistics = tuple(q.shape[:3]) if BY_CODE[score].normalised else (0,)
-    check_results(op, grad_out, q, v, out, lse, "lse", statistics)
+    rows = tuple(q.shape[:3])
+    shape, state_shape = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
+    check_results(op, grad_out, q, v, out, lse, "lse", shape)
+    dtype = _checks.statistics_dtype(q)
+    _checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         _checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
     if bias_grad and bias is None:

@@ -11,7 +11,6 @@ from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 _LARGEST_HEAD_DIM = 256
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
-_LARGEST_LSE = 1e6  # float32 has 4 bits after the point there
 
 
 def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -50,25 +49,16 @@ def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **struc
 
 def refusal(name: str, *args) -> str | None:
     """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    if name == "attention_backward":
-        bias, _, lse, bias_grad, score = args[5:10]
-        if bias_grad:
-            return "it does not differentiate a tensor bias"
-        # rows of -1e9 and the like for every key: what tells their weights apart is not in a float32 log-sum-exp
-        if bias is not None and BY_CODE[score].name == "softmax" and _beyond(lse):
-            return f"it finds weights from log-sum-exps up to {_LARGEST_LSE:.0f}, of finite biases too"
-    bias_value = args[6] if name == "attention" else args[11]
+    if name == "attention_backward" and args[9]:
+        return "it does not differentiate a tensor bias"
+    bias_value = args[6] if name == "attention" else args[12]
     if bias_value is not None and not math.isfinite(bias_value):
         return f"it serves finite numbers as bias, not {bias_value}"
     return unserved(*(args[:3] if name == "attention" else args[2:5]))
 
 
-def _beyond(lse: torch.Tensor) -> bool:
-    return bool((lse.isfinite() & (lse.abs() > _LARGEST_LSE)).any())
-
-
 def configure(name: str, *args) -> _config.Choice:
-    q, k, v, _, score = (args[0:5]) if name == "attention" else (*args[2:6], args[9])
+    q, k, v, _, score = (args[0:5]) if name == "attention" else (*args[2:6], args[10])
     return lookup(name, q, k, v, score=BY_CODE[score].name)
 
 
@@ -177,17 +167,20 @@ def _call(
 def attention(q, k, v, bias, score, scale, bias_value, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
+    state = q.new_empty((*q.shape[:3], 2) if BY_CODE[score].normalised else (0,), dtype=torch.float32)
     if out.numel():
         config = lookup("attention", q, k, v, score=BY_CODE[score].name)
-        statistics = lse if lse.numel() else None
         options = (bias, score, scale, bias_value, *mask)
-        _call("attention_forward", config, q, k, v, *options, out=out, lse=statistics)
-    return out, lse
+        statistics = {name: t if t.numel() else None for name, t in (("lse", lse), ("state", state))}
+        _call("attention_forward", config, q, k, v, *options, out=out, **statistics)
+    return out, lse, state
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, score, *options):
+def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     normalised = BY_CODE[score].normalised
+    # what the forward decoded has products of other roundings than tiles have
+    decoded = lookup("attention", q, k, v, score=BY_CODE[score].name).values["decode_rows"]
     _call(
         "attention_backward",
         lookup("attention_backward", q, k, v, score=BY_CODE[score].name),
@@ -199,6 +192,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, s
         *options,
         out=_native.rows(out),
         lse=lse if normalised else None,
+        state=state.contiguous() if normalised else None,
+        decode_rows=decoded,
         grad_out=_native.rows(grad_out),
         grad_lse=grad_lse if normalised else None,
         grad_q=grads[0],

@@ -6,6 +6,10 @@ from ... import masks
 from ..._arithmetic import rounded_once
 from ...scores import BY_CODE
 
+LIMIT_SCORE = (
+    -64.0
+)  # below it e^s is log(1 + e^s) to a factor of 1 - e^-64 / 2, closer than float64's roundings
+
 
 @rounded_once
 def attention(
@@ -26,8 +30,11 @@ def attention(
     max_seqlen_k: int,
     key_lengths: torch.Tensor | None,
     dense: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser, state).
+
+    Its backward computes the weights anew: state is that of the schema, with maxima of scores.
+    """
     row = BY_CODE[score]
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
@@ -54,23 +61,31 @@ def attention(
         key_lengths,
         dense,
     )
-    if row.name == "softmax":
-        s = s.masked_fill(~allowed, -torch.inf)
-        wide = s if s.dtype == torch.float64 else s.float()
-        top = wide.detach().amax(-1, keepdim=True) if lk else wide.new_zeros(*wide.shape[:-1], 1)
-        weight = torch.exp(wide - top.masked_fill(top == -torch.inf, 0.0))
-        lse_shift = top
-    else:
-        weight = row.weight(s).masked_fill(~allowed, 0.0)
-        if not row.normalised:
-            return weight @ v, q.new_empty(0, dtype=_statistics(q.dtype))
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        lse_shift = 0.0
+    if not row.normalised:
+        nothing = q.new_empty(0, dtype=_statistics(q.dtype))
+        return row.weight(s).masked_fill(~allowed, 0.0) @ v, nothing, nothing.clone()
+    wide = (s if s.dtype == torch.float64 else s.float()).masked_fill(~allowed, -torch.inf)
+    top = wide.detach().amax(-1, keepdim=True) if lk else wide.new_zeros(*wide.shape[:-1], 1)
+    if not row.shifted:
+        # of weights that may all underflow, the exponentials they tend to
+        top = top.masked_fill(top >= LIMIT_SCORE, -torch.inf)
+    shifted = top > -torch.inf
+    weight = torch.exp((wide - top).masked_fill(~shifted, -torch.inf))
+    if not row.shifted:
+        plain = row.weight(s).masked_fill(~allowed, 0.0).to(wide.dtype)
+        weight = torch.where(shifted, weight, plain)
     total = weight.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    lse = (total.log() + lse_shift).masked_fill(nothing, -torch.inf).squeeze(-1)
-    return (weight / total).to(v.dtype) @ v, lse.to(_statistics(q.dtype))
+    lse = (total.log() + top.masked_fill(~shifted, 0.0)).masked_fill(nothing, -torch.inf).squeeze(-1)
+    out = (weight / total).to(v.dtype) @ v
+    return out, lse.to(_statistics(q.dtype)), row_state(top, total, nothing).to(_statistics(q.dtype))
+
+
+def row_state(top: torch.Tensor, total: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+    """(..., 2): row maxima and logarithms of sums relative to them, (0, inf) for a row with nothing to attend to."""
+    log_sum = total.detach().log().masked_fill(nothing, torch.inf)
+    return torch.cat([top.masked_fill(nothing, 0.0), log_sum], -1)
 
 
 def expand_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

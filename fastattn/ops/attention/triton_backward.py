@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from ... import _triton
-from ..._triton import LOG2E, dot, load_tile, offset, store_tile
+from ..._triton import LOG2E, dot, offset, store_tile
+from ..._triton_scores import softmax_derivative, softmax_weight
 from .triton_classes import tile_classes
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
-    add_bias,
     allowed_pairs,
-    attend,
+    exponent_of,
     key_tile,
     key_tiles,
     load_statistics,
@@ -26,13 +26,12 @@ from .triton_tiles import (
     row_pointers,
     score_shift,
     store_two,
+    tile_scores,
     two_products,
     whole_tiles,
 )
 
 _LOG2E = tl.constexpr(LOG2E)
-_LN2 = tl.constexpr(1 / LOG2E)
-_LARGEST_LSE = tl.constexpr(1e6)  # float32 has 4 bits after the point there
 
 
 @triton.jit
@@ -56,70 +55,20 @@ def _attention_delta_kernel(
     tl.store(delta + rows, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
-def _attention_base_kernel(
-    q, k, v, bias, dense, classes, lse, base, rest,
-    prefix_lengths, offsets_q, offsets_k, key_lengths,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
-    bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
-    heads, tiles, length_q, length_k, window_left, window_right, scale2, bias2,
-    WEIGHT: tl.constexpr, LOG_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Each row's lse as two numbers: base, the row maximum in base 2, and rest, the log-sum-exp of what is left.
-
-    A row of -1e9 and the like for every key has a log-sum-exp without the bits that tell its weights apart; the forward's
-    running state has them. Base is 0 and rest is lse in other rows, which are not read again.
-    """
-    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
-    )  # fmt: skip
-    first = tile * BLOCK_M
-    if first >= lq:
-        return
-    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
-    statistics = offset(entry * heads + head, length_q) + start_q + rows
-    row_lse = tl.load(lse + statistics, mask=rows < lq, other=0.0)
-    far = (tl.abs(row_lse) > _LARGEST_LSE) & (tl.abs(row_lse) != float("inf"))
-    if tl.max(far.to(tl.int32), 0) > 0:
-        q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-        k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
-        bias_rows = row_pointers(bias, entry, bias_b, head, bias_h, start_q + rows, bias_q, start_k, bias_k)
-        dense_rows = row_pointers(
-            dense, entry, dense_b, head, dense_h, start_q + rows, dense_q, start_k, dense_k
-        )
-        class_row = row_pointers(classes, entry, classes_b, head, classes_h, tile, classes_q, tile * 0, 0)
-        q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        _, top, total = attend(
-            q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end,
-            edges, extent[3], scale2, score_shift(bias2, extent[3], LOG_N),
-            WEIGHT, True, True, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-        inside = far & (rows < lq)
-        tl.store(base + statistics, top, mask=inside)
-        tl.store(rest + statistics, tl.log2(total) * _LN2, mask=inside)
-
-
-@triton.jit
-def _less_base(s, base):
-    """Scores (base 2) less their rows' base; where one is (not 0) it is their maximum, whatever this product's rounding says."""
-    return tl.where((base != 0.0) & (s > base), 0.0, s - base)
-
-
 @triton.jit
 def score_gradient(
-    s, dp, lse, delta, allowed,
+    s, dp, top, log_sum, delta, allowed, scale2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(weights P, dS) of scores in base 2; lse in base e and delta broadcast along the rows' dim."""
+    """(weights P, dS) of scores as `tile_scores` gives them; top, log_sum and delta broadcast along the rows' dim."""
     if SHIFTED:
-        s = s - tl.where(lse == float("-inf"), 0.0, lse * _LOG2E)
+        # products may be rounded another way than the forward's, and of 1e9 the last bit is 64
+        s = tl.minimum(s - top, 0.0, propagate_nan=tl.PropagateNan.ALL) * scale2 - log_sum * _LOG2E
     weight = WEIGHT(s)
     slope = DERIVATIVE(s, weight)
     if NORMALISED and not SHIFTED:
-        inverse = tl.where(lse == float("-inf"), 0.0, tl.exp2(-lse * _LOG2E))
+        inverse = tl.where(log_sum == float("-inf"), 0.0, tl.exp2(-log_sum * _LOG2E))
         weight = weight * inverse
         slope = slope * inverse
     if MASKED:
@@ -131,9 +80,33 @@ def score_gradient(
 
 
 @triton.jit
+def _weights_and_gradients(
+    products, dp, top, log_sum, delta, allowed, bias_rows, bias_stride, columns, end, count, size, scale2, shift2,
+    WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """(weights P, dS) of products q.k."""
+    s = tile_scores(products, bias_rows, bias_stride, columns, end, count, size, scale2, shift2, SHIFTED)
+    weight, ds = score_gradient(
+        s, dp, top, log_sum, delta, allowed, scale2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
+    )
+    if NORMALISED and not SHIFTED:
+        limited = top > float("-inf")  # rows of `or_limit`
+        if tl.max(tl.max(limited.to(tl.int32), 1), 0) > 0:
+            s = tile_scores(products, bias_rows, bias_stride, columns, end, count, size, scale2, shift2, True)
+            limit_weight, limit_ds = score_gradient(
+                s, dp, tl.where(limited, top, 0.0), log_sum, delta, allowed, exponent_of(bias_rows, scale2),
+                softmax_weight, softmax_derivative, True, True, MASKED,
+            )  # fmt: skip
+            weight = tl.where(limited, limit_weight, weight)
+            ds = tl.where(limited, limit_ds, ds)
+    return weight, ds
+
+
+@triton.jit
 def _query_tile_gradient(
-    dq, q_tile, g_tile, lse, base, delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, ds_rows,
-    begin, end, tile, count, scale2, shift2,
+    dq, q_tile, g_tile, top, log_sum, delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, ds_rows,
+    begin, end, tile, count, size, scale2, shift2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,16 +117,14 @@ def _query_tile_gradient(
     k_tile, v_tile = load_two(
         k_base, k_l, v_base, v_l, first, count, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED
     )
-    s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)  # (M, N)
-    s = add_bias(s * scale2 + shift2, bias_rows, bias_k, keys, end, count)
-    if base is not None:
-        s = _less_base(s, base[:, None])
+    products, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)  # (M, N)
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
-    _, ds = score_gradient(
-        s, dp, lse[:, None], delta[:, None], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
-    )
+    _, ds = _weights_and_gradients(
+        products, dp, top[:, None], log_sum[:, None], delta[:, None], allowed, bias_rows, bias_k, keys, end, count,
+        size, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED,
+    )  # fmt: skip
     if ds_rows is not None:
         inside = (end > 0)[:, None] & (keys < count)[None, :]
         tl.store(ds_rows[:, None] + keys[None, :], ds, mask=inside)
@@ -162,11 +133,11 @@ def _query_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, g, lse, base, delta, dq, ds,
+    q, k, v, bias, dense, classes, g, state, delta, dq, ds,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
-    heads, tiles, length_q, length_k, window_left, window_right, scale, scale2, bias2,
+    heads, tiles, length_q, length_k, window_left, window_right, scale, size, scale2, bias2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     LOG_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -192,13 +163,11 @@ def _attention_backward_q_kernel(
     q_tile, g_tile = load_two(
         q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
     )
-    row_lse = tl.zeros([BLOCK_M], tl.float32)
-    row_delta = row_lse
+    row_top = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = row_top
+    row_delta = row_top
     if NORMALISED:
-        row_lse, row_delta = load_statistics(lse, delta, statistics, rows < lq)
-    row_base = None
-    if base is not None:
-        row_base = tl.load(base + statistics, mask=rows < lq, other=0.0)
+        row_top, row_sum, row_delta = load_statistics(state, delta, statistics, rows < lq)
     shift2 = score_shift(bias2, extent[3], LOG_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tile_begin, tile_end = key_tiles(edges, BLOCK_N)
@@ -208,8 +177,8 @@ def _attention_backward_q_kernel(
         full, full_end = whole_tiles(edges, tile_begin, tile_end, BLOCK_N)
         for at in range(full, full_end):
             acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                acc, q_tile, g_tile, row_top, row_sum, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                dense_k, ds_rows, begin, end, at, extent[3], size, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
@@ -217,8 +186,8 @@ def _attention_backward_q_kernel(
         for step in range(0, left + (tile_end - full_end)):
             at = tl.where(step < left, tile_begin + step, full_end + step - left)
             acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                acc, q_tile, g_tile, row_top, row_sum, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                dense_k, ds_rows, begin, end, at, extent[3], size, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                 HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
             )  # fmt: skip
     else:
@@ -226,8 +195,8 @@ def _attention_backward_q_kernel(
         while here < tile_end:
             for at in range(here, past):
                 acc = _query_tile_gradient(
-                    acc, q_tile, g_tile, row_lse, row_base, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
-                    dense_k, ds_rows, begin, end, at, extent[3], scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
+                    acc, q_tile, g_tile, row_top, row_sum, row_delta, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows,
+                    dense_k, ds_rows, begin, end, at, extent[3], size, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED,
                     HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
             here, past = next_attended(class_row, 1, past, tile_end)
@@ -237,8 +206,8 @@ def _attention_backward_q_kernel(
 
 @triton.jit
 def _key_tile_gradient(
-    dk, dv, k_tile, v_tile, q_base, g_base, q_l, g_l, lse, base, delta, bias_keys, bias_q, dense_keys, dense_q,
-    begin, end, tile, lq, scale2, shift2,
+    dk, dv, k_tile, v_tile, q_base, g_base, q_l, g_l, state, delta, bias_keys, bias_q, dense_keys, dense_q,
+    begin, end, tile, lq, size, scale2, shift2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -249,21 +218,19 @@ def _key_tile_gradient(
     q_tile, g_tile = load_two(
         q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, MASKED
     )
-    row_lse = tl.zeros([BLOCK_M], tl.float32)
-    row_delta = row_lse
+    row_top = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = row_top
+    row_delta = row_top
     if NORMALISED:
-        row_lse, row_delta = load_statistics(lse, delta, rows, rows < lq)
-    s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
-    s = add_bias(s * scale2 + shift2, bias_keys, bias_q, rows, end, lq)
-    if base is not None:
-        row_base = tl.load(base + rows, mask=rows < lq, other=0.0)
-        s = _less_base(s, row_base[None, :])
+        row_top, row_sum, row_delta = load_statistics(state, delta, rows, rows < lq)
+    products, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
     allowed = None
     if MASKED:
         allowed = allowed_pairs(rows, begin, end, dense_keys, dense_q)
-    weight, ds = score_gradient(
-        s, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED
-    )
+    weight, ds = _weights_and_gradients(
+        products, dp, row_top[None, :], row_sum[None, :], row_delta[None, :], allowed, bias_keys, bias_q, rows, end,
+        lq, size, scale2, shift2, WEIGHT, DERIVATIVE, SHIFTED, NORMALISED, MASKED,
+    )  # fmt: skip
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, PRECISION)
     dk = dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
     return dk, dv
@@ -271,11 +238,11 @@ def _key_tile_gradient(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, g, lse, base, delta, dk, dv,
+    q, k, v, bias, dense, classes, g, state, delta, dk, dv,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k, classes_b, classes_h, classes_q,
-    kv_heads, tiles, length_q, length_k, window_left, window_right, scale, scale2, bias2,
+    kv_heads, tiles, length_q, length_k, window_left, window_right, scale, size, scale2, bias2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr,
     LOG_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -318,9 +285,9 @@ def _attention_backward_kv_kernel(
         head = kv_head * GROUP + member
         q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
-        head_base = base
-        if base is not None:
-            head_base = base + statistics
+        head_state = state
+        if NORMALISED:
+            head_state = state + 2 * statistics
         bias_keys = row_pointers(bias, entry, bias_b, head, bias_h, start_q, bias_q, start_k + keys, bias_k)
         dense_keys = row_pointers(
             dense, entry, dense_b, head, dense_h, start_q, dense_q, start_k + keys, dense_k
@@ -329,16 +296,16 @@ def _attention_backward_kv_kernel(
         if dense is None:
             for at in range(full, full_end):
                 dk_acc, dv_acc = _key_tile_gradient(
-                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
-                    bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
+                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, head_state, delta + statistics,
+                    bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, size, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, False, PRECISION,
                 )  # fmt: skip
         if class_column is None:
             for step in range(0, left + (tile_end - full_end)):
                 at = tl.where(step < left, tile_begin + step, full_end + step - left)
                 dk_acc, dv_acc = _key_tile_gradient(
-                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
-                    bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
+                    dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, head_state, delta + statistics,
+                    bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, size, scale2, shift2, WEIGHT, DERIVATIVE,
                     SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
         else:
@@ -346,8 +313,8 @@ def _attention_backward_kv_kernel(
             while here < tile_end:
                 for at in range(here, past):
                     dk_acc, dv_acc = _key_tile_gradient(
-                        dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, lse + statistics, head_base, delta + statistics,
-                        bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, scale2, shift2, WEIGHT, DERIVATIVE,
+                        dk_acc, dv_acc, k_tile, v_tile, q_base, g_base, q_l, g_l, head_state, delta + statistics,
+                        bias_keys, bias_q, dense_keys, dense_q, begin, end, at, lq, size, scale2, shift2, WEIGHT, DERIVATIVE,
                         SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True, PRECISION,
                     )  # fmt: skip
                 here, past = next_attended(class_column, classes_q, past, tile_end)
@@ -357,30 +324,30 @@ def _attention_backward_kv_kernel(
     )  # fmt: skip
 
 
-def row_products(p: Problem, grad_out, out, lse, grad_lse=None) -> torch.Tensor:
+def row_products(p: Problem, grad_out, out, grad_lse=None) -> torch.Tensor:
     """delta (B, H, Lq) float32: dO_i.O_i - dlse_i."""
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    delta = out.new_empty(out.shape[:3], dtype=torch.float32)
     values = p.values() | {
         "g": grad_out,
         "out": _triton.last_dim_contiguous(out),
         "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
         "delta": delta,
-        "count": lse.numel(),
+        "count": delta.numel(),
         "ROWS": 16,
     }
-    _triton.start(_attention_delta_kernel, (triton.cdiv(lse.numel(), 16),), values, num_warps=4)
+    _triton.start(_attention_delta_kernel, (triton.cdiv(delta.numel(), 16),), values, num_warps=4)
     return delta
 
 
-def refusal(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *options) -> str | None:
+def refusal(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, *options) -> str | None:
     return forward_refusal(q, k, v, bias, *options) or _triton.refusal(grad_out)
 
 
-def configure(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *options):
+def configure(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, *options):
     return Problem(q, k, v, bias, *options).choose("attention_backward")
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *options):
+def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, *options):
     p = Problem(q, k, v, bias, *options)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     scores = (p.batch, p.heads, p.length_q, p.length_k)
@@ -392,15 +359,9 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, bias_grad, *
     grad_out = _triton.last_dim_contiguous(grad_out)
     over_queries = turned(config)
     query_classes = tile_classes(p, over_queries["block_m"], over_queries["block_n"])
-    more = {"g": grad_out, "lse": lse, "base": None, "delta": lse}
+    more = {"g": grad_out, "state": state.contiguous(), "delta": state}
     if p.score.normalised:
-        more["delta"] = row_products(p, grad_out, out, lse, grad_lse)
-    if p.score.shifted and bias is not None:
-        more["base"], more["lse"] = torch.zeros_like(lse), lse.clone()
-        p.launch(
-            _attention_base_kernel, over_queries, over="queries", classes=query_classes,
-            lse=lse, base=more["base"], rest=more["lse"],
-        )  # fmt: skip
+        more["delta"] = row_products(p, grad_out, out, grad_lse)
     classes = tile_classes(p, config["block_m"], config["block_n"])
     p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, dk=dk, dv=dv, **more)
     p.launch(

@@ -6,7 +6,19 @@ import triton.language as tl
 
 from ... import _triton
 from ..._triton import offset
-from .triton_tiles import attend, finish, key_interval, place, place_two, row_pointers, score_shift, sequence
+from .triton_tiles import (
+    attend,
+    exponent_of,
+    finish,
+    key_interval,
+    or_limit,
+    place,
+    place_two,
+    row_pointers,
+    score_shift,
+    sequence,
+    store_state,
+)
 
 _MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
 
@@ -17,7 +29,7 @@ def _attention_decode_kernel(
     prefix_lengths, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     bias_b, bias_h, bias_q, bias_k, dense_b, dense_h, dense_q, dense_k,
-    kv_heads, splits, span, length_q, length_k, window_left, window_right, scale2, bias2,
+    kv_heads, splits, span, length_q, length_k, window_left, window_right, size, scale2, bias2,
     WEIGHT: tl.constexpr, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr, LOG_N: tl.constexpr,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -56,8 +68,13 @@ def _attention_decode_kernel(
     dense_rows = row_pointers(dense, batch, dense_b, head, dense_h, row, dense_q, lq * 0, 0)
     acc, top, total = attend(
         q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, None, begin, end,
-        edges, key_length, scale2, shift2,
+        edges, key_length, size, scale2, shift2,
         WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+    acc, top, total = or_limit(
+        acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, None, begin, end,
+        edges, key_length, size, scale2, shift2,
+        NORMALISED, SHIFTED, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 
     # parts (splits, B * Hkv, GROUP * Lq, Dv), tops and totals without the last
@@ -68,13 +85,12 @@ def _attention_decode_kernel(
     tl.store(parts + offset(part_rows, V_DIM)[:, None] + columns_v[None, :], acc, mask=keep)
     if NORMALISED:
         tl.store(totals + part_rows, total, mask=inside)
-    if SHIFTED:
         tl.store(tops + part_rows, top, mask=inside)
 
 
 @triton.jit
 def _attention_merge_kernel(
-    parts, tops, totals, out, lse, splits, count,
+    parts, tops, totals, bias, out, lse, state, splits, count, scale2, bias2,
     SHIFTED: tl.constexpr, NORMALISED: tl.constexpr, V_DIM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -85,27 +101,37 @@ def _attention_merge_kernel(
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    exponent = exponent_of(bias, scale2)
+    plain = tl.zeros([ROWS], tl.int32)  # whether weights of a part had no maximum taken off
     for split in range(0, splits):
         at = offset(rows * 0 + split, count) + rows
         part = tl.load(parts + offset(at, V_DIM)[:, None] + columns[None, :], mask=keep, other=0.0)
         factor = tl.full([ROWS], 1.0, tl.float32)
-        if SHIFTED:
+        if NORMALISED:
             part_top = tl.load(tops + at, mask=inside, other=float("-inf"))
+            part_total = tl.load(totals + at, mask=inside, other=0.0)
+            if not SHIFTED:
+                # as if the score of weight 1 had been taken off
+                without = (part_top == float("-inf")) & (part_total != 0.0)
+                plain = tl.where(without, 1, plain)
+                part_top = tl.where(without, -bias2 / exponent, part_top)
+                part_top = tl.where(part_total == 0.0, float("-inf"), part_top)
             new_top = tl.maximum(top, part_top)
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            rescale = tl.exp2(top - finite)
-            factor = tl.exp2(part_top - finite)
+            rescale = tl.exp2((top - finite) * exponent)
+            factor = tl.exp2((part_top - finite) * exponent)
             acc = acc * rescale[:, None]
-            total = total * rescale
+            total = total * rescale + part_total * factor
             top = new_top
         acc += part * factor[:, None]
-        if NORMALISED:
-            total += tl.load(totals + at, mask=inside, other=0.0) * factor
-    acc, row_lse = finish(acc, top, total, SHIFTED, NORMALISED)
+    if not SHIFTED:
+        top = tl.where(plain != 0, float("-inf"), top)
+    acc, row_lse, top, log_sum = finish(acc, top, total, exponent, bias2, NORMALISED)
     at = out + offset(rows, V_DIM)[:, None] + columns[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=keep)
     if NORMALISED:
         tl.store(lse + rows, row_lse, mask=inside)
+        store_state(state, rows, top, log_sum, inside)
 
 
 def fits(problem) -> bool:
@@ -114,11 +140,11 @@ def fits(problem) -> bool:
     return not problem.packed and 0 < rows <= _MOST_ROWS and problem.length_k >= 4 * rows
 
 
-def attention(p) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and log-sum-exp of a problem that `fits`."""
-    out, lse = p.output(*p.q.shape[:3], p.v_dim), p.statistics()
+def attention(p) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, log-sum-exp and state of a problem that `fits`."""
+    out, (lse, state) = p.output(*p.q.shape[:3], p.v_dim), p.statistics()
     if out.numel() == 0:
-        return out, lse
+        return out, lse, state
     config = p.choose("attention_decode").values
     groups = p.batch * p.kv_heads
     wanted = triton.cdiv(config["waves"] * _triton.target(p.q.device).units, groups)
@@ -134,6 +160,7 @@ def attention(p) -> tuple[torch.Tensor, torch.Tensor]:
         "totals": totals,
         "out": out,
         "lse": lse,
+        "state": state,
         "splits": splits,
         "span": span,
         "count": count,
@@ -144,4 +171,4 @@ def attention(p) -> tuple[torch.Tensor, torch.Tensor]:
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     _triton.start(_attention_decode_kernel, (splits * groups,), values, **options)
     _triton.start(_attention_merge_kernel, (triton.cdiv(count, 4),), values, num_warps=4)
-    return out, lse
+    return out, lse, state

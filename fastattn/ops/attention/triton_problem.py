@@ -12,12 +12,18 @@ from . import tuning_triton  # noqa: F401  declares what is looked up
 
 
 class Problem:
-    """One call's arguments as the kernels take them: the operands with strides, the mask, and the constants."""
+    """One call's arguments as the kernels take them: the operands with strides, the mask, and the constants.
+
+    Of a normalised score q has the scale's sign: what is left of a score below its row's maximum is multiplied by a positive factor.
+    """
 
     def __init__(self, q, k, v, bias, score, scale, bias_value, causal, window_left, window_right, prefix_lengths,
                  cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, dense):  # fmt: skip
-        self.q, self.k, self.v = (_triton.last_dim_contiguous(t) for t in (q, k, v))
         self.score = BY_CODE[score]
+        self.scale, self.size = scale, abs(scale)
+        if self.score.normalised and scale <= 0:
+            q, self.size = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
+        self.q, self.k, self.v = (_triton.last_dim_contiguous(t) for t in (q, k, v))
         self.batch, self.heads, self.length_q, self.head_dim = q.shape
         self.kv_heads, self.length_k, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
         full = (self.batch, self.heads, self.length_q, self.length_k)
@@ -26,7 +32,7 @@ class Problem:
         self.dense = None if dense is None else dense.expand(full)
         self.packed = cu_seqlens_q is not None
         self.sequences = cu_seqlens_q.numel() - 1 if self.packed else self.batch
-        # a packed mask made while tracing does not know its documents: each may be the longest there can be
+        # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
         self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
         self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
         indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
@@ -34,8 +40,8 @@ class Problem:
         self.window = tuple(
             _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)
         )
-        self.scale = scale
-        self.scale2 = scale * LOG2E
+        factor = self.size if self.score.normalised else scale
+        self.scale2 = (1.0 if self.score.shifted and bias is not None else factor) * LOG2E
         self.log_n = self.score.log_n_bias and bias_value is None and bias is None
         self.bias2 = (bias_value or 0.0) * LOG2E
         self.causal = causal
@@ -90,6 +96,7 @@ class Problem:
             "window_left": self.window[0],
             "window_right": self.window[1],
             "scale": self.scale,
+            "size": self.size,
             "scale2": self.scale2,
             "bias2": self.bias2,
             "WEIGHT": weight,
@@ -116,6 +123,8 @@ class Problem:
         else:
             tiles, heads = triton.cdiv(self.longest_k, config["block_n"]), self.kv_heads
         tile = {"tiles": tiles, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+        if over == "keys" and self.score.normalised:
+            tile["scale"] = abs(self.scale)  # of the queries, which have the sign
         _triton.start(
             kernel,
             (tiles * heads * self.sequences,),
@@ -124,12 +133,15 @@ class Problem:
             num_stages=config["num_stages"],
         )
 
-    def statistics(self) -> torch.Tensor:
-        """lse before any kernel: -inf where packed rows may belong to no document."""
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lse, state) before any kernel: those of an empty row where packed rows may belong to no document."""
         shape = self.q.shape[:3] if self.score.normalised else (0,)
+        state = (*shape, 2) if self.score.normalised else (0,)
         if self.packed:
-            return self.q.new_full(shape, -torch.inf, dtype=torch.float32)
-        return self.q.new_empty(shape, dtype=torch.float32)
+            empty = self.q.new_tensor((0.0, torch.inf), dtype=torch.float32)
+            state = empty.expand(state).clone() if self.score.normalised else empty[:0]
+            return self.q.new_full(shape, -torch.inf, dtype=torch.float32), state
+        return tuple(self.q.new_empty(s, dtype=torch.float32) for s in (shape, state))
 
     def output(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An output that a kernel fills; rows past the last packed document stay zero."""

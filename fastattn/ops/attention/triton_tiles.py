@@ -1,17 +1,21 @@
 """Device functions that the attention kernels share: which keys a row attends, what a tile reads, and a query tile's pass over keys.
 
 A kernel's program works on one tile of one sequence. `extent` is that sequence's
-(queries, keys, prefix, key length, keys before the diagonal, keys after it).
+(queries, keys, prefix, key length, keys before the diagonal, keys after it, from a query to the key on its diagonal).
 """
 
 import triton
 import triton.language as tl
 
 from ..._triton import LN2, LOG2E, dot, load_tile, offset, store_tile
+from ..._triton_scores import softmax_weight
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 _CHUNK = tl.constexpr(64)  # tiles whose classes are looked at together
+_LIMIT_SUM = tl.constexpr(
+    1e-20
+)  # softplus: a row whose weights add up to less has softmax's, to which they tend
 
 
 # --- which keys a row attends --------------------------------------------------------------------------------------
@@ -20,8 +24,8 @@ _CHUNK = tl.constexpr(64)  # tiles whose classes are looked at together
 @triton.jit
 def key_interval(rows, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the keys that query `rows` attend; both ends never decrease with the row."""
-    lq, lk, prefix, key_length, window_left, window_right = extent
-    diagonal = rows + (lk - lq)
+    _lq, _lk, prefix, key_length, window_left, window_right, shift = extent
+    diagonal = rows + shift
     end = tl.minimum(diagonal + window_right + 1, key_length)
     if CAUSAL:
         end = tl.minimum(end, tl.maximum(diagonal + 1, prefix))
@@ -32,8 +36,8 @@ def key_interval(rows, extent, CAUSAL: tl.constexpr):
 @triton.jit
 def query_interval(keys, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the queries that attend `keys`: the same relation read the other way."""
-    lq, lk, prefix, key_length, window_left, window_right = extent
-    diagonal = keys - (lk - lq)
+    lq, _lk, prefix, key_length, window_left, window_right, shift = extent
+    diagonal = keys - shift
     begin = tl.maximum(diagonal - window_right, 0)
     if CAUSAL:
         begin = tl.where(keys < prefix, begin, tl.maximum(begin, diagonal))
@@ -59,9 +63,14 @@ def sequence(
     if prefix_lengths is not None:
         prefix = tl.load(prefix_lengths + document)
     key_length = lk
+    shift = lk - lq
     if key_lengths is not None:
-        key_length = tl.minimum(tl.load(key_lengths + document), lk)
-    return start_q, start_k, (lq, lk, prefix, key_length, window_left, window_right)
+        entry = tl.load(key_lengths + document)
+        key_length = tl.minimum(
+            entry & 0x7FFFFFFF, lk
+        )  # less the sign, which says what the last query is aligned with
+        shift = tl.where(entry < 0, key_length - lq, shift)
+    return start_q, start_k, (lq, lk, prefix, key_length, window_left, window_right, shift)
 
 
 @triton.jit
@@ -225,9 +234,24 @@ def store_two(
 
 
 @triton.jit
-def load_statistics(lse, delta, at, inside):
-    """Each row's log-sum-exp and dO.O."""
-    return tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
+def load_state(state, at, inside):
+    """Each row's maximum (-inf: none was taken off) and the logarithm of its sum of weights relative to it, base e."""
+    at = state + 2 * at
+    return tl.load(at, mask=inside, other=float("-inf")), tl.load(at + 1, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_state(state, at, top, log_sum, inside):
+    at = state + 2 * at
+    tl.store(at, top, mask=inside)
+    tl.store(at + 1, log_sum, mask=inside)
+
+
+@triton.jit
+def load_statistics(state, delta, at, inside):
+    """What each row's weights are found from, and dO.O: (top, log_sum, delta)."""
+    top, log_sum = load_state(state, at, inside)
+    return top, log_sum, tl.load(delta + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -252,6 +276,21 @@ def add_bias(s, bias_rows, bias_stride, columns, end, count):
 
 
 @triton.jit
+def tile_scores(
+    products, bias_rows, bias_stride, columns, end, count, size, scale2, shift2, SHIFTED: tl.constexpr
+):
+    """Scores of products q.k: in base 2; where the row maximum is to be taken off, the products themselves, or with a tensor bias
+    the scores in base e, so that the difference is exact."""
+    if SHIFTED:
+        if bias_rows is not None:
+            at = bias_rows[:, None] + offset(columns, bias_stride)[None, :]
+            inside = (end > 0)[:, None] & (columns < count)[None, :]
+            products = products * size + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        return products
+    return add_bias(products * scale2 + shift2, bias_rows, bias_stride, columns, end, count)
+
+
+@triton.jit
 def score_shift(bias2, key_length, LOG_N: tl.constexpr):
     """What is added to every scaled product, in base 2."""
     if LOG_N:
@@ -265,11 +304,12 @@ def score_shift(bias2, key_length, LOG_N: tl.constexpr):
 @triton.jit
 def fold(
     acc,  # (M, Dv)
-    top,  # (M,) running maximum, base 2
+    top,  # (M,) running maximum
     total,  # (M,) running normaliser
-    s,  # (M, N) scores, base 2
+    s,  # (M, N) scores: in base 2, or when SHIFTED once the maximum is off and they are multiplied by scale2
     allowed,  # (M, N), when MASKED
     v_tile,  # (N, Dv)
+    scale2,
     WEIGHT: tl.constexpr,
     SHIFTED: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -282,8 +322,8 @@ def fold(
             s = tl.where(allowed, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = WEIGHT(s - finite[:, None])
-        rescale = tl.exp2(top - finite)
+        weight = WEIGHT((s - finite[:, None]) * scale2)
+        rescale = tl.exp2((top - finite) * scale2)
         total = total * rescale + tl.sum(weight, 1)
         acc = acc * rescale[:, None]
         top = new_top
@@ -300,7 +340,7 @@ def fold(
 @triton.jit
 def attend_tile(
     acc,  # (M, Dv)
-    top,  # (M,) running maximum, base 2
+    top,  # (M,) running maximum
     total,  # (M,) running normaliser
     q_tile,  # (M, D)
     k_base,
@@ -315,6 +355,7 @@ def attend_tile(
     end,
     tile,
     count,  # of keys: padding after them, which may hold anything, is not read
+    size,
     scale2,
     shift2,
     WEIGHT: tl.constexpr,
@@ -333,13 +374,13 @@ def attend_tile(
     keys = first + tl.arange(0, BLOCK_N)
     k_tile = load_tile(k_base + offset(first, k_l), k_l, count - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     s = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
-    s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2 + shift2  # (M, N)
-    s = add_bias(s, bias_rows, bias_k, keys, end, count)
+    s = dot(q_tile, tl.trans(k_tile), s, PRECISION)  # (M, N)
+    s = tile_scores(s, bias_rows, bias_k, keys, end, count, size, scale2, shift2, SHIFTED)
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
     v_tile = load_tile(v_base + offset(first, v_l), v_l, count - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
-    return fold(acc, top, total, s, allowed, v_tile, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
+    return fold(acc, top, total, s, allowed, v_tile, scale2, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
 
 
 @triton.jit
@@ -358,6 +399,7 @@ def attend(
     end,
     edges,
     count,  # of keys: padding after them, which may hold anything, is not read
+    size,
     scale2,
     shift2,
     WEIGHT: tl.constexpr,
@@ -383,7 +425,7 @@ def attend(
         for tile in range(full, full_end):
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                 BLOCK_DV, False, PRECISION,
             )  # fmt: skip
     left = full - tile_begin
@@ -392,7 +434,7 @@ def attend(
             tile = tl.where(step < left, tile_begin + step, full_end + step - left)
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                 BLOCK_DV, True, PRECISION,
             )  # fmt: skip
     else:
@@ -401,7 +443,7 @@ def attend(
             for tile in range(here, past):
                 acc, top, total = attend_tile(
                     acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                    end, tile, count, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
+                    end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
                     BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
             here, past = next_attended(tile_classes, 1, past, tile_end)
@@ -409,14 +451,49 @@ def attend(
 
 
 @triton.jit
-def finish(acc, top, total, SHIFTED: tl.constexpr, NORMALISED: tl.constexpr):
-    """(normalised output, natural log-sum-exp); 0 and -inf for a row with nothing to attend to."""
+def exponent_of(bias_rows, scale2):
+    """What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e."""
+    if bias_rows is not None:
+        return _LOG2E
+    return scale2
+
+
+@triton.jit
+def or_limit(
+    acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end, edges,
+    count, size, scale2, shift2,
+    NORMALISED: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `attend` gave, but softmax's in rows whose softplus weights may all have underflowed: e^s differs from log(1 + e^s) by
+    half of it at most, and with the maximum off its sum is at least 1."""
+    if NORMALISED and not SHIFTED:
+        limited = (total < _LIMIT_SUM) & (end > begin)
+        if tl.max(limited.to(tl.int32), 0) > 0:
+            limit_acc, limit_top, limit_total = attend(
+                q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end, edges,
+                count, size, exponent_of(bias_rows, scale2), shift2,
+                softmax_weight, True, True, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+            acc = tl.where(limited[:, None], limit_acc, acc)
+            top = tl.where(limited, limit_top, top)
+            total = tl.where(limited, limit_total, total)
+    return acc, top, total
+
+
+@triton.jit
+def finish(acc, top, total, scale2, bias2, NORMALISED: tl.constexpr):
+    """(normalised output, natural log-sum-exp, the state that `load_state` gives back): 0, -inf and weights of 2^-inf for a row
+    with nothing to attend to. bias2: the constant bias, which scores below a maximum are without."""
     lse = total
+    log_sum = total
     if NORMALISED:
         nothing = total == 0.0
         acc = acc / tl.where(nothing, 1.0, total)[:, None]
-        lse = tl.log2(tl.where(nothing, 1.0, total))
-        if SHIFTED:
-            lse += tl.where(nothing, 0.0, top)
-        lse = tl.where(nothing, float("-inf"), lse * _LN2)
-    return acc, lse
+        log_sum = tl.log2(tl.where(nothing, 1.0, total)) * _LN2
+        lse = log_sum
+        top = tl.where(nothing, 0.0, top)
+        lse += tl.where(top == float("-inf"), 0.0, top * (scale2 * _LN2) + bias2 * _LN2)
+        log_sum = tl.where(nothing, float("inf"), log_sum)
+        lse = tl.where(nothing, float("-inf"), lse)
+    return acc, lse, top, log_sum

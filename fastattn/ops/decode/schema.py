@@ -14,7 +14,7 @@ def _cuda():
 
 register_op(
     "decode_step",
-    "(Tensor z_h, Tensor z_l, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? positions, int position, "
+    "(Tensor z_h, Tensor z_l, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? positions, SymInt position, "
     "int h_cycles, int l_cycles, float theta, float eps, str backend) -> Tensor",
     fake=lambda z_h, *_: torch.empty_like(z_h, memory_format=torch.contiguous_format),
     check=check_decode_step,

@@ -46,11 +46,12 @@ def sinkhorn(
     """
     op = "sinkhorn"
     if potentials is not None:
+        temperature = _checks.as_positive(op, "temperature", temperature)
         checks.check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
         _checks.check_tensor(op, "potentials", potentials, dims=3)
         _checks.check_same_device(op, scores=scores, potentials=potentials)
         batch, _, groups = scores.shape
-        if potentials.shape[0] not in (1, batch) or potentials.shape[1:] != (1, groups):
+        if not _checks.broadcasts(potentials.shape, (batch, 1, groups)) or potentials.shape[2] != groups:
             raise ValueError(
                 f"fastattn.{op}: potentials must have shape ({batch} or 1)x1x{groups}, given {_checks.describe(potentials)}"
             )
@@ -84,9 +85,10 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
     _checks.check_tensor(op, "assignment", assignment, dims=3)
     _checks.check_floating(op, assignment=assignment)
     groups = checks.check_group_count(op, "assignment", assignment)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= groups:
+    count = _checks.as_integer(top_k)
+    if count is None or not 1 <= count <= groups:
         raise ValueError(f"fastattn.{op}: top_k must lie in [1, {groups}], given {top_k!r}")
-    order = assignment.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    order = assignment.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
     signature = (
         torch.ones_like(order).bitwise_left_shift(order).sum(-1)
     )  # distinct bits: their sum is their OR
@@ -189,12 +191,9 @@ def gated_attention(
             )
         sharpness = sharpness.reshape(())
     else:
-        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float)):
-            raise TypeError(
-                f"fastattn.{op}: sharpness must be a number or a tensor, given {_checks.describe(sharpness)}"
-            )
+        number = _checks.as_number(op, "sharpness", sharpness, kind="a number or a tensor")
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        sharpness = torch.full((), float(sharpness), dtype=wide, device=q.device)
+        sharpness = torch.ones((), dtype=wide, device=q.device) * number
     _checks.check_choice(op, "gate", gate, GATES)
     return call(
         "gated_attention",
@@ -213,7 +212,8 @@ def gated_attention(
 
 def _window(window: int) -> int:
     """A wider one than any sequence is no limit, and must not overflow a sum."""
-    return min(window, LONGEST) if type(window) is int else window
+    count = _checks.as_integer(window)
+    return LONGEST if count is not None and count > LONGEST else window
 
 
 def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple:

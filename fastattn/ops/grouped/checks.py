@@ -67,7 +67,14 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, *_) -> None:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {longest}, given {cuts}"
             )
-        longest = max(spans, default=0)
+        for i, (length, span) in enumerate(
+            zip(lengths.tolist() if lengths is not None else (), spans, strict=False)
+        ):
+            if not 0 <= length <= span:
+                raise ValueError(
+                    f"fastattn.{op}: lengths[{i}] must lie in [0, {span}], its document, given {length}"
+                )
+        return
     if lengths is not None:
         _checks.check_range(op, "lengths", lengths, 0, longest + 1)
 
@@ -87,7 +94,7 @@ def _check_causal(
     op: str, q, k, v, window, scale, causal, window_left, window_right, prefix_lengths, *mask
 ) -> None:
     check_qkv(op, q, k, v)
-    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
+    if _checks.as_integer(window) is None or window < 0:
         raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
     if window > masks.LONGEST:
         raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")
@@ -120,10 +127,10 @@ def check_grouped_attention(*args) -> None:
     _check_grouped("grouped_attention", *args)
 
 
-def check_grouped_attention_backward(grad_out, q, k, v, out, lse, *options) -> None:
+def check_grouped_attention_backward(grad_out, q, k, v, out, state, *options) -> None:
     op = "grouped_attention_backward"
     _check_grouped(op, q, k, v, *options)
-    check_results(op, grad_out, q, v, out, lse, "lse", tuple(q.shape[:3]))
+    check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
 
 
 def check_grouped_contents(q, k, v, groups, key_groups, *_) -> None:
@@ -159,7 +166,7 @@ def check_gated_attention(*args) -> None:
     _check_gated("gated_attention", *args)
 
 
-def check_gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, *options) -> None:
+def check_gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, *options) -> None:
     op = "gated_attention_backward"
     _check_gated(op, q, k, v, assignment, sharpness, *options)
-    check_results(op, grad_out, q, v, out, lse, "lse", tuple(q.shape[:3]))
+    check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))

@@ -113,7 +113,7 @@ def _call(
 
 def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
         _call(
             "grouped_forward",
@@ -127,12 +127,12 @@ def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
             scale,
             mask,
             out=out,
-            lse=lse,
+            state=state,
         )
-    return out, lse
+    return out, state
 
 
-def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, *mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         _call(
@@ -148,7 +148,7 @@ def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, 
             mask,
             grad_out=_native.rows(grad_out),
             out=_native.rows(out),
-            lse=lse.contiguous(),
+            state=state.contiguous(),
             grad_q=grads[0],
             grad_k=grads[1],
             grad_v=grads[2],
@@ -191,7 +191,7 @@ def _call_gated(
 
 def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
         _call_gated(
             "gated_attention_forward",
@@ -206,12 +206,14 @@ def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
             scale,
             mask,
             out=out,
-            lse=lse,
+            state=state,
         )
-    return out, lse
+    return out, state
 
 
-def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, window, gate, scale, *mask):
+def gated_attention_backward(
+    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, *mask
+):
     if not q.numel():  # a key head that serves no query head too
         return tuple(
             torch.zeros_like(t, memory_format=torch.contiguous_format)
@@ -237,7 +239,7 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse,
         mask,
         grad_out=_native.rows(grad_out),
         out=_native.rows(out),
-        lse=lse.contiguous(),
+        state=state.contiguous(),
         grad_q=grads[0],
         grad_k=grads[1],
         grad_v=grads[2],

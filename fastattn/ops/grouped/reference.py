@@ -6,7 +6,7 @@ import torch
 
 from ... import masks
 from ..._arithmetic import rounded_once
-from ..attention.reference import attention, expand_heads
+from ..attention.reference import attention, expand_heads, row_state
 
 
 def sinkhorn(
@@ -67,12 +67,14 @@ def grouped_attention(
     scale: float,
     *mask: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq)): softmax attention over the dense mask of the rule."""
+    """(out (B, Hq, Lq, Dv), state (B, Hq, Lq, 2)): softmax attention over the dense mask of the rule."""
     *mask, dense = mask
     share = (groups[:, :, None] & key_groups[:, None, :]) != 0
     near = _distance(q, k, *mask) <= window
     rule = (share | near)[:, None]  # (B, 1, Lq, Lk)
-    return attention(q, k, v, None, 0, scale, 0.0, *mask, rule if dense is None else rule & dense)
+    dense = rule if dense is None else rule & dense
+    out, _, state = attention(q, k, v, None, 0, scale, 0.0, *mask, dense)
+    return out, state
 
 
 @rounded_once
@@ -87,7 +89,7 @@ def gated_attention(
     scale: float,
     *mask: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, L, Dv), lse (B, Hq, L)); gate 0 multiplies distant scores, 1 adds its logarithm."""
+    """(out (B, Hq, L, Dv), state (B, Hq, L, 2)); gate 0 multiplies distant scores, 1 adds its logarithm."""
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
     a = _wide(assignment)
@@ -103,8 +105,7 @@ def gated_attention(
     total = weight.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
-    return (weight / total).to(v.dtype) @ v, lse
+    return (weight / total).to(v.dtype) @ v, row_state(top, total, nothing)
 
 
 def _distance(
@@ -116,18 +117,16 @@ def _distance(
     prefix_lengths: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-    *rest: object,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    key_lengths: torch.Tensor | None,
 ) -> torch.Tensor:
-    """How far key j lies before query i, both counted in their document, the last query on the last key: (1, Lq, Lk)."""
+    """How far key j lies before query i, both counted in their document, the last query on the last key: (B or 1, Lq, Lk)."""
     lq, lk = q.shape[2], k.shape[2]
-    document, i = masks.positions(cu_seqlens_q, lq, q.device)
+    _, i = masks.positions(cu_seqlens_q, lq, q.device)
     _, j = masks.positions(cu_seqlens_k, lk, q.device)
-    if cu_seqlens_q is None:
-        i = i + (lk - lq)
-    else:
-        spans = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
-        i = i + torch.cat([spans, spans.new_zeros(1)])[document]
-    return (i[:, None] - j[None, :])[None]
+    i = i + masks.diagonal_offset(lq, lk, q.device, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    return i[:, :, None] - j[None, None, :]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

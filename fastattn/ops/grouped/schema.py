@@ -6,6 +6,7 @@ from ... import _config, masks
 from ..._registry import (
     Backend,
     cpu_backend,
+    dispatch,
     reference_backend,
     reference_backward,
     register_op,
@@ -90,7 +91,7 @@ def _sinkhorn_backward(ctx, grad, _):
     none = (None,) * (len(inputs) - 1)
     if grad is None:
         return None, *none
-    return torch.ops.fastattn.sinkhorn_backward(grad, *inputs), *none
+    return dispatch("sinkhorn_backward", grad, *inputs), *none
 
 
 def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
@@ -101,7 +102,7 @@ def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
 
 register_op(
     "sinkhorn",
-    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> (Tensor, Tensor)",
+    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> (Tensor, Tensor)",
     fake=_sinkhorn_fake,
     check=checks.check_sinkhorn,
     check_contents=checks.check_sinkhorn_contents,
@@ -118,7 +119,7 @@ register_op(
 )
 register_op(
     "sinkhorn_backward",
-    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, int iterations, bool causal, str backend) -> Tensor",
+    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> Tensor",
     fake=lambda grad, scores, *_: _contiguous_like(scores),
     check=checks.check_sinkhorn_backward,
     check_contents=checks.check_sinkhorn_backward_contents,
@@ -132,11 +133,12 @@ register_op(
 
 # --- grouped_attention ----------------------------------------------------------------------------------------------
 
-_GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, int window, float scale, {masks.SCHEMA}"
+_GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, SymInt window, float scale, {masks.SCHEMA}"
 
 
 def _attention_fake(q, k, v, *rest):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_statistics_dtype(q))
+    """out, and state as in attention's schema, of gated scores where there are gates."""
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=_statistics_dtype(q))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -145,11 +147,11 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _grouped_backward(ctx, grad_out, _):
-    (q, k, v, *options), (out, lse) = saved_inputs(ctx)
+    (q, k, v, *options), (out, state) = saved_inputs(ctx)
     none = (None,) * len(options)
     if grad_out is None:
         return None, None, None, *none
-    return *torch.ops.fastattn.grouped_attention_backward(grad_out, q, k, v, out, lse, *options), *none
+    return *dispatch("grouped_attention_backward", grad_out, q, k, v, out, state, *options), *none
 
 
 register_op(
@@ -168,7 +170,7 @@ register_op(
 )
 register_op(
     "grouped_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GROUPED_OPTIONS}, str backend) "
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor state, {_GROUPED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
     check=checks.check_grouped_attention_backward,
@@ -183,7 +185,7 @@ register_op(
 # --- gated_attention -------------------------------------------------------------------------------------------------
 
 _GATED_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor assignment, Tensor sharpness"
-_GATED_OPTIONS = f"int window, int gate, float scale, {masks.SCHEMA}"
+_GATED_OPTIONS = f"SymInt window, int gate, float scale, {masks.SCHEMA}"
 
 
 def _gated_backward(ctx, grad_out, _):
@@ -192,7 +194,7 @@ def _gated_backward(ctx, grad_out, _):
     none = (None,) * len(options)
     if grad_out is None:
         return (None,) * 5 + none
-    return *torch.ops.fastattn.gated_attention_backward(grad_out, *tensors, *results, *options), *none
+    return *dispatch("gated_attention_backward", grad_out, *tensors, *results, *options), *none
 
 
 register_op(
@@ -210,7 +212,7 @@ register_op(
 )
 register_op(
     "gated_attention_backward",
-    f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor lse, {_GATED_OPTIONS}, str backend) "
+    f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor state, {_GATED_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
     check=checks.check_gated_attention_backward,

@@ -12,7 +12,7 @@ from ... import _config, _triton
 from ..._triton import LOG2E, dot, gather_tile, offset, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import finish, fold, place, place_two, query_tile
+from ..attention.triton_tiles import finish, fold, load_state, place, place_two, query_tile, store_state
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .triton_tiles import (
     SUMMARY,
@@ -37,13 +37,13 @@ def _fold_tile(
         side, at, extent, near, queries, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, SORTED, MASKED
     )
     s = tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32)
-    s = dot(q_tile, tl.trans(k_tile), s, PRECISION) * scale2
-    return fold(acc, top, total, s, allowed, v_tile, WEIGHT, True, True, MASKED, PRECISION)
+    s = dot(q_tile, tl.trans(k_tile), s, PRECISION)
+    return fold(acc, top, total, s, allowed, v_tile, scale2, WEIGHT, True, True, MASKED, PRECISION)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _grouped_forward_kernel(
-    q, k, v, groups, key_groups, order_q, order_k, summary, part, out, lse,
+    q, k, v, groups, key_groups, order_q, order_k, summary, part, out, state,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, part_b, part_h, part_l, out_b, out_h, out_l, groups_b, key_groups_b,
     order_q_b, order_k_b, summary_b,
@@ -65,7 +65,7 @@ def _grouped_forward_kernel(
     q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
     k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
     part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
-    lse_rows = lse + (offset(entry * heads + head, length_q) + start_q + rows)
+    statistics = offset(entry * heads + head, length_q) + start_q + rows
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
     side = (k_base, k_l, v_base, v_l, key_signatures, order_k, entry, order_k_b, start_k)
     highest_end = tl.max(end, 0)
@@ -96,18 +96,20 @@ def _grouped_forward_kernel(
                 summary_row, past, stop, union, common, highest_end, latest, lowest, True
             )
     else:
-        acc = gather_tile(part_base, rows, part_l, inside, V_DIM, BLOCK_DV)
-        top = tl.load(lse_rows, mask=inside, other=float("-inf")) * _LOG2E
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
-        begin = tl.maximum(begin, rows + (lk - lq) - near)
+        top, log_sum = load_state(state, statistics, inside)
+        something = inside & (log_sum != float("inf"))
+        top = tl.where(something, top, float("-inf"))
+        total = tl.where(something, tl.exp2(log_sum * _LOG2E), 0.0)
+        acc = gather_tile(part_base, rows, part_l, inside, V_DIM, BLOCK_DV) * total[:, None]
+        begin = tl.maximum(begin, rows + extent[6] - near)
         queries = (rows, begin, end, signature)
         for at in range(tl.min(begin, 0) // BLOCK_N, tl.cdiv(highest_end, BLOCK_N)):
             acc, top, total = _fold_tile(
                 acc, top, total, q_tile, side, at, extent, near, queries, scale2,
                 WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, PRECISION,
             )  # fmt: skip
-    acc, row_lse = finish(acc, top, total, True, True)
-    tl.store(lse_rows, row_lse, mask=inside)
+    acc, _, top, log_sum = finish(acc, top, total, scale2, 0.0, True)
+    store_state(state, statistics, top, log_sum, inside)
     if SORTED:
         scatter_tile(part_base, rows, part_l, inside, acc, V_DIM, BLOCK_DV)
     else:
@@ -184,12 +186,12 @@ def configure(q, k, v, groups, key_groups, window, scale, *mask) -> _config.Choi
 
 def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
     p = problem(q, k, v, scale, mask)
-    out, lse = p.output(*q.shape[:3], p.v_dim), p.statistics()
+    out, (_, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
     if out.numel() == 0 or p.length_k == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), state.copy_(state.new_tensor((0.0, torch.inf)))
     config = p.choose("grouped_attention").values
     more = sorted_values(p, groups, key_groups, window, config, over="queries")
-    more |= {"part": torch.empty_like(out, dtype=torch.float32), "out": out, "lse": lse}
+    more |= {"part": torch.empty_like(out, dtype=torch.float32), "out": out, "state": state}
     for by_signature in (True, False):
         p.launch(_grouped_forward_kernel, config, over="queries", SORTED=by_signature, **more)
-    return out, lse
+    return out, state

@@ -23,7 +23,7 @@ from .triton_tiles import load_keys, next_run, pairs, query_tokens, tokens_of_ti
 
 @triton.jit
 def _query_tile_gradient(
-    dq, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+    dq, q_tile, g_tile, row_top, row_sum, row_delta, side, at, extent, near, queries, scale2,
     WEIGHT: tl.constexpr, DERIVATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -34,14 +34,15 @@ def _query_tile_gradient(
     )
     s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
     _, ds = score_gradient(
-        s * scale2, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, MASKED
-    )
+        s, dp, row_top[:, None], row_sum[:, None], row_delta[:, None], allowed, scale2, WEIGHT, DERIVATIVE, True, True,
+        MASKED,
+    )  # fmt: skip
     return dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _grouped_backward_q_kernel(
-    q, k, v, g, groups, key_groups, order_q, order_k, summary, lse, delta, part, dq,
+    q, k, v, g, groups, key_groups, order_q, order_k, summary, state, delta, part, dq,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, part_b, part_h, part_l, dq_b, dq_h, dq_l,
     groups_b, key_groups_b, order_q_b, order_k_b, summary_b,
@@ -66,7 +67,7 @@ def _grouped_backward_q_kernel(
     statistics = offset(entry * heads + head, length_q) + start_q + rows
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
     g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
-    row_lse, row_delta = load_statistics(lse, delta, statistics, inside)
+    row_top, row_sum, row_delta = load_statistics(state, delta, statistics, inside)
     side = (k_base, k_l, v_base, v_l, key_signatures, order_k, entry, order_k_b, start_k)
     highest_end = tl.max(end, 0)
     if SORTED:
@@ -82,12 +83,12 @@ def _grouped_backward_q_kernel(
         while here < stop:
             for at in range(here, full):
                 acc = _query_tile_gradient(
-                    acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                    acc, q_tile, g_tile, row_top, row_sum, row_delta, side, at, extent, near, queries, scale2,
                     WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, PRECISION,
                 )  # fmt: skip
             for at in range(full, past):
                 acc = _query_tile_gradient(
-                    acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                    acc, q_tile, g_tile, row_top, row_sum, row_delta, side, at, extent, near, queries, scale2,
                     WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, PRECISION,
                 )  # fmt: skip
             here, full, past = next_run(
@@ -95,11 +96,11 @@ def _grouped_backward_q_kernel(
             )
     else:
         acc = gather_tile(part_base, rows, part_l, inside, HEAD_DIM, BLOCK_D)
-        begin = tl.maximum(begin, rows + (lk - lq) - near)
+        begin = tl.maximum(begin, rows + extent[6] - near)
         queries = (rows, begin, end, signature)
         for at in range(tl.min(begin, 0) // BLOCK_N, tl.cdiv(highest_end, BLOCK_N)):
             acc = _query_tile_gradient(
-                acc, q_tile, g_tile, row_lse, row_delta, side, at, extent, near, queries, scale2,
+                acc, q_tile, g_tile, row_top, row_sum, row_delta, side, at, extent, near, queries, scale2,
                 WEIGHT, DERIVATIVE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, PRECISION,
             )  # fmt: skip
     if SORTED:
@@ -120,31 +121,32 @@ def _key_tile_gradient(
 
     side: where queries, dO, statistics, signatures and their order lie; of_keys: (positions, there, signatures) (N,).
     """
-    q_base, q_l, g_base, g_l, lse, delta, groups, groups_b, order, entry, order_b, start = side
+    q_base, q_l, g_base, g_l, state, delta, groups, groups_b, order, entry, order_b, start = side
     rows, inside, begin, end, signature = query_tokens(
         order, order_b, groups, groups_b, entry, start, at * BLOCK_M, extent, CAUSAL, BLOCK_M, SORTED
     )
     q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
     g_tile = gather_tile(g_base, rows, g_l, inside, V_DIM, BLOCK_DV)
-    row_lse, row_delta = load_statistics(lse, delta, offset(rows, 1), inside)
+    row_top, row_sum, row_delta = load_statistics(state, delta, offset(rows, 1), inside)
     allowed = None
     if MASKED:
         keys, there, key_signature = of_keys
         allowed = pairs(
             rows[None, :], there[:, None], begin[None, :], end[None, :], signature[None, :], keys[:, None],
-            key_signature[:, None], near, extent[1], extent[0], SORTED,
+            key_signature[:, None], near, extent[6], SORTED,
         )  # fmt: skip
     s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
     weight, ds = score_gradient(
-        s * scale2, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, MASKED
-    )
+        s, dp, row_top[None, :], row_sum[None, :], row_delta[None, :], allowed, scale2, WEIGHT, DERIVATIVE, True, True,
+        MASKED,
+    )  # fmt: skip
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, PRECISION)
     return dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION), dv
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _grouped_backward_kv_kernel(
-    q, k, v, g, groups, key_groups, order_q, order_k, summary, lse, delta, part_k, part_v, dk, dv,
+    q, k, v, g, groups, key_groups, order_q, order_k, summary, state, delta, part_k, part_v, dk, dv,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     part_k_b, part_k_h, part_k_l, part_v_b, part_v_h, part_v_l,
@@ -189,13 +191,13 @@ def _grouped_backward_kv_kernel(
     else:
         dk_acc = gather_tile(part_k_base, keys, part_k_l, there, HEAD_DIM, BLOCK_D)
         dv_acc = gather_tile(part_v_base, keys, part_v_l, there, V_DIM, BLOCK_DV)
-        high = tl.minimum(high, keys - (lk - lq) + near + 1)
+        high = tl.minimum(high, keys - extent[6] + near + 1)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         q_base, g_base = place_two(q, q_b, q_h, q_l, g, g_b, g_h, g_l, entry, head, start_q)
         statistics = offset(entry * kv_heads * GROUP + head, length_q) + start_q
         side = (
-            q_base, q_l, g_base, g_l, lse + statistics, delta + statistics, groups, groups_b, order_q, entry, order_q_b, start_q,
+            q_base, q_l, g_base, g_l, state + 2 * statistics, delta + statistics, groups, groups_b, order_q, entry, order_q_b, start_q,
         )  # fmt: skip
         if SORTED:
             here, full, past = start, start_full, start_past
@@ -228,26 +230,25 @@ def _grouped_backward_kv_kernel(
         scatter_tile(dv_base, keys, dv_l, there, dv_acc, V_DIM, BLOCK_DV)
 
 
-def refusal(grad_out, q, k, v, out, lse, *options) -> str | None:
+def refusal(grad_out, q, k, v, out, state, *options) -> str | None:
     return forward_refusal(q, k, v, *options) or _triton.refusal(grad_out)
 
 
-def configure(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+def configure(grad_out, q, k, v, out, state, groups, key_groups, window, scale, *mask):
     return problem(q, k, v, scale, mask).choose("grouped_attention_backward")
 
 
-def grouped_attention_backward(grad_out, q, k, v, out, lse, groups, key_groups, window, scale, *mask):
+def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, *mask):
     p = problem(q, k, v, scale, mask)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     if not dq.numel() or not dk.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     config = p.choose("grouped_attention_backward").values
     grad_out = _triton.last_dim_contiguous(grad_out)
-    lse = lse.contiguous()
     more = {
         "g": grad_out,
-        "lse": lse,
-        "delta": row_products(p, grad_out, out, lse),
+        "state": state.contiguous(),
+        "delta": row_products(p, grad_out, out),
         "dq": dq,
         "dk": dk,
         "dv": dv,

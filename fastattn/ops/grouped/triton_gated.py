@@ -24,6 +24,7 @@ from ..attention.triton_tiles import (
     query_tile,
     query_tiles,
     row_pointers,
+    store_state,
     store_two,
     two_products,
 )
@@ -47,14 +48,14 @@ def _gated_scores(s2, agreement, sharpness, far, LOG_GATE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _gated_forward_kernel(
-    q, k, v, a, sharpness, dense, out, lse, prefix_lengths, offsets_q, offsets_k, key_lengths,
+    q, k, v, a, sharpness, dense, out, state, prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, a_b, a_l, out_b, out_h, out_l, dense_b, dense_h, dense_q, dense_k,
     heads, tiles, length_q, length_k, window_left, window_right, near, scale2,
     LOG_GATE: tl.constexpr, WEIGHT: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -86,19 +87,19 @@ def _gated_forward_kernel(
             dot(q_tile, tl.trans(k_tile), zero, PRECISION),
             dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION),
         )
-        far = rows[:, None] + (lk - lq) - keys[None, :] > near
+        far = rows[:, None] + extent[6] - keys[None, :] > near
         s2, _, _ = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
-        acc, top, total = fold(acc, top, total, s2, allowed, v_tile, WEIGHT, True, True, True, PRECISION)
-    acc, row_lse = finish(acc, top, total, True, True)
+        acc, top, total = fold(acc, top, total, s2, allowed, v_tile, 1.0, WEIGHT, True, True, True, PRECISION)
+    acc, _, top, log_sum = finish(acc, top, total, 1.0, 0.0, True)
     out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)
     store_tile(out_base, out_l, lq - first, acc, V_DIM, BLOCK_M, BLOCK_DV)
-    tl.store(lse + (offset(entry * heads + head, length_q) + start_q + rows), row_lse, mask=rows < lq)
+    store_state(state, offset(entry * heads + head, length_q) + start_q + rows, top, log_sum, rows < lq)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _gated_backward_q_kernel(
-    q, k, v, g, a, sharpness, dense, lse, delta, dq, da, dsharp,
+    q, k, v, g, a, sharpness, dense, state, delta, dq, da, dsharp,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, a_b, a_l, dq_b, dq_h, dq_l, da_b, da_h, da_l,
     dense_b, dense_h, dense_q, dense_k,
@@ -108,7 +109,7 @@ def _gated_backward_q_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
+    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
         tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
     )  # fmt: skip
     first = tile * BLOCK_M
@@ -124,7 +125,7 @@ def _gated_backward_q_kernel(
         q_base, q_l, g_base, g_l, first, lq, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV, True
     )
     a_tile = load_tile(a_base + offset(start_q + first, a_l), a_l, lq - first, GROUPS, BLOCK_M, BLOCK_G, True)
-    row_lse, row_delta = load_statistics(lse, delta, statistics, rows < lq)
+    row_top, row_sum, row_delta = load_statistics(state, delta, statistics, rows < lq)
     sharp = tl.load(sharpness)
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -142,12 +143,13 @@ def _gated_backward_q_kernel(
         )
         s, dp = two_products(q_tile, k_tile, g_tile, v_tile, PRECISION)
         agreement = dot(a_tile, tl.trans(b_tile), zero, GATE_PRECISION)
-        far = rows[:, None] + (lk - lq) - keys[None, :] > near
+        far = rows[:, None] + extent[6] - keys[None, :] > near
         s2, slope, slope_gate = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
         allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
         _, ds = score_gradient(
-            s2, dp, row_lse[:, None], row_delta[:, None], allowed, WEIGHT, DERIVATIVE, True, True, True
-        )
+            s2, dp, row_top[:, None], row_sum[:, None], row_delta[:, None], allowed, 1.0, WEIGHT, DERIVATIVE, True, True,
+            True,
+        )  # fmt: skip
         acc = dot((ds * slope).to(k_tile.dtype), k_tile, acc, PRECISION)
         dx = ds * slope_gate
         acc_a = dot(dx, b_tile, acc_a, GATE_PRECISION)
@@ -161,7 +163,7 @@ def _gated_backward_q_kernel(
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _gated_backward_kv_kernel(
-    q, k, v, g, a, sharpness, dense, lse, delta, dk, dv, da,
+    q, k, v, g, a, sharpness, dense, state, delta, dk, dv, da,
     prefix_lengths, offsets_q, offsets_k, key_lengths,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, a_b, a_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     da_b, da_h, da_l, dense_b, dense_h, dense_q, dense_k,
@@ -208,15 +210,16 @@ def _gated_backward_kv_kernel(
             a_tile = load_tile(
                 a_base + offset(start_q + row, a_l), a_l, lq - row, GROUPS, BLOCK_M, BLOCK_G, True
             )
-            row_lse, row_delta = load_statistics(lse, delta, statistics + rows, rows < lq)
+            row_top, row_sum, row_delta = load_statistics(state, delta, statistics + rows, rows < lq)
             allowed = allowed_pairs(rows, low, high, dense_keys, dense_q)
             s, dp = two_products(k_tile, q_tile, v_tile, g_tile, PRECISION)  # (N, M)
             agreement = dot(b_tile, tl.trans(a_tile), zero, GATE_PRECISION)
-            far = rows[None, :] + (lk - lq) - keys[:, None] > near
+            far = rows[None, :] + extent[6] - keys[:, None] > near
             s2, slope, slope_gate = _gated_scores(s * scale2, agreement, sharp, far, LOG_GATE)
             weight, ds = score_gradient(
-                s2, dp, row_lse[None, :], row_delta[None, :], allowed, WEIGHT, DERIVATIVE, True, True, True
-            )
+                s2, dp, row_top[None, :], row_sum[None, :], row_delta[None, :], allowed, 1.0, WEIGHT, DERIVATIVE, True,
+                True, True,
+            )  # fmt: skip
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, PRECISION)
             dk_acc = dot((ds * slope).to(q_tile.dtype), q_tile, dk_acc, PRECISION)
             da_acc = dot(ds * slope_gate, a_tile, da_acc, GATE_PRECISION)
@@ -251,7 +254,7 @@ def refusal(q, k, v, assignment, sharpness, window, gate, scale, *mask) -> str |
     return attention_refusal(q, k, v, None) or _triton.refusal(assignment, sharpness)
 
 
-def refusal_backward(grad_out, q, k, v, assignment, sharpness, out, lse, *options) -> str | None:
+def refusal_backward(grad_out, q, k, v, assignment, sharpness, out, state, *options) -> str | None:
     return refusal(q, k, v, assignment, sharpness, *options) or _triton.refusal(grad_out)
 
 
@@ -260,34 +263,35 @@ def configure(q, k, v, assignment, sharpness, window, gate, scale, *mask) -> _co
 
 
 def configure_backward(
-    grad_out, q, k, v, assignment, sharpness, out, lse, window, gate, scale, *mask
+    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, *mask
 ) -> _config.Choice:
     return _problem(q, k, v, scale, mask).choose("gated_attention_backward")
 
 
 def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
     p = _problem(q, k, v, scale, mask)
-    out, lse = p.output(*q.shape[:3], p.v_dim), p.statistics()
+    out, (_, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
     if out.numel():
         config = p.choose("gated_attention").values
-        more = {"out": out, "lse": lse} | _gate_values(assignment, sharpness, window, gate)
+        more = {"out": out, "state": state} | _gate_values(assignment, sharpness, window, gate)
         p.launch(_gated_forward_kernel, config, over="queries", **more)
-    return out, lse
+    return out, state
 
 
-def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, lse, window, gate, scale, *mask):
+def gated_attention_backward(
+    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, *mask
+):
     p = _problem(q, k, v, scale, mask)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     if not dq.numel() or not dk.numel():
         return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(assignment), torch.zeros_like(sharpness)
     config = p.choose("gated_attention_backward").values
     grad_out = _triton.last_dim_contiguous(grad_out)
-    lse = lse.contiguous()
     groups = assignment.shape[2]
     by_query, by_key = (p.output(*t.shape[:3], groups, dtype=torch.float32) for t in (q, k))
     dsharp = p.output(*q.shape[:3], dtype=torch.float32)
     more = _gate_values(assignment, sharpness, window, gate)
-    more |= {"g": grad_out, "lse": lse, "delta": row_products(p, grad_out, out, lse)}
+    more |= {"g": grad_out, "state": state.contiguous(), "delta": row_products(p, grad_out, out)}
     p.launch(
         _gated_backward_q_kernel, turned(config), over="queries", dq=dq, da=by_query, dsharp=dsharp, **more
     )

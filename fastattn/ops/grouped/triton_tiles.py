@@ -109,7 +109,7 @@ def next_run(summary_row, at, tiles, union, common, bound, latest, lowest, EARLI
 
 
 @triton.jit
-def pairs(rows, inside, begin, end, signature, keys, key_signature, near, lk, lq, SORTED: tl.constexpr):
+def pairs(rows, inside, begin, end, signature, keys, key_signature, near, shift, SORTED: tl.constexpr):
     """Which pairs a pass counts: SORTED those that share a group, else the near ones that share none.
 
     All arguments of tokens are broadcast: those of queries along one dim of the result, those of keys along the other.
@@ -118,7 +118,7 @@ def pairs(rows, inside, begin, end, signature, keys, key_signature, near, lk, lq
     shared = signature & key_signature
     if SORTED:
         return allowed & (shared != 0)
-    return allowed & (shared == 0) & (rows + (lk - lq) - keys <= near)
+    return allowed & (shared == 0) & (rows + shift - keys <= near)
 
 
 @triton.jit
@@ -141,6 +141,6 @@ def load_keys(
         key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
         allowed = pairs(
             rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
-            key_signature[None, :], near, extent[1], extent[0], SORTED,
+            key_signature[None, :], near, extent[6], SORTED,
         )  # fmt: skip
     return k_tile, v_tile, allowed

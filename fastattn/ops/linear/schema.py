@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import Backend, cpu_backend, reference_backward, register_op, triton_backend
+from ..._registry import Backend, cpu_backend, dispatch, reference_backward, register_op, save, triton_backend
 from .checks import check_fused_linear, check_fused_linear_backward
 
 
@@ -63,7 +63,7 @@ def _setup_context(ctx, inputs, output):
     _, product, rstd = output
     ctx.mark_non_differentiable(product, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gate, rstd, product)
+    save(ctx, x, weight, gate, rstd, product)
 
 
 def _backward(ctx, grad, grad_product, grad_rstd):
@@ -75,7 +75,8 @@ def _backward(ctx, grad, grad_product, grad_rstd):
     if need_x or need_weight or need_gate:
         if ctx.swiglu and not ctx.save:
             raise RuntimeError("fastattn.fused_linear: save must be True for a gradient through swiglu")
-        dx, dweight, dgate = torch.ops.fastattn.fused_linear_backward(
+        dx, dweight, dgate = dispatch(
+            "fused_linear_backward",
             grad,
             x,
             weight,

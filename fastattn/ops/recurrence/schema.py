@@ -5,9 +5,11 @@ import torch
 from ..._registry import (
     Backend,
     cpu_backend,
+    dispatch,
     reference_backend,
     reference_backward,
     register_op,
+    save,
     triton_backend,
 )
 from . import checks
@@ -44,7 +46,7 @@ def _rms_norm_setup(ctx, inputs, output):
     _, total, rstd = output
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
+    save(ctx, total if ctx.has_residual else x, weight, rstd)
     ctx.set_materialize_grads(False)
 
 
@@ -54,8 +56,8 @@ def _rms_norm_backward(ctx, grad_normed, grad_total, grad_rstd):
         grad_total = None
     if grad_normed is None:
         return grad_total, grad_total if ctx.has_residual else None, None, None, None
-    grad, grad_weight = torch.ops.fastattn.rms_norm_backward(
-        grad_normed, grad_total, total, weight, rstd, ctx.eps, ctx.backend
+    grad, grad_weight = dispatch(
+        "rms_norm_backward", grad_normed, grad_total, total, weight, rstd, ctx.eps, ctx.backend
     )
     return grad, grad if ctx.has_residual else None, None if weight is None else grad_weight, None, None
 
@@ -111,12 +113,12 @@ def _swiglu_fake(gate_up):
 
 
 def _swiglu_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0])
+    save(ctx, inputs[0])
     ctx.backend = inputs[1]
 
 
 def _swiglu_backward(ctx, grad):
-    return torch.ops.fastattn.swiglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
+    return dispatch("swiglu_backward", grad, *ctx.saved_tensors, ctx.backend), None
 
 
 register_op(
@@ -149,12 +151,12 @@ register_op(
 
 
 def _gated_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+    save(ctx, *inputs[:2])
     ctx.backend = inputs[2]
 
 
 def _gated_backward(ctx, grad):
-    return (*torch.ops.fastattn.gated_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+    return (*dispatch("gated_backward", grad, *ctx.saved_tensors, ctx.backend), None)
 
 
 register_op(
@@ -184,12 +186,12 @@ register_op(
 
 def _rotary_setup(ctx, inputs, output):
     _, _, positions, ctx.theta, ctx.inverse, ctx.backend = inputs
-    ctx.save_for_backward(positions)
+    save(ctx, positions)
 
 
 def _rotary_backward(ctx, grad_q, grad_k):
     (positions,) = ctx.saved_tensors
-    grads = torch.ops.fastattn.rotary(grad_q, grad_k, positions, ctx.theta, not ctx.inverse, ctx.backend)
+    grads = dispatch("rotary", grad_q, grad_k, positions, ctx.theta, not ctx.inverse, ctx.backend)
     return (*grads, None, None, None, None)
 
 

@@ -6,6 +6,7 @@ from ... import masks
 from ..._registry import (
     Backend,
     cpu_backend,
+    dispatch,
     reference_backend,
     reference_backward,
     register_op,
@@ -49,7 +50,7 @@ def _backward(ctx, grad_out, _):
     none = (None,) * len(options)
     if grad_out is None:
         return (None,) * _INPUTS + none
-    grads = torch.ops.fastattn.softplus_attention_backward(grad_out, q, k, v, out, statistics, *options)
+    grads = dispatch("softplus_attention_backward", grad_out, q, k, v, out, statistics, *options)
     return *grads, *none
 
 

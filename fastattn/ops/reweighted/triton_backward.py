@@ -194,7 +194,7 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask
     more = power_values(p, power) | {
         "g": grad_out,
         "statistics": statistics.contiguous(),
-        "delta": row_products(p, grad_out, out, rows),
+        "delta": row_products(p, grad_out, out),
         "shift": torch.empty_like(rows, memory_format=torch.contiguous_format),
     }
     p.launch(_softplus_attention_backward_q_kernel, turned(config), over="queries", dq=dq, **more)

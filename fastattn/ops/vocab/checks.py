@@ -6,6 +6,7 @@ from ... import _checks
 
 REDUCTIONS = ("none", "sum", "mean")
 TRANSFORMS = (None, "stablemax")  # by code
+LEAST_SOFTCAP = 2.0**-100  # kernels take its reciprocal in float32
 
 
 def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) -> None:
@@ -41,7 +42,7 @@ def check_target(op: str, target: torch.Tensor, shape: tuple[int, ...], ignore_i
     """Everything but the contents."""
     _checks.check_integer(op, "target", target)
     _checks.check_shape(op, "target", target, shape, "one class a row")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if _checks.as_integer(ignore_index) is None:
         raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {_checks.describe(ignore_index)}")
 
 
@@ -75,12 +76,11 @@ def _check_loss(op: str, target, h, ignore_index, reduction) -> None:
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
-def _check_loss_gradient(op: str, grad, lse, h, reduction: str) -> None:
-    statistics, rows = _checks.statistics_dtype(h), (h.shape[0],)
-    _checks.check_exact(
-        op, "grad", grad, rows if reduction == "none" else (), statistics, h.device, "the loss's"
-    )
-    _checks.check_exact(op, "lse", lse, rows, statistics, h.device, "one a row")
+def _check_loss_gradient(op: str, grad, statistics, h, reduction: str) -> None:
+    dtype, rows = _checks.statistics_dtype(h), h.shape[0]
+    shape = (rows,) if reduction == "none" else ()
+    _checks.check_exact(op, "grad", grad, shape, dtype, h.device, "the loss's")
+    _checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
 
 
 def _check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
@@ -100,6 +100,10 @@ def _check_linear(
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(TRANSFORMS))
         raise ValueError(f"fastattn.{op}: transform must be one of {known}, given {transform}")
     _checks.check_positive(op, "softcap", softcap, zero=True)
+    if 0 < softcap < LEAST_SOFTCAP:
+        raise ValueError(
+            f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
+        )
     _checks.check_positive(op, "z_loss", z_loss, zero=True)
     if temperature is not None:
         statistics = _checks.statistics_dtype(h)
@@ -113,11 +117,13 @@ def check_linear_cross_entropy(h, weight, bias, target, temperature, *options) -
     _check_wanted(op, "gradients", gradients, (h, weight, bias, temperature))
 
 
-def check_linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, lse, *options) -> None:
+def check_linear_cross_entropy_backward(
+    grad, h, weight, bias, target, temperature, statistics, *options
+) -> None:
     *options, wanted = options
     op = "linear_cross_entropy_backward"
     _check_linear(op, h, weight, bias, target, temperature, *options)
-    _check_loss_gradient(op, grad, lse, h, options[-1])
+    _check_loss_gradient(op, grad, statistics, h, options[-1])
     _check_wanted(op, "wanted", wanted, (h, weight, bias, temperature))
 
 
@@ -136,7 +142,7 @@ def check_linear_cross_entropy_contents(h, weight, bias, target, temperature, *o
 
 
 def check_linear_cross_entropy_backward_contents(
-    grad, h, weight, bias, target, temperature, lse, *options
+    grad, h, weight, bias, target, temperature, statistics, *options
 ) -> None:
     _linear_contents("linear_cross_entropy_backward", weight, target, temperature, options[3])
 
@@ -159,13 +165,13 @@ def check_stablemax_cross_entropy_contents(logits, target, ignore_index) -> None
     _check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
 
 
-def check_stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index) -> None:
     op = "stablemax_cross_entropy_backward"
     _check_stablemax(op, logits, target, ignore_index)
-    _check_loss_gradient(op, grad, lse, logits, "none")
+    _check_loss_gradient(op, grad, statistics, logits, "none")
 
 
-def check_stablemax_cross_entropy_backward_contents(grad, logits, target, lse, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward_contents(grad, logits, target, statistics, ignore_index) -> None:
     _check_targets("stablemax_cross_entropy_backward", target, logits.shape[1], ignore_index)
 
 
@@ -246,16 +252,16 @@ def check_vq_cross_entropy_contents(h, codebook, codes, bias, shadow, target, ig
 
 
 def check_vq_cross_entropy_backward(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ) -> None:
     op = "vq_cross_entropy_backward"
     _check_vq_loss(op, h, codebook, codes, bias, shadow, target, ignore_index, reduction)
-    _check_loss_gradient(op, grad, lse, h, reduction)
+    _check_loss_gradient(op, grad, statistics, h, reduction)
     _check_wanted(op, "wanted", wanted, (h, codebook, bias, shadow))
 
 
 def check_vq_cross_entropy_backward_contents(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, *_
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, *_
 ) -> None:
     op = "vq_cross_entropy_backward"
     check_codes(op, codes, codebook)

@@ -33,15 +33,18 @@ def chunked_rows(
     temperature,
     options,
     *,
+    log_count=None,
     grad=None,
     loss=None,
-    lse=None,
+    statistics,
     wanted=0,
 ):
-    """Statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype), weight, bias and
-    temperature (float32) by chunks of rows.
+    """The row losses and their statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype),
+    weight, bias and temperature (float32) by chunks of rows.
 
-    row_kernel(x, target, **rows and options): loss, lse, and the loss's gradient in place of the logits x."""
+    row_kernel(x, target, **rows and options): loss, largest, total, and the loss's gradient in place of the logits x."""
+    largest, total = statistics
+    columns = {"bias": bias} | ({} if log_count is None else {"log_count": log_count})
     temperature = None if temperature is None else temperature.contiguous()
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
@@ -53,10 +56,11 @@ def chunked_rows(
         rows = {
             name: None if t is None else t[begin:end]
             for name, t in (
-                ("temperature", temperature), ("grad", grad), ("loss", loss), ("lse", lse), ("grad_temperature", dtemperature)
+                ("temperature", temperature), ("grad", grad), ("loss", loss), ("largest", largest), ("total", total),
+                ("grad_temperature", dtemperature),
             )
         }  # fmt: skip
-        row_kernel(x, target[begin:end], bias=bias, **rows, **options)
+        row_kernel(x, target[begin:end], **columns, **rows, **options)
         if wanted & 3:
             g = x.to(h.dtype)
         if wanted & 1:
@@ -91,33 +95,38 @@ def upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
     return scale.expand(target.shape[0]).contiguous()
 
 
+def empty_statistics(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss (N,), statistics (2, N): the largest logit and the sum of the weights), not yet filled."""
+    return tuple(h.new_empty(*shape, h.shape[0], dtype=torch.float32) for shape in ((), (2,)))
+
+
 def linear_cross_entropy(
     row_kernel, mib, h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
 ):  # fmt: skip
-    loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
+    loss, statistics = empty_statistics(h)
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
     grad = upstream(one, target, ignore_index, reduction) if gradients else None
     found = chunked_rows(
         row_kernel, mib, h, weight, None if bias is None else bias.contiguous(), target.contiguous(), temperature,
-        _options(transform, softcap, z_loss, ignore_index), loss=loss, lse=lse, grad=grad, wanted=gradients,
+        _options(transform, softcap, z_loss, ignore_index), loss=loss, statistics=statistics, grad=grad, wanted=gradients,
     )  # fmt: skip
     loss = reduced(loss, target, ignore_index, reduction)
-    return loss, lse.clone(), *returned(found, (h, weight, bias, temperature))
+    return loss, statistics, *returned(found, (h, weight, bias, temperature))
 
 
 def reduced(loss, target, ignore_index: int, reduction: str) -> torch.Tensor:
     if reduction == "none":
-        return loss.clone()
+        return loss
     return loss.sum() / valid_rows(target, ignore_index) if reduction == "mean" else loss.sum()
 
 
 def linear_cross_entropy_backward(
-    row_kernel, mib, grad, h, weight, bias, target, temperature, lse, transform, softcap, z_loss, ignore_index, reduction,
-    wanted,
+    row_kernel, mib, grad, h, weight, bias, target, temperature, statistics, transform, softcap, z_loss, ignore_index,
+    reduction, wanted,
 ):  # fmt: skip
     found = chunked_rows(
         row_kernel, mib, h, weight, None if bias is None else bias.contiguous(), target.contiguous(), temperature,
-        _options(transform, softcap, z_loss, ignore_index), lse=lse, grad=upstream(grad, target, ignore_index, reduction),
-        wanted=wanted,
+        _options(transform, softcap, z_loss, ignore_index), statistics=statistics,
+        grad=upstream(grad, target, ignore_index, reduction), wanted=wanted,
     )  # fmt: skip
     return returned(found, (h, weight, bias, temperature))

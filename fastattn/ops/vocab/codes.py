@@ -61,7 +61,8 @@ def vq_cross_entropy(
     """Cross-entropy of target under a vector-quantised head, from K logits a row: equal to the softmax over all V tokens.
 
     loss = logsumexp_k(h . codebook_k + beta_k) - h . codebook[codes[target]] - bias[target], with beta_k the logsumexp of bias
-    over the tokens of code k (arXiv 2505.10202; the bias is ours). Nothing of size (N, V) or (V, K) is held.
+    over the tokens of code k (arXiv 2505.10202; the bias is ours), formed from differences to the largest logit, so that logits
+    of any size lose nothing. Nothing of size (N, V) or (V, K) is held.
     Rows with target == ignore_index are dropped before the product, have loss 0 and a gradient of exactly 0.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.

@@ -2,7 +2,7 @@
 
 Gradients in the forward pass (one pass): for a chunk of rows, logits of all classes, then their gradient in place, then
 its products with weight and h. Otherwise (tiles): the forward pass keeps a running maximum and sum a row over tiles of
-classes, and backward finds each tile again from the log-sum-exp. A tile of weight's gradient is then one product over
+classes, and backward finds each tile's gradient from them. A tile of weight's gradient is then one product over
 all rows, so nothing of weight's size is held beside the gradient itself.
 
 Low-precision inputs are widened a block at a time: products are float32, logits and sums never rounded to less.
@@ -54,15 +54,16 @@ class Rows:
         self.total = target.shape[0]
         self.count = self.total if self.index is None else self.index.shape[0]
 
-    def of(self, t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or self.index is None else t.index_select(0, self.index)
+    def of(self, t: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
+        return t if t is None or self.index is None else t.index_select(dim, self.index)
 
-    def spread(self, t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def spread(self, t: torch.Tensor, dtype: torch.dtype | None = None, dim: int = 0) -> torch.Tensor:
         """t back at its rows, zero at the ignored ones."""
         t = t.to(dtype or t.dtype)
         if self.index is None:
             return t
-        return t.new_zeros(self.total, *t.shape[1:]).index_copy_(0, self.index, t)
+        shape = (*t.shape[:dim], self.total, *t.shape[dim + 1 :])
+        return t.new_zeros(shape).index_copy_(dim, self.index, t)
 
     def reduced(self, loss: torch.Tensor, reduction: str) -> torch.Tensor:
         if reduction == "none":
@@ -80,23 +81,33 @@ class Rows:
 
 
 class Statistics:
-    """Per row: the largest logit so far, the sum of exponentials relative to it, the target's logit, the log-sum-exp."""
+    """Per row: the largest logit so far, the sum of the weights (see VocabRowsParams), the target's logit.
+
+    Never a log-sum-exp: rounded at the size of the logits, it would lose what the target is below the largest.
+    """
 
     def __init__(self, like: torch.Tensor) -> None:
         rows = like.shape[0]
         self.largest = like.new_full((rows,), -torch.inf, dtype=torch.float32)
         self.total = like.new_zeros(rows, dtype=torch.float32)
         self.picked = like.new_zeros(rows, dtype=torch.float32)
-        self.lse = like.new_zeros(rows, dtype=torch.float32)
 
-    def finish(self, stablemax: bool) -> None:
-        torch.log(self.total, out=self.lse)
-        if not stablemax:
-            self.lse += self.largest
+    def losses(self, temperature: torch.Tensor | None, stablemax: int, z_loss: float) -> torch.Tensor:
+        largest, picked = self.largest, self.picked
+        if stablemax:
+            largest, picked, temperature = _symlog(largest), _symlog(picked), None
+        over = 1.0 if temperature is None else temperature
+        log_total = self.total.log()
+        loss = (largest - picked) / over + log_total
+        return loss + z_loss * (largest / over + log_total).square() if z_loss else loss
 
-    def losses(self, z_loss: float) -> torch.Tensor:
-        loss = self.lse - self.picked
-        return loss + z_loss * self.lse.square() if z_loss else loss
+    def kept(self) -> torch.Tensor:
+        """(2, rows): what the gradients need."""
+        return torch.stack((self.largest, self.total))
+
+
+def _symlog(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().log1p().copysign(x)
 
 
 def run_rows(
@@ -108,28 +119,32 @@ def run_rows(
     out: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
+    log_count: torch.Tensor | None = None,
     statistics: Statistics | None = None,
-    lse: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
     grad_temperature: torch.Tensor | None = None,
     ignore_index: int = _NEVER,
     **options,
 ) -> None:
-    """The row kernel on rows begin .. end of the per-row tensors; x (end - begin, C) is overwritten unless `out` is given."""
+    """The row kernel on rows begin .. end of the per-row tensors; x (end - begin, C) is overwritten unless `out` is given.
+
+    It takes the columns into `statistics`, or has `kept` of all columns.
+    """
     if begin == end:
         return
 
     def part(t: torch.Tensor | None) -> torch.Tensor | None:
         return None if t is None else t[begin:end]
 
-    fields = {"lse": part(lse)}
     if statistics is not None:
         fields = {
             "row_max": part(statistics.largest),
             "row_sum": part(statistics.total),
             "picked": part(statistics.picked),
-            "lse": part(statistics.lse),
         }
+    else:
+        fields = {"row_max": part(kept[0]), "row_sum": part(kept[1])}
     call(
         "vocab_rows",
         "VocabRowsParams",
@@ -138,6 +153,7 @@ def run_rows(
         bias=bias,
         target=part(target),
         temperature=part(temperature),
+        log_count=log_count,
         grad=part(grad),
         grad_temperature=part(grad_temperature),
         statistics=int(statistics is not None),
@@ -231,11 +247,10 @@ def _tile_statistics(h, weight, bias, target, temperature, options, tile_mib) ->
                 statistics=statistics,
                 **options,
             )
-    statistics.finish(options["stablemax"])
     return statistics
 
 
-def _tile_gradients(h, weight, bias, target, temperature, lse, grad, options, wanted, tile_mib):
+def _tile_gradients(h, weight, bias, target, temperature, kept, grad, options, wanted, tile_mib):
     """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` a row."""
     count, width = h.shape
     rows, columns = _tiles(count, weight.shape[0], tile_mib)
@@ -263,7 +278,7 @@ def _tile_gradients(h, weight, bias, target, temperature, lse, grad, options, wa
                 first=c0,
                 bias=None if bias is None else bias[c0:c1],
                 temperature=temperature,
-                lse=lse,
+                kept=kept,
                 grad=grad,
                 grad_temperature=dtemperature,
                 **options,
@@ -324,8 +339,8 @@ def linear_cross_entropy(
         )
     else:
         statistics = _tile_statistics(wide, weight, wide_bias, kept, tau, options, config["tile_mib"])
-    loss = rows.reduced(statistics.losses(z_loss), reduction)
-    return loss, rows.spread(statistics.lse), *_returned(rows, found, h, weight, bias, temperature)
+    loss = rows.reduced(statistics.losses(tau, options["stablemax"], z_loss), reduction)
+    return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, found, h, weight, bias, temperature)
 
 
 def linear_cross_entropy_backward(
@@ -335,7 +350,7 @@ def linear_cross_entropy_backward(
     bias,
     target,
     temperature,
-    lse,
+    statistics,
     transform,
     softcap,
     z_loss,
@@ -351,7 +366,7 @@ def linear_cross_entropy_backward(
         wide_bias,
         kept,
         tau,
-        rows.of(lse).contiguous(),
+        rows.of(statistics, dim=1),
         rows.upstream(grad, reduction),
         options,
         wanted,
@@ -374,13 +389,11 @@ def stablemax_cross_entropy(logits, target, ignore_index):
         stablemax=1,
         ignore_index=ignore_index,
     )
-    ignored = target == ignore_index
-    statistics.finish(True)
-    lse = statistics.lse.masked_fill_(ignored, 0)
-    return statistics.losses(0).masked_fill_(ignored, 0), lse
+    loss = statistics.losses(None, 1, 0.0).masked_fill_(target == ignore_index, 0)
+    return loss, statistics.kept()
 
 
-def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
+def stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     run_rows(
         _native.rows(logits),
@@ -388,7 +401,7 @@ def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
         0,
         logits.shape[0],
         out=out,
-        lse=lse,
+        kept=statistics,
         grad=grad.contiguous(),
         stablemax=1,
         ignore_index=ignore_index,

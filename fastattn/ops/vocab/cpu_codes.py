@@ -31,9 +31,9 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _code_bias(codes, bias, count: int, largest=None, inverse_temperature: float = 1.0) -> torch.Tensor:
-    """beta (K,): the logsumexp of bias over each code's tokens; of its differences from `largest`, which is written."""
-    beta = torch.empty(count, dtype=torch.float32)
+def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0):
+    """Of each code's tokens (K,): the largest bias, and the logsumexp of what theirs are above it, over temperature."""
+    largest, beta = torch.empty(2, count, dtype=torch.float32)
     call(
         "vocab_code_bias",
         "VocabTokensParams",
@@ -44,7 +44,7 @@ def _code_bias(codes, bias, count: int, largest=None, inverse_temperature: float
         largest=largest,
         inverse_temperature=inverse_temperature,
     )
-    return beta
+    return largest, beta
 
 
 def _chunks(rows: int, columns: int, mib: int):
@@ -93,13 +93,17 @@ def _wide(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor | None:
 # --- vq_cross_entropy ------------------------------------------------------------------------------------------------
 
 
-def _loss(h, codebook, codes, bias, target, *, scale=None, lse=None, grad=None, wanted=0, mib=16):
-    """Statistics (unless lse is given) and the gradients of h, codebook, bias and shadow; h and codebook float32."""
+def _loss(h, codebook, codes, bias, target, *, scale=None, kept=None, grad=None, wanted=0, mib=16):
+    """Losses (unless their statistics are given) and the gradients of h, codebook, bias and shadow; h and codebook float32.
+
+    A code's logit is that of its likeliest token, and the others' share in its weight is never added to the logit itself,
+    which is rounded at its own size.
+    """
     count, width = h.shape
     classes = codebook.shape[0]
-    beta = _code_bias(codes, bias, classes)  # (K,)
+    largest, beta = _code_bias(codes, bias, classes)  # (K,)
     code_of = codes[target.long()].contiguous()  # (rows,)
-    statistics = Statistics(h) if lse is None else None
+    statistics = Statistics(h) if kept is None else None
     if scale is not None:
         grad = h.new_full((count,), scale)
     dh = h.new_empty(count, width) if wanted & 1 else None
@@ -110,45 +114,56 @@ def _loss(h, codebook, codes, bias, target, *, scale=None, lse=None, grad=None, 
     for begin, end in chunks:
         x, part = scores[: end - begin], h[begin:end]
         torch.mm(part, codebook.T, out=x)
-        run_rows(x, code_of, begin, end, bias=beta, statistics=statistics, lse=lse, grad=grad)
+        run_rows(
+            x, code_of, begin, end, bias=largest, log_count=beta, statistics=statistics, kept=kept, grad=grad
+        )
         if dh is not None:
             torch.mm(x, codebook, out=dh[begin:end])
         if dcodebook is not None:
             product(dcodebook, x.T, part, first=begin == 0)
         if mass is not None:
             mass += x.sum(0)
+    losses = None
     if statistics is not None:
-        if grad is None:
-            statistics.finish(False)
-        # the row kernel's target logit has beta of the code where the token's own bias belongs
-        statistics.picked -= beta.clamp(min=torch.finfo(torch.float32).min)[code_of.long()]
-        if bias is not None:
-            statistics.picked += bias[target.long()]
-    return statistics, _token_gradients(
-        h, codes, bias, target, code_of, beta, grad, wanted, (dh, dcodebook, mass)
+        losses = statistics.losses(None, 0, 0.0)
+        if bias is not None:  # what the token's own bias is below its code's largest; both may be -inf
+            own, most = bias[target.long()], largest[code_of.long()]
+            losses += torch.where(own == most, 0.0, most - own)
+    found = _token_gradients(
+        h, codes, bias, target, code_of, largest, beta, grad, wanted, (dh, dcodebook, mass)
     )
+    return losses, statistics, found
 
 
-def _token_gradients(h, codes, bias, target, code_of, beta, grad, wanted, found):
-    """(dh, dcodebook, dbias, dshadow) from those over codes: a token's share of its code is exp(bias - beta)."""
+def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wanted, found):
+    """(dh, dcodebook, dbias, dshadow) from those over codes: a token's share of its code is exp(bias - largest - beta)."""
     dh, dcodebook, mass = found
     dbias = dshadow = None
     if wanted & 4:
         mass.index_add_(0, code_of.long(), grad)  # what the one-hot had taken out
-        dbias = _shares(codes, bias, beta, mass).index_add_(0, target.long(), grad, alpha=-1)
+        dbias = _shares(codes, bias, largest, beta, mass).index_add_(0, target.long(), grad, alpha=-1)
     if wanted & 8:
         weighted = h * grad[:, None]
         whole = dcodebook.index_add(0, code_of.long(), weighted)  # P^T h
         dshadow = whole.index_select(0, codes.long())
-        dshadow *= _shares(codes, bias, beta, torch.ones_like(beta))[:, None]
+        dshadow *= _shares(codes, bias, largest, beta, torch.ones_like(beta))[:, None]
         dshadow.index_add_(0, target.long(), weighted, alpha=-1)
     return dh, dcodebook if wanted & 2 else None, dbias, dshadow
 
 
-def _shares(codes, bias, beta, mass) -> torch.Tensor:
-    """(V,): exp(bias - beta of the token's code) * mass of the code."""
+def _shares(codes, bias, largest, beta, mass) -> torch.Tensor:
+    """(V,): exp(bias - largest - beta of the token's code) * mass of the code."""
     out = torch.empty(codes.shape[0], dtype=torch.float32)
-    call("vocab_bias_gradient", "VocabTokensParams", codes=codes, bias=bias, beta=beta, mass=mass, out=out)
+    call(
+        "vocab_bias_gradient",
+        "VocabTokensParams",
+        codes=codes,
+        bias=bias,
+        largest=largest,
+        beta=beta,
+        mass=mass,
+        out=out,
+    )
     return out
 
 
@@ -163,7 +178,7 @@ def _returned(rows: Rows, found, tensors) -> tuple[torch.Tensor, ...]:
 
 def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
     rows = Rows(target, ignore_index)
-    statistics, found = _loss(
+    losses, statistics, found = _loss(
         rows.of(h).float(),
         codebook.float(),
         codes.contiguous(),
@@ -173,21 +188,21 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
         wanted=gradients,
         mib=_choose(h, codebook).values["chunk_mib"],
     )
-    loss = rows.reduced(statistics.losses(0), reduction)
-    return loss, rows.spread(statistics.lse), *_returned(rows, found, (h, codebook, bias, shadow))
+    loss = rows.reduced(losses, reduction)
+    return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, found, (h, codebook, bias, shadow))
 
 
 def vq_cross_entropy_backward(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ):
     rows = Rows(target, ignore_index)
-    _, found = _loss(
+    _, _, found = _loss(
         rows.of(h).float(),
         codebook.float(),
         codes.contiguous(),
         _float(bias),
         rows.of(target),
-        lse=rows.of(lse).contiguous(),
+        kept=rows.of(statistics, dim=1),
         grad=rows.upstream(grad, reduction),
         wanted=wanted,
         mib=_choose(h, codebook).values["chunk_mib"],
@@ -311,8 +326,7 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     offsets = torch.empty(count + 1, dtype=torch.int64)
     call("vocab_group", "VocabTokensParams", codes=codes, order=order, offsets=offsets)
     over = inverse(temperature)
-    largest = torch.empty(count, dtype=torch.float32)
-    beta = _code_bias(codes, bias, count, largest, over)
+    largest, beta = _code_bias(codes, bias, count, over)
     found = torch.empty(h.shape[0], dtype=torch.int64)
     uniform = uniform.contiguous()
     chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])

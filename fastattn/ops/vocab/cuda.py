@@ -21,7 +21,9 @@ def _float(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _row_kernel(x, target, *, bias, temperature, grad, loss, lse, grad_temperature, **options) -> None:
+def _row_kernel(
+    x, target, *, bias, temperature, grad, loss, largest, total, grad_temperature, **options
+) -> None:
     config = _config.lookup(
         "vocab_rows",
         "cuda",
@@ -29,11 +31,10 @@ def _row_kernel(x, target, *, bias, temperature, grad, loss, lse, grad_temperatu
         sizes={"rows": x.shape[0], "classes": x.shape[1]},
         device=x.device,
     )
-    # it always forms both statistics; those already known go to scratch
-    scratch = x.new_empty(2, x.shape[0])
-    loss, lse = scratch if loss is None else (loss, lse)
+    if loss is None:  # the kernel always forms all of them; those already known go to scratch
+        loss, largest, total = x.new_empty(3, x.shape[0])
     _cuda.vocab_rows(
-        x, _float(bias), target.long(), _float(temperature), grad, loss, lse, grad_temperature, **options,
+        x, _float(bias), target.long(), _float(temperature), grad, loss, largest, total, grad_temperature, **options,
         **config.values,
     )  # fmt: skip
 

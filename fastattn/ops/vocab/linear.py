@@ -10,7 +10,7 @@ from .checks import REDUCTIONS, TRANSFORMS, check_rows, check_target, check_wide
 
 # With this many classes or fewer the gradients are found in the forward pass, from the logits of a few hundred rows
 # at a time: three matrix products in all. With more, such a chunk and the saved (V, d) gradient would be most of the
-# memory used, so backward finds the logits again from the log-sum-exp: four products.
+# memory used, so backward finds the logits again: four products.
 ONE_PASS_CLASSES = 65536
 
 
@@ -34,7 +34,10 @@ def linear_cross_entropy(
     x = sign(x) log(1 + |x|), which makes softmax StableMax ("Grokking at the Edge of Numerical Stability",
     arXiv 2501.04697, equation 5). Then, with lse = logsumexp(x),
 
-        loss = lse - x[target] + z_loss * lse^2.
+        loss = lse - x[target] + z_loss * lse^2,
+
+    where lse - x[target] is formed from differences to the row's largest logit, before any division by the temperature: logits
+    of 1e8, or those that a temperature of 1e-3 leads to, lose nothing.
 
     Rows with target == ignore_index cost nothing: they are dropped before the product, have loss 0 and a gradient of exactly 0.
 
@@ -89,8 +92,8 @@ def _temperature(
         return None
     dtype = _checks.statistics_dtype(h)
     if not isinstance(temperature, torch.Tensor):
-        _checks.check_positive(op, "temperature", temperature)
-        return torch.full((target.numel(),), float(temperature), dtype=dtype, device=h.device)
+        number = _checks.as_positive(op, "temperature", temperature)
+        return torch.ones(target.numel(), dtype=dtype, device=h.device) * number
     check_wide(op, "temperature", temperature, h)
     _checks.check_shape(op, "temperature", temperature, tuple(h.shape[:-1]), "one a row")
     return temperature.reshape(-1).to(dtype)
@@ -107,7 +110,7 @@ def stablemax_cross_entropy(
     """Cross-entropy of StableMax probabilities s(x) / sum s(x), with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below
     ("Grokking at the Edge of Numerical Stability", arXiv 2501.04697, equation 5), as HRM trains with.
 
-    The sum is taken in float32, which is enough: s grows like x, not like e^x, so nothing overflows and no maximum is subtracted.
+    The sum is taken in float32, relative to the largest s of the row, so that nothing overflows.
 
     logits: (..., V), float32, bfloat16, float16 (float64 on the reference backend), any strides.
     target: (...), int32 or int64, in [0, V) or ignore_index; such a row has loss 0 and a gradient of exactly 0.

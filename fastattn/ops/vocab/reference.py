@@ -17,31 +17,72 @@ def _rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
 
 
 def _reduced(
-    loss: torch.Tensor, lse: torch.Tensor, where: torch.Tensor, count: int, reduction: str
+    loss: torch.Tensor, statistics: torch.Tensor, where: torch.Tensor, count: int, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, lse) of the rows `where` as the op returns them: zero for the others of `count`, then reduced."""
+    """(loss, statistics) of the rows `where` as the op returns them: zero for the others of `count`; the loss reduced."""
     rows = torch.zeros(count, dtype=loss.dtype, device=loss.device)
-    loss, lse = rows.index_copy(0, where, loss), rows.index_copy(0, where, lse.detach())
+    loss, statistics = rows.index_copy(0, where, loss), rows.repeat(2, 1).index_copy(1, where, statistics)
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
         loss = loss.sum() / max(1, where.shape[0])
-    return loss, lse
+    return loss, statistics
 
 
-def _loss(x: torch.Tensor, target: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = torch.logsumexp(x, dim=1)
-    return lse - x.gather(1, target.long()[:, None])[:, 0] + z_loss * lse.square(), lse
+def _weights(x: torch.Tensor, tau: torch.Tensor | None, stablemax: bool) -> tuple[torch.Tensor, ...]:
+    """(logarithms of the weights of the classes, less the row's largest `top`; the weights; top (rows, 1)).
+
+    A constant may be taken off the logarithms, since neither softmax nor loss depends on it: `top` has no gradient.
+    """
+    if stablemax:
+        x, tau = symlog(x if tau is None else x / tau), None
+    top = x.detach().amax(1, keepdim=True)
+    distance = x - top  # before the division, which would round both at their own size
+    if tau is not None:
+        distance, top = distance / tau, top / tau
+    return distance, distance.exp(), top
+
+
+def _loss(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    tau: torch.Tensor | None = None,
+    stablemax: bool = False,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the logits x (rows, V) over tau (rows, 1), and statistics (2, rows): the largest logit (over tau for stablemax), and
+    the sum of the weights, of which the largest logit's is 1."""
+    distance, weights, top = _weights(x, tau, stablemax)
+    total = weights.sum(1)
+    # not logsumexp - x[target], whose terms are rounded at their own size
+    loss = total.log() - distance.gather(1, target.long()[:, None])[:, 0]
+    if z_loss:
+        loss = loss + z_loss * (top[:, 0] + total.log()).square()
+    largest = (x if tau is None or not stablemax else x / tau).amax(1)
+    return loss, torch.stack((largest, total)).detach()
 
 
 def _loss_gradient(
-    x: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, z_loss: float = 0.0
-) -> torch.Tensor:
-    """Of sum(grad * loss) with respect to x (rows, V)."""
-    lse = torch.logsumexp(x, dim=1, keepdim=True)
-    g = torch.exp(x - lse) * (1 + 2 * z_loss * lse)
-    g = g - torch.nn.functional.one_hot(target.long(), x.shape[1])
-    return g * grad[:, None]
+    x: torch.Tensor,
+    target: torch.Tensor,
+    grad: torch.Tensor,
+    tau: torch.Tensor | None = None,
+    stablemax: bool = False,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of sum(grad * loss) with respect to x / tau (rows, V), and the sum of its products with x / tau (rows,)."""
+    distance, weights, top = _weights(x, tau, stablemax)
+    total = weights.sum(1, keepdim=True)
+    spread = 2 * z_loss * (top + total.log()) if z_loss else torch.zeros_like(top)
+    g = weights / total * (1 + spread) - torch.nn.functional.one_hot(target.long(), x.shape[1])
+    g = g * grad[:, None]
+    if stablemax:
+        y = x if tau is None else x / tau
+        g = g / (1 + y.abs())
+        return g, torch.where(g == 0, g, g * y).sum(1)
+    # g adds up to grad * spread, and what is far from the largest has next to none of it
+    products = torch.where(g == 0, g, g * distance).sum(1)
+    return g, products + grad * (spread * top)[:, 0] if z_loss else products
 
 
 def _of_rows(grad: torch.Tensor, where: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -68,19 +109,16 @@ def linear_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss () or (N,), lse (N,)); transform 0 is none and 1 stablemax, softcap 0 is none."""
+    """(loss () or (N,), statistics (2, N)); transform 0 is none and 1 stablemax, softcap 0 is none."""
     where = _rows(target, ignore_index)
     x = _wide(h.index_select(0, where)) @ _wide(weight).T  # (rows, V)
     if bias is not None:
         x = x + _wide(bias)
     if softcap:
         x = softcap * torch.tanh(x / softcap)
-    if temperature is not None:
-        x = x / temperature.index_select(0, where)[:, None]
-    if transform == 1:
-        x = symlog(x)
-    loss, lse = _loss(x, target.index_select(0, where), z_loss)
-    return _reduced(loss, lse, where, target.shape[0], reduction)
+    tau = None if temperature is None else temperature.index_select(0, where)[:, None]
+    loss, statistics = _loss(x, target.index_select(0, where), tau, transform == 1, z_loss)
+    return _reduced(loss, statistics, where, target.shape[0], reduction)
 
 
 def linear_cross_entropy_gradients(
@@ -97,15 +135,12 @@ def linear_cross_entropy_gradients(
         x = softcap * torch.tanh(x / softcap)
         slope = 1 - (x / softcap).square()
     tau = None if temperature is None else temperature.index_select(0, where)[:, None]
-    if tau is not None:
-        x = x / tau
-    y = symlog(x) if transform == 1 else x
-    g = _loss_gradient(y, target.index_select(0, where), _of_rows(grad, where, reduction), z_loss)
-    if transform == 1:
-        g = g / (1 + x.abs())
+    g, products = _loss_gradient(
+        x, target.index_select(0, where), _of_rows(grad, where, reduction), tau, transform == 1, z_loss
+    )
     dtemperature = None
     if tau is not None:
-        dtemperature = _spread(-(g * x).sum(1) / tau[:, 0], where, temperature)
+        dtemperature = _spread(-products / tau[:, 0], where, temperature)
         g = g / tau
     g = g * slope  # (rows, V), of the raw logits
     dbias = None if bias is None else g.sum(0).to(bias.dtype)
@@ -120,25 +155,30 @@ def linear_cross_entropy_gradients(
 def stablemax_cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss (N,), lse (N,))."""
+    """(loss (N,), statistics (2, N))."""
     where = _rows(target, ignore_index)
-    loss, lse = _loss(symlog(_wide(logits.index_select(0, where))), target.index_select(0, where))
-    return _reduced(loss, lse, where, target.shape[0], "none")
+    x = _wide(logits.index_select(0, where))
+    loss, statistics = _loss(x, target.index_select(0, where), stablemax=True)
+    return _reduced(loss, statistics, where, target.shape[0], "none")
 
 
 def stablemax_cross_entropy_backward(
-    grad: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, ignore_index: int
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    ignore_index: int,
 ) -> torch.Tensor:
     where = _rows(target, ignore_index)
     x = _wide(logits.index_select(0, where))
-    g = _loss_gradient(symlog(x), target.index_select(0, where), grad.index_select(0, where))
-    return _spread(g / (1 + x.abs()), where, logits)
+    g, _ = _loss_gradient(x, target.index_select(0, where), grad.index_select(0, where), stablemax=True)
+    return _spread(g, where, logits)
 
 
 def vq_logits(
     h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return dense_logits(h, _wide(codebook)[codes.long()], bias).to(h.dtype)
+    return dense_logits(_wide(h), _wide(codebook), codes, bias).to(h.dtype)
 
 
 def vq_logits_gradients(grad, h, codebook, codes, bias) -> tuple[torch.Tensor | None, ...]:
@@ -157,8 +197,10 @@ def _by_code(rows: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) ->
     return torch.zeros_like(codebook, dtype=rows.dtype).index_add(0, codes.long(), rows).to(codebook.dtype)
 
 
-def dense_logits(h: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    logits = _wide(h) @ rows.T  # (N, V)
+def dense_logits(
+    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    logits = (h @ codebook.T)[:, codes.long()]  # (N, V), bitwise one product a code
     return logits if bias is None else logits + _wide(bias)
 
 
@@ -172,11 +214,11 @@ def vq_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss () or (N,), lse (N,)); shadow has a gradient, as if its rows were those of the codes, and no value."""
+    """(loss () or (N,), statistics (2, N)); shadow has a gradient, as if its rows were those of the codes, and no value."""
     where = _rows(target, ignore_index)
-    x = dense_logits(h.index_select(0, where), _wide(codebook)[codes.long()], bias)
-    loss, lse = _loss(x, target.index_select(0, where))
-    return _reduced(loss, lse, where, target.shape[0], reduction)
+    x = dense_logits(_wide(h.index_select(0, where)), _wide(codebook), codes, bias)
+    loss, statistics = _loss(x, target.index_select(0, where))
+    return _reduced(loss, statistics, where, target.shape[0], reduction)
 
 
 def vq_cross_entropy_gradients(
@@ -184,10 +226,10 @@ def vq_cross_entropy_gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """For h, codebook, bias and shadow."""
     where = _rows(target, ignore_index)
-    valid = h.index_select(0, where)
-    x = dense_logits(valid, _wide(codebook)[codes.long()], bias)
-    g = _loss_gradient(x, target.index_select(0, where), _of_rows(grad, where, reduction))
-    rows = g.T @ _wide(valid)  # (V, d)
+    valid = _wide(h.index_select(0, where))
+    x = dense_logits(valid, _wide(codebook), codes, bias)
+    g, _ = _loss_gradient(x, target.index_select(0, where), _of_rows(grad, where, reduction))
+    rows = g.T @ valid  # (V, d)
     return (
         _spread(g @ _wide(codebook)[codes.long()], where, h),
         _by_code(rows, codes, codebook),
@@ -199,8 +241,14 @@ def vq_cross_entropy_gradients(
 def vq_argmax(
     h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    scores = (h.double() @ codebook.double().T)[:, codes.long()]  # (N, V), bitwise one value a code
+    scores = _products(h.double(), codebook.double())[:, codes.long()]
     return _first_largest(scores if bias is None else scores + bias)
+
+
+def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """x codebook^T, whose columns for equal vectors are bitwise equal: a product may round by its place."""
+    distinct, which = codebook.unique(dim=0, return_inverse=True)
+    return (x @ distinct.T)[:, which]
 
 
 def _first_largest(x: torch.Tensor) -> torch.Tensor:
@@ -218,13 +266,18 @@ def vq_sample(
     temperature: float,
 ) -> torch.Tensor:
     """uniform (N, 2) in [0, 1): the first picks the code, the second the token within it, by cumulative probability."""
-    logits = dense_logits(h.double(), codebook.double()[codes.long()], bias)
-    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float64).tiny)
-    tokens = torch.softmax(logits, dim=1)  # (N, V)
-    shape = (h.shape[0], codebook.shape[0])
-    of_code = tokens.new_zeros(shape).index_add(1, codes.long(), tokens)  # (N, K)
+    temperature = max(temperature, torch.finfo(torch.float64).tiny)
+    count, codes = codebook.shape[0], codes.long()
+    bias = uniform.new_zeros(codes.shape) if bias is None else bias.double()
+    most = bias.new_full((count,), -torch.inf).scatter_reduce(0, codes, bias, "amax")  # (K,)
+    # of a token beside its code's likeliest, which is not rounded at the size of the products
+    tokens = torch.where(bias == -torch.inf, 0.0, ((bias - most[codes]) / temperature).exp())  # (V,)
+    scores = h.double() @ codebook.double().T + most  # (N, K)
+    scores = torch.where(most == -torch.inf, -torch.inf, scores)
+    weights = ((scores - scores.amax(1, keepdim=True)) / temperature).exp()
+    of_code = weights * tokens.new_zeros(count).index_add(0, codes, tokens)
     code = _pick(of_code, uniform[:, 0])
-    within = torch.where(codes.long()[None] == code[:, None], tokens, 0.0)
+    within = torch.where(codes[None] == code[:, None], tokens, 0.0)
     return _pick(within, uniform[:, 1])
 
 
@@ -237,4 +290,4 @@ def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     x, codebook = x.double(), codebook.double()
-    return _first_largest(x @ codebook.T - codebook.square().sum(1) / 2)
+    return _first_largest(_products(x, codebook) - codebook.square().sum(1) / 2)

@@ -3,10 +3,18 @@
 import torch
 
 from ..._checks import statistics_dtype
-from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    dispatch,
+    reference_backend,
+    register_op,
+    save,
+    triton_backend,
+)
 from . import checks
 
-_OPTIONS = "int transform, float softcap, float z_loss, int ignore_index, str reduction"
+_OPTIONS = "int transform, float softcap, float z_loss, SymInt ignore_index, str reduction"
 _TRITON = "fastattn.ops.vocab.triton"
 _DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
 
@@ -20,6 +28,13 @@ def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
         else first.new_empty(0)
         for i, t in enumerate(tensors)
     )
+
+
+def fake_statistics(rows: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An empty loss, and what backward needs of each row beside it: (2, N), the largest logit and the sum of the weights,
+    of which the largest logit's is 1. A log-sum-exp of both would be rounded at the size of the logits."""
+    statistics = rows.new_empty(2, rows.shape[0], dtype=statistics_dtype(rows))
+    return statistics.new_empty(rows.shape[:1] if reduction == "none" else ()), statistics
 
 
 def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
@@ -38,7 +53,8 @@ def saved_or_recomputed(
     if wanted & ~found_before:
         found = recompute(wanted)
     else:
-        found = [s * grad.to(s.dtype) if wanted >> i & 1 else None for i, s in enumerate(saved)]
+        # a scalar `grad` leaves the dtype of s, and is not rounded to it first
+        found = [s * grad if wanted >> i & 1 else None for i, s in enumerate(saved)]
     return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
 
 
@@ -73,12 +89,10 @@ def _fake(
     reduction,
     gradients,
 ):
-    lse = h.new_empty(h.shape[0], dtype=statistics_dtype(h))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, *gradients_like((h, weight, bias, temperature), gradients)
+    return *fake_statistics(h, reduction), *gradients_like((h, weight, bias, temperature), gradients)
 
 
-def _fake_backward(grad, h, weight, bias, target, temperature, lse, *options):
+def _fake_backward(grad, h, weight, bias, target, temperature, statistics, *options):
     return gradients_like((h, weight, bias, temperature), options[-1])
 
 
@@ -87,11 +101,11 @@ def _load_reference():
 
     def linear_cross_entropy(h, weight, bias, target, *args):
         *args, gradients = (weight, bias, target, *args)
-        loss, lse = reference.linear_cross_entropy(h, *args)
+        loss, statistics = reference.linear_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
             found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, lse, *selected(found, gradients, h)
+        return loss, statistics, *selected(found, gradients, h)
 
     return linear_cross_entropy
 
@@ -99,7 +113,7 @@ def _load_reference():
 def _load_reference_backward():
     from . import reference
 
-    def linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, lse, *options):
+    def linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, statistics, *options):
         *options, wanted = options
         found = reference.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
         return selected(found, wanted, h)
@@ -109,9 +123,9 @@ def _load_reference_backward():
 
 def _setup_context(ctx, inputs, output):
     h, weight, bias, target, temperature, *ctx.options, ctx.gradients, ctx.backend = inputs
-    _, lse, *found = output
+    _, statistics, *found = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(h, weight, bias, target, temperature, lse, *found)
+    save(ctx, h, weight, bias, target, temperature, statistics, *found)
     ctx.set_materialize_grads(False)
 
 
@@ -123,9 +137,7 @@ def _backward(ctx, grad, *_):
     saved, found = tensors[:6], tensors[6:]
 
     def recompute(wanted):
-        return torch.ops.fastattn.linear_cross_entropy_backward(
-            grad, *saved, *ctx.options, wanted, ctx.backend
-        )
+        return dispatch("linear_cross_entropy_backward", grad, *saved, *ctx.options, wanted, ctx.backend)
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
     dh, dweight, dbias, dtemperature = saved_or_recomputed(wanted, ctx.gradients, grad, found, recompute)
@@ -150,7 +162,7 @@ register_op(
 )
 register_op(
     "linear_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor lse, "
+    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor statistics, "
     f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     check=checks.check_linear_cross_entropy_backward,
@@ -168,14 +180,13 @@ register_op(
 
 
 def _stablemax_fake(logits, target, ignore_index):
-    loss = logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits))
-    return loss, torch.empty_like(loss)
+    return fake_statistics(logits, "none")
 
 
 def _stablemax_setup(ctx, inputs, output):
     logits, target, ctx.ignore_index, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, target, output[1])
+    save(ctx, logits, target, output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -183,9 +194,7 @@ def _stablemax_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 4
     return (
-        torch.ops.fastattn.stablemax_cross_entropy_backward(
-            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend
-        ),
+        dispatch("stablemax_cross_entropy_backward", grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend),
         None,
         None,
         None,
@@ -194,7 +203,7 @@ def _stablemax_backward(ctx, grad, _):
 
 register_op(
     "stablemax_cross_entropy",
-    "(Tensor logits, Tensor target, int ignore_index, str backend) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor target, SymInt ignore_index, str backend) -> (Tensor, Tensor)",
     fake=_stablemax_fake,
     check=checks.check_stablemax_cross_entropy,
     check_contents=checks.check_stablemax_cross_entropy_contents,
@@ -208,7 +217,7 @@ register_op(
 )
 register_op(
     "stablemax_cross_entropy_backward",
-    "(Tensor grad, Tensor logits, Tensor target, Tensor lse, int ignore_index, str backend) -> Tensor",
+    "(Tensor grad, Tensor logits, Tensor target, Tensor statistics, SymInt ignore_index, str backend) -> Tensor",
     fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     check=checks.check_stablemax_cross_entropy_backward,
     check_contents=checks.check_stablemax_cross_entropy_backward_contents,

@@ -2,10 +2,17 @@
 
 import torch
 
-from ..._checks import statistics_dtype
-from ..._registry import Backend, cpu_backend, reference_backend, register_op, triton_backend
+from ..._registry import (
+    Backend,
+    cpu_backend,
+    dispatch,
+    reference_backend,
+    register_op,
+    save,
+    triton_backend,
+)
 from . import checks
-from .schema import bits, gradients_like, saved_or_recomputed, selected
+from .schema import bits, fake_statistics, gradients_like, saved_or_recomputed, selected
 
 
 def _triton(name: str, *, tuned: bool = False) -> Backend:
@@ -29,12 +36,12 @@ def _load_logits_backward():
 
 def _logits_setup(ctx, inputs, output):
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    save(ctx, *tensors)
 
 
 def _logits_backward(ctx, grad):
     wanted = bits(ctx.needs_input_grad[i] for i in (0, 1, 3))
-    found = torch.ops.fastattn.vq_logits_backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    found = dispatch("vq_logits_backward", grad, *ctx.saved_tensors, wanted, ctx.backend)
     dh, dcodebook, dbias = (g if wanted >> i & 1 else None for i, g in enumerate(found))
     return dh, dcodebook, None, dbias, None
 
@@ -76,9 +83,7 @@ _DIFFERENTIABLE = (0, 1, 3, 4)  # h, codebook, bias, shadow
 
 
 def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
-    lse = h.new_empty(h.shape[0], dtype=statistics_dtype(h))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, *gradients_like((h, codebook, bias, shadow), gradients)
+    return *fake_statistics(h, reduction), *gradients_like((h, codebook, bias, shadow), gradients)
 
 
 def _load_loss():
@@ -86,11 +91,11 @@ def _load_loss():
 
     def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, *args):
         *args, gradients = (codebook, codes, bias, shadow, target, ignore_index, *args)
-        loss, lse = reference.vq_cross_entropy(h, *args)
+        loss, statistics = reference.vq_cross_entropy(h, *args)
         found = (None,) * 4
         if gradients:
             found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, lse, *selected(found, gradients, h)
+        return loss, statistics, *selected(found, gradients, h)
 
     return vq_cross_entropy
 
@@ -98,7 +103,7 @@ def _load_loss():
 def _load_loss_backward():
     from .reference import vq_cross_entropy_gradients
 
-    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, lse, *options):
+    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, statistics, *options):
         *options, wanted = options
         found = vq_cross_entropy_gradients(grad, h, codebook, codes, bias, shadow, target, *options)
         return selected(found, wanted, h)
@@ -109,7 +114,7 @@ def _load_loss_backward():
 def _loss_setup(ctx, inputs, output):
     *tensors, ctx.ignore_index, ctx.reduction, ctx.gradients, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    save(ctx, *tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -120,8 +125,8 @@ def _loss_backward(ctx, grad, *_):
     saved, found = tensors[:7], tensors[7:]
 
     def recompute(wanted):
-        return torch.ops.fastattn.vq_cross_entropy_backward(
-            grad, *saved, ctx.ignore_index, ctx.reduction, wanted, ctx.backend
+        return dispatch(
+            "vq_cross_entropy_backward", grad, *saved, ctx.ignore_index, ctx.reduction, wanted, ctx.backend
         )
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
@@ -131,7 +136,7 @@ def _loss_backward(ctx, grad, *_):
 
 register_op(
     "vq_cross_entropy",
-    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, int ignore_index, "
+    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, SymInt ignore_index, "
     "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
     check=checks.check_vq_cross_entropy,
@@ -146,9 +151,9 @@ register_op(
 )
 register_op(
     "vq_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor lse, "
-    "int ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted: (
+    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor statistics, "
+    "SymInt ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted: (
         gradients_like((h, codebook, bias, shadow), wanted)
     ),
     check=checks.check_vq_cross_entropy_backward,

@@ -13,16 +13,29 @@ from . import (
 
 
 @triton.jit
-def _transform(x, bias, at, inside, softcap, tau, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(logit with bias, softcap and temperature, the softcap's slope)."""
-    if BIASED:
+def _tanh(x):
+    """Below 0.6 a polynomial (relative error 8e-8), so that small values keep their digits under a large cap."""
+    z = x * x
+    p = -0.005905856844 * z + 0.02080537379
+    p = p * z - 0.0537866801
+    p = p * z + 0.1333195865
+    p = p * z - 0.3333329856
+    return tl.where(tl.abs(x) < 0.6, x + x * (z * p), 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def _prepare(x, bias, at, inside, softcap, tau, STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(logit with bias and softcap, and with temperature for stablemax; the softcap's slope)."""
+    if bias is not None:
         x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
-        bend = 2.0 / (1.0 + tl.exp(-2.0 * x / softcap)) - 1.0  # tanh
+        bend = _tanh(x / softcap)
         x = softcap * bend
         slope = 1.0 - bend * bend
-    return x / tau, slope
+    if STABLEMAX:
+        x = x / tau
+    return x, slope
 
 
 @triton.jit
@@ -33,13 +46,28 @@ def _symlog(x):
 
 
 @triton.jit
+def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
+    """What a prepared logit weighs beside the row's largest: e^((x - top) / tau + log_count), or s(x) / s(top) for stablemax."""
+    if STABLEMAX:
+        size = 1.0 + tl.abs(x)
+        top_size = 1.0 + tl.abs(top)
+        up = tl.where(x >= 0, size, 1.0) / tl.where(x >= 0, top_size, size * top_size)
+        return tl.where(top >= 0, up, top_size / size)
+    above = (x - top) / tau
+    if log_count is not None:
+        above += tl.load(log_count + at, mask=inside, other=0.0)
+    return tl.exp(above)
+
+
+@triton.jit
 def _vocab_rows_kernel(
-    x, out, bias, target, temperature, grad, loss, lse, grad_temperature,
+    x, out, bias, log_count, target, temperature, grad, loss, largest, total, grad_temperature,
     x_row, out_row, classes, softcap, z_loss, ignore_index,
-    STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, STATISTICS: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits: its loss and log-sum-exp (STATISTICS), and the loss's gradient (GRADIENT), perhaps in place."""
+    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the loss's gradient (GRADIENT), perhaps in
+    place. No log-sum-exp: rounded at the size of the logits, it would lose what the target is below the largest."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     label = tl.load(target + row)
@@ -51,7 +79,8 @@ def _vocab_rows_kernel(
     if label == ignore_index:
         if STATISTICS:
             tl.store(loss + row, 0.0)
-            tl.store(lse + row, 0.0)
+            tl.store(largest + row, 0.0)
+            tl.store(total + row, 0.0)
         if GRADIENT:
             for first in range(0, classes, BLOCK):
                 tl.store(
@@ -64,65 +93,64 @@ def _vocab_rows_kernel(
         # The target's logit is read before the sums below, and so before any thread writes a gradient over it. A target
         # of no class, which the host cannot see without waiting, makes the loss NaN.
         known = (label >= 0) & (label < classes)
-        picked, _picked_slope = _transform(
-            tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32),
-            bias,
-            label,
-            known,
-            softcap,
-            tau,
-            bias is not None,
-            SOFTCAP,
-        )
-        if STABLEMAX:
-            picked = _symlog(picked)
+        value = tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32)
+        picked, _picked_slope = _prepare(value, bias, label, known, softcap, tau, STABLEMAX, SOFTCAP)
         top = tl.full([BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
+        weights = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
             inside = first + at < classes
-            value, _slope = _transform(
-                tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32), bias, first + at, inside, softcap,
-                tau, bias is not None, SOFTCAP,
-            )  # fmt: skip
-            if STABLEMAX:
-                # A sum of weights at least 0: no maximum is needed.
-                total += tl.where(inside, tl.where(value >= 0, value + 1.0, 1.0 / (1.0 + tl.abs(value))), 0.0)
-            else:
-                value = tl.where(inside, value, float("-inf"))
-                new_top = tl.maximum(top, value)
-                finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-                total = total * tl.exp(top - finite) + tl.exp(value - finite)
-                top = new_top
+            value = tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32)
+            value, _slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
+            value = tl.where(inside, value, float("-inf"))
+            new_top = tl.maximum(top, value)
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights *= _weight(top, finite, None, at, inside, tau, STABLEMAX)
+            weights += _weight(value, finite, log_count, first + at, inside, tau, STABLEMAX)
+            top = new_top
+        row_top = tl.max(top, 0)
+        row_total = tl.sum(weights * _weight(top, row_top, None, at, at < classes, tau, STABLEMAX), 0)
+        tl.store(largest + row, row_top)
+        tl.store(total + row, row_total)
         if STABLEMAX:
-            row_lse = tl.log(tl.sum(total, 0))
+            below = _symlog(row_top) - _symlog(picked)
         else:
-            row_top = tl.max(top, 0)
-            row_lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
-        tl.store(lse + row, row_lse)
-        tl.store(loss + row, row_lse - picked + z_loss * row_lse * row_lse)
+            below = (row_top - picked) / tau
+        row_loss = below + tl.log(row_total)
     else:
-        row_lse = tl.load(lse + row)
+        row_top = tl.load(largest + row)
+        row_total = tl.load(total + row)
+    spread = 0.0  # the derivative of z_loss * lse^2 by lse
+    log_top = _symlog(row_top) if STABLEMAX else row_top / tau
+    if Z_LOSS:
+        row_lse = log_top + tl.log(row_total)
+        spread = 2.0 * z_loss * row_lse
+        if STATISTICS:
+            row_loss += z_loss * row_lse * row_lse
+    if STATISTICS:
+        tl.store(loss + row, row_loss)
     if GRADIENT:
         upstream = tl.load(grad + row).to(tl.float32)
-        factor = (1.0 + 2.0 * z_loss * row_lse) * upstream
+        factor = (1.0 + spread) * upstream / row_total
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
             inside = first + at < classes
-            value, slope = _transform(
-                tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32), bias, first + at, inside, softcap,
-                tau, bias is not None, SOFTCAP,
-            )  # fmt: skip
-            if STABLEMAX:
-                g = tl.exp(_symlog(value) - row_lse) * factor
-            else:
-                g = tl.exp(value - row_lse) * factor
+            value = tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32)
+            value, slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
+            g = _weight(value, row_top, log_count, first + at, inside, tau, STABLEMAX) * factor
             g = tl.where(first + at == label, g - upstream, g)
+            # A softmax's distances to the largest, small where it matters: its gradients add up to spread * upstream.
             if STABLEMAX:
                 g = g / (1.0 + tl.abs(value))
-            products += tl.where(inside, g * value, 0.0)
+                by_tau = value
+            else:
+                by_tau = (value - row_top) / tau
+            products += tl.where(inside & (g != 0.0), g * by_tau, 0.0)
             tl.store(out_base + first + at, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
         if grad_temperature is not None:
-            tl.store(grad_temperature + row, -tl.sum(products, 0) / tau)
+            product = tl.sum(products, 0)
+            if Z_LOSS and not STABLEMAX:
+                product += spread * upstream * log_top
+            tl.store(grad_temperature + row, -product / tau)
 
 
 def refusal(*args) -> str | None:
@@ -149,16 +177,16 @@ def configure_rows(*args) -> _config.Choice:
 
 
 def row_kernel(
-    x, target, *, out=None, bias=None, temperature=None, grad=None, loss=None, lse=None, grad_temperature=None,
-    stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
+    x, target, *, out=None, bias=None, log_count=None, temperature=None, grad=None, loss=None, largest=None, total=None,
+    grad_temperature=None, stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
 ):  # fmt: skip
     config = _choose(x, x.shape[1]).values
     _triton.launch(
         _vocab_rows_kernel, (x.shape[0],),
-        x, x if out is None else out, bias, target, temperature, grad, loss, lse, grad_temperature,
+        x, x if out is None else out, bias, log_count, target, temperature, grad, loss, largest, total, grad_temperature,
         x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
-        STABLEMAX=stablemax, SOFTCAP=bool(softcap), STATISTICS=loss is not None, GRADIENT=grad is not None,
-        BLOCK=min(config["block"], _triton.block(x.shape[1])), num_warps=config["num_warps"],
+        STABLEMAX=stablemax, SOFTCAP=bool(softcap), Z_LOSS=bool(z_loss), STATISTICS=loss is not None,
+        GRADIENT=grad is not None, BLOCK=min(config["block"], _triton.block(x.shape[1])), num_warps=config["num_warps"],
     )  # fmt: skip
 
 
@@ -174,14 +202,21 @@ def linear_cross_entropy_backward(grad, h, weight, *args):
 
 
 def stablemax_cross_entropy(logits, target, ignore_index):
-    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(loss)
+    loss, statistics = chunked.empty_statistics(logits)
     logits = _triton.last_dim_contiguous(logits)
-    row_kernel(logits, target.contiguous(), loss=loss, lse=lse, stablemax=True, ignore_index=ignore_index)
-    return loss, lse
+    row_kernel(
+        logits,
+        target.contiguous(),
+        loss=loss,
+        largest=statistics[0],
+        total=statistics[1],
+        stablemax=True,
+        ignore_index=ignore_index,
+    )
+    return loss, statistics
 
 
-def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
+def stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     logits = _triton.last_dim_contiguous(logits)
     row_kernel(
@@ -189,7 +224,8 @@ def stablemax_cross_entropy_backward(grad, logits, target, lse, ignore_index):
         target.contiguous(),
         out=out,
         grad=grad.contiguous(),
-        lse=lse,
+        largest=statistics[0],
+        total=statistics[1],
         stablemax=True,
         ignore_index=ignore_index,
     )

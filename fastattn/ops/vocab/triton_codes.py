@@ -7,7 +7,7 @@ import triton.language as tl
 from ... import _triton
 from ..._triton import offset
 from ._arguments import inverse
-from .chunked import chunked_rows, chunks, product, reduced, returned, upstream
+from .chunked import chunked_rows, chunks, empty_statistics, product, reduced, returned, upstream
 from .triton import configure, refusal, row_kernel
 
 __all__ = ["configure", "refusal"]
@@ -251,18 +251,25 @@ def _code_statistics(
     return beta, largest, best
 
 
-def _shares(codes, bias, beta) -> torch.Tensor:
+def _below(own: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """largest - own of biases, 0 where both are -inf."""
+    return torch.where(own == largest, 0.0, largest - own)
+
+
+def _shares(codes, bias, largest, beta) -> torch.Tensor:
     """(V,): the probability of a token given its code."""
-    mine = -beta[codes] if bias is None else bias.float() - beta[codes]
-    return mine.exp()
+    below = beta[codes] if bias is None else _below(bias.float(), largest[codes]) + beta[codes]
+    return torch.where(below == -torch.inf, 0.0, (-below).exp())  # -inf: all tokens of the code are left out
 
 
-def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=None, lse=None, wanted=0):
-    """Gradients of h, codebook, bias and shadow; the row losses and log-sum-exps where `loss` is given."""
+def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=None, statistics, wanted=0):
+    """Gradients of h, codebook, bias and shadow; the row losses and their statistics where `loss` is given.
+
+    A code's logit is that of its likeliest token, and the others' share in its weight is never added to the logit itself,
+    which is rounded at its own size."""
     codes = codes.long()
     bias = None if bias is None else bias.contiguous()
-    rest, largest, _ = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
-    beta = largest + rest
+    beta, largest, _ = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
     counted = target != ignore_index
     token = target.long().masked_fill(~counted, 0)
     code = codes[token].masked_fill(~counted, _IGNORED)
@@ -271,16 +278,27 @@ def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=Non
     options = {"stablemax": False, "softcap": 0.0, "z_loss": 0.0, "ignore_index": _IGNORED}
     mib = configure(h, codebook).values["chunk_mib"]
     dh, dcodebook, mass, _ = chunked_rows(
-        row_kernel, mib, h, codebook, beta, code, None, options, grad=grad, loss=loss, lse=lse, wanted=inner
+        row_kernel,
+        mib,
+        h,
+        codebook,
+        largest,
+        code,
+        None,
+        options,
+        log_count=beta,
+        grad=grad,
+        loss=loss,
+        statistics=statistics,
+        wanted=inner,
     )
-    if loss is not None:
-        own = 0.0 if bias is None else bias.float()[token]
-        loss += (beta[code.clamp(min=0)] - own).masked_fill(~counted, 0.0)
+    if loss is not None and bias is not None:
+        loss += _below(bias.float()[token], largest[code.clamp(min=0)]).masked_fill(~counted, 0.0)
     dbias = dshadow = None
     if wanted & 12:
         count, tokens = codebook.shape[0], codes.shape[0]
         label = token.masked_fill(~counted, _IGNORED)
-        share = _shares(codes, bias, beta)
+        share = _shares(codes, bias, largest, beta)
     if wanted & 4:
         column = grad[:, None]
         mass = mass + _segment_sum(column, None, code, count)[:, 0]  # what the one-hot had taken out
@@ -292,22 +310,31 @@ def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=Non
 
 
 def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
-    loss, lse = h.new_empty(2, h.shape[0], dtype=torch.float32)
+    loss, statistics = empty_statistics(h)
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
     grad = upstream(one, target, ignore_index, reduction) if gradients else None
     found = _loss(
-        h, codebook, codes, bias, target, ignore_index, grad=grad, loss=loss, lse=lse, wanted=gradients
+        h,
+        codebook,
+        codes,
+        bias,
+        target,
+        ignore_index,
+        grad=grad,
+        loss=loss,
+        statistics=statistics,
+        wanted=gradients,
     )
     loss = reduced(loss, target, ignore_index, reduction)
-    return loss, lse.clone(), *returned(found, (h, codebook, bias, shadow))
+    return loss, statistics, *returned(found, (h, codebook, bias, shadow))
 
 
 def vq_cross_entropy_backward(
-    grad, h, codebook, codes, bias, shadow, target, lse, ignore_index, reduction, wanted
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ):
     grad = upstream(grad, target, ignore_index, reduction)
     found = _loss(
-        h, codebook, codes, bias, target, ignore_index, grad=grad, lse=lse.contiguous(), wanted=wanted
+        h, codebook, codes, bias, target, ignore_index, grad=grad, statistics=statistics, wanted=wanted
     )
     return returned(found, (h, codebook, bias, shadow))
 

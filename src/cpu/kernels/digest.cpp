@@ -1,11 +1,8 @@
 // A digest of a tensor's bytes: what was made from them is known to be theirs still. It reads them as fast as memory
 // gives them. Two contents have one digest by chance only, once in 2^60; it does not withstand someone who looks for
 // two.
-#pragma once
-
-#include "parallel.h"
-#include "scratch.h"
-#include "tile.h"
+#include "../arena.h"
+#include "../parallel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -46,10 +43,11 @@ FASTATTN_NOINLINE uint64_t digest_of(const uint8_t* x, int64_t bytes) {
   return result;
 }
 
-static void digest(const DigestParams& p) {
+void digest(const DigestParams& p) {
   const uint8_t* data = (const uint8_t*)p.source.data;
   const int64_t bytes = p.source.size[3], chunks = (bytes + kDigestChunk - 1) / kDigestChunk;
-  uint64_t* parts = (uint64_t*)cpu::scratch(0, size_t(chunks) * sizeof(uint64_t));
+  uint64_t* parts = nullptr;
+  with_scratch(0, [&](Arena& arena) { parts = arena.take<uint64_t>(chunks); });
   parallel_items(chunks, p.threads, [&](int64_t chunk, int) {
     const int64_t first = chunk * kDigestChunk;
     parts[chunk] = digest_of(data + first, min64(kDigestChunk, bytes - first));

@@ -1,51 +1,46 @@
 // Kernels of a head whose rows are shared vectors: sums over the tokens of each code, choice and sampling.
-#pragma once
-#include "scratch.h"
-#include "vocab.h"
+#include "../arena.h"
+#include "../vocab.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
 FASTATTN_INLINE float bias_at(const Tensor& bias, int64_t i) { return bias.data ? *float_at(bias, i) : 0.0f; }
 
-// beta_k = logsumexp over the code's tokens of bias, -inf where it has none; with `largest`, that of
-// (bias - largest_k) * inverse_temperature.
-static void vocab_code_bias(const VocabTokensParams& p) {
+// largest_k of bias over the code's tokens and beta_k = logsumexp of (bias - largest_k) * inverse_temperature, both
+// -inf where it has none.
+void vocab_code_bias(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
   float* beta = (float*)p.beta.data;
-  float* apart = (float*)p.largest.data;
+  float* most = (float*)p.largest.data;
   double* sums = (double*)p.sums.data;
   const float over = (float)p.inverse_temperature;
-  for (int64_t k = 0; k < codes; k++) beta[k] = -kInfinity, sums[k] = 0;
+  for (int64_t k = 0; k < codes; k++) most[k] = -kInfinity, sums[k] = 0;
   if (!p.bias.data) {
     for (int64_t i = 0; i < tokens; i++) sums[index_at(p.codes, i)] += 1;
     for (int64_t k = 0; k < codes; k++) {
       beta[k] = (float)__builtin_log(sums[k]);
-      if (apart) apart[k] = sums[k] > 0 ? 0.0f : -kInfinity;
+      if (sums[k] > 0) most[k] = 0.0f;
     }
     return;
   }
   for (int64_t i = 0; i < tokens; i++) {
     const float b = *float_at(p.bias, i);
-    float& largest = beta[index_at(p.codes, i)];
+    float& largest = most[index_at(p.codes, i)];
     largest = b > largest ? b : largest;
   }
   for (int64_t i = 0; i < tokens; i += W) {
     const int n = (int)min64(W, tokens - i);
     vf shifted = splat(-kInfinity);
     for (int w = 0; w < n; w++) {
-      const float largest = beta[index_at(p.codes, i + w)];
+      const float largest = most[index_at(p.codes, i + w)];
       const float b = *float_at(p.bias, i + w);
       shifted[w] = largest == -kInfinity && b == b ? -kInfinity : (b - largest) * over;
     }
     const vf e = exp(shifted);
     for (int w = 0; w < n; w++) sums[index_at(p.codes, i + w)] += e[w];
   }
-  for (int64_t k = 0; k < codes; k++) {
-    const float rest = (float)__builtin_log(sums[k]);
-    if (apart) apart[k] = beta[k];
-    beta[k] = apart ? rest : beta[k] + rest;
-  }
+  for (int64_t k = 0; k < codes; k++) beta[k] = (float)__builtin_log(sums[k]);
 }
 
 template <class I>
@@ -62,15 +57,16 @@ static void best_tokens_of(const VocabTokensParams& p, const I* code_of) {
   }
 }
 // Each code's token of the largest bias, the first of equals, and that bias.
-static void vocab_best_tokens(const VocabTokensParams& p) {
+void vocab_best_tokens(const VocabTokensParams& p) {
   if (p.codes.dtype == DType::i64)
     best_tokens_of(p, (const int64_t*)p.codes.data);
   else
     best_tokens_of(p, (const int32_t*)p.codes.data);
 }
 
-static void vocab_bias_gradient(const VocabTokensParams& p) {
+void vocab_bias_gradient(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3];
+  const float* most = (const float*)p.largest.data;
   const float* beta = (const float*)p.beta.data;
   const float* mass = (const float*)p.mass.data;
   float* out = (float*)p.out.data;
@@ -80,7 +76,7 @@ static void vocab_bias_gradient(const VocabTokensParams& p) {
     for (int w = 0; w < n; w++) {
       const int64_t k = index_at(p.codes, i + w);
       const float b = bias_at(p.bias, i + w);
-      shifted[w] = b == -kInfinity ? b : b - beta[k];
+      shifted[w] = b == -kInfinity ? b : b - most[k] - beta[k];
       share[w] = mass[k];
     }
     put(out + i, exp(shifted) * share, n);
@@ -88,7 +84,7 @@ static void vocab_bias_gradient(const VocabTokensParams& p) {
 }
 
 // A counting sort: tokens by code, in their own order within one.
-static void vocab_group(const VocabTokensParams& p) {
+void vocab_group(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.offsets.size[3] - 1;
   int32_t* order = (int32_t*)p.order.data;
   int64_t* offsets = (int64_t*)p.offsets.data;
@@ -115,7 +111,7 @@ FASTATTN_INLINE int64_t pick(int64_t count, double uniform, const F& weight) {
   return last;
 }
 
-static void vocab_sample(const VocabSampleParams& p) {
+void vocab_sample(const VocabSampleParams& p) {
   const int64_t codes = p.scores.size[3];
   const vf over = splat((float)p.inverse_temperature);
   const float* largest = (const float*)p.largest.data;
@@ -264,7 +260,8 @@ template <class T>
 static void vocab_collect_of(const VocabExpandParams& p) {
   const int64_t rows = p.logits.size[2], tokens = p.logits.size[3], codes = p.scores.size[3];
   const int threads = row_threads(p.threads, rows, tokens);
-  double* const memory = (double*)cpu::scratch(0, size_t(threads * codes) * sizeof(double));
+  double* memory = nullptr;
+  with_scratch(0, [&](Arena& arena) { memory = arena.take<double>(threads * codes); });
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     double* sums = memory + thread * codes;
     for (int64_t r = begin; r < end; r++) {
@@ -277,16 +274,16 @@ static void vocab_collect_of(const VocabExpandParams& p) {
   });
 }
 
-static void vocab_best(const VocabBestParams& p) {
+void vocab_best(const VocabBestParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { vocab_best_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_dots(const VocabDotsParams& p) {
+void vocab_dots(const VocabDotsParams& p) {
   with_dtype(p.x.dtype, [&](auto* t) { vocab_dots_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_expand(const VocabExpandParams& p) {
+void vocab_expand(const VocabExpandParams& p) {
   with_dtype(p.logits.dtype, [&](auto* t) { vocab_expand_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
-static void vocab_collect(const VocabExpandParams& p) {
+void vocab_collect(const VocabExpandParams& p) {
   with_dtype(p.logits.dtype, [&](auto* t) { vocab_collect_of<std::remove_pointer_t<decltype(t)>>(p); });
 }
 

@@ -1,7 +1,5 @@
 // The arithmetic limit of this machine: independent chains of multiply-adds in registers, no memory.
-#pragma once
-#include "parallel.h"
-#include "vec.h"
+#include "../parallel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -25,7 +23,7 @@ FASTATTN_INLINE vf peak_chains(int64_t iterations, const Step& step) {
   return total;
 }
 
-static void peak(const PeakParams& p) {
+void peak(const PeakParams& p) {
   int64_t* operations = (int64_t*)p.operations.data;  // of one iteration of one thread
   if (p.bf16) {
 #if defined(__AVX512BF16__)

@@ -1,8 +1,6 @@
 // Classing the tiles of a dense mask, so that kernels skip the empty ones and do not test the full ones. Of a bias only
 // its tiles of nothing but -inf are known by it. Done in every call: nothing tells whether a mask's memory was written.
-#pragma once
-
-#include "attention_problem.h"
+#include "../attention_problem.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -67,7 +65,7 @@ FASTATTN_INLINE uint8_t class_of_bias(const Bits* x, int64_t stride, int64_t row
   return 0;
 }
 
-static void classify_tiles(const TileClassParams& p) {
+void classify_tiles(const TileClassParams& p) {
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
   const int64_t rows = p.mask.size[2], columns = p.mask.size[3], stride = p.mask.stride[2];
   const int64_t bands = (rows + block_q - 1) / block_q, heads = p.mask.size[1];

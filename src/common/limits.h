@@ -1,0 +1,15 @@
+// What the kernels can hold: for themselves, and for the Python code that refuses more (`_core.limits`).
+#pragma once
+
+#define FASTATTN_LIMITS                                       \
+  LIMIT(matvec_rows, 8) /* of x, and tokens of decode_step */ \
+  LIMIT(head_dim, 256)  /* of q, k and v */                   \
+  LIMIT(groups, 63)     /* of Sinkhorn: the bits of a signature that stays positive */
+
+namespace fastattn {
+namespace limits {
+#define LIMIT(name, value) constexpr int name = value;
+FASTATTN_LIMITS
+#undef LIMIT
+}  // namespace limits
+}  // namespace fastattn

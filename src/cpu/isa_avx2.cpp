@@ -1,2 +1,0 @@
-#define FASTATTN_ISA avx2
-#include "isa_kernels.inc"

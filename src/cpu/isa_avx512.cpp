@@ -1,2 +1,0 @@
-#define FASTATTN_ISA avx512
-#include "isa_kernels.inc"

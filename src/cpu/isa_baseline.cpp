@@ -1,2 +1,0 @@
-#define FASTATTN_ISA baseline
-#include "isa_kernels.inc"

@@ -1,0 +1,29 @@
+#include "../recurrence.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+void rms_norm(const RmsNormParams& p) {
+  with_dtype(p.x.dtype, [&](auto* t) { rms_norm_rows<std::remove_pointer_t<decltype(t)>>(p); });
+}
+void rms_norm_backward(const RmsNormBackwardParams& p) {
+  with_dtype(p.total.dtype, [&](auto* t) { rms_norm_backward_rows<std::remove_pointer_t<decltype(t)>>(p); });
+}
+void swiglu(const GateParams& p) {
+  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
+}
+void swiglu_backward(const GateParams& p) {
+  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<SwiGlu, std::remove_pointer_t<decltype(t)>>(p); });
+}
+void gated(const GateParams& p) {
+  with_dtype(p.a.dtype, [&](auto* t) { gate_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
+}
+void gated_backward(const GateParams& p) {
+  with_dtype(p.a.dtype, [&](auto* t) { gate_backward_rows<Gated, std::remove_pointer_t<decltype(t)>>(p); });
+}
+void rotary(const RotaryParams& p) {
+  with_dtype(p.x.dtype, [&](auto* t) { rotary_rows<std::remove_pointer_t<decltype(t)>>(p); });
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

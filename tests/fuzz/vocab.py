@@ -1,0 +1,648 @@
+"""Random calls of the vocabulary ops against float64, with bounds derived from each call's own numbers.
+
+Bounds go forward with the computation: a product of d terms in float32 is within (d + 2) eps / 2 of the sum of their magnitudes, in any
+order, and every later step adds its roundings to what its arguments are off by. Nothing is assumed of the order of a sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import fastattn as fa
+from fastattn import _native, testing
+
+U = testing.EPS32 / 2  # of one rounding
+LOST = 2.0**-125  # what a product may lose below the normal numbers, and as much again in the sum
+OPS = (
+    "linear_cross_entropy",
+    "stablemax_cross_entropy",
+    "vq_cross_entropy",
+    "vq_logits",
+    "vq_argmax",
+    "vq_sample",
+    "nearest_codes",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("contiguous", "transposed", "spaced", "expanded")
+# Of h, and of weight or codebook. The last ones are beyond float16, which takes the first instead.
+SCALES = (
+    (1.0, 1.0),
+    (1.0, 0.1),
+    (100.0, 1.0),
+    (0.0, 1.0),
+    (-0.0, 1.0),
+    (1e4, 1e4),
+    (1e30, 1e-30),
+    (1e-40, 1.0),
+    (1e30, 1e4),
+)
+SPECIAL = (math.nan, math.inf, -math.inf, 1e30)
+IGNORED = -100
+
+
+def draw(rng: random.Random) -> dict:
+    """A call of one op, told whole: sizes, options, and a seed of its tensors."""
+    op = rng.choice(OPS)
+    classes = rng.choice((1, 2, 3, 7, 8, 9, 31, 64, 65, rng.randint(1, 400)))
+    lead = rng.choice(([], [0], [1], [2, 3], [rng.randint(1, 40)], [rng.randint(1, 40)], [3, 0]))
+    return {
+        "op": op,
+        "backend": rng.choice(("cpu", "cpu", "reference")),
+        "isa": rng.randint(0, 3),  # of those this machine has
+        "threads": rng.choice((1, 2)),
+        "chunk_bytes": rng.choice(
+            (1 << 20, 1 << 20, 256)
+        ),  # a MiB of the chunks, so that small ones are several
+        "seed": rng.randrange(1 << 30),
+        "dtype": rng.choice(DTYPES),
+        "lead": lead,
+        "width": rng.choice((1, 2, 5, 8, 16, 33, rng.randint(1, 70))),
+        "classes": classes,
+        "codes": rng.choice((1, 2, rng.randint(1, 40))),
+        "pattern": rng.choice(("any", "one", "rising")),
+        "index": rng.choice(("int32", "int64")),
+        "layouts": [rng.choice(LAYOUTS), rng.choice(LAYOUTS)],
+        "scales": list(rng.choice(SCALES[:3] if rng.random() < 0.7 else SCALES)),
+        "special": rng.choice(SPECIAL) if rng.random() < 0.1 else None,  # in one element of h
+        "bias": rng.choice((None, None, "float32", "own")),
+        "left_out": rng.random() < 0.2,  # some biases are -inf
+        "temperature": rng.choice((None, None, "number", "tensor")),
+        "heat": rng.choice((0.7, 1.0, 1e-3, 30.0)),
+        "transform": rng.choice((None, None, "stablemax")),
+        "softcap": rng.choice((None, None, None, 2.0, 30.0, 1e6)),
+        "z_loss": rng.choice((0.0, 0.0, 0.01)),
+        "shadow": rng.random() < 0.3,
+        "ignored": rng.choice((0.0, 0.3, 1.0)),
+        "reduction": rng.choice(("none", "sum", "mean")),
+        "wanted": [rng.random() < 0.7 for _ in range(5)],  # leaves whose gradients are asked for
+        "ties": rng.random() < 0.3,  # some rows of weight or codebook are equal
+    }
+
+
+def check(case: dict) -> None:
+    """AssertionError where a result is beyond its bound."""
+    with settings(case):
+        CHECKS[case["op"]](case)
+
+
+@contextlib.contextmanager
+def settings(case: dict):
+    from fastattn.ops.vocab import chunked, cpu, cpu_codes
+
+    threads, modules = torch.get_num_threads(), (cpu, cpu_codes, chunked)
+    before = [module._MIB for module in modules]
+    isas = testing.isas()
+    try:
+        torch.set_num_threads(case["threads"])
+        for module in modules:
+            module._MIB = case["chunk_bytes"]
+        with _native.use_cpu_isa(isas[case["isa"] % len(isas)]), fa.set_backend(case["backend"]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        for module, mib in zip(modules, before, strict=True):
+            module._MIB = mib
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _generator(case: dict) -> torch.Generator:
+    return torch.Generator().manual_seed(case["seed"])
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """t with other strides, NaN between its elements where there is room."""
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "spaced":
+        storage = torch.full([2 * n + 1 for n in t.shape], math.nan, dtype=t.dtype)
+        view = storage[tuple(slice(1, 1 + 2 * n, 2) for n in t.shape)]
+        view.copy_(t)
+        return view
+    if layout == "expanded" and t.dim() > 1 and t.shape[0]:
+        return t[:1].expand(t.shape)
+    return t.clone()
+
+
+@dataclass
+class Problem:
+    h: torch.Tensor  # (*lead, d)
+    rows: torch.Tensor  # (V, d) or (K, d)
+    bias: torch.Tensor | None  # (V,)
+    codes: torch.Tensor
+    target: torch.Tensor
+    temperature: torch.Tensor | None
+    shadow: torch.Tensor | None
+
+
+def _problem(case: dict, *, quantised: bool) -> Problem:
+    g, dtype = _generator(case), _dtype(case["dtype"])
+    width, tokens, lead = case["width"], case["classes"], case["lead"]
+    codes = case["codes"] if quantised else tokens
+    scales = SCALES[0] if case["dtype"] == "float16" and max(case["scales"]) > 100 else case["scales"]
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    h, rows = normal(*lead, width) * scales[0], normal(codes, width) * scales[1]
+    if case["ties"] and codes > 1:
+        rows[torch.randint(codes, (codes // 2,), generator=g)] = rows[codes - 1].clone()
+    special = case["special"]
+    if special is not None and h.numel():
+        h.view(-1)[int(torch.randint(h.numel(), (), generator=g))] = special
+    bias = temperature = None
+    if case["bias"] is not None:
+        bias = normal(tokens)
+        if case["left_out"]:
+            bias[torch.rand(tokens, generator=g) < 0.3] = -math.inf
+        bias = bias if case["bias"] == "float32" else bias.to(dtype)
+    if case["temperature"] == "tensor":
+        temperature = (torch.rand(lead, generator=g) + 0.5) * case["heat"]
+    target = torch.randint(tokens, tuple(lead), generator=g).to(_dtype(case["index"]))
+    target[torch.rand(lead, generator=g) < case["ignored"]] = IGNORED
+    of_token = torch.randint(codes, (tokens,), generator=g)
+    if case["pattern"] == "one":
+        of_token = torch.full((tokens,), codes - 1)
+    elif case["pattern"] == "rising":
+        of_token = torch.arange(tokens) % codes
+    return Problem(
+        _laid_out(h.to(dtype), case["layouts"][0]),
+        _laid_out(rows.to(dtype), case["layouts"][1]),
+        bias,
+        of_token.to(_dtype(case["index"])),
+        target,
+        temperature,
+        torch.zeros(tokens, width).to(dtype) if case["shadow"] and quantised else None,
+    )
+
+
+# --- the bounds ------------------------------------------------------------------------------------------------------
+
+
+def _products(h: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(products (N, K), what they may be off by) in float64."""
+    width = h.shape[1]
+    off = (width + 2) * U * (h.abs() @ rows.abs().T) + width * LOST * (1 + h.abs().amax(1, keepdim=True))
+    return h @ rows.T, off
+
+
+@dataclass
+class Loss:
+    """What a loss and its gradient by the logits z (rows, V) are, and what they may be off by."""
+
+    loss: torch.Tensor
+    loss_off: torch.Tensor
+    dz: torch.Tensor
+    dz_off: torch.Tensor
+    dtemperature: torch.Tensor
+    dtemperature_off: torch.Tensor
+
+
+def _loss(z, z_off, target, tau, *, stablemax=False, softcap=None, z_loss=0.0, terms=0) -> Loss:
+    """Steps of a loss after its logits, each in float64 and with its error; `_off` where it says nothing more is infinite."""
+    x, x_off, slope, slope_off = z, z_off, torch.ones_like(z), torch.zeros_like(z)
+    if softcap is not None:
+        bend = torch.tanh(z / softcap)
+        x, x_off = softcap * bend, z_off + 8 * U * (softcap * bend).abs()
+        slope = 1 - bend.square()
+        slope_off = 2 * bend.abs() * (z_off / softcap + 8 * U) + (z_off / softcap + 8 * U).square() + 4 * U
+    if stablemax:
+        v, v_off = x / tau, x_off / tau + U * (x / tau).abs()
+        y = torch.where(v >= 0, 1.0, -1.0) * torch.log1p(v.abs())
+        near = v_off / (1 + v.abs() - v_off).clamp(min=1e-300)  # the largest slope on the way
+        y_off = torch.where(v_off < 1 + v.abs(), near, math.inf) + 4 * U * y.abs()
+    else:
+        y, y_off = x / tau, x_off / tau
+    top, place = y.max(1, keepdim=True)
+    # of the largest that was found: any class that may have been it
+    top_off = torch.where(y + y_off >= top - y_off.gather(1, place), y_off, 0.0).amax(1, keepdim=True)
+    below = y - top
+    below_off = torch.where(below == -math.inf, 0.0, y_off + top_off + 4 * U * below.abs())
+    weights = below.exp()
+    total = weights.sum(1, keepdim=True)
+    weights_off = torch.where(weights == 0, 0.0, weights * (below_off.clamp(max=600).expm1() + 8 * U)) + 2e-38
+    summed = 2 + (terms or z.shape[1]) / 2
+    total_off = weights_off.sum(1, keepdim=True) / total + summed * 2 * U  # relative
+    fit = total_off < 0.5
+    log_off = torch.where(fit, -torch.log1p(-total_off.clamp(max=0.5)), math.inf) + 4 * U * total.log().abs()
+    picked, picked_off = below.gather(1, target[:, None]), below_off.gather(1, target[:, None])
+    loss = total.log() - picked
+    loss_off = log_off + torch.where(picked == -math.inf, 0.0, picked_off) + 4 * U * loss.abs()
+    lse = top + total.log()
+    lse_off = top_off + log_off + 4 * U * (top.abs() + lse.abs())
+    spread, spread_off = 2 * z_loss * lse, 2 * z_loss * lse_off + 4 * U * (2 * z_loss * lse).abs()
+    if z_loss:
+        loss_off = (
+            loss_off + z_loss * (2 * lse.abs() * lse_off + lse_off.square()) + 8 * U * z_loss * lse.square()
+        )
+        loss = loss + z_loss * lse.square()
+    else:
+        spread, spread_off = torch.zeros_like(lse), torch.zeros_like(lse)
+    one = F.one_hot(target, z.shape[1])
+    p = weights / total
+    p_off = torch.where(fit, (weights_off / total + p * total_off) / (1 - total_off.clamp(max=0.5)), math.inf)
+    g = p * (1 + spread) - one
+    g_off = p_off * (1 + spread.abs() + spread_off) + p * spread_off + 8 * U * (p * (1 + spread.abs()) + one)
+    if stablemax:
+        inner = 1 / (1 + v.abs())
+        inner_off = inner * (torch.where(v_off < 1 + v.abs(), near, math.inf) + 4 * U)
+        g, g_off = g * inner, g_off * (inner + inner_off) + g.abs() * inner_off
+        by, by_off, extra, extra_off = v, v_off, 0.0, 0.0
+    else:
+        by, by_off, extra, extra_off = (
+            below,
+            below_off,
+            spread * top,
+            spread_off * top.abs() + spread.abs() * top_off,
+        )
+    heavy = g != 0
+    by_tau = torch.where(heavy, g * by, 0.0)
+    by_tau_off = torch.where(
+        heavy, g_off * (by.abs() + by_off) + g.abs() * by_off + 2 * summed * U * by_tau.abs(), 0.0
+    )
+    dtau = -(by_tau.sum(1, keepdim=True) + extra) / tau
+    dtau_off = (by_tau_off.sum(1, keepdim=True) + extra_off) / tau + 8 * U * dtau.abs()
+    factor, factor_off = slope / tau, slope_off / tau + 4 * U * slope / tau
+    dz = g * factor
+    dz_off = g_off * (factor + factor_off) + g.abs() * factor_off
+    return Loss(loss[:, 0], loss_off[:, 0], dz, dz_off, dtau[:, 0], dtau_off[:, 0])
+
+
+def _within(name: str, found: torch.Tensor, true: torch.Tensor, off: torch.Tensor) -> None:
+    """Up to rounding to found's dtype, twice where a gradient was rounded before it was multiplied by the incoming one."""
+    assert found.shape == true.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(true.shape)}"
+    info = torch.finfo(found.dtype)
+    wide = found.detach().double()
+    off = off + info.eps * (true.abs() + 2 * info.smallest_normal)
+    agrees = ((wide - true).abs() <= off) | (wide == true) | (wide.isnan() & true.isnan())
+    agrees |= ~(off < math.inf)  # nothing is known
+    agrees |= (true.abs() + off > info.max) & ~wide.isnan()  # beyond the dtype, or close to its end
+    if not bool(agrees.all()):
+        worst = int((~agrees).flatten().nonzero()[0])
+        figures = [float(t.expand_as(wide).flatten()[worst]) for t in (wide, true, off)]
+        bad = int((~agrees).sum())
+        raise AssertionError(
+            f"{name}: {bad} of {agrees.numel()} beyond their bound, at {worst} found {figures[0]!r}, true {figures[1]!r}, "
+            f"within {figures[2]!r}"
+        )
+
+
+def _backward_rounding(case: dict, dz: torch.Tensor) -> torch.Tensor | float:
+    """What the gradients of the logits lose where they are rounded to 16 bits before the products, as on a GPU."""
+    if case["backend"] in ("cpu", "reference") or case["dtype"] == "float32":
+        return 0.0
+    info = torch.finfo(_dtype(case["dtype"]))
+    return info.eps / 2 * (dz.abs() + info.smallest_normal)
+
+
+def _given(case: dict, leaves: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, wanted in zip(leaves, case["wanted"], strict=False) if wanted]
+
+
+def _gradients(
+    found: torch.Tensor, leaves: dict, wanted: list[str], grad: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    if not wanted:
+        assert not found.requires_grad
+        return {}
+    return dict(
+        zip(wanted, torch.autograd.grad(found, [leaves[n] for n in wanted], grad.to(found)), strict=True)
+    )
+
+
+def _reduced(case: dict, loss, off, counted) -> tuple[torch.Tensor, torch.Tensor]:
+    if case["reduction"] == "none":
+        return loss.reshape(case["lead"]), off.reshape(case["lead"])
+    scale = 1 / max(1, int(counted.sum())) if case["reduction"] == "mean" else 1.0
+    return loss.sum() * scale, (off.sum() + len(loss) * U * loss.abs().sum()) * scale
+
+
+def _incoming(case: dict, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the result, and that of each row's loss."""
+    grad = torch.rand(case["lead"], generator=_generator(case)) - 0.3
+    if case["reduction"] == "none":
+        return grad, grad.reshape(-1).double() * counted
+    scale = 1 / max(1, int(counted.sum())) if case["reduction"] == "mean" else 1.0
+    return torch.tensor(1.7), torch.full(counted.shape, 1.7, dtype=torch.float64) * scale * counted
+
+
+def _leaves(case: dict, **tensors: torch.Tensor | None) -> tuple[dict, list[str]]:
+    leaves = {name: t.detach() for name, t in tensors.items() if t is not None}
+    wanted = _given(case, leaves)
+    for name in wanted:
+        leaves[name].requires_grad_()
+    return leaves, wanted
+
+
+# --- checks of each op -----------------------------------------------------------------------------------------------
+
+
+def _check_dense(case: dict) -> None:
+    q = _problem(case, quantised=False)
+    leaves, wanted = _leaves(case, h=q.h, weight=q.rows, bias=q.bias, temperature=q.temperature)
+    number = case["heat"] if case["temperature"] == "number" else None
+    found = fa.linear_cross_entropy(
+        leaves["h"],
+        leaves["weight"],
+        q.target,
+        bias=leaves.get("bias"),
+        temperature=leaves.get("temperature", number),
+        transform=case["transform"],
+        softcap=case["softcap"],
+        z_loss=case["z_loss"],
+        reduction=case["reduction"],
+    )
+    target = q.target.reshape(-1).long()
+    counted = target != IGNORED
+    h, w = q.h.reshape(-1, case["width"]).double(), q.rows.double()
+    tau = torch.full((len(target), 1), number or 1.0).double() if q.temperature is None else None
+    tau = q.temperature.reshape(-1, 1).double() if tau is None else tau
+    tau = tau.float().double()
+    grad, incoming = _incoming(case, counted)
+    gradients = _gradients(found, leaves, wanted, grad)
+    if case["special"] is not None:
+        return _check_special(case, found, gradients, counted)
+    h, kept, up = h[counted], target[counted], incoming[counted][:, None]
+    z, z_off = _products(h, w)
+    if q.bias is not None:
+        z = z + q.bias.double()
+        z_off = z_off + torch.where(z.isfinite(), U * z.abs(), 0.0)
+    t = _loss(
+        z,
+        z_off,
+        kept,
+        tau[counted],
+        stablemax=case["transform"] == "stablemax",
+        softcap=case["softcap"],
+        z_loss=case["z_loss"],
+    )
+    _compare_loss(case, found, t, counted)
+    dz, off = t.dz * up, (t.dz_off + _backward_rounding(case, t.dz)) * up.abs()
+    summed = (z.shape[1] + 4) * U * dz.abs() + off
+    rows = torch.zeros(len(target), case["width"]).double()
+    expected = {
+        "h": (dz @ w, summed @ w.abs()),
+        "weight": (dz.T @ h, ((len(h) + 4) * U * dz.abs() + off).T @ h.abs()),
+        "bias": (dz.sum(0), ((len(h) + 4) * U * dz.abs() + off).sum(0)),
+        "temperature": (t.dtemperature * up[:, 0], t.dtemperature_off * up[:, 0].abs()),
+    }
+    expected["h"] = tuple(rows.index_copy(0, counted.nonzero()[:, 0], x) for x in expected["h"])
+    expected["temperature"] = tuple(
+        rows[:, 0].index_copy(0, counted.nonzero()[:, 0], x) for x in expected["temperature"]
+    )
+    for name, gradient in gradients.items():
+        true, off = (x.reshape(gradient.shape) for x in expected[name])
+        _within(f"gradient of {name}", gradient, true, off + LOST * 1e3)
+
+
+def _compare_loss(case: dict, found, t: Loss, counted) -> None:
+    loss, off = (
+        torch.zeros(len(counted)).double().index_copy(0, counted.nonzero()[:, 0], x)
+        for x in (t.loss, t.loss_off)
+    )
+    _within("loss", found, *_reduced(case, loss, off, counted))
+
+
+def _check_special(case: dict, found, gradients, counted) -> None:
+    """One element of h is not finite, or too large: another row's loss and gradient stay finite, an ignored one's too."""
+    h = _problem(case, quantised="vq" in case["op"]).h.reshape(-1, case["width"])
+    ordinary = (h.float().abs() < 1e20).all(1)
+    harmless = ordinary | ~counted
+    bare = case["bias"] is None or not case["left_out"]
+    small = max(case["scales"]) <= 100
+    if case["reduction"] == "none" and bare and small:
+        rows = found.detach().reshape(-1)
+        assert bool(rows[harmless].isfinite().all()), f"an ordinary row's loss is {rows[harmless]}"
+        wrong = ~harmless & (h.isnan().any(1))
+        assert bool(rows[wrong].isnan().all()), f"the loss of a row of NaN is {rows[wrong]}"
+    if "h" in gradients and bare and small:
+        rows = gradients["h"].reshape(h.shape)
+        assert bool(rows[harmless].isfinite().all()), f"an ordinary row's gradient is {rows[harmless]}"
+        assert not bool(rows[~counted].any()), "an ignored row has a gradient"
+
+
+def _check_stablemax(case: dict) -> None:
+    q = _problem({**case, "width": case["classes"]}, quantised=True)
+    leaves, wanted = _leaves(case, logits=q.h)
+    found = fa.stablemax_cross_entropy(leaves["logits"], q.target, reduction=case["reduction"])
+    target = q.target.reshape(-1).long()
+    counted = target != IGNORED
+    grad, incoming = _incoming(case, counted)
+    gradients = _gradients(found, leaves, wanted, grad)
+    x = q.h.reshape(-1, case["classes"]).double()[counted]
+    if not bool(x.isfinite().all()):
+        return
+    up = incoming[counted][:, None]
+    t = _loss(x, torch.zeros_like(x), target[counted], torch.ones(len(x), 1).double(), stablemax=True)
+    _compare_loss(case, found, t, counted)
+    rows = torch.zeros(len(target), case["classes"]).double()
+    for gradient in gradients.values():
+        true, off = (
+            rows.index_copy(0, counted.nonzero()[:, 0], y * s)
+            for y, s in ((t.dz, up), (t.dz_off + 4 * U * t.dz.abs(), up.abs()))
+        )
+        _within("gradient of logits", gradient.reshape(true.shape), true, off + LOST)
+
+
+def _by_code(codes: torch.Tensor, count: int, x: torch.Tensor) -> torch.Tensor:
+    """(V, ...) summed over each code's tokens."""
+    return torch.zeros(count, *x.shape[1:]).double().index_add(0, codes, x)
+
+
+def _check_codes_loss(case: dict) -> None:
+    q = _problem(case, quantised=True)
+    leaves, wanted = _leaves(case, h=q.h, codebook=q.rows, bias=q.bias, shadow=q.shadow)
+    found = fa.vq_cross_entropy(
+        leaves["h"],
+        leaves["codebook"],
+        q.codes,
+        q.target,
+        bias=leaves.get("bias"),
+        shadow=leaves.get("shadow"),
+        reduction=case["reduction"],
+    )
+    target, codes, count = q.target.reshape(-1).long(), q.codes.long(), case["codes"]
+    counted = target != IGNORED
+    grad, incoming = _incoming(case, counted)
+    gradients = _gradients(found, leaves, wanted, grad)
+    if case["special"] is not None:
+        return _check_special(case, found, gradients, counted)
+    h, book = q.h.reshape(-1, case["width"]).double()[counted], q.rows.double()
+    up = incoming[counted][:, None]
+    z, z_off = (x[:, codes] for x in _products(h, book))
+    if q.bias is not None:
+        z = z + q.bias.double()
+        z_off = z_off + torch.where(z.isfinite(), U * z.abs(), 0.0)
+    t = _loss(z, z_off, target[counted], torch.ones(len(h), 1).double(), terms=count + case["classes"])
+    _compare_loss(case, found, t, counted)
+    # sums over a code's tokens come before a token's part is taken of them, which softens nothing
+    one = F.one_hot(target[counted], case["classes"]).double()
+    dz, size = t.dz * up, (t.dz.abs() + 2 * one) * up.abs()
+    off = (t.dz_off + _backward_rounding(case, t.dz)) * up.abs() + 16 * U * size
+    of_code = {name: _by_code(codes, count, x.T).T for name, x in (("dz", dz), ("size", size), ("off", off))}
+    summed = (count + case["classes"] + 4) * U * of_code["size"] + of_code["off"]
+    bias = torch.zeros(case["classes"]).double() if q.bias is None else q.bias.double()
+    most = torch.full((count,), -math.inf).double().scatter_reduce(0, codes, bias, "amax")
+    share = torch.where(bias == -math.inf, 0.0, (bias - most[codes]).exp())
+    share = torch.where(share == 0, 0.0, share / _by_code(codes, count, share)[codes])
+    terms = len(h) + count + case["classes"] + 20
+    rows_off = terms * U * size + off + (of_code["off"] + terms * U * of_code["size"])[:, codes] * share
+    rows = torch.zeros(len(target), case["width"]).double()
+    expected = {
+        "h": tuple(
+            rows.index_copy(0, counted.nonzero()[:, 0], x)
+            for x in (of_code["dz"] @ book, summed @ book.abs())
+        ),
+        "codebook": (of_code["dz"].T @ h, (terms * U * of_code["size"] + of_code["off"]).T @ h.abs()),
+        "bias": (dz.sum(0), rows_off.sum(0)),
+        "shadow": (dz.T @ h, rows_off.T @ h.abs()),
+    }
+    for name, gradient in gradients.items():
+        true, off = (x.reshape(gradient.shape) for x in expected[name])
+        _within(f"gradient of {name}", gradient, true, off + LOST * 1e3)
+
+
+def _check_logits(case: dict) -> None:
+    q = _problem(case, quantised=True)
+    leaves, wanted = _leaves(case, h=q.h, codebook=q.rows, bias=q.bias)
+    found = fa.vq_logits(leaves["h"], leaves["codebook"], q.codes, bias=leaves.get("bias"))
+    h, book, codes = q.h.reshape(-1, case["width"]).double(), q.rows.double(), q.codes.long()
+    grad = (torch.rand(found.shape, generator=_generator(case)) - 0.3).to(found.dtype)
+    gradients = _gradients(found, leaves, wanted, grad)
+    if case["special"] is not None:
+        rows = found.detach().reshape(len(h), case["classes"])
+        ordinary = (q.h.reshape(-1, case["width"]).float().abs() < 1e20).all(1)
+        assert not bool(rows[ordinary].isnan().any())
+        return
+    z, z_off = (x[:, codes] for x in _products(h, book))
+    if q.bias is not None:
+        z = z + q.bias.double()
+        z_off = z_off + torch.where(z.isfinite(), U * z.abs(), 0.0)
+    _within("logits", found.reshape(z.shape), z, z_off)
+    g = grad.reshape(z.shape).double()
+    g_off = (case["classes"] + 4) * U * g.abs()
+    of_code, of_code_off = (_by_code(codes, case["codes"], x.T).T for x in (g, g_off))
+    of_code_off = of_code_off + _backward_rounding(case, of_code)
+    expected = {
+        "h": (of_code @ book, (of_code_off + (case["codes"] + 4) * U * of_code.abs()) @ book.abs()),
+        "codebook": (of_code.T @ h, (of_code_off + (len(h) + 4) * U * of_code.abs()).T @ h.abs()),
+        "bias": (g.sum(0), (len(h) + 4) * U * g.abs().sum(0)),
+    }
+    for name, gradient in gradients.items():
+        true, off = (x.reshape(gradient.shape) for x in expected[name])
+        _within(f"gradient of {name}", gradient, true, off + LOST * 1e3)
+
+
+def _check_chosen(found: torch.Tensor, scores: torch.Tensor, off: torch.Tensor, same: torch.Tensor) -> None:
+    """The largest score, up to what float64 is off by; the first of those that are the same in every bit."""
+    count = scores.shape[1]
+    assert found.dtype == torch.int64 and bool(((found >= 0) & (found < count)).all()), (
+        f"chose {found} of {count}"
+    )
+    ordinary = ~scores.isnan().any(1)
+    best = torch.where(ordinary[:, None], scores, 0.0).amax(1)
+    chosen = scores.gather(1, found[:, None])[:, 0]
+    close = (chosen >= best - off) | (chosen == best) | ~ordinary
+    assert bool(close.all()), f"chose scores {chosen[~close]} where {best[~close]} was the largest"
+    twins = same[found]  # (N, count): tokens with the same vector and bias
+    first = twins.int().argmax(1)
+    first = torch.where(ordinary & (best > -math.inf), first, found)
+    assert torch.equal(first, found), f"chose {found}, not the first of equals {first}"
+
+
+def _check_argmax(case: dict) -> None:
+    q = _problem(case, quantised=True)
+    found = fa.vq_argmax(q.h, q.rows, q.codes, bias=q.bias)
+    assert found.shape == q.h.shape[:-1] and not found.requires_grad
+    h, book, codes = q.h.reshape(-1, case["width"]).double(), q.rows.double(), q.codes.long()
+    bias = torch.zeros(case["classes"]).double() if q.bias is None else q.bias.double()
+    scores = (h @ book.T)[:, codes] + bias
+    off = (
+        ((h.abs() @ book.abs().T).amax(1) + bias[bias.isfinite()].abs().sum())
+        * 2.0**-50
+        * (case["width"] + 2)
+    )
+    vectors = (book[:, None] == book[None]).all(2)[codes][:, codes]
+    _check_chosen(found.reshape(-1), scores, off, vectors & (bias[:, None] == bias[None]))
+
+
+def _check_nearest(case: dict) -> None:
+    q = _problem(case, quantised=True)
+    found = fa.nearest_codes(q.h, q.rows)
+    assert found.shape == q.h.shape[:-1] and not found.requires_grad
+    x, book = q.h.reshape(-1, case["width"]).double(), q.rows.double()
+    squares = book.square().sum(1) / 2
+    off = ((x.abs() @ book.abs().T).amax(1) + squares.amax()) * 2.0**-50 * (case["width"] + 2)
+    _check_chosen(found.reshape(-1), x @ book.T - squares, off, (book[:, None] == book[None]).all(2))
+
+
+def _check_sample(case: dict) -> None:
+    q = _problem(case, quantised=True)
+    temperature = case["heat"] if case["temperature"] else 1.0
+    generator = torch.Generator().manual_seed(case["seed"])
+    found = fa.vq_sample(q.h, q.rows, q.codes, bias=q.bias, temperature=temperature, generator=generator)
+    assert found.shape == q.h.shape[:-1] and not found.requires_grad
+    found = found.reshape(-1)
+    count, codes = case["classes"], q.codes.long()
+    assert bool(((found >= 0) & (found < count)).all()), f"drew {found} of {count}"
+    generator = torch.Generator().manual_seed(case["seed"])
+    uniform = torch.rand(len(found), 2, dtype=torch.float64, generator=generator)
+    h, book = q.h.reshape(-1, case["width"]).double(), q.rows.double()
+    bias = torch.zeros(count).double() if q.bias is None else q.bias.double()
+    if not bool((bias > -math.inf).any()):
+        return
+    scores, scores_off = (x[:, codes] for x in _products(h, book))
+    logits = scores + bias
+    known = ~(logits.isnan() | (logits == math.inf)).any(1) & (logits > -math.inf).any(1)
+    assert bool((bias[found[known]] > -math.inf).all()), "drew a token whose bias is -inf"
+    top = logits.amax(1, keepdim=True)
+    below = (logits - top) / temperature
+    off = (scores_off + U * (logits.abs() + scores.abs())).masked_fill(logits == -math.inf, 0.0)
+    off = 2 * off.amax(1, keepdim=True) / temperature + 8 * U * below.abs().masked_fill(
+        logits == -math.inf, 0.0
+    )
+    weights = below.exp()
+    lost = (weights * (off.clamp(max=600).expm1() + 32 * U)).sum(1) / weights.sum(1)
+    lost = lost + (count + 8) * U
+    of_code = _by_code(codes, case["codes"], weights.T).T
+    code = codes[found]
+    _check_drawn("code", code, of_code, uniform[:, 0], lost, known)
+    most = torch.where(codes[None] == code[:, None], bias[None], -math.inf).amax(1, keepdim=True)
+    within = torch.where(codes[None] == code[:, None], torch.exp((bias[None] - most) / temperature), 0.0)
+    reach = (bias.masked_fill(bias == -math.inf, 0.0).abs().amax() / temperature + count + 8) * 4 * U
+    _check_drawn("token", found, within, uniform[:, 1], reach, known)
+
+
+def _check_drawn(name: str, found, weights, uniform, off, known) -> None:
+    """The uniform lies in the chosen one's part of the cumulative weights."""
+    cumulative = weights.cumsum(1) / weights.sum(1, keepdim=True)
+    upper = cumulative.gather(1, found[:, None])[:, 0]
+    lower = upper - (weights / weights.sum(1, keepdim=True)).gather(1, found[:, None])[:, 0]
+    good = (
+        (uniform >= lower - 2 * off - 1e-12) & (uniform <= upper + 2 * off + 1e-12) | ~known | upper.isnan()
+    )
+    assert bool(good.all()), (
+        f"{name} {found[~good]} has [{lower[~good]}, {upper[~good]}) for uniforms {uniform[~good]}"
+    )
+
+
+CHECKS = {
+    "linear_cross_entropy": _check_dense,
+    "stablemax_cross_entropy": _check_stablemax,
+    "vq_cross_entropy": _check_codes_loss,
+    "vq_logits": _check_logits,
+    "vq_argmax": _check_argmax,
+    "vq_sample": _check_sample,
+    "nearest_codes": _check_nearest,
+}
