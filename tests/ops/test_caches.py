@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import _config, testing
 
 LENGTH, TILE = 512, 256  # so that tiles of every size in use lie within one
 
@@ -65,14 +65,17 @@ def test_a_mask_is_read_anew_in_every_call(kind, write):
         testing.check_op(run, defined, (q, k, v), terms=LENGTH)
 
 
-def layer(x, attend):
-    """Attention under a mask whose empty tiles depend on the layer before."""
+def layer(x, attend, product):
+    """Attention and a product, under a mask whose empty tiles and by a weight one element of which depend on the layer before."""
     h = x.unflatten(-1, (2, 16)).transpose(1, 2)  # (1, 2, L, 16)
     place = torch.arange(LENGTH) // TILE
     which = (x[:, :1, 0].detach() > 0).long()  # (1, 1)
     allowed = ((place[:, None] + place + which[:, None]) % 2 == 0)[:, None]
     x = x + attend(0.5 * h, h, h, allowed).transpose(1, 2).flatten(-2)
-    return torch.cat([-x[..., :1].sign(), 0.5 * x[..., 1:]], -1)  # the next layer's mask is the other one
+    weight = torch.eye(32, dtype=x.dtype) + which * (torch.arange(1024).view(32, 32) == 37)
+    return torch.cat(
+        [-x[..., :1].sign(), 0.5 * product(x, weight)[..., 1:]], -1
+    )  # the next layer has the others
 
 
 def with_mask(q, k, v, allowed):
@@ -83,23 +86,61 @@ def with_bias(q, k, v, allowed):
     return fa.attention(q, k, v, bias=torch.where(allowed, 0.0, -torch.inf))
 
 
+NATIVE = {(op, "cpu"): {"product": "native"} for op in ("fused_linear", "fused_linear_backward")}
+
+
 @pytest.mark.parametrize("mode", ("no_grad", pytest.param("grad", marks=pytest.mark.slow), "checkpoint"))
-def test_masks_in_buffers_that_a_compiler_reuses(mode):
-    def layers(x, *attends):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, of what it imports
+def test_buffers_that_a_compiler_reuses(mode):
+    def layers(x, product, *attends):
         for attend in attends:
             if mode == "checkpoint":
-                x = checkpoint(layer, x, attend, use_reentrant=False)
+                x = checkpoint(layer, x, attend, product, use_reentrant=False)
             else:
-                x = layer(x, attend)
+                x = layer(x, attend, product)
         return x
 
     def definition(x):
-        return layers(x, *4 * (torch.nn.functional.scaled_dot_product_attention,))
+        functional = torch.nn.functional
+        return layers(x, functional.linear, *4 * (functional.scaled_dot_product_attention,))
 
     compiled = torch.compile(layers, fullgraph=True)
     x = testing.random_tensor(1, LENGTH, 32, seed=3)
-    with torch.set_grad_enabled(mode != "no_grad"):
+    with torch.set_grad_enabled(mode != "no_grad"), _config.override(NATIVE):
         x.requires_grad_(mode != "no_grad")
         testing.check_op(
-            lambda x: compiled(x, with_mask, with_mask, with_bias, with_bias), definition, (x,), terms=LENGTH
+            lambda x: compiled(x, fa.fused_linear, with_mask, with_mask, with_bias, with_bias),
+            definition,
+            (x,),
+            terms=LENGTH,
         )
+
+
+CONTEXTS = {
+    "inference_mode": torch.inference_mode,
+    "another default device": lambda: torch.device("meta"),
+    "no_grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_what_is_made_first_within_a_context_serves_outside_of_it(context):
+    """Tables, packed weights and a mask's copies, none of which may be of that context."""
+    theta = 1234.5 + list(CONTEXTS).index(context)  # so that its table is new
+    q, k, v = inputs(dtype=torch.float32)
+    weight = testing.random_tensor(24, 16, seed=5)
+    mask = fa.Mask(dense=blocks(0), key_lengths=torch.tensor([LENGTH - 3]))
+    positions = torch.arange(LENGTH)
+
+    def run(q, k, v):
+        q, k = fa.rotary(q, k, positions, theta=theta)
+        return fa.fused_linear(fa.attention(q, k, v, mask=mask), weight.to(q.dtype))
+
+    def defined(q, k, v):
+        with fa.set_backend("reference"):
+            return run(q, k, v)
+
+    with _config.override(NATIVE):
+        with CONTEXTS[context]():
+            run(*(t.detach() for t in (q, k, v)))
+        testing.check_op(run, defined, (q, k, v), terms=LENGTH)

@@ -23,10 +23,10 @@ def fused_linear(
     2002.05202, equation 6). One native or Triton kernel, or torch's product between row kernels where that is the faster
     (`fastattn tune` measures which; a GPU's default is torch's); sums in float32. Gradients on a GPU are torch's products.
 
-    x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu. Our CPU
-    kernel keeps a packed copy of it, as large as the weight, while its memory lives, and each call compares a digest of the
-    whole weight, so that every write is noticed: one read of it, which counts where x has few rows (`Linear` layers of
-    fastattn's models multiply fewer than 16 by the weight as it is). gate: as x. residual: (..., N), or (..., N/2) with swiglu.
+    x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu. Where
+    the CPU kernel runs, a packed copy as large as the weight is kept while the weight's memory lives, and each call compares a
+    digest of the whole weight, so that no write to it is missed. That is one read of the weight, which counts where x has few
+    rows. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
     Returns (..., N), or (..., N/2). Differentiable in x, weight, gate and residual.
     Raises ValueError or TypeError naming the argument; norm_eps and gate exclude each other.
     """
