@@ -327,7 +327,8 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
     check("vocabulary rows", 64 + V, [&, threads = threads, layout = layout](const KernelTable& t, Outputs& o) {
       const auto zero = [&] { return Array::full(f32, {R}, 0); };
       const bool known = kind == 1;  // of each row, its largest logit and the sum of its weights
-      o = {logits, Array::full(f32, {R}, known ? 4 : -INFINITY), Array::full(f32, {R}, known ? 300 : 0), zero(), zero(), zero()};
+      o = {logits, Array::full(f32, {R}, known ? 4 : -INFINITY), Array::full(f32, {R}, known ? 300 : 0), zero(), zero(),
+           zero()};
       o.push_back(Array(dtype, {R, V}, layout));
       VocabRowsParams p;
       p.x = o[0], p.out = o[6], p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
@@ -373,13 +374,13 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
         Array sums(DType::f64, {K}), beta(f32, {K}), largest(f32, {K}), best(DType::i64, {K}), out(f32, {V}),
             apart(f32, {K}), top(f32, {K}), order(DType::i32, {V}), offsets(DType::i64, {K + 1});
         VocabTokensParams p;
-        p.codes = codes, p.beta = beta, p.sums = sums, p.mass = mass, p.out = out, p.best = best;
+        p.codes = codes, p.largest = largest, p.beta = beta, p.sums = sums, p.mass = mass, p.out = out, p.best = best;
         p.order = order, p.offsets = offsets;
         if (with_bias) p.bias = bias;
         t.vocab_code_bias(p);
         t.vocab_bias_gradient(p);
         t.vocab_group(p);
-        p.beta = apart, p.largest = largest, p.inverse_temperature = 0.7;
+        p.beta = apart, p.inverse_temperature = 0.7;
         t.vocab_code_bias(p);
         p.beta = top;
         t.vocab_best_tokens(p);

@@ -197,10 +197,10 @@ struct Subnormals {
     const DType f32 = DType::f32;
     const int64_t H = 4, Hkv = 2, L = 128, D = 64, Dv = 48, G = 8;
     Array q = zeros({1, H, L, D}), k = Array::random(dtype, {1, Hkv, L, D}), v = sparse(Hkv, L, Dv, 16 * normal);
-    const auto base = [&](AttentionParams& p, Outputs& o, Array& lse) {
+    const auto base = [&](AttentionParams& p, Outputs& o, Array& state) {
       o = {Array(dtype, {1, H, L, Dv})};
-      lse = Array(f32, {1, H, L});
-      p.q = q, p.k = k, p.v = v, p.scale = 0.125, p.block_q = 48, p.block_k = 64, p.out = o[0], p.lse = lse;
+      state = Array(f32, {1, H, L, 2});
+      p.q = q, p.k = k, p.v = v, p.scale = 0.125, p.block_q = 48, p.block_k = 64, p.out = o[0], p.state = state;
     };
     for (int score = 0; score < 3; score++)
       check(
@@ -209,8 +209,8 @@ struct Subnormals {
                        : "softplus attention",
           [&](const KernelTable& t, Outputs& o) {
             AttentionParams p;
-            Array lse;
-            base(p, o, lse), p.score = score, p.default_bias = score == 1, p.decode_rows = 0;
+            Array state, lse(f32, {1, H, L});
+            base(p, o, state), p.lse = lse, p.score = score, p.default_bias = score == 1, p.decode_rows = 0;
             t.attention_forward(p);
           },
           [&](size_t) { return score == 1 && has_dots() ? double(L) * 3 * 0x1p-126 : 0; });
@@ -218,9 +218,9 @@ struct Subnormals {
       Array row = zeros({1, H, 1, D});
       check("decoding", [&](const KernelTable& t, Outputs& o) {
         o = {Array(dtype, {1, H, 1, Dv})};
-        Array lse(f32, {1, H, 1});
+        Array lse(f32, {1, H, 1}), state(f32, {1, H, 1, 2});
         AttentionParams p;
-        p.q = row, p.k = k, p.v = v, p.scale = 0.125, p.out = o[0], p.lse = lse, p.chunk_k = 64;
+        p.q = row, p.k = k, p.v = v, p.scale = 0.125, p.out = o[0], p.lse = lse, p.state = state, p.chunk_k = 64;
         t.attention_forward(p);
       });
     }
@@ -229,7 +229,8 @@ struct Subnormals {
     {
       Array sparse_q = sparse(H, L, D, 0x1p10 * normal), sparse_k = sparse(Hkv, L, D, 0x1p10 * normal),
             first = zeros({1, Hkv, L, Dv}), grad = sparse(H, L, Dv, 16 * normal), out = zeros({1, H, L, Dv}),
-            lse = Array::full(f32, {1, H, L}, std::log(double(L)));
+            lse = Array::full(f32, {1, H, L}, std::log(double(L))), state = Array::full(f32, {1, H, L, 2}, 0);
+      for (int64_t i = 0; i < H * L; i++) state.set(2 * i + 1, std::log(double(L)));
       for (int64_t i = 0; i < Hkv * L; i++) first.set(i * Dv, 1);
       for (int64_t i = 0; i < H * L; i++) grad.set(i * Dv, 1);
       check(
@@ -239,7 +240,8 @@ struct Subnormals {
             o.push_back(Array(dtype, {1, H, L, D})), o.push_back(Array(dtype, {1, Hkv, L, D}));
             o.push_back(Array(dtype, {1, Hkv, L, Dv}));
             AttentionParams p;
-            p.q = sparse_q, p.k = sparse_k, p.v = first, p.out = out, p.lse = lse, p.grad_out = grad, p.scale = 0x1p-6;
+            p.q = sparse_q, p.k = sparse_k, p.v = first, p.out = out, p.lse = lse, p.state = state;
+            p.grad_out = grad, p.scale = 0x1p-6;
             p.block_q = 48, p.block_k = 64, p.grad_q = o[0], p.grad_k = o[1], p.grad_v = o[2];
             t.attention_backward(p);
           },
@@ -262,15 +264,15 @@ struct Subnormals {
             first_out(dtype, {1, H, L, Dv}), first_statistics(f32, {1, H, L, 3});
       check(power ? "LSSAR" : "LSSA", [&](const KernelTable& t, Outputs& o) {
         ReweightedParams p;
-        Array lse, statistics(f32, {1, H, L, 3});
-        base(p, o, lse), p.k = few, p.v = values, p.power = power ? power : 1, p.reweigh = power != 0;
+        Array unused, statistics(f32, {1, H, L, 3});
+        base(p, o, unused), p.k = few, p.v = values, p.power = power ? power : 1, p.reweigh = power != 0;
         p.statistics = statistics;
         t.reweighted_forward(p);
       });
       ReweightedParams first;
       Outputs unused;
-      Array lse;
-      base(first, unused, lse), first.q = some_q, first.v = some_v, first.power = power ? power : 1;
+      Array state;
+      base(first, unused, state), first.q = some_q, first.v = some_v, first.power = power ? power : 1;
       first.reweigh = power != 0, first.causal = 1, first.out = first_out, first.statistics = first_statistics;
       baseline.reweighted_forward(first);
       check(power ? "LSSAR backward" : "LSSA backward", [&](const KernelTable& t, Outputs& o) {
@@ -280,7 +282,7 @@ struct Subnormals {
       });
     }
     {
-      Array groups = Array::random(DType::i64, {1, L}, 1, 4), out(dtype, {1, H, L, Dv}), lse(f32, {1, H, L});
+      Array groups = Array::random(DType::i64, {1, L}, 1, 4), out(dtype, {1, H, L, Dv}), state(f32, {1, H, L, 2});
       check("grouped attention", [&](const KernelTable& t, Outputs& o) {
         GroupedParams p;
         Array own;
@@ -291,7 +293,7 @@ struct Subnormals {
       Outputs unused;
       Array own;
       base(first, unused, own), first.causal = 1, first.groups = groups, first.key_groups = groups, first.window = 16;
-      first.q = some_q, first.v = some_v, first.out = out, first.lse = lse;
+      first.q = some_q, first.v = some_v, first.out = out, first.state = state;
       baseline.grouped_forward(first);
       check("grouped attention backward", [&](const KernelTable& t, Outputs& o) {
         GroupedParams p = first;
@@ -301,7 +303,7 @@ struct Subnormals {
     }
     for (int gate = 0; gate < 2; gate++) {
       Array a = Array::random(f32, {1, L, G}, 0, 0.5), sharpness = Array::full(f32, {1}, 2), out(dtype, {1, H, L, Dv}),
-            lse(f32, {1, H, L});
+            state(f32, {1, H, L, 2});
       check("gated attention", [&](const KernelTable& t, Outputs& o) {
         GatedParams p;
         Array own;
@@ -312,7 +314,7 @@ struct Subnormals {
       Outputs unused;
       Array own;
       base(first, unused, own), first.causal = 1, first.assignment = a, first.sharpness = sharpness;
-      first.window = 16, first.gate = gate, first.q = some_q, first.v = some_v, first.out = out, first.lse = lse;
+      first.window = 16, first.gate = gate, first.q = some_q, first.v = some_v, first.out = out, first.state = state;
       baseline.gated_attention_forward(first);
       check("gated attention backward", [&](const KernelTable& t, Outputs& o) {
         GatedParams p = first;
