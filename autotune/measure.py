@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from fastattn.autotune.space import Config, Shape, Workload
 
-from fastattn import _config, _device, testing
+from fastattn import testing
+from fastattn.runtime import device as _device
+from fastattn.runtime import tuning as _config
 
 CPU_FLUSH = 64 << 20  # bytes read before a timed call at most
 GPU_FLUSH = (

@@ -10,7 +10,8 @@ from fastattn.autotune.table import every_entry, refusal
 from fastattn.autotune.tuner import OPEN_LIMIT
 from fastattn.autotune.worker import Failure, Unavailable, Worker
 
-from fastattn import _config, _device
+from fastattn.runtime import device as _device
+from fastattn.runtime import tuning as _config
 
 SECONDS = 60.0  # for one entry at most
 

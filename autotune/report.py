@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastattn.autotune.tuner import BucketResult, Run
 
-from fastattn._files import write_text
-from fastattn.pictures import figure, framed
+from fastattn.runtime.files import write_text
+from fastattn.runtime.pictures import figure, framed
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }

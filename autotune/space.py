@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastattn import _config
-from fastattn._config import Declaration, Value
-from fastattn._device import Target
+from fastattn.runtime import tuning as _config
+from fastattn.runtime.device import Target
+from fastattn.runtime.tuning import Declaration, Value
 
 MAX_PRODUCT = 1 << 20  # a space larger than this is a mistake in its declaration
 

@@ -25,7 +25,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from fastattn._files import parse_json
+from fastattn.runtime.files import parse_json
 
 logger = logging.getLogger("fastattn")
 Point = tuple

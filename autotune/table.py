@@ -13,7 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastattn import _config, _device, _files, _tables
+from fastattn.runtime import device as _device
+from fastattn.runtime import files as _files
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 LOCK_SECONDS = 30.0
 

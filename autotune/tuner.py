@@ -14,7 +14,9 @@ from fastattn.autotune.space import Bucket, Config, Space
 from fastattn.autotune.study import Outcome
 from fastattn.autotune.worker import Failure, Unavailable, Worker
 
-from fastattn import _config, _device, _tables
+from fastattn.runtime import device as _device
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 BUDGETS = {"quick": 50.0, "full": 1800.0}  # seconds; quick leaves room for starting up within a minute
 LEAST = 1.5  # seconds below which a bucket is not begun

@@ -165,7 +165,8 @@ class Server:
         import torch
         from fastattn.autotune import measure, space
 
-        from fastattn import _config, _device
+        from fastattn.runtime import device as _device
+        from fastattn.runtime import tuning as _config
 
         workload = space.load_workloads([module])[name][1]
         target = _device.target(self.device)

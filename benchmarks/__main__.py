@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import limits, readme, registry, report, runner
-from fastattn import _device
+from fastattn.runtime import device as _device
 
 
 def main() -> int:

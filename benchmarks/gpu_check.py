@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 
 from benchmarks import registry, report, runner
-from fastattn import _device
+from fastattn.runtime import device as _device
 
 STEPS = ("checks", "rows", "sanitizer", "suite")
 SHARES = {

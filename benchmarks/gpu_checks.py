@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 
 import fastattn as fa
-from fastattn import _config, testing
-from fastattn.ops.decode import workload as decode_workload
-from fastattn.ops.recurrence import reference as recurrence_reference
-from fastattn.ops.recurrence import rotary_append
-from fastattn.scores import SCORES
+from fastattn import testing
+from fastattn.ops.attention.scores import SCORES
+from fastattn.ops.hrm_step import workload as decode_workload
+from fastattn.ops.rowwise import reference as recurrence_reference
+from fastattn.ops.rowwise import rotary_append
+from fastattn.runtime import tuning as _config
 
 Check = Callable[[], None]
 
@@ -257,7 +258,7 @@ def captures() -> dict[str, Check]:
 
 
 def cuda_checks() -> dict[str, Check]:
-    from fastattn import _cuda
+    from fastattn.runtime import cuda as _cuda
 
     def sinkhorn():
         scores = testing.random_tensor(2, 5000, 8).cuda()

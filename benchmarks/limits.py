@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastattn import _native
+from fastattn.runtime import native as _native
 
 COPY_BYTES = 256 << 20  # past any last-level cache
 PEAK_ITERATIONS = 200_000  # a millisecond or less, so that some try is undisturbed

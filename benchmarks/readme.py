@@ -17,8 +17,9 @@ import torch
 
 import fastattn as fa
 from benchmarks import gpu_check
-from fastattn import _cuda, _registry
 from fastattn.cli import doctor
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import registry as _registry
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -26,7 +26,7 @@ MET = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measur
 def environment(device: str = "cpu") -> dict[str, object]:
     """Everything a reader needs to judge the figures, nothing about whose machine it was."""
     import fastattn
-    from fastattn import _device
+    from fastattn.runtime import device as _device
 
     target = _device.target(device)
     on_gpu = {

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import _files, pictures
-from fastattn.data import stdlib
-from fastattn.data.tokenizer import Tokenizer
 from fastattn.optim import AdamATan2
+from fastattn.runtime import files as _files
+from fastattn.runtime import pictures
+from fastattn.train.data import stdlib
+from fastattn.train.data.tokenizer import Tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 

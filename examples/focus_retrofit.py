@@ -15,8 +15,8 @@ from _common import Study, chunks, markdown, options, text_stream, train, window
 from torch import Tensor
 
 import fastattn as fa
-from fastattn import pictures
 from fastattn.nn import FocusRouter
+from fastattn.runtime import pictures
 
 VOCABULARY, LENGTH, WINDOW, GROUPS = 512, 512, 8, 8
 TOP_K = (1, 2, 3, 4, 6, 8)

@@ -14,8 +14,8 @@ from _common import Study, chunks, markdown, options, text_stream, train, window
 from torch import Tensor, nn
 
 import fastattn as fa
-from fastattn import pictures
 from fastattn.nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
+from fastattn.runtime import pictures
 
 VOCABULARY, TRAINED, LENGTHS = 512, 256, (256, 512, 1024, 2048, 4096)
 HELD_OUT = 32768

@@ -2,7 +2,7 @@
 
     python examples/vq_head.py            about 15 minutes on two cores; stop and repeat at will
 
-Trains the demo's small HRM-Text (fastattn.data.stdlib) with a dense head and with VQ heads of K vectors, with and
+Trains the demo's small HRM-Text (fastattn.train.data.stdlib) with a dense head and with VQ heads of K vectors, with and
 without a bias a token; then converts the dense one by k-means and trains it on for a fifth of the steps.
 """
 
@@ -16,12 +16,12 @@ import torch
 from _common import Study, markdown, options
 
 import fastattn as fa
-from fastattn import pictures
 from fastattn.cli._run import SMALL_MODEL
-from fastattn.data import stdlib
-from fastattn.data.tokenizer import Tokenizer
 from fastattn.models import HrmText, HrmTextConfig
-from fastattn.training import TrainConfig, Trainer
+from fastattn.runtime import pictures
+from fastattn.train.data import stdlib
+from fastattn.train.data.tokenizer import Tokenizer
+from fastattn.train.text import TrainConfig, Trainer
 
 VOCABULARY, SIZES = 2048, (64, 256, 1024, 2048)
 BIASES = ("bias", "no bias", "bias from counts")

@@ -3,15 +3,13 @@
 import importlib
 
 from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
-from ._native import cpu_isas
-from ._registry import explain, set_backend
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
-from .ops.decode import decode_step
+from .ops.fused_linear import fused_linear
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
-from .ops.linear import fused_linear
-from .ops.recurrence import gated, rms_norm, rotary, swiglu
-from .ops.reweighted import softplus_attention
+from .ops.hrm_step import decode_step
+from .ops.lssa import softplus_attention
+from .ops.rowwise import gated, rms_norm, rotary, swiglu
 from .ops.sdpa import scaled_dot_product_attention
 from .ops.vocab import (
     linear_cross_entropy,
@@ -22,6 +20,8 @@ from .ops.vocab import (
     vq_logits,
     vq_sample,
 )
+from .runtime.native import cpu_isas
+from .runtime.registry import explain, set_backend
 
 __version__ = "0.1.0"
 

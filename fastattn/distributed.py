@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastattn import _config, _device, _tables
+from fastattn.runtime import device as _device
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 logger = logging.getLogger("fastattn")
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ._checks import (
+from .runtime.checks import (
     as_integer,
     broadcasts,
     check_choice,

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ._arithmetic import rounding_every_step
+from .runtime.arithmetic import rounding_every_step
 
 EPS32 = torch.finfo(torch.float32).eps
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

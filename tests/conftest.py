@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 sys.path.append(str(Path(__file__).parent))  # tests are no packages
 

@@ -14,8 +14,8 @@ import focus_retrofit
 import length_extrapolation
 import vq_head
 
-from fastattn.data import stdlib
-from fastattn.data.jsonl import Example
+from fastattn.train.data import stdlib
+from fastattn.train.data.jsonl import Example
 
 DECODER = {"width": 32, "heads": 2, "layers": 1}
 HRM_TEXT = {

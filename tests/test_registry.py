@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _native, _registry
+from fastattn.runtime import native as _native
+from fastattn.runtime import registry as _registry
 
 
 def test_the_best_backend_serves_and_says_why():

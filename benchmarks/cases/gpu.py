@@ -21,7 +21,7 @@ from benchmarks.registry import (
     time_at_most,
 )
 from fastattn import testing
-from fastattn.ops.decode import workload as decode_workload
+from fastattn.ops.hrm_step import workload as decode_workload
 
 BF16 = torch.bfloat16
 BOTH = "forward+backward"

@@ -14,8 +14,8 @@ from benchmarks.cases import models
 from benchmarks.cases.recurrence import EPS, _norm, _swiglu, _torch_norm
 from benchmarks.registry import Case, Problem, faster_than, milliseconds_at_most
 from fastattn import testing
+from fastattn.ops.fused_linear import fused_linear
 from fastattn.ops.grouped import reference as grouped_reference
-from fastattn.ops.linear import fused_linear
 
 BF16 = torch.bfloat16
 BOTH = "forward+backward"
@@ -78,7 +78,7 @@ def rotary(dtype, H, L, D):
     positions = torch.arange(L, device=DEVICE)
 
     def reference(q, k):
-        from fastattn.ops.recurrence.reference import rotary
+        from fastattn.ops.rowwise.reference import rotary
 
         return rotary(q, k, positions, 1e4, False)
 

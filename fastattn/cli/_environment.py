@@ -7,7 +7,7 @@ import platform
 import torch
 
 import fastattn
-from fastattn import _device
+from fastattn.runtime import device as _device
 
 
 def environment() -> list[tuple[str, str]]:

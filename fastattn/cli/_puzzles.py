@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastattn.training_hrm import HrmTrainer
+    from fastattn.train.puzzles import HrmTrainer
 
 BOXES = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}
 BLANKS = {2: (6, 10), 3: (4, 12)}
@@ -25,9 +25,9 @@ def start(
     """A fresh run; its puzzles and weights come from the seed."""
     import torch
 
-    from fastattn.data.puzzle_sets import FolderData, SudokuData
     from fastattn.models import Hrm
-    from fastattn.training_hrm import HrmTrainConfig, HrmTrainer, model_config
+    from fastattn.train.data.puzzle_sets import FolderData, SudokuData
+    from fastattn.train.puzzles import HrmTrainConfig, HrmTrainer, model_config
 
     box = BOXES.get(data)
     if box is None:
@@ -44,18 +44,19 @@ def start(
 
 
 def resume(output: Path, data: str) -> "HrmTrainer":
-    from fastattn.data.puzzle_sets import FolderData
-    from fastattn.training_hrm import HrmTrainer
+    from fastattn.train.data.puzzle_sets import FolderData
+    from fastattn.train.puzzles import HrmTrainer
 
     return HrmTrainer.resume(output, None if data in BOXES else FolderData(data))
 
 
 def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
     """Prints a held-out board as it is solved, where boards are Sudoku's; writes the run's pictures and its page."""
-    from fastattn import pictures, report
     from fastattn.cli import _run
     from fastattn.cli._environment import environment
-    from fastattn.training_hrm import show_steps
+    from fastattn.runtime import pictures
+    from fastattn.train import report
+    from fastattn.train.puzzles import show_steps
 
     boards, guesses = [], {}
     summary = f"HRM trained on {data}, evaluated on its test split."

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from fastattn.data.jsonl import Example
-    from fastattn.training import Trainer
-    from fastattn.training_hrm import HrmTrainer
-    from fastattn.training_run import Run
+    from fastattn.train.data.jsonl import Example
+    from fastattn.train.puzzles import HrmTrainer
+    from fastattn.train.run import Run
+    from fastattn.train.text import Trainer
 
 _CONFIG = ("steps", "learning_rate", "seed")
 
@@ -17,7 +17,7 @@ _CONFIG = ("steps", "learning_rate", "seed")
 def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]", **changes: Any) -> None:
     """ValueError naming an option of HRM-Text that is not the run's. `changes`: the head that was asked for."""
     from fastattn.cli import _run
-    from fastattn.data.tokenizer import Tokenizer
+    from fastattn.train.data.tokenizer import Tokenizer
 
     shape, given = run.model.config, context.params
     _check(context, run, {"head": shape.head, "codebook_size": shape.codebook_size})
@@ -37,7 +37,7 @@ def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]"
 def check_puzzles(context: typer.Context, run: "HrmTrainer", data: str) -> None:
     """ValueError naming an option of HRM that is not the run's."""
     from fastattn.cli import _puzzles
-    from fastattn.training_hrm import SHAPES, model_config
+    from fastattn.train.puzzles import SHAPES, model_config
 
     _check_config(context, run, "batch_size")
     own = next((name for name in SHAPES if model_config(run.data, name) == run.model.config), "another")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fastattn import _files
+from fastattn.runtime import files as _files
 
 if TYPE_CHECKING:
-    from fastattn.data.jsonl import Example
-    from fastattn.data.tokenizer import Sample, Tokenizer
     from fastattn.models import HrmText, HrmTextConfig
-    from fastattn.report import Answer
-    from fastattn.training import TrainConfig, Trainer
-    from fastattn.training_run import Run
+    from fastattn.train.data.jsonl import Example
+    from fastattn.train.data.tokenizer import Sample, Tokenizer
+    from fastattn.train.report import Answer
+    from fastattn.train.run import Run
+    from fastattn.train.text import TrainConfig, Trainer
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def start(
     import torch
 
     from fastattn.models import HrmText
-    from fastattn.training import Trainer
+    from fastattn.train.text import Trainer
 
     torch.manual_seed(config.seed)
     return Trainer(folder, HrmText(shape), tokenizer, samples, held_out, config)
@@ -264,7 +264,7 @@ def visible(text: str) -> str:
 
 def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: int = 64) -> "list[Answer]":
     """What the averaged model says to each example's instruction, beside what the example has."""
-    from fastattn.report import Answer
+    from fastattn.train.report import Answer
 
     with trainer.averaged():
         said = [
@@ -276,8 +276,8 @@ def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: i
 
 def write_report(trainer: "Trainer", title: str, summary: str, shown: "list[Answer]", path: Path) -> Path:
     """Writes the run's report."""
-    from fastattn import report
     from fastattn.cli._environment import environment
+    from fastattn.train import report
 
     return report.write(
         path,

@@ -30,8 +30,10 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fastattn import _config, _device, _tables
     from fastattn.autotune.table import every_entry
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tuning as _config
 
     console = _console()
     _config.tunings()
@@ -65,8 +67,10 @@ def why(
     device: _Device = "cpu",
 ) -> None:
     """Which configuration a call gets and where from: every table's nearest entry, taken or passed over."""
-    from fastattn import _config, _device, _tables
     from fastattn.autotune.table import every_entry, refusal
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tuning as _config
 
     from .tune import fields_of
 
@@ -129,8 +133,10 @@ def verify(
     With --measure the shapes of each entry that departs from the default run again, interleaved with the default,
     and one that is slower by more than the spread fails as well.
     """
-    from fastattn import _config, _device, _tables
     from fastattn.autotune.table import every_entry, refusal
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tuning as _config
 
     console = _console()
     _config.tunings()
@@ -158,8 +164,9 @@ def verify(
 
 def export(path: _File, device: _Device = "cpu") -> None:
     """Write your table for a device to a file, to share or to ship."""
-    from fastattn import _device, _tables
     from fastattn.autotune.table import user_path, write
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
 
     target = _device.present(device, "cache")
     table = _tables.read_table(user_path(target), target)
@@ -171,8 +178,8 @@ def export(path: _File, device: _Device = "cpu") -> None:
 
 def import_(path: _File) -> None:
     """Merge a table from elsewhere into yours, after checking every entry; it may be for another device."""
-    from fastattn import _config
     from fastattn.autotune.table import import_table
+    from fastattn.runtime import tuning as _config
 
     if not path.exists():
         raise FileNotFoundError(f"cache import: {path}: no such file")
@@ -187,8 +194,9 @@ def clear(
     trials: Annotated[bool, typer.Option("--trials", help="Forget the measured trials as well.")] = False,
 ) -> None:
     """Remove your tuned entries for a device, of these ops or of all; shipped tables stay."""
-    from fastattn import _device, _tables
     from fastattn.autotune.table import remove, user_path
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
 
     target = _device.present(device, "cache")
     found = remove(user_path(target), target, ops or ())
@@ -203,8 +211,8 @@ def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
     """Re-measure the entries in effect; returns how many are slower than their default."""
     import math
 
-    from fastattn import _tables
     from fastattn.autotune.remeasure import remeasure
+    from fastattn.runtime import tables as _tables
 
     slower, ratios = 0, []
     for name, label, compared, failure in remeasure(_tables.tables(target), target, device, rounds):
@@ -257,7 +265,7 @@ def _figures(entry: dict) -> tuple[str, str, str]:
 def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> str:
     from math import log2
 
-    from fastattn._config import REACH
+    from fastattn.runtime.tuning import REACH
 
     octaves = {name: abs(log2(tuned[name]) - log2(max(1, sizes[name]))) for name in sizes}
     worst = max(octaves, key=octaves.__getitem__, default=None)

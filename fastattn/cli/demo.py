@@ -29,10 +29,10 @@ def demo(
     from rich.table import Table
 
     from fastattn.cli import _run
-    from fastattn.data import stdlib
-    from fastattn.data.jsonl import write_jsonl
-    from fastattn.data.tokenizer import Tokenizer
-    from fastattn.training import TrainConfig
+    from fastattn.train.data import stdlib
+    from fastattn.train.data.jsonl import write_jsonl
+    from fastattn.train.data.tokenizer import Tokenizer
+    from fastattn.train.text import TrainConfig
 
     console, began = _run.console, time.monotonic()
     _head(1, "data: questions about Python's standard library, answered by its documentation")

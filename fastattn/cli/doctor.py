@@ -76,7 +76,7 @@ def _served(name: str, arguments: Callable[..., tuple[tuple, dict]], dtype: str)
 
 def _gradients(name: str, device: str) -> str:
     """The first backend of the op's backward on a device."""
-    from fastattn import _registry
+    from fastattn.runtime import registry as _registry
 
     op = _registry._OPS.get(f"{name}_backward") or _registry._OPS.get(_BACKWARD_OF.get(name, ""))
     if op is None:
@@ -156,7 +156,8 @@ def probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]
 
 
 def _print_tables(console: Any, device: str) -> None:
-    from fastattn import _device, _tables
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
 
     target = _device.target(device)
     found = _tables.tables(target)
@@ -170,8 +171,9 @@ def _hints() -> list[str]:
     import torch
 
     import fastattn
-    from fastattn import _device, _tables
-    from fastattn._native import cpu_isa
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tables as _tables
+    from fastattn.runtime.native import cpu_isa
 
     target = _device.target("cpu")
     hints = []

@@ -24,8 +24,8 @@ def generate(
     import torch
 
     from fastattn.cli import _run
-    from fastattn.data.tokenizer import Tokenizer
     from fastattn.models import HrmText
+    from fastattn.train.data.tokenizer import Tokenizer
 
     if prompt == "-":
         prompt = sys.stdin.read().strip()

@@ -103,9 +103,9 @@ def train(
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
     import torch
 
-    from fastattn import training_ranks
     from fastattn.cli import _run
-    from fastattn.training_state import STATE
+    from fastattn.train import ranks as training_ranks
+    from fastattn.train.state import STATE
 
     ranks = training_ranks.launched()
     if ranks and model == "hrm":
@@ -157,9 +157,9 @@ def train(
         raise ValueError("--codebook-size is for --head vq")
     changes = _run.quantised(codebook_size) if head == "vq" else {}
 
-    from fastattn.data.jsonl import read_jsonl
-    from fastattn.data.tokenizer import Tokenizer
-    from fastattn.training import TrainConfig, Trainer
+    from fastattn.train.data.jsonl import read_jsonl
+    from fastattn.train.data.tokenizer import Tokenizer
+    from fastattn.train.text import TrainConfig, Trainer
 
     if ranks:
         training_ranks.start()

@@ -75,8 +75,8 @@ def tune(
 
     console = Console()
     with console.status("starting"):
-        from fastattn import _device
         from fastattn.autotune import tuner
+        from fastattn.runtime import device as _device
 
         _device.present(device, "tune")
         from ._tune_progress import Progress, summary

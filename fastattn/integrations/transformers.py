@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from .. import _checks, masks
+from .. import masks
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.sdpa import autocast
+from ..runtime import checks as _checks
 
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve

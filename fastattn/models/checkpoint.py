@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import read_json, write_tensors, write_text
+from ..runtime.files import read_json, write_tensors, write_text
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

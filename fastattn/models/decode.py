@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .._registry import needs_grad, requested, serves
 from ..nn.blocks import Attention, PreNormBlock, PreNormStack, SwiGLU
 from ..nn.cache import KeyValueCache
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.attention import attention
-from ..ops.decode import decode_step
+from ..ops.hrm_step import decode_step
 from ..ops.matvec import is_plain, is_unchanged
+from ..runtime.registry import needs_grad, requested, serves
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_tensor
 from ..masks import Mask
 from ..masks import positions as document_positions
 from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
@@ -18,6 +17,7 @@ from ..nn.recurrence import HierarchicalRecurrence
 from ..nn.vq_head import VQHead
 from ..ops.matvec import linear
 from ..ops.vocab import linear_cross_entropy
+from ..runtime.checks import check_tensor
 from . import checkpoint, decode
 from .generate import generate
 from .hrm_text_config import HrmTextConfig

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._registry import requested
 from ..masks import Mask
 from ..ops.attention import attention
-from ..ops.linear import fused_linear
+from ..ops.fused_linear import fused_linear
 from ..ops.matvec import is_unchanged, linear
-from ..ops.recurrence import gated, rms_norm, rotary, swiglu
+from ..ops.rowwise import gated, rms_norm, rotary, swiglu
+from ..runtime.registry import requested
 
 
 class AppendsKeys(Protocol):

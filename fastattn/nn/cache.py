@@ -5,8 +5,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from .._registry import needs_grad, requested, serves
-from ..ops.recurrence import rotary, rotary_append
+from ..ops.rowwise import rotary, rotary_append
+from ..runtime.registry import needs_grad, requested, serves
 
 
 class KeyValueCache:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _checks
 from ..masks import Mask
 from ..ops.grouped import MAX_GROUPS, focus_groups, gated_attention, grouped_attention, sinkhorn
+from ..runtime import checks as _checks
 
 NAME = "fastattn_focus"
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import parse_json, write_tensors
 from ..ops.vocab import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
+from ..runtime.files import parse_json, write_tensors
 
 ASSIGNMENTS = ("fixed", "straight_through", "ema")
 _KEYS = {"d_model", "vocab_size", "codebook_size", "bias", "assignment", "decay"}

@@ -2,8 +2,8 @@
 
 import torch
 
-from .. import _checks
 from ..masks import Mask
+from ..runtime import checks as _checks
 from .attention import attention
 
 

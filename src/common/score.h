@@ -1,4 +1,4 @@
-// How a scaled product becomes an attention weight: one functor a score, in the order of fastattn/scores.py.
+// How a scaled product becomes an attention weight: one functor a score, in the order of fastattn/ops/attention/scores.py.
 //
 // M is the arithmetic of a vector (or of one float): M::V, M::kRound and static exp2_bounded, exp2_fraction,
 // scale_by_rounded, at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the

@@ -1,4 +1,4 @@
-// Default instantiations and their launches; other tile constants are compiled at run time (fastattn/_cuda.py).
+// Default instantiations and their launches; other tile constants are compiled at run time (fastattn/runtime/cuda.py).
 //
 // Each launch takes a params struct and a stream by address and returns null, or what went wrong.
 #include "decode.cuh"

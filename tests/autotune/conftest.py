@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import _config, _device, _tables
+from fastattn.runtime import device as _device
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `planted`, here and in the workers the tests start

@@ -12,7 +12,7 @@ import torch
 from fastattn.autotune import measure
 from fastattn.autotune.space import Workload
 
-from fastattn import _config
+from fastattn.runtime import tuning as _config
 
 STRUCTURAL = {"dtype": "float32", "head_dim": 64}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastattn.autotune.space import Space
 from fastattn.autotune.study import Outcome
 
-from fastattn import _config
+from fastattn.runtime import tuning as _config
 
 
 class Sweep:

@@ -9,8 +9,9 @@ from fastattn.autotune import table as tables
 from planted import entry, table
 from typer.testing import CliRunner
 
-from fastattn import _config, _tables
 from fastattn.cli import cache, main, tune
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 KEY = ["dtype=float32", "head_dim=64"]
 

@@ -3,7 +3,7 @@
 import pytest
 from fastattn.autotune import space
 
-from fastattn import _config
+from fastattn.runtime import tuning as _config
 
 
 @pytest.fixture

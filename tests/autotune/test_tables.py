@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import STRUCTURAL, entry, look_up, table
 
-from fastattn import _config, _device, _tables
+from fastattn.runtime import device as _device
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 DEFAULT = {"tile": 32, "variant": "plain"}
 
@@ -276,7 +278,7 @@ def test_standard_library_only():
         "package = sys.modules['fastattn'] = types.ModuleType('fastattn')\n"
         f"package.__path__ = [{package!r}]\n"
         "before = set(sys.modules)\n"
-        "import fastattn._config\n"
+        "import fastattn.runtime.tuning\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "assert new <= {'fastattn', *sys.stdlib_module_names}, new\n"
     )

@@ -7,7 +7,8 @@ import pytest
 from fastattn.autotune import report, tuner
 from planted import TRAPS
 
-from fastattn import _config, _tables
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 
 class Recorder(tuner.Listener):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from fastattn.autotune import measure, space
 
-from fastattn import _config, _device
+from fastattn.runtime import device as _device
+from fastattn.runtime import tuning as _config
 
 PLANTED = ("planted", "trapped")  # the other tests' own
 DECLARED = {key: one for key, one in _config.tunings().items() if key[0] not in PLANTED}

@@ -12,7 +12,8 @@ import pytest
 from fastattn.autotune import table as tables
 from planted import entry, look_up, table
 
-from fastattn import _config, _tables
+from fastattn.runtime import tables as _tables
+from fastattn.runtime import tuning as _config
 
 WRITER = """
 import sys

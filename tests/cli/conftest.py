@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastattn.cli import main
-from fastattn.data.jsonl import Example, write_jsonl
+from fastattn.train.data.jsonl import Example, write_jsonl
 
 TINY = {
     "hidden_size": 32,

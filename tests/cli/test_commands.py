@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import fastattn
-from fastattn import training_state
-from fastattn._files import write_tensors
 from fastattn.cli import build_app, main
+from fastattn.runtime.files import write_tensors
+from fastattn.train import state as training_state
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
 
@@ -356,7 +356,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_demo_goes_from_data_to_report(run, tiny, tmp_path, monkeypatch):
     from fastattn.cli import _run
-    from fastattn.data import stdlib
+    from fastattn.train.data import stdlib
 
     examples, held_out = stdlib.build()
     monkeypatch.setattr(stdlib, "build", lambda: (examples[::100], held_out[::25]))

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import fastattn as fa
 from fastattn.cli import _run
-from fastattn.data.jsonl import Example
-from fastattn.data.tokenizer import Tokenizer
 from fastattn.models import HrmText, HrmTextConfig
-from fastattn.training import STATE, TrainConfig, Trainer, bp_steps_at
-from fastattn.training_state import read_state
+from fastattn.train.data.jsonl import Example
+from fastattn.train.data.tokenizer import Tokenizer
+from fastattn.train.state import read_state
+from fastattn.train.text import STATE, TrainConfig, Trainer, bp_steps_at
 
 EXAMPLES = [Example(f"What is {w}{n}?", f"A {w} of {n} parts.") for w in ("list", "set") for n in range(12)]
 CONFIG = TrainConfig(

@@ -15,7 +15,7 @@ STEPS, STOP = 4, 2
 SCRIPT = f"""
 import os, signal, sys
 from fastattn.cli import main
-from fastattn.training import Trainer
+from fastattn.train.text import Trainer
 
 event, *args = sys.argv[1:]
 step = Trainer.step
@@ -85,7 +85,7 @@ def whole(run, args, tmp_path):
 @pytest.fixture
 def stop(monkeypatch):
     """Ends a run in this process after STOP steps, as Ctrl-C does."""
-    from fastattn.training import Trainer
+    from fastattn.train.text import Trainer
 
     def do(run, args):
         with monkeypatch.context() as patch:

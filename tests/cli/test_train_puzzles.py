@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fastattn.cli import main
-from fastattn.data.puzzles import write_folder
 from fastattn.models import Hrm
-from fastattn.training_hrm import HrmTrainer
+from fastattn.train.data.puzzles import write_folder
+from fastattn.train.puzzles import HrmTrainer
 
 SUDOKU = ("train", "--model", "hrm", "--data", "sudoku", "--puzzles", 40, "--batch-size", 8, "--threads", 1)
 

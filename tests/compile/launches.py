@@ -2,8 +2,8 @@
 
 import torch
 
-from fastattn import _triton
-from fastattn.scores import SCORES
+from fastattn.ops.attention.scores import SCORES
+from fastattn.runtime import triton as _triton
 
 # What fast tests compile for; the slow ones take every target.
 SAMPLED = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -76,7 +76,7 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
 
 
 def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
-    from fastattn.ops.recurrence import triton as kernels
+    from fastattn.ops.rowwise import triton as kernels
 
     x = empty(2, 100, 1536, dtype=dtype)
     weight = empty(1536, dtype=dtype)
@@ -123,8 +123,8 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
 
 def linear(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
     """The tile kernel at the largest tiles that the target has room for, with each thing before and after it."""
-    from fastattn import _config
-    from fastattn.ops.linear.triton import fused_linear
+    from fastattn.ops.fused_linear.triton import fused_linear
+    from fastattn.runtime import tuning as _config
 
     device = _triton.TARGETS[target][1]
     weight, residual = empty(8192, 1536, dtype=dtype), empty(1000, 4096, dtype=dtype)
@@ -168,8 +168,8 @@ def sinkhorn(target: str, dtype: torch.dtype = torch.bfloat16, groups: int = 8) 
 def reweighted(
     target: str, dtype: torch.dtype = torch.bfloat16, power: float | None = 15.0
 ) -> list[_triton.Launch]:
-    from fastattn.ops.reweighted.triton import softplus_attention
-    from fastattn.ops.reweighted.triton_backward import softplus_attention_backward
+    from fastattn.ops.lssa.triton import softplus_attention
+    from fastattn.ops.lssa.triton_backward import softplus_attention_backward
 
     q, k, v, _, _, _, _, *mask = attention_arguments(dtype=dtype, head_dim=64)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:

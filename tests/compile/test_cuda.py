@@ -47,7 +47,7 @@ def test_everything_compiles(architecture, tmp_path):
 
 
 def test_backends_say_why_not():
-    from fastattn._registry import _OPS
+    from fastattn.runtime.registry import _OPS
 
     cuda = torch.device("cuda")
     h, weight, target = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)
@@ -96,7 +96,7 @@ needs_nvrtc = pytest.mark.skipif(
 
 def compile_at_run_time(header: str, kernel: str, architecture: str) -> None:
     """As CuPy's RawModule would: no driver is needed until the kernel is loaded."""
-    from fastattn import _cuda
+    from fastattn.runtime import cuda as _cuda
 
     for builtins in NVRTC[0].parent.glob("libnvrtc-builtins.so*"):
         ctypes.CDLL(str(builtins))
@@ -159,7 +159,7 @@ def test_everything_compiles_at_run_time(header, kernel, architecture):
 
 def test_what_cupy_is_asked_for(monkeypatch):
     """No linking with the toolkit's device runtime, a launch of the whole grid, shared memory beyond the usual asked for."""
-    from fastattn import _cuda
+    from fastattn.runtime import cuda as _cuda
 
     made, launched = [], []
 
@@ -190,7 +190,9 @@ def test_what_cupy_is_asked_for(monkeypatch):
 
 
 def test_decode_candidates_fit_the_device():
-    from fastattn import _config, _cuda, _device
+    from fastattn.runtime import cuda as _cuda
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tuning as _config
 
     declared = _config.tunings()["decode_step", "cuda"]
     key = {"dtype": "bfloat16", "head_dim": 128, "hidden": 1536, "inner": 4096, "heads": 12, "cached": 256}
@@ -203,7 +205,9 @@ def test_decode_candidates_fit_the_device():
 def test_threads_whose_statistics_do_not_fit_are_no_candidates():
     from fastattn.autotune.space import Space
 
-    from fastattn import _config, _cuda, _device
+    from fastattn.runtime import cuda as _cuda
+    from fastattn.runtime import device as _device
+    from fastattn.runtime import tuning as _config
 
     target = _device.Target("cuda", "a GPU", "sm_90", units=132)
     for groups, most in ((8, 1024), (400, 256)):

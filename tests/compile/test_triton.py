@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import _triton
-from fastattn.scores import SCORES
+from fastattn.ops.attention.scores import SCORES
+from fastattn.runtime import triton as _triton
 
 _spec = importlib.util.spec_from_file_location("compile_launches", Path(__file__).with_name("launches.py"))
 launches = importlib.util.module_from_spec(_spec)
@@ -188,7 +188,7 @@ def test_largest_feasible_tiles_of_attention(target, op):
 
     It grows with both tile sides and the stages: for each number of warps, the tiles that no such step leaves feasible.
     """
-    from fastattn import _config
+    from fastattn.runtime import tuning as _config
 
     declaration = _config.tunings()[op, "triton"]
     allowed = {name: parameter.allowed for name, parameter in declaration.parameters.items()}

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import _config, _cuda, _registry
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import registry as _registry
+from fastattn.runtime import tuning as _config
 
 HERE = Path(__file__).parent / "host"
 CXX = shutil.which("g++") or shutil.which("clang++")

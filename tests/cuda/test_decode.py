@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, _cuda, _device, testing
+from fastattn import testing
 from fastattn.models import HrmText, HrmTextConfig
-from fastattn.ops.decode import reference, workload
+from fastattn.ops.hrm_step import reference, workload
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import device as _device
+from fastattn.runtime import tuning as _config
 
 
 def problem(dtype, *, hidden=24, heads=2, dim=8, inner=36, layers=1, cycles=(1, 1), capacity=9):

@@ -40,7 +40,7 @@ def test_every_fault_is_found_in_any_order(host, seed):
 
 
 def test_a_cooperative_grid_has_to_be_resident(host):
-    from fastattn import _cuda
+    from fastattn.runtime import cuda as _cuda
 
     params = _cuda.SinkhornParams()
     with pytest.raises(RuntimeError, match="out of resources"):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, _cuda, testing
+from fastattn import testing
 from fastattn.ops.grouped import reference
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import tuning as _config
 
 
 def check(host, scores, lengths=None, temperature=0.1, iterations=2, threads=256):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, _cuda, testing
+from fastattn import testing
 from fastattn.ops.vocab import reference
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import tuning as _config
 
 IGNORED = -100
 

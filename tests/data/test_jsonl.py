@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn import _files
-from fastattn.data.jsonl import Example, read_jsonl, write_jsonl
+from fastattn.runtime import files as _files
+from fastattn.train.data.jsonl import Example, read_jsonl, write_jsonl
 
 GOOD = '{"instruction": "What is a list?", "response": "A mutable sequence."}\n'
 

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from fastattn.data import stdlib
-from fastattn.data.stdlib import Documented, examples_of, summary_of
+from fastattn.train.data import stdlib
+from fastattn.train.data.stdlib import Documented, examples_of, summary_of
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattn.data import sudoku
-from fastattn.data.puzzles import PuzzleFolder, write_folder
+from fastattn.train.data import sudoku
+from fastattn.train.data.puzzles import PuzzleFolder, write_folder
 
 
 def every_grid():

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn.data.jsonl import Example
-from fastattn.data.packing import IGNORED, Order, batches, pack
-from fastattn.data.tokenizer import SPECIAL_TOKENS, Sample, Tokenizer
+from fastattn.train.data.jsonl import Example
+from fastattn.train.data.packing import IGNORED, Order, batches, pack
+from fastattn.train.data.tokenizer import SPECIAL_TOKENS, Sample, Tokenizer
 
 EXAMPLES = [
     Example("What does os.path.join do?", "Join two or more pathname components."),

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 U = testing.EPS32 / 2  # of one rounding
 LOST = 2.0**-125  # what a product may lose below the normal numbers, and as much again in the sum

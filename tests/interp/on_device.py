@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from fastattn import _registry
+from fastattn.runtime import registry as _registry
 
 
 def moved(value, device):

@@ -13,7 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import _cuda, _registry
+from fastattn.runtime import cuda as _cuda
+from fastattn.runtime import registry as _registry
 
 PROPERTIES = SimpleNamespace(
     name="Pretended GPU", major=9, minor=0, multi_processor_count=4, total_memory=1 << 30, L2_cache_size=1 << 20,

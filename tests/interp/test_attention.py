@@ -7,7 +7,7 @@ from hypothesis import given, settings
 import fastattn as fa
 from fastattn import testing
 from fastattn.masks import Mask
-from fastattn.scores import SCORES
+from fastattn.ops.attention.scores import SCORES
 
 MASKS = {
     "full": lambda: None,
@@ -128,7 +128,7 @@ def test_all_problems(score, problem):
 
 @pytest.mark.parametrize("config", [{"block_m": 64, "block_n": 16}, {"block_m": 16, "block_n": 64}])
 def test_other_tiles(config):
-    from fastattn import _config
+    from fastattn.runtime import tuning as _config
 
     with _config.override({(op, "triton"): config for op in ("attention", "attention_backward")}):
         compare(testing.attention_inputs(1, 1, 1, 70, 37, 8), "softmax", Mask(causal=True, window=(50, None)))
@@ -137,7 +137,7 @@ def test_other_tiles(config):
 @pytest.mark.parametrize("lengths", [(20, 1100), (1100, 20)])
 def test_stretches_of_tiles_in_a_dense_mask(lengths, nan_outputs):
     """Tiles of nothing before, between and after those attended, and more tiles than one look at their classes."""
-    from fastattn import _config
+    from fastattn.runtime import tuning as _config
 
     along = torch.zeros(1100, dtype=torch.bool)
     for start, stop in ((40, 90), (170, 171), (1000, 1060)):
@@ -217,7 +217,7 @@ def test_classes_of_a_dense_mask_follow_its_memory(shape, nan_outputs):
     """Written through `.data` between two calls, as a replayed graph writes its static inputs."""
     inputs = testing.attention_inputs(2, 2, 1, 40, 50, 16)
     held = Mask(dense=torch.zeros(shape, dtype=torch.bool))
-    from fastattn import _config
+    from fastattn.runtime import tuning as _config
 
     tiles = {("attention", "triton"): {"block_m": 16, "block_n": 16}}
     for which in (0, 1):
@@ -229,7 +229,7 @@ def test_classes_of_a_dense_mask_follow_its_memory(shape, nan_outputs):
 
 
 def test_products_follow_every_way_to_ask_for_tf32():
-    from fastattn import _triton
+    from fastattn.runtime import triton as _triton
 
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision()

@@ -65,7 +65,7 @@ def test_softplus_with_rows_and_keys_of_both_kinds(nan_outputs, shape):
 
 def test_softplus_parts_of_both_kinds(nan_outputs):
     """Decoding: the first parts of the keys underflow, a later one does not; then the reverse; then all do."""
-    from fastattn import _config
+    from fastattn.runtime import tuning as _config
 
     inputs = testing.attention_inputs(1, 2, 1, 1, 200, 16)
     with _config.override({("attention_decode", "triton"): {"keys_per_split": 32}}):

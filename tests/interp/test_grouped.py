@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import testing
 from fastattn.masks import Mask
+from fastattn.runtime import tuning as _config
 
 
 def signatures(length: int, groups: int, top_k: int, seed: int = 0) -> torch.Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, testing
-from fastattn.ops.linear import reference, tuning  # noqa: F401  the second declares what is overridden
+from fastattn import testing
+from fastattn.ops.fused_linear import reference, tuning  # noqa: F401  the second declares what is overridden
+from fastattn.runtime import tuning as _config
 
 TILES = {"product": "native", "block_m": 16, "block_n": 16, "block_k": 16}
 

@@ -6,7 +6,7 @@ import torch
 import fastattn as fa
 from fastattn import testing
 from fastattn.nn.cache import KeyValueCache
-from fastattn.ops.recurrence import reference, rotary_append
+from fastattn.ops.rowwise import reference, rotary_append
 
 SHAPES = [(33,), (3, 40), (2, 3, 130), (1, 2, 2, 2, 9)]
 
@@ -39,7 +39,7 @@ def test_rms_norm(shape, residual, weight):
 
 
 def test_rms_norm_of_rows_longer_than_a_tile(monkeypatch):
-    from fastattn.ops.recurrence import triton as kernels
+    from fastattn.ops.rowwise import triton as kernels
 
     monkeypatch.setattr(kernels, "_MOST_COLUMNS", 32)
     inputs = (made(3, 70, seed=1), made(3, 70, seed=2), made(70, seed=3, layout="contiguous"))
@@ -116,8 +116,8 @@ def test_a_layers_cache_is_filled_in_one_launch():
 
 
 def test_a_captured_graphs_table_is_not_kept(monkeypatch):
-    from fastattn import _triton
-    from fastattn.ops.recurrence import triton as kernels
+    from fastattn.ops.rowwise import triton as kernels
+    from fastattn.runtime import triton as _triton
 
     if not _triton.INTERPRETED:
         pytest.skip("a device's powers are not the host's to the last bit")

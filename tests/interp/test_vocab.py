@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import testing
+from fastattn.runtime import tuning as _config
 
 OPTIONS = {
     "plain": {},

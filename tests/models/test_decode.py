@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
 from fastattn.models import HrmText, HrmTextConfig
+from fastattn.runtime import native as _native
 
 
 def small(dtype=torch.float64, **changes):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastattn.data import sudoku
-from fastattn.data.puzzle_sets import FolderData, SudokuData
-from fastattn.data.puzzles import PuzzleOrder, write_folder
 from fastattn.models import Hrm, HrmConfig
-from fastattn.training_hrm import HrmTrainConfig, HrmTrainer, evaluate, model_config, show_steps
-from fastattn.training_run import is_evaluation
+from fastattn.train.data import sudoku
+from fastattn.train.data.puzzle_sets import FolderData, SudokuData
+from fastattn.train.data.puzzles import PuzzleOrder, write_folder
+from fastattn.train.puzzles import HrmTrainConfig, HrmTrainer, evaluate, model_config, show_steps
+from fastattn.train.run import is_evaluation
 
 TINY = {
     "hidden_size": 16,

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from fastattn import _native
+from fastattn.runtime import native as _native
 
 
 def test_a_struct_keeps_its_tensors_alive():

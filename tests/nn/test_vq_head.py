@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from fastattn._files import write_tensors
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.nn import VQHead
 from fastattn.nn.vq_head import ASSIGNMENTS, fit_codebook
+from fastattn.runtime.files import write_tensors
 
 D, V, K = 12, 50, 8
 

@@ -18,10 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn as fa
-from fastattn import _registry, testing
-from fastattn.ops.decode import decode_step
+from fastattn import testing
+from fastattn.ops.hrm_step import decode_step
 from fastattn.ops.matvec import matvec
-from fastattn.ops.recurrence import rotary_append
+from fastattn.ops.rowwise import rotary_append
+from fastattn.runtime import registry as _registry
 
 PAGE = mmap.PAGESIZE
 SECONDS = 30  # of one call, before it counts as hanging

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _config, _native, testing
+from fastattn import testing
 from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
+from fastattn.runtime import native as _native
+from fastattn.runtime import tuning as _config
 
 # small tiles, so that short sequences cross many of their edges
 TILES = {

@@ -5,7 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn as fa
-from fastattn import _config, testing
+from fastattn import testing
+from fastattn.runtime import tuning as _config
 
 LENGTH, TILE = 512, 256  # so that tiles of every size in use lie within one
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn.ops.linear import fused_linear
+from fastattn.ops.fused_linear import fused_linear
 from fastattn.ops.matvec import matvec
-from fastattn.ops.recurrence import rotary_append
+from fastattn.ops.rowwise import rotary_append
 
 
 def qkv(length=6):
@@ -106,7 +106,7 @@ def test_masks_bring_their_indices_or_are_refused(option):
 
 def test_every_op_of_several_tensors_is_here():
     """`swiglu` and `focus_groups` take one tensor; scaled_dot_product_attention is attention's."""
-    from fastattn import _registry
+    from fastattn.runtime import registry as _registry
 
     ops = {name.removesuffix("_backward") for name in _registry._OPS}
     assert ops - set(CALLS) <= {"swiglu", "attention_forward"} and "attention" in CALLS

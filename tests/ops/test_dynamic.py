@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastattn as fa
 from fastattn import testing
 from fastattn.ops.matvec import matvec
-from fastattn.ops.recurrence import rotary_append
+from fastattn.ops.rowwise import rotary_append
 
 MOST_GRAPHS = 3  # torch's own: one of the first sizes, one of symbols; a third where a size is 0 or 1
 STEPS = range(12)  # more than torch compiles anew (torch._dynamo.config.recompile_limit)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 TWICE = {"rotary"}  # its backward is the op itself
 MASK = fa.Mask(causal=True)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 
 def published(q, k, v, assignment, sharpness, window, gate):

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 
 def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_lengths=None):

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _config, _native, testing
-from fastattn._contents import ContentsCache, digest
-from fastattn.ops.linear import cpu, reference
+from fastattn import testing
+from fastattn.ops.fused_linear import cpu, reference
+from fastattn.runtime import native as _native
+from fastattn.runtime import tuning as _config
+from fastattn.runtime.contents import ContentsCache, digest
 
 every_isa = pytest.mark.parametrize("isa", testing.isas())
 SMALL = {"product": "native", "block_rows": 24, "block_columns": 64, "block_steps": 128}

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
 from fastattn.ops.matvec import linear, matvec, reference
+from fastattn.runtime import native as _native
 
 every_isa = pytest.mark.parametrize("isa", testing.isas())
 

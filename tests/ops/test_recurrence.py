@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
-from fastattn.ops.recurrence import cpu, reference
+from fastattn import testing
+from fastattn.ops.rowwise import cpu, reference
+from fastattn.runtime import native as _native
 
 shapes = st.one_of(
     st.tuples(st.integers(1, 70)),

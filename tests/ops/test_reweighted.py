@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, masks, testing
-from fastattn.ops.reweighted import reference
+from fastattn import masks, testing
+from fastattn.ops.lssa import reference
+from fastattn.runtime import native as _native
 
 
 def published(q, k, v, power, allowed):

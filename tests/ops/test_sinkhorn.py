@@ -6,7 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import _native, testing
+from fastattn import testing
+from fastattn.runtime import native as _native
 
 
 def published_sinkhorn(scores, temperature, iterations):

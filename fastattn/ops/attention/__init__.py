@@ -2,12 +2,12 @@
 
 import torch
 
-from ... import _checks
-from ..._registry import call, requested
 from ...masks import Mask, check_broadcast, check_mask, default_scale
-from ...scores import SCORES
+from ...runtime import checks as _checks
+from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 from .checks import check_qkv
+from .scores import SCORES
 
 
 def attention(

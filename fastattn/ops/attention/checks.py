@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from ... import _checks, masks
-from ...scores import BY_CODE
+from ... import masks
+from ...runtime import checks as _checks
+from .scores import BY_CODE
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

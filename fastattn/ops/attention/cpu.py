@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ... import _config, _native
-from ...scores import BY_CODE
+from ...runtime import native as _native
+from ...runtime import tuning as _config
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from .scores import BY_CODE
 
 _LARGEST_HEAD_DIM = 256
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save

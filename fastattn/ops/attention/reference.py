@@ -3,8 +3,8 @@
 import torch
 
 from ... import masks
-from ..._arithmetic import rounded_once
-from ...scores import BY_CODE
+from ...runtime.arithmetic import rounded_once
+from .scores import BY_CODE
 
 LIMIT_SCORE = (
     -64.0

@@ -9,7 +9,7 @@ may all underflow, where they are softmax's, as of that.
 import torch
 
 from ... import masks
-from ..._registry import (
+from ...runtime.registry import (
     Backend,
     cpu_backend,
     dispatch,
@@ -20,8 +20,8 @@ from ..._registry import (
     saved_inputs,
     triton_backend,
 )
-from ...scores import BY_CODE
 from .checks import check_attention, check_attention_backward
+from .scores import BY_CODE
 
 _OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
 _INPUTS = 4  # q, k, v, bias

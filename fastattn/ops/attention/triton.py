@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config
-from ..._triton import load_tile, offset, store_tile
+from ...runtime import tuning as _config
+from ...runtime.triton import load_tile, offset, store_tile
 from . import triton_decode
 from .triton_classes import tile_classes
 from .triton_problem import Problem, refusal  # noqa: F401  the latter is what the schema asks

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
-from ..._triton import LOG2E, dot, offset, store_tile
-from ..._triton_scores import softmax_derivative, softmax_weight
+from ...runtime import triton as _triton
+from ...runtime.triton import LOG2E, dot, offset, store_tile
+from .scores_triton import softmax_derivative, softmax_weight
 from .triton_classes import tile_classes
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
-from ..._triton import offset
+from ...runtime import triton as _triton
+from ...runtime.triton import offset
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns", "length_q", "length_k"])

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 import triton
 
-from ... import _config, _triton
-from ..._triton import LOG2E
-from ...scores import BY_CODE
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import LOG2E
 from . import tuning_triton  # noqa: F401  declares what is looked up
+from .scores import BY_CODE
 
 
 class Problem:

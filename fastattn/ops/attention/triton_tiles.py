@@ -7,8 +7,8 @@ A kernel's program works on one tile of one sequence. `extent` is that sequence'
 import triton
 import triton.language as tl
 
-from ..._triton import LN2, LOG2E, dot, load_tile, offset, store_tile
-from ..._triton_scores import softmax_weight
+from ...runtime.triton import LN2, LOG2E, dot, load_tile, offset, store_tile
+from .scores_triton import softmax_weight
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)

@@ -1,6 +1,6 @@
 """What the attention kernels can be tuned by."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
 # Rows are rounded up to the kernel's register rows, keys to its panel.

@@ -1,6 +1,6 @@
 """What the Triton attention kernels can be tuned by, and what fits a device."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCORED = ("dtype", "score", "head_dim", "value_dim", "mask")

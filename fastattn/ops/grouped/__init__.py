@@ -2,9 +2,9 @@
 
 import torch
 
-from ... import _checks
-from ..._registry import call, requested
 from ...masks import LONGEST, Mask, check_mask, default_scale
+from ...runtime import checks as _checks
+from ...runtime.registry import call, requested
 from ..attention import check_qkv
 from . import checks, schema  # noqa: F401  the latter registers the ops
 from .checks import GATES, MAX_GROUPS  # noqa: F401  the latter is for routers

@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from ... import _checks, masks
+from ... import masks
+from ...runtime import checks as _checks
 from ..attention.checks import check_qkv, check_results, check_scale
 
 MAX_GROUPS = 63  # a bit each in an int64 that stays positive

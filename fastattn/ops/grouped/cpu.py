@@ -2,7 +2,8 @@
 
 import torch
 
-from ... import _config, _native
+from ...runtime import native as _native
+from ...runtime import tuning as _config
 from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 

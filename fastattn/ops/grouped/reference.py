@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from ... import masks
-from ..._arithmetic import rounded_once
+from ...runtime.arithmetic import rounded_once
 from ..attention.reference import attention, expand_heads, row_state
 
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from ... import _config, masks
-from ..._registry import (
+from ... import masks
+from ...runtime import tuning as _config
+from ...runtime.registry import (
     Backend,
     cpu_backend,
     dispatch,
@@ -56,7 +57,7 @@ def _configure_cuda_sinkhorn(scores, *_):
 
 
 def _load_cuda_sinkhorn():
-    from ... import _cuda
+    from ...runtime import cuda as _cuda
 
     def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
         return _cuda.sinkhorn(
@@ -67,7 +68,7 @@ def _load_cuda_sinkhorn():
 
 
 def _cuda_sinkhorn_refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
-    from ... import _cuda
+    from ...runtime import cuda as _cuda
 
     if cu_seqlens is not None:
         return "it does not serve packed documents"

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config, _triton
-from ..._triton import LOG2E, dot, gather_tile, offset, scatter_tile
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import LOG2E, dot, gather_tile, offset, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
 from ..attention.triton_tiles import finish, fold, load_state, place, place_two, query_tile, store_state

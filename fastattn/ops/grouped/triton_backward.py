@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
-from ..._triton import dot, gather_tile, offset, scatter_tile
+from ...runtime import triton as _triton
+from ...runtime.triton import dot, gather_tile, offset, scatter_tile
 from ..attention.triton_backward import row_products, score_gradient
 from ..attention.triton_tiles import (
     key_tile,

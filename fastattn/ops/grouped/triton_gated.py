@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config, _triton
-from ..._triton import LOG2E, dot, load_tile, offset, store_tile
-from ..._triton_scores import sigmoid_derivative, sigmoid_weight, softplus_weight
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import LOG2E, dot, load_tile, offset, store_tile
+from ..attention.scores_triton import sigmoid_derivative, sigmoid_weight, softplus_weight
 from ..attention.triton_backward import row_products, score_gradient
 from ..attention.triton_problem import Problem, turned
 from ..attention.triton_problem import refusal as attention_refusal

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config, _triton
-from ..._triton import LN2, load_tile, offset, store_tile
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import LN2, load_tile, offset, store_tile
 from . import tuning_triton  # noqa: F401  declares what is looked up
 
 _LN2 = tl.constexpr(LN2)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..._triton import gather_tile, offset
+from ...runtime.triton import gather_tile, offset
 from ..attention.triton_tiles import key_interval
 
 SUMMARY = 4  # of a tile: OR and AND of its signatures, its first and its last position

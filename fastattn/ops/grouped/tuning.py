@@ -1,6 +1,6 @@
 """What the kernels of grouped and gated attention can be tuned by."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
 _KEY = {

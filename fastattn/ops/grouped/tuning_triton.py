@@ -1,6 +1,6 @@
 """What the Triton kernels of grouped and gated attention can be tuned by: tiles of attention's shape."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 from ..attention.tuning_triton import (
     backward_bytes,
     backward_default,

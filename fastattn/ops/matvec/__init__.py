@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import call, needs_grad, requested
+from ...runtime.registry import call, needs_grad, requested
 from . import schema
 
 MOST_ROWS = schema.MOST_ROWS

@@ -1,6 +1,6 @@
 """What matvec asks of its arguments, whoever calls it."""
 
-from ... import _checks
+from ...runtime import checks as _checks
 
 
 def check_matvec(x, weight) -> None:

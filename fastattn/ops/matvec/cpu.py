@@ -1,7 +1,7 @@
 """The few-row product on the CPU: one kernel call."""
 
-from ... import _native
-from ..._config import Choice
+from ...runtime import native as _native
+from ...runtime.tuning import Choice
 from .schema import MOST_ROWS
 
 

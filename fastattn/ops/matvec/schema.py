@@ -3,7 +3,7 @@
 import importlib
 import math
 
-from ..._registry import Backend, register_op, save
+from ...runtime.registry import Backend, register_op, save
 from .checks import check_matvec
 
 MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h

@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import _checks
+from ...runtime import checks as _checks
 
 REDUCTIONS = ("none", "sum", "mean")
 TRANSFORMS = (None, "stablemax")  # by code

@@ -6,8 +6,8 @@ The logit of token i is h . codebook[codes[i]] + bias[i]. With beta_k the logsum
 
 import torch
 
-from ... import _checks
-from ..._registry import call, requested
+from ...runtime import checks as _checks
+from ...runtime.registry import call, requested
 from . import schema_codes  # noqa: F401  registers the ops
 from ._arguments import needed
 from .checks import check_rows, check_target

@@ -10,8 +10,9 @@ Low-precision inputs are widened a block at a time: products are float32, logits
 
 import torch
 
-from ... import _config, _native
-from ..._config import Choice
+from ...runtime import native as _native
+from ...runtime import tuning as _config
+from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 
 _MIB = 1 << 20

@@ -2,8 +2,9 @@
 
 import torch
 
-from ... import _config, _native
-from ..._config import Choice
+from ...runtime import native as _native
+from ...runtime import tuning as _config
+from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 from ._arguments import inverse
 from .cpu import _MIB, Rows, Statistics, call, product, refusal, run_rows

@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from ... import _config, _cuda
+from ...runtime import cuda as _cuda
+from ...runtime import tuning as _config
 from . import chunked, tuning  # noqa: F401  declares what the look-up serves
 
 _CHUNK_MIB = 512  # of float32 logits

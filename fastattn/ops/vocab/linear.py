@@ -2,8 +2,8 @@
 
 import torch
 
-from ... import _checks
-from ..._registry import call, requested
+from ...runtime import checks as _checks
+from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 from ._arguments import needed
 from .checks import REDUCTIONS, TRANSFORMS, check_rows, check_target, check_wide

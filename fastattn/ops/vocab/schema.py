@@ -2,8 +2,8 @@
 
 import torch
 
-from ..._checks import statistics_dtype
-from ..._registry import (
+from ...runtime.checks import statistics_dtype
+from ...runtime.registry import (
     Backend,
     cpu_backend,
     dispatch,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import (
+from ...runtime.registry import (
     Backend,
     cpu_backend,
     dispatch,

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _config, _triton
-from ..._triton import offset
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import offset
 from . import (
     chunked,
     tuning_triton,  # noqa: F401  declares what is looked up

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
-from ..._triton import offset
+from ...runtime import triton as _triton
+from ...runtime.triton import offset
 from ._arguments import inverse
 from .chunked import chunked_rows, chunks, empty_statistics, product, reduced, returned, upstream
 from .triton import configure, refusal, row_kernel

@@ -1,6 +1,6 @@
 """What the CPU losses can be tuned by: how much of the logits is held at once."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
 # MiB of float32 logits held at once: whole rows when the gradients are found in the forward pass, else a tile of

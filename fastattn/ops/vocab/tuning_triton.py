@@ -1,6 +1,6 @@
 """What the Triton vocabulary kernels can be tuned by."""
 
-from ..._config import Parameter, declare
+from ...runtime.tuning import Parameter, declare
 
 declare(
     "vocab_rows",

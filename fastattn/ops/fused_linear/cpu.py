@@ -1,0 +1,121 @@
+"""Fused products on the CPU: our kernel on packed weights, or torch's product between row kernels."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ...runtime import device as _device
+from ...runtime import native as _native
+from ...runtime import tuning as _config
+from ...runtime.contents import ContentsCache
+from ..rowwise import cpu as rows
+from . import (
+    library,
+    tuning,  # noqa: F401  declares what `_config.lookup` serves
+)
+
+# a quarter of the memory: a recurrence that outgrows it packs every weight again in every call
+_packed = ContentsCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4))
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the CPU kernels cannot serve these arguments of `name`, or None."""
+    if args[0].dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(args[0].dtype).removeprefix('torch.')}"
+    return None
+
+
+def configure(name: str, *args) -> _config.Choice:
+    x, weight = args[:2] if name == "fused_linear" else args[1:3]
+    return _lookup(name, x, weight)
+
+
+def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _config.Choice:
+    return _config.lookup(
+        name,
+        "cpu",
+        structural={"dtype": str(x.dtype).removeprefix("torch.")},
+        sizes={
+            "rows": x.numel() // weight.shape[1],
+            "inputs": weight.shape[1],
+            "outputs": weight.shape[0],
+        },
+        device="cpu",
+    )
+
+
+def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
+    """source (columns, steps), or (steps, columns) when transposed, as the kernel reads it."""
+    options = {
+        "source": source,
+        "transposed": int(transposed),
+        "parts": parts,
+        "threads": _native.threads(),
+    }
+    size = torch.zeros(1, dtype=torch.int64)
+    _native.kernel("pack")(_native.params("PackParams", bytes=size, **options))
+    packed = torch.empty(int(size), dtype=torch.uint8)
+    _native.kernel("pack")(_native.params("PackParams", packed=packed, **options))
+    return packed
+
+
+def _packed_weight(weight: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
+    if not weight.is_contiguous():
+        return _pack(weight.contiguous(), transposed=transposed, parts=parts)
+    key = (transposed, parts, _native.cpu_isa())
+    return _packed.get(weight, key, lambda: _pack(weight, transposed=transposed, parts=parts))
+
+
+def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields):
+    blocks = {name: value for name, value in config.items() if name != "product"}
+    _native.kernel("linear")(
+        _native.params(
+            "LinearParams", x=x, packed=packed, out=out, threads=_native.threads(), **blocks, **fields
+        )
+    )
+
+
+def fused_linear(x, weight, gate, residual, eps, swiglu, save):
+    lead = x.shape[:-1] if gate is None else x.shape[:-2]
+    columns = weight.shape[0]
+    out = x.new_empty(*lead, columns // 2 if swiglu else columns)
+    product = x.new_empty((*lead, columns) if swiglu and save else (0,))
+    config = _lookup("fused_linear", x, weight).values
+    if out.numel() == 0:
+        return out, product, x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
+    if config["product"] == "library":
+        return library.forward(rows, x, weight, gate, residual, eps, swiglu, save, out, product)
+    rstd = x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
+    split = x.dim() <= 4 and gate is not None
+    rows4 = (
+        _native.rows(x)
+        if split
+        else library.flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
+    )
+    _run(
+        config,
+        rows4,
+        _packed_weight(weight, transposed=False, parts=2 if swiglu else 1),
+        library.flat(out),
+        gate=_native.rows(gate) if split else None,
+        residual=None if residual is None else library.flat(residual),
+        product=library.flat(product) if product.numel() else None,
+        rstd=rstd.view(-1) if eps is not None else None,
+        eps=eps,
+        norm=int(eps is not None),
+        gated_up=int(swiglu),
+    )
+    return out, product, rstd
+
+
+def fused_linear_backward(grad, x, weight, *rest):
+    config = _lookup("fused_linear_backward", x, weight).values
+
+    def weight_gradient(grad, a, out):
+        _run(config, grad, _pack(a, transposed=True), out, transposed=1)
+
+    def operand_gradient(grad, weight, out):
+        _run(config, grad[:, None], _packed_weight(weight, transposed=True), out)
+
+    ours = () if config["product"] == "library" else (weight_gradient, operand_gradient)
+    return library.backward(rows, grad, x, weight, *rest, *ours)

@@ -1,0 +1,62 @@
+"""One token a row through a hierarchical recurrence of pre-norm stacks, in one op."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ...runtime.registry import call, requested
+from . import schema  # noqa: F401  registers the op
+from .checks import PARTS  # noqa: F401  the order of a layer's weights
+
+
+def decode_step(
+    z_h: torch.Tensor,
+    z_l: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    position: int | torch.Tensor,
+    *,
+    h_cycles: int,
+    l_cycles: int,
+    theta: float = 10000.0,
+    eps: float = 1e-6,
+    bound: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """HRM-Text's decode step (arXiv 2605.20613): the state zH of each row's token at `position`, whose keys and
+    values join the caches there.
+
+    ::
+
+        for h in range(h_cycles):
+            for l in range(l_cycles): zL = L_stack(zL + zH)
+            zH = H_stack(zH + zL)
+        L_stack(x), H_stack(x): for each layer x += out @ (sigmoid(gate) * attention(q, k, v)) of gate | q | k | v = gqkv @ rms(x),
+            then x += down @ swiglu(gate_up @ rms(x)); at the end rms(x)
+
+    z_h, z_l: (B, hidden), the scaled embedding and the initial low state.
+    weights: the layers of the L stack, then as many of the H stack; of each gqkv (4 * H * D, hidden), out (hidden, H * D),
+        gate_up (2 * inner, hidden) and down (hidden, inner).
+    k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Stack call h * (l_cycles + 1) + l
+        has its own, l = l_cycles being the H stack's.
+    position: of every row, or (B,) int32 or int64 where rows differ in length. A row holds as many tokens before the call. A
+        tensor's contents are checked on the CPU and trusted on a GPU, so that no call waits for it.
+    bound: with a tensor, no position is beyond it; a tight one saves memory on a GPU. Default: the caches' last.
+    All of one device, and of one dtype but for position. theta: of the rotary embedding. eps: of the norms.
+
+    Returns (B, hidden). It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
+    Raises ValueError or TypeError naming the argument.
+    """
+    op = "decode_step"
+    positions = position if isinstance(position, torch.Tensor) else None
+    if positions is not None:
+        position = k_cache.shape[-2] - 1 if bound is None else bound
+    elif bound is not None:
+        raise ValueError(
+            f"fastattn.{op}: bound is for a tensor of positions, given {bound} with position {position}"
+        )
+    return call(
+        op, z_h, z_l, list(weights), k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps,
+        requested(op, backend),
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""The decode step on the CPU: one kernel call a token."""
+
+import torch
+
+from ...runtime import native as _native
+from ...runtime.tuning import Choice
+from ..rowwise import cpu as rows
+
+MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
+_LARGEST_HEAD_DIM = 256
+
+
+def refusal(name: str, z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
+    """Why the CPU kernel cannot serve these arguments, or None."""
+    if z_h.dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(z_h.dtype).removeprefix('torch.')}"
+    if z_h.shape[0] > MOST_ROWS:
+        return f"it serves up to {MOST_ROWS} rows, not {z_h.shape[0]}"
+    if k_cache.shape[5] > _LARGEST_HEAD_DIM:
+        return f"it serves head dims up to {_LARGEST_HEAD_DIM}, not {k_cache.shape[5]}"
+    if not all(t.is_contiguous() for t in (k_cache, v_cache, *weights)):
+        return "it serves contiguous weights and caches"
+    return None
+
+
+def configure(name: str, *_) -> Choice:
+    return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
+
+
+def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps):
+    out = torch.empty_like(z_h, memory_format=torch.contiguous_format)
+    batch, layers, head_dim = z_h.shape[0], k_cache.shape[1], k_cache.shape[5]
+    if positions is None:
+        positions = torch.full((batch,), position, dtype=torch.int32)
+    else:
+        positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
+    cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
+    _native.kernel("decode_step")(
+        _native.params(
+            "DecodeStepParams",
+            z_h=_native.rows(z_h),
+            z_l=_native.rows(z_l),
+            out=out,
+            weights=torch.tensor([w.data_ptr() for w in weights]),
+            keys=k_cache.view(-1, *k_cache.shape[3:]),
+            values=v_cache.view(-1, *v_cache.shape[3:]),
+            positions=positions,
+            lengths=positions + 1,
+            cos=cos,
+            sin=sin,
+            rows=place,
+            layers=layers,
+            inner=weights[3].shape[1],
+            longest=position + 1,
+            h_cycles=h_cycles,
+            l_cycles=l_cycles,
+            eps=eps,
+            threads=_native.threads(),
+        )
+    )
+    return out

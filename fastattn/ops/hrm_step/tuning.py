@@ -1,0 +1,28 @@
+"""What the decode step on a GPU can be tuned by."""
+
+from ...runtime.tuning import Parameter, declare
+
+
+def _fits(values, key, target) -> str | None:
+    # a block holds the longest vector, a float a warp and the angles of a head (src/cuda/decode.cuh)
+    longest = max(key["hidden"], key["inner"], key["heads"] * key["head_dim"])
+    shared = 4 * (longest + values["threads"] // 32 + -(-key["head_dim"] // 32) * 32)
+    if shared > target.shared:
+        return f"needs {shared} bytes of shared memory, {target.shared} are there"
+    return None
+
+
+# threads: of a block, of which a processor runs one. rows: of a weight in flight in a warp. span: keys of one piece of
+# attention work.
+declare(
+    "decode_step",
+    "cuda",
+    parameters={
+        "threads": Parameter(512, (128, 256, 512, 1024)),
+        "rows": Parameter(1, (1, 2, 4)),
+        "span": Parameter(64, (16, 32, 64, 128, 256)),
+    },
+    structural=("dtype", "head_dim"),
+    sizes=("hidden", "inner", "heads", "cached"),
+    feasible=_fits,
+)

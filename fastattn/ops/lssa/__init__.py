@@ -1,0 +1,44 @@
+"""Length-scaled softplus attention (LSSA) and its re-weighted form (LSSAR)."""
+
+import torch
+
+from ...masks import Mask, check_mask
+from ...runtime.registry import call, requested
+from ..attention import check_qkv
+from . import schema  # noqa: F401  registers the ops
+
+
+def softplus_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    power: float | None = None,
+    mask: Mask | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Softplus attention with a length-dependent scale (LSSA) and, with `power`, re-weighting (LSSAR), arXiv 2501.13428.
+
+    With qh = q/|q|, kh = k/|k|, n_i the number of keys that row i attends and c_i = log(D) * log(n_i):
+
+        s_ij = softplus(c_i * qh_i.kh_j)
+        LSSA   w_ij = s_ij / sum_j s_ij
+        LSSAR  w_ij = relu(s_ij * n_i / sum_j s_ij - O_i)^power, divided by its row sum
+
+    O_i = 1, but 0 for rows that attend three keys or fewer (the first three of a causal sequence). A q or k of norm at most 1e-12
+    counts as 0 and gets no gradient.
+    A row of LSSAR whose scores are all equal (to within 8 * eps * (1 + c_i)) re-weights to nothing and gives 0.
+
+    q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv, D at least 1. One floating dtype and device.
+        Rotary embedding comes before; the op normalises what it is given.
+    power: None for LSSA; a number of at least 1 for LSSAR (15 for length extrapolation, 3 near the training length). No power
+        overflows: each weight is at most 1 before it is normalised.
+    mask: a fastattn.Mask; default every key. n_i counts the keys of the row that the mask allows.
+
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row with nothing to attend to gives 0 and gradient 0.
+    Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
+    """
+    op = "softplus_attention"
+    check_qkv(op, q, k, v)
+    args = check_mask(op, mask).schema_args(op, q, k)
+    return call("softplus_attention", q, k, v, power, *args, requested(op, backend))[0]

@@ -1,0 +1,27 @@
+"""What the kernels of LSSA and LSSAR can be tuned by."""
+
+from ...runtime.tuning import Parameter, declare
+from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
+
+_KEY = {
+    "structural": ("dtype", "head_dim", "value_dim"),
+    "sizes": ("batch", "heads", "kv_heads", "q_length", "k_length"),
+}
+
+# Rows are at most block_q: fewer where a row of scores is long.
+declare(
+    "softplus_attention",
+    "cpu",
+    parameters={
+        "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
+        "block_k": Parameter(64, (32, 64, 128, 192, 256)),
+        "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+    },
+    **_KEY,
+)
+declare(
+    "softplus_attention_backward",
+    "cpu",
+    parameters={"block_q": Parameter(48, (24, 48, 72, 96, 144, 192))},
+    **_KEY,
+)

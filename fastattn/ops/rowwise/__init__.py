@@ -1,0 +1,86 @@
+"""The pieces of a recurrence step between its matrix products: norm, SwiGLU, gate, rotary embedding."""
+
+import torch
+
+from ...runtime.registry import call, requested
+from . import schema  # noqa: F401  registers the ops
+
+
+def rms_norm(
+    x: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm over the last dim, with the residual addition before it.
+
+    x * rsqrt(mean(x^2) + eps) * weight, float32 inside and one rounding ("Root Mean Square Layer Normalization",
+    arXiv 1910.07467, equation 4).
+
+    x: (..., D), any strides. residual: as x, added first; the sum is rounded to x's dtype, then normed. weight: (D,), default none.
+    Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
+    Raises ValueError or TypeError naming the argument.
+    """
+    normed, total, _ = call("rms_norm", x, residual, weight, eps, requested("rms_norm", None))
+    return normed if residual is None else (normed, total)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for gate | up in one tensor ("GLU Variants Improve Transformer", arXiv 2002.05202, equation 6).
+
+    gate_up: (..., 2I), the gate in the first half; any strides. Returns (..., I). float32 inside, one rounding. Differentiable.
+    Raises ValueError or TypeError naming the argument.
+    """
+    return call("swiglu", gate_up, requested("swiglu", None))
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """sigmoid(gate) * x, element by element; float32 inside, one rounding.
+
+    x, gate: one shape (..., D), any strides. Returns that shape. Differentiable in both.
+    Raises ValueError or TypeError naming the argument.
+    """
+    return call("gated", x, gate, requested("gated", None))
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding in its half-rotation form ("RoFormer", arXiv 2104.09864, equation 34, halves instead of pairs).
+
+    Dim i and i + D/2 are rotated by position * theta^(-2i/D); angles, sines and products in float32 (float64 for float64).
+
+    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,), (1, L) or (B, L), int32 or int64, any order, zero or more.
+    Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
+    """
+    return call("rotary", q, k, _one_row(positions), theta, False, requested("rotary", None))
+
+
+def rotary_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    theta: float = 10000.0,
+) -> torch.Tensor:
+    """`rotary` of q and k, the latter written with v into a cache: one launch on a GPU, for decoding and prefill.
+
+    q, k, positions, theta: as for `rotary`. v: (B, Hkv, L, Dv). slots: (B, L), int32 or int64, the row of the cache that each token
+    takes: no two of a sequence alike, which is not checked, each in [0, capacity), which is checked on the CPU.
+    keys: (B, Hkv, capacity, D); values: (B, Hkv, capacity, Dv); q's dtype and device; written in place.
+    Returns rotated q, contiguous. It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
+    Raises ValueError or TypeError naming the argument.
+    """
+    op = "rotary_append"
+    return call(op, q, k, v, _one_row(positions), slots, keys, values, theta, requested(op, None))
+
+
+def _one_row(positions: torch.Tensor) -> torch.Tensor:
+    """(1, L) as (L,), which every sequence of the batch shares."""
+    one = isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[0] == 1
+    return positions[0] if one else positions

@@ -1,0 +1,196 @@
+"""The recurrence pieces on the CPU: outputs allocated, parameters filled, one kernel call."""
+
+import torch
+
+from ...runtime import native as _native
+from ...runtime import tuning as _config
+from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+
+_LONGEST_TABLE = (
+    1 << 18
+)  # positions up to here share one table of cosines and sines; beyond, each call makes its own
+_MOST_TABLES = 16  # a theta that depends on the length has one for each
+_tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
+# the latest positions and what they became: the layers of a model share them
+_latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the CPU kernel `name` cannot serve these arguments, or None."""
+    dtype = (args[0] if args[0] is not None else args[1]).dtype
+    if dtype not in _native.FAST_DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def configure(name: str, *args) -> _config.Choice:
+    return _choose(next(a for a in args if isinstance(a, torch.Tensor)))
+
+
+def _choose(t: torch.Tensor) -> _config.Choice:
+    columns = max(1, t.shape[-1])
+    return _config.lookup(
+        "recurrence",
+        "cpu",
+        structural={"dtype": str(t.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, t.numel() // columns), "columns": columns},
+        device="cpu",
+    )
+
+
+def _call(name: str, struct: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
+    """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
+    fields.update(_choose(of).values)
+    _native.kernel(name)(_native.params(struct, threads=threads or _native.threads(), **fields))
+
+
+def rms_norm(x, residual, weight, eps):
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(normed)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if x.numel():
+        _call(
+            "rms_norm",
+            "RmsNormParams",
+            x,
+            x=_native.rows(x),
+            residual=None if residual is None else _native.rows(residual),
+            weight=None if weight is None else weight.contiguous(),
+            normed=_native.rows(normed),
+            total=None if residual is None else _native.rows(total),
+            rstd=_native.rows(rstd[..., None]),
+            eps=eps,
+        )
+    return normed, total, rstd
+
+
+def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
+    grad = torch.empty_like(total, memory_format=torch.contiguous_format)
+    columns = total.shape[-1]
+    threads = _native.threads()  # read once: another thread may set it meanwhile
+    partials = None if weight is None else total.new_zeros(threads, columns, dtype=torch.float32)
+    if total.numel():
+        _call(
+            "rms_norm_backward",
+            "RmsNormBackwardParams",
+            total,
+            threads,
+            grad_normed=_native.rows(grad_normed),
+            grad_total=None if grad_total is None else _native.rows(grad_total),
+            total=_native.rows(total),
+            weight=None if weight is None else weight.contiguous(),
+            rstd=_native.rows(rstd[..., None]),
+            grad=_native.rows(grad),
+            weight_partials=partials,
+        )
+    return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
+
+
+def swiglu(gate_up):
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    if out.numel():
+        gate, up = _native.rows(gate_up).chunk(2, dim=-1)
+        _call("swiglu", "GateParams", gate_up, a=gate, b=up, out=_native.rows(out))
+    return out
+
+
+def swiglu_backward(grad, gate_up):
+    grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    if grad.numel():
+        gate, up = _native.rows(gate_up).chunk(2, dim=-1)
+        grad_gate, grad_up = _native.rows(grad_gate_up).chunk(2, dim=-1)
+        _call(
+            "swiglu_backward",
+            "GateParams",
+            gate_up,
+            a=gate,
+            b=up,
+            grad_out=_native.rows(grad),
+            grad_a=grad_gate,
+            grad_b=grad_up,
+        )
+    return grad_gate_up
+
+
+def gated(x, gate):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel():
+        _call("gated", "GateParams", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
+    return out
+
+
+def gated_backward(grad, x, gate):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if x.numel():
+        _call(
+            "gated_backward",
+            "GateParams",
+            x,
+            a=_native.rows(gate),
+            b=_native.rows(x),
+            grad_out=_native.rows(grad),
+            grad_a=_native.rows(grad_gate),
+            grad_b=_native.rows(grad_x),
+        )
+    return grad_x, grad_gate
+
+
+def placed(
+    positions: torch.Tensor, head_dim: int, theta: float, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
+    global _latest
+    key = (positions.shape, positions.dtype, head_dim, theta, batch)
+    known, latest, result = _latest
+    # by contents: numpy may write to a tensor's memory, and torch counts no version then
+    if known == key and latest.equal(positions):
+        return result
+    cos, sin, rows = _table(positions, head_dim, theta)
+    result = (cos, sin, rows.expand(batch, -1)[:, None, None])
+    _latest = (key, positions.clone(), result)
+    return result
+
+
+def _table(
+    positions: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cos (R, D/2), sin (R, D/2), row of each token (B or 1, L) int32)."""
+    longest = int(positions.max()) + 1
+    if longest > _LONGEST_TABLE or int(positions.min()) < 0:
+        cos, sin = _cos_sin(positions.reshape(-1), head_dim, theta)
+        return cos, sin, torch.arange(positions.numel(), dtype=torch.int32).view(-1, positions.shape[-1])
+    key = (head_dim, theta)
+    found = _tables.get(key)  # once: another thread may put a shorter one there
+    if found is None or found[0].shape[0] < longest:
+        found = _cos_sin(torch.arange(1 << max(8, (longest - 1).bit_length())), head_dim, theta)
+        if len(_tables) >= _MOST_TABLES:
+            _tables.clear()
+        _tables[key] = found
+    return (*found, positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
+
+
+def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angle = positions.float()[:, None] * (1.0 / theta**exponent)
+    return angle.cos(), angle.sin()
+
+
+def rotary(q, k, positions, theta, inverse):
+    outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    if positions.numel() and q.shape[3] and q.shape[0]:
+        cos, sin, rows = placed(positions, q.shape[3], theta, q.shape[0])
+        for x, out in zip((q, k), outputs, strict=True):
+            if x.numel():
+                _call(
+                    "rotary",
+                    "RotaryParams",
+                    x,
+                    x=_native.rows(x),
+                    out=out,
+                    cos=cos,
+                    sin=sin,
+                    rows=rows,
+                    inverse=int(inverse),
+                )
+    return outputs

@@ -1,0 +1,396 @@
+"""The recurrence pieces in Triton: one pass over memory each, float32 inside, one rounding at the end."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime import triton as _triton
+from ...runtime import tuning as _config
+from ...runtime.triton import offset
+from . import tuning  # noqa: F401  declares what is looked up
+
+_MOST_COLUMNS = 16384  # of a row held in registers; longer rows are read twice
+_tables: dict[tuple, torch.Tensor] = {}
+
+
+@triton.jit
+def _row(base, row, size_b, size_c, stride_a, stride_b, stride_c):
+    """Address of row `row` of (A, B, C, columns)."""
+    c = row % size_c
+    b = (row // size_c) % size_b
+    a = row // size_c // size_b
+    return base + offset(a, stride_a) + offset(b, stride_b) + offset(c, stride_c)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, residual, weight, normed, total, rstd, x_a, x_b, x_c, r_a, r_b, r_c, size_b, size_c, columns, eps,
+    BLOCK: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    x_row = _row(x, row, size_b, size_c, x_a, x_b, x_c)
+    at = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    value = squares
+    out_row = offset(row, columns)
+    for first in range(0, columns, BLOCK):
+        inside = first + at < columns
+        value = tl.load(x_row + first + at, mask=inside, other=0.0)
+        if residual is not None:
+            r_row = _row(residual, row, size_b, size_c, r_a, r_b, r_c)
+            other = tl.load(r_row + first + at, mask=inside, other=0.0)
+            value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
+            tl.store(total + out_row + first + at, value, mask=inside)
+        value = value.to(tl.float32)
+        squares += value * value
+    scale = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
+    tl.store(rstd + row, scale)
+    source = x_row
+    if residual is not None:
+        source = total + out_row
+    for first in range(0, columns, BLOCK):
+        inside = first + at < columns
+        if not ONE_TILE:
+            value = tl.load(source + first + at, mask=inside, other=0.0).to(tl.float32)
+        y = value * scale
+        if weight is not None:
+            y *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normed + out_row + first + at, y.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad_normed, grad_total, total, weight, rstd, grad, partials,
+    n_a, n_b, n_c, g_a, g_b, g_c, t_a, t_b, t_c, size_b, size_c, columns, rows, rows_each,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d total = rstd * (w g - y * mean(w g y)) + grad_total, y = total * rstd; a program sums its rows' weight gradients."""
+    program = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    first_row = program * rows_each
+    for row in range(first_row, tl.minimum(first_row + rows_each, rows)):
+        n_row = _row(grad_normed, row, size_b, size_c, n_a, n_b, n_c)
+        t_row = _row(total, row, size_b, size_c, t_a, t_b, t_c)
+        scale = tl.load(rstd + row)
+        products = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, columns, BLOCK):
+            inside = first + at < columns
+            g = tl.load(n_row + first + at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(t_row + first + at, mask=inside, other=0.0).to(tl.float32) * scale
+            if weight is not None:
+                sums = partials + offset(program, columns) + first + at
+                tl.store(sums, tl.load(sums, mask=inside, other=0.0) + g * y, mask=inside)
+                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+            products += g * y
+        mean = tl.sum(products, 0) / columns
+        for first in range(0, columns, BLOCK):
+            inside = first + at < columns
+            g = tl.load(n_row + first + at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(t_row + first + at, mask=inside, other=0.0).to(tl.float32) * scale
+            if weight is not None:
+                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+            value = scale * (g - y * mean)
+            if grad_total is not None:
+                g_row = _row(grad_total, row, size_b, size_c, g_a, g_b, g_c)
+                value += tl.load(g_row + first + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(
+                grad + offset(row + at * 0, columns) + first + at,
+                value.to(grad.dtype.element_ty),
+                mask=inside,
+            )
+
+
+@triton.jit
+def _gate_kernel(
+    a, b, out, a_a, a_b, a_c, b_a, b_b, b_c, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr
+):
+    """silu(a) * b, or sigmoid(a) * b."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    x = tl.load(_row(a, row, size_b, size_c, a_a, a_b, a_c) + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c, b_a, b_b, b_c) + at, mask=inside, other=0.0).to(tl.float32)
+    value = y / (1.0 + tl.exp(-x))
+    if SILU:
+        value *= x
+    tl.store(out + offset(row, columns) + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_backward_kernel(
+    grad, a, b, grad_a, grad_b, g_a, g_b, g_c, a_a, a_b, a_c, b_a, b_b, b_c, out_row, size_b, size_c, columns,
+    SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    g = tl.load(_row(grad, row, size_b, size_c, g_a, g_b, g_c) + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(_row(a, row, size_b, size_c, a_a, a_b, a_c) + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c, b_a, b_b, b_c) + at, mask=inside, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-x))
+    slope = gate * (1.0 - gate)
+    if SILU:
+        slope = gate + x * slope
+        gate = x * gate
+    place = offset(row, out_row) + at
+    tl.store(grad_a + place, (g * y * slope).to(grad_a.dtype.element_ty), mask=inside)
+    tl.store(grad_b + place, (g * gate).to(grad_b.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(x_row, out_row, x_h, out_h, heads, half, cos, sin, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr):
+    """All heads of one token rotated from x_row to out_row."""
+    at = tl.arange(0, BLOCK_D)
+    for first in range(0, heads, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        keep = (head < heads)[:, None] & (at < half)[None, :]
+        source = x_row + offset(head, x_h)[:, None] + at[None, :]
+        left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
+        right = tl.load(source + half, mask=keep, other=0.0).to(tl.float32)
+        to = out_row + offset(head, out_h)[:, None] + at[None, :]
+        tl.store(to, (left * cos - right * sin).to(out_row.dtype.element_ty), mask=keep)
+        tl.store(to + half, (right * cos + left * sin).to(out_row.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rotary_kernel(
+    q, k, v, q_out, k_out, v_out, positions, slots, frequencies,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, q_out_b, q_out_h, q_out_l, k_out_b, k_out_h, k_out_l,
+    v_out_b, v_out_h, v_out_l, p_b, heads, kv_heads, length, half, v_dim,
+    INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token: its sines and cosines are formed once. Keys, and values where there are any, go to row slots[token]."""
+    token = tl.program_id(0)
+    batch, row = token // length, token % length
+    at = tl.arange(0, BLOCK_D)
+    position = tl.load(positions + offset(batch, p_b) + row).to(tl.float32)
+    angle = position * tl.load(frequencies + at, mask=at < half, other=0.0)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    if INVERSE:
+        sin = -sin
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + token)
+    q_row = q + offset(batch, q_b) + offset(row, q_l)
+    _rotate(
+        q_row,
+        q_out + offset(batch, q_out_b) + offset(row, q_out_l),
+        q_h,
+        q_out_h,
+        heads,
+        half,
+        cos,
+        sin,
+        BLOCK_D,
+        BLOCK_H,
+    )
+    k_row = k + offset(batch, k_b) + offset(row, k_l)
+    k_to = k_out + offset(batch, k_out_b) + offset(slot, k_out_l)
+    _rotate(k_row, k_to, k_h, k_out_h, kv_heads, half, cos, sin, BLOCK_D, BLOCK_H)
+    if v is not None:
+        columns = tl.arange(0, BLOCK_V)
+        for first in range(0, kv_heads, BLOCK_H):
+            head = first + tl.arange(0, BLOCK_H)
+            keep = (head < kv_heads)[:, None] & (columns < v_dim)[None, :]
+            source = v + offset(batch, v_b) + offset(row, v_l) + offset(head, v_h)[:, None] + columns[None, :]
+            to = (
+                v_out
+                + offset(batch, v_out_b)
+                + offset(slot, v_out_l)
+                + offset(head, v_out_h)[:, None]
+                + columns[None, :]
+            )
+            tl.store(to, tl.load(source, mask=keep, other=0.0), mask=keep)
+
+
+def refusal(*args) -> str | None:
+    return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
+
+
+def configure(*args) -> _config.Choice:
+    first = next(a for a in args if isinstance(a, torch.Tensor))
+    return _choose(first)
+
+
+def _choose(t: torch.Tensor) -> _config.Choice:
+    return _config.lookup(
+        "recurrence",
+        "triton",
+        structural={"dtype": str(t.dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, t.numel() // max(1, t.shape[-1])), "columns": max(1, t.shape[-1])},
+        device=_triton.target(t.device),
+    )
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """t as (A, B, C, D) with a contiguous last dim: a view where strides allow, else a copy."""
+    t = _triton.last_dim_contiguous(t if t.dim() else t.view(1))
+    if t.dim() > 4:
+        t = t.reshape(-1, *t.shape[-3:])
+    return t[(None,) * (4 - t.dim())]
+
+
+def _launch_options(t: torch.Tensor) -> tuple[int, dict]:
+    values = _choose(t).values
+    return values["block"], {"num_warps": values["num_warps"]}
+
+
+def rms_norm(x, residual, weight, eps):
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(normed)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    columns = x.shape[-1]
+    block = min(_triton.block(columns), _MOST_COLUMNS)
+    source = _rows(x)
+    other = None if residual is None else _rows(residual)
+    _triton.launch(
+        _rms_norm_kernel, (rstd.numel(),),
+        source, other, None if weight is None else weight.contiguous(), normed, total, rstd,
+        *source.stride()[:3], *((0, 0, 0) if other is None else other.stride()[:3]), *source.shape[1:3], columns, eps,
+        BLOCK=block, ONE_TILE=block >= columns, num_warps=_warps(block),
+    )  # fmt: skip
+    return normed, total, rstd
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
+    grad = torch.empty_like(total, memory_format=torch.contiguous_format)
+    rows, columns = rstd.numel(), total.shape[-1]
+    # As many programs as the device holds at once; each adds its rows' weight gradients in order.
+    programs = rows if weight is None else min(rows, 4 * _triton.target(total.device).units)
+    each = triton.cdiv(rows, max(1, programs))
+    partials = None if weight is None else total.new_zeros(programs, columns, dtype=torch.float32)
+    n, t = _rows(grad_normed), _rows(total)
+    g = None if grad_total is None else _rows(grad_total)
+    block = min(_triton.block(columns), _MOST_COLUMNS)
+    _triton.launch(
+        _rms_norm_backward_kernel, (triton.cdiv(rows, max(1, each)),),
+        n, g, t, None if weight is None else weight.contiguous(), rstd, grad, partials,
+        *n.stride()[:3], *((0, 0, 0) if g is None else g.stride()[:3]), *t.stride()[:3], *t.shape[1:3], columns, rows,
+        each, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
+
+
+def _gate(a, b, out, silu: bool):
+    if out.numel() == 0:
+        return out
+    columns = a.shape[3]
+    block, options = _launch_options(a)
+    _triton.launch(
+        _gate_kernel, (out.numel() // columns, triton.cdiv(columns, block)),
+        a, b, out, *a.stride()[:3], *b.stride()[:3], *a.shape[1:3], columns, SILU=silu, BLOCK=block, **options,
+    )  # fmt: skip
+    return out
+
+
+def _gate_backward(grad, a, b, grad_a, grad_b, silu: bool) -> None:
+    if grad.numel() == 0:
+        return
+    g = _rows(grad)
+    columns = g.shape[3]
+    block, options = _launch_options(g)
+    _triton.launch(
+        _gate_backward_kernel, (g.numel() // columns, triton.cdiv(columns, block)),
+        g, a, b, grad_a, grad_b, *g.stride()[:3], *a.stride()[:3], *b.stride()[:3], grad_a.stride(0), *a.shape[1:3], columns,
+        SILU=silu, BLOCK=block, **options,
+    )  # fmt: skip
+
+
+def swiglu(gate_up):
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    return _gate(*_rows(gate_up).chunk(2, dim=-1), out, True) if out.numel() else out
+
+
+def swiglu_backward(grad, gate_up):
+    grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    if grad.numel():
+        _gate_backward(
+            grad,
+            *_rows(gate_up).chunk(2, dim=-1),
+            *grad_gate_up.view(-1, gate_up.shape[-1]).chunk(2, dim=-1),
+            True,
+        )
+    return grad_gate_up
+
+
+def gated(x, gate):
+    return _gate(_rows(gate), _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format), False)
+
+
+def gated_backward(grad, x, gate):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if grad.numel():
+        columns = x.shape[-1] if x.dim() else 1
+        _gate_backward(
+            grad, _rows(gate), _rows(x), grad_gate.view(-1, columns), grad_x.view(-1, columns), False
+        )
+    return grad_x, grad_gate
+
+
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    key = (head_dim, theta, device)
+    if key not in _tables:
+        # formed on the host: the copy is done when it returns, for every stream
+        capturing = _triton.stream(device) is None
+        place = device if capturing else "cpu"
+        exponent = torch.arange(0, head_dim, 2, device=place, dtype=torch.float32) / head_dim
+        table = (1.0 / theta**exponent).to(device)
+        if capturing:
+            return table
+        _tables[key] = table
+    return _tables[key]
+
+
+def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, inverse: bool) -> None:
+    batch, heads, length, head_dim = q.shape
+    positions = positions.contiguous()
+    if batch * length == 0 or head_dim == 0:
+        return
+    block = _triton.block(head_dim // 2)
+    block_v = block if v is None else _triton.block(v.shape[3])
+    most = 2048 // max(block, block_v)
+    values = {
+        "q": _triton.last_dim_contiguous(q),
+        "k": _triton.last_dim_contiguous(k),
+        "v": None if v is None else _triton.last_dim_contiguous(v),
+        "q_out": q_out,
+        "k_out": k_out,
+        "v_out": v_out,
+        "positions": positions,
+        "slots": slots,
+        "frequencies": _frequencies(head_dim, theta, q.device),
+        "p_b": length if positions.dim() == 2 else 0,
+        "heads": heads,
+        "kv_heads": k.shape[1],
+        "length": length,
+        "half": head_dim // 2,
+        "v_dim": 0 if v is None else v.shape[3],
+        "INVERSE": inverse,
+        "BLOCK_D": block,
+        "BLOCK_V": block_v,
+        "BLOCK_H": max(1, min(triton.next_power_of_2(max(1, heads)), most)),
+    }
+    _triton.start(_rotary_kernel, (batch * length,), values, num_warps=4)
+
+
+def rotary(q, k, positions, theta, inverse):
+    outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    _start_rotary(q, k, None, positions, None, *outputs, None, theta, inverse)
+    return outputs
+
+
+def rotary_append(q, k, v, positions, slots, keys, values, theta):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _start_rotary(q, k, v, positions, slots.contiguous(), out, keys, values, theta, False)
+    return out
+
+
+def refusal_append(q, k, v, positions, slots, keys, values, theta) -> str | None:
+    if any(t.stride(-1) != 1 for t in (keys, values)):
+        return "it serves caches with a contiguous last dim"
+    return refusal(q, k, v, keys, values)

@@ -1,0 +1,26 @@
+"""What the recurrence kernels can be tuned by."""
+
+from ...runtime.tuning import Parameter, declare
+
+declare(
+    "recurrence",
+    "triton",
+    parameters={
+        "block": Parameter(1024, (128, 256, 512, 1024, 2048, 4096)),
+        "num_warps": Parameter(4, (1, 2, 4, 8)),
+    },
+    structural=("dtype",),
+    sizes=("rows", "columns"),
+    default=lambda key, target: {"block": 128} if target.kind == "cpu" else {},
+)
+
+declare(
+    "recurrence",
+    "cpu",
+    parameters={
+        "serial": Parameter(1 << 14, tuple(1 << n for n in range(12, 19))),  # elements for a second thread
+        "prefetch": Parameter(512, (0, 256, 512, 1024, 2048)),  # bytes read ahead
+    },
+    structural=("dtype",),
+    sizes=("rows", "columns"),
+)

@@ -1,0 +1,93 @@
+"""The only importer of the compiled module: tensors become addresses, sizes and strides; threads are torch's."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch  # before _core: its OpenMP library must be the one that both use
+
+from .. import _core
+from . import tuning as _config
+
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bool: 6,
+    torch.uint8: 6,
+}
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_core.set_dtypes(DTYPES)
+
+
+@cache
+def _struct(name: str) -> type:
+    return type(name, (getattr(_core, name),), {"__slots__": ("fields",)})
+
+
+def params(name: str, **fields):
+    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent.
+
+    It keeps the tensors alive: a copy made for the call may have no other owner while the kernel runs.
+    """
+    struct = _struct(name)()
+    struct.fields = fields
+    _core.fill(struct, fields)
+    return struct
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """t as (A, B, C, D) with a contiguous last dim: a view where strides allow, else a copy."""
+    if t.stride(-1) != 1:
+        # a negated view, `z.conj().imag`, has strides of two: one column needs no copy, but its sign
+        t = t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()
+    if t.dim() <= 4:
+        return t
+    return t.reshape(-1, *t.shape[-3:])
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets of the CPU kernels that this machine can run, best last."""
+    return _core.cpu_isas()
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: the best one, or the one that FASTATTN_CPU_ISA or `use_cpu_isa` names."""
+    return _core.cpu_isa()
+
+
+def select_cpu_isa(name: str) -> None:
+    if not _core.select_cpu_isa(name):
+        raise ValueError(
+            f"fastattn: FASTATTN_CPU_ISA must be one of {', '.join(cpu_isas())} here, given {name!r}"
+        )
+    _config.reload()  # tables are per instruction set
+
+
+@contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set inside the block. Process-wide."""
+    previous = cpu_isa()
+    select_cpu_isa(name)
+    try:
+        yield
+    finally:
+        select_cpu_isa(previous)
+
+
+@cache
+def kernel(name: str):
+    return getattr(_core, name)
+
+
+if os.environ.get("FASTATTN_CPU_ISA"):
+    select_cpu_isa(os.environ["FASTATTN_CPU_ISA"])

@@ -1,0 +1,204 @@
+"""Reading tuned tables: where they are looked for, and what makes a file one.
+
+A table is untrusted: a truncated, foreign, huge or hostile file is a miss with one log line, never an error.
+Only the standard library is imported (platformdirs when the user's cache is first located).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+from fastattn.runtime import device as _device
+
+SCHEMA = 1
+MAX_BYTES = 4 << 20  # a table is a few kilobytes; anything larger is not one
+
+logger = logging.getLogger("fastattn")
+_MOST_RELATIVES = 32  # tables of other devices that are read
+_read: dict[_device.Target, list[tuple[str, dict]]] = {}
+_relatives: dict[_device.Target, list[tuple[str, dict]]] = {}
+_installed: dict[_device.Target, dict] = {}
+_complained: set[str] = set()
+_lock = threading.RLock()
+
+
+def forget() -> None:
+    """Read the files again when next asked."""
+    with _lock:
+        _read.clear()
+        _relatives.clear()
+        _complained.clear()
+
+
+def install(target: _device.Target, table: dict | None) -> None:
+    """Stand this table in for every file's on a device (None: the files again)."""
+    with _lock:
+        if table is None:
+            _installed.pop(target, None)
+        else:
+            _installed[target] = table
+
+
+def cache_dir() -> Path:
+    """Where this user's tables (`tables/`) and studies (`studies/`) live."""
+    chosen = os.environ.get("FASTATTN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
+
+
+def shipped_dir() -> Path | None:
+    """The tables that came with the package."""
+    spec = importlib.util.find_spec("fastattn.autotune")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) / "configs" if places else None
+
+
+def directories() -> list[Path]:
+    """Where tables are looked for, best first."""
+    explicit = os.environ.get("FASTATTN_CONFIG_DIR")
+    ladder = [Path(explicit)] if explicit else []
+    ladder.append(cache_dir() / "tables")
+    shipped = shipped_dir()
+    return ladder + ([shipped] if shipped is not None else [])
+
+
+def tables(target: _device.Target) -> list[tuple[str, dict]]:
+    """(source, table) of every readable table for a device, best first."""
+    with _lock:
+        if target in _installed:
+            table = _installed[target]
+            if reason := unfit(table, target):
+                complain(f"synchronised table: {reason}, ignored")
+                return []
+            return [("synchronised", table)]
+        if target not in _read:
+            _read[target] = []
+            for directory in directories():
+                path = directory / f"{target.slug}.json"
+                table = read_table(path, target)
+                if table is not None:
+                    _read[target].append((str(path), table))
+        return _read[target]
+
+
+def relatives(target: _device.Target) -> list[tuple[str, dict]]:
+    """(source, table) of devices with this one's instruction set or architecture, best first: of the same name, then of the
+    nearest number of units; among equals the earlier folder's."""
+    with _lock:
+        if target in _installed:
+            return []
+        if target not in _relatives:
+            found = []
+            for directory in directories():
+                for path in sorted(directory.glob("*.json"))[:_MOST_RELATIVES]:
+                    if path.stem == target.slug:  # `tables` has looked at it
+                        continue
+                    table = read_table(path)
+                    described = None if table is None else table.get("device")
+                    if target.resembles(described) and not target.matches(described):
+                        found.append((str(path), table))
+            found.sort(key=lambda item: _strangeness(item[1]["device"], target))
+            _relatives[target] = found
+        return _relatives[target]
+
+
+def _strangeness(described: dict, target: _device.Target) -> tuple[bool, float]:
+    units = described.get("units")
+    known = type(units) is int and 0 < units < 2**31
+    return described.get("name") != target.name, abs(math.log2(units / target.units)) if known else math.inf
+
+
+def read_table(path: Path, target: _device.Target | None = None) -> dict | None:
+    """A table's contents, or None with one log line where the file is not one that can be used."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+        complain(f"{path}: not a regular file under {MAX_BYTES >> 20} MiB, ignored")
+        return None
+    try:
+        with open(path, "rb") as file:
+            table = json.loads(file.read(MAX_BYTES + 1).decode("utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        complain(f"{path}: unreadable ({type(error).__name__}), ignored")
+        return None
+    reason = unfit(table, target)
+    if reason is not None:
+        complain(f"{path}: {reason}, ignored")
+        return None
+    return table
+
+
+def unfit(table: Any, target: _device.Target | None) -> str | None:
+    """Why this is not a table for the device, or None."""
+    if not isinstance(table, dict):
+        return "not a table"
+    if type(table.get("schema")) is not int or table["schema"] != SCHEMA:
+        return f"schema {brief(table.get('schema'))} is not {SCHEMA}"
+    if target is not None and not target.matches(table.get("device")):
+        return "made for another device"
+    return None
+
+
+def table_entries(table: dict, op: str, backend: str) -> list[dict]:
+    """The entries of one op and backend, or nothing where the table's shape is wrong."""
+    level: Any = table
+    for name in ("ops", op, backend):
+        level = level.get(name) if isinstance(level, dict) else None
+    found = level.get("entries") if isinstance(level, dict) else None
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def brief(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def complain(message: str) -> None:
+    """One log line, once for each message until tables are reloaded."""
+    if message not in _complained and len(_complained) < 1000:
+        _complained.add(message)
+        logger.warning("%s", message)
+
+
+def effective(device: Any) -> dict:
+    """One table of all that is readable for a device; an earlier table hides a later one key by key."""
+    target = _device.target(device)
+    ops: dict[str, dict[str, dict[str, list]]] = {}
+    seen = set()
+    for _, table in (*tables(target), *relatives(target)):
+        level = table.get("ops")
+        for op, backends in level.items() if isinstance(level, dict) else ():
+            for backend in backends if isinstance(backends, dict) else ():
+                for entry in table_entries(table, op, backend):
+                    kept = {name: entry.get(name) for name in ("key", "sizes", "config")}
+                    place = json.dumps([op, backend, kept["key"], kept["sizes"]], sort_keys=True)
+                    if place not in seen:
+                        seen.add(place)
+                        ops.setdefault(op, {}).setdefault(backend, {"entries": []})["entries"].append(kept)
+    return {"schema": SCHEMA, "device": target.describe(), "ops": ops}
+
+
+def _set_level() -> None:
+    level = os.environ.get("FASTATTN_LOG", "").upper()
+    if level in logging.getLevelNamesMapping():
+        logger.setLevel(level)
+        if not logger.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("fastattn: %(message)s"))
+            logger.addHandler(handler)
+            logger.propagate = False
+
+
+_set_level()

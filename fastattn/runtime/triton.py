@@ -1,0 +1,271 @@
+"""What every Triton kernel shares: offsets, tiles, products, launching, and compiling ahead of time.
+
+The only module outside `ops/*/triton.py` that imports triton; `import fastattn` does not import it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from . import device as _device
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+NO_LIMIT = 1 << 30  # a window side without one; with a length added it still fits 32 bits
+LONGEST = 1 << 29
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# --- device functions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits: a tensor may hold more than 2**31 elements."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def load_tile(
+    base, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
+):
+    """(ROWS, COLUMNS) from `base`, zero past column WIDTH and, when MASKED, past row `count`; columns lie side by side."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    if MASKED:
+        if WIDTH == COLUMNS:
+            return tl.load(at, mask=(rows < count)[:, None], other=0.0)
+        return tl.load(at, mask=(rows < count)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    if WIDTH == COLUMNS:
+        return tl.load(at)
+    return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def gather_tile(base, rows, stride, inside, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """(rows, COLUMNS) from `base` at any rows, zero past column WIDTH and where not inside."""
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def scatter_tile(base, rows, stride, inside, value, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Round `value` to the element type at `base` and store its inside rows and first WIDTH columns at `rows`."""
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def store_tile(base, stride, count, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Round `value` (ROWS, COLUMNS) to the element type at `base` and store its first `count` rows and WIDTH columns."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    keep = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b with float32 sums. The interpreter's product of bfloat16 is wrong, so there both sides are widened first."""
+    if _INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# --- host side -----------------------------------------------------------------------------------------------------
+
+
+def refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why Triton cannot serve these floating tensors, or None."""
+    for t in tensors:
+        if t is not None and t.dtype not in DTYPES:
+            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+    return None
+
+
+def block(size: int, smallest: int = 16) -> int:
+    """The power of two that holds `size`."""
+    return max(smallest, triton.next_power_of_2(size))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are formed: three TF32 products, as accurate as float32 ones, unless torch was told that one will do.
+
+    Products of 16-bit types are exact either way. AMD has no such mode.
+    """
+    hip = _recording.target.kind == "hip" if _recording is not None else torch.version.hip is not None
+    if dtype != torch.float32 or hip:
+        return "ieee"
+    return "tf32" if tf32_will_do() else "tf32x3"
+
+
+def tf32_will_do() -> bool:
+    """Whether torch was told so for float32 products, by any of its ways: torch.get_float32_matmul_precision knows one of them
+    and raises after the others."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def stream(device: torch.device) -> int | None:
+    """The device's current stream; None while a graph captures it: what is kept from one call for others then would be memory of
+    the graph, filled at its first replay and never again."""
+    if device.type != "cuda":
+        return 0
+    with torch.cuda.device(device):
+        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
+
+
+def last_dim_contiguous(t: torch.Tensor) -> torch.Tensor:
+    if t.stride(-1) == 1:
+        return t
+    return t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()  # the former resolves it as well
+
+
+def target(device: torch.device) -> _device.Target:
+    """The device's description; while launches are recorded, the one they are recorded for."""
+    return _recording.target if _recording is not None else _device.target(device)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as recorded: what `compile_ahead` needs to build the same binary."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    target: _device.Target
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+_OPTIONS = ("num_warps", "num_stages")
+# Asked for by name: without it Triton 3.9 warns, and its successor is to compile multiply and add as two instructions.
+_FUSED = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Start `kernel` on the device of its first tensor. Nothing happens for an empty grid."""
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, args, meta))
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **_FUSED, **meta)
+
+
+@cache
+def _arguments(kernel: Callable) -> tuple[tuple[str, str, int], ...]:
+    """Each argument's name and, for the stride `<tensor>_<letter>`, the tensor and which of its dims."""
+    dims: dict[str, int] = {}
+    rows = []
+    for name in kernel.arg_names:
+        tensor, _, letter = name.rpartition("_")
+        if len(letter) == 1 and tensor in kernel.arg_names:
+            rows.append((name, tensor, dims.get(tensor, 0)))
+            dims[tensor] = dims.get(tensor, 0) + 1
+        else:
+            rows.append((name, "", 0))
+    return tuple(rows)
+
+
+def start(kernel: Callable, grid: tuple[int, ...], values: Mapping[str, Any], **options: int) -> None:
+    """Launch `kernel` with the values it names; more may be there. An argument `x_<letter>` is the next stride of tensor x,
+    0 where x is absent."""
+    arguments = []
+    for name, tensor, dim in _arguments(kernel):
+        if not tensor:
+            arguments.append(values[name])
+        else:
+            arguments.append(0 if values[tensor] is None else values[tensor].stride(dim))
+    launch(kernel, grid, *arguments, **options)
+
+
+@contextmanager
+def recorded(target: _device.Target) -> Iterator[list[Launch]]:
+    """Inside, launches are written down instead of run, with the configuration that `target` would use.
+
+    Tensors may be on the meta device. For compiling ahead of time and for tests.
+    """
+    global _recording
+    previous, _recording = _recording, _Recording(target, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = previous
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
+
+
+def source(launched: Launch) -> triton.compiler.ASTSource:
+    """The specialisation that a recorded launch would compile. Pointers count as 16-byte aligned, as torch allocates them."""
+    kernel = launched.kernel
+    values = dict(zip(kernel.arg_names, launched.args, strict=False))
+    values |= {name: value for name, value in launched.meta.items() if name not in _OPTIONS}
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return triton.compiler.ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_ahead(launched: Launch, target: GPUTarget):
+    """Compile a recorded launch for `target` with no driver. Returns triton's compiled kernel (`.asm`, `.metadata`)."""
+    options = _FUSED | {name: launched.meta[name] for name in _OPTIONS if name in launched.meta}
+    return triton.compile(source(launched), target=target, options=options)
+
+
+# Shared memory one block may use: the limits a configuration has to keep to on the devices we compile for.
+TARGETS = {
+    name: (GPUTarget(backend, arch, warp), _device.Target(kind, name, name, units=units, shared=shared << 10))
+    for name, backend, arch, warp, kind, units, shared in (
+        ("sm_80", "cuda", 80, 32, "cuda", 108, 163),
+        ("sm_86", "cuda", 86, 32, "cuda", 84, 99),
+        ("sm_89", "cuda", 89, 32, "cuda", 128, 99),
+        ("sm_90", "cuda", 90, 32, "cuda", 132, 227),
+        ("sm_100", "cuda", 100, 32, "cuda", 148, 227),
+        ("sm_120", "cuda", 120, 32, "cuda", 170, 99),
+        ("gfx942", "hip", "gfx942", 64, "hip", 304, 64),
+    )
+}

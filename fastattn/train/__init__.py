@@ -1,0 +1,1 @@
+"""Training runs: text and puzzles, their data, state and report."""

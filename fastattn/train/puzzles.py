@@ -1,0 +1,158 @@
+"""Training HRM on puzzles with deep supervision: the run behind `fastattn train --model hrm`."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..models import Hrm, HrmConfig
+from ..models.hrm import IGNORE, HrmCarry
+from ..optim import SignSGD
+from .data import sudoku
+from .data.puzzle_sets import Batch, FolderData, SudokuData
+from .data.puzzles import PuzzleOrder
+from .run import Run, RunConfig, part
+from .state import STATE, read_from, read_state
+
+SEGMENTS = 16  # of an evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class HrmTrainConfig(RunConfig):
+    """How HRM trains, see :class:`RunConfig`; rate and weight decay are those of the puzzle embeddings too.
+
+    One optimizer step a segment of ``batch_size`` puzzles. ``sudoku``: SudokuData's arguments, None for a folder.
+    """
+
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 50
+    ema: float = 0.99
+    batch_size: int = 64
+    sudoku: dict[str, Any] | None = None
+
+    at_least_one: ClassVar = (*RunConfig.at_least_one, "batch_size")
+
+
+class HrmTrainer(Run):
+    """A run of HRM; what a row of the batch has come to is part of its state."""
+
+    figures = ("cells", "exact")
+
+    def __init__(
+        self, folder: str | os.PathLike, model: Hrm, data: SudokuData | FolderData, config: HrmTrainConfig
+    ) -> None:
+        order = PuzzleOrder(data, config.batch_size, config.seed)
+        super().__init__(folder, model, order, config, data.digest())
+        self.data = data
+        self.carry = model.initial_carry(config.batch_size)
+
+    @classmethod
+    def resume(cls, folder: str | os.PathLike, data: SudokuData | FolderData | None = None) -> "HrmTrainer":
+        """The run that `folder` holds, at its last save; `threads` says how many it ran on. Sudoku is made again.
+
+        Raises FileNotFoundError or ValueError: no state, an unreadable or half-written one, other data.
+        """
+        path = Path(folder) / STATE
+        tensors, meta = read_state(path)
+        kind = meta["model"].get("model_type")
+        if kind != "hrm":
+            raise ValueError(f"{path}: is a run of {kind}, not of hrm")
+        with read_from(path):
+            config = HrmTrainConfig.from_dict(meta["config"])
+            if config.sudoku is not None:
+                data = SudokuData(**config.sudoku)
+            elif data is None:
+                raise ValueError(f"{path}: the run was started on a folder of puzzles, which has to be given")
+            trainer = cls(folder, Hrm(HrmConfig.from_dict(meta["model"])), data, config)
+            trainer._restore(path, tensors, meta)
+            trainer.order = PuzzleOrder(data, config.batch_size, config.seed, meta["epoch"], meta["position"])
+            trainer.carry = HrmCarry(**part(tensors, "carry"))
+        return trainer
+
+    @property
+    def held_out(self) -> SudokuData | FolderData:
+        return self.data
+
+    def _start_optimizers(self) -> None:
+        super()._start_optimizers()
+        self.puzzle_optimizer = None
+        if self.model.config.puzzle_emb_dim:
+            self.puzzle_optimizer = SignSGD(self.model.puzzle_emb, weight_decay=self.config.weight_decay)
+
+    def _gradients(self) -> tuple[Tensor, dict[str, Any]]:
+        self.model.train()
+        self.carry, out = self.model(self.carry, self.order.next())
+        out.loss.backward()
+        row = {
+            "tokens": out.logits.shape[0] * out.logits.shape[1],
+            "solved": out.correct.float().mean().item(),
+        }
+        return out.loss.detach(), row
+
+    def _stepped(self) -> None:
+        if self.puzzle_optimizer is not None:
+            self.puzzle_optimizer.lr = self.optimizer.param_groups[0]["lr"]
+            self.puzzle_optimizer.step()
+
+    def _evaluate(self) -> dict[str, Any]:
+        return evaluate(self.model, self.data.evaluation(self.config.batch_size))
+
+    def _more_tensors(self) -> dict[str, Tensor]:
+        return {f"carry.{name}": value for name, value in vars(self.carry).items()}
+
+
+@torch.no_grad()
+def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
+    """After the last segment, ``cells``: the share of the cells to fill that are right; ``exact``: of the puzzles."""
+    model.eval()
+    cells = right = solved = count = 0
+    for batch in batches:
+        *_, (tokens, _) = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
+        counted = batch["labels"] != IGNORE
+        hit = tokens == batch["labels"]
+        asked = counted & (batch["inputs"] != batch["labels"])
+        cells += int(asked.sum())
+        right += int((hit & asked).sum())
+        solved += int((hit | ~counted).all(-1).sum())
+        count += len(hit)
+    return {"cells": right / max(cells, 1), "exact": solved / max(count, 1)}
+
+
+def show_steps(model: Hrm, batch: Batch) -> Iterator[str]:
+    """The emptiest puzzle of a Sudoku batch, as given and after each segment; wrong digits are marked with ``!``."""
+    row = int((batch["inputs"] == 1).sum(-1).argmax())
+    batch = {name: value[row : row + 1] for name, value in batch.items()}
+    grid = sudoku.from_tokens(batch["labels"][0].numpy())
+    yield f"puzzle\n{sudoku.draw(sudoku.from_tokens(batch['inputs'][0].numpy()))}"
+    before = None
+    model.eval()
+    one = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
+    for number, (tokens, q_halt) in enumerate(one, 1):
+        board = sudoku.from_tokens(tokens[0].numpy())
+        changed = "" if before is None else f", {int((board != before).sum())} cells changed"
+        wrong = int((board != grid).sum())
+        head = f"segment {number}: {wrong} wrong{changed}, sure {float(q_halt.sigmoid()):.2f}"
+        yield f"{head}\n{sudoku.draw(board, grid)}"
+        before = board
+
+
+SHAPES = ("small", "trm", "published")
+
+
+def model_config(data: SudokuData | FolderData, shape: str = "small") -> HrmConfig:
+    """A model for ``data``. "small" learns within minutes on a CPU, its puzzles halting after four segments of training
+    at most; "trm" is TRM's shape at that width; "published" is HRM's own."""
+    if shape not in SHAPES:
+        raise ValueError(f"train: shape is {shape!r}; it must be one of {', '.join(SHAPES)}")
+    sizes = dict(data.config)
+    if shape != "published":
+        sizes |= {"hidden_size": 64, "num_heads": 4, "intermediate_size": 192, "halt_max_steps": 4}
+    if shape == "trm":
+        return HrmConfig.trm(**sizes)
+    if shape == "small":
+        sizes |= {"H_layers": 2, "L_layers": 2, "q_continue": False}
+    return HrmConfig(**sizes)
