@@ -19,7 +19,7 @@ import fastattn as fa
 from benchmarks import gpu_check
 from fastattn.cli import doctor
 from fastattn.runtime import cuda as _cuda
-from fastattn.runtime import registry as _registry
+from fastattn.runtime import explain
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -287,7 +287,7 @@ def served(name: str, arguments) -> tuple[str, ...]:
         found = {}
         for dtype, short in DTYPES.items():
             args, kwargs = arguments(dtype)
-            for backend, reason in _registry.refusals(name, *args, **kwargs).items():
+            for backend, reason in explain.refusals(name, *args, **kwargs).items():
                 if reason in (None, NONE):
                     found.setdefault(backend, []).append(short)
     return tuple(" ".join(found.get(backend, [NONE])) for backend in COLUMNS)

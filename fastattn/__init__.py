@@ -20,8 +20,9 @@ from .ops.vocab import (
     vq_logits,
     vq_sample,
 )
+from .runtime.explain import explain
 from .runtime.native import cpu_isas
-from .runtime.registry import explain, set_backend
+from .runtime.registry import set_backend
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -18,10 +19,21 @@ from .runtime.checks import (
     traced,
 )
 
-SCHEMA = (
-    "bool causal, SymInt window_left, SymInt window_right, Tensor? prefix_lengths, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? key_lengths, Tensor? dense"
-)
+
+class MaskArgs(NamedTuple):
+    """A mask as ops take it, index tensors int32 on q's device: one member of an op's `Call`, ten arguments of its schema."""
+
+    causal: bool
+    window_left: torch.SymInt  # keys beside the query's own, -1: no limit
+    window_right: torch.SymInt
+    prefix_lengths: torch.Tensor | None  # (B,), or (documents,)
+    cu_seqlens_q: torch.Tensor | None  # (documents + 1,)
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: torch.SymInt  # of the longest document, -1: not known
+    max_seqlen_k: torch.SymInt
+    key_lengths: torch.Tensor | None  # (B,), or (documents,)
+    dense: torch.Tensor | None  # bool, broadcastable to (B, H, Lq, Lk)
+
 
 # Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
 _ALIGNED = -(2**31)
@@ -165,8 +177,8 @@ class Mask:
                         f"fastattn.{op}: {name} holds {longest}, longer than the {lk} keys given"
                     )
 
-    def schema_args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> tuple:
-        """The values of `masks.SCHEMA` for this call, index tensors as int32 on q's device."""
+    def args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> MaskArgs:
+        """The mask as this call's op takes it."""
         self._check_contents(op, q, k)
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
@@ -182,7 +194,7 @@ class Mask:
         dense = self.dense
         if dense is not None:
             dense = check_broadcast(op, "dense mask", dense, q, k)
-        return (
+        return MaskArgs(
             self.causal or prefix is not None,
             self.window_left,
             self.window_right,
@@ -207,11 +219,11 @@ def check_broadcast(op: str, name: str, t: torch.Tensor, q: torch.Tensor, k: tor
     return t if t.dim() == 4 else t.view(shape)
 
 
-def check_args(
-    op: str, q: torch.Tensor, k: torch.Tensor, causal, window_left, window_right, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, key_lengths, dense,
-) -> None:  # fmt: skip
-    """The values of `SCHEMA` fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), but for what index tensors hold."""
+def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> None:
+    """A mask fits q (B, H, Lq, D) and k (B, Hkv, Lk, D), but for what index tensors hold."""
+    (
+        causal, window_left, window_right, prefix_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, dense,
+    ) = mask  # fmt: skip
     if window_left > LONGEST or window_right > LONGEST:
         side = max(window_left, window_right)
         raise ValueError(f"fastattn.{op}: a window must be at most {LONGEST} keys, given {side}")
@@ -351,50 +363,29 @@ def key_length(key_lengths: torch.Tensor) -> torch.Tensor:
     return torch.where(lengths < 0, lengths - _ALIGNED, lengths)
 
 
-def diagonal_offset(
-    lq: int,
-    lk: int,
-    device: torch.device,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-) -> torch.Tensor:
+def diagonal_offset(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """From each row's place in its sequence to the key on its diagonal: (B or 1, Lq)."""
-    if cu_seqlens_q is None:
+    if mask.cu_seqlens_q is None:
         queries, keys = (torch.full((1,), n, device=device) for n in (lq, lk))
     else:
-        queries, keys = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
-    if key_lengths is not None:
-        keys = torch.where(key_lengths < 0, key_length(key_lengths), keys)
+        queries, keys = mask.cu_seqlens_q.diff().long(), mask.cu_seqlens_k.diff().long()
+    if mask.key_lengths is not None:
+        keys = torch.where(mask.key_lengths < 0, key_length(mask.key_lengths), keys)
     offset = keys - queries  # (B or 1,), or (documents,)
-    if cu_seqlens_q is None:
+    if mask.cu_seqlens_q is None:
         return offset[:, None].expand(-1, lq)
-    document, _ = positions(cu_seqlens_q, lq, device)
+    document, _ = positions(mask.cu_seqlens_q, lq, device)
     return torch.cat([offset, offset.new_zeros(1)])[document][None]  # document -1 is padding
 
 
-def dense_allowed(
-    lq: int,
-    lk: int,
-    device: torch.device,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    prefix_lengths: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_lengths: torch.Tensor | None,
-    dense: torch.Tensor | None,
-) -> torch.Tensor:
+def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """The definition of a mask: bool (B or 1, H or 1, Lq, Lk), True where query i attends key j."""
-    document_q, i = positions(cu_seqlens_q, lq, device)
-    document_k, j = positions(cu_seqlens_k, lk, device)
-    if cu_seqlens_q is None:
+    document_q, i = positions(mask.cu_seqlens_q, lq, device)
+    document_k, j = positions(mask.cu_seqlens_k, lk, device)
+    if mask.cu_seqlens_q is None:
         per_row = (
             (lambda t: t.long()[:, None, None])
-            if prefix_lengths is not None or key_lengths is not None
+            if mask.prefix_lengths is not None or mask.key_lengths is not None
             else None
         )
     else:
@@ -402,41 +393,36 @@ def dense_allowed(
         def per_row(t):
             return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
 
-    offset = diagonal_offset(lq, lk, device, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    offset = diagonal_offset(lq, lk, device, mask)
     diagonal = (i + offset)[:, :, None]  # (B or 1, Lq, 1)
     j = j[None, None, :]
     allowed = (document_q[:, None] == document_k[None, :]) & (document_q >= 0)[:, None]
     allowed = allowed[None]  # (1, Lq, Lk)
-    if causal:
+    if mask.causal:
         end = diagonal + 1
-        if prefix_lengths is not None:
-            end = torch.maximum(end, per_row(prefix_lengths))
+        if mask.prefix_lengths is not None:
+            end = torch.maximum(end, per_row(mask.prefix_lengths))
         allowed = allowed & (j < end)
-    if window_left >= 0:
-        allowed = allowed & (j >= diagonal - window_left)
-    if window_right >= 0:
-        allowed = allowed & (j <= diagonal + window_right)
-    if key_lengths is not None:
-        allowed = allowed & (j < per_row(key_length(key_lengths)))
+    if mask.window_left >= 0:
+        allowed = allowed & (j >= diagonal - mask.window_left)
+    if mask.window_right >= 0:
+        allowed = allowed & (j <= diagonal + mask.window_right)
+    if mask.key_lengths is not None:
+        allowed = allowed & (j < per_row(key_length(mask.key_lengths)))
     allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
-    return allowed if dense is None else allowed & dense
+    return allowed if mask.dense is None else allowed & mask.dense
 
 
-def sequence_keys(
-    lq: int,
-    lk: int,
-    device: torch.device,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-) -> torch.Tensor:
+def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
-    if cu_seqlens_q is None:
-        count = torch.full((1,), lk, device=device) if key_lengths is None else key_length(key_lengths)
+    if mask.cu_seqlens_q is None:
+        count = (
+            torch.full((1,), lk, device=device) if mask.key_lengths is None else key_length(mask.key_lengths)
+        )
         count = count[:, None, None, None].expand(-1, 1, lq, 1)
     else:
-        count = cu_seqlens_k.diff().long() if key_lengths is None else key_length(key_lengths)
-        count = torch.cat([count, count.new_ones(1)])[positions(cu_seqlens_q, lq, device)[0]][
+        count = mask.cu_seqlens_k.diff().long() if mask.key_lengths is None else key_length(mask.key_lengths)
+        count = torch.cat([count, count.new_ones(1)])[positions(mask.cu_seqlens_q, lq, device)[0]][
             None, None, :, None
         ]
     return count.clamp(min=1)

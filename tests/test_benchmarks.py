@@ -178,7 +178,7 @@ def test_pairs_of_a_mask_are_counted():
                  fa.Mask(prefix_lengths=torch.tensor([5]))):  # fmt: skip
         for lq, lk in ((9, 9), (4, 9)):
             q, k = torch.empty(1, 1, lq, 1), torch.empty(1, 1, lk, 1)
-            allowed = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
+            allowed = masks.dense_allowed(lq, lk, q.device, mask.args("attention", q, k))
             assert attention._pairs(mask, lq, lk) == int(allowed.sum())
 
 

@@ -9,7 +9,7 @@ import torch
 
 import fastattn as fa
 from fastattn.runtime import native as _native
-from fastattn.runtime import registry as _registry
+from fastattn.runtime.explain import collecting
 
 
 def test_the_best_backend_serves_and_says_why():
@@ -32,7 +32,7 @@ def test_explain_leaves_other_threads_calls_alone():
     x = torch.tensor([[2.0, 3.0]])
     found = []
     thread = threading.Thread(target=lambda: found.append(fa.swiglu(x)))
-    with _registry._explaining() as explained:  # as `explain` does while it makes its call
+    with collecting() as explained:  # as `explain` does while it makes its call
         thread.start()
         thread.join()
     assert not explained
@@ -98,7 +98,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_the_environment_forces_an_instruction_set_and_a_backend():
-    code = "import fastattn as fa, torch; print(fa._native.cpu_isa(), fa.explain('swiglu', torch.ones(2, 4)).backend)"
+    code = "import fastattn as fa, torch; print(fa.runtime.native.cpu_isa(), fa.explain('swiglu', torch.ones(2, 4)).backend)"
     assert run(code, FASTATTN_CPU_ISA="baseline", FASTATTN_BACKEND="reference").split() == [
         "baseline",
         "reference",

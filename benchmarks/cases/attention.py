@@ -38,8 +38,8 @@ def _rows_of(mask, q, k, rows):
     """The mask as bool (B or 1, H or 1, rows, Lk)."""
     if mask is None:
         return None
-    arguments = mask.schema_args("attention", q, k)
-    return masks.dense_allowed(q.shape[2], k.shape[2], q.device, *arguments)[:, :, rows]
+    arguments = mask.args("attention", q, k)
+    return masks.dense_allowed(q.shape[2], k.shape[2], q.device, arguments)[:, :, rows]
 
 
 def _flex(mask_mod):
@@ -67,7 +67,7 @@ def _pairs(mask, lq, lk):
     if mask is None:
         return lq * lk
     q, k = torch.empty(1, 1, lq, 1), torch.empty(1, 1, lk, 1)
-    causal, left, right, prefix, *_ = mask.schema_args("attention", q, k)
+    causal, left, right, prefix, *_ = mask.args("attention", q, k)
     i = torch.arange(lq) + lk - lq
     end = i + 1 if causal else torch.full_like(i, lk)
     if prefix is not None:

@@ -337,8 +337,6 @@ def _structure(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None
         same = rows[..., :keys].all()
     else:
         shape = torch.empty(batch, 1, 1, 0, device=rows.device)
-        arguments = mask.schema_args(
-            "attention", shape.expand(-1, -1, lq, -1), shape.expand(-1, -1, keys, -1)
-        )
-        same = (masks.dense_allowed(lq, keys, rows.device, *arguments) == allowed[..., :keys]).all()
+        arguments = mask.args("attention", shape.expand(-1, -1, lq, -1), shape.expand(-1, -1, keys, -1))
+        same = (masks.dense_allowed(lq, keys, rows.device, arguments) == allowed[..., :keys]).all()
     return (mask, keys) if bool(same) else None

@@ -25,6 +25,14 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _core.set_dtypes(DTYPES)
 
 
+def unserved_dtype(t: torch.Tensor, what: str | None = None) -> str | None:
+    """Why no CPU kernel takes a tensor of this dtype, or None. what: its name, where there are several."""
+    if t.dtype in FAST_DTYPES:
+        return None
+    given = str(t.dtype).removeprefix("torch.")
+    return f"it serves float32, bfloat16 and float16, not {given}" + (f" as {what}" if what else "")
+
+
 @cache
 def _struct(name: str) -> type:
     return type(name, (getattr(_core, name),), {"__slots__": ("fields",)})

@@ -107,7 +107,7 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
         kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
         kernels.linear_cross_entropy(h, weight, None, labels, rows, 1, 0.0, 0.0, -100, "none", 0)
         kernels.stablemax_cross_entropy_backward(
-            rows, logits, labels, empty(2, 100, dtype=torch.float32), -100
+            rows, logits, empty(2, 100, dtype=torch.float32), labels, -100
         )
         codebook, codes = empty(1024, 64, dtype=dtype), empty(32000, dtype=torch.int64)
         triton_codes.vq_cross_entropy(h, codebook, codes, bias, weight, labels, -100, "mean", 15)

@@ -118,12 +118,7 @@ def host(library, monkeypatch, nan_outputs):
     monkeypatch.setattr(_cuda, "_launch_built", host.launch_built)
     monkeypatch.setattr(_cuda, "_launch_compiled", host.launch_compiled)
     _config.tunings()
-    before = [(op, op.backends) for op in _registry._OPS.values()]
-    for op, backends in before:
-        on_host = (replace(b, devices=("cpu",)) if b.name == "cuda" else b for b in backends)
-        object.__setattr__(
-            op, "backends", tuple(on_host)
-        )  # an op is frozen, and known to torch by its method
-    yield host
-    for op, backends in before:
-        object.__setattr__(op, "backends", backends)
+    with _registry.replaced(
+        lambda op, backend: replace(backend, devices=("cpu",)) if backend.name == "cuda" else backend
+    ):
+        yield host

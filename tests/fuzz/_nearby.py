@@ -15,6 +15,7 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.runtime.native import use_cpu_isa
 
 SPREAD, DRAWS, FACTOR = 8, 4, 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,7 @@ def check(
     names, before = fa.cpu_isas(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with fa._native.use_cpu_isa(names[isa % len(names)]), testing.nan_filled_outputs():
+        with use_cpu_isa(names[isa % len(names)]), testing.nan_filled_outputs():
             found = _evaluate(op, inputs, wanted, seed)
     finally:
         torch.set_num_threads(before)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.runtime.native import use_cpu_isa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNIT = 2.0**-24
@@ -115,7 +116,7 @@ def check(case: dict) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
-        with fa._native.use_cpu_isa(names[case["isa"] % len(names)]):
+        with use_cpu_isa(names[case["isa"] % len(names)]):
             found = _run(case, q, k, v, bias, dense)
     finally:
         torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.runtime.native import use_cpu_isa
 
 OPS = ("grouped", "grouped", "gated", "reweighted", "sinkhorn", "signatures")
 
@@ -100,7 +101,7 @@ def _grouped(case: dict) -> None:
     names, before = fa.cpu_isas(), torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
-        with fa._native.use_cpu_isa(names[case["isa"] % len(names)]), testing.nan_filled_outputs():
+        with use_cpu_isa(names[case["isa"] % len(names)]), testing.nan_filled_outputs():
             out = fa.grouped_attention(
                 *leaves.values(), groups, key_groups=key_groups, window=case["near"], scale=case.get("scale"),
                 mask=_mask(case, dense),

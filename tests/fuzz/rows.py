@@ -9,6 +9,7 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.runtime.native import use_cpu_isa
 
 OPS = ("rms_norm", "swiglu", "gated", "rotary", "fused_linear")
 
@@ -90,7 +91,7 @@ def _check_rotary(case: dict) -> None:
     positions = torch.randint(0, case["position"] + 1, shape, generator=generator)
     leaves = [t.detach().requires_grad_() for t in inputs]
     names = fa.cpu_isas()
-    with fa._native.use_cpu_isa(names[case["isa"] % len(names)]), testing.nan_filled_outputs():
+    with use_cpu_isa(names[case["isa"] % len(names)]), testing.nan_filled_outputs():
         results = fa.rotary(*leaves, positions, theta=case["theta"])
         grads = [_tensor(case, 4 + i, *t.shape, size=1.0) for i, t in enumerate(results)]
         pulled = torch.autograd.grad(results, leaves, grads)

@@ -275,7 +275,7 @@ def test_recognised_masks_mean_the_same(data):
     mask, keys = recognise(allowed, lk)
     mask = mask or fa.Mask()
     q, k = torch.empty(batch, 1, lq, 4), torch.empty(batch, 1, keys, 4)
-    meant = masks.dense_allowed(lq, keys, q.device, *mask.schema_args("attention", q, k))
+    meant = masks.dense_allowed(lq, keys, q.device, mask.args("attention", q, k))
     assert (
         torch.equal(meant.expand(batch, 1, lq, keys), allowed[..., :keys]) and not allowed[..., keys:].any()
     )

@@ -1,6 +1,5 @@
 """The Triton backend for CPU tensors by way of a device, so that tests that make CPU tensors run their kernels there."""
 
-import contextlib
 import dataclasses
 
 import torch
@@ -11,7 +10,8 @@ from fastattn.runtime import registry as _registry
 def moved(value, device):
     """A tensor, or those of a list, on the device with the strides and the surroundings that it has here."""
     if isinstance(value, (list, tuple)):
-        return [moved(v, device) for v in value]
+        values = [moved(v, device) for v in value]
+        return type(value)(*values) if hasattr(value, "_fields") else values
     if not isinstance(value, torch.Tensor):
         return value
     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
@@ -30,7 +30,7 @@ def by_way_of(op, backend, device):
 
     def run(*args):
         there = moved(args, device)
-        found = backend.implementation(*there)
+        found = backend.run(*there)
         for i in written:
             args[i].copy_(there[i])
         if isinstance(found, torch.Tensor):
@@ -38,14 +38,8 @@ def by_way_of(op, backend, device):
         return None if found is None else tuple(t.cpu() for t in found)
 
     configure = backend.configure and (lambda *args: backend.configure(*moved(args, device)))
-    return dataclasses.replace(backend, load=lambda: run, configure=configure, devices=("cuda", "cpu"))
+    return dataclasses.replace(backend, run=run, configure=configure, devices=("cuda", "cpu"))
 
 
-@contextlib.contextmanager
 def triton_on(device):
-    with contextlib.ExitStack() as stack:
-        for op in _registry._OPS.values():
-            backends = [by_way_of(op, b, device) if b.name == "triton" else b for b in op.backends]
-            stack.callback(object.__setattr__, op, "backends", op.backends)  # an op is frozen
-            object.__setattr__(op, "backends", tuple(backends))
-        yield
+    return _registry.replaced(lambda op, b: by_way_of(op, b, device) if b.name == "triton" else b)

@@ -74,20 +74,16 @@ def installed():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "compile", lambda fn, **_: fn))
         stack.enter_context(mock.patch.object(_cuda, "missing", lambda: None))
-        for op in _registry._OPS.values():
-            stack.callback(object.__setattr__, op, "backends", op.backends)  # an op is frozen
-            object.__setattr__(op, "backends", tuple(map(_on_the_cpu, op.backends, [op] * len(op.backends))))
+        stack.enter_context(_registry.replaced(_on_the_cpu))
         stack.enter_context(_OnTheCpu())
         yield
 
 
-def _on_the_cpu(backend, op):
+def _on_the_cpu(op, backend):
     """The definition for the CUDA C++ kernels, whose own tests run them on the host."""
     if backend.name != "cuda":
         return backend
-    return dataclasses.replace(
-        backend, devices=("cpu",), load=lambda: op.backends[-1].implementation, supports=lambda *_: None
-    )
+    return dataclasses.replace(backend, devices=("cpu",), run=op.backends[-1].run, supports=lambda *_: None)
 
 
 def small_rows(shape):

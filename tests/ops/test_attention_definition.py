@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import masks, testing
+from fastattn.ops.attention.scores import SCORES
 
 WEIGHTS = {
     "softmax": torch.exp,
@@ -42,7 +43,7 @@ def by_rows(q, k, v, score, allowed, scale, bias):
 def test_definition(score, problem, scale):
     q, k, v = problem.inputs(torch.float64, requires_grad=False)
     mask = problem.mask() or fa.Mask()
-    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *mask.schema_args("attention", q, k))
+    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, mask.args("attention", q, k))
     allowed = allowed.expand(q.shape[0], q.shape[1], -1, -1)
     factor = 1 / math.sqrt(problem.head_dim) if scale is None else scale
     bias = 0.25  # a number of the caller's replaces every default
@@ -120,15 +121,15 @@ def test_opcheck(score, backend):
     mask = fa.Mask(
         prefix_lengths=torch.tensor([2, 3]), window=(4, None), dense=torch.ones(5, 6, dtype=torch.bool)
     )
-    code = fa.scores.SCORES[score].code
-    options = (code, 0.5, None, *mask.schema_args("attention", q, k))
+    code = SCORES[score].code
+    options = (code, 0.5, None, *mask.args("attention", q, k))
     torch.library.opcheck(torch.ops.fastattn.attention.default, (q, k, v, None, *options, backend))
     detached = [t.detach() for t in (q, k, v)]
     out, lse, state = torch.ops.fastattn.attention(*detached, None, *options, backend)
     grad_lse = None if score == "sigmoid" else torch.ones_like(lse)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
-        (torch.ones_like(out), grad_lse, *detached, None, out, lse, state, False, *options, backend),
+        (torch.ones_like(out), grad_lse, *detached, None, out, lse, state, *options, 0, backend),
     )
 
 

@@ -498,7 +498,7 @@ def test_opcheck_of_symbolic_sizes(overload):
     """Each way to take numbers, forward and backward; other ops' are the same code."""
     q, k, v = (t.requires_grad_() for t in qkv(1))
     number = torch.tensor(0.5, dtype=torch.float64) if overload == "numbers" else 0.5
-    options = (0, number, None, *fa.Mask(causal=True, window=(5, None)).schema_args("attention", q, k), "")
+    options = (0, number, None, *fa.Mask(causal=True, window=(5, None)).args("attention", q, k), "")
     op = getattr(torch.ops.fastattn.attention, overload)
     torch.library.opcheck(op, (q, k, v, None, *options))
     for other in (torch.ops.fastattn.rms_norm, torch.ops.fastattn.softplus_attention):

@@ -76,7 +76,7 @@ def test_packed_documents():
 
 def test_opcheck_and_compile():
     q, k, v, a, sharpness = inputs(9, dtype=torch.float32)
-    mask = fa.Mask(causal=True).schema_args("test", q, k)
+    mask = fa.Mask(causal=True).args("test", q, k)
     torch.library.opcheck(
         torch.ops.fastattn.gated_attention.default, (q, k, v, a, sharpness, 2, 0, 0.3, *mask, "")
     )

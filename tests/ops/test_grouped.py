@@ -112,7 +112,7 @@ def test_opcheck_and_compile():
     q, k, v = testing.attention_inputs(1, 4, 2, 12, 12, 8)
     groups = fa.focus_groups(torch.rand(1, 12, 4, generator=torch.Generator().manual_seed(0)))
     mask = fa.Mask(cu_seqlens_q=torch.tensor([0, 5, 12]))
-    options = (True, *mask.schema_args("test", q, k)[1:])
+    options = (True, *mask.args("test", q, k)[1:])
     torch.library.opcheck(
         torch.ops.fastattn.grouped_attention.default, (q, k, v, groups, groups, 2, 0.3, *options, "")
     )

@@ -83,7 +83,7 @@ def _refused():
         "key_lengths must be int32",
     )
     state = lse.new_empty(*lse.shape, 2)
-    backward = (q, q, q, None, out, lse, state, False, 0, 1.0, None, *mask)
+    backward = (q, q, q, None, out, lse, state, 0, 1.0, None, *mask, 0)
     yield "attention_backward", (out[:, :1], None, *backward), ValueError, "grad_out must have shape"
     wrong = (*backward[:5], lse[:, :1], *backward[6:])
     yield "attention_backward", (out, None, *wrong), ValueError, "lse must have shape"

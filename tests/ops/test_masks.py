@@ -32,7 +32,7 @@ def loop_allowed(lq, lk, causal=False, left=None, right=None, prefix=None, keys=
 
 def dense(mask, batch, lq, lk):
     q, k = torch.empty(batch, 1, lq, 4), torch.empty(batch, 1, lk, 4)
-    found = masks.dense_allowed(lq, lk, q.device, *mask.schema_args("attention", q, k))
+    found = masks.dense_allowed(lq, lk, q.device, mask.args("attention", q, k))
     return found.expand(batch, 1, lq, lk)[:, 0]
 
 
@@ -102,12 +102,14 @@ def test_dense_is_an_intersection_and_broadcasts():
 
 
 def test_sequence_keys_counts_the_rows_own_sequence():
-    cpu = torch.device("cpu")
-    assert masks.sequence_keys(3, 7, cpu, None, None, None).unique().tolist() == [7]
-    lengths = torch.tensor([2, 0], dtype=torch.int32)
-    assert masks.sequence_keys(3, 7, cpu, None, None, lengths)[:, 0, 0, 0].tolist() == [2, 1]
-    starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
-    assert masks.sequence_keys(4, 4, cpu, starts, starts, None).flatten().tolist() == [1, 2, 2, 1]
+    def keys(batch, lq, lk, mask):
+        q, k = torch.empty(batch, 1, lq, 8), torch.empty(batch, 1, lk, 8)
+        return masks.sequence_keys(lq, lk, q.device, mask.args("attention", q, k))
+
+    assert keys(1, 3, 7, fa.Mask()).unique().tolist() == [7]
+    assert keys(2, 3, 7, fa.Mask(key_lengths=torch.tensor([2, 0])))[:, 0, 0, 0].tolist() == [2, 1]
+    packed = fa.Mask(cu_seqlens_q=torch.tensor([0, 1, 1, 3]))
+    assert keys(1, 4, 4, packed).flatten().tolist() == [1, 2, 2, 1]
 
 
 def ints(*values):
@@ -236,7 +238,7 @@ def test_indices_that_only_a_compiled_call_knows_are_checked(indices, message):
     )
     for name, values in indices.items():
         setattr(mask, name, torch.tensor(values, dtype=torch.int32))
-    options = mask.schema_args("attention", q, k)
+    options = mask.args("attention", q, k)
     with pytest.raises(ValueError, match=message):
         torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
 
@@ -404,7 +406,7 @@ def test_aligned_lengths_that_only_a_compiled_call_knows_are_checked():
     for length in (8, -1):
         mask = fa.Mask(causal=True, key_lengths=ints(6), align="key_lengths")
         mask.key_lengths = torch.tensor([length], dtype=torch.int32)
-        options = mask.schema_args("attention", q, k)
+        options = mask.args("attention", q, k)
         with pytest.raises(ValueError, match=r"key_lengths must lie in \[0, 7\]"):
             torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
 

@@ -46,8 +46,8 @@ def test_is_the_published_equation(power):
 def test_masks_and_heads(problem, power):
     q, k, v = problem.inputs(torch.float64, requires_grad=False)
     mask = problem.mask() or fa.Mask()
-    args = mask.schema_args("test", q, k)
-    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args)
+    args = mask.args("test", q, k)
+    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, args)
     wide = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
     actual = fa.softplus_attention(q, k, v, power=power, mask=mask, backend="reference")
     if q.shape[3] == 1:  # log D = 0: every score equals log 2, and re-weighting leaves nothing
@@ -166,7 +166,7 @@ def test_zero_vectors_are_not_nan():
 def test_opcheck_and_compile():
     q, k, v = testing.attention_inputs(1, 4, 2, 12, 12, 8)
     mask = fa.Mask(causal=True, key_lengths=torch.tensor([11]))
-    args = (q, k, v, 3.0, *mask.schema_args("test", q, k), "")
+    args = (q, k, v, 3.0, *mask.args("test", q, k), "")
     torch.library.opcheck(torch.ops.fastattn.softplus_attention.default, args)
 
     def layer(q, k, v):
@@ -224,11 +224,11 @@ def conditioning(q, k, v, power, mask):
     and mean: x = 1 - (max - s) / (max - mean), at most 1, is off by dx <= 4 ds / (max - mean), its power by p x^(p-1) dx, and
     the output, a mean of v by these weights, by 2 max|v| p dx sum x^(p-1) / sum x^p.
     """
-    args = mask.schema_args("test", q, k)
+    args = mask.args("test", q, k)
     wide = q.double(), k.double(), v.double()
-    _, statistics = reference.softplus_attention(*wide, power, *args)
-    _, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), *args)
-    n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, *args).sum(-1)
+    _, statistics = reference.softplus_attention(*wide, power, args)
+    _, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), args)
+    n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, args).sum(-1)
     c = math.log(q.shape[3]) * n.clamp(min=1).log()
     ds = (math.sqrt(q.shape[3]) + 4) * testing.EPS32 * (1 + c)
     spread = ds * statistics[..., 1] * lower[..., 2] / statistics[..., 2].clamp(min=1e-30)

@@ -144,7 +144,7 @@ def calls(dtype):
     yield ops.linear_cross_entropy_backward, (one, *detached, statistics, *options, "mean", 15, "")
     logits = (h @ weight.T).detach()
     yield ops.stablemax_cross_entropy, (logits.clone().requires_grad_(), target, -100, "")
-    yield ops.stablemax_cross_entropy_backward, (row, logits, target, statistics, -100, "")
+    yield ops.stablemax_cross_entropy_backward, (row, logits, statistics, target, -100, "")
     yield ops.vq_logits, (h, codebook, codes, bias, "")
     quantised = (h.detach(), codebook.detach(), codes, bias.detach())
     yield ops.vq_logits_backward, (torch.ones(N, V, dtype=dtype), *quantised, 7, "")

@@ -39,8 +39,12 @@ def compare(op, leaves, grad, tolerance=RELATIVE, **options):
     )
     assert relative(found[0], truth[0]) <= tolerance
     assert len(gradients) == len(true)
+    # a gradient sums over rows what may cancel, a probability of 1 less its target: each is off by a few of float32's roundings
+    rows = leaves[0].shape[0] if options.get("reduction") == "sum" else 1
+    summed = rows * float(grad.abs().sum()) * max(testing.max_finite(t) for t in leaves)
     for a, b in zip(gradients, true, strict=True):
-        assert relative(a, b) <= tolerance
+        bound = tolerance * max(testing.max_finite(b), 0.1) + 4 * 2**-24 * summed
+        assert testing.max_error(a, b) <= bound
     return found, gradients
 
 

@@ -60,7 +60,7 @@ def attention(
         row.code,
         default_scale(q.shape[-1]) if scale is None else _checks.as_number(op, "scale", scale),
         bias_value,
-        *mask.schema_args(op, q, k),
+        mask.args(op, q, k),
         requested(op, backend),
     )
     return (out, lse) if return_lse else out

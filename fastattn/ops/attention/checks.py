@@ -62,7 +62,7 @@ def check_scale(op: str, scale: float) -> None:
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
 
 
-def _check(op: str, q, k, v, bias, score, scale, bias_value, *mask) -> None:
+def _check(op: str, q, k, v, bias, score, scale, bias_value, mask) -> None:
     check_qkv(op, q, k, v)
     if score not in BY_CODE:
         raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
@@ -70,18 +70,18 @@ def _check(op: str, q, k, v, bias, score, scale, bias_value, *mask) -> None:
         _checks.check_floating(op, q=q, bias=bias)
         _checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)
-    masks.check_args(op, q, k, *mask)
+    masks.check_args(op, q, k, mask)
 
 
-def check_attention(q, k, v, bias, *options) -> None:
-    _check("attention", q, k, v, bias, *options)
+def check_attention(q, k, v, bias, score, scale, bias_value, mask) -> None:
+    _check("attention", q, k, v, bias, score, scale, bias_value, mask)
 
 
 def check_attention_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options
+    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
 ) -> None:
     op = "attention_backward"
-    _check(op, q, k, v, bias, score, *options)
+    _check(op, q, k, v, bias, score, scale, bias_value, mask)
     rows = tuple(q.shape[:3])
     shape, state_shape = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
     check_results(op, grad_out, q, v, out, lse, "lse", shape)
@@ -89,5 +89,5 @@ def check_attention_backward(
     _checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         _checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
-    if bias_grad and bias is None:
-        raise ValueError(f"fastattn.{op}: bias_grad needs a tensor bias, given None")
+    if wanted and bias is None:
+        raise ValueError(f"fastattn.{op}: wanted asks for the gradient of bias, given None")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ...masks import MaskArgs
 from ...runtime import native as _native
 from ...runtime import tuning as _config
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
@@ -17,7 +18,7 @@ _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it c
 def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why no CPU kernel of attention, of whatever kind, can serve q, k and v, or None."""
     if q.dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+        return _native.unserved_dtype(q)
     for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
         if not 1 <= size <= _LARGEST_HEAD_DIM:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
@@ -48,19 +49,27 @@ def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **struc
     )
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    if name == "attention_backward" and args[9]:
-        return "it does not differentiate a tensor bias"
-    bias_value = args[6] if name == "attention" else args[12]
+def refusal(q, k, v, bias, score, scale, bias_value, mask) -> str | None:
+    """Why the CPU kernel cannot serve this call, or None."""
     if bias_value is not None and not math.isfinite(bias_value):
         return f"it serves finite numbers as bias, not {bias_value}"
-    return unserved(*(args[:3] if name == "attention" else args[2:5]))
+    return unserved(q, k, v)
 
 
-def configure(name: str, *args) -> _config.Choice:
-    q, k, v, _, score = (args[0:5]) if name == "attention" else (*args[2:6], args[10])
-    return lookup(name, q, k, v, score=BY_CODE[score].name)
+def refusal_backward(
+    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
+) -> str | None:
+    if wanted:
+        return "it does not differentiate a tensor bias"
+    return refusal(q, k, v, bias, score, scale, bias_value, mask)
+
+
+def configure(q, k, v, bias, score, *_) -> _config.Choice:
+    return lookup("attention", q, k, v, score=BY_CODE[score].name)
+
+
+def configure_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, score, *_) -> _config.Choice:
+    return lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
 
 
 def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -97,30 +106,17 @@ def _side_by_side(indices: torch.Tensor | None) -> torch.Tensor | None:
     return None if indices is None else indices.contiguous()
 
 
-def mask_fields(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    prefix_lengths: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_lengths: torch.Tensor | None,
-    dense: torch.Tensor | None,
-) -> dict:
+def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
     """The mask's fields of a kernel's parameters, None where the struct's own default says the same."""
     return {
-        "causal": int(causal) or None,
-        "window_left": None if window_left < 0 else window_left,
-        "window_right": None if window_right < 0 else window_right,
-        "prefix_lengths": _side_by_side(prefix_lengths),
-        "cu_seqlens_q": _side_by_side(cu_seqlens_q),
-        "cu_seqlens_k": _side_by_side(cu_seqlens_k),
-        "key_lengths": _side_by_side(key_lengths),
-        "dense": _plane(dense, (*q.shape[:3], k.shape[2])),
+        "causal": int(mask.causal) or None,
+        "window_left": None if mask.window_left < 0 else mask.window_left,
+        "window_right": None if mask.window_right < 0 else mask.window_right,
+        "prefix_lengths": _side_by_side(mask.prefix_lengths),
+        "cu_seqlens_q": _side_by_side(mask.cu_seqlens_q),
+        "cu_seqlens_k": _side_by_side(mask.cu_seqlens_k),
+        "key_lengths": _side_by_side(mask.key_lengths),
+        "dense": _plane(mask.dense, (*q.shape[:3], k.shape[2])),
     }
 
 
@@ -134,10 +130,10 @@ def _call(
     score: int,
     scale: float,
     bias_value: float | None,
-    *mask,
+    mask: MaskArgs,
     **tensors,
 ) -> None:
-    fields = mask_fields(q, k, *mask)
+    fields = mask_fields(q, k, mask)
     bias = _plane(bias, (*q.shape[:3], k.shape[2]))
     by_element = bias if fields["dense"] is None else fields["dense"]
     few = q.shape[2] < _LEAST_CLASSED_ROWS
@@ -165,23 +161,25 @@ def _call(
     )
 
 
-def attention(q, k, v, bias, score, scale, bias_value, *mask):
+def attention(q, k, v, bias, score, scale, bias_value, mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
     state = q.new_empty((*q.shape[:3], 2) if BY_CODE[score].normalised else (0,), dtype=torch.float32)
     if out.numel():
-        config = lookup("attention", q, k, v, score=BY_CODE[score].name)
-        options = (bias, score, scale, bias_value, *mask)
+        config = configure(q, k, v, bias, score)
+        options = (bias, score, scale, bias_value, mask)
         statistics = {name: t if t.numel() else None for name, t in (("lse", lse), ("state", state))}
         _call("attention_forward", config, q, k, v, *options, out=out, **statistics)
     return out, lse, state
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options):
+def attention_backward(
+    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
+):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     normalised = BY_CODE[score].normalised
     # what the forward decoded has products of other roundings than tiles have
-    decoded = lookup("attention", q, k, v, score=BY_CODE[score].name).values["decode_rows"]
+    decoded = configure(q, k, v, bias, score).values["decode_rows"]
     _call(
         "attention_backward",
         lookup("attention_backward", q, k, v, score=BY_CODE[score].name),
@@ -190,7 +188,9 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_
         v,
         bias,
         score,
-        *options,
+        scale,
+        bias_value,
+        mask,
         out=_native.rows(out),
         lse=lse if normalised else None,
         state=state.contiguous() if normalised else None,

@@ -20,16 +20,7 @@ def attention(
     score: int,
     scale: float,
     bias_value: float | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    prefix_lengths: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_lengths: torch.Tensor | None,
-    dense: torch.Tensor | None,
+    mask: masks.MaskArgs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser, state).
 
@@ -44,23 +35,9 @@ def attention(
     if bias_value is not None:
         s = s + bias_value
     elif row.log_n_bias and bias is None:
-        n = masks.sequence_keys(lq, lk, q.device, cu_seqlens_q, cu_seqlens_k, key_lengths)
+        n = masks.sequence_keys(lq, lk, q.device, mask)
         s = s - n.to(s.dtype if s.dtype == torch.float64 else torch.float32).log().to(s.dtype)
-    allowed = masks.dense_allowed(
-        lq,
-        lk,
-        q.device,
-        causal,
-        window_left,
-        window_right,
-        prefix_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        key_lengths,
-        dense,
-    )
+    allowed = masks.dense_allowed(lq, lk, q.device, mask)
     if not row.normalised:
         nothing = q.new_empty(0, dtype=_statistics(q.dtype))
         return row.weight(s).masked_fill(~allowed, 0.0) @ v, nothing, nothing.clone()

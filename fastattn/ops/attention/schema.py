@@ -1,4 +1,4 @@
-"""torch.ops.fastattn.attention and attention_backward: schema, fake, autograd, backends.
+"""The declaration of attention: torch.ops.fastattn.attention and attention_backward.
 
 Besides out and lse the forward returns state, from which the backward finds softmax weights that a float32 lse has no bits for:
 each row's maximum, of the products q.k times the scale's sign, or with a tensor bias of the scores; and the logarithm of its sum
@@ -6,111 +6,70 @@ of weights relative to it, infinite for a row with nothing to attend to. Of soft
 may all underflow, where they are softmax's, as of that.
 """
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 
-from ... import masks
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    reference_backward,
-    register_op,
-    save_inputs,
-    saved_inputs,
-    triton_backend,
-)
+from ...masks import MaskArgs
+from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
+from ...runtime.checks import statistics_dtype
+from ...runtime.declare import Gradients, declare
+from . import cpu, reference
 from .checks import check_attention, check_attention_backward
 from .scores import BY_CODE
 
-_OPTIONS = f"int score, float scale, float? bias_value, {masks.SCHEMA}"
-_INPUTS = 4  # q, k, v, bias
+if TYPE_CHECKING:
+    from . import triton, triton_backward
+else:
+    triton, triton_backward = Lazy(f"{__package__}.triton"), Lazy(f"{__package__}.triton_backward")
 
 
-def _statistics(q: torch.Tensor, score: int) -> torch.Tensor:
-    """Empty lse: (B, Hq, Lq), or (0,) for a score without a normaliser."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=dtype)
+class Call(NamedTuple):
+    q: torch.Tensor  # (B, Hq, Lq, D)
+    k: torch.Tensor  # (B, Hkv, Lk, D)
+    v: torch.Tensor  # (B, Hkv, Lk, Dv)
+    bias: torch.Tensor | None  # (B or 1, Hq or 1, Lq or 1, Lk or 1)
+    score: int  # a code of scores.py
+    scale: float
+    bias_value: float | None  # None: the score's own default
+    mask: MaskArgs
 
 
-def _state(q: torch.Tensor, score: int) -> torch.Tensor:
-    """Empty state: (B, Hq, Lq, 2), or (0,) for a score without a normaliser."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], 2) if BY_CODE[score].normalised else (0,), dtype=dtype)
+def _fake(q, k, v, bias, score, *_):
+    """out; lse (B, Hq, Lq) and state (B, Hq, Lq, 2), each (0,) for a score without a normaliser."""
+    dtype, rows = statistics_dtype(q), tuple(q.shape[:3])
+    lse, state = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
+    return q.new_empty(*rows, v.shape[3]), q.new_empty(lse, dtype=dtype), q.new_empty(state, dtype=dtype)
 
 
-def _fake(q, k, v, bias, score, *options):
-    return q.new_empty(*q.shape[:3], v.shape[3]), _statistics(q, score), _state(q, score)
+def _old(f):
+    return lambda *a: f(*a[:9], bool(a[-1]), *a[9:-1])
 
 
-def _fake_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, *options):
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    return (
-        *grads,
-        torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else q.new_empty(0),
-    )
-
-
-def _load_reference_backward():
-    from .reference import attention
-
-    def attention_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, bias_grad, score, *options):
-        outputs = 2 if BY_CODE[score].normalised else 1
-
-        def defined(*args):
-            return attention(*args)[:outputs]
-
-        wrt = (0, 1, 2, 3) if bias_grad else (0, 1, 2)
-        grads = (grad_out, grad_lse)[:outputs]
-        found = reference_backward(defined, outputs, wrt)(*grads, q, k, v, bias, score, *options)
-        return found if bias_grad else (*found, q.new_empty(0))
-
-    return attention_backward
-
-
-def _setup_context(ctx, inputs, output):
-    bias = inputs[3]
-    ctx.bias_grad = bias is not None and bias.requires_grad
-    ctx.mark_non_differentiable(output[2])
-    save_inputs(ctx, inputs, output)
-
-
-def _backward(ctx, grad_out, grad_lse, _):
-    (q, k, v, bias, *options), (out, lse, state) = saved_inputs(ctx)
-    none = (None,) * len(options)
-    if grad_out is None and grad_lse is None:
-        return (None,) * _INPUTS + none
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    dq, dk, dv, dbias = dispatch(
-        "attention_backward", grad_out, grad_lse, q, k, v, bias, out, lse, state, ctx.bias_grad, *options
-    )
-    return dq, dk, dv, dbias if ctx.bias_grad else None, *none
-
-
-register_op(
+declare(
     "attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
+    Call,
+    outputs=("out", "lse", "state"),
     fake=_fake,
     check=check_attention,
     backends=(
-        cpu_backend(__package__, "attention"),
-        triton_backend("fastattn.ops.attention.triton", "attention", configure="configure"),
-        reference_backend(__package__, "attention"),
+        cpu_backend(cpu.attention, cpu.refusal, cpu.configure),
+        triton_backend(triton.attention, triton.refusal, triton.configure),
+        reference_backend(reference.attention),
     ),
-    backward=_backward,
-    setup_context=_setup_context,
-)
-register_op(
-    "attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    "Tensor state, bool bias_grad, "
-    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    check=check_attention_backward,
-    backends=(
-        cpu_backend(__package__, "attention_backward"),
-        triton_backend("fastattn.ops.attention.triton_backward", "attention_backward", configure="configure"),
-        Backend("reference", _load_reference_backward),
+    gradients=Gradients(
+        of=("q", "k", "v", "bias"),
+        optional=("bias",),
+        outputs=("out", "lse"),
+        saved=("out", "lse", "state"),
+        check=check_attention_backward,
+        backends=(
+            cpu_backend(cpu.attention_backward, cpu.refusal_backward, cpu.configure_backward),
+            triton_backend(
+                _old(triton_backward.attention_backward),
+                _old(triton_backward.refusal),
+                _old(triton_backward.configure),
+            ),
+        ),
     ),
 )

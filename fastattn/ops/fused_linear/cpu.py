@@ -18,16 +18,17 @@ from . import (
 _packed = ContentsCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4))
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernels cannot serve these arguments of `name`, or None."""
-    if args[0].dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(args[0].dtype).removeprefix('torch.')}"
-    return None
+def refusal(first: torch.Tensor, *_) -> str | None:
+    """Why the CPU kernels cannot serve a call with this first member, or None."""
+    return _native.unserved_dtype(first)
 
 
-def configure(name: str, *args) -> _config.Choice:
-    x, weight = args[:2] if name == "fused_linear" else args[1:3]
-    return _lookup(name, x, weight)
+def configure(x, weight, *_) -> _config.Choice:
+    return _lookup("fused_linear", x, weight)
+
+
+def configure_backward(grad, x, weight, *_) -> _config.Choice:
+    return _lookup("fused_linear_backward", x, weight)
 
 
 def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _config.Choice:

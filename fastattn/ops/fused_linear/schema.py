@@ -1,17 +1,42 @@
-"""torch.ops.fastattn.fused_linear and fused_linear_backward: schema, fake, autograd, backends."""
+"""The declaration of torch.ops.fastattn.fused_linear and fused_linear_backward."""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backward,
-    register_op,
-    save,
-    triton_backend,
-)
+from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
+from ...runtime.declare import Autograd, declare, gradient_like, pull, save
+from ...runtime.registry import dispatch
+from . import cpu, reference
 from .checks import check_fused_linear, check_fused_linear_backward
+
+if TYPE_CHECKING:
+    from . import triton
+else:
+    triton = Lazy(f"{__package__}.triton")
+
+
+class Call(NamedTuple):
+    x: torch.Tensor  # (..., K), or with a gate (..., H, D)
+    weight: torch.Tensor  # (N, K)
+    gate: torch.Tensor | None  # as x
+    residual: torch.Tensor | None  # (..., N)
+    eps: float | None  # of a norm of x's rows
+    swiglu: bool  # gate | up are the halves of weight's rows
+    save: bool  # the product before swiglu, for the backward
+
+
+class BackwardCall(NamedTuple):
+    grad: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    gate: torch.Tensor | None
+    rstd: torch.Tensor
+    product: torch.Tensor
+    eps: float | None
+    swiglu: bool
+    need_x: bool  # and gate
+    need_weight: bool
 
 
 def _lead(x: torch.Tensor, gate: torch.Tensor | None) -> tuple[int, ...]:
@@ -29,41 +54,18 @@ def _fake(x, weight, gate, residual, eps, swiglu, save):
 
 
 def _fake_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
-    def like(t, needed):
-        return (
-            x.new_empty(0)
-            if t is None or not needed
-            else torch.empty_like(t, memory_format=torch.contiguous_format)
-        )
-
-    return like(x, need_x), like(weight, need_weight), like(gate, need_x)
+    return gradient_like(x, x, need_x), gradient_like(weight, x, need_weight), gradient_like(gate, x, need_x)
 
 
-def _load_reference():
-    from .reference import fused_linear
-
-    def implementation(*args):
-        out, product, rstd = fused_linear(*args)
-        return out.contiguous(), product, rstd
-
-    return implementation
+def _reference(x, weight, gate, residual, eps, swiglu, save):
+    out, product, rstd = reference.fused_linear(x, weight, gate, residual, eps, swiglu, save)
+    return out.contiguous(), product, rstd
 
 
-def _load_reference_backward():
-    from .reference import result
-
-    pull = reference_backward(result, 1, (0, 1, 2))
-
-    def fused_linear_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
-        dx, dweight, dgate = pull(grad, x, weight, gate, eps, swiglu)
-        absent = x.new_empty(0)
-        return (
-            dx if need_x else absent,
-            dweight if need_weight else absent.clone(),
-            dgate if need_x else absent.clone(),
-        )
-
-    return fused_linear_backward
+def _reference_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
+    found = pull(reference.result, (grad,), (x, weight, gate, eps, swiglu), (0, 1, 2))
+    needed = zip(found, (need_x, need_weight, need_x), strict=True)
+    return tuple(x.new_empty(0) if t is None or not need else t for t, need in needed)
 
 
 def _setup_context(ctx, inputs, output):
@@ -109,29 +111,28 @@ def _backward(ctx, grad, grad_product, grad_rstd):
     )
 
 
-register_op(
+declare(
     "fused_linear",
-    "(Tensor x, Tensor weight, Tensor? gate, Tensor? residual, float? eps, bool swiglu, bool save, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    Call,
+    outputs=("out", "product", "rstd"),
     fake=_fake,
     check=check_fused_linear,
     backends=(
-        cpu_backend(__package__, "fused_linear"),
-        triton_backend(f"{__package__}.triton", "fused_linear", configure="configure"),
-        Backend("reference", _load_reference),
+        cpu_backend(cpu.fused_linear, cpu.refusal, cpu.configure),
+        triton_backend(triton.fused_linear, triton.refusal, triton.configure),
+        reference_backend(_reference),
     ),
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=Autograd(_setup_context, _backward),
 )
-register_op(
+declare(
     "fused_linear_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? gate, Tensor rstd, Tensor product, float? eps, bool swiglu, "
-    "bool need_x, bool need_weight, str backend) -> (Tensor, Tensor, Tensor)",
+    BackwardCall,
+    outputs=("grad_x", "grad_weight", "grad_gate"),
     fake=_fake_backward,
     check=check_fused_linear_backward,
     backends=(
-        cpu_backend(__package__, "fused_linear_backward"),
-        triton_backend(f"{__package__}.triton", "fused_linear_backward"),
-        Backend("reference", _load_reference_backward),
+        cpu_backend(cpu.fused_linear_backward, cpu.refusal, cpu.configure_backward),
+        triton_backend(triton.fused_linear_backward, triton.refusal),
+        reference_backend(_reference_backward),
     ),
 )

@@ -145,7 +145,7 @@ def grouped_attention(
         signatures if key_groups is groups else key_groups.long(),
         _window(window),
         default_scale(q.shape[3]) if scale is None else scale,
-        *_causal_args(op, mask, q, k),
+        check_mask(op, mask).args(op, q, k)._replace(causal=True),
         requested(op, backend),
     )[0]
 
@@ -205,7 +205,7 @@ def gated_attention(
         _window(window),
         GATES.index(gate),
         default_scale(q.shape[3]) if scale is None else scale,
-        *_causal_args(op, mask, q, k),
+        check_mask(op, mask).args(op, q, k)._replace(causal=True),
         requested(op, backend),
     )[0]
 
@@ -214,8 +214,3 @@ def _window(window: int) -> int:
     """A wider one than any sequence is no limit, and must not overflow a sum."""
     count = _checks.as_integer(window)
     return LONGEST if count is not None and count > LONGEST else window
-
-
-def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple:
-    """The schema's mask arguments, causal whatever the mask says."""
-    return (True, *check_mask(op, mask).schema_args(op, q, k)[1:])

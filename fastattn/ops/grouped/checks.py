@@ -49,17 +49,17 @@ def _check_sinkhorn(op: str, scores, lengths, cu_seqlens, temperature, iteration
         _checks.check_shape(op, "lengths", lengths, (sequences,), "one a sequence")
 
 
-def check_sinkhorn(*args) -> None:
-    _check_sinkhorn("sinkhorn", *args)
+def check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
+    _check_sinkhorn("sinkhorn", scores, lengths, cu_seqlens, temperature, iterations, causal)
 
 
-def check_sinkhorn_backward(grad, scores, *options) -> None:
+def check_sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
     op = "sinkhorn_backward"
-    _check_sinkhorn(op, scores, *options)
-    _checks.check_like(op, "grad", grad, "scores", scores)
+    _check_sinkhorn(op, scores, lengths, cu_seqlens, temperature, iterations, causal)
+    _checks.check_like(op, "grad_out", grad_out, "scores", scores)
 
 
-def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, *_) -> None:
+def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens) -> None:
     longest = scores.shape[1]
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         cuts = cu_seqlens.tolist()
@@ -80,33 +80,31 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, *_) -> None:
         _checks.check_range(op, "lengths", lengths, 0, longest + 1)
 
 
-def check_sinkhorn_contents(*args) -> None:
-    _sinkhorn_contents("sinkhorn", *args)
+def check_sinkhorn_contents(scores, lengths, cu_seqlens, *_) -> None:
+    _sinkhorn_contents("sinkhorn", scores, lengths, cu_seqlens)
 
 
-def check_sinkhorn_backward_contents(grad, *args) -> None:
-    _sinkhorn_contents("sinkhorn_backward", *args)
+def check_sinkhorn_backward_contents(grad_out, scores, lengths, cu_seqlens, *_) -> None:
+    _sinkhorn_contents("sinkhorn_backward", scores, lengths, cu_seqlens)
 
 
 # --- grouped and gated attention -------------------------------------------------------------------------------------
 
 
-def _check_causal(
-    op: str, q, k, v, window, scale, causal, window_left, window_right, prefix_lengths, *mask
-) -> None:
+def _check_causal(op: str, q, k, v, window, scale, mask) -> None:
     check_qkv(op, q, k, v)
     if _checks.as_integer(window) is None or window < 0:
         raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
     if window > masks.LONGEST:
         raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")
     check_scale(op, scale)
-    if prefix_lengths is not None:
+    if mask.prefix_lengths is not None:
         raise NotImplementedError(
             f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
         )
-    if not causal:
+    if not mask.causal:
         raise NotImplementedError(f"fastattn.{op}: causal must be True; this op is causal")
-    masks.check_args(op, q, k, causal, window_left, window_right, None, *mask)
+    masks.check_args(op, q, k, mask)
 
 
 def check_signatures(op: str, name: str, value: torch.Tensor, q: torch.Tensor, length: int) -> None:
@@ -116,21 +114,23 @@ def check_signatures(op: str, name: str, value: torch.Tensor, q: torch.Tensor, l
     _checks.check_shape(op, name, value, (q.shape[0], length), "batch and length")
 
 
-def _check_grouped(op: str, q, k, v, groups, key_groups, window, scale, *mask) -> None:
-    _check_causal(op, q, k, v, window, scale, *mask)
+def _check_grouped(op: str, q, k, v, groups, key_groups, window, scale, mask) -> None:
+    _check_causal(op, q, k, v, window, scale, mask)
     for name, value, length in (("groups", groups, q.shape[2]), ("key_groups", key_groups, k.shape[2])):
         check_signatures(op, name, value, q, length)
         if value.dtype != torch.int64:
             raise TypeError(f"fastattn.{op}: {name} must be int64, given {_checks.describe(value)}")
 
 
-def check_grouped_attention(*args) -> None:
-    _check_grouped("grouped_attention", *args)
+def check_grouped_attention(q, k, v, groups, key_groups, window, scale, mask) -> None:
+    _check_grouped("grouped_attention", q, k, v, groups, key_groups, window, scale, mask)
 
 
-def check_grouped_attention_backward(grad_out, q, k, v, out, state, *options) -> None:
+def check_grouped_attention_backward(
+    grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask
+) -> None:
     op = "grouped_attention_backward"
-    _check_grouped(op, q, k, v, *options)
+    _check_grouped(op, q, k, v, groups, key_groups, window, scale, mask)
     check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
 
 
@@ -141,8 +141,8 @@ def check_grouped_contents(q, k, v, groups, key_groups, *_) -> None:
             _checks.check_range("grouped_attention", name, value, 0, highest, also=highest)
 
 
-def _check_gated(op: str, q, k, v, assignment, sharpness, window, gate, scale, *mask) -> None:
-    _check_causal(op, q, k, v, window, scale, *mask)
+def _check_gated(op: str, q, k, v, assignment, sharpness, window, gate, scale, mask) -> None:
+    _check_causal(op, q, k, v, window, scale, mask)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             f"fastattn.{op}: k has {k.shape[2]} tokens, q has {q.shape[2]}; they must agree (decoding uses grouped_attention)"
@@ -163,11 +163,13 @@ def _check_gated(op: str, q, k, v, assignment, sharpness, window, gate, scale, *
         raise ValueError(f"fastattn.{op}: gate must be one of {known}, given {gate}")
 
 
-def check_gated_attention(*args) -> None:
-    _check_gated("gated_attention", *args)
+def check_gated_attention(q, k, v, assignment, sharpness, window, gate, scale, mask) -> None:
+    _check_gated("gated_attention", q, k, v, assignment, sharpness, window, gate, scale, mask)
 
 
-def check_gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, *options) -> None:
+def check_gated_attention_backward(
+    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+) -> None:
     op = "gated_attention_backward"
-    _check_gated(op, q, k, v, assignment, sharpness, *options)
+    _check_gated(op, q, k, v, assignment, sharpness, window, gate, scale, mask)
     check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))

@@ -8,31 +8,51 @@ from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    if name.startswith("sinkhorn"):
-        scores = args[1] if name.endswith("backward") else args[0]
-        if scores.dtype not in _native.FAST_DTYPES:
-            return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
-        return None
-    reason = unserved(*_qkv(name, args))
-    if reason is not None:
-        return reason
-    if name.startswith("grouped"):
-        return None if args[-1] is None else "it does not serve a dense mask"
-    assignment, sharpness = args[4:6] if name.endswith("backward") else args[3:5]
-    for what, t in (("assignment", assignment), ("sharpness", sharpness)):
-        if t.dtype not in _native.FAST_DTYPES:
-            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')} as {what}"
-    return None
+def refusal_sinkhorn(scores, *_) -> str | None:
+    """Why the CPU kernel cannot serve this call, or None."""
+    return _native.unserved_dtype(scores)
 
 
-def configure(name: str, *args) -> _config.Choice:
-    return lookup(name, *_qkv(name, args))
+def refusal_sinkhorn_backward(grad_out, scores, *_) -> str | None:
+    return _native.unserved_dtype(scores)
 
 
-def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return args[1:4] if name.endswith("backward") else args[:3]
+def refusal_grouped(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
+    return unserved(q, k, v) or ("it does not serve a dense mask" if mask.dense is not None else None)
+
+
+def refusal_grouped_backward(
+    grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask
+) -> str | None:
+    return refusal_grouped(q, k, v, groups, key_groups, window, scale, mask)
+
+
+def refusal_gated(q, k, v, assignment, sharpness, *_) -> str | None:
+    return (
+        unserved(q, k, v)
+        or _native.unserved_dtype(assignment, "assignment")
+        or _native.unserved_dtype(sharpness, "sharpness")
+    )
+
+
+def refusal_gated_backward(grad_out, q, k, v, assignment, sharpness, *_) -> str | None:
+    return refusal_gated(q, k, v, assignment, sharpness)
+
+
+def configure_grouped(q, k, v, *_) -> _config.Choice:
+    return lookup("grouped_attention", q, k, v)
+
+
+def configure_grouped_backward(grad_out, q, k, v, *_) -> _config.Choice:
+    return lookup("grouped_attention_backward", q, k, v)
+
+
+def configure_gated(q, k, v, *_) -> _config.Choice:
+    return lookup("gated_attention", q, k, v)
+
+
+def configure_gated_backward(grad_out, q, k, v, *_) -> _config.Choice:
+    return lookup("gated_attention_backward", q, k, v)
 
 
 def _call_sinkhorn(
@@ -58,7 +78,7 @@ def _call_sinkhorn(
     )
 
 
-def sinkhorn(scores, lengths, cu_seqlens, *options):
+def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
@@ -68,14 +88,16 @@ def sinkhorn(scores, lengths, cu_seqlens, *options):
             scores,
             lengths,
             cu_seqlens,
-            *options,
+            temperature,
+            iterations,
+            causal,
             out=out.view(-1, scores.shape[2]),
             potentials=potentials,
         )
     return out, potentials
 
 
-def sinkhorn_backward(grad, scores, lengths, cu_seqlens, *options):
+def sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     if out.numel() and (cu_seqlens is None or cu_seqlens.shape[0] > 1):
         groups = scores.shape[2]
@@ -84,9 +106,11 @@ def sinkhorn_backward(grad, scores, lengths, cu_seqlens, *options):
             scores,
             lengths,
             cu_seqlens,
-            *options,
+            temperature,
+            iterations,
+            causal,
             out=out.view(-1, groups),
-            grad=grad.contiguous().view(-1, groups),
+            grad=grad_out.contiguous().view(-1, groups),
         )
     return out
 
@@ -105,14 +129,14 @@ def _call(
             window=window,
             scale=scale,
             threads=_native.threads(),
-            **mask_fields(q, k, *mask),
+            **mask_fields(q, k, mask),
             **lookup(name, q, k, v).values,
             **tensors,
         )
     )
 
 
-def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
+def grouped_attention(q, k, v, groups, key_groups, window, scale, mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
@@ -133,7 +157,7 @@ def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
     return out, state
 
 
-def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, *mask):
+def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         _call(
@@ -183,14 +207,14 @@ def _call_gated(
             gate=gate,
             scale=scale,
             threads=_native.threads(),
-            **mask_fields(q, k, *mask),
+            **mask_fields(q, k, mask),
             **lookup(name, q, k, v).values,
             **tensors,
         )
     )
 
 
-def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
+def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
@@ -212,9 +236,7 @@ def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, *mask):
     return out, state
 
 
-def gated_attention_backward(
-    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, *mask
-):
+def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask):
     if not q.numel():  # a key head that serves no query head too
         return tuple(
             torch.zeros_like(t, memory_format=torch.contiguous_format)

@@ -65,15 +65,14 @@ def grouped_attention(
     key_groups: torch.Tensor,
     window: int,
     scale: float,
-    *mask: object,
+    mask: masks.MaskArgs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (B, Hq, Lq, Dv), state (B, Hq, Lq, 2)): softmax attention over the dense mask of the rule."""
-    *mask, dense = mask
     share = (groups[:, :, None] & key_groups[:, None, :]) != 0
-    near = _distance(q, k, *mask) <= window
+    near = _distance(q, k, mask) <= window
     rule = (share | near)[:, None]  # (B, 1, Lq, Lk)
-    dense = rule if dense is None else rule & dense
-    out, _, state = attention(q, k, v, None, 0, scale, 0.0, *mask, dense)
+    dense = rule if mask.dense is None else rule & mask.dense
+    out, _, state = attention(q, k, v, None, 0, scale, 0.0, mask._replace(dense=dense))
     return out, state
 
 
@@ -87,19 +86,19 @@ def gated_attention(
     window: int,
     gate: int,
     scale: float,
-    *mask: object,
+    mask: masks.MaskArgs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (B, Hq, L, Dv), state (B, Hq, L, 2)); gate 0 multiplies distant scores, 1 adds its logarithm."""
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
     a = _wide(assignment)
     agreement = (sharpness.to(a.dtype) * (a @ a.transpose(-1, -2))).to(s.dtype)  # (B, L, L)
-    near = _distance(q, k, *mask[:-1]) <= window
+    near = _distance(q, k, mask) <= window
     if gate == 0:
         s = s * torch.where(near, 1.0, torch.sigmoid(agreement))[:, None]
     else:
         s = s + torch.where(near, 0.0, torch.nn.functional.logsigmoid(agreement))[:, None]
-    s = s.masked_fill(~masks.dense_allowed(q.shape[2], k.shape[2], q.device, *mask), -torch.inf)
+    s = s.masked_fill(~masks.dense_allowed(q.shape[2], k.shape[2], q.device, mask), -torch.inf)
     top = s.detach().amax(-1, keepdim=True) if k.shape[2] else s.new_zeros(*s.shape[:-1], 1)
     weight = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
     total = weight.sum(-1, keepdim=True)
@@ -108,24 +107,12 @@ def gated_attention(
     return (weight / total).to(v.dtype) @ v, row_state(top, total, nothing)
 
 
-def _distance(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    prefix_lengths: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_lengths: torch.Tensor | None,
-) -> torch.Tensor:
+def _distance(q: torch.Tensor, k: torch.Tensor, mask: masks.MaskArgs) -> torch.Tensor:
     """How far key j lies before query i, both counted in their document, the last query on the last key: (B or 1, Lq, Lk)."""
     lq, lk = q.shape[2], k.shape[2]
-    _, i = masks.positions(cu_seqlens_q, lq, q.device)
-    _, j = masks.positions(cu_seqlens_k, lk, q.device)
-    i = i + masks.diagonal_offset(lq, lk, q.device, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    _, i = masks.positions(mask.cu_seqlens_q, lq, q.device)
+    _, j = masks.positions(mask.cu_seqlens_k, lk, q.device)
+    i = i + masks.diagonal_offset(lq, lk, q.device, mask)
     return i[:, :, None] - j[None, None, :]
 
 

@@ -1,230 +1,148 @@
-"""torch.ops.fastattn.{sinkhorn, grouped_attention, gated_attention} and their backwards: schema, fake, autograd, backends."""
+"""The declarations of torch.ops.fastattn.{sinkhorn, grouped_attention, gated_attention} and their backwards."""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ... import masks
-from ...runtime import tuning as _config
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    reference_backward,
-    register_op,
-    save_inputs,
-    saved_inputs,
-    triton_backend,
-)
-from . import checks
+from ...masks import MaskArgs
+from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backend, triton_backend
+from ...runtime.checks import statistics_dtype
+from ...runtime.declare import Gradients, declare, gradient_like
+from . import checks, cpu, reference
 
-
-def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _statistics_dtype(t: torch.Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _reference_backward(name: str, wrt: tuple[int, ...], saved: int, first: int) -> Backend:
-    """Vector-Jacobian products of the definition's first output; `saved` arguments follow the first `first` inputs."""
-
-    def load():
-        from . import reference
-
-        definition = getattr(reference, name)
-        pull = reference_backward(lambda *args: definition(*args)[0], 1, wrt)
-
-        def backward(grad_out, *args):
-            return pull(grad_out, *args[:first], *args[first + saved :])
-
-        return backward
-
-    return Backend("reference", load)
-
-
-def _configure_cuda_sinkhorn(scores, *_):
-    from . import tuning  # noqa: F401  declares what the look-up serves
-
-    batch, length, groups = scores.shape
-    return _config.lookup(
-        "sinkhorn",
-        "cuda",
-        structural={"dtype": str(scores.dtype).removeprefix("torch."), "groups": groups},
-        sizes={"batch": batch, "length": length},
-        device=scores.device,
+if TYPE_CHECKING:
+    from . import cuda, triton, triton_backward, triton_gated, triton_sinkhorn
+else:
+    cuda, triton, triton_backward, triton_gated, triton_sinkhorn = (
+        Lazy(f"{__package__}.{name}")
+        for name in ("cuda", "triton", "triton_backward", "triton_gated", "triton_sinkhorn")
     )
 
 
-def _load_cuda_sinkhorn():
-    from ...runtime import cuda as _cuda
-
-    def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
-        return _cuda.sinkhorn(
-            scores, lengths, temperature, iterations, _configure_cuda_sinkhorn(scores).values["threads"]
-        )
-
-    return sinkhorn
-
-
-def _cuda_sinkhorn_refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
-    from ...runtime import cuda as _cuda
-
-    if cu_seqlens is not None:
-        return "it does not serve packed documents"
-    if causal:
-        return "it serves column sums over the whole sequence, not causal ones"
-    if scores.dtype not in _cuda.DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
-    return _cuda.missing()
-
-
-# --- sinkhorn ------------------------------------------------------------------------------------------------------
-
-
-def _sinkhorn_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    save_inputs(ctx, inputs, ())
-
-
-def _sinkhorn_backward(ctx, grad, _):
-    inputs, _ = saved_inputs(ctx)
-    none = (None,) * (len(inputs) - 1)
-    if grad is None:
-        return None, *none
-    return dispatch("sinkhorn_backward", grad, *inputs), *none
+class SinkhornCall(NamedTuple):
+    scores: torch.Tensor  # (B, L, G)
+    lengths: torch.Tensor | None  # (B,), or (documents,)
+    cu_seqlens: torch.Tensor | None  # (documents + 1,)
+    temperature: float
+    iterations: torch.SymInt
+    causal: bool
 
 
 def _sinkhorn_fake(scores, lengths, cu_seqlens, *_):
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    potentials = scores.new_empty(sequences, 1, scores.shape[2], dtype=_statistics_dtype(scores))
-    return _contiguous_like(scores), potentials
+    potentials = scores.new_empty(sequences, 1, scores.shape[2], dtype=statistics_dtype(scores))
+    return gradient_like(scores, scores), potentials
 
 
-register_op(
+declare(
     "sinkhorn",
-    "(Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> (Tensor, Tensor)",
+    SinkhornCall,
+    outputs=("out", "potentials"),
     fake=_sinkhorn_fake,
     check=checks.check_sinkhorn,
     check_contents=checks.check_sinkhorn_contents,
     backends=(
-        Backend(
-            "cuda", _load_cuda_sinkhorn, _cuda_sinkhorn_refusal, _configure_cuda_sinkhorn, devices=("cuda",)
+        cuda_backend(cuda.sinkhorn, cuda.refusal, cuda.configure),
+        cpu_backend(cpu.sinkhorn, cpu.refusal_sinkhorn),
+        triton_backend(triton_sinkhorn.sinkhorn, triton_sinkhorn.refusal, triton_sinkhorn.configure),
+        reference_backend(reference.sinkhorn),
+    ),
+    gradients=Gradients(
+        of=("scores",),
+        check=checks.check_sinkhorn_backward,
+        check_contents=checks.check_sinkhorn_backward_contents,
+        backends=(
+            cpu_backend(cpu.sinkhorn_backward, cpu.refusal_sinkhorn_backward),
+            triton_backend(
+                triton_sinkhorn.sinkhorn_backward,
+                triton_sinkhorn.refusal,
+                triton_sinkhorn.configure_backward,
+            ),
         ),
-        cpu_backend(__package__, "sinkhorn", tuned=False),
-        triton_backend(f"{__package__}.triton_sinkhorn", "sinkhorn", configure="configure"),
-        reference_backend(__package__, "sinkhorn"),
-    ),
-    backward=_sinkhorn_backward,
-    setup_context=_sinkhorn_setup,
-)
-register_op(
-    "sinkhorn_backward",
-    "(Tensor grad, Tensor scores, Tensor? lengths, Tensor? cu_seqlens, float temperature, SymInt iterations, bool causal, str backend) -> Tensor",
-    fake=lambda grad, scores, *_: _contiguous_like(scores),
-    check=checks.check_sinkhorn_backward,
-    check_contents=checks.check_sinkhorn_backward_contents,
-    backends=(
-        cpu_backend(__package__, "sinkhorn_backward", tuned=False),
-        triton_backend(f"{__package__}.triton_sinkhorn", "sinkhorn_backward", configure="configure_backward"),
-        _reference_backward("sinkhorn", (0,), 0, 1),
     ),
 )
 
 
-# --- grouped_attention ----------------------------------------------------------------------------------------------
+class GroupedCall(NamedTuple):
+    q: torch.Tensor  # (B, Hq, Lq, D)
+    k: torch.Tensor  # (B, Hkv, Lk, D)
+    v: torch.Tensor  # (B, Hkv, Lk, Dv)
+    groups: torch.Tensor  # (B, Lq) int64
+    key_groups: torch.Tensor  # (B, Lk) int64
+    window: torch.SymInt
+    scale: float
+    mask: MaskArgs
 
-_GROUPED_OPTIONS = f"Tensor groups, Tensor key_groups, SymInt window, float scale, {masks.SCHEMA}"
 
-
-def _attention_fake(q, k, v, *rest):
+def _attention_fake(q, k, v, *_):
     """out, and state as in attention's schema, of gated scores where there are gates."""
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=_statistics_dtype(q))
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=statistics_dtype(q))
 
 
-def _attention_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    save_inputs(ctx, inputs, output)
-
-
-def _grouped_backward(ctx, grad_out, _):
-    (q, k, v, *options), (out, state) = saved_inputs(ctx)
-    none = (None,) * len(options)
-    if grad_out is None:
-        return None, None, None, *none
-    return *dispatch("grouped_attention_backward", grad_out, q, k, v, out, state, *options), *none
-
-
-register_op(
+declare(
     "grouped_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_GROUPED_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    GroupedCall,
+    outputs=("out", "state"),
     fake=_attention_fake,
     check=checks.check_grouped_attention,
     check_contents=checks.check_grouped_contents,
     backends=(
-        cpu_backend(__package__, "grouped_attention"),
-        triton_backend(f"{__package__}.triton", "grouped_attention", configure="configure"),
-        reference_backend(__package__, "grouped_attention"),
+        cpu_backend(cpu.grouped_attention, cpu.refusal_grouped, cpu.configure_grouped),
+        triton_backend(triton.grouped_attention, triton.refusal, triton.configure),
+        reference_backend(reference.grouped_attention),
     ),
-    backward=_grouped_backward,
-    setup_context=_attention_setup,
-)
-register_op(
-    "grouped_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor state, {_GROUPED_OPTIONS}, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=lambda grad_out, q, k, v, *rest: tuple(_contiguous_like(t) for t in (q, k, v)),
-    check=checks.check_grouped_attention_backward,
-    backends=(
-        cpu_backend(__package__, "grouped_attention_backward"),
-        triton_backend(f"{__package__}.triton_backward", "grouped_attention_backward", configure="configure"),
-        _reference_backward("grouped_attention", (0, 1, 2), saved=2, first=3),
+    gradients=Gradients(
+        of=("q", "k", "v"),
+        saved=("out", "state"),
+        check=checks.check_grouped_attention_backward,
+        backends=(
+            cpu_backend(
+                cpu.grouped_attention_backward, cpu.refusal_grouped_backward, cpu.configure_grouped_backward
+            ),
+            triton_backend(
+                triton_backward.grouped_attention_backward, triton_backward.refusal, triton_backward.configure
+            ),
+        ),
     ),
 )
 
 
-# --- gated_attention -------------------------------------------------------------------------------------------------
-
-_GATED_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor assignment, Tensor sharpness"
-_GATED_OPTIONS = f"SymInt window, int gate, float scale, {masks.SCHEMA}"
-
-
-def _gated_backward(ctx, grad_out, _):
-    inputs, results = saved_inputs(ctx)
-    tensors, options = inputs[:5], inputs[5:]
-    none = (None,) * len(options)
-    if grad_out is None:
-        return (None,) * 5 + none
-    return *dispatch("gated_attention_backward", grad_out, *tensors, *results, *options), *none
+class GatedCall(NamedTuple):
+    q: torch.Tensor  # (B, Hq, L, D)
+    k: torch.Tensor  # (B, Hkv, L, D)
+    v: torch.Tensor  # (B, Hkv, L, Dv)
+    assignment: torch.Tensor  # (B, L, G)
+    sharpness: torch.Tensor  # ()
+    window: torch.SymInt
+    gate: int  # 0 multiplies, 1 adds the logarithm
+    scale: float
+    mask: MaskArgs
 
 
-register_op(
+declare(
     "gated_attention",
-    f"({_GATED_INPUTS}, {_GATED_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    GatedCall,
+    outputs=("out", "state"),
     fake=_attention_fake,
     check=checks.check_gated_attention,
     backends=(
-        cpu_backend(__package__, "gated_attention"),
-        triton_backend(f"{__package__}.triton_gated", "gated_attention", configure="configure"),
-        reference_backend(__package__, "gated_attention"),
+        cpu_backend(cpu.gated_attention, cpu.refusal_gated, cpu.configure_gated),
+        triton_backend(triton_gated.gated_attention, triton_gated.refusal, triton_gated.configure),
+        reference_backend(reference.gated_attention),
     ),
-    backward=_gated_backward,
-    setup_context=_attention_setup,
-)
-register_op(
-    "gated_attention_backward",
-    f"(Tensor grad_out, {_GATED_INPUTS}, Tensor out, Tensor state, {_GATED_OPTIONS}, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad_out, *tensors: tuple(_contiguous_like(t) for t in tensors[:5]),
-    check=checks.check_gated_attention_backward,
-    backends=(
-        cpu_backend(__package__, "gated_attention_backward"),
-        triton_backend(
-            f"{__package__}.triton_gated",
-            "gated_attention_backward",
-            refusal="refusal_backward",
-            configure="configure_backward",
+    gradients=Gradients(
+        of=("q", "k", "v", "assignment", "sharpness"),
+        saved=("out", "state"),
+        check=checks.check_gated_attention_backward,
+        backends=(
+            cpu_backend(
+                cpu.gated_attention_backward, cpu.refusal_gated_backward, cpu.configure_gated_backward
+            ),
+            triton_backend(
+                triton_gated.gated_attention_backward,
+                triton_gated.refusal_backward,
+                triton_gated.configure_backward,
+            ),
         ),
-        _reference_backward("gated_attention", (0, 1, 2, 3, 4), saved=2, first=5),
     ),
 )

@@ -10,7 +10,7 @@ MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
 _LARGEST_HEAD_DIM = 256
 
 
-def refusal(name: str, z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
+def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     """Why the CPU kernel cannot serve these arguments, or None."""
     if z_h.dtype not in _native.FAST_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(z_h.dtype).removeprefix('torch.')}"
@@ -23,7 +23,7 @@ def refusal(name: str, z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     return None
 
 
-def configure(name: str, *_) -> Choice:
+def configure(*_) -> Choice:
     return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
 
 

@@ -1,33 +1,43 @@
-"""torch.ops.fastattn.decode_step: schema, fake, backends. It has no gradients."""
+"""The declaration of torch.ops.fastattn.decode_step. It has no gradients."""
 
-import importlib
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 
-from ...runtime.registry import Backend, cpu_backend, reference_backend, register_op
+from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backend
+from ...runtime.declare import Written, declare, gradient_like
+from . import cpu, reference
 from .checks import check_decode_step, check_decode_step_contents
 
+if TYPE_CHECKING:
+    from . import cuda
+else:
+    cuda = Lazy(f"{__package__}.cuda")
 
-def _cuda():
-    return importlib.import_module(f"{__package__}.cuda")
+
+class Call(NamedTuple):
+    z_h: torch.Tensor  # (B, C)
+    z_l: torch.Tensor  # (B, C)
+    weights: list[torch.Tensor]  # gqkv, out, gate_up, down of each layer, first the L stack's
+    k_cache: Annotated[torch.Tensor, Written("a")]  # (calls, layers, B, H, capacity, D)
+    v_cache: Annotated[torch.Tensor, Written("b")]
+    positions: torch.Tensor | None  # (B,)
+    position: torch.SymInt  # of all rows, where there are no positions
+    h_cycles: int
+    l_cycles: int
+    theta: float
+    eps: float
 
 
-register_op(
+declare(
     "decode_step",
-    "(Tensor z_h, Tensor z_l, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? positions, SymInt position, "
-    "int h_cycles, int l_cycles, float theta, float eps, str backend) -> Tensor",
-    fake=lambda z_h, *_: torch.empty_like(z_h, memory_format=torch.contiguous_format),
+    Call,
+    fake=lambda z_h, *_: gradient_like(z_h, z_h),
     check=check_decode_step,
     check_contents=check_decode_step_contents,
     backends=(
-        Backend(
-            "cuda",
-            lambda: _cuda().decode_step,
-            lambda *args: _cuda().refusal(*args),
-            lambda *args: _cuda().configure(*args),
-            devices=("cuda",),
-        ),
-        cpu_backend(__package__, "decode_step"),
-        reference_backend(__package__, "decode_step"),
+        cuda_backend(cuda.decode_step, cuda.refusal, cuda.configure),
+        cpu_backend(cpu.decode_step, cpu.refusal, cpu.configure),
+        reference_backend(reference.decode_step),
     ),
 )

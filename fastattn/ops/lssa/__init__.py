@@ -40,5 +40,5 @@ def softplus_attention(
     """
     op = "softplus_attention"
     check_qkv(op, q, k, v)
-    args = check_mask(op, mask).schema_args(op, q, k)
-    return call("softplus_attention", q, k, v, power, *args, requested(op, backend))[0]
+    args = check_mask(op, mask).args(op, q, k)
+    return call("softplus_attention", q, k, v, power, args, requested(op, backend))[0]

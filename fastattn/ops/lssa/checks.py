@@ -7,7 +7,7 @@ from ...runtime import checks as _checks
 from ..attention.checks import check_qkv, check_results
 
 
-def _check(op: str, q, k, v, power, *mask) -> None:
+def _check(op: str, q, k, v, power, mask) -> None:
     check_qkv(op, q, k, v)
     if q.shape[3] == 0:
         raise ValueError(f"fastattn.{op}: q must have a head dim of 1 or more, given {_checks.describe(q)}")
@@ -17,14 +17,14 @@ def _check(op: str, q, k, v, power, *mask) -> None:
             raise ValueError(
                 f"fastattn.{op}: power must be None or a finite number of at least 1, given {power!r}"
             )
-    masks.check_args(op, q, k, *mask)
+    masks.check_args(op, q, k, mask)
 
 
-def check_softplus_attention(*args) -> None:
-    _check("softplus_attention", *args)
+def check_softplus_attention(q, k, v, power, mask) -> None:
+    _check("softplus_attention", q, k, v, power, mask)
 
 
-def check_softplus_attention_backward(grad_out, q, k, v, out, statistics, *options) -> None:
+def check_softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask) -> None:
     op = "softplus_attention_backward"
-    _check(op, q, k, v, *options)
+    _check(op, q, k, v, power, mask)
     check_results(op, grad_out, q, v, out, statistics, "statistics", (*q.shape[:3], 3))

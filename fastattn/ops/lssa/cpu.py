@@ -8,17 +8,21 @@ from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernel cannot serve these arguments of `name`, or None."""
-    return unserved(*_qkv(name, args))
+def refusal(q, k, v, power, mask) -> str | None:
+    """Why the CPU kernel cannot serve this call, or None."""
+    return unserved(q, k, v)
 
 
-def configure(name: str, *args) -> _config.Choice:
-    return lookup(name, *_qkv(name, args))
+def refusal_backward(grad_out, q, k, v, *_) -> str | None:
+    return unserved(q, k, v)
 
 
-def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return args[1:4] if name.endswith("backward") else args[:3]
+def configure(q, k, v, power, mask) -> _config.Choice:
+    return lookup("softplus_attention", q, k, v)
+
+
+def configure_backward(grad_out, q, k, v, *_) -> _config.Choice:
+    return lookup("softplus_attention_backward", q, k, v)
 
 
 def _params(name: str, q, k, v, power: float | None, mask, **tensors):
@@ -30,13 +34,13 @@ def _params(name: str, q, k, v, power: float | None, mask, **tensors):
         power=1.0 if power is None else power,
         reweigh=int(power is not None),
         threads=_native.threads(),
-        **mask_fields(q, k, *mask),
+        **mask_fields(q, k, mask),
         **lookup(name, q, k, v).values,
         **tensors,
     )
 
 
-def softplus_attention(q, k, v, power, *mask):
+def softplus_attention(q, k, v, power, mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     statistics = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
@@ -45,7 +49,7 @@ def softplus_attention(q, k, v, power, *mask):
     return out, statistics
 
 
-def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask):
+def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         params = _params(

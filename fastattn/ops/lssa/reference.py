@@ -15,7 +15,7 @@ FEW = 3  # rows with at most this many keys have no offset
 
 @rounded_once
 def softplus_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, power: float | None, *mask: object
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, power: float | None, mask: masks.MaskArgs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (B, Hq, Lq, Dv), statistics (B, Hq, Lq, 3): highest score, 1 / (highest - threshold) or 0, sum of weights).
 
@@ -23,7 +23,7 @@ def softplus_attention(
     """
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
-    allowed = masks.dense_allowed(lq, lk, q.device, *mask)
+    allowed = masks.dense_allowed(lq, lk, q.device, mask)
     dots = _wide(_unit(q) @ _unit(k).transpose(-1, -2))  # (B, H, Lq, Lk)
     n = allowed.sum(-1, keepdim=True).to(dots.dtype)  # (B or 1, H or 1, Lq, 1)
     c = math.log(q.shape[-1]) * n.clamp(min=1).log()

@@ -1,83 +1,56 @@
-"""torch.ops.fastattn.softplus_attention and softplus_attention_backward: schema, fake, autograd, backends."""
+"""The declaration of LSSA and LSSAR: torch.ops.fastattn.softplus_attention and softplus_attention_backward."""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ... import masks
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    reference_backward,
-    register_op,
-    save_inputs,
-    saved_inputs,
-    triton_backend,
-)
+from ...masks import MaskArgs
+from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
+from ...runtime.checks import statistics_dtype
+from ...runtime.declare import Gradients, declare
+from . import cpu, reference
 from .checks import check_softplus_attention, check_softplus_attention_backward
 
-_OPTIONS = f"float? power, {masks.SCHEMA}"
-_INPUTS = 3  # q, k, v
+if TYPE_CHECKING:
+    from . import triton, triton_backward
+else:
+    triton, triton_backward = Lazy(f"{__package__}.triton"), Lazy(f"{__package__}.triton_backward")
 
 
-def _fake(q, k, v, power, *mask):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 3, dtype=statistics)
+class Call(NamedTuple):
+    q: torch.Tensor  # (B, Hq, Lq, D)
+    k: torch.Tensor  # (B, Hkv, Lk, D)
+    v: torch.Tensor  # (B, Hkv, Lk, Dv)
+    power: float | None  # None: LSSA
+    mask: MaskArgs
 
 
-def _fake_backward(grad_out, q, k, v, out, statistics, power, *mask):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _fake(q, k, v, power, mask):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 3, dtype=statistics_dtype(q))
 
 
-def _load_reference_backward():
-    from .reference import softplus_attention
-
-    pull = reference_backward(lambda *args: softplus_attention(*args)[0], 1, (0, 1, 2))
-
-    def softplus_attention_backward(grad_out, q, k, v, out, statistics, *options):
-        return pull(grad_out, q, k, v, *options)
-
-    return softplus_attention_backward
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    save_inputs(ctx, inputs, output)
-
-
-def _backward(ctx, grad_out, _):
-    (q, k, v, *options), (out, statistics) = saved_inputs(ctx)
-    none = (None,) * len(options)
-    if grad_out is None:
-        return (None,) * _INPUTS + none
-    grads = dispatch("softplus_attention_backward", grad_out, q, k, v, out, statistics, *options)
-    return *grads, *none
-
-
-register_op(
+declare(
     "softplus_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    Call,
+    outputs=("out", "statistics"),
     fake=_fake,
     check=check_softplus_attention,
     backends=(
-        cpu_backend(__package__, "softplus_attention"),
-        triton_backend("fastattn.ops.lssa.triton", "softplus_attention", configure="configure"),
-        reference_backend(__package__, "softplus_attention"),
+        cpu_backend(cpu.softplus_attention, cpu.refusal, cpu.configure),
+        triton_backend(triton.softplus_attention, triton.refusal, triton.configure),
+        reference_backend(reference.softplus_attention),
     ),
-    backward=_backward,
-    setup_context=_setup_context,
-)
-register_op(
-    "softplus_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_OPTIONS}, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    check=check_softplus_attention_backward,
-    backends=(
-        cpu_backend(__package__, "softplus_attention_backward"),
-        triton_backend(
-            "fastattn.ops.lssa.triton_backward", "softplus_attention_backward", configure="configure"
+    gradients=Gradients(
+        of=("q", "k", "v"),
+        saved=("out", "statistics"),
+        check=check_softplus_attention_backward,
+        backends=(
+            cpu_backend(cpu.softplus_attention_backward, cpu.refusal_backward, cpu.configure_backward),
+            triton_backend(
+                triton_backward.softplus_attention_backward,
+                triton_backward.refusal,
+                triton_backward.configure,
+            ),
         ),
-        Backend("reference", _load_reference_backward),
     ),
 )

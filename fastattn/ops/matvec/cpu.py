@@ -2,7 +2,8 @@
 
 from ...runtime import native as _native
 from ...runtime.tuning import Choice
-from .schema import MOST_ROWS
+
+MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
 
 
 def refusal(x, weight) -> str | None:

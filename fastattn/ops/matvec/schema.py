@@ -1,32 +1,19 @@
-"""torch.ops.fastattn.matvec: schema, fake, autograd, backends."""
+"""The declaration of torch.ops.fastattn.matvec."""
 
-import importlib
 import math
+from typing import NamedTuple
 
-from ...runtime.registry import Backend, register_op, save
+import torch
+
+from ...runtime.backends import cpu_backend, reference_backend
+from ...runtime.declare import Autograd, declare, save
+from . import cpu, reference
 from .checks import check_matvec
 
-MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
 
-
-def _load(module: str):
-    return lambda: importlib.import_module(f"{__package__}.{module}").matvec
-
-
-def _refusal(*args):
-    from . import cpu
-
-    return cpu.refusal(*args)
-
-
-def _configure(*args):
-    from . import cpu
-
-    return cpu.configure(*args)
-
-
-def _fake(x, weight):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+class Call(NamedTuple):
+    x: torch.Tensor  # (..., K), few rows
+    weight: torch.Tensor  # (N, K)
 
 
 def _setup(ctx, inputs, output):
@@ -44,16 +31,14 @@ def _backward(ctx, grad):
     return grad_x, grad_weight, None
 
 
-register_op(
+declare(
     "matvec",
-    "(Tensor x, Tensor weight, str backend) -> Tensor",
-    fake=_fake,
+    Call,
+    fake=lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
     check=check_matvec,
     backends=(
-        Backend("cpu", _load("cpu"), _refusal, _configure, devices=("cpu",)),
-        Backend("reference", _load("reference")),
+        cpu_backend(cpu.matvec, cpu.refusal, cpu.configure),
+        reference_backend(reference.matvec),
     ),
-    backward=_backward,
-    setup_context=_setup,
-    twice=True,
+    gradients=Autograd(_setup, _backward, twice=True),
 )

@@ -58,11 +58,11 @@ def check_swiglu(gate_up) -> None:
     _check_gate_up("swiglu", gate_up)
 
 
-def check_swiglu_backward(grad, gate_up) -> None:
+def check_swiglu_backward(grad_out, gate_up) -> None:
     op = "swiglu_backward"
     _check_gate_up(op, gate_up)
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    _checks.check_exact(op, "grad", grad, shape, gate_up.dtype, gate_up.device, "half of gate_up")
+    _checks.check_exact(op, "grad_out", grad_out, shape, gate_up.dtype, gate_up.device, "half of gate_up")
 
 
 def _check_gated(op: str, x: torch.Tensor, gate: torch.Tensor) -> None:
@@ -76,10 +76,10 @@ def check_gated(x, gate) -> None:
     _check_gated("gated", x, gate)
 
 
-def check_gated_backward(grad, x, gate) -> None:
+def check_gated_backward(grad_out, x, gate) -> None:
     op = "gated_backward"
     _check_gated(op, x, gate)
-    _checks.check_like(op, "grad", grad, "x", x)
+    _checks.check_like(op, "grad_out", grad_out, "x", x)
 
 
 # --- rotary ----------------------------------------------------------------------------------------------------------

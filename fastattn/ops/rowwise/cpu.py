@@ -15,16 +15,13 @@ _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
 _latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
 
 
-def refusal(name: str, *args) -> str | None:
-    """Why the CPU kernel `name` cannot serve these arguments, or None."""
-    dtype = (args[0] if args[0] is not None else args[1]).dtype
-    if dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
+def refusal(first: torch.Tensor, *_) -> str | None:
+    """Why the CPU kernels cannot serve a call with this first member, or None."""
+    return None if first.dtype in _native.FAST_DTYPES else _native.unserved_dtype(first)
 
 
-def configure(name: str, *args) -> _config.Choice:
-    return _choose(next(a for a in args if isinstance(a, torch.Tensor)))
+def configure(first: torch.Tensor, *_) -> _config.Choice:
+    return _choose(first)
 
 
 def _choose(t: torch.Tensor) -> _config.Choice:
@@ -94,9 +91,9 @@ def swiglu(gate_up):
     return out
 
 
-def swiglu_backward(grad, gate_up):
+def swiglu_backward(grad_out, gate_up):
     grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    if grad.numel():
+    if grad_out.numel():
         gate, up = _native.rows(gate_up).chunk(2, dim=-1)
         grad_gate, grad_up = _native.rows(grad_gate_up).chunk(2, dim=-1)
         _call(
@@ -105,7 +102,7 @@ def swiglu_backward(grad, gate_up):
             gate_up,
             a=gate,
             b=up,
-            grad_out=_native.rows(grad),
+            grad_out=_native.rows(grad_out),
             grad_a=grad_gate,
             grad_b=grad_up,
         )
@@ -119,7 +116,7 @@ def gated(x, gate):
     return out
 
 
-def gated_backward(grad, x, gate):
+def gated_backward(grad_out, x, gate):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if x.numel():
@@ -129,7 +126,7 @@ def gated_backward(grad, x, gate):
             x,
             a=_native.rows(gate),
             b=_native.rows(x),
-            grad_out=_native.rows(grad),
+            grad_out=_native.rows(grad_out),
             grad_a=_native.rows(grad_gate),
             grad_b=_native.rows(grad_x),
         )

@@ -1,44 +1,51 @@
-"""torch.ops.fastattn.{rms_norm, swiglu, gated, rotary, rotary_append} and their backwards: schema, fake, autograd, backends."""
+"""The declarations of torch.ops.fastattn.{rms_norm, swiglu, gated, rotary, rotary_append} and their backwards."""
+
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    reference_backward,
-    register_op,
-    save,
-    triton_backend,
-)
-from . import checks
+from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
+from ...runtime.checks import statistics_dtype
+from ...runtime.declare import Autograd, Gradients, Written, declare, gradient_like, pull, save
+from ...runtime.registry import dispatch
+from . import checks, cpu, reference
+
+if TYPE_CHECKING:
+    from . import triton
+else:
+    triton = Lazy(f"{__package__}.triton")
 
 
-def _contiguous_like(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def _on_cpu(run):
+    return cpu_backend(run, cpu.refusal, cpu.configure)
 
 
-def _triton(name: str):
-    return triton_backend("fastattn.ops.rowwise.triton", name, configure="configure")
+def _on_triton(run):
+    return triton_backend(run, triton.refusal, triton.configure)
 
 
-def _reference_vjp(name: str, outputs: int, wrt: tuple[int, ...]):
-    def load():
-        from . import reference
-
-        return reference_backward(getattr(reference, name), outputs, wrt)
-
-    return Backend("reference", load)
+# --- rms_norm: its backward has one gradient for x and the residual ---------------------------------------------------
 
 
-# --- rms_norm ------------------------------------------------------------------------------------------------------
+class RmsNormCall(NamedTuple):
+    x: torch.Tensor  # (..., D)
+    residual: torch.Tensor | None  # as x
+    weight: torch.Tensor | None  # (D,)
+    eps: float
+
+
+class RmsNormBackwardCall(NamedTuple):
+    grad_normed: torch.Tensor
+    grad_total: torch.Tensor | None
+    total: torch.Tensor  # x + residual, or x
+    weight: torch.Tensor | None
+    rstd: torch.Tensor
+    eps: float
 
 
 def _rms_norm_fake(x, residual, weight, eps):
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.new_empty(0) if residual is None else _contiguous_like(x)
-    return _contiguous_like(x), total, x.new_empty(x.shape[:-1], dtype=statistics)
+    total = x.new_empty(0) if residual is None else gradient_like(x, x)
+    return gradient_like(x, x), total, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -62,126 +69,87 @@ def _rms_norm_backward(ctx, grad_normed, grad_total, grad_rstd):
     return grad, grad if ctx.has_residual else None, None if weight is None else grad_weight, None, None
 
 
-def _rms_norm_backward_fake(grad_normed, grad_total, total, weight, rstd, eps):
-    return _contiguous_like(total), total.new_empty(0) if weight is None else _contiguous_like(weight)
+def _rms_norm_backward_reference(grad_normed, grad_total, total, weight, rstd, eps):
+    grad, grad_weight = pull(reference.rms_norm_of_sum, (grad_normed,), (total, weight, eps), (0, 1))
+    absent = total.new_empty(0) if grad_weight is None else grad_weight
+    return grad if grad_total is None else grad + grad_total, absent
 
 
-def _load_rms_norm_backward():
-    from . import reference
-
-    pull = reference_backward(reference.rms_norm_of_sum, 1, (0, 1))
-
-    def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
-        grad, grad_weight = pull(grad_normed, total, weight, eps)
-        return grad if grad_total is None else grad + grad_total, grad_weight
-
-    return rms_norm_backward
-
-
-register_op(
+declare(
     "rms_norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    RmsNormCall,
+    outputs=("normed", "total", "rstd"),
     fake=_rms_norm_fake,
     check=checks.check_rms_norm,
-    backends=(
-        cpu_backend(__package__, "rms_norm"),
-        _triton("rms_norm"),
-        reference_backend(__package__, "rms_norm"),
-    ),
-    backward=_rms_norm_backward,
-    setup_context=_rms_norm_setup,
+    backends=(_on_cpu(cpu.rms_norm), _on_triton(triton.rms_norm), reference_backend(reference.rms_norm)),
+    gradients=Autograd(_rms_norm_setup, _rms_norm_backward),
 )
-register_op(
+declare(
     "rms_norm_backward",
-    "(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight, Tensor rstd, float eps, str backend) "
-    "-> (Tensor, Tensor)",
-    fake=_rms_norm_backward_fake,
+    RmsNormBackwardCall,
+    outputs=("grad", "grad_weight"),
+    fake=lambda grad_normed, grad_total, total, weight, *_: (
+        gradient_like(total, total),
+        gradient_like(weight, total),
+    ),
     check=checks.check_rms_norm_backward,
     backends=(
-        cpu_backend(__package__, "rms_norm_backward"),
-        _triton("rms_norm_backward"),
-        Backend("reference", _load_rms_norm_backward),
+        _on_cpu(cpu.rms_norm_backward),
+        _on_triton(triton.rms_norm_backward),
+        reference_backend(_rms_norm_backward_reference),
     ),
 )
 
 
-# --- swiglu --------------------------------------------------------------------------------------------------------
+# --- swiglu, gated -----------------------------------------------------------------------------------------------------
 
 
-def _swiglu_fake(gate_up):
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+class SwigluCall(NamedTuple):
+    gate_up: torch.Tensor  # (..., 2I)
 
 
-def _swiglu_setup(ctx, inputs, output):
-    save(ctx, inputs[0])
-    ctx.backend = inputs[1]
-
-
-def _swiglu_backward(ctx, grad):
-    return dispatch("swiglu_backward", grad, *ctx.saved_tensors, ctx.backend), None
-
-
-register_op(
+declare(
     "swiglu",
-    "(Tensor gate_up, str backend) -> Tensor",
-    fake=_swiglu_fake,
+    SwigluCall,
+    fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
     check=checks.check_swiglu,
-    backends=(
-        cpu_backend(__package__, "swiglu"),
-        _triton("swiglu"),
-        reference_backend(__package__, "swiglu"),
-    ),
-    backward=_swiglu_backward,
-    setup_context=_swiglu_setup,
-)
-register_op(
-    "swiglu_backward",
-    "(Tensor grad, Tensor gate_up, str backend) -> Tensor",
-    fake=lambda grad, gate_up: _contiguous_like(gate_up),
-    check=checks.check_swiglu_backward,
-    backends=(
-        cpu_backend(__package__, "swiglu_backward"),
-        _triton("swiglu_backward"),
-        _reference_vjp("swiglu", 1, (0,)),
+    backends=(_on_cpu(cpu.swiglu), _on_triton(triton.swiglu), reference_backend(reference.swiglu)),
+    gradients=Gradients(
+        of=("gate_up",),
+        check=checks.check_swiglu_backward,
+        backends=(_on_cpu(cpu.swiglu_backward), _on_triton(triton.swiglu_backward)),
     ),
 )
 
 
-# --- gated ---------------------------------------------------------------------------------------------------------
+class GatedCall(NamedTuple):
+    x: torch.Tensor  # (..., D)
+    gate: torch.Tensor  # as x
 
 
-def _gated_setup(ctx, inputs, output):
-    save(ctx, *inputs[:2])
-    ctx.backend = inputs[2]
-
-
-def _gated_backward(ctx, grad):
-    return (*dispatch("gated_backward", grad, *ctx.saved_tensors, ctx.backend), None)
-
-
-register_op(
+declare(
     "gated",
-    "(Tensor x, Tensor gate, str backend) -> Tensor",
-    fake=lambda x, gate: _contiguous_like(x),
+    GatedCall,
+    fake=lambda x, gate: gradient_like(x, x),
     check=checks.check_gated,
-    backends=(cpu_backend(__package__, "gated"), _triton("gated"), reference_backend(__package__, "gated")),
-    backward=_gated_backward,
-    setup_context=_gated_setup,
-)
-register_op(
-    "gated_backward",
-    "(Tensor grad, Tensor x, Tensor gate, str backend) -> (Tensor, Tensor)",
-    fake=lambda grad, x, gate: (_contiguous_like(x), _contiguous_like(gate)),
-    check=checks.check_gated_backward,
-    backends=(
-        cpu_backend(__package__, "gated_backward"),
-        _triton("gated_backward"),
-        _reference_vjp("gated", 1, (0, 1)),
+    backends=(_on_cpu(cpu.gated), _on_triton(triton.gated), reference_backend(reference.gated)),
+    gradients=Gradients(
+        of=("x", "gate"),
+        check=checks.check_gated_backward,
+        backends=(_on_cpu(cpu.gated_backward), _on_triton(triton.gated_backward)),
     ),
 )
 
 
 # --- rotary: its backward is the rotation by the opposite angle -----------------------------------------------------
+
+
+class RotaryCall(NamedTuple):
+    q: torch.Tensor  # (B, Hq, L, D)
+    k: torch.Tensor  # (B, Hkv, L, D)
+    positions: torch.Tensor  # (L,) or (B, L)
+    theta: float
+    inverse: bool
 
 
 def _rotary_setup(ctx, inputs, output):
@@ -195,33 +163,39 @@ def _rotary_backward(ctx, grad_q, grad_k):
     return (*grads, None, None, None, None)
 
 
-register_op(
+declare(
     "rotary",
-    "(Tensor q, Tensor k, Tensor positions, float theta, bool inverse, str backend) -> (Tensor, Tensor)",
-    fake=lambda q, k, positions, theta, inverse: (_contiguous_like(q), _contiguous_like(k)),
+    RotaryCall,
+    outputs=("q", "k"),
+    fake=lambda q, k, *_: (gradient_like(q, q), gradient_like(k, k)),
     check=checks.check_rotary,
-    backends=(
-        cpu_backend(__package__, "rotary"),
-        _triton("rotary"),
-        reference_backend(__package__, "rotary"),
-    ),
-    backward=_rotary_backward,
-    setup_context=_rotary_setup,
-    twice=True,
+    backends=(_on_cpu(cpu.rotary), _on_triton(triton.rotary), reference_backend(reference.rotary)),
+    gradients=Autograd(_rotary_setup, _rotary_backward, twice=True),
 )
 
 
 # --- rotary_append: without gradients, since it writes to a cache ----------------------------------------------------
 
-register_op(
+
+class RotaryAppendCall(NamedTuple):
+    q: torch.Tensor  # (B, Hq, L, D)
+    k: torch.Tensor  # (B, Hkv, L, D)
+    v: torch.Tensor  # (B, Hkv, L, Dv)
+    positions: torch.Tensor  # (L,) or (B, L)
+    slots: torch.Tensor  # (B, L)
+    keys: Annotated[torch.Tensor, Written("a")]  # (B, Hkv, capacity, D)
+    values: Annotated[torch.Tensor, Written("b")]  # (B, Hkv, capacity, Dv)
+    theta: float
+
+
+declare(
     "rotary_append",
-    "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor slots, Tensor(a!) keys, Tensor(b!) values, float theta, "
-    "str backend) -> Tensor",
-    fake=lambda q, *rest: _contiguous_like(q),
+    RotaryAppendCall,
+    fake=lambda q, *_: gradient_like(q, q),
     check=checks.check_rotary_append,
     check_contents=checks.check_rotary_append_contents,
     backends=(
-        triton_backend("fastattn.ops.rowwise.triton", "rotary_append", refusal="refusal_append"),
-        reference_backend(__package__, "rotary_append"),
+        triton_backend(triton.rotary_append, triton.refusal_append),
+        reference_backend(reference.rotary_append),
     ),
 )

@@ -76,10 +76,10 @@ def _check_loss(op: str, target, h, ignore_index, reduction) -> None:
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
-def _check_loss_gradient(op: str, grad, statistics, h, reduction: str) -> None:
+def _check_loss_gradient(op: str, grad, statistics, h, reduction: str, name: str = "grad") -> None:
     dtype, rows = _checks.statistics_dtype(h), h.shape[0]
     shape = (rows,) if reduction == "none" else ()
-    _checks.check_exact(op, "grad", grad, shape, dtype, h.device, "the loss's")
+    _checks.check_exact(op, name, grad, shape, dtype, h.device, "the loss's")
     _checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
 
 
@@ -165,13 +165,15 @@ def check_stablemax_cross_entropy_contents(logits, target, ignore_index) -> None
     _check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
 
 
-def check_stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward(grad_out, logits, statistics, target, ignore_index) -> None:
     op = "stablemax_cross_entropy_backward"
     _check_stablemax(op, logits, target, ignore_index)
-    _check_loss_gradient(op, grad, statistics, logits, "none")
+    _check_loss_gradient(op, grad_out, statistics, logits, "none", "grad_out")
 
 
-def check_stablemax_cross_entropy_backward_contents(grad, logits, target, statistics, ignore_index) -> None:
+def check_stablemax_cross_entropy_backward_contents(
+    grad_out, logits, statistics, target, ignore_index
+) -> None:
     _check_targets("stablemax_cross_entropy_backward", target, logits.shape[1], ignore_index)
 
 
@@ -205,14 +207,16 @@ def head_checks(op: str):
     return check, contents
 
 
-def check_vq_logits_backward(grad, h, codebook, codes, bias, wanted) -> None:
+def check_vq_logits_backward(grad_out, h, codebook, codes, bias, wanted) -> None:
     op = "vq_logits_backward"
     _check_head(op, h, codebook, codes, bias)
-    _checks.check_exact(op, "grad", grad, (h.shape[0], codes.shape[0]), h.dtype, h.device, "the logits'")
+    _checks.check_exact(
+        op, "grad_out", grad_out, (h.shape[0], codes.shape[0]), h.dtype, h.device, "the logits'"
+    )
     _check_wanted(op, "wanted", wanted, (h, codebook, bias))
 
 
-def check_vq_logits_backward_contents(grad, h, codebook, codes, bias, wanted) -> None:
+def check_vq_logits_backward_contents(grad_out, h, codebook, codes, bias, wanted) -> None:
     check_codes("vq_logits_backward", codes, codebook)
 
 

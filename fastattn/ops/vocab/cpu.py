@@ -21,14 +21,12 @@ _WIDENED = 1 << 22  # elements of weight widened to float32 at once
 _NEVER = -(2**63)  # an ignore_index that no row left has
 
 
-def refusal(name: str, first: torch.Tensor, *_) -> str | None:
-    """Why the CPU kernels cannot serve a call with this first floating argument, or None."""
-    if first.dtype not in _native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
-    return None
+def refusal(first: torch.Tensor, *_) -> str | None:
+    """Why the CPU kernels cannot serve a call with this first member, or None."""
+    return _native.unserved_dtype(first)
 
 
-def configure(name: str, h, weight, *_) -> Choice:
+def configure(h, weight, *_) -> Choice:
     return _choose(h, weight)
 
 
@@ -394,7 +392,7 @@ def stablemax_cross_entropy(logits, target, ignore_index):
     return loss, statistics.kept()
 
 
-def stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index):
+def stablemax_cross_entropy_backward(grad_out, logits, statistics, target, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     run_rows(
         _native.rows(logits),
@@ -403,7 +401,7 @@ def stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_in
         logits.shape[0],
         out=out,
         kept=statistics,
-        grad=grad.contiguous(),
+        grad=grad_out.contiguous(),
         stablemax=1,
         ignore_index=ignore_index,
     )

@@ -14,7 +14,7 @@ __all__ = ["refusal"]
 _FEW = 4  # rows up to here are multiplied natively: a pass over the codebook, in its own dtype
 
 
-def configure(name: str, h, codebook, *_) -> Choice:
+def configure(h, codebook, *_) -> Choice:
     return _choose(h, codebook)
 
 

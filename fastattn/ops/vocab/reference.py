@@ -163,15 +163,15 @@ def stablemax_cross_entropy(
 
 
 def stablemax_cross_entropy_backward(
-    grad: torch.Tensor,
+    grad_out: torch.Tensor,
     logits: torch.Tensor,
-    target: torch.Tensor,
     statistics: torch.Tensor,
+    target: torch.Tensor,
     ignore_index: int,
 ) -> torch.Tensor:
     where = _rows(target, ignore_index)
     x = _wide(logits.index_select(0, where))
-    g, _ = _loss_gradient(x, target.index_select(0, where), grad.index_select(0, where), stablemax=True)
+    g, _ = _loss_gradient(x, target.index_select(0, where), grad_out.index_select(0, where), stablemax=True)
     return _spread(g, where, logits)
 
 

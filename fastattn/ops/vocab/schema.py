@@ -1,33 +1,27 @@
-"""torch.ops.fastattn.linear_cross_entropy and stablemax_cross_entropy: schema, fake, autograd, backends."""
+"""The declarations of torch.ops.fastattn.linear_cross_entropy, stablemax_cross_entropy and their backwards."""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    register_op,
-    save,
-    triton_backend,
-)
-from . import checks
+from ...runtime.declare import Autograd, Gradients, bits, declare, gradient_like, save
+from ...runtime.registry import dispatch
+from . import checks, cpu, reference
 
-_OPTIONS = "int transform, float softcap, float z_loss, SymInt ignore_index, str reduction"
-_TRITON = "fastattn.ops.vocab.triton"
+if TYPE_CHECKING:
+    from . import cuda, triton
+else:
+    cuda, triton = Lazy(f"{__package__}.cuda"), Lazy(f"{__package__}.triton")
+
 _DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
 
 
 def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
     """An empty gradient for each tensor whose bit is set, (0,) for the others."""
     first = next(t for t in tensors if t is not None)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if t is not None and wanted >> i & 1
-        else first.new_empty(0)
-        for i, t in enumerate(tensors)
-    )
+    return tuple(gradient_like(t, first, wanted >> i & 1) for i, t in enumerate(tensors))
 
 
 def fake_statistics(rows: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,10 +36,6 @@ def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Te
     return tuple(g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(found))
 
 
-def bits(flags) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
-
-
 def saved_or_recomputed(
     wanted: int, found_before: int, grad: torch.Tensor, saved: tuple, recompute
 ) -> list[torch.Tensor | None]:
@@ -58,67 +48,64 @@ def saved_or_recomputed(
     return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
 
 
-def _cuda_backend(name: str) -> Backend:
-    return Backend(
-        "cuda",
-        lambda: getattr(_cuda(), name),
-        lambda *args: _cuda().refusal(*args),
-        devices=("cuda",),
-    )
-
-
-def _cuda():
-    from . import cuda
-
-    return cuda
-
-
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
 
 
+class LinearCall(NamedTuple):
+    h: torch.Tensor  # (N, d)
+    weight: torch.Tensor  # (V, d)
+    bias: torch.Tensor | None  # (V,)
+    target: torch.Tensor  # (N,)
+    temperature: torch.Tensor | None  # (N,), of StableMax
+    transform: int
+    softcap: float
+    z_loss: float
+    ignore_index: torch.SymInt
+    reduction: str
+    gradients: (
+        int  # a bit for each of h, weight, bias, temperature: found in the forward pass, of a gradient of 1
+    )
+
+
+class LinearBackwardCall(NamedTuple):
+    grad: torch.Tensor
+    h: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    temperature: torch.Tensor | None
+    statistics: torch.Tensor  # (2, N)
+    transform: int
+    softcap: float
+    z_loss: float
+    ignore_index: torch.SymInt
+    reduction: str
+    wanted: int  # bits as in `gradients`
+
+
 def _fake(
-    h,
-    weight,
-    bias,
-    target,
-    temperature,
-    transform,
-    softcap,
-    z_loss,
-    ignore_index,
-    reduction,
-    gradients,
+    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
 ):
     return *fake_statistics(h, reduction), *gradients_like((h, weight, bias, temperature), gradients)
 
 
-def _fake_backward(grad, h, weight, bias, target, temperature, statistics, *options):
+def _fake_backward(grad, h, weight, bias, target, temperature, *options):
     return gradients_like((h, weight, bias, temperature), options[-1])
 
 
-def _load_reference():
-    from . import reference
-
-    def linear_cross_entropy(h, weight, bias, target, *args):
-        *args, gradients = (weight, bias, target, *args)
-        loss, statistics = reference.linear_cross_entropy(h, *args)
-        found = (None,) * 4
-        if gradients:
-            found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, statistics, *selected(found, gradients, h)
-
-    return linear_cross_entropy
+def _reference(h, weight, bias, target, temperature, *options):
+    *options, gradients = (weight, bias, target, temperature, *options)
+    loss, statistics = reference.linear_cross_entropy(h, *options)
+    found = (None,) * 4
+    if gradients:
+        found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), h, *options)
+    return loss, statistics, *selected(found, gradients, h)
 
 
-def _load_reference_backward():
-    from . import reference
-
-    def linear_cross_entropy_backward(grad, h, weight, bias, target, temperature, statistics, *options):
-        *options, wanted = options
-        found = reference.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
-        return selected(found, wanted, h)
-
-    return linear_cross_entropy_backward
+def _reference_backward(grad, h, weight, bias, target, temperature, statistics, *options):
+    *options, wanted = options
+    found = reference.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
+    return selected(found, wanted, h)
 
 
 def _setup_context(ctx, inputs, output):
@@ -144,34 +131,33 @@ def _backward(ctx, grad, *_):
     return dh, dweight, dbias, None, dtemperature, *none
 
 
-register_op(
+declare(
     "linear_cross_entropy",
-    "(Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, "
-    f"{_OPTIONS}, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    LinearCall,
+    outputs=("loss", "statistics", "grad_h", "grad_weight", "grad_bias", "grad_temperature"),
     fake=_fake,
     check=checks.check_linear_cross_entropy,
     check_contents=checks.check_linear_cross_entropy_contents,
     backends=(
-        cpu_backend(__package__, "linear_cross_entropy"),
-        _cuda_backend("linear_cross_entropy"),
-        triton_backend(_TRITON, "linear_cross_entropy", configure="configure"),
-        Backend("reference", _load_reference),
+        cpu_backend(cpu.linear_cross_entropy, cpu.refusal, cpu.configure),
+        cuda_backend(cuda.linear_cross_entropy, cuda.refusal),
+        triton_backend(triton.linear_cross_entropy, triton.refusal, triton.configure),
+        reference_backend(_reference),
     ),
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=Autograd(_setup_context, _backward),
 )
-register_op(
+declare(
     "linear_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor statistics, "
-    f"{_OPTIONS}, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    LinearBackwardCall,
+    outputs=("grad_h", "grad_weight", "grad_bias", "grad_temperature"),
     fake=_fake_backward,
     check=checks.check_linear_cross_entropy_backward,
     check_contents=checks.check_linear_cross_entropy_backward_contents,
     backends=(
-        cpu_backend(__package__, "linear_cross_entropy_backward", tuned=False),
-        _cuda_backend("linear_cross_entropy_backward"),
-        triton_backend(_TRITON, "linear_cross_entropy_backward"),
-        Backend("reference", _load_reference_backward),
+        cpu_backend(cpu.linear_cross_entropy_backward, cpu.refusal),
+        cuda_backend(cuda.linear_cross_entropy_backward, cuda.refusal),
+        triton_backend(triton.linear_cross_entropy_backward, triton.refusal),
+        reference_backend(_reference_backward),
     ),
 )
 
@@ -179,51 +165,33 @@ register_op(
 # --- stablemax_cross_entropy -----------------------------------------------------------------------------------------
 
 
-def _stablemax_fake(logits, target, ignore_index):
-    return fake_statistics(logits, "none")
+class StablemaxCall(NamedTuple):
+    logits: torch.Tensor  # (N, V)
+    target: torch.Tensor  # (N,)
+    ignore_index: torch.SymInt
 
 
-def _stablemax_setup(ctx, inputs, output):
-    logits, target, ctx.ignore_index, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    save(ctx, logits, target, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _stablemax_backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 4
-    return (
-        dispatch("stablemax_cross_entropy_backward", grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend),
-        None,
-        None,
-        None,
-    )
-
-
-register_op(
+declare(
     "stablemax_cross_entropy",
-    "(Tensor logits, Tensor target, SymInt ignore_index, str backend) -> (Tensor, Tensor)",
-    fake=_stablemax_fake,
+    StablemaxCall,
+    outputs=("out", "statistics"),
+    fake=lambda logits, target, ignore_index: fake_statistics(logits, "none"),
     check=checks.check_stablemax_cross_entropy,
     check_contents=checks.check_stablemax_cross_entropy_contents,
     backends=(
-        cpu_backend(__package__, "stablemax_cross_entropy", tuned=False),
-        triton_backend(_TRITON, "stablemax_cross_entropy", configure="configure_rows"),
-        reference_backend(__package__, "stablemax_cross_entropy"),
+        cpu_backend(cpu.stablemax_cross_entropy, cpu.refusal),
+        triton_backend(triton.stablemax_cross_entropy, triton.refusal, triton.configure_rows),
+        reference_backend(reference.stablemax_cross_entropy),
     ),
-    backward=_stablemax_backward,
-    setup_context=_stablemax_setup,
-)
-register_op(
-    "stablemax_cross_entropy_backward",
-    "(Tensor grad, Tensor logits, Tensor target, Tensor statistics, SymInt ignore_index, str backend) -> Tensor",
-    fake=lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    check=checks.check_stablemax_cross_entropy_backward,
-    check_contents=checks.check_stablemax_cross_entropy_backward_contents,
-    backends=(
-        cpu_backend(__package__, "stablemax_cross_entropy_backward", tuned=False),
-        triton_backend(_TRITON, "stablemax_cross_entropy_backward", configure="configure_rows"),
-        reference_backend(__package__, "stablemax_cross_entropy_backward"),
+    gradients=Gradients(
+        of=("logits",),
+        saved=("statistics",),
+        check=checks.check_stablemax_cross_entropy_backward,
+        check_contents=checks.check_stablemax_cross_entropy_backward_contents,
+        backends=(
+            cpu_backend(cpu.stablemax_cross_entropy_backward, cpu.refusal),
+            triton_backend(triton.stablemax_cross_entropy_backward, triton.refusal, triton.configure_rows),
+            reference_backend(reference.stablemax_cross_entropy_backward),
+        ),
     ),
 )

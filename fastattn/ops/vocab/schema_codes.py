@@ -1,78 +1,66 @@
-"""torch.ops.fastattn.{vq_logits, vq_cross_entropy, vq_argmax, vq_sample, nearest_codes}: schema, fake, autograd, backends."""
+"""The declarations of torch.ops.fastattn.{vq_logits, vq_cross_entropy, vq_argmax, vq_sample, nearest_codes} and backwards."""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ...runtime.registry import (
-    Backend,
-    cpu_backend,
-    dispatch,
-    reference_backend,
-    register_op,
-    save,
-    triton_backend,
-)
-from . import checks
-from .schema import bits, fake_statistics, gradients_like, saved_or_recomputed, selected
+from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
+from ...runtime.declare import Autograd, Gradients, bits, declare, save
+from ...runtime.registry import dispatch
+from . import checks, cpu, cpu_codes, reference
+from .schema import fake_statistics, gradients_like, saved_or_recomputed, selected
+
+if TYPE_CHECKING:
+    from . import triton_codes as triton
+else:
+    triton = Lazy(f"{__package__}.triton_codes")
 
 
-def _triton(name: str, *, tuned: bool = False) -> Backend:
-    configure = "configure" if tuned else None
-    refusal = "refusal_sample" if name == "vq_sample" else "refusal"
-    return triton_backend("fastattn.ops.vocab.triton_codes", name, refusal=refusal, configure=configure)
+def _on_cpu(run):
+    return cpu_backend(run, cpu.refusal, cpu_codes.configure)
+
+
+def _on_triton(run):
+    return triton_backend(run, triton.refusal, triton.configure)
 
 
 # --- vq_logits -------------------------------------------------------------------------------------------------------
 
 
-def _load_logits_backward():
-    from .reference import vq_logits_gradients
-
-    def vq_logits_backward(grad, *args):
-        *args, wanted = args
-        return selected(vq_logits_gradients(grad, *args), wanted, grad)
-
-    return vq_logits_backward
+class HeadCall(NamedTuple):
+    h: torch.Tensor  # (N, d)
+    codebook: torch.Tensor  # (K, d)
+    codes: torch.Tensor  # (V,)
+    bias: torch.Tensor | None  # (V,)
 
 
-def _logits_setup(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    save(ctx, *tensors)
+def _logits_backward(grad_out, h, codebook, codes, bias, wanted):
+    return selected(reference.vq_logits_gradients(grad_out, h, codebook, codes, bias), wanted, h)
 
 
-def _logits_backward(ctx, grad):
-    wanted = bits(ctx.needs_input_grad[i] for i in (0, 1, 3))
-    found = dispatch("vq_logits_backward", grad, *ctx.saved_tensors, wanted, ctx.backend)
-    dh, dcodebook, dbias = (g if wanted >> i & 1 else None for i, g in enumerate(found))
-    return dh, dcodebook, None, dbias, None
+_check_head, _check_head_contents = checks.head_checks("vq_logits")
 
-
-_check_logits, _check_logits_contents = checks.head_checks("vq_logits")
-
-register_op(
+declare(
     "vq_logits",
-    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
+    HeadCall,
     fake=lambda h, codebook, codes, bias: h.new_empty(h.shape[0], codes.shape[0]),
-    check=_check_logits,
-    check_contents=_check_logits_contents,
+    check=_check_head,
+    check_contents=_check_head_contents,
     backends=(
-        cpu_backend(__package__, "vq_logits", module="cpu_codes"),
-        _triton("vq_logits", tuned=True),
-        reference_backend(__package__, "vq_logits"),
+        _on_cpu(cpu_codes.vq_logits),
+        _on_triton(triton.vq_logits),
+        reference_backend(reference.vq_logits),
     ),
-    backward=_logits_backward,
-    setup_context=_logits_setup,
-)
-register_op(
-    "vq_logits_backward",
-    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, int wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, h, codebook, codes, bias, wanted: gradients_like((h, codebook, bias), wanted),
-    check=checks.check_vq_logits_backward,
-    check_contents=checks.check_vq_logits_backward_contents,
-    backends=(
-        cpu_backend(__package__, "vq_logits_backward", module="cpu_codes", tuned=False),
-        _triton("vq_logits_backward"),
-        Backend("reference", _load_logits_backward),
+    gradients=Gradients(
+        of=("h", "codebook", "bias"),
+        optional=("h", "codebook", "bias"),
+        check=checks.check_vq_logits_backward,
+        check_contents=checks.check_vq_logits_backward_contents,
+        backends=(
+            cpu_backend(cpu_codes.vq_logits_backward, cpu.refusal),
+            triton_backend(triton.vq_logits_backward, triton.refusal),
+            reference_backend(_logits_backward),
+        ),
     ),
 )
 
@@ -82,33 +70,54 @@ register_op(
 _DIFFERENTIABLE = (0, 1, 3, 4)  # h, codebook, bias, shadow
 
 
+class LossCall(NamedTuple):
+    h: torch.Tensor  # (N, d)
+    codebook: torch.Tensor  # (K, d)
+    codes: torch.Tensor  # (V,)
+    bias: torch.Tensor | None  # (V,)
+    shadow: torch.Tensor | None  # (V, d)
+    target: torch.Tensor  # (N,)
+    ignore_index: torch.SymInt
+    reduction: str
+    gradients: (
+        int  # a bit for each of h, codebook, bias, shadow: found in the forward pass, of a gradient of 1
+    )
+
+
+class LossBackwardCall(NamedTuple):
+    grad: torch.Tensor
+    h: torch.Tensor
+    codebook: torch.Tensor
+    codes: torch.Tensor
+    bias: torch.Tensor | None
+    shadow: torch.Tensor | None
+    target: torch.Tensor
+    statistics: torch.Tensor  # (2, N)
+    ignore_index: torch.SymInt
+    reduction: str
+    wanted: int  # bits as in `gradients`
+
+
 def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
     return *fake_statistics(h, reduction), *gradients_like((h, codebook, bias, shadow), gradients)
 
 
-def _load_loss():
-    from . import reference
-
-    def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, *args):
-        *args, gradients = (codebook, codes, bias, shadow, target, ignore_index, *args)
-        loss, statistics = reference.vq_cross_entropy(h, *args)
-        found = (None,) * 4
-        if gradients:
-            found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *args)
-        return loss, statistics, *selected(found, gradients, h)
-
-    return vq_cross_entropy
+def _loss(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
+    options = (codebook, codes, bias, shadow, target, ignore_index, reduction)
+    loss, statistics = reference.vq_cross_entropy(h, *options)
+    found = (None,) * 4
+    if gradients:
+        found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *options)
+    return loss, statistics, *selected(found, gradients, h)
 
 
-def _load_loss_backward():
-    from .reference import vq_cross_entropy_gradients
-
-    def vq_cross_entropy_backward(grad, h, codebook, codes, bias, shadow, target, statistics, *options):
-        *options, wanted = options
-        found = vq_cross_entropy_gradients(grad, h, codebook, codes, bias, shadow, target, *options)
-        return selected(found, wanted, h)
-
-    return vq_cross_entropy_backward
+def _loss_gradients(
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
+):
+    found = reference.vq_cross_entropy_gradients(
+        grad, h, codebook, codes, bias, shadow, target, ignore_index, reduction
+    )
+    return selected(found, wanted, h)
 
 
 def _loss_setup(ctx, inputs, output):
@@ -134,34 +143,33 @@ def _loss_backward(ctx, grad, *_):
     return dh, dcodebook, None, dbias, dshadow, None, None, None, None, None
 
 
-register_op(
+declare(
     "vq_cross_entropy",
-    "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, SymInt ignore_index, "
-    "str reduction, int gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    LossCall,
+    outputs=("loss", "statistics", "grad_h", "grad_codebook", "grad_bias", "grad_shadow"),
     fake=_loss_fake,
     check=checks.check_vq_cross_entropy,
     check_contents=checks.check_vq_cross_entropy_contents,
     backends=(
-        cpu_backend(__package__, "vq_cross_entropy", module="cpu_codes"),
-        _triton("vq_cross_entropy", tuned=True),
-        Backend("reference", _load_loss),
+        _on_cpu(cpu_codes.vq_cross_entropy),
+        _on_triton(triton.vq_cross_entropy),
+        reference_backend(_loss),
     ),
-    backward=_loss_backward,
-    setup_context=_loss_setup,
+    gradients=Autograd(_loss_setup, _loss_backward),
 )
-register_op(
+declare(
     "vq_cross_entropy_backward",
-    "(Tensor grad, Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor? shadow, Tensor target, Tensor statistics, "
-    "SymInt ignore_index, str reduction, int wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted: (
-        gradients_like((h, codebook, bias, shadow), wanted)
+    LossBackwardCall,
+    outputs=("grad_h", "grad_codebook", "grad_bias", "grad_shadow"),
+    fake=lambda grad, h, codebook, codes, bias, shadow, *options: gradients_like(
+        (h, codebook, bias, shadow), options[-1]
     ),
     check=checks.check_vq_cross_entropy_backward,
     check_contents=checks.check_vq_cross_entropy_backward_contents,
     backends=(
-        cpu_backend(__package__, "vq_cross_entropy_backward", module="cpu_codes", tuned=False),
-        _triton("vq_cross_entropy_backward"),
-        Backend("reference", _load_loss_backward),
+        cpu_backend(cpu_codes.vq_cross_entropy_backward, cpu.refusal),
+        triton_backend(triton.vq_cross_entropy_backward, triton.refusal),
+        reference_backend(_loss_gradients),
     ),
 )
 
@@ -169,36 +177,58 @@ register_op(
 # --- choices of a token or a code ------------------------------------------------------------------------------------
 
 
+class SampleCall(NamedTuple):
+    h: torch.Tensor  # (N, d)
+    codebook: torch.Tensor  # (K, d)
+    codes: torch.Tensor  # (V,)
+    bias: torch.Tensor | None  # (V,)
+    uniform: torch.Tensor  # (N, 2)
+    temperature: float
+
+
+class NearestCall(NamedTuple):
+    x: torch.Tensor  # (N, d)
+    codebook: torch.Tensor  # (K, d)
+
+
 def _one_a_row(rows, *_):
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
-for _name, _schema, (_check, _check_contents) in (
-    (
-        "vq_argmax",
-        "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, str backend) -> Tensor",
-        checks.head_checks("vq_argmax"),
+_check_argmax, _check_argmax_contents = checks.head_checks("vq_argmax")
+
+declare(
+    "vq_argmax",
+    HeadCall,
+    fake=_one_a_row,
+    check=_check_argmax,
+    check_contents=_check_argmax_contents,
+    backends=(
+        _on_cpu(cpu_codes.vq_argmax),
+        _on_triton(triton.vq_argmax),
+        reference_backend(reference.vq_argmax),
     ),
-    (
-        "vq_sample",
-        "(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor uniform, float temperature, str backend) -> Tensor",
-        (checks.check_vq_sample, checks.check_vq_sample_contents),
+)
+declare(
+    "vq_sample",
+    SampleCall,
+    fake=_one_a_row,
+    check=checks.check_vq_sample,
+    check_contents=checks.check_vq_sample_contents,
+    backends=(
+        _on_cpu(cpu_codes.vq_sample),
+        triton_backend(triton.vq_sample, triton.refusal_sample, triton.configure),
+        reference_backend(reference.vq_sample),
     ),
-    (
-        "nearest_codes",
-        "(Tensor x, Tensor codebook, str backend) -> Tensor",
-        (checks.check_nearest_codes, None),
+)
+declare(
+    "nearest_codes",
+    NearestCall,
+    fake=_one_a_row,
+    check=checks.check_nearest_codes,
+    backends=(
+        _on_cpu(cpu_codes.nearest_codes),
+        _on_triton(triton.nearest_codes),
+        reference_backend(reference.nearest_codes),
     ),
-):
-    register_op(
-        _name,
-        _schema,
-        fake=_one_a_row,
-        check=_check,
-        check_contents=_check_contents,
-        backends=(
-            cpu_backend(__package__, _name, module="cpu_codes"),
-            _triton(_name, tuned=True),
-            reference_backend(__package__, _name),
-        ),
-    )
+)

@@ -217,14 +217,14 @@ def stablemax_cross_entropy(logits, target, ignore_index):
     return loss, statistics
 
 
-def stablemax_cross_entropy_backward(grad, logits, target, statistics, ignore_index):
+def stablemax_cross_entropy_backward(grad_out, logits, statistics, target, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     logits = _triton.last_dim_contiguous(logits)
     row_kernel(
         logits,
         target.contiguous(),
         out=out,
-        grad=grad.contiguous(),
+        grad=grad_out.contiguous(),
         largest=statistics[0],
         total=statistics[1],
         stablemax=True,

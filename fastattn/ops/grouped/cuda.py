@@ -1,0 +1,31 @@
+"""Sinkhorn in CUDA C++."""
+
+from ...runtime import cuda as _cuda
+from ...runtime import tuning as _config
+from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+
+
+def refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
+    """Why the kernel cannot serve this call, or None."""
+    if cu_seqlens is not None:
+        return "it does not serve packed documents"
+    if causal:
+        return "it serves column sums over the whole sequence, not causal ones"
+    if scores.dtype not in _cuda.DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
+    return _cuda.missing()
+
+
+def configure(scores, *_) -> _config.Choice:
+    batch, length, groups = scores.shape
+    return _config.lookup(
+        "sinkhorn",
+        "cuda",
+        structural={"dtype": str(scores.dtype).removeprefix("torch."), "groups": groups},
+        sizes={"batch": batch, "length": length},
+        device=scores.device,
+    )
+
+
+def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
+    return _cuda.sinkhorn(scores, lengths, temperature, iterations, configure(scores).values["threads"])

@@ -1,0 +1,51 @@
+"""The kinds of backends: what each asks of a call before its own refusal does."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+
+from .registry import Backend, Lazy
+
+__all__ = ["Lazy", "cpu_backend", "cuda_backend", "reference_backend", "triton_backend"]
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cpu_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
+    return Backend("cpu", run, refusal, configure, devices=("cpu",))
+
+
+def cuda_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
+    """CUDA C++; its refusal tells whether there is a device."""
+    return Backend("cuda", run, refusal, configure, devices=("cuda",))
+
+
+def reference_backend(run: Callable) -> Backend:
+    """The definition, which serves every call."""
+    return Backend("reference", run)
+
+
+@cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def triton_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
+    """It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter."""
+
+    def supports(*members):
+        return _triton_missing() or refusal(*_flat(members))
+
+    devices = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+    return Backend(
+        "triton",
+        lambda *m: run(*_flat(m)),
+        supports,
+        configure and (lambda *m: configure(*_flat(m))),
+        devices,
+    )
+
+
+def _flat(members):
+    return [x for m in members for x in (m if hasattr(m, "_fields") else (m,))]

@@ -1,0 +1,69 @@
+"""`explain`: which backend would run a call, and why no better one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .registry import Backend, Op, explaining
+from .tuning import Choice
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run an op, with which configuration, from where, and what was ruled out."""
+
+    op: str
+    backend: str
+    config: dict[str, int | str] = field(default_factory=dict)
+    source: str = ""
+    ruled_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{k}={v}" for k, v in self.config.items()) or "none"
+        lines = [f"{self.op}: {self.backend} backend", f"  config: {config} ({self.source})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.ruled_out.items()]
+        return "\n".join(lines)
+
+
+@contextmanager
+def collecting() -> Iterator[list[tuple[Op, Backend, dict[str, str], Sequence[Any]]]]:
+    """The ops that this thread calls inside the block, which do not run: (op, backend, the others' reasons, members)."""
+    previous, explaining.calls = explaining.calls, []
+    try:
+        yield explaining.calls
+    finally:
+        explaining.calls = previous
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
+    """What `fastattn.<op_name>(*args, **kwargs)` would run, without running it: checks are made, no kernel starts.
+
+    Returns an Explanation (printable) with backend, config, source of the config, and the backends ruled out with reasons.
+    Raises what the call itself would raise; ValueError when there is no such op.
+    """
+    op, backend, ruled_out, members = _first_call(op_name, args, kwargs)
+    configure = backend.configure
+    choice = configure(*members) if configure is not None else Choice({}, "nothing to configure")
+    return Explanation(op.name, backend.name, dict(choice.values), choice.source, ruled_out)
+
+
+def refusals(op_name: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """{backend: why it would refuse the call on a device that it serves, or None} of the op behind a public function."""
+    op, _, _, members = _first_call(op_name, args, kwargs)
+    return {backend.name: backend.supports(*members) for backend in op.backends}
+
+
+def _first_call(op_name: str, args: Sequence[Any], kwargs: dict) -> tuple[Op, Backend, dict, Sequence[Any]]:
+    import fastattn
+
+    function = getattr(fastattn, op_name, None)
+    if not callable(function) or op_name.startswith("_") or isinstance(function, type):
+        raise ValueError(f"fastattn.explain: op_name must name a fastattn op, given {op_name!r}")
+    with torch.no_grad(), collecting() as calls:
+        function(*args, **kwargs)
+    if not calls:
+        raise ValueError(f"fastattn.explain: {op_name} runs no fastattn op for these arguments")
+    return calls[0]
