@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch  # before _core: its OpenMP library must be the one that both use
 
@@ -24,20 +23,8 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _core.set_dtypes(DTYPES)
 
 
-@cache
-def _struct(name: str) -> type:
-    return type(name, (getattr(_core, name),), {"__slots__": ("fields",)})
-
-
-def params(name: str, **fields):
-    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent.
-
-    It keeps the tensors alive: a copy made for the call may have no other owner while the kernel runs.
-    """
-    struct = _struct(name)()
-    struct.fields = fields
-    _core.fill(struct, fields)
-    return struct
+# run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/common/params.h
+run = _core.run
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
@@ -81,11 +68,6 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         select_cpu_isa(previous)
-
-
-@cache
-def kernel(name: str):
-    return getattr(_core, name)
 
 
 if os.environ.get("FASTATTN_CPU_ISA"):

@@ -79,15 +79,13 @@ def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor
     block_q, block_k = config["block_q"], config["block_k"]
     tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
     classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
-    _native.kernel("classify_tiles")(
-        _native.params(
-            "TileClassParams",
-            mask=mask,
-            classes=classes,
-            block_q=block_q,
-            block_k=block_k,
-            threads=_native.threads(),
-        )
+    _native.run(
+        "classify_tiles",
+        mask=mask,
+        classes=classes,
+        block_q=block_q,
+        block_k=block_k,
+        threads=_native.threads(),
     )
     return classes
 
@@ -145,22 +143,20 @@ def _call(
         once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = _tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
-    _native.kernel(name)(
-        _native.params(
-            "AttentionParams",
-            q=_native.rows(q),
-            k=_native.rows(k),
-            v=_native.rows(v),
-            bias=bias,
-            score=score or None,
-            scale=scale,
-            bias_value=bias_value or None,
-            default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
-            threads=_native.threads(),
-            **fields,
-            **config.values,
-            **tensors,
-        )
+    _native.run(
+        name,
+        q=_native.rows(q),
+        k=_native.rows(k),
+        v=_native.rows(v),
+        bias=bias,
+        score=score or None,
+        scale=scale,
+        bias_value=bias_value or None,
+        default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
+        threads=_native.threads(),
+        **fields,
+        **config.values,
+        **tensors,
     )
 
 

@@ -37,10 +37,10 @@ def _choose(t: torch.Tensor) -> _config.Choice:
     )
 
 
-def _call(name: str, struct: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
+def _call(name: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
     """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
     fields.update(_choose(of).values)
-    _native.kernel(name)(_native.params(struct, threads=threads or _native.threads(), **fields))
+    _native.run(name, threads=threads or _native.threads(), **fields)
 
 
 def rms_norm(x, residual, weight, eps):
@@ -50,7 +50,6 @@ def rms_norm(x, residual, weight, eps):
     if x.numel():
         _call(
             "rms_norm",
-            "RmsNormParams",
             x,
             x=_native.rows(x),
             residual=None if residual is None else _native.rows(residual),
@@ -71,7 +70,6 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     if total.numel():
         _call(
             "rms_norm_backward",
-            "RmsNormBackwardParams",
             total,
             threads,
             grad_normed=_native.rows(grad_normed),
@@ -89,7 +87,7 @@ def swiglu(gate_up):
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     if out.numel():
         gate, up = _native.rows(gate_up).chunk(2, dim=-1)
-        _call("swiglu", "GateParams", gate_up, a=gate, b=up, out=_native.rows(out))
+        _call("swiglu", gate_up, a=gate, b=up, out=_native.rows(out))
     return out
 
 
@@ -100,7 +98,6 @@ def swiglu_backward(grad, gate_up):
         grad_gate, grad_up = _native.rows(grad_gate_up).chunk(2, dim=-1)
         _call(
             "swiglu_backward",
-            "GateParams",
             gate_up,
             a=gate,
             b=up,
@@ -114,7 +111,7 @@ def swiglu_backward(grad, gate_up):
 def gated(x, gate):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        _call("gated", "GateParams", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
+        _call("gated", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
     return out
 
 
@@ -124,7 +121,6 @@ def gated_backward(grad, x, gate):
     if x.numel():
         _call(
             "gated_backward",
-            "GateParams",
             x,
             a=_native.rows(gate),
             b=_native.rows(x),
@@ -183,7 +179,6 @@ def rotary(q, k, positions, theta, inverse):
             if x.numel():
                 _call(
                     "rotary",
-                    "RotaryParams",
                     x,
                     x=_native.rows(x),
                     out=out,

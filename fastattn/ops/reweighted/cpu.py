@@ -20,9 +20,9 @@ def _qkv(name: str, args: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return args[1:4] if name.endswith("backward") else args[:3]
 
 
-def _params(name: str, q, k, v, power: float | None, mask, **tensors):
-    return _native.params(
-        "ReweightedParams",
+def _call(kernel: str, name: str, q, k, v, power: float | None, mask, **tensors) -> None:
+    _native.run(
+        kernel,
         q=_native.rows(q),
         k=_native.rows(k),
         v=_native.rows(v),
@@ -39,15 +39,16 @@ def softplus_attention(q, k, v, power, *mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     statistics = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
-        params = _params("softplus_attention", q, k, v, power, mask, out=out, statistics=statistics)
-        _native.kernel("reweighted_forward")(params)
+        tensors = {"out": out, "statistics": statistics}
+        _call("reweighted_forward", "softplus_attention", q, k, v, power, mask, **tensors)
     return out, statistics
 
 
 def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
-        params = _params(
+        _call(
+            "reweighted_backward",
             "softplus_attention_backward",
             q,
             k,
@@ -61,5 +62,4 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, *mask
             grad_k=grads[1],
             grad_v=grads[2],
         )
-        _native.kernel("reweighted_backward")(params)
     return grads
