@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../src/common/checks.h"
+#include "../src/cpu/checks.h"
 #include "../src/cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -220,14 +220,13 @@ PYBIND11_MODULE(_core, m) {
     dtypes.clear();
     for (const auto& [dtype, code] : codes) dtypes.emplace_back(dtype.inc_ref().ptr(), code.cast<int>());
   });
-  m.def(
-      "fields",
-      [] {
-        py::dict result;
-        for (const Kernel& kernel : kernels()) result[kernel.name] = kernel.fields();
-        return result;
-      },
-      "The fields of each kernel's parameters, by the kernel's name.");
+  py::dict fields;  // of each kernel's parameters
+  for (const Kernel& kernel : kernels()) fields[kernel.name] = kernel.fields();
+  m.attr("fields") = fields;
+  py::module_ limits = m.def_submodule("limits", "What the kernels can hold.");
+#define LIMIT(name, value) limits.attr(#name) = value;
+  FASTATTN_LIMITS
+#undef LIMIT
 
   static PyMethodDef run = {"run", (PyCFunction)(void (*)(void))run_kernel, METH_VARARGS | METH_KEYWORDS,
                             "run(kernel, /, **fields): tensors by reference, None left absent."};

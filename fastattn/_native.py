@@ -23,7 +23,7 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _core.set_dtypes(DTYPES)
 
 
-# run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/common/params.h
+# run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/cpu/params.h
 run = _core.run
 
 

@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "../common/limits.h"
+#include "limits.h"
 #include "arena.h"
 #include "parallel.h"
 

@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-#include "../common/params.h"
-#include "../common/refuse.h"
+#include "params.h"
+#include "refuse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -85,31 +85,36 @@ struct RotaryParams : RowsParams {
   FASTATTN_FIELDS_OF(RowsParams, x, out, cos, sin, rows, inverse)
 };
 
+// Which keys each query attends: what fastattn/masks.py describes. Index tensors are int32; dense, u8, is broadcast by
+// strides of 0 to (B, Hq, Lq, Lk). An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the
+// last of them, not of all. mask.h says it row by row.
+struct MaskParams {
+  Tensor prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  int32_t causal = 0;
+  int64_t window_left = -1, window_right = -1;
+  FASTATTN_FIELDS(prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense, causal, window_left, window_right)
+};
 inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1) << 31) : entry; }
 
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
-// bias, dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors
-// are int32. An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the last of them, not of all.
-struct AttentionParams {
+// bias and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles.
+struct AttentionParams : MaskParams {
   Tensor q, k, v, out, lse;
   Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
                  // below it
-  Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  Tensor bias;
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
   double scale = 1, bias_value = 0;
   int32_t score = 0;
-  int32_t default_bias = 0;  // use -log(keys of the sequence) in place of bias_value
-  int32_t causal = 0;
-  int64_t window_left = -1, window_right = -1;
+  int32_t default_bias = 0;             // use -log(keys of the sequence) in place of bias_value
   int64_t block_q = 96, block_k = 128;  // rows and keys of a tile
   int64_t pack_kib = 16384;             // packed keys and values kept at a time
   int64_t decode_rows = 8;              // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;                // decoding: keys of one task
   int32_t threads = 1;
-  FASTATTN_FIELDS(q, k, v, out, lse, state, bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense,
-                  tile_class, grad_out, grad_lse, grad_q, grad_k, grad_v, scale, bias_value, score, default_bias,
-                  causal, window_left, window_right, block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
+  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, grad_out, grad_lse, grad_q, grad_k, grad_v,
+                     scale, bias_value, score, default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of
@@ -250,7 +255,7 @@ struct LinearParams {
   Tensor x, gate, packed, residual, out, product, rstd;
   double eps = 0;
   int32_t transposed = 0, norm = 0, gated_up = 0;
-  int64_t block_rows = 96, block_columns = 128, block_steps = 256;  // of a task, of its passes over the contraction
+  int64_t block_rows = 96, block_columns = 128, block_steps = 512;  // of a task, of its passes over the contraction
   int32_t threads = 1;
   FASTATTN_FIELDS(x, gate, packed, residual, out, product, rstd, eps, transposed, norm, gated_up, block_rows,
                   block_columns, block_steps, threads)
