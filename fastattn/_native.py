@@ -25,6 +25,12 @@ _core.set_dtypes(DTYPES)
 
 # run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/cpu/params.h
 run = _core.run
+limits = _core.limits  # what the kernels can hold, src/cpu/limits.h
+
+
+def defaults(kernel: str) -> dict:
+    """What a kernel's fields hold when they are not set, None for a tensor."""
+    return _core.fields[kernel]
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

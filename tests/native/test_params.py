@@ -39,7 +39,7 @@ def test_a_call_keeps_its_tensors_alive():
     def given():
         return fields.pop("a")
 
-    with pytest.raises(ValueError, match="fastattn.gated: b is needed"):
+    with pytest.raises(ValueError, match=r"fastattn.gated: b is needed"):
         _native.run("gated", a=given(), b=watched, threads=1)
     assert watched.alive
     assert watched.seen() is None  # and no longer than that
@@ -73,7 +73,7 @@ def test_names_and_numbers_that_are_none_are_refused():
         _native.run("gate")
     with pytest.raises(TypeError, match="run takes a kernel's name"):
         _native.run("gated", torch.ones(2))
-    with pytest.raises(TypeError, match="fastattn.rms_norm: eps must be a number, given <class 'str'>"):
+    with pytest.raises(TypeError, match=r"fastattn.rms_norm: eps must be a number, given <class 'str'>"):
         _native.run("rms_norm", eps="1e-6")
 
 

@@ -9,7 +9,7 @@ from ... import _config, _native
 from ...scores import BY_CODE
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 
-_LARGEST_HEAD_DIM = 256
+_LARGEST_HEAD_DIM = _native.limits.head_dim
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 
 
@@ -20,8 +20,8 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
         if not 1 <= size <= _LARGEST_HEAD_DIM:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
-    if max(q.shape[2], k.shape[2]) >= 2**31:
-        return "it serves lengths below 2**31"
+    if max(q.shape[2], k.shape[2]) > _native.limits.length:
+        return f"it serves lengths up to {_native.limits.length}"
     return None
 
 

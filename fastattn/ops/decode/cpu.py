@@ -6,8 +6,8 @@ from ... import _native
 from ..._config import Choice
 from ..recurrence import cpu as rows
 
-MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
-_LARGEST_HEAD_DIM = 256
+MOST_ROWS = _native.limits.matvec_rows
+_LARGEST_HEAD_DIM = _native.limits.head_dim
 
 
 def refusal(name: str, z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:

@@ -4,11 +4,11 @@ import itertools
 
 import torch
 
-from ... import _checks, masks
+from ... import _checks, _native, masks
 from ..attention.checks import check_qkv, check_results, check_scale
 
-MAX_GROUPS = 63  # a bit each in an int64 that stays positive
-MAX_ITERATIONS = 10_000  # of Sinkhorn: kernels keep potentials of each
+MAX_GROUPS = _native.limits.groups
+MAX_ITERATIONS = _native.limits.iterations
 GATES = ("multiply", "log")
 
 

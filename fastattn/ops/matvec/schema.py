@@ -3,10 +3,11 @@
 import importlib
 import math
 
+from ... import _native
 from ..._registry import Backend, register_op, save
 from .checks import check_matvec
 
-MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
+MOST_ROWS = _native.limits.matvec_rows
 
 
 def _load(module: str):
