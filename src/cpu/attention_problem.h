@@ -1,10 +1,11 @@
 // What an attention call asks for, sequence by sequence: where its elements are and what becomes of its scores.
 #pragma once
 
-#include "score.h"
 #include "mask.h"
+#include "math.h"
 #include "pack.h"
 #include "parallel.h"
+#include "score.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
