@@ -76,7 +76,8 @@ constexpr Kind kind_of<int64_t> = Kind::int64;
 struct Field {
   PyObject* name;  // interned
   Kind kind;
-  size_t offset;  // bytes from the struct's begin
+  size_t offset;    // bytes from the struct's begin
+  PyObject* unset;  // what it holds then
 };
 
 static void set(char* params, const Field& field, PyObject* value) {
@@ -107,9 +108,10 @@ class Kernel {
     params.fields([&](const char* names, const auto&... field) { (add(names, &params, field), ...); });
   }
 
-  py::tuple fields() const {
-    py::tuple result(fields_.size());
-    for (size_t i = 0; i < fields_.size(); i++) result[i] = py::reinterpret_borrow<py::str>(fields_[i].name);
+  // The fields' names and what they hold when they are not set, None for a tensor.
+  py::dict fields() const {
+    py::dict result;
+    for (const Field& field : fields_) result[py::handle(field.name)] = py::handle(field.unset);
     return result;
   }
 
@@ -148,7 +150,10 @@ class Kernel {
     PyObject* field_name = PyUnicode_FromStringAndSize(names, Py_ssize_t(length));
     PyUnicode_InternInPlace(&field_name);
     PyDict_SetItem(indices_, field_name, py::int_(fields_.size()).ptr());
-    fields_.push_back({field_name, kind_of<T>, size_t((const char*)&field - (const char*)params)});
+    py::object unset = py::none();
+    if constexpr (std::is_arithmetic_v<T>) unset = py::cast(field);
+    fields_.push_back(
+        {field_name, kind_of<T>, size_t((const char*)&field - (const char*)params), unset.release().ptr()});
     names += length + std::strspn(names + length, ", ");
   }
   [[noreturn]] void refuse(const Field& field, const Refusal& refusal) const {
