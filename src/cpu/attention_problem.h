@@ -10,19 +10,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-struct Arithmetic {
-  typedef vf V;
-  static constexpr float kRound = FASTATTN_ISA::kRound;
-  FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded(x); }
-  FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction(x); }
-  FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return FASTATTN_ISA::scale_by_rounded(p, t); }
-  FASTATTN_INLINE vf at_least(vf x, float low) { return FASTATTN_ISA::at_least(x, low); }
-  FASTATTN_INLINE vf at_most(vf x, float high) { return FASTATTN_ISA::at_most(x, high); }
-  FASTATTN_INLINE vf abs(vf x) { return vabs(x); }
-  FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
-  FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
-};
-
 constexpr int64_t kStrip = 4;  // groups of rows whose scores become weights before the next ones', in the first cache
 
 constexpr float kLog2E = 1.44269504f;
@@ -64,6 +51,19 @@ FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int6
   const int64_t width = t.dtype == DType::f32 ? 4 : 2;
   return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
 }
+
+// The packed operands of one key head.
+template <class Unit>
+struct PackedHead {
+  using Word = typename Unit::Word;
+  int64_t capacity;  // steps of keys
+  Word *keys, *values;
+
+  PackedHead(const Problem& problem, int64_t length, Arena& arena)
+      : capacity(steps_of<Unit>(length)),
+        keys(arena.take<Word>(round_up(length, kPanel) * steps_of<Unit>(problem.head_dim))),
+        values(arena.take<Word>(capacity * round_up(problem.value_dim, W))) {}
+};
 
 // Whether a thread should pack and finish a sequence's key head alone: there are enough of them for every thread, and
 // what is packed of one stays in the thread's own cache.
@@ -136,6 +136,15 @@ FASTATTN_INLINE RowState* row_state(const Tensor& t, const Sequence& s, int64_t 
 FASTATTN_INLINE RowState row_state(float top, float c, double sum) {
   if (sum == 0) return {0, __builtin_inff()};
   return {top, (float)(__builtin_log(sum) + (divisor_exponent(top, c) - (double)top * c) * kLn2Double)};
+}
+
+// Prepares a row of scores for its normalised weights: the shift to take off x * c.
+FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
+  if (is_large(state.top, c)) {
+    subtract_top(x, columns, state.top);
+    return state.log_sum * kLog2E;
+  }
+  return (float)((double)state.top * c + state.log_sum / kLn2Double);
 }
 
 // The output, log-sum-exp and state of one row of a sequence, from its weighted values, row sum and the maximum they

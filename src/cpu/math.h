@@ -5,8 +5,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-#define FASTATTN_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
-
 // p[i] = e^r and n[i] of x[i] = n ln2 + r, |r| <= ln2/2, for |x| <= 127 ln2; degree 6, relative error < 2e-7; NaN stays
 // NaN. U vectors step by step together: one alone is bound by latency.
 template <int U>
@@ -127,6 +125,20 @@ FASTATTN_INLINE vf tanh(vf x) {
   const vf large = splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f));
   return select(vabs(x) < splat(0.6f), small, large);
 }
+
+// The arithmetic of a vector, for score.h.
+struct Arithmetic {
+  typedef vf V;
+  static constexpr float kRound = FASTATTN_ISA::kRound;
+  FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded(x); }
+  FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction(x); }
+  FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return FASTATTN_ISA::scale_by_rounded(p, t); }
+  FASTATTN_INLINE vf at_least(vf x, float low) { return FASTATTN_ISA::at_least(x, low); }
+  FASTATTN_INLINE vf at_most(vf x, float high) { return FASTATTN_ISA::at_most(x, high); }
+  FASTATTN_INLINE vf abs(vf x) { return vabs(x); }
+  FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
+  FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
+};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

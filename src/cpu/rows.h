@@ -2,7 +2,7 @@
 // them is known, and for backward passes that need every weight of a row.
 #pragma once
 
-#include "attention_forward.h"
+#include "attention_problem.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

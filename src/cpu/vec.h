@@ -4,6 +4,8 @@
 #include FASTATTN_ISA_HEADER
 #include "refuse.h"
 
+#define FASTATTN_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+
 namespace fastattn {
 namespace FASTATTN_ISA {
 
