@@ -46,15 +46,13 @@ def arithmetic_peak(bf16: bool, tries: int) -> float:
     sink, operations = torch.empty(threads), torch.empty(1, dtype=torch.int64)
 
     def run(iterations: int) -> None:
-        _native.kernel("peak")(
-            _native.params(
-                "PeakParams",
-                sink=sink,
-                operations=operations,
-                iterations=iterations,
-                bf16=int(bf16),
-                threads=threads,
-            )
+        _native.run(
+            "peak",
+            sink=sink,
+            operations=operations,
+            iterations=iterations,
+            bf16=int(bf16),
+            threads=threads,
         )
 
     run(1)

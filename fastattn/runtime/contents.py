@@ -15,9 +15,7 @@ def digest(source: torch.Tensor) -> int:
     """64 bits of a contiguous CPU tensor's bytes, read at memory's speed; two contents share them by chance only."""
     found = torch.empty(1, dtype=torch.int64)
     of_bytes = source.detach().view(-1).view(torch.uint8)
-    _native.kernel("digest")(
-        _native.params("DigestParams", source=of_bytes, digest=found, threads=_native.threads())
-    )
+    _native.run("digest", source=of_bytes, digest=found, threads=_native.threads())
     return int(found)
 
 

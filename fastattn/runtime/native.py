@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch  # before _core: its OpenMP library must be the one that both use
 
@@ -33,20 +32,14 @@ def unserved_dtype(t: torch.Tensor, what: str | None = None) -> str | None:
     return f"it serves float32, bfloat16 and float16, not {given}" + (f" as {what}" if what else "")
 
 
-@cache
-def _struct(name: str) -> type:
-    return type(name, (getattr(_core, name),), {"__slots__": ("fields",)})
+# run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/cpu/params.h
+run = _core.run
+limits = _core.limits  # what the kernels can hold, src/cpu/limits.h
 
 
-def params(name: str, **fields):
-    """A params struct of src/common/params.h with its fields set: tensors by reference, None left absent.
-
-    It keeps the tensors alive: a copy made for the call may have no other owner while the kernel runs.
-    """
-    struct = _struct(name)()
-    struct.fields = fields
-    _core.fill(struct, fields)
-    return struct
+def defaults(kernel: str) -> dict:
+    """What a kernel's fields hold when they are not set, None for a tensor."""
+    return _core.fields[kernel]
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
@@ -90,11 +83,6 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         select_cpu_isa(previous)
-
-
-@cache
-def kernel(name: str):
-    return getattr(_core, name)
 
 
 if os.environ.get("FASTATTN_CPU_ISA"):

@@ -79,15 +79,6 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   }
 }
 
-// Prepares a row of scores for its normalised weights: the shift to take off x * c.
-FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
-  if (is_large(state.top, c)) {
-    subtract_top(x, columns, state.top);
-    return state.log_sum * kLog2E;
-  }
-  return (float)((double)state.top * c + state.log_sum / kLn2Double);
-}
-
 template <class Unit, class Score>
 struct BackwardBlock {
   using Word = typename Unit::Word;

@@ -1,57 +1,20 @@
-// What an attention call asks for, sequence by sequence: the keys each row may attend and where its elements are.
+// What an attention call asks for, sequence by sequence: where its elements are and what becomes of its scores.
 #pragma once
 
-#include "../common/score.h"
-#include "arena.h"
+#include "mask.h"
+#include "math.h"
 #include "pack.h"
 #include "parallel.h"
+#include "score.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
-
-struct Arithmetic {
-  typedef vf V;
-  static constexpr float kRound = FASTATTN_ISA::kRound;
-  FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded(x); }
-  FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction(x); }
-  FASTATTN_INLINE vf scale_by_rounded(vf p, vf t) { return FASTATTN_ISA::scale_by_rounded(p, t); }
-  FASTATTN_INLINE vf at_least(vf x, float low) { return FASTATTN_ISA::at_least(x, low); }
-  FASTATTN_INLINE vf at_most(vf x, float high) { return FASTATTN_ISA::at_most(x, high); }
-  FASTATTN_INLINE vf abs(vf x) { return vabs(x); }
-  FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
-  FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
-};
 
 constexpr int64_t kStrip = 4;  // groups of rows whose scores become weights before the next ones', in the first cache
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 constexpr double kLn2Double = 0.693147180559945309;
-
-// One batch element or one packed document. `keys` of its k_length keys may be attended at all.
-struct Sequence {
-  int64_t batch, q_begin, q_length, k_begin, k_length, keys, prefix;
-  int64_t offset;  // from a row to the key on its diagonal
-  bool causal;
-  int64_t window_left, window_right;
-  double bias;
-
-  // Both never decrease with the row.
-  int64_t first_key(int64_t i) const { return window_left < 0 ? 0 : max64(0, i + offset - window_left); }
-  int64_t end_key(int64_t i) const {
-    const int64_t diagonal = i + offset;
-    int64_t end = keys;
-    if (causal) end = min64(end, max64(diagonal + 1, prefix));
-    if (window_right >= 0) end = min64(end, diagonal + window_right + 1);
-    return end;
-  }
-  // Keys [low, high) that row i may attend; low > high when there are none.
-  void interval(int64_t i, int32_t* low, int32_t* high) const {
-    const int64_t first = first_key(i), end = end_key(i);
-    *low = first < end ? (int32_t)first : INT32_MAX;
-    *high = first < end ? (int32_t)end : 0;
-  }
-};
 
 struct Problem {
   const AttentionParams& p;
@@ -68,7 +31,7 @@ struct Problem {
     group = heads / kv_heads;
     head_dim = p.q.size[3];
     value_dim = p.v.size[3];
-    documents = p.cu_seqlens_q.data ? p.cu_seqlens_q.size[3] - 1 : -1;
+    documents = documents_of(p);
     sequences = documents < 0 ? p.q.size[0] : documents + 1;
     sign = p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f;
     size = p.scale == 0 ? 1.0f : (float)__builtin_fabs(p.scale);
@@ -76,32 +39,7 @@ struct Problem {
   }
 
   Sequence sequence(int64_t s) const {
-    Sequence r;
-    const auto index = [](const Tensor& t, int64_t i) { return (int64_t)((const int32_t*)t.data)[i]; };
-    const bool after = s == documents;
-    if (documents < 0) {
-      r.batch = s;
-      r.q_begin = r.k_begin = 0;
-      r.q_length = p.q.size[2];
-      r.k_length = p.k.size[2];
-    } else {
-      r.batch = 0;
-      r.q_begin = index(p.cu_seqlens_q, s);
-      r.k_begin = index(p.cu_seqlens_k, s);
-      r.q_length = (after ? p.q.size[2] : index(p.cu_seqlens_q, s + 1)) - r.q_begin;
-      r.k_length = (after ? p.k.size[2] : index(p.cu_seqlens_k, s + 1)) - r.k_begin;
-    }
-    r.keys = after ? 0 : r.k_length;
-    r.offset = r.k_length - r.q_length;
-    if (p.key_lengths.data && !after) {
-      const int64_t n = index(p.key_lengths, s);
-      r.keys = min64(r.keys, length_of(n));
-      if (n < 0) r.offset = r.keys - r.q_length;
-    }
-    r.prefix = p.prefix_lengths.data && !after ? index(p.prefix_lengths, s) : 0;
-    r.causal = p.causal;
-    r.window_left = p.window_left;
-    r.window_right = p.window_right;
+    Sequence r = sequence_of(p, s, documents, p.q.size[2], p.k.size[2]);
     r.bias = p.default_bias ? -__builtin_log((double)max64(r.keys, 1)) : p.bias_value;
     return r;
   }
@@ -114,89 +52,24 @@ FASTATTN_INLINE Matrix matrix(const Tensor& t, int64_t batch, int64_t head, int6
   return {(const char*)t.data + offset * width, t.stride[2], t.dtype};
 }
 
+// The packed operands of one key head.
+template <class Unit>
+struct PackedHead {
+  using Word = typename Unit::Word;
+  int64_t capacity;  // steps of keys
+  Word *keys, *values;
+
+  PackedHead(const Problem& problem, int64_t length, Arena& arena)
+      : capacity(steps_of<Unit>(length)),
+        keys(arena.take<Word>(round_up(length, kPanel) * steps_of<Unit>(problem.head_dim))),
+        values(arena.take<Word>(capacity * round_up(problem.value_dim, W))) {}
+};
+
 // Whether a thread should pack and finish a sequence's key head alone: there are enough of them for every thread, and
 // what is packed of one stays in the thread's own cache.
 FASTATTN_INLINE bool small_pairs(int64_t pairs, int64_t packed_bytes, int threads) {
   return pairs >= 4 * threads && packed_bytes <= (256 << 10);
 }
-
-// The keys that the rows of one block attend: [low, high) of each row, and their union for each kRows rows.
-struct RowRanges {
-  int32_t *low, *high;              // (rows)
-  int32_t *group_low, *group_high;  // (rows / kRows)
-  int32_t begin = 0, end = 0;       // union over the block
-
-  RowRanges(int64_t capacity, Arena& arena)
-      : low(arena.take<int32_t>(capacity)),
-        high(arena.take<int32_t>(capacity)),
-        group_low(arena.take<int32_t>(capacity / kRows)),
-        group_high(arena.take<int32_t>(capacity / kRows)) {}
-  void fill(const Sequence& s, int64_t first, int64_t rows) {
-    begin = INT32_MAX;
-    end = 0;
-    for (int64_t g = 0; g * kRows < rows; g++) {
-      int32_t lo = INT32_MAX, hi = 0;
-      for (int64_t i = g * kRows; i < min64(rows, (g + 1) * kRows); i++) {
-        s.interval(first + i, low + i, high + i);
-        lo = low[i] < lo ? low[i] : lo;
-        hi = high[i] > hi ? high[i] : hi;
-      }
-      group_low[g] = lo;
-      group_high[g] = hi;
-      begin = lo < begin ? lo : begin;
-      end = hi > end ? hi : end;
-    }
-  }
-};
-
-// Columns [begin, end) of a tile of keys from `first` on that a group of rows needs, in whole panels.
-struct Columns {
-  int64_t begin, end;
-  Columns(int64_t begin, int64_t end) : begin(begin), end(end) {}
-  Columns(const RowRanges& r, int64_t g, int64_t first, int64_t keys) {
-    const int64_t lo = max64(r.group_low[g] - first, 0), hi = min64(r.group_high[g] - first, keys);
-    begin = lo < hi ? lo / kPanel * kPanel : 0;
-    end = lo < hi ? round_up(hi, kPanel) : 0;
-  }
-  bool empty() const { return begin >= end; }
-};
-
-// One head's rows of a tensor broadcast to (B, H, Lq, Lk), null when absent.
-FASTATTN_INLINE const char* plane(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t column,
-                                  int64_t width) {
-  if (!t.data) return nullptr;
-  return (const char*)t.data + (batch * t.stride[0] + head * t.stride[1] + row * t.stride[2] + column) * width;
-}
-
-// Which keys of a tile one row attends, by vectors of columns.
-struct RowMask {
-  int32_t low, high;     // in columns of the tile
-  const uint8_t* dense;  // its row of the dense mask from the tile's first column on, or null
-  int64_t keys;          // columns that exist
-
-  // Row `row` of the sequence, at `index` of the ranges, in a tile of keys from `n` on; dense counts only in a mixed
-  // tile.
-  RowMask(const AttentionParams& p, const Sequence& s, const RowRanges& ranges, int64_t head, int64_t row,
-          int64_t index, int64_t n, int64_t keys, bool mixed)
-      : low(ranges.low[index] - (int32_t)n), high(ranges.high[index] - (int32_t)n), dense(nullptr), keys(keys) {
-    if (mixed) dense = (const uint8_t*)plane(p.dense, s.batch, head, s.q_begin + row, s.k_begin + n, 1);
-  }
-  bool all(const Columns& c) const { return !dense && low <= c.begin && high >= c.end; }
-  vi at(int64_t column) const {
-    const vi j = iota() + (int32_t)column;
-    vi mask = (j >= low) & (j < high);
-    if (dense) {
-      if (column + W <= keys) {
-        mask &= load_bools(dense + column);
-      } else {
-        uint8_t part[W] = {};
-        if (column < keys) memcpy(part, dense + column, size_t(keys - column));
-        mask &= load_bools(part);
-      }
-    }
-    return mask;
-  }
-};
 
 // x = x * size + bias over the columns of one row, scores in base e, so that what tells large biases apart is not
 // rounded away; `bias` starts at the tile's first column.
@@ -263,6 +136,15 @@ FASTATTN_INLINE RowState* row_state(const Tensor& t, const Sequence& s, int64_t 
 FASTATTN_INLINE RowState row_state(float top, float c, double sum) {
   if (sum == 0) return {0, __builtin_inff()};
   return {top, (float)(__builtin_log(sum) + (divisor_exponent(top, c) - (double)top * c) * kLn2Double)};
+}
+
+// Prepares a row of scores for its normalised weights: the shift to take off x * c.
+FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
+  if (is_large(state.top, c)) {
+    subtract_top(x, columns, state.top);
+    return state.log_sum * kLog2E;
+  }
+  return (float)((double)state.top * c + state.log_sum / kLn2Double);
 }
 
 // The output, log-sum-exp and state of one row of a sequence, from its weighted values, row sum and the maximum they

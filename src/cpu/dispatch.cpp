@@ -8,7 +8,7 @@
 #include <cpuid.h>
 #endif
 
-#include "../common/refuse.h"
+#include "refuse.h"
 
 #define FASTATTN_STRING2(x) #x
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)

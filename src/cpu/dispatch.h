@@ -1,6 +1,6 @@
 // One table of kernels per instruction set; the running one is chosen from CPUID at first use.
 #pragma once
-#include "../common/params.h"
+#include "params.h"
 
 namespace fastattn {
 

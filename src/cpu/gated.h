@@ -2,6 +2,7 @@
 // One more product per tile, as deep as there are groups; a block is the same rows of several heads, which share it.
 #pragma once
 
+#include "forward_block.h"
 #include "rows.h"
 
 namespace fastattn {

@@ -3,6 +3,7 @@
 // no lower group. Within a list the keys of a row are an interval, so a list is attention over gathered rows.
 #pragma once
 
+#include "forward_block.h"
 #include "rows.h"
 
 namespace fastattn {

@@ -3,7 +3,7 @@
 // few key heads several, each with every so many blocks of rows and gradients of its own, summed in order.
 #pragma once
 
-#include "attention_backward.h"
+#include "attention_decode.h"
 #include "gradients.h"
 #include "grouped.h"
 

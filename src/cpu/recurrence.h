@@ -1,5 +1,7 @@
 // Row kernels of a recurrence step: one pass over memory each, float32 inside, one rounding at the end.
 #pragma once
+#include "convert.h"
+#include "math.h"
 #include "parallel.h"
 
 namespace fastattn {

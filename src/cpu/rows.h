@@ -2,7 +2,7 @@
 // them is known, and for backward passes that need every weight of a row.
 #pragma once
 
-#include "attention_forward.h"
+#include "attention_problem.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -18,10 +18,8 @@ struct BlockRows {
 FASTATTN_INLINE int64_t score_stride(int64_t columns) { return columns % 512 == 0 ? columns + 16 : columns; }
 
 // The most columns a block's rows may span, in whole tiles of block_k from a multiple of it on.
-FASTATTN_INLINE int64_t block_columns(const AttentionParams& p, int64_t longest_k, int64_t block_q, int64_t block_k) {
-  int64_t columns = longest_k;
-  if (p.window_left >= 0 && (p.window_right >= 0 || (p.causal && !p.prefix_lengths.data)))
-    columns = min64(columns, block_q + p.window_left + max64(p.window_right, 0) + block_k);
+FASTATTN_INLINE int64_t block_columns(const MaskParams& mask, int64_t longest_k, int64_t block_q, int64_t block_k) {
+  const int64_t columns = min64(longest_k, most_keys(mask, block_q, longest_k) + block_k);
   return round_up(columns, block_k) + block_k;
 }
 
@@ -97,18 +95,17 @@ FASTATTN_INLINE void pack_block(typename Unit::Word* to, int64_t stride, const T
 }
 
 // Which columns of the tile at key n row r of a block attends.
-FASTATTN_INLINE RowMask row_mask(const AttentionParams& p, const RowRanges& ranges, const Sequence& s,
+FASTATTN_INLINE RowMask row_mask(const MaskParams& mask, const RowRanges& ranges, const Sequence& s,
                                  const BlockRows& rows, int64_t r, int64_t n, int64_t there) {
-  return RowMask(p, s, ranges, rows.head_of(r), rows.row_of(r), r, n, there, true);
+  return RowMask(mask, s, ranges, rows.head_of(r), rows.row_of(r), r, n, there, true);
 }
 
 // Keys that row r attends.
-FASTATTN_INLINE int64_t attended(const AttentionParams& p, const RowRanges& ranges, const Sequence& s,
+FASTATTN_INLINE int64_t attended(const MaskParams& mask, const RowRanges& ranges, const Sequence& s,
                                  const BlockRows& rows, int64_t r) {
   const int64_t low = ranges.low[r], high = ranges.high[r];
   if (high <= low) return 0;
-  const uint8_t* dense =
-      (const uint8_t*)plane(p.dense, s.batch, rows.head_of(r), s.q_begin + rows.row_of(r), s.k_begin, 1);
+  const uint8_t* dense = dense_row(mask, s, rows.head_of(r), rows.row_of(r), 0);
   if (!dense) return high - low;
   int64_t n = 0;
   for (int64_t j = low; j < high; j++) n += dense[j] != 0;

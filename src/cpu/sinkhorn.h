@@ -5,8 +5,9 @@
 
 #include <utility>
 
-#include "../common/limits.h"
 #include "arena.h"
+#include "limits.h"
+#include "math.h"
 #include "parallel.h"
 
 namespace fastattn {

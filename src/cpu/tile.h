@@ -14,7 +14,7 @@
 // zero. Products of floats (Singles) keep subnormals, and so does what is stored from either.
 #pragma once
 
-#include "vec.h"
+#include "convert.h"
 
 #define FASTATTN_UNROLL _Pragma("GCC unroll 16")
 #define FASTATTN_NOINLINE static __attribute__((noinline))
@@ -23,11 +23,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-#if defined(__aarch64__)
-constexpr int kVecs = 4;
-#else
-constexpr int kVecs = W == 16 ? 4 : 2;  // 6 x 4 accumulators of 32 registers, 6 x 2 of 16
-#endif
+constexpr int kVecs = kRegisters == 32 ? 4 : 2;  // 6 x 4 accumulators of 32 registers, 6 x 2 of 16
 constexpr int kRows = 6;
 constexpr int kPanel = kVecs * W;
 

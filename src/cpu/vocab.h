@@ -12,21 +12,6 @@ FASTATTN_INLINE float* float_at(const Tensor& t, int64_t i) { return (float*)t.d
 
 constexpr float kInfinity = __builtin_inff();
 
-FASTATTN_INLINE vf absolute(vf x) { return as_vf(as_vu(x) & splat_u(0x7fffffff)); }
-
-// Below 0.6 a polynomial (relative error 8e-8), so that small values keep their digits.
-FASTATTN_INLINE vf tanh(vf x) {
-  const vf z = x * x;
-  vf p = splat(-0.005905856844f);
-  p = p * z + splat(0.02080537379f);
-  p = p * z + splat(-0.0537866801f);
-  p = p * z + splat(0.1333195865f);
-  p = p * z + splat(-0.3333329856f);
-  const vf small = x + x * (z * p);
-  const vf large = splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f));
-  return select(absolute(x) < splat(0.6f), small, large);
-}
-
 FASTATTN_INLINE float symlog(float x) { return x >= 0 ? __builtin_log1pf(x) : -__builtin_log1pf(-x); }
 
 // What a prepared logit weighs beside the largest of its row, which weighs 1: a softmax's e^((x - largest) /
@@ -43,7 +28,7 @@ struct Weights {
   // of n columns from j on
   inline __attribute__((always_inline)) vf operator()(vf a, int64_t j, int n) const {
     if constexpr (Stable) {
-      const vf r = splat(1.0f) + absolute(a);
+      const vf r = splat(1.0f) + vabs(a);
       if (divided) return scale / r;
       const vi up = a >= vf{};
       return select(up, r, splat(1.0f)) / select(up, scale, r * scale);
@@ -187,7 +172,7 @@ static void vocab_rows_of(const VocabRowsParams& p) {
         // of the normaliser by a prepared logit over its temperature
         const auto normaliser = [&](vf a, int64_t j, int n) {
           const vf g = share * weights(a, j, n);
-          return Stable ? g / (splat(1.0f) + absolute(a)) : g;
+          return Stable ? g / (splat(1.0f) + vabs(a)) : g;
         };
         // from there back to the one that came from the product
         const auto chain = [&](vf g, vf a) {

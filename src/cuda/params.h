@@ -1,11 +1,11 @@
-// Plain structs that the CUDA kernels take; as in src/common/params.h, strides count elements.
+// Plain structs that the CUDA kernels take; as in src/cpu/params.h, strides count elements.
 #pragma once
 #include "device.cuh"
 
 namespace fastattn {
 namespace cuda {
 
-// Element types, numbered as DType in src/common/params.h.
+// Element types, numbered as DType in src/cpu/params.h.
 enum : int { kF32 = 0, kBf16 = 1, kF16 = 2 };
 
 // scores and assignment (B, L, G) contiguous, potentials (B, G) f32, lengths (B,) i32 or null.

@@ -2,6 +2,7 @@
 // machine has. Statically linked it runs where there is nothing else, an emulator's initial file system for instance.
 // The result is the exit status and the last line.
 #include "attention_checks.h"
+#include "math_checks.h"
 #include "row_checks.h"
 #include "subnormal_checks.h"
 
@@ -31,8 +32,36 @@ static void check_attention(const KernelTable& kernels, Report& report) {
         }
 }
 
+// Whether a struct's list of fields leaves no room for another: the binding knows the listed ones only.
+template <class Params>
+static bool lists_every_field(Params params) {
+  const char* const base = (const char*)&params;
+  const char* end = base;
+  bool whole = true;
+  const auto next = [&](const auto& field) {
+    const char* begin = (const char*)&field;
+    whole &= begin >= end && size_t(begin - end) < alignof(decltype(field));
+    end = begin + sizeof field;
+  };
+  params.fields([&](const char*, const auto&... field) { (next(field), ...); });
+  return whole && size_t(base + sizeof params - end) < alignof(Params);
+}
+
+static void check_params(Report& report) {
+#define KERNEL(name, Params)                                                              \
+  report.checked++;                                                                       \
+  if (!lists_every_field(Params{})) {                                                     \
+    report.failed++;                                                                      \
+    std::printf("FAILED: " #Params " has fields that are not listed, or not in order\n"); \
+  }
+#include "../../src/cpu/kernels.def"
+#undef KERNEL
+}
+
 static void check(const KernelTable& kernels, const KernelTable& baseline, Report& report) {
   report.isa = kernels.isa;
+  check_params(report);
+  check_math(kernels.isa, report);
   check_attention(kernels, report);
   const Variant variants[] = {{Layout::contiguous, 1}, {Layout::padded, 3}, {Layout::heads_inside, 2}};
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16})

@@ -1,4 +1,4 @@
-"""Parameter structs: what they point to stays alive, what they cannot hold or address is refused, and so is a call that
+"""Kernels' parameters: what they point to stays alive, what they cannot hold or address is refused, and so is a call that
 memory does not suffice for."""
 
 import subprocess
@@ -11,21 +11,70 @@ import torch
 from fastattn.runtime import native as _native
 
 
-def test_a_struct_keeps_its_tensors_alive():
+class _Watched:
+    """A tensor whose sizes are read in a call: what the call was given before is still there then."""
+
+    dtype = torch.float32
+
+    def __init__(self, seen):
+        self.seen, self.alive = seen, False
+
+    @property
+    def shape(self):
+        self.alive = self.seen() is not None
+        return (2, 3)
+
+    def stride(self):
+        return (3, 1)
+
+    def data_ptr(self):
+        return 0
+
+
+def test_a_call_keeps_its_tensors_alive():
     copy = torch.ones(2, 3)
-    seen = weakref.ref(copy)
-    struct = _native.params("GateParams", a=copy, b=None, threads=1)
+    fields, watched = {"a": copy}, _Watched(weakref.ref(copy))
     del copy
-    assert seen() is not None
-    del struct
-    assert seen() is None
+
+    def given():
+        return fields.pop("a")
+
+    with pytest.raises(ValueError, match=r"fastattn.gated: b is needed"):
+        _native.run("gated", a=given(), b=watched, threads=1)
+    assert watched.alive
+    assert watched.seen() is None  # and no longer than that
 
 
-def test_misspelt_fields_and_too_many_dimensions_are_refused():
-    with pytest.raises(AttributeError):
-        _native.params("GateParams", aa=1)
-    with pytest.raises(ValueError, match="at most 4 dimensions"):
-        _native.params("GateParams", a=torch.ones(1, 1, 1, 1, 1))
+@pytest.mark.parametrize(
+    ("field", "error", "message"),
+    [
+        ({"aa": 1}, TypeError, "fastattn.gated has no field 'aa'"),
+        ({"a": torch.ones(1, 1, 1, 1, 1)}, ValueError, "fastattn.gated: a must have at most 4 dimensions"),
+        ({"a": 1.5}, TypeError, "fastattn.gated: a must be a tensor, given <class 'float'>"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, TypeError, "fastattn.gated: a must have a dtype that"),
+        (
+            {"a": torch.ones(2), "b": torch.ones(2).double()},
+            ValueError,
+            "fastattn.gated: b has another dtype",
+        ),
+        ({"threads": 1.5}, TypeError, "fastattn.gated: threads must be an integer, given <class 'float'>"),
+        ({"threads": 1 << 32}, ValueError, "fastattn.gated: threads must fit in 32 bits, given 4294967296"),
+        ({"serial": 1 << 64}, ValueError, "fastattn.gated: serial must fit in 64 bits"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_a_field_cannot_hold_is_refused(field, error, message):
+    with pytest.raises(error, match=message):
+        _native.run("gated", **field)
+
+
+def test_names_and_numbers_that_are_none_are_refused():
+    with pytest.raises(TypeError, match="fastattn has no kernel 'gate'"):
+        _native.run("gate")
+    with pytest.raises(TypeError, match="run takes a kernel's name"):
+        _native.run("gated", torch.ones(2))
+    with pytest.raises(TypeError, match=r"fastattn.rms_norm: eps must be a number, given <class 'str'>"):
+        _native.run("rms_norm", eps="1e-6")
 
 
 @pytest.mark.parametrize(
@@ -39,11 +88,8 @@ def test_misspelt_fields_and_too_many_dimensions_are_refused():
 def test_rows_of_no_scores_are_refused(begin, count, message):
     fields = {name: torch.zeros(4, 3) for name in ("scores", "out")}
     begins, counts = torch.tensor([begin]), torch.tensor([count])
-    params = _native.params(
-        "SinkhornParams", begins=begins, counts=counts, potentials=torch.zeros(1, 3), **fields
-    )
     with pytest.raises(ValueError, match=message):
-        _native.kernel("sinkhorn_forward")(params)
+        _native.run("sinkhorn_forward", begins=begins, counts=counts, potentials=torch.zeros(1, 3), **fields)
 
 
 def _step():
@@ -76,8 +122,7 @@ def _step():
 
 def test_a_decode_step_that_does_not_fit_is_refused():
     fields, weights = _step()
-    call = _native.kernel("decode_step")
-    call(_native.params("DecodeStepParams", **fields))
+    _native.run("decode_step", **fields)
     assert len(weights) == 8  # alive until then
     for name, value, message in (
         (
@@ -95,7 +140,7 @@ def test_a_decode_step_that_does_not_fit_is_refused():
         ("threads", 0, "decode_step: threads must lie in"),
     ):
         with pytest.raises(ValueError, match=message):
-            call(_native.params("DecodeStepParams", **fields | {name: value}))
+            _native.run("decode_step", **fields | {name: value})
 
 
 def _attention_fields():
@@ -137,29 +182,24 @@ def _attention_fields():
 )
 def test_attention_that_does_not_fit_is_refused(isa, change, message):
     fields = _attention_fields()
-    _native.kernel("attention_forward")(_native.params("AttentionParams", **fields))
+    _native.run("attention_forward", **fields)
     with pytest.raises(ValueError, match=message):
-        _native.kernel("attention_forward")(_native.params("AttentionParams", **fields | change))
+        _native.run("attention_forward", **fields | change)
 
 
 def test_every_kernel_refuses_parameters_that_are_not_set():
-    structs = {name.removesuffix("Params") for name in dir(_native._core) if name.endswith("Params")}
-    takes = {
-        "swiglu": "Gate",
-        "gated": "Gate",
-        "pack": "Pack",
-        "classify_tiles": "TileClass",
-        "linear": "Linear",
-    }
-    for name in dir(_native._core):
-        kernel = getattr(_native._core, name)
-        docs = kernel.__doc__ or ""
-        if "Params)" not in docs or not callable(kernel) or isinstance(kernel, type):
-            continue
-        struct = docs.split("Params)")[0].split(".")[-1].split(" ")[-1]
-        assert takes.get(name, struct) == struct and struct in structs
+    for name in _native._core.fields:
         with pytest.raises(ValueError, match=f"fastattn.{name}: "):
-            kernel(getattr(_native._core, f"{struct}Params")())
+            _native.run(name)
+
+
+def test_a_struct_has_the_fields_of_its_base():
+    fields = {name: tuple(of) for name, of in _native._core.fields.items()}
+    assert fields["rms_norm"][:5] == ("serial", "prefetch", "threads", "x", "residual")
+    assert fields["swiglu"] == fields["swiglu_backward"] == fields["gated"]
+    assert set(fields["attention_forward"]) < set(fields["grouped_forward"])
+    for name, names in fields.items():
+        assert len(set(names)) == len(names), name
 
 
 # Two threads that would each have to take 256 MiB for themselves, with 128 MiB left for the process.
@@ -174,9 +214,8 @@ torch.set_num_threads(2)
 def collect(classes, tokens):
     codes = torch.zeros(tokens, dtype=torch.int64)
     scores, logits = torch.empty(2, classes), torch.ones(2, tokens)
-    params = _native.params("VocabExpandParams", scores=scores, codes=codes, logits=logits, threads=2)
     def call():
-        _native.kernel("vocab_collect")(params)
+        _native.run("vocab_collect", scores=scores, codes=codes, logits=logits, threads=2)
         return scores[:, 0].tolist()
     return call
 

@@ -11,7 +11,7 @@ from ...runtime import tuning as _config
 from . import tuning  # noqa: F401  declares what `_config.lookup` serves
 from .scores import BY_CODE
 
-_LARGEST_HEAD_DIM = 256
+_LARGEST_HEAD_DIM = _native.limits.head_dim
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 
 
@@ -22,8 +22,8 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
         if not 1 <= size <= _LARGEST_HEAD_DIM:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
-    if max(q.shape[2], k.shape[2]) >= 2**31:
-        return "it serves lengths below 2**31"
+    if max(q.shape[2], k.shape[2]) > _native.limits.length:
+        return f"it serves lengths up to {_native.limits.length}"
     return None
 
 
@@ -89,15 +89,13 @@ def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor
     block_q, block_k = config["block_q"], config["block_k"]
     tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
     classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
-    _native.kernel("classify_tiles")(
-        _native.params(
-            "TileClassParams",
-            mask=mask,
-            classes=classes,
-            block_q=block_q,
-            block_k=block_k,
-            threads=_native.threads(),
-        )
+    _native.run(
+        "classify_tiles",
+        mask=mask,
+        classes=classes,
+        block_q=block_q,
+        block_k=block_k,
+        threads=_native.threads(),
     )
     return classes
 
@@ -142,22 +140,20 @@ def _call(
         once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = _tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
-    _native.kernel(name)(
-        _native.params(
-            "AttentionParams",
-            q=_native.rows(q),
-            k=_native.rows(k),
-            v=_native.rows(v),
-            bias=bias,
-            score=score or None,
-            scale=scale,
-            bias_value=bias_value or None,
-            default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
-            threads=_native.threads(),
-            **fields,
-            **config.values,
-            **tensors,
-        )
+    _native.run(
+        name,
+        q=_native.rows(q),
+        k=_native.rows(k),
+        v=_native.rows(v),
+        bias=bias,
+        score=score or None,
+        scale=scale,
+        bias_value=bias_value or None,
+        default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
+        threads=_native.threads(),
+        **fields,
+        **config.values,
+        **tensors,
     )
 
 

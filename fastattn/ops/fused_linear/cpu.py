@@ -54,9 +54,9 @@ def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Te
         "threads": _native.threads(),
     }
     size = torch.zeros(1, dtype=torch.int64)
-    _native.kernel("pack")(_native.params("PackParams", bytes=size, **options))
+    _native.run("pack", bytes=size, **options)
     packed = torch.empty(int(size), dtype=torch.uint8)
-    _native.kernel("pack")(_native.params("PackParams", packed=packed, **options))
+    _native.run("pack", packed=packed, **options)
     return packed
 
 
@@ -69,11 +69,7 @@ def _packed_weight(weight: torch.Tensor, *, transposed: bool, parts: int = 1) ->
 
 def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields):
     blocks = {name: value for name, value in config.items() if name != "product"}
-    _native.kernel("linear")(
-        _native.params(
-            "LinearParams", x=x, packed=packed, out=out, threads=_native.threads(), **blocks, **fields
-        )
-    )
+    _native.run("linear", x=x, packed=packed, out=out, threads=_native.threads(), **blocks, **fields)
 
 
 def fused_linear(x, weight, gate, residual, eps, swiglu, save):

@@ -1,12 +1,15 @@
 """What the products can be tuned by: whose product runs, and the tiles of ours."""
 
+from ...runtime import native as _native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton product's parameters
 
+_DEFAULT = _native.defaults("linear")
+
 _BLOCKS = {
-    "block_rows": Parameter(96, (24, 48, 96, 192)),
-    "block_columns": Parameter(128, (64, 128, 256, 512)),
-    "block_steps": Parameter(512, (128, 256, 512, 1024)),
+    "block_rows": Parameter(_DEFAULT["block_rows"], (24, 48, 96, 192)),
+    "block_columns": Parameter(_DEFAULT["block_columns"], (64, 128, 256, 512)),
+    "block_steps": Parameter(_DEFAULT["block_steps"], (128, 256, 512, 1024)),
 }
 
 

@@ -6,10 +6,11 @@ import torch
 
 from ... import masks
 from ...runtime import checks as _checks
+from ...runtime import native as _native
 from ..attention.checks import check_qkv, check_results, check_scale
 
-MAX_GROUPS = 63  # a bit each in an int64 that stays positive
-MAX_ITERATIONS = 10_000  # of Sinkhorn: kernels keep potentials of each
+MAX_GROUPS = _native.limits.groups
+MAX_ITERATIONS = _native.limits.iterations
 GATES = ("multiply", "log")
 
 

@@ -63,18 +63,16 @@ def _call_sinkhorn(
         begins, counts = torch.arange(batch) * length, torch.full((batch,), length)
     else:
         begins, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    _native.kernel(kernel)(
-        _native.params(
-            "SinkhornParams",
-            scores=scores.contiguous().view(-1, groups),
-            begins=begins.contiguous(),
-            counts=(counts if lengths is None else torch.minimum(counts, lengths.long())).contiguous(),
-            temperature=temperature,
-            iterations=iterations,
-            causal=int(causal),
-            threads=_native.threads(),
-            **tensors,
-        )
+    _native.run(
+        kernel,
+        scores=scores.contiguous().view(-1, groups),
+        begins=begins.contiguous(),
+        counts=(counts if lengths is None else torch.minimum(counts, lengths.long())).contiguous(),
+        temperature=temperature,
+        iterations=iterations,
+        causal=int(causal),
+        threads=_native.threads(),
+        **tensors,
     )
 
 
@@ -118,21 +116,19 @@ def sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterat
 def _call(
     kernel: str, name: str, q, k, v, groups, key_groups, window: int, scale: float, mask, **tensors
 ) -> None:
-    _native.kernel(kernel)(
-        _native.params(
-            "GroupedParams",
-            q=_native.rows(q),
-            k=_native.rows(k),
-            v=_native.rows(v),
-            groups=groups.contiguous(),
-            key_groups=key_groups.contiguous(),
-            window=window,
-            scale=scale,
-            threads=_native.threads(),
-            **mask_fields(q, k, mask),
-            **lookup(name, q, k, v).values,
-            **tensors,
-        )
+    _native.run(
+        kernel,
+        q=_native.rows(q),
+        k=_native.rows(k),
+        v=_native.rows(v),
+        groups=groups.contiguous(),
+        key_groups=key_groups.contiguous(),
+        window=window,
+        scale=scale,
+        threads=_native.threads(),
+        **mask_fields(q, k, mask),
+        **lookup(name, q, k, v).values,
+        **tensors,
     )
 
 
@@ -195,22 +191,20 @@ def _call_gated(
     mask,
     **tensors,
 ) -> None:
-    _native.kernel(kernel)(
-        _native.params(
-            "GatedParams",
-            q=_native.rows(q),
-            k=_native.rows(k),
-            v=_native.rows(v),
-            assignment=assignment.float().contiguous(),
-            sharpness=sharpness.float(),
-            window=window,
-            gate=gate,
-            scale=scale,
-            threads=_native.threads(),
-            **mask_fields(q, k, mask),
-            **lookup(name, q, k, v).values,
-            **tensors,
-        )
+    _native.run(
+        kernel,
+        q=_native.rows(q),
+        k=_native.rows(k),
+        v=_native.rows(v),
+        assignment=assignment.float().contiguous(),
+        sharpness=sharpness.float(),
+        window=window,
+        gate=gate,
+        scale=scale,
+        threads=_native.threads(),
+        **mask_fields(q, k, mask),
+        **lookup(name, q, k, v).values,
+        **tensors,
     )
 
 

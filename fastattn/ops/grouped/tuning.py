@@ -1,7 +1,10 @@
 """What the kernels of grouped and gated attention can be tuned by."""
 
+from ...runtime import native as _native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
+
+_DEFAULT = _native.defaults("grouped_forward")
 
 _KEY = {
     "structural": ("dtype", "head_dim", "value_dim"),
@@ -13,9 +16,9 @@ for _name, _rows in (("grouped_attention", 48), ("gated_attention", 96)):
         _name,
         "cpu",
         parameters={
-            "block_q": Parameter(96, (24, 48, 72, 96, 144, 192)),
-            "block_k": Parameter(128, (32, 64, 128, 192, 256)),
-            "pack_kib": Parameter(16384, (4096, 16384, 65536)),
+            "block_q": Parameter(_DEFAULT["block_q"], (24, 48, 72, 96, 144, 192)),
+            "block_k": Parameter(_DEFAULT["block_k"], (32, 64, 128, 192, 256)),
+            "pack_kib": Parameter(_DEFAULT["pack_kib"], (4096, 16384, 65536)),
         },
         **_KEY,
     )

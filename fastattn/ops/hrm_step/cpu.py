@@ -6,8 +6,8 @@ from ...runtime import native as _native
 from ...runtime.tuning import Choice
 from ..rowwise import cpu as rows
 
-MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
-_LARGEST_HEAD_DIM = 256
+MOST_ROWS = _native.limits.matvec_rows
+_LARGEST_HEAD_DIM = _native.limits.head_dim
 
 
 def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
@@ -35,27 +35,25 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
     else:
         positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
     cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
-    _native.kernel("decode_step")(
-        _native.params(
-            "DecodeStepParams",
-            z_h=_native.rows(z_h),
-            z_l=_native.rows(z_l),
-            out=out,
-            weights=torch.tensor([w.data_ptr() for w in weights]),
-            keys=k_cache.view(-1, *k_cache.shape[3:]),
-            values=v_cache.view(-1, *v_cache.shape[3:]),
-            positions=positions,
-            lengths=positions + 1,
-            cos=cos,
-            sin=sin,
-            rows=place,
-            layers=layers,
-            inner=weights[3].shape[1],
-            longest=position + 1,
-            h_cycles=h_cycles,
-            l_cycles=l_cycles,
-            eps=eps,
-            threads=_native.threads(),
-        )
+    _native.run(
+        "decode_step",
+        z_h=_native.rows(z_h),
+        z_l=_native.rows(z_l),
+        out=out,
+        weights=torch.tensor([w.data_ptr() for w in weights]),
+        keys=k_cache.view(-1, *k_cache.shape[3:]),
+        values=v_cache.view(-1, *v_cache.shape[3:]),
+        positions=positions,
+        lengths=positions + 1,
+        cos=cos,
+        sin=sin,
+        rows=place,
+        layers=layers,
+        inner=weights[3].shape[1],
+        longest=position + 1,
+        h_cycles=h_cycles,
+        l_cycles=l_cycles,
+        eps=eps,
+        threads=_native.threads(),
     )
     return out

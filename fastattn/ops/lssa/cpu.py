@@ -25,9 +25,9 @@ def configure_backward(grad_out, q, k, v, *_) -> _config.Choice:
     return lookup("softplus_attention_backward", q, k, v)
 
 
-def _params(name: str, q, k, v, power: float | None, mask, **tensors):
-    return _native.params(
-        "ReweightedParams",
+def _call(kernel: str, name: str, q, k, v, power: float | None, mask, **tensors) -> None:
+    _native.run(
+        kernel,
         q=_native.rows(q),
         k=_native.rows(k),
         v=_native.rows(v),
@@ -44,15 +44,16 @@ def softplus_attention(q, k, v, power, mask):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     statistics = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
-        params = _params("softplus_attention", q, k, v, power, mask, out=out, statistics=statistics)
-        _native.kernel("reweighted_forward")(params)
+        tensors = {"out": out, "statistics": statistics}
+        _call("reweighted_forward", "softplus_attention", q, k, v, power, mask, **tensors)
     return out, statistics
 
 
 def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
-        params = _params(
+        _call(
+            "reweighted_backward",
             "softplus_attention_backward",
             q,
             k,
@@ -66,5 +67,4 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask)
             grad_k=grads[1],
             grad_v=grads[2],
         )
-        _native.kernel("reweighted_backward")(params)
     return grads

@@ -3,7 +3,7 @@
 from ...runtime import native as _native
 from ...runtime.tuning import Choice
 
-MOST_ROWS = 8  # kMatvecRows of src/cpu/matvec.h
+MOST_ROWS = _native.limits.matvec_rows
 
 
 def refusal(x, weight) -> str | None:
@@ -25,13 +25,11 @@ def matvec(x, weight):
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel():
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        _native.kernel("matvec")(
-            _native.params(
-                "MatvecParams",
-                x=_native.rows(rows),
-                weight=_native.rows(weight),
-                out=out.view(-1, weight.shape[0]),
-                threads=_native.threads(),
-            )
+        _native.run(
+            "matvec",
+            x=_native.rows(rows),
+            weight=_native.rows(weight),
+            out=out.view(-1, weight.shape[0]),
+            threads=_native.threads(),
         )
     return out

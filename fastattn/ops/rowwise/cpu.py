@@ -35,10 +35,10 @@ def _choose(t: torch.Tensor) -> _config.Choice:
     )
 
 
-def _call(name: str, struct: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
+def _call(name: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
     """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
     fields.update(_choose(of).values)
-    _native.kernel(name)(_native.params(struct, threads=threads or _native.threads(), **fields))
+    _native.run(name, threads=threads or _native.threads(), **fields)
 
 
 def rms_norm(x, residual, weight, eps):
@@ -48,7 +48,6 @@ def rms_norm(x, residual, weight, eps):
     if x.numel():
         _call(
             "rms_norm",
-            "RmsNormParams",
             x,
             x=_native.rows(x),
             residual=None if residual is None else _native.rows(residual),
@@ -69,7 +68,6 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     if total.numel():
         _call(
             "rms_norm_backward",
-            "RmsNormBackwardParams",
             total,
             threads,
             grad_normed=_native.rows(grad_normed),
@@ -87,7 +85,7 @@ def swiglu(gate_up):
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     if out.numel():
         gate, up = _native.rows(gate_up).chunk(2, dim=-1)
-        _call("swiglu", "GateParams", gate_up, a=gate, b=up, out=_native.rows(out))
+        _call("swiglu", gate_up, a=gate, b=up, out=_native.rows(out))
     return out
 
 
@@ -98,7 +96,6 @@ def swiglu_backward(grad_out, gate_up):
         grad_gate, grad_up = _native.rows(grad_gate_up).chunk(2, dim=-1)
         _call(
             "swiglu_backward",
-            "GateParams",
             gate_up,
             a=gate,
             b=up,
@@ -112,7 +109,7 @@ def swiglu_backward(grad_out, gate_up):
 def gated(x, gate):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        _call("gated", "GateParams", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
+        _call("gated", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
     return out
 
 
@@ -122,7 +119,6 @@ def gated_backward(grad_out, x, gate):
     if x.numel():
         _call(
             "gated_backward",
-            "GateParams",
             x,
             a=_native.rows(gate),
             b=_native.rows(x),
@@ -181,7 +177,6 @@ def rotary(q, k, positions, theta, inverse):
             if x.numel():
                 _call(
                     "rotary",
-                    "RotaryParams",
                     x,
                     x=_native.rows(x),
                     out=out,

@@ -1,6 +1,9 @@
 """What the recurrence kernels can be tuned by."""
 
+from ...runtime import native as _native
 from ...runtime.tuning import Parameter, declare
+
+_DEFAULT = _native.defaults("rms_norm")
 
 declare(
     "recurrence",
@@ -18,8 +21,10 @@ declare(
     "recurrence",
     "cpu",
     parameters={
-        "serial": Parameter(1 << 14, tuple(1 << n for n in range(12, 19))),  # elements for a second thread
-        "prefetch": Parameter(512, (0, 256, 512, 1024, 2048)),  # bytes read ahead
+        "serial": Parameter(
+            _DEFAULT["serial"], tuple(1 << n for n in range(12, 19))
+        ),  # elements for a second thread
+        "prefetch": Parameter(_DEFAULT["prefetch"], (0, 256, 512, 1024, 2048)),  # bytes read ahead
     },
     structural=("dtype",),
     sizes=("rows", "columns"),

@@ -40,10 +40,6 @@ def _choose(h, weight) -> Choice:
     )
 
 
-def call(name: str, struct: str, **fields) -> None:
-    _native.kernel(name)(_native.params(struct, **fields))
-
-
 class Rows:
     """The rows whose target is not ignored; all of them, without a copy, when none is."""
 
@@ -144,9 +140,8 @@ def run_rows(
         }
     else:
         fields = {"row_max": part(kept[0]), "row_sum": part(kept[1])}
-    call(
+    _native.run(
         "vocab_rows",
-        "VocabRowsParams",
         x=x,
         out=x if out is None else out,
         bias=bias,

@@ -7,7 +7,7 @@ from ...runtime import tuning as _config
 from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 from ._arguments import inverse
-from .cpu import _MIB, Rows, Statistics, call, product, refusal, run_rows
+from .cpu import _MIB, Rows, Statistics, product, refusal, run_rows
 
 __all__ = ["refusal"]
 
@@ -35,9 +35,8 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
 def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0):
     """Of each code's tokens (K,): the largest bias, and the logsumexp of what theirs are above it, over temperature."""
     largest, beta = torch.empty(2, count, dtype=torch.float32)
-    call(
+    _native.run(
         "vocab_code_bias",
-        "VocabTokensParams",
         codes=codes,
         bias=bias,
         beta=beta,
@@ -70,9 +69,8 @@ def _scores(
     if wide is not None:
         return torch.mm(x.float(), wide.T, out=out)
     if x.shape[0]:
-        call(
+        _native.run(
             "vocab_dots",
-            "VocabDotsParams",
             x=_native.rows(x),
             codebook=_native.rows(codebook),
             out=out,
@@ -155,9 +153,8 @@ def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wante
 def _shares(codes, bias, largest, beta, mass) -> torch.Tensor:
     """(V,): exp(bias - largest - beta of the token's code) * mass of the code."""
     out = torch.empty(codes.shape[0], dtype=torch.float32)
-    call(
+    _native.run(
         "vocab_bias_gradient",
-        "VocabTokensParams",
         codes=codes,
         bias=bias,
         largest=largest,
@@ -215,9 +212,8 @@ def vq_cross_entropy_backward(
 
 
 def _expand(name: str, scores, codes, bias, logits) -> None:
-    call(
+    _native.run(
         name,
-        "VocabExpandParams",
         scores=scores,
         codes=codes,
         bias=bias,
@@ -284,9 +280,8 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     for begin, end in chunks:
         scores = _scores(x[begin:end], codebook, wide, buffer, squares)
         norm = float(squares.max()) ** 0.5
-        call(
+        _native.run(
             "vocab_best",
-            "VocabBestParams",
             scores=scores,
             x=x[begin:end],
             codebook=codebook,
@@ -304,9 +299,8 @@ def vq_argmax(h, codebook, codes, bias):
     count = codebook.shape[0]
     largest = torch.empty(count, dtype=torch.float32)
     best = torch.empty(count, dtype=torch.int64)
-    call(
+    _native.run(
         "vocab_best_tokens",
-        "VocabTokensParams",
         codes=codes.contiguous(),
         bias=_float(bias),
         beta=largest,
@@ -325,7 +319,7 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
     order = torch.empty(codes.shape[0], dtype=torch.int32)
     offsets = torch.empty(count + 1, dtype=torch.int64)
-    call("vocab_group", "VocabTokensParams", codes=codes, order=order, offsets=offsets)
+    _native.run("vocab_group", codes=codes, order=order, offsets=offsets)
     over = inverse(temperature)
     largest, beta = _code_bias(codes, bias, count, over)
     found = torch.empty(h.shape[0], dtype=torch.int64)
@@ -333,9 +327,8 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])
     buffer = _buffer(chunks, count)
     for begin, end in chunks:
-        call(
+        _native.run(
             "vocab_sample",
-            "VocabSampleParams",
             scores=_scores(h[begin:end], codebook, wide, buffer),
             uniform=uniform[begin:end],
             largest=largest,

@@ -4,11 +4,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kPeakChains = 24;
-#else
-constexpr int kPeakChains = 12;  // 16 vector registers
-#endif
+constexpr int kPeakChains = kRegisters * 3 / 4;
 
 template <class Step>
 FASTATTN_INLINE vf peak_chains(int64_t iterations, const Step& step) {
@@ -26,7 +22,7 @@ FASTATTN_INLINE vf peak_chains(int64_t iterations, const Step& step) {
 void peak(const PeakParams& p) {
   int64_t* operations = (int64_t*)p.operations.data;  // of one iteration of one thread
   if (p.bf16) {
-#if defined(__AVX512BF16__)
+#if defined(FASTATTN_BF16_DOT)
     *operations = (int64_t)kPeakChains * W * 2 * 2;
     parallel_ranges(p.threads, p.threads, [&](int64_t, int64_t, int t) {
       const vu a = splat_u(0x3f803f80), b = splat_u(0x38d138d1);  // pairs of 1 and of 1e-4

@@ -14,21 +14,37 @@ struct Tensor {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
+// A struct's fields by name, its base's first: visit("a, b", a, b). The binding fills a struct by them.
+#define FASTATTN_FIELDS(...)          \
+  template <class Visit>              \
+  void fields(const Visit& visit) {   \
+    visit(#__VA_ARGS__, __VA_ARGS__); \
+  }
+#define FASTATTN_FIELDS_OF(Base, ...) \
+  template <class Visit>              \
+  void fields(const Visit& visit) {   \
+    Base::fields(visit);              \
+    visit(#__VA_ARGS__, __VA_ARGS__); \
+  }
+
 // How a row kernel goes over memory: `serial` elements or more for a second thread, reading `prefetch` bytes ahead.
 struct RowsParams {
   int64_t serial = 1 << 14, prefetch = 512;
   int32_t threads = 1;
+  FASTATTN_FIELDS(serial, prefetch, threads)
 };
 
 // normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32.
 struct RmsNormParams : RowsParams {
   Tensor x, residual, weight, normed, total, rstd;
   double eps = 1e-6;
+  FASTATTN_FIELDS_OF(RowsParams, x, residual, weight, normed, total, rstd, eps)
 };
 
 // grad of total; weight_partials is (threads, D) f32, reduced by the caller in order. grad_total may be absent.
 struct RmsNormBackwardParams : RowsParams {
   Tensor grad_normed, grad_total, total, weight, rstd, grad, weight_partials;
+  FASTATTN_FIELDS_OF(RowsParams, grad_normed, grad_total, total, weight, rstd, grad, weight_partials)
 };
 
 // out = f(a, b) over (A, B, C, D), or with the gradient of out: (grad_a, grad_b). swiglu: a gate, b up; gated: a gate,
@@ -36,6 +52,7 @@ struct RmsNormBackwardParams : RowsParams {
 struct GateParams : RowsParams {
   Tensor a, b, out;
   Tensor grad_out, grad_a, grad_b;
+  FASTATTN_FIELDS_OF(RowsParams, a, b, out, grad_out, grad_a, grad_b)
 };
 
 // out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: += that, out f32.
@@ -43,6 +60,7 @@ struct MatvecParams {
   Tensor x, weight, out;
   int32_t add = 0;
   int32_t threads = 1;
+  FASTATTN_FIELDS(x, weight, out, add, threads)
 };
 
 // One token a row through a hierarchical recurrence of pre-norm blocks: H_cycles times (L_cycles L stacks, then the H
@@ -56,36 +74,47 @@ struct DecodeStepParams {
   int32_t h_cycles = 1, l_cycles = 1;
   double eps = 1e-6;
   int32_t threads = 1;
+  FASTATTN_FIELDS(z_h, z_l, out, weights, keys, values, positions, lengths, cos, sin, rows, layers, inner, longest,
+                  h_cycles, l_cycles, eps, threads)
 };
 
 // x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
 struct RotaryParams : RowsParams {
   Tensor x, out, cos, sin, rows;
   int32_t inverse = 0;
+  FASTATTN_FIELDS_OF(RowsParams, x, out, cos, sin, rows, inverse)
 };
 
+// Which keys each query attends: what fastattn/masks.py describes. Index tensors are int32; dense, u8, is broadcast by
+// strides of 0 to (B, Hq, Lq, Lk). An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the
+// last of them, not of all. mask.h says it row by row.
+struct MaskParams {
+  Tensor prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  int32_t causal = 0;
+  int64_t window_left = -1, window_right = -1;
+  FASTATTN_FIELDS(prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense, causal, window_left, window_right)
+};
 inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1) << 31) : entry; }
 
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
-// bias, dense and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles. Index tensors
-// are int32. An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the last of them, not of all.
-struct AttentionParams {
+// bias and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles.
+struct AttentionParams : MaskParams {
   Tensor q, k, v, out, lse;
   Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
                  // below it
-  Tensor bias, prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  Tensor bias;
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
   double scale = 1, bias_value = 0;
   int32_t score = 0;
-  int32_t default_bias = 0;  // use -log(keys of the sequence) in place of bias_value
-  int32_t causal = 0;
-  int64_t window_left = -1, window_right = -1;
+  int32_t default_bias = 0;             // use -log(keys of the sequence) in place of bias_value
   int64_t block_q = 96, block_k = 128;  // rows and keys of a tile
   int64_t pack_kib = 16384;             // packed keys and values kept at a time
   int64_t decode_rows = 8;              // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;                // decoding: keys of one task
   int32_t threads = 1;
+  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, grad_out, grad_lse, grad_q, grad_k, grad_v,
+                     scale, bias_value, score, default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of
@@ -94,12 +123,14 @@ struct ReweightedParams : AttentionParams {
   Tensor statistics;
   double power = 1;
   int32_t reweigh = 0;
+  FASTATTN_FIELDS_OF(AttentionParams, statistics, power, reweigh)
 };
 
 // Causal softmax attention to a window and to shared groups. groups (B, Lq), key_groups (B, Lk) i64, contiguous.
 struct GroupedParams : AttentionParams {
   Tensor groups, key_groups;
   int64_t window = 0;
+  FASTATTN_FIELDS_OF(AttentionParams, groups, key_groups, window)
 };
 
 // Causal softmax attention with gated distant scores. assignment (B, L, G) f32, sharpness () f32; gate 0 multiplies, 1
@@ -110,6 +141,8 @@ struct GatedParams : AttentionParams {
   Tensor grad_query_assignment, grad_key_assignment, grad_sharpness;
   int64_t window = 0;
   int32_t gate = 0;
+  FASTATTN_FIELDS_OF(AttentionParams, assignment, sharpness, grad_query_assignment, grad_key_assignment, grad_sharpness,
+                     window, gate)
 };
 
 // Sinkhorn's iterations over the rows (T, G) of sequences: rows [begin, begin + count) of each, begins and counts (S,)
@@ -121,6 +154,7 @@ struct SinkhornParams {
   int64_t iterations = 10;
   int32_t causal = 0;
   int32_t threads = 1;
+  FASTATTN_FIELDS(scores, begins, counts, out, potentials, grad, temperature, iterations, causal, threads)
 };
 
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
@@ -129,6 +163,7 @@ struct TileClassParams {
   Tensor mask, classes;
   int64_t block_q = 96, block_k = 64;
   int32_t threads = 1;
+  FASTATTN_FIELDS(mask, classes, block_q, block_k, threads)
 };
 
 // Logits (R, C) of classes first .. first + C, in stages. Prepared in place (f32 only): + bias, soft cap, and for
@@ -146,6 +181,8 @@ struct VocabRowsParams {
   double softcap = 0, z_loss = 0;            // softcap 0: none
   int32_t stablemax = 0, statistics = 0, gradient = 0;
   int32_t threads = 1;
+  FASTATTN_FIELDS(x, out, bias, target, temperature, log_count, row_max, row_sum, picked, grad, grad_temperature, first,
+                  ignore_index, softcap, z_loss, stablemax, statistics, gradient, threads)
 };
 
 // The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
@@ -157,6 +194,7 @@ struct VocabTokensParams {
   Tensor mass, out;       // (K,) f32, (V,) f32: out_i = exp(bias_i - largest_c - beta_c) * mass_c with c = codes_i
   Tensor order, offsets;  // (V,) i32 tokens by code, lowest first; (K + 1,) i64 where each code's begin
   double inverse_temperature = 1;
+  FASTATTN_FIELDS(codes, bias, largest, beta, sums, best, mass, out, order, offsets, inverse_temperature)
 };
 
 // out (R,) i64: for each row a code from softmax((scores + largest) * inverse_temperature + beta), then one of its
@@ -166,6 +204,7 @@ struct VocabSampleParams {
   Tensor largest, beta, bias, order, offsets, out;
   double inverse_temperature = 1;
   int32_t threads = 1;
+  FASTATTN_FIELDS(scores, uniform, largest, beta, bias, order, offsets, out, inverse_temperature, threads)
 };
 
 // out (R,) i64: the id of the largest x . codebook_k + offset_k, the lowest id among equals; scores (R, K) f32 hold the
@@ -174,24 +213,28 @@ struct VocabBestParams {
   Tensor scores, x, codebook, offset, ids, out;  // offset (K,) f64; ids (K,) i64 or absent (k)
   double slack = 0, offset_slack = 0;
   int32_t threads = 1;
+  FASTATTN_FIELDS(scores, x, codebook, offset, ids, out, slack, offset_slack, threads)
 };
 
 // out (R, K) f32 = x (R, d) codebook (K, d)^T for a few rows; squares (K,) f32, if given, of the codebook's rows.
 struct VocabDotsParams {
   Tensor x, codebook, out, squares;
   int32_t threads = 1;
+  FASTATTN_FIELDS(x, codebook, out, squares, threads)
 };
 
 // logits (R, V) = scores (R, K) f32 at codes, + bias; or, collect: scores = the sum of logits by code.
 struct VocabExpandParams {
   Tensor scores, codes, bias, logits;
   int32_t threads = 1;
+  FASTATTN_FIELDS(scores, codes, bias, logits, threads)
 };
 
 // digest i64 (1,) of a contiguous source u8 (bytes,).
 struct DigestParams {
   Tensor source, digest;
   int32_t threads = 1;
+  FASTATTN_FIELDS(source, digest, threads)
 };
 
 // B (steps, columns) of a product, packed for the kernel into `packed`: source is (columns, steps), or (steps, columns)
@@ -201,6 +244,7 @@ struct PackParams {
   Tensor source, packed, bytes;
   int32_t transposed = 0, parts = 1;
   int32_t threads = 1;
+  FASTATTN_FIELDS(source, packed, bytes, transposed, parts, threads)
 };
 
 // out (M, N) = epilogue(prologue(x) B), sums in f32. x (A, B, H, D): M = A * B rows of K = H * D elements; transposed:
@@ -211,8 +255,10 @@ struct LinearParams {
   Tensor x, gate, packed, residual, out, product, rstd;
   double eps = 0;
   int32_t transposed = 0, norm = 0, gated_up = 0;
-  int64_t block_rows = 96, block_columns = 128, block_steps = 256;  // of a task, of its passes over the contraction
+  int64_t block_rows = 96, block_columns = 128, block_steps = 512;  // of a task, of its passes over the contraction
   int32_t threads = 1;
+  FASTATTN_FIELDS(x, gate, packed, residual, out, product, rstd, eps, transposed, norm, gated_up, block_rows,
+                  block_columns, block_steps, threads)
 };
 
 // `iterations` of multiply-add chains in registers on every thread. operations (1,) i64: counted in one iteration of
@@ -222,6 +268,7 @@ struct PeakParams {
   int64_t iterations = 1;
   int32_t bf16 = 0;
   int32_t threads = 1;
+  FASTATTN_FIELDS(sink, operations, iterations, bf16, threads)
 };
 
 }  // namespace fastattn

@@ -1,6 +1,6 @@
 // What a kernel takes for granted of its parameters: tensors that are there, their sizes, dtypes and strides, codes and
-// numbers. Checked before every call, in a fraction of a microsecond: a compiled graph reaches kernels without the
-// checks of a public function.
+// numbers, and what index tensors hold, which addresses memory. Checked before every call, in a fraction of a
+// microsecond: a compiled graph reaches kernels without the checks of a public function.
 #pragma once
 #include <cmath>
 #include <initializer_list>
@@ -9,16 +9,10 @@
 #include <string_view>
 #include <type_traits>
 
-#include "indices.h"
+#include "limits.h"
 #include "params.h"
 
 namespace fastattn {
-
-constexpr int64_t kLongest = INT32_MAX;  // of a sequence: kernels keep intervals of keys in 32 bits
-constexpr int64_t kLargestBlock = 1 << 16;
-constexpr int64_t kLargestHeadDim = 256;
-constexpr int64_t kMostGroups = 64, kMostIterations = 1 << 20;  // of Sinkhorn
-constexpr int64_t kMostRows = 8;                                // of a product by weights that are read once
 
 struct Size {
   int64_t of[4];
@@ -80,6 +74,14 @@ class Checks {
   void integers(const char* field, const Tensor& t, int64_t count) const {
     strided(field, t, {1, 1, 1, count}, t.dtype);
     require(t.dtype == DType::i32 || t.dtype == DType::i64, field, "must be int32 or int64");
+  }
+
+  // An entry of an index tensor; the public name of what holds it is enough.
+  static void index(const char* name, int64_t position, int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high)
+      throw std::invalid_argument("fastattn: " + std::string(name) + " must lie in [" + std::to_string(low) + ", " +
+                                  std::to_string(high) + "], given " + std::to_string(value) + " at position " +
+                                  std::to_string(position));
   }
 
   static Size size_of(const Tensor& t) { return {t.size[0], t.size[1], t.size[2], t.size[3]}; }
@@ -150,13 +152,13 @@ inline void check_fields(const Checks& c, const RotaryParams& p) {
   const int64_t lists = p.rows.stride[0] == 0 ? 1 : p.rows.size[0];
   for (int64_t b = 0; b < lists && p.rows.data; b++)
     for (int64_t i = 0; i < p.rows.size[3]; i++)
-      check_index("rows", i, ((const int32_t*)p.rows.data)[b * p.rows.stride[0] + i], 0, angles - 1);
+      c.index("rows", i, ((const int32_t*)p.rows.data)[b * p.rows.stride[0] + i], 0, angles - 1);
 }
 
 inline void check_fields(const Checks& c, const MatvecParams& p) {
   c.floating("weight", p.weight);
   const int64_t rows = p.x.size[2], inputs = p.weight.size[3];
-  c.in("x's rows", rows, 0, kMostRows);
+  c.in("x's rows", rows, 0, limits::matvec_rows);
   c.in("weight's last dimension", inputs, 1, INT64_MAX);
   c.tensor("weight", p.weight, {1, 1, p.weight.size[2], inputs}, p.weight.dtype);
   c.tensor("x", p.x, {1, 1, rows, inputs}, p.x.dtype == DType::f32 ? DType::f32 : p.weight.dtype);
@@ -168,7 +170,7 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
   const int64_t batch = p.z_h.size[2], hidden = p.z_h.size[3];
   const int64_t heads = p.keys.size[1], capacity = p.keys.size[2], head_dim = p.keys.size[3];
   c.floating("z_h", p.z_h);
-  c.in("z_h's rows", batch, 1, kMostRows);
+  c.in("z_h's rows", batch, 1, limits::matvec_rows);
   c.in("z_h's last dimension", hidden, 1, INT64_MAX);
   c.tensor("z_h", p.z_h, {1, 1, batch, hidden}, p.z_h.dtype);
   c.like("z_l", p.z_l, p.z_h);
@@ -182,7 +184,7 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
             "keys", "must be those of every call of every layer of every row");
   c.in("keys' heads", heads, 1, INT64_MAX);
   c.require(head_dim % 2 == 0, "keys", "must have an even last dimension");
-  c.in("keys' last dimension", head_dim, 2, kLargestHeadDim);
+  c.in("keys' last dimension", head_dim, 2, limits::head_dim);
   c.tensor("keys", p.keys, Checks::size_of(p.keys), p.z_h.dtype);
   c.tensor("values", p.values, Checks::size_of(p.keys), p.z_h.dtype);
   c.in("longest", p.longest, 1, capacity);
@@ -193,9 +195,9 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
   c.contiguous("sin", p.sin, {1, 1, angles, head_dim / 2}, DType::f32);
   c.tensor("rows", p.rows, {batch, 1, 1, 1}, DType::i32);
   for (int64_t b = 0; b < batch; b++) {
-    check_index("position", b, ((const int32_t*)p.positions.data)[b], 0, p.longest - 1);
-    check_index("lengths", b, ((const int32_t*)p.lengths.data)[b], 0, p.longest);
-    check_index("rows", b, ((const int32_t*)p.rows.data)[b * p.rows.stride[0]], 0, angles - 1);
+    c.index("position", b, ((const int32_t*)p.positions.data)[b], 0, p.longest - 1);
+    c.index("lengths", b, ((const int32_t*)p.lengths.data)[b], 0, p.longest);
+    c.index("rows", b, ((const int32_t*)p.rows.data)[b * p.rows.stride[0]], 0, angles - 1);
   }
   c.contiguous("weights", p.weights, {1, 1, 1, 8 * p.layers}, DType::i64);
   for (int64_t i = 0; i < 8 * p.layers; i++)
@@ -204,6 +206,39 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
+// The mask of scores (batch, heads, rows, keys).
+inline void check_mask(const Checks& c, const MaskParams& p, const Size& scores) {
+  const int64_t batch = scores.of[0], rows = scores.of[2], keys = scores.of[3];
+  if (p.dense.data) c.tensor("dense", p.dense, scores, DType::u8);
+  const bool packed = p.cu_seqlens_q.data;
+  c.require(packed == (p.cu_seqlens_k.data != nullptr), "cu_seqlens_k", "goes with cu_seqlens_q");
+  c.require(!packed || batch == 1, "cu_seqlens_q", "needs a batch of one");
+  const int64_t entries = p.cu_seqlens_q.size[3], sequences = packed ? entries - 1 : batch;
+  const auto entry = [](const Tensor& t, int64_t i) { return (int64_t)((const int32_t*)t.data)[i]; };
+  const auto offsets = [&](const char* name, const Tensor& t, int64_t length) {
+    c.contiguous(name, t, {1, 1, 1, entries}, DType::i32);
+    for (int64_t i = 0; i < entries; i++) c.index(name, i, entry(t, i), i ? entry(t, i - 1) : 0, i ? length : 0);
+  };
+  if (packed) {
+    c.in("cu_seqlens_q's entries", entries, 1, INT64_MAX);
+    offsets("cu_seqlens_q", p.cu_seqlens_q, rows);
+    offsets("cu_seqlens_k", p.cu_seqlens_k, keys);
+  }
+  const auto lengths = [&](const char* name, const Tensor& t, bool aligned) {
+    if (!t.data) return;
+    c.contiguous(name, t, {1, 1, 1, sequences}, DType::i32);
+    for (int64_t i = 0; i < sequences; i++) {
+      const int64_t most = packed ? entry(p.cu_seqlens_k, i + 1) - entry(p.cu_seqlens_k, i) : keys;
+      const int64_t given = entry(t, i), length = aligned ? length_of(given) : given;
+      c.index(name, i, length > most ? given : length, 0, most);
+    }
+  };
+  lengths("prefix_lengths", p.prefix_lengths, false);
+  lengths("key_lengths", p.key_lengths, true);
+  c.in("window_left", p.window_left, INT64_MIN, limits::length);
+  c.in("window_right", p.window_right, INT64_MIN, limits::length);
+}
+
 // What every kind of attention takes.
 inline void check_attention(const Checks& c, const AttentionParams& p) {
   c.floating("q", p.q);
@@ -211,10 +246,10 @@ inline void check_attention(const Checks& c, const AttentionParams& p) {
   const int64_t kv_heads = p.k.size[1], keys = p.k.size[2], value_dim = p.v.size[3];
   c.in("k's heads", kv_heads, 1, INT64_MAX);
   c.require(heads % kv_heads == 0, "k", "must have a number of heads that divides q's");
-  c.in("q's last dimension", head_dim, 1, kLargestHeadDim);
-  c.in("v's last dimension", value_dim, 1, kLargestHeadDim);
-  c.in("q's length", rows, 0, kLongest);
-  c.in("k's length", keys, 0, kLongest);
+  c.in("q's last dimension", head_dim, 1, limits::head_dim);
+  c.in("v's last dimension", value_dim, 1, limits::head_dim);
+  c.in("q's length", rows, 0, limits::length);
+  c.in("k's length", keys, 0, limits::length);
   c.tensor("k", p.k, {batch, kv_heads, keys, head_dim}, p.q.dtype);
   c.tensor("v", p.v, {batch, kv_heads, keys, value_dim}, p.q.dtype);
   c.tensor("out", p.out, {batch, heads, rows, value_dim}, p.q.dtype);
@@ -226,24 +261,11 @@ inline void check_attention(const Checks& c, const AttentionParams& p) {
     c.like("grad_v", p.grad_v, p.v);
   }
   if (p.bias.data) c.tensor("bias", p.bias, {batch, heads, rows, keys}, p.q.dtype);
-  if (p.dense.data) c.tensor("dense", p.dense, {batch, heads, rows, keys}, DType::u8);
-  const bool packed = p.cu_seqlens_q.data;
-  c.require(packed == (p.cu_seqlens_k.data != nullptr), "cu_seqlens_k", "goes with cu_seqlens_q");
-  c.require(!packed || batch == 1, "cu_seqlens_q", "needs a batch of one");
-  const int64_t entries = p.cu_seqlens_q.size[3], sequences = packed ? entries - 1 : batch;
-  if (packed) {
-    c.in("cu_seqlens_q's entries", entries, 1, INT64_MAX);
-    c.contiguous("cu_seqlens_q", p.cu_seqlens_q, {1, 1, 1, entries}, DType::i32);
-    c.contiguous("cu_seqlens_k", p.cu_seqlens_k, {1, 1, 1, entries}, DType::i32);
-  }
-  if (p.prefix_lengths.data) c.contiguous("prefix_lengths", p.prefix_lengths, {1, 1, 1, sequences}, DType::i32);
-  if (p.key_lengths.data) c.contiguous("key_lengths", p.key_lengths, {1, 1, 1, sequences}, DType::i32);
-  c.in("block_q", p.block_q, 1, kLargestBlock);
-  c.in("block_k", p.block_k, 1, kLargestBlock);
+  check_mask(c, p, {batch, heads, rows, keys});
+  c.in("block_q", p.block_q, 1, limits::block);
+  c.in("block_k", p.block_k, 1, limits::block);
   c.in("pack_kib", p.pack_kib, 0, INT32_MAX);
-  c.in("chunk_k", p.chunk_k, 1, kLongest);
-  c.in("window_left", p.window_left, INT64_MIN, kLongest);
-  c.in("window_right", p.window_right, INT64_MIN, kLongest);
+  c.in("chunk_k", p.chunk_k, 1, limits::length);
   c.require(!std::isnan(p.bias_value), "bias_value", "must be a number");
   // kernels multiply by both at once
   c.require(!std::isfinite((float)p.scale) || std::isfinite((float)(p.scale * 1.4426950408889634)), "scale",
@@ -252,7 +274,7 @@ inline void check_attention(const Checks& c, const AttentionParams& p) {
     c.tensor("tile_class", p.tile_class, {batch, heads, p.tile_class.size[2], p.tile_class.size[3]}, DType::u8);
     c.in("tile_class's rows", p.tile_class.size[2], (rows + p.block_q - 1) / p.block_q, INT64_MAX);
     c.in("tile_class's columns", p.tile_class.size[3], (keys + p.block_k - 1) / p.block_k, INT64_MAX);
-    c.require(!packed, "tile_class", "is of no packed documents");
+    c.require(!p.cu_seqlens_q.data, "tile_class", "is of no packed documents");
   }
 }
 
@@ -282,7 +304,7 @@ inline void check_fields(const Checks& c, const GroupedParams& p) {
   check_state(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
-  c.in("window", p.window, 0, kLongest);
+  c.in("window", p.window, 0, limits::length);
 }
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
@@ -293,7 +315,7 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
   c.in("assignment's groups", groups, 1, INT32_MAX);
   c.contiguous("assignment", p.assignment, {1, batch, rows, groups}, DType::f32);
   c.strided("sharpness", p.sharpness, {1, 1, 1, 1}, DType::f32);
-  c.in("window", p.window, 0, kLongest);
+  c.in("window", p.window, 0, limits::length);
   c.in("gate", p.gate, 0, 1);
   // logarithms of gates are divided by it
   c.require(p.scale == 0 || !(std::fabs(p.scale) < 0x1p-100), "scale", "must be 0 or beyond 2^-100");
@@ -306,7 +328,7 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
 inline void check_fields(const Checks& c, const SinkhornParams& p) {
   const int64_t rows = p.scores.size[2], groups = p.scores.size[3], sequences = p.begins.size[3];
   c.floating("scores", p.scores);
-  c.in("scores' groups", groups, 1, kMostGroups);
+  c.in("scores' groups", groups, 1, limits::groups);
   c.contiguous("scores", p.scores, {1, 1, rows, groups}, p.scores.dtype);
   c.contiguous("begins", p.begins, {1, 1, 1, sequences}, DType::i64);
   c.contiguous("counts", p.counts, {1, 1, 1, sequences}, DType::i64);
@@ -316,14 +338,19 @@ inline void check_fields(const Checks& c, const SinkhornParams& p) {
   else
     c.contiguous("potentials", p.potentials, {1, sequences, 1, groups}, DType::f32);
   c.require(p.temperature > 0, "temperature", "must be more than zero");
-  c.in("iterations", p.iterations, 1, kMostIterations);
+  c.in("iterations", p.iterations, 1, limits::iterations);
+  for (int64_t i = 0; i < sequences; i++) {
+    const int64_t begin = ((const int64_t*)p.begins.data)[i];
+    c.index("cu_seqlens", i, begin, 0, rows);
+    c.index("lengths", i, ((const int64_t*)p.counts.data)[i], 0, rows - begin);
+  }
 }
 
 inline void check_fields(const Checks& c, const TileClassParams& p) {
   if (p.mask.dtype != DType::u8) c.floating("mask", p.mask);
   c.tensor("mask", p.mask, Checks::size_of(p.mask), p.mask.dtype);
-  c.in("block_q", p.block_q, 1, kLargestBlock);
-  c.in("block_k", p.block_k, 1, kLargestBlock);
+  c.in("block_q", p.block_q, 1, limits::block);
+  c.in("block_k", p.block_k, 1, limits::block);
   const int64_t bands = p.classes.size[2], columns = p.classes.size[3];
   c.tensor("classes", p.classes, {p.mask.size[0], p.mask.size[1], bands, columns}, DType::u8);
   c.in("classes' rows", bands, (p.mask.size[2] + p.block_q - 1) / p.block_q, INT64_MAX);
@@ -462,9 +489,9 @@ inline void check_fields(const Checks& c, const LinearParams& p) {
   if (p.norm) c.contiguous("rstd", p.rstd, {1, 1, 1, rows}, DType::f32);
   c.contiguous("packed", p.packed, {1, 1, 1, p.packed.size[3]}, DType::u8);
   c.in("packed's bytes", p.packed.size[3], 2 * inputs * outputs * (p.gated_up ? 2 : 1), INT64_MAX);
-  c.in("block_rows", p.block_rows, 1, kLargestBlock);
-  c.in("block_columns", p.block_columns, 1, kLargestBlock);
-  c.in("block_steps", p.block_steps, 1, kLargestBlock);
+  c.in("block_rows", p.block_rows, 1, limits::block);
+  c.in("block_columns", p.block_columns, 1, limits::block);
+  c.in("block_steps", p.block_steps, 1, limits::block);
 }
 
 inline void check_fields(const Checks& c, const PeakParams& p) {
@@ -479,7 +506,6 @@ void check(const char* kernel, const P& p) {
   const Checks c(kernel);
   if constexpr (requires { p.threads; }) c.in("threads", p.threads, 1, 1 << 16);
   check_fields(c, p);
-  check_indices(p);
 }
 
 }  // namespace fastattn

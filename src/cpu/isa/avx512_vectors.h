@@ -1,0 +1,67 @@
+// AVX-512 F, BW, VL and DQ, all but how it rounds to bf16.
+#pragma once
+#include <immintrin.h>
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+constexpr int W = 16;
+constexpr int kRegisters = 32;
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
+
+#include "vector.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// The larger and the smaller of two; b where either is NaN.
+FASTATTN_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTATTN_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+
+// 1 / x within 3e-7 for 2^-125 <= x <= 2^125, at most 2^-125 above.
+FASTATTN_INLINE vf reciprocal(vf x) {
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+}
+
+// Sums and maxima in one fixed order (halves), so that results do not depend on the call.
+struct Sum {
+  FASTATTN_INLINE __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  FASTATTN_INLINE __m128 of(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+};
+struct Larger {
+  FASTATTN_INLINE __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  FASTATTN_INLINE __m128 of(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+};
+template <class Op>
+FASTATTN_INLINE float reduce(vf x) {
+  const __m256 half = Op::of(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 t = Op::of(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  t = Op::of(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(Op::of(t, _mm_movehdup_ps(t)));
+}
+
+FASTATTN_INLINE vu widen(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+// Every element is below 2^16.
+FASTATTN_INLINE vh narrow(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
+// The same of two vectors, one after the other.
+FASTATTN_INLINE void store_narrow(void* p, vu x, vu y) {
+  const vh first = narrow(x), second = narrow(y);
+  memcpy(p, &first, sizeof first);
+  memcpy((char*)p + sizeof first, &second, sizeof second);
+}
+// low's upper halves in the lower halves of the words, high's in the upper ones.
+FASTATTN_INLINE vu join_halves(vu low, vu high) {
+  return (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(low >> 16), (__m512i)high);
+}
+
+FASTATTN_INLINE vf from_f16(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
+FASTATTN_INLINE vh to_f16(vf x) {
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Whether a or b holds a NaN. Also true where there is no cheap way to find out.
+FASTATTN_INLINE bool maybe_nan(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0; }
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

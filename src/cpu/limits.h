@@ -1,0 +1,19 @@
+// What the kernels can hold: for themselves, and for the Python code that refuses more (`_core.limits`).
+#pragma once
+#include <cstdint>
+
+#define FASTATTN_LIMITS                                                                \
+  LIMIT(matvec_rows, 8)    /* of x, and tokens of decode_step */                       \
+  LIMIT(head_dim, 256)     /* of q, k and v */                                         \
+  LIMIT(length, INT32_MAX) /* of a sequence: intervals of keys are kept in 32 bits */  \
+  LIMIT(block, 1 << 16)    /* of rows or keys */                                       \
+  LIMIT(groups, 63)        /* of Sinkhorn: the bits of a signature that is positive */ \
+  LIMIT(iterations, 10000) /* of Sinkhorn, whose potentials are kept of each */
+
+namespace fastattn {
+namespace limits {
+#define LIMIT(name, value) constexpr int name = value;
+FASTATTN_LIMITS
+#undef LIMIT
+}  // namespace limits
+}  // namespace fastattn
