@@ -206,7 +206,7 @@ def test_a_struct_has_the_fields_of_its_base():
 _SCARCE = """
 import resource
 import torch
-from fastattn import _native
+from fastattn.runtime import native as _native
 
 torch.set_num_threads(2)
 
