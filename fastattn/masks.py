@@ -94,7 +94,7 @@ class Mask:
         self.max_seqlen_q = self.max_seqlen_k = -1
         self.total_q = self.total_k = 0
         self.longest_prefix = self.longest_key_length = 0
-        if self.cu_seqlens_q is not None:
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
             self.documents = self.cu_seqlens_q.numel() - 1
             if self.documents < 0:
                 raise ValueError("fastattn.Mask: cu_seqlens_q must have at least one entry, given none")
@@ -103,10 +103,10 @@ class Mask:
                     f"fastattn.Mask: cu_seqlens_k has {self.cu_seqlens_k.numel()} entries, cu_seqlens_q has "
                     f"{self.cu_seqlens_q.numel()}; they must agree"
                 )
-            for name, value in (("prefix_lengths", self.prefix_lengths), ("key_lengths", self.key_lengths)):
-                if value is not None and value.numel() != self.documents:
+            for name, tensor in (("prefix_lengths", self.prefix_lengths), ("key_lengths", self.key_lengths)):
+                if tensor is not None and tensor.numel() != self.documents:
                     raise ValueError(
-                        f"fastattn.Mask: {name} has {value.numel()} entries for {self.documents} documents; give one a document"
+                        f"fastattn.Mask: {name} has {tensor.numel()} entries for {self.documents} documents; give one a document"
                     )
         if prefix is not None and prefix:
             _not_negative("prefix_lengths", prefix)
@@ -114,7 +114,7 @@ class Mask:
         if lengths is not None and lengths:
             _not_negative("key_lengths", lengths)
             self.longest_key_length = max(lengths)
-        if offsets_q is not None:
+        if offsets_q is not None and offsets_k is not None:
             _offsets("cu_seqlens_q", offsets_q)
             _offsets("cu_seqlens_k", offsets_k)
             spans_q = [b - a for a, b in itertools.pairwise(offsets_q)]
@@ -122,10 +122,10 @@ class Mask:
             self.max_seqlen_q, self.max_seqlen_k = max(spans_q, default=0), max(spans_k, default=0)
             self.total_q, self.total_k = offsets_q[-1], offsets_k[-1]
             for name, values in (("prefix_lengths", prefix), ("key_lengths", lengths)):
-                for i, (value, span) in enumerate(zip(values or (), spans_k, strict=False)):
-                    if value > span:
+                for i, (length, span) in enumerate(zip(values or (), spans_k, strict=False)):
+                    if length > span:
                         raise ValueError(
-                            f"fastattn.Mask: {name}[{i}] is {value}, longer than its document of {span} keys"
+                            f"fastattn.Mask: {name}[{i}] is {length}, longer than its document of {span} keys"
                         )
         self._on_device: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
 
@@ -171,7 +171,9 @@ class Mask:
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
             with nullcontext() if traced() else torch.inference_mode(False):
-                lengths = self.key_lengths if self.align == "keys" else self.key_lengths + _ALIGNED
+                lengths = self.key_lengths
+                if self.align == "key_lengths" and lengths is not None:
+                    lengths = lengths + _ALIGNED
                 tensors = tuple(
                     None if t is None else t.to(q.device)
                     for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
@@ -208,9 +210,20 @@ def check_broadcast(op: str, name: str, t: torch.Tensor, q: torch.Tensor, k: tor
 
 
 def check_args(
-    op: str, q: torch.Tensor, k: torch.Tensor, causal, window_left, window_right, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, key_lengths, dense,
-) -> None:  # fmt: skip
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    prefix_lengths: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    key_lengths: torch.Tensor | None,
+    dense: torch.Tensor | None,
+) -> None:
     """The values of `SCHEMA` fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), but for what index tensors hold."""
     if window_left > LONGEST or window_right > LONGEST:
         side = max(window_left, window_right)
@@ -233,8 +246,8 @@ def check_args(
             )
         if cu_seqlens_q is None or cu_seqlens_k is None:
             raise ValueError(f"fastattn.{op}: cu_seqlens_q and cu_seqlens_k must be given together")
-        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            _check_indices(op, name, value, q)
+        _check_indices(op, "cu_seqlens_q", cu_seqlens_q, q)
+        _check_indices(op, "cu_seqlens_k", cu_seqlens_k, q)
         if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0] or cu_seqlens_q.shape[0] < 1:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens_k has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has "
@@ -292,13 +305,19 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"fastattn.Mask: window must be (left, right), given {window!r}")
-    sides = tuple(None if side is None else as_integer(side) for side in window)
-    for given, side in zip(window, sides, strict=True):
-        if given is not None and (side is None or side < 0):
+
+    def side(given: int | None) -> int:
+        if given is None:
+            return -1
+        count = as_integer(given)
+        if count is None or count < 0:
             raise ValueError(
                 f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
             )
-    return tuple(-1 if side is None else LONGEST if side > LONGEST else side for side in sides)
+        return LONGEST if count > LONGEST else count
+
+    left, right = window
+    return side(left), side(right)
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
@@ -360,7 +379,7 @@ def diagonal_offset(
     key_lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """From each row's place in its sequence to the key on its diagonal: (B or 1, Lq)."""
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         queries, keys = (torch.full((1,), n, device=device) for n in (lq, lk))
     else:
         queries, keys = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
@@ -391,16 +410,12 @@ def dense_allowed(
     """The definition of a mask: bool (B or 1, H or 1, Lq, Lk), True where query i attends key j."""
     document_q, i = positions(cu_seqlens_q, lq, device)
     document_k, j = positions(cu_seqlens_k, lk, device)
-    if cu_seqlens_q is None:
-        per_row = (
-            (lambda t: t.long()[:, None, None])
-            if prefix_lengths is not None or key_lengths is not None
-            else None
-        )
-    else:
 
-        def per_row(t):
-            return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
+    def per_row(t: torch.Tensor) -> torch.Tensor:
+        """One a sequence as (B, 1, 1), or one a document as (1, Lq, 1)."""
+        if cu_seqlens_q is None:
+            return t.long()[:, None, None]
+        return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
 
     offset = diagonal_offset(lq, lk, device, cu_seqlens_q, cu_seqlens_k, key_lengths)
     diagonal = (i + offset)[:, :, None]  # (B or 1, Lq, 1)
@@ -431,7 +446,7 @@ def sequence_keys(
     key_lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         count = torch.full((1,), lk, device=device) if key_lengths is None else key_length(key_lengths)
         count = count[:, None, None, None].expand(-1, 1, lq, 1)
     else:

@@ -1,5 +1,7 @@
 """torch.nn.functional.scaled_dot_product_attention by fastattn's kernels."""
 
+from typing import Any
+
 import torch
 
 from ..masks import Mask
@@ -45,7 +47,10 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"fastattn.{op}: {name} must have 2 or more dimensions, given {_checks.describe(t)}"
             )
-    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    if attn_mask is None:
+        query, key, value = autocast(query, key, value)
+    else:
+        query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _checks.check_floating(op, query=query, key=key, value=value)
     if dropout_p != 0:
         raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
@@ -67,9 +72,9 @@ def scaled_dot_product_attention(
     q, k, v, leading = _four_dims(op, query, key, value, enable_gqa)
     bias = dense = None
     if attn_mask is not None:
-        mask = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
+        full = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
         if 0 not in leading:
-            dense, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+            dense, bias = (full, None) if full.dtype == torch.bool else (None, full)
     window = None
     if is_causal:
         # fastattn aligns the last query with the last key: keys past the last query are cut, queries past the
@@ -82,17 +87,27 @@ def scaled_dot_product_attention(
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
-def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors]
+    return [t.to(dtype) if t.dtype in narrow else t for t in tensors]
 
 
-def _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
+def _jagged(
+    op: str,
+    query: Any,  # torch's class of nested tensors is private
+    key: Any,
+    value: Any,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
     """Attention of jagged nested tensors (B, H, L of each sequence, D): packed documents of one batch."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.check_any_tensor(op, name, t)

@@ -1,5 +1,7 @@
 """Grouped sparse attention (Focus, arXiv 2604.03260): the router's balance, its signatures, training and inference forms."""
 
+from typing import Any, Literal, overload
+
 import torch
 
 from ...masks import LONGEST, Mask, check_mask, default_scale
@@ -10,6 +12,32 @@ from . import checks, schema  # noqa: F401  the latter registers the ops
 from .checks import GATES, MAX_GROUPS  # noqa: F401  the latter is for routers
 
 
+@overload
+def sinkhorn(
+    scores: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 10,
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    potentials: torch.Tensor | None = None,
+    return_potentials: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def sinkhorn(
+    scores: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 10,
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    potentials: torch.Tensor | None = None,
+    return_potentials: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def sinkhorn(
     scores: torch.Tensor,
     *,
@@ -216,6 +244,6 @@ def _window(window: int) -> int:
     return LONGEST if count is not None and count > LONGEST else window
 
 
-def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple:
+def _causal_args(op: str, mask: Mask | None, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
     """The schema's mask arguments, causal whatever the mask says."""
     return (True, *check_mask(op, mask).schema_args(op, q, k)[1:])

@@ -1,11 +1,21 @@
 """The pieces of a recurrence step between its matrix products: norm, SwiGLU, gate, rotary embedding."""
 
+from typing import overload
+
 import torch
 
 from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 
 
+@overload
+def rms_norm(
+    x: torch.Tensor, *, residual: None = None, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor, *, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor,
     *,

@@ -19,10 +19,6 @@ def _rows(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _detached(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in tensors)
-
-
 def vq_logits(
     h: torch.Tensor,
     codebook: torch.Tensor,
@@ -106,9 +102,9 @@ def vq_argmax(
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_argmax"
-    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
-    found = call(op, rows, codebook, codes, bias, requested(op, None))
-    return found.reshape(h.shape[:-1])
+    rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
+    tokens = call(op, rows, codebook.detach(), codes, bias, requested(op, None))
+    return tokens.reshape(h.shape[:-1])
 
 
 def vq_sample(
@@ -135,10 +131,10 @@ def vq_sample(
         raise TypeError(
             f"fastattn.{op}: generator must be a torch.Generator, given {_checks.describe(generator)}"
         )
-    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
+    rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
-    found = call(op, rows, codebook, codes, bias, uniform, temperature, requested(op, None))
-    return found.reshape(h.shape[:-1])
+    tokens = call(op, rows, codebook.detach(), codes, bias, uniform, temperature, requested(op, None))
+    return tokens.reshape(h.shape[:-1])
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -151,6 +147,5 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "nearest_codes"
-    rows, codebook = _detached(_rows(op, "x", x), codebook)
-    found = call(op, rows, codebook, requested(op, None))
-    return found.reshape(x.shape[:-1])
+    codes = call(op, _rows(op, "x", x).detach(), codebook.detach(), requested(op, None))
+    return codes.reshape(x.shape[:-1])
