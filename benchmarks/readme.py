@@ -254,7 +254,7 @@ def speed(results: Path) -> str:
 
 FAMILIES = (
     ("attention", "sigmoid_attention", "scaled_dot_product_attention"),
-    ("softplus_attention",),
+    ("lssa_attention",),
     ("grouped_attention", "gated_attention"),
     ("sinkhorn",),
     ("linear_cross_entropy",),

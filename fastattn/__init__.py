@@ -9,7 +9,7 @@ from .ops.attention import attention, sigmoid_attention
 from .ops.fused_linear import fused_linear
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.hrm_step import decode_step
-from .ops.lssa import softplus_attention
+from .ops.lssa import lssa_attention, softplus_attention
 from .ops.rowwise import gated, rms_norm, rotary, swiglu
 from .ops.sdpa import scaled_dot_product_attention
 from .ops.vocab import (
@@ -42,6 +42,7 @@ __all__ = [
     "grouped_attention",
     "integrations",
     "linear_cross_entropy",
+    "lssa_attention",
     "models",
     "nearest_codes",
     "nn",

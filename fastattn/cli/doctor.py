@@ -10,6 +10,7 @@ import typer
 _BACKWARD_OF = {
     "sigmoid_attention": "attention_backward",
     "scaled_dot_product_attention": "attention_backward",
+    "lssa_attention": "softplus_attention_backward",
     "rotary": "rotary",
 }
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -122,7 +123,7 @@ def probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]
         "attention": lambda dtype: (qkv(dtype), {}),
         "sigmoid_attention": lambda dtype: (qkv(dtype), {}),
         "scaled_dot_product_attention": lambda dtype: (qkv(dtype), {}),
-        "softplus_attention": lambda dtype: (qkv(dtype), {}),
+        "lssa_attention": lambda dtype: (qkv(dtype), {}),
         "grouped_attention": lambda dtype: ((*qkv(dtype), signatures()), {}),
         "gated_attention": lambda dtype: (
             (*qkv(dtype), torch.zeros(1, 64, 8, dtype=dtype, device=device)),

@@ -13,6 +13,8 @@ def ops(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> None:
     assert_type(fa.attention(q, k, v, mask=mask), Tensor)
     assert_type(fa.attention(q, k, v, return_lse=True), tuple[Tensor, Tensor])
     assert_type(fa.sigmoid_attention(q, k, v, bias=q, backend="reference"), Tensor)
+    assert_type(fa.lssa_attention(q, k, v, power=3), Tensor)
+    assert_type(fa.softplus_attention(q, k, v), Tensor)
     assert_type(fa.sinkhorn(q), Tensor)
     assert_type(fa.sinkhorn(q, return_potentials=True), tuple[Tensor, Tensor])
     assert_type(fa.rms_norm(q, weight=v), Tensor)
