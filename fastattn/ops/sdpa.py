@@ -6,6 +6,7 @@ import torch
 
 from ..masks import Mask
 from ..runtime import checks as _checks
+from ..runtime.registry import requested
 from .attention import attention
 
 
@@ -18,6 +19,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(scale * query key^T + mask) value, with torch's arguments and torch's meaning of each.
 
@@ -34,13 +37,15 @@ def scaled_dot_product_attention(
         lengths. With an attn_mask, both apply.
     scale: default 1/sqrt(D).
     enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads serves that many.
+    backend: as every op's, not an argument of torch's.
 
     Returns (..., Lq, Dv). A row with nothing to attend to is 0, as in torch. Raises ValueError, TypeError or
     NotImplementedError naming the argument.
     """
     op = "scaled_dot_product_attention"
+    backend = requested(op, backend)
     if any(isinstance(t, torch.Tensor) and t.is_nested for t in (query, key, value)):
-        return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.check_tensor(op, name, t)
         if t.dim() < 2:
@@ -83,7 +88,7 @@ def scaled_dot_product_attention(
             k, v, dense, bias = k[:, :, :lq], v[:, :, :lq], _first_keys(dense, lq), _first_keys(bias, lq)
         window = (None, max(lq - lk, 0))
     mask = Mask(window=window, dense=dense) if window is not None or dense is not None else None
-    out = attention(q, k, v, scale=scale, bias=bias, mask=mask)
+    out = attention(q, k, v, scale=scale, bias=bias, mask=mask, backend=backend or None)
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
@@ -107,6 +112,7 @@ def _jagged(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    backend: str,
 ) -> torch.Tensor:
     """Attention of jagged nested tensors (B, H, L of each sequence, D): packed documents of one batch."""
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -133,7 +139,7 @@ def _jagged(
             f"fastattn.{op}: key has {k.shape[0]} heads, query has {q.shape[0]}; they must agree without enable_gqa"
         )
     mask = Mask(causal=is_causal, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
-    out = attention(q[None], k[None], v[None], scale=scale, mask=mask)
+    out = attention(q[None], k[None], v[None], scale=scale, mask=mask, backend=backend or None)
     return torch.nested.nested_tensor_from_jagged(out[0], offsets=offsets_q, jagged_dim=2)
 
 

@@ -1,5 +1,7 @@
-"""What holds for every op: NaN is never lost, derivatives that are not there are refused, threads and forks may call."""
+"""What holds for every op: NaN is never lost, derivatives that are not there are refused, threads and forks may call, and
+`backend=` names who serves a call."""
 
+import inspect
 import threading
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.cli import doctor
 from fastattn.runtime import native as _native
 
 TWICE = {"rotary"}  # its backward is the op itself
@@ -31,13 +34,13 @@ def calls():
         "attention": (lambda q, k, v: fa.attention(q, k, v, mask=MASK, return_lse=True), (q, k, v)),
         "attention, decoding": (fa.attention, (q[:, :, -1:].contiguous(), k, v)),
         "sigmoid_attention": (lambda q, k, v: fa.sigmoid_attention(q, k, v, mask=MASK), (q, k, v)),
-        "softplus_attention": (lambda q, k, v: fa.softplus_attention(q, k, v, mask=MASK), (q, k, v)),
-        "softplus_attention, power": (
-            lambda q, k, v: fa.softplus_attention(q, k, v, power=3.0, mask=MASK),
+        "lssa_attention": (lambda q, k, v: fa.lssa_attention(q, k, v, mask=MASK), (q, k, v)),
+        "lssa_attention, power": (
+            lambda q, k, v: fa.lssa_attention(q, k, v, power=3.0, mask=MASK),
             (q, k, v),
         ),
-        "softplus_attention, odd power": (
-            lambda q, k, v: fa.softplus_attention(q, k, v, power=2.5, mask=MASK),
+        "lssa_attention, odd power": (
+            lambda q, k, v: fa.lssa_attention(q, k, v, power=2.5, mask=MASK),
             (q, k, v),
         ),
         "grouped_attention": (lambda q, k, v: fa.grouped_attention(q, k, v, GROUPS, window=4), (q, k, v)),
@@ -204,3 +207,35 @@ def test_a_forked_worker_may_call():
     for one, other in zip(expected, loader, strict=True):
         # a worker has one thread, so a sum over threads may be another
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+NOT_OPS = {"cpu_isas", "explain", "focus_groups"}  # the last is plain torch, without a kernel
+PROBES = dict(doctor.probes("cpu"))
+# the op behind a function, which messages name
+OPS = {"sigmoid_attention": "attention", "lssa_attention": "softplus_attention"}
+
+
+def test_every_public_function_is_asked_for_its_backend():
+    functions = {
+        f for name in fa.__all__ if inspect.isfunction(f := getattr(fa, name)) and name not in NOT_OPS
+    }
+    assert functions == {getattr(fa, name) for name in PROBES}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_op_takes_a_backend(name):
+    args, options = PROBES[name](torch.float32)
+    function = getattr(fa, name)
+    out = function(*args, **options, backend="reference")
+    assert all(t.device.type == "cpu" for t in testing.as_tuple(out))
+    assert fa.explain(name, *args, **options, backend="reference").backend == "reference"
+    allowed = f"fastattn.{OPS.get(name, name)}: backend must be None or one of reference, cpu, triton, cuda, given 'gpu'"
+    with pytest.raises(ValueError, match=f"^{allowed}$"):
+        function(*args, **options, backend="gpu")
+
+
+def test_potentials_leave_nothing_to_a_backend_but_its_name_is_checked():
+    scores = testing.random_tensor(1, 5, 3)
+    _, potentials = fa.sinkhorn(scores, return_potentials=True)
+    with pytest.raises(ValueError, match="sinkhorn: backend must be None or one of"):
+        fa.sinkhorn(scores, potentials=potentials, backend="gpu")

@@ -63,7 +63,7 @@ def sinkhorn(
     cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
         `lengths` is then one a document; rows after the last one are 0.
     potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
-        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths` and `cu_seqlens` then play no part.
+        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens` and `backend` then play no part.
     return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
         carries no gradient.
 
@@ -73,6 +73,7 @@ def sinkhorn(
     Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
     """
     op = "sinkhorn"
+    backend = requested(op, backend)
     if potentials is not None:
         temperature = _checks.as_positive(op, "temperature", temperature)
         checks.check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
@@ -95,7 +96,7 @@ def sinkhorn(
         temperature,
         iterations,
         causal,
-        requested(op, backend),
+        backend,
     )
     return (assignment, found) if return_potentials else assignment
 

@@ -90,7 +90,12 @@ def vq_cross_entropy(
 
 
 def vq_argmax(
-    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, *, bias: torch.Tensor | None = None
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """The token of the largest logit, from K logits a row; equal logits go to the lowest token id.
 
@@ -103,7 +108,7 @@ def vq_argmax(
     """
     op = "vq_argmax"
     rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
-    tokens = call(op, rows, codebook.detach(), codes, bias, requested(op, None))
+    tokens = call(op, rows, codebook.detach(), codes, bias, requested(op, backend))
     return tokens.reshape(h.shape[:-1])
 
 
@@ -115,6 +120,7 @@ def vq_sample(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """One token a row, drawn from softmax(vq_logits / temperature): first a code, then a token of the code.
 
@@ -133,11 +139,11 @@ def vq_sample(
         )
     rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
-    tokens = call(op, rows, codebook.detach(), codes, bias, uniform, temperature, requested(op, None))
+    tokens = call(op, rows, codebook.detach(), codes, bias, uniform, temperature, requested(op, backend))
     return tokens.reshape(h.shape[:-1])
 
 
-def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def nearest_codes(x: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """The code nearest to each row in Euclidean distance, equal distances to the lowest code; never holds (V, K).
 
     argmin_k |x - codebook_k|^2, the assignment step of vector quantisation ("Neural Discrete Representation Learning",
@@ -147,5 +153,5 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "nearest_codes"
-    codes = call(op, _rows(op, "x", x).detach(), codebook.detach(), requested(op, None))
+    codes = call(op, _rows(op, "x", x).detach(), codebook.detach(), requested(op, backend))
     return codes.reshape(x.shape[:-1])
