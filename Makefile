@@ -11,7 +11,7 @@
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
-# make lint      ruff and clang-format, as checks
+# make lint      ruff, clang-format and mypy, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
 # Python 3.11 to 3.14 and a C++ compiler are needed. PYTHON=... picks the interpreter, PIP_FLAGS=... is passed to
@@ -145,6 +145,7 @@ lint: setup-test
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	find src bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | sort | xargs $(BIN)/clang-format --dry-run -Werror
 
 setup-demo:

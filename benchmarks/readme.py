@@ -17,9 +17,8 @@ import torch
 
 import fastattn as fa
 from benchmarks import gpu_check
-from fastattn.cli import doctor
 from fastattn.runtime import cuda as _cuda
-from fastattn.runtime import explain
+from fastattn.runtime import examples, explain
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -252,18 +251,6 @@ def speed(results: Path) -> str:
 
 # --- support ---------------------------------------------------------------------------------------------------------
 
-FAMILIES = (
-    ("attention", "sigmoid_attention", "scaled_dot_product_attention"),
-    ("softplus_attention",),
-    ("grouped_attention", "gated_attention"),
-    ("sinkhorn",),
-    ("linear_cross_entropy",),
-    ("stablemax_cross_entropy",),
-    ("vq_logits", "vq_cross_entropy", "vq_argmax", "vq_sample", "nearest_codes"),
-    ("rms_norm", "swiglu", "gated", "rotary"),
-    ("fused_linear",),
-    ("decode_step",),
-)
 COLUMNS = {
     "reference": "reference",
     "cpu": "CPU kernels",
@@ -280,26 +267,30 @@ TESTED = {
 GPU_COLUMNS = ("triton", "cuda")
 
 
-def served(name: str, arguments) -> tuple[str, ...]:
+def served(name: str, calls: Mapping[torch.dtype, examples.Example]) -> tuple[str, ...]:
     """The dtypes that each column's backend serves of an op, on a device of its own."""
     # whether there is a GPU here is another matter
     with mock.patch.object(_cuda, "missing", lambda: NONE), fa.set_backend(None):
         found = {}
         for dtype, short in DTYPES.items():
-            args, kwargs = arguments(dtype)
-            for backend, reason in explain.refusals(name, *args, **kwargs).items():
+            for backend, reason in explain.refusals(name, **calls[dtype].arguments).items():
                 if reason in (None, NONE):
                     found.setdefault(backend, []).append(short)
     return tuple(" ".join(found.get(backend, [NONE])) for backend in COLUMNS)
 
 
 def support(results: Path) -> str:
-    probes = dict(doctor.probes("cpu"))
-    assert set(probes) == set(itertools.chain.from_iterable(FAMILIES)), "an op is in no family"
+    by_dtype = {dtype: examples.examples(dtype) for dtype in DTYPES}
+    names = [name for name in by_dtype[torch.float32] if name in fa.__all__]
+    calls = {name: {dtype: found[name] for dtype, found in by_dtype.items()} for name in names}
     lines = [f"| op | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for family in FAMILIES:
-        for cells, names in itertools.groupby(family, lambda name: served(name, probes[name])):
-            lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+
+    def family(name: str) -> tuple[str, tuple[str, ...]]:
+        """A row: ops of one folder that are served alike."""
+        return calls[name][torch.float32].function.__module__.split(".")[2], served(name, calls[name])
+
+    for (_, cells), alike in itertools.groupby(names, family):
+        lines.append(f"| {', '.join(f'`{name}`' for name in alike)} | {' | '.join(cells)} |")
     checks = [json.loads(p.read_text()) for p in sorted(results.glob("*/check.json"))]
     cells = []
     for backend in COLUMNS:

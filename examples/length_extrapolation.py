@@ -22,9 +22,9 @@ HELD_OUT = 32768
 ATTENTION = {
     "softmax": fa.attention,
     "sigmoid": fa.sigmoid_attention,
-    "LSSA": fa.softplus_attention,
-    "LSSAR p=3": partial(fa.softplus_attention, power=3),
-    "LSSAR p=15": partial(fa.softplus_attention, power=15),
+    "LSSA": fa.lssa_attention,
+    "LSSAR p=3": partial(fa.lssa_attention, power=3),
+    "LSSAR p=15": partial(fa.lssa_attention, power=15),
 }
 
 

@@ -1,6 +1,7 @@
 """fastattn: attention and recurrence that FlashAttention cannot express, as torch ops for CPU and GPU."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
 from .masks import Mask
@@ -8,7 +9,7 @@ from .ops.attention import attention, sigmoid_attention
 from .ops.fused_linear import fused_linear
 from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
 from .ops.hrm_step import decode_step
-from .ops.lssa import softplus_attention
+from .ops.lssa import lssa_attention, softplus_attention
 from .ops.rowwise import gated, rms_norm, rotary, swiglu
 from .ops.sdpa import scaled_dot_product_attention
 from .ops.vocab import (
@@ -33,14 +34,20 @@ __all__ = [
     "attention",
     "cpu_isas",
     "decode_step",
+    "distributed",
     "explain",
     "focus_groups",
     "fused_linear",
     "gated",
     "gated_attention",
     "grouped_attention",
+    "integrations",
     "linear_cross_entropy",
+    "lssa_attention",
+    "models",
     "nearest_codes",
+    "nn",
+    "optim",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
@@ -50,15 +57,19 @@ __all__ = [
     "softplus_attention",
     "stablemax_cross_entropy",
     "swiglu",
+    "testing",
     "vq_argmax",
     "vq_cross_entropy",
     "vq_logits",
     "vq_sample",
-    *_LAZY,
 ]
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return importlib.import_module(f"fastattn.{name}")
-    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from . import distributed, integrations, models, nn, optim, testing
+else:  # a type checker would take any name from it
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return importlib.import_module(f"fastattn.{name}")
+        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")

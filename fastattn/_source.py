@@ -4,10 +4,11 @@ installed package, so that Python and compiled code are of one build."""
 import importlib.util
 import os
 import sys
+from collections.abc import MutableSequence
 from importlib.machinery import PathFinder
 
 
-def _use_installed(package: str, path: list[str]) -> None:
+def _use_installed(package: str, path: MutableSequence[str]) -> None:
     if importlib.util.find_spec(f"{package}._core") is not None:
         return
     here = os.path.realpath(path[0])

@@ -106,7 +106,7 @@ class Mask:
         self.max_seqlen_q = self.max_seqlen_k = -1
         self.total_q = self.total_k = 0
         self.longest_prefix = self.longest_key_length = 0
-        if self.cu_seqlens_q is not None:
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
             self.documents = self.cu_seqlens_q.numel() - 1
             if self.documents < 0:
                 raise ValueError("fastattn.Mask: cu_seqlens_q must have at least one entry, given none")
@@ -115,10 +115,10 @@ class Mask:
                     f"fastattn.Mask: cu_seqlens_k has {self.cu_seqlens_k.numel()} entries, cu_seqlens_q has "
                     f"{self.cu_seqlens_q.numel()}; they must agree"
                 )
-            for name, value in (("prefix_lengths", self.prefix_lengths), ("key_lengths", self.key_lengths)):
-                if value is not None and value.numel() != self.documents:
+            for name, tensor in (("prefix_lengths", self.prefix_lengths), ("key_lengths", self.key_lengths)):
+                if tensor is not None and tensor.numel() != self.documents:
                     raise ValueError(
-                        f"fastattn.Mask: {name} has {value.numel()} entries for {self.documents} documents; give one a document"
+                        f"fastattn.Mask: {name} has {tensor.numel()} entries for {self.documents} documents; give one a document"
                     )
         if prefix is not None and prefix:
             _not_negative("prefix_lengths", prefix)
@@ -126,7 +126,7 @@ class Mask:
         if lengths is not None and lengths:
             _not_negative("key_lengths", lengths)
             self.longest_key_length = max(lengths)
-        if offsets_q is not None:
+        if offsets_q is not None and offsets_k is not None:
             _offsets("cu_seqlens_q", offsets_q)
             _offsets("cu_seqlens_k", offsets_k)
             spans_q = [b - a for a, b in itertools.pairwise(offsets_q)]
@@ -134,10 +134,10 @@ class Mask:
             self.max_seqlen_q, self.max_seqlen_k = max(spans_q, default=0), max(spans_k, default=0)
             self.total_q, self.total_k = offsets_q[-1], offsets_k[-1]
             for name, values in (("prefix_lengths", prefix), ("key_lengths", lengths)):
-                for i, (value, span) in enumerate(zip(values or (), spans_k, strict=False)):
-                    if value > span:
+                for i, (length, span) in enumerate(zip(values or (), spans_k, strict=False)):
+                    if length > span:
                         raise ValueError(
-                            f"fastattn.Mask: {name}[{i}] is {value}, longer than its document of {span} keys"
+                            f"fastattn.Mask: {name}[{i}] is {length}, longer than its document of {span} keys"
                         )
         self._on_device: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
 
@@ -183,7 +183,9 @@ class Mask:
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:
             with nullcontext() if traced() else torch.inference_mode(False):
-                lengths = self.key_lengths if self.align == "keys" else self.key_lengths + _ALIGNED
+                lengths = self.key_lengths
+                if self.align == "key_lengths" and lengths is not None:
+                    lengths = lengths + _ALIGNED
                 tensors = tuple(
                     None if t is None else t.to(q.device)
                     for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
@@ -245,8 +247,8 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
             )
         if cu_seqlens_q is None or cu_seqlens_k is None:
             raise ValueError(f"fastattn.{op}: cu_seqlens_q and cu_seqlens_k must be given together")
-        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            _check_indices(op, name, value, q)
+        _check_indices(op, "cu_seqlens_q", cu_seqlens_q, q)
+        _check_indices(op, "cu_seqlens_k", cu_seqlens_k, q)
         if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0] or cu_seqlens_q.shape[0] < 1:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens_k has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has "
@@ -304,13 +306,19 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"fastattn.Mask: window must be (left, right), given {window!r}")
-    sides = tuple(None if side is None else as_integer(side) for side in window)
-    for given, side in zip(window, sides, strict=True):
-        if given is not None and (side is None or side < 0):
+
+    def side(given: int | None) -> int:
+        if given is None:
+            return -1
+        count = as_integer(given)
+        if count is None or count < 0:
             raise ValueError(
                 f"fastattn.Mask: window counts keys, None or zero or more on each side, given {tuple(window)!r}"
             )
-    return tuple(-1 if side is None else LONGEST if side > LONGEST else side for side in sides)
+        return LONGEST if count > LONGEST else count
+
+    left, right = window
+    return side(left), side(right)
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
@@ -365,7 +373,7 @@ def key_length(key_lengths: torch.Tensor) -> torch.Tensor:
 
 def diagonal_offset(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """From each row's place in its sequence to the key on its diagonal: (B or 1, Lq)."""
-    if mask.cu_seqlens_q is None:
+    if mask.cu_seqlens_q is None or mask.cu_seqlens_k is None:
         queries, keys = (torch.full((1,), n, device=device) for n in (lq, lk))
     else:
         queries, keys = mask.cu_seqlens_q.diff().long(), mask.cu_seqlens_k.diff().long()
@@ -382,16 +390,12 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
     """The definition of a mask: bool (B or 1, H or 1, Lq, Lk), True where query i attends key j."""
     document_q, i = positions(mask.cu_seqlens_q, lq, device)
     document_k, j = positions(mask.cu_seqlens_k, lk, device)
-    if mask.cu_seqlens_q is None:
-        per_row = (
-            (lambda t: t.long()[:, None, None])
-            if mask.prefix_lengths is not None or mask.key_lengths is not None
-            else None
-        )
-    else:
 
-        def per_row(t):
-            return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
+    def per_row(t: torch.Tensor) -> torch.Tensor:
+        """One a sequence as (B, 1, 1), or one a document as (1, Lq, 1)."""
+        if mask.cu_seqlens_q is None:
+            return t.long()[:, None, None]
+        return torch.cat([t.long(), t.new_zeros(1).long()])[document_q][None, :, None]
 
     offset = diagonal_offset(lq, lk, device, mask)
     diagonal = (i + offset)[:, :, None]  # (B or 1, Lq, 1)
@@ -415,7 +419,7 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
 
 def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
-    if mask.cu_seqlens_q is None:
+    if mask.cu_seqlens_q is None or mask.cu_seqlens_k is None:
         count = (
             torch.full((1,), lk, device=device) if mask.key_lengths is None else key_length(mask.key_lengths)
         )

@@ -1,8 +1,8 @@
 """Optimizers of the recurrent models: Adam-atan2 with averaged weights, sign descent on puzzle embeddings."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,12 @@ class AdamATan2(Optimizer):
         if group["ema"] is not None:
             state["ema"] = full.clone()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> NoReturn: ...
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         if closure is not None:
             raise ValueError("AdamATan2: closure is not supported")
         for group in self.param_groups:
@@ -118,18 +122,27 @@ class AdamATan2(Optimizer):
                     p.copy_(value)
 
 
+class TouchedRows(Protocol):
+    """What `SignSGD` trains."""
+
+    weights: Tensor  # (rows, dim)
+    touched: (
+        list[tuple[Tensor, Tensor]] | None
+    )  # each use: identifiers (B,), and a leaf (B, dim) that gets the gradient
+
+
 class SignSGD:
     """Sign descent with decoupled weight decay on the rows of a puzzle embedding that were used::
 
         w[id] = (1 - lr * weight_decay) * w[id] - lr * sign(sum of the gradients of id's uses)
 
     Args:
-        embedding: a module with ``weights`` (rows, dim) and ``touched``, a list it keeps of its uses: identifiers
-            (B,) and the leaf (B, dim) whose gradient counts.
+        embedding: a module with ``weights`` (rows, dim) and ``touched``, to which it adds each of its uses:
+            identifiers (B,) and the leaf (B, dim) whose gradient counts.
         lr, weight_decay: as above.
     """
 
-    def __init__(self, embedding: nn.Module, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
+    def __init__(self, embedding: TouchedRows, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
         if not lr >= 0 or not weight_decay >= 0:
             raise ValueError(f"SignSGD: lr {lr} and weight_decay {weight_decay} must not be negative")
         embedding.touched = []
@@ -138,12 +151,12 @@ class SignSGD:
         self.weight_decay = weight_decay
 
     def zero_grad(self) -> None:
-        self.embedding.touched.clear()
+        self.embedding.touched = []
 
     @torch.no_grad()
     def step(self) -> None:
-        used = [(ids, rows.grad) for ids, rows in self.embedding.touched if rows.grad is not None]
-        self.embedding.touched.clear()
+        uses, self.embedding.touched = self.embedding.touched or [], []
+        used = [(ids, rows.grad) for ids, rows in uses if rows.grad is not None]
         if not used:
             return
         weights = self.embedding.weights

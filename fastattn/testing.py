@@ -25,10 +25,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .masks import Mask
 from .runtime.arithmetic import rounding_every_step
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 EPS32 = torch.finfo(torch.float32).eps
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -274,14 +279,15 @@ def nan_filled_outputs() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def random_tensor(
@@ -342,7 +348,7 @@ def attention_inputs(
     kv_heads = heads if kv_heads is None else kv_heads
     k_len = q_len if k_len is None else k_len
     v_dim = head_dim if v_dim is None else v_dim
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype,
         "scale": scale,
         "layout": layout,
@@ -356,7 +362,7 @@ def attention_inputs(
     )
 
 
-def far_attention_inputs(size: float, *, exact: bool = False, **options) -> tuple[torch.Tensor, ...]:
+def far_attention_inputs(size: float, *, exact: bool = False, **options: Any) -> tuple[torch.Tensor, ...]:
     """`attention_inputs` whose scores lie about `size`, within a few units of each other in a row: what tells weights apart is in
     the last bits. exact: products are exact in float32 up to some 10^6, so that nothing but the weights is rounded."""
     q, k, v = (t.detach() for t in attention_inputs(**options))
@@ -398,7 +404,7 @@ class AttentionProblem:
     mask_options: dict  # Mask's keywords; index tensors as lists, dense as a shape and a density
     seed: int = 0
 
-    def inputs(self, dtype: torch.dtype = torch.float32, **options) -> tuple:
+    def inputs(self, dtype: torch.dtype = torch.float32, **options: Any) -> tuple:
         return attention_inputs(
             self.batch,
             self.heads,
@@ -413,11 +419,9 @@ class AttentionProblem:
             **options,
         )
 
-    def mask(self, device: torch.device | str = "cpu"):
+    def mask(self, device: torch.device | str = "cpu") -> Mask | None:
         """The fastattn.Mask, or None where the problem has none."""
-        import fastattn
-
-        options = {}
+        options: dict[str, Any] = {}
         for name, value in self.mask_options.items():
             if name == "dense":
                 shape, density = value
@@ -426,7 +430,7 @@ class AttentionProblem:
             elif isinstance(value, list):
                 value = torch.tensor(value, dtype=torch.int32, device=device)
             options[name] = value
-        return fastattn.Mask(**options) if options else None
+        return Mask(**options) if options else None
 
 
 MASK_KINDS = ("full", "causal", "window", "prefix", "packed", "key_lengths", "dense")
@@ -439,7 +443,7 @@ def attention_problems(
     head_dims: Sequence[int] = (1, 3, 8, 16, 17, 32, 64),
     max_heads: int = 4,
     combine: bool = True,
-):
+) -> SearchStrategy[AttentionProblem]:
     """A hypothesis strategy of AttentionProblem: small odd shapes, empty lengths, each kind of mask.
 
     With `combine`, causal, window, key lengths and a dense mask are also drawn on top of the chosen kind.
@@ -448,12 +452,12 @@ def attention_problems(
 
     window = st.tuples(*[st.none() | st.integers(0, max_len)] * 2)
 
-    def cuts(draw, documents: int, total_max: int) -> list[int]:
+    def cuts(draw: Any, documents: int, total_max: int) -> list[int]:
         lengths = [draw(st.integers(0, max(total_max // documents, 1))) for _ in range(documents)]
         return [0, *itertools.accumulate(lengths)]
 
     @st.composite
-    def problems(draw):
+    def problems(draw: Any) -> AttentionProblem:
         kind = draw(st.sampled_from(list(kinds)))
         kv_heads = draw(st.integers(1, max(1, max_heads // 2)))
         heads = kv_heads * draw(st.integers(1, max(1, max_heads // kv_heads)))

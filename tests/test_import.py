@@ -58,3 +58,7 @@ def test_without_an_installed_package_one_sentence_says_what_to_do(clone):
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: fastattn: ") and f"run `pip install .` in {clone}" in message
+
+
+def test_the_installed_package_says_that_it_has_types():
+    assert (Path(fa.__file__).parent / "py.typed").exists()

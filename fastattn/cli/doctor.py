@@ -1,17 +1,15 @@
 """`fastattn doctor`."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-# Public names whose gradient is another op's: rotary turns back by rotating the other way.
-_BACKWARD_OF = {
-    "sigmoid_attention": "attention_backward",
-    "scaled_dot_product_attention": "attention_backward",
-    "rotary": "rotary",
-}
+if TYPE_CHECKING:
+    from fastattn.runtime.examples import Example
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,8 +25,10 @@ def doctor() -> None:
     import torch
     from rich.table import Table
 
+    import fastattn
     from fastattn.cli._environment import environment, versions
     from fastattn.cli._run import console
+    from fastattn.runtime.examples import examples
 
     facts = Table.grid(padding=(0, 3))
     for name, value in environment():
@@ -44,9 +44,12 @@ def doctor() -> None:
         for column in ("op", *_DTYPES, "gradients"):
             table.add_column(column, overflow="fold")  # whole names on a narrow terminal
         reasons: dict[str, list[str]] = {}
-        for name, arguments in probes(device):
-            served = [_served(name, arguments, dtype) for dtype in _DTYPES]
-            table.add_row(name, *(text for text, _ in served), _gradients(name, device))
+        calls = {dtype: examples(getattr(torch, dtype), device) for dtype in _DTYPES}
+        for name in filter(fastattn.__all__.__contains__, calls[_DTYPES[0]]):
+            served = [_served(name, calls[dtype][name]) for dtype in _DTYPES]
+            table.add_row(
+                name, *(text for text, _ in served), _gradients(name, calls[_DTYPES[0]][name], device)
+            )
             for why in dict.fromkeys(why for _, why in served if why):
                 reasons.setdefault(why, []).append(name)
         console.print(table)
@@ -56,15 +59,12 @@ def doctor() -> None:
             console.print(f"- {line}", markup=False)
 
 
-def _served(name: str, arguments: Callable[..., tuple[tuple, dict]], dtype: str) -> tuple[str, str]:
+def _served(name: str, example: Example) -> tuple[str, str]:
     """(what the table says, why the reference serves the call or "")."""
-    import torch
-
     import fastattn
 
-    args, kwargs = arguments(getattr(torch, dtype))
     try:
-        found = fastattn.explain(name, *args, **kwargs)
+        found = fastattn.explain(name, **example.arguments)
     except NotImplementedError:
         return "-", ""
     text = f"{found.backend} (tuned)" if os.path.exists(found.source) else found.backend
@@ -74,85 +74,16 @@ def _served(name: str, arguments: Callable[..., tuple[tuple, dict]], dtype: str)
     return text, f"served by the reference, for {reasons}" if reasons else "only the reference serves it"
 
 
-def _gradients(name: str, device: str) -> str:
-    """The first backend of the op's backward on a device."""
-    from fastattn.runtime import registry as _registry
-
-    op = _registry._OPS.get(f"{name}_backward") or _registry._OPS.get(_BACKWARD_OF.get(name, ""))
-    if op is None:
-        return "-"
-    return next(b.name for b in op.backends if b.devices is None or device in b.devices)
-
-
-def probes(device: str) -> Iterator[tuple[str, Callable[..., tuple[tuple, dict]]]]:
-    """(op, arguments of a small typical call by dtype) for every op that this version has."""
-    import torch
-
+def _gradients(name: str, example: Example, device: str) -> str:
+    """The first backend of the op's backward on a device: of `<op>_backward`, or of an op that is its own backward."""
     import fastattn
+    from fastattn.runtime.registry import OPS
 
-    def rows(*shape: int) -> Callable[..., tuple[tuple, dict]]:
-        return lambda dtype: ((torch.zeros(shape, dtype=dtype, device=device),), {})
-
-    def qkv(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.zeros(1, 4, 64, 64, dtype=dtype, device=device) for _ in range(3))
-
-    def head(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        target = torch.zeros(16, dtype=torch.int64, device=device)
-        return (
-            torch.zeros(16, 64, dtype=dtype, device=device),
-            torch.zeros(128, 64, dtype=dtype, device=device),
-            target,
-        )
-
-    def coded(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        h, weight, target = head(dtype)
-        return h, weight[:32], torch.zeros(128, dtype=torch.int64, device=device), target
-
-    def signatures() -> torch.Tensor:
-        return torch.ones(1, 64, dtype=torch.int64, device=device)
-
-    def step(dtype: torch.dtype) -> tuple[tuple, dict]:
-        shapes = ((256, 64), (64, 64), (256, 64), (64, 128))  # one layer in each of the two stacks
-        state = torch.zeros(1, 64, dtype=dtype, device=device)
-        cache = torch.zeros(2, 1, 1, 4, 16, 16, dtype=dtype, device=device)
-        weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes * 2]
-        return (state, state, weights, cache, cache, 3), {"h_cycles": 1, "l_cycles": 1}
-
-    probes: dict[str, Callable[..., tuple[tuple, dict]]] = {
-        "attention": lambda dtype: (qkv(dtype), {}),
-        "sigmoid_attention": lambda dtype: (qkv(dtype), {}),
-        "scaled_dot_product_attention": lambda dtype: (qkv(dtype), {}),
-        "softplus_attention": lambda dtype: (qkv(dtype), {}),
-        "grouped_attention": lambda dtype: ((*qkv(dtype), signatures()), {}),
-        "gated_attention": lambda dtype: (
-            (*qkv(dtype), torch.zeros(1, 64, 8, dtype=dtype, device=device)),
-            {},
-        ),
-        "sinkhorn": rows(1, 64, 8),
-        "linear_cross_entropy": lambda dtype: (head(dtype), {}),
-        "stablemax_cross_entropy": lambda dtype: (
-            head(dtype)[1:2] + (torch.zeros(128, dtype=torch.int64, device=device),),
-            {},
-        ),
-        "vq_cross_entropy": lambda dtype: (coded(dtype), {}),
-        "vq_logits": lambda dtype: (coded(dtype)[:3], {}),
-        "vq_argmax": lambda dtype: (coded(dtype)[:3], {}),
-        "vq_sample": lambda dtype: (coded(dtype)[:3], {}),
-        "nearest_codes": lambda dtype: (head(dtype)[:2], {}),
-        "decode_step": step,
-        "fused_linear": lambda dtype: (head(dtype)[:2], {}),
-        "rms_norm": rows(16, 64),
-        "swiglu": rows(16, 64),
-        "rotary": lambda dtype: (
-            (
-                *(torch.zeros(1, 4, 16, 64, dtype=dtype, device=device) for _ in range(2)),
-                torch.arange(16, device=device),
-            ),
-            {},
-        ),
-        "gated": lambda dtype: (rows(16, 64)(dtype)[0] * 2, {}),
-    }
-    return ((name, arguments) for name, arguments in probes.items() if hasattr(fastattn, name))
+    if not example.gradients:
+        return "-"
+    op = fastattn.explain(name, **example.arguments).op
+    backends = OPS.get(f"{op}_backward", OPS[op]).backends
+    return next(b.name for b in backends if b.devices is None or device in b.devices)
 
 
 def _print_tables(console: Any, device: str) -> None:

@@ -33,7 +33,7 @@ _REFUSED = {
     "indices": "sparse attention by indices",
     "block_indices": "sparse attention by indices",
 }
-_sdpa_families: dict[type, bool] = {}
+_sdpa_families: dict[Any, bool] = {}
 
 _KEPT = 4  # masks whose structure is remembered: a model has one for each kind of layer
 _LARGEST_KEPT = 1 << 26  # elements
@@ -81,7 +81,7 @@ def register_as(name: str, forward: Callable, what: str) -> None:
     AttentionMaskInterface.register(name, mask)
 
 
-def _sdpa_family(config: type) -> bool:
+def _sdpa_family(config: Any) -> bool:
     """Whether transformers runs the models of this config class on "sdpa", whose masks and `is_causal` they then
     follow. Raises NotImplementedError for models whose attention is not theirs to replace."""
     if config not in _sdpa_families:
@@ -95,7 +95,7 @@ def _sdpa_family(config: type) -> bool:
     return _sdpa_families[config]
 
 
-def _model_classes() -> Iterator[type]:
+def _model_classes() -> Iterator[Any]:
     from transformers import PreTrainedModel
 
     left = [PreTrainedModel]
@@ -163,7 +163,7 @@ def attention_forward(
 
 def _documents(
     query: torch.Tensor, key: torch.Tensor, offsets_q: torch.Tensor | None, offsets_k: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Mask's keywords for documents packed in a batch of one; none for a batch that is not packed."""
     if offsets_q is None and offsets_k is None:
         return {}
@@ -184,7 +184,7 @@ def _packed_mask(
     attention_mask: torch.Tensor | None,
     is_causal: bool | None,
     keys: int,
-    documents: dict[str, torch.Tensor],
+    documents: dict[str, Any],
     bias: torch.Tensor | None,
 ) -> tuple[Mask, torch.Tensor | None]:
     """(Mask, bias) of packed documents: within each, what the model's own mask or `is_causal` says."""

@@ -122,7 +122,8 @@ def resolve(
     ``_orig_mod.`` (left by ``torch.compile``) is dropped from the file's names before they are compared.
     """
     in_file = {name.replace("_orig_mod.", ""): name for name in file}
-    sources, missing = {}, []
+    sources: dict[str, Source] = {}
+    missing: list[str] = []
     for name, layouts in wanted.items():
         layout = next((layout for layout in layouts if all(part in in_file for part in layout)), None)
         if layout is None:
@@ -184,10 +185,9 @@ def fill(
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(
-                tensor, requires_grad=module._parameters[leaf].requires_grad
-            )
+        parameter = module._parameters.get(leaf)
+        if parameter is not None:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         else:
             module._buffers[leaf] = tensor
 

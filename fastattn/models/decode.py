@@ -51,7 +51,7 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
         "decode_step", *tensors, lengths, cache.longest, *cycles, *options, requested("decode_step", None)
     ):
         return None
-    position, bound = (lengths, cache.longest) if cache.ragged else (cache.longest, None)
+    position, bound = (cache.longest, None) if lengths is None else (lengths, cache.longest)
     zH = decode_step(
         *tensors,
         position,
@@ -71,7 +71,7 @@ def _weights(stack: nn.Module, attends: tuple[int, int, float], eps: float) -> l
     """
     if not is_unchanged(stack, PreNormStack) or stack.eps != eps:
         return None
-    weights = []
+    weights: list[Tensor] = []
     for layer in stack.layers:
         if not is_unchanged(layer, PreNormBlock) or layer.eps != eps:
             return None
@@ -89,5 +89,5 @@ def _weights(stack: nn.Module, attends: tuple[int, int, float], eps: float) -> l
         ):
             if not is_plain(projection):
                 return None
-            weights.append(projection._parameters["weight"])
+            weights.append(projection.weight)
     return weights

@@ -13,6 +13,7 @@ from ..nn.blocks import PostNormBlock, PostNormStack, Routing
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.vocab import stablemax_cross_entropy
 from . import checkpoint
+from .hrm_text_config import DERIVED
 
 IGNORE = -100
 
@@ -39,10 +40,10 @@ class HrmConfig:
     vocab_size: int = 11
     seq_len: int = 81
     num_puzzles: int = 1
-    puzzle_emb_dim: int | None = None
+    puzzle_emb_dim: int = DERIVED
     hidden_size: int = 512
     num_heads: int = 8
-    intermediate_size: int | None = None
+    intermediate_size: int = DERIVED
     H_layers: int = 4
     L_layers: int = 4
     H_cycles: int = 2
@@ -155,6 +156,8 @@ class PuzzleEmbedding(nn.Module):
     use in training the identifiers and the leaf whose gradient the optimizer reads.
     """
 
+    weights: Tensor
+
     def __init__(self, num_puzzles: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("weights", torch.zeros(num_puzzles, dim))
@@ -177,6 +180,9 @@ class Hrm(nn.Module):
         segment: zL = L_stack(zL + zH + x) per L call; zH = H_stack(zH + zL) per H call
         logits = zH @ lm_head.T on the cells; (q_halt, q_continue) = q_head(zH[:, 0])
     """
+
+    H_init: Tensor
+    L_init: Tensor
 
     def __init__(self, config: HrmConfig) -> None:
         super().__init__()
@@ -347,7 +353,7 @@ class Hrm(nn.Module):
             value = batch[name]
             if value.device.type == "cpu" and value.numel() and not 0 <= value.min() <= value.max() < limit:
                 raise ValueError(f"Hrm: {name} must be from 0 to {limit - 1}")
-        return tuple(batch[name].long() for name in shapes)
+        return batch["inputs"].long(), batch["labels"].long(), batch["puzzle_ids"].long()
 
     @classmethod
     def from_pretrained(

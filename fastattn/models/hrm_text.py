@@ -51,11 +51,14 @@ class HrmText(nn.Module):
     never trained.
     """
 
+    z_L_init: Tensor
+    lm_head: nn.Linear | VQHead
+
     def __init__(self, config: HrmTextConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.head == "vq":
+        if config.codebook_size is not None:  # head "vq"
             self.lm_head = VQHead(
                 config.hidden_size,
                 config.vocab_size,
@@ -97,8 +100,8 @@ class HrmText(nn.Module):
         else:
             clipped_normal_(self.lm_head.weight, std)
         clipped_normal_(self.z_L_init, 1.0)
-        for stack in (self.recurrence.L_stack, self.recurrence.H_stack):
-            for block in stack.layers:
+        for block in self.recurrence.modules():
+            if isinstance(block, PreNormBlock):
                 block.attn.reset_parameters(std, std)
                 block.mlp.reset_parameters(std, self.config.intermediate_size**-0.5)
 
@@ -107,12 +110,15 @@ class HrmText(nn.Module):
 
         Its parameters are new: make the optimizer after this.
         """
-        self.lm_head = VQHead.from_linear(self.lm_head, codebook_size, assignment=assignment, **options)
+        if isinstance(self.lm_head, VQHead):
+            raise ValueError("HrmText: quantize_head needs a dense output layer, and this one is a VQHead")
+        head = VQHead.from_linear(self.lm_head, codebook_size, assignment=assignment, **options)
+        self.lm_head = head
         self.config = dataclasses.replace(
             self.config,
             head="vq",
             codebook_size=codebook_size,
-            codebook_bias=self.lm_head.bias is not None,
+            codebook_bias=head.bias is not None,
             codebook_assignment=assignment,
         )
 
@@ -290,7 +296,7 @@ class HrmText(nn.Module):
                     raise ValueError(
                         f"HrmText: a sample of {mask.max_seqlen_q} tokens exceeds max_position_embeddings {limit}"
                     )
-            return Routing(mask, document_positions(mask.cu_seqlens_q.to(device), L, device)[1])
+            return Routing(mask, document_positions(cu_seqlens.to(device), L, device)[1])
         if cache is not None and cache.longest:
             return self._route_extension(input_ids, prefix_lengths, lengths, cache)
         if limit < L:
@@ -409,7 +415,7 @@ def released_name(name: str) -> str:
 
 def _layouts(name: str) -> list[checkpoint.Source]:
     """The names one of our tensors has in files: released, split projections, the reference's own."""
-    plain = {
+    plain: dict[str, list[checkpoint.Source]] = {
         "embed_tokens.weight": [("model.embed_tokens.weight",), ("embed_tokens.embedding_weight",)],
         "lm_head.weight": [("lm_head.weight",)],
         "z_L_init": [("model.z_L_init",), ("model.zL_init",)],

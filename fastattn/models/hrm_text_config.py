@@ -12,6 +12,8 @@ SIZES = {  # hidden, heads, intermediate, layers per stack
     "XXL": (1792, 14, 4864, 36),
 }
 
+DERIVED: Any = None  # a field's default that __post_init__ replaces by what the others give
+
 # Keys of a config.json that describe the file or its training, not the model.
 _DESCRIPTIVE = {
     *("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype"),
@@ -56,15 +58,15 @@ class HrmTextConfig:
     intermediate_size: int = 4096
     num_hidden_layers: int = 16
     num_attention_heads: int = 12
-    head_dim: int | None = None
+    head_dim: int = DERIVED
     H_cycles: int = 2
     L_cycles: int = 3
-    L_bp_cycles: tuple[int, ...] | None = None
+    L_bp_cycles: tuple[int, ...] = DERIVED
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    initializer_range: float | None = None
-    embedding_scale: float | None = None
+    initializer_range: float = DERIVED
+    embedding_scale: float = DERIVED
     prefix_lm: bool = True
     head: str = "dense"
     codebook_size: int | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def clipped_normal_(weight: Tensor, std: float) -> Tensor:
 FUSED_ROWS = 16  # rows from which a product takes its neighbours along; fewer are bound by reading the weight
 
 
-def _fuses(x: Tensor, attention: nn.Module, mlp: nn.Module) -> bool:
+def _fuses(x: Tensor, attention: Any, mlp: Any) -> bool:
     """Whether a block's products of x run with their neighbours in one op: many rows on the CPU, and of the block's parts none
     that was replaced, parametrized or hooked, which the op would pass over. On a GPU a norm and the addition before it are one
     launch, which saves as much."""
@@ -216,7 +216,7 @@ class PreNormStack(nn.Module):
         for i, layer in enumerate(self.layers):
             args = (normed, x, routing, cache[i] if cache is not None else None)
             normed, x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-        return rms_norm(x, eps=self.eps) if fused else normed
+        return rms_norm(x, eps=self.eps) if normed is None else normed
 
 
 class PostNormBlock(nn.Module):

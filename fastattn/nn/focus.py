@@ -100,7 +100,9 @@ class FocusRouter(nn.Module):
             assignment, potentials = self._balanced(h, lengths, potentials)
         return focus_groups(assignment, top_k=self.top_k), potentials
 
-    def _balanced(self, h, lengths, potentials=None):
+    def _balanced(
+        self, h: torch.Tensor, lengths: torch.Tensor | None, potentials: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return sinkhorn(
             self.scores(h),
             temperature=self.temperature,
@@ -112,7 +114,7 @@ class FocusRouter(nn.Module):
         )
 
     @staticmethod
-    def retrofit(model: nn.Module, **options: Any) -> nn.ModuleList:
+    def retrofit(model: Any, **options: Any) -> nn.ModuleList:
         """Give every attention layer of a transformers model a router of its own and freeze everything else.
 
         The model runs in eval mode with its own attention replaced: a layer whose router is in training mode (as they are
@@ -141,7 +143,7 @@ class FocusRouter(nn.Module):
         model.set_attn_implementation(NAME)
         model.requires_grad_(False)
         model.eval()
-        routers = nn.ModuleList()
+        routers: list[FocusRouter] = []
         for layer in layers:
             weight = next(layer.parameters())
             router = FocusRouter(model.config.hidden_size, device=weight.device, **options)
@@ -151,17 +153,17 @@ class FocusRouter(nn.Module):
         hooks = _OneCache(routers)
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
         model.register_forward_hook(hooks.after)
-        return routers.train()
+        return nn.ModuleList(routers).train()
 
 
-def _keep_hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+def _keep_hidden_states(layer: Any, args: tuple, kwargs: dict) -> None:
     layer.focus_input = args[0] if args else kwargs["hidden_states"]
 
 
 class _OneCache:
     """Hooks of a retrofitted model, by which its routers' signatures go with one cache of keys and no other."""
 
-    def __init__(self, routers: nn.ModuleList) -> None:
+    def __init__(self, routers: list[FocusRouter]) -> None:
         self._routers = routers
         self._cache: Callable[[], Any] = _no_cache  # whose signatures the routers keep
 
@@ -192,7 +194,7 @@ def _no_cache() -> None:
 
 
 def attention_forward(
-    module: nn.Module,
+    module: Any,  # a layer that `retrofit` gave a focus_router
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

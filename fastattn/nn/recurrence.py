@@ -45,6 +45,7 @@ class HierarchicalRecurrence(nn.Module):
 
     def activation_checkpointing(self, on: bool = True) -> None:
         """Sets ``activation_checkpointing`` of both stacks, which then recompute in the backward."""
+        stack: Any
         for stack in (self.L_stack, self.H_stack):
             if not hasattr(stack, "activation_checkpointing"):
                 raise NotImplementedError(

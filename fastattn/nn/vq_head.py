@@ -38,6 +38,10 @@ class VQHead(nn.Module):
     Raises ValueError or TypeError naming the argument.
     """
 
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -64,14 +68,13 @@ class VQHead(nn.Module):
             raise ValueError(f"fastattn.VQHead: decay must lie in [0, 1), given {decay!r}")
         self.d_model, self.vocab_size, self.codebook_size = d_model, vocab_size, codebook_size
         self.assignment, self.decay = assignment, decay
-        options = {"device": device, "dtype": dtype}
-        self.codebook = nn.Parameter(
-            torch.empty(codebook_size, d_model, **options), requires_grad=assignment != "ema"
-        )
-        self.bias = nn.Parameter(torch.empty(vocab_size, **options)) if bias else None
-        self.weight = (
-            None if assignment == "fixed" else nn.Parameter(torch.empty(vocab_size, d_model, **options))
-        )
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.codebook = nn.Parameter(empty(codebook_size, d_model), requires_grad=assignment != "ema")
+        self.bias = nn.Parameter(empty(vocab_size)) if bias else None
+        self.weight = None if assignment == "fixed" else nn.Parameter(empty(vocab_size, d_model))
         self.register_buffer("codes", torch.empty(vocab_size, dtype=torch.int64, device=device))
         if assignment == "ema":
             self.register_buffer("counts", torch.empty(codebook_size, dtype=torch.float32, device=device))
@@ -163,7 +166,7 @@ class VQHead(nn.Module):
             head.codes.copy_(codes)
             if head.weight is not None:
                 head.weight.copy_(weight)
-            if isinstance(bias, Tensor):
+            if isinstance(bias, Tensor) and head.bias is not None:
                 if tuple(bias.shape) != (vocab_size,):
                     raise ValueError(
                         f"fastattn.VQHead.from_linear: bias must have shape ({vocab_size},), given {tuple(bias.shape)}"
@@ -245,7 +248,7 @@ class VQHead(nn.Module):
 
     @torch.no_grad()
     def _restart_means(self) -> None:
-        if self.assignment == "ema":
+        if self.assignment == "ema" and self.weight is not None:
             counts, sums = _totals(self.weight.detach(), self.codes, self.codebook_size)
             self.counts.copy_(counts)
             self.sums.copy_(sums)

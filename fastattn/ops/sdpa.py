@@ -1,9 +1,12 @@
 """torch.nn.functional.scaled_dot_product_attention by fastattn's kernels."""
 
+from typing import Any
+
 import torch
 
 from ..masks import Mask
 from ..runtime import checks as _checks
+from ..runtime.registry import requested
 from .attention import attention
 
 
@@ -16,6 +19,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(scale * query key^T + mask) value, with torch's arguments and torch's meaning of each.
 
@@ -32,20 +37,25 @@ def scaled_dot_product_attention(
         lengths. With an attn_mask, both apply.
     scale: default 1/sqrt(D).
     enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads serves that many.
+    backend: as every op's, not an argument of torch's.
 
     Returns (..., Lq, Dv). A row with nothing to attend to is 0, as in torch. Raises ValueError, TypeError or
     NotImplementedError naming the argument.
     """
     op = "scaled_dot_product_attention"
+    backend = requested(op, backend)
     if any(isinstance(t, torch.Tensor) and t.is_nested for t in (query, key, value)):
-        return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.check_tensor(op, name, t)
         if t.dim() < 2:
             raise ValueError(
                 f"fastattn.{op}: {name} must have 2 or more dimensions, given {_checks.describe(t)}"
             )
-    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    if attn_mask is None:
+        query, key, value = autocast(query, key, value)
+    else:
+        query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _checks.check_floating(op, query=query, key=key, value=value)
     if dropout_p != 0:
         raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
@@ -67,9 +77,9 @@ def scaled_dot_product_attention(
     q, k, v, leading = _four_dims(op, query, key, value, enable_gqa)
     bias = dense = None
     if attn_mask is not None:
-        mask = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
+        full = _mask_four_dims(op, attn_mask, (*leading, lq, lk))
         if 0 not in leading:
-            dense, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+            dense, bias = (full, None) if full.dtype == torch.bool else (None, full)
     window = None
     if is_causal:
         # fastattn aligns the last query with the last key: keys past the last query are cut, queries past the
@@ -78,21 +88,32 @@ def scaled_dot_product_attention(
             k, v, dense, bias = k[:, :, :lq], v[:, :, :lq], _first_keys(dense, lq), _first_keys(bias, lq)
         window = (None, max(lq - lk, 0))
     mask = Mask(window=window, dense=dense) if window is not None or dense is not None else None
-    out = attention(q, k, v, scale=scale, bias=bias, mask=mask)
+    out = attention(q, k, v, scale=scale, bias=bias, mask=mask, backend=backend or None)
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
-def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors]
+    return [t.to(dtype) if t.dtype in narrow else t for t in tensors]
 
 
-def _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
+def _jagged(
+    op: str,
+    query: Any,  # torch's class of nested tensors is private
+    key: Any,
+    value: Any,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> torch.Tensor:
     """Attention of jagged nested tensors (B, H, L of each sequence, D): packed documents of one batch."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.check_any_tensor(op, name, t)
@@ -118,7 +139,7 @@ def _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enabl
             f"fastattn.{op}: key has {k.shape[0]} heads, query has {q.shape[0]}; they must agree without enable_gqa"
         )
     mask = Mask(causal=is_causal, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
-    out = attention(q[None], k[None], v[None], scale=scale, mask=mask)
+    out = attention(q[None], k[None], v[None], scale=scale, mask=mask, backend=backend or None)
     return torch.nested.nested_tensor_from_jagged(out[0], offsets=offsets_q, jagged_dim=2)
 
 

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from typing import Any, cast
 
 import torch
 
@@ -29,10 +30,10 @@ def has_contents(value: torch.Tensor) -> bool:
     return True
 
 
-def as_integer(value: object) -> int | None:
+def as_integer(value: Any) -> int | None:
     """An int of Python, numpy or a compiler; None for what is none."""
     if isinstance(value, (int, torch.SymInt)):
-        return None if isinstance(value, bool) else value
+        return None if isinstance(value, bool) else cast(int, value)
     if isinstance(value, numbers.Integral):
         return operator.index(value)
     return None
@@ -43,7 +44,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (torch.Tensor, numbers.Real)) and not isinstance(value, (bool, torch.SymFloat))
 
 
-def as_number(op: str, name: str, value: object, *, kind: str = "a number") -> float:
+def as_number(op: str, name: str, value: Any, *, kind: str = "a number") -> float:
     """A real number of Python, numpy, a compiler, or a 0-dim tensor on the CPU, as torch's own functions take them."""
     number = value
     if isinstance(value, torch.Tensor):
@@ -74,14 +75,14 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def check_any_tensor(op: str, name: str, value: object) -> torch.Tensor:
+def check_any_tensor(op: str, name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"fastattn.{op}: {name} must be a tensor, given {describe(value)}")
     return value
 
 
 def check_tensor(
-    op: str, name: str, value: object, *, dims: int | tuple[int, ...] | None = None
+    op: str, name: str, value: Any, *, dims: int | tuple[int, ...] | None = None
 ) -> torch.Tensor:
     """`value` must be a dense strided tensor, and have one of the ranks `dims` when given."""
     check_any_tensor(op, name, value)
@@ -103,7 +104,7 @@ def check_floating(op: str, *, absent: tuple[str, ...] = (), **tensors: torch.Te
     for name, t in tensors.items():
         if t is None and name in absent:
             continue
-        check_tensor(op, name, t)
+        t = check_tensor(op, name, t)
         if t.dtype not in FLOATING:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
             raise TypeError(f"fastattn.{op}: {name} must be one of {allowed}, given {describe(t)}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import torch_private
-from .registry import _OPS, NUMBERS, TRACED, Backend, Op, dispatch, dispatch_values
+from .registry import NUMBERS, OPS, TRACED, Backend, Op, dispatch, dispatch_values
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 
@@ -173,7 +173,7 @@ def _define(
         group,
         writes="!" in schema,
     )
-    _OPS[name] = op
+    OPS[name] = op
     places = {i for i, _ in op.numbers}
     if group is not None and any(i > group[0] for i in places):
         raise ValueError(

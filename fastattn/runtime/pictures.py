@@ -3,6 +3,7 @@
 import html
 import io
 import os
+from typing import Literal
 
 from fastattn.runtime import files as _files
 
@@ -11,7 +12,7 @@ ACCENT, WARM, PALE = "#2563a8", "#c2571a", "#b9c4d1"
 LINES = (ACCENT, WARM, "#2f8f5b", "#8a4fae", "#8c6d1f", "#4a5563")  # one a line of a chart, in this order
 
 
-def figure(height: float, grid: str = "y"):
+def figure(height: float, grid: Literal["x", "y"] = "y"):
     """(matplotlib figure 8.6 inches wide, its axes); `grid`: the axis whose values have lines, "x" or "y"."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window system
 

@@ -22,7 +22,7 @@ from .checks import as_integer, as_number, has_contents, is_number
 from .tuning import Choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_OPS: dict[str, "Op"] = {}
+OPS: dict[str, "Op"] = {}
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _device(members: Sequence[Any]) -> torch.device:
 @contextmanager
 def replaced(change: Callable[[Op, Backend], Backend]) -> Iterator[None]:
     """Every op with its backends as `change` gives them, inside the block: another device, another implementation."""
-    before = [(op, op.backends) for op in _OPS.values()]
+    before = [(op, op.backends) for op in OPS.values()]
     try:
         for op, backends in before:
             object.__setattr__(op, "backends", tuple(change(op, b) for b in backends))
@@ -183,12 +183,12 @@ NUMBERS, TRACED = "numbers", "traced"  # overloads of an op that has floats, see
 
 def dispatch(name: str, *members: Any) -> Any:
     """torch.ops.fastattn.<name> of a call's members and a backend, by the overload that takes its numbers as they are."""
-    return dispatch_values(name, *_OPS[name].values(members))
+    return dispatch_values(name, *OPS[name].values(members))
 
 
 def dispatch_values(name: str, *values: Any) -> Any:
     """`dispatch` of the values of torch's schema."""
-    packet, numbers = getattr(torch.ops.fastattn, name), _OPS[name].numbers
+    packet, numbers = getattr(torch.ops.fastattn, name), OPS[name].numbers
     if not any(isinstance(values[i], (torch.SymFloat, torch.Tensor)) for i, _ in numbers):
         return packet.default(*values)
     values = list(values)
@@ -243,7 +243,7 @@ def serves(name: str, *args: Any) -> bool:
     device = _device(members)
     return any(
         backend.refusal(device, members) is None
-        for backend in _OPS[name].backends
+        for backend in OPS[name].backends
         if (backend.name == requested if requested else backend.name != "reference")
     )
 
@@ -270,7 +270,7 @@ def call(name: str, *args: Any) -> Any:
     Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
     torch.func's gradients, and vmap of what writes to an argument, which it refuses with no word of the op.
     """
-    op = _OPS[name]
+    op = OPS[name]
     members = op.plain(args[:-1])
     op.check(*members)
     if torch_private.differentiates_forward():

@@ -77,11 +77,11 @@ def tables(target: _device.Target) -> list[tuple[str, dict]]:
     """(source, table) of every readable table for a device, best first."""
     with _lock:
         if target in _installed:
-            table = _installed[target]
-            if reason := unfit(table, target):
+            installed = _installed[target]
+            if reason := unfit(installed, target):
                 complain(f"synchronised table: {reason}, ignored")
                 return []
-            return [("synchronised", table)]
+            return [("synchronised", installed)]
         if target not in _read:
             _read[target] = []
             for directory in directories():
@@ -105,8 +105,9 @@ def relatives(target: _device.Target) -> list[tuple[str, dict]]:
                     if path.stem == target.slug:  # `tables` has looked at it
                         continue
                     table = read_table(path)
-                    described = None if table is None else table.get("device")
-                    if target.resembles(described) and not target.matches(described):
+                    if table is None:
+                        continue
+                    if target.resembles(table.get("device")) and not target.matches(table["device"]):
                         found.append((str(path), table))
             found.sort(key=lambda item: _strangeness(item[1]["device"], target))
             _relatives[target] = found
@@ -115,8 +116,10 @@ def relatives(target: _device.Target) -> list[tuple[str, dict]]:
 
 def _strangeness(described: dict, target: _device.Target) -> tuple[bool, float]:
     units = described.get("units")
-    known = type(units) is int and 0 < units < 2**31
-    return described.get("name") != target.name, abs(math.log2(units / target.units)) if known else math.inf
+    distance = math.inf
+    if isinstance(units, int) and not isinstance(units, bool) and 0 < units < 2**31:
+        distance = abs(math.log2(units / target.units))
+    return described.get("name") != target.name, distance
 
 
 def read_table(path: Path, target: _device.Target | None = None) -> dict | None:

@@ -272,7 +272,7 @@ def test_effective_merges_the_ladder(put, target):
 
 def test_standard_library_only():
     """The modules themselves, with the package's own __init__ (which imports torch) stood aside."""
-    package = os.path.dirname(_config.__file__)
+    package = os.path.dirname(os.path.dirname(_config.__file__))
     code = (
         "import sys, types\n"
         "package = sys.modules['fastattn'] = types.ModuleType('fastattn')\n"

@@ -47,7 +47,7 @@ def test_everything_compiles(architecture, tmp_path):
 
 
 def test_backends_say_why_not():
-    from fastattn.runtime.registry import _OPS
+    from fastattn.runtime.registry import OPS
 
     cuda = torch.device("cuda")
     h, weight, target = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)
@@ -55,7 +55,7 @@ def test_backends_say_why_not():
         ("linear_cross_entropy", (h, weight, None, target, None, 0, 0.0, 0.0, -100, "mean", 0)),
         ("sinkhorn", (torch.ones(1, 4, 2), None, None, 0.1, 3, False)),
     ):
-        backend = next(b for b in _OPS[op].backends if b.name == "cuda")
+        backend = next(b for b in OPS[op].backends if b.name == "cuda")
         if not torch.cuda.is_available():
             assert backend.refusal(cuda, args) == "there is no NVIDIA device"
         double = tuple(

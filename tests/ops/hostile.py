@@ -466,7 +466,7 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(2)
     calls = valid_calls()
-    missing = sorted(set(_registry._OPS) - set(calls))
+    missing = sorted(set(_registry.OPS) - set(calls))
     if missing:
         sys.exit(f"no valid call of {', '.join(missing)}: add one to hostile.py")
     names = names or sorted(calls)

@@ -34,10 +34,14 @@ def causal(length, **options):
     ).tril()
 
 
+def test_the_earlier_name_is_the_same_function():
+    assert fa.softplus_attention is fa.lssa_attention
+
+
 @pytest.mark.parametrize("power", [None, 1, 2.5, 3, 15])
 def test_is_the_published_equation(power):
     (q, k, v), allowed = causal(23)
-    actual = fa.softplus_attention(q, k, v, power=power, mask=fa.Mask(causal=True), backend="reference")
+    actual = fa.lssa_attention(q, k, v, power=power, mask=fa.Mask(causal=True), backend="reference")
     # scores near the threshold lose digits in the quotient, times the power: 15 * n * eps64 of the result
     assert testing.max_error(actual, published(q, k, v, power, allowed)) < 1e-12
 
@@ -49,7 +53,7 @@ def test_masks_and_heads(problem, power):
     args = mask.args("test", q, k)
     allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, args)
     wide = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
-    actual = fa.softplus_attention(q, k, v, power=power, mask=mask, backend="reference")
+    actual = fa.lssa_attention(q, k, v, power=power, mask=mask, backend="reference")
     if q.shape[3] == 1:  # log D = 0: every score equals log 2, and re-weighting leaves nothing
         assert actual.isfinite().all()
         return
@@ -62,7 +66,7 @@ def test_gradcheck():
     for power in (None, 1.5, 3.0):
 
         def op(*x, power=power):
-            return fa.softplus_attention(*x, power=power, mask=mask, backend="reference")
+            return fa.lssa_attention(*x, power=power, mask=mask, backend="reference")
 
         # random scores keep clear of the threshold by more than gradcheck's step of 1e-6
         assert torch.autograd.gradcheck(op, (q, k, v), fast_mode=True)
@@ -96,7 +100,7 @@ def closed_form(q, k, v, power, allowed, grad_out):
 def test_closed_form_backward(power):
     inputs, allowed = causal(23)
     out, grads = testing.differentiate(
-        lambda *x: fa.softplus_attention(*x, power=power, mask=fa.Mask(causal=True), backend="reference"),
+        lambda *x: fa.lssa_attention(*x, power=power, mask=fa.Mask(causal=True), backend="reference"),
         inputs,
     )
     with torch.no_grad():
@@ -116,7 +120,7 @@ def test_no_power_overflows(power, dtype):
     q = torch.eye(64, dtype=dtype)[:1].expand(1, 1, 1, 64)
     v = testing.random_tensor(1, 1, length, 16, dtype=dtype)
     out, grads = testing.differentiate(
-        lambda *x: fa.softplus_attention(*x, power=power),
+        lambda *x: fa.lssa_attention(*x, power=power),
         (q.clone().requires_grad_(), k.requires_grad_(), v.requires_grad_()),
     )
     assert all(x.isfinite().all() for x in (*out, *grads))
@@ -130,7 +134,7 @@ def test_equal_scores_reweight_to_nothing(dtype):
     k = testing.random_tensor(1, 2, 1, 16, dtype=dtype).expand(1, 2, 40, 16).clone().requires_grad_()
     v = testing.random_tensor(1, 2, 40, 8, dtype=dtype, seed=1, requires_grad=True)
     (out,), grads = testing.differentiate(
-        lambda *x: fa.softplus_attention(*x, power=15, mask=fa.Mask(causal=True)), (q, k, v)
+        lambda *x: fa.lssa_attention(*x, power=15, mask=fa.Mask(causal=True)), (q, k, v)
     )
     assert (out[:, :, 3:] == 0).all()
     mean = v[:, :, :3].double().cumsum(2) / torch.arange(1, 4).view(1, 1, 3, 1)
@@ -145,7 +149,7 @@ def test_rows_without_keys_are_zero():
     mask = fa.Mask(key_lengths=torch.tensor([0, 9]))
     for power in (None, 3):
         (out,), grads = testing.differentiate(
-            lambda *x, power=power: fa.softplus_attention(*x, power=power, mask=mask), (q, k, v)
+            lambda *x, power=power: fa.lssa_attention(*x, power=power, mask=mask), (q, k, v)
         )
         assert (out[0] == 0).all() and (out[1] != 0).any()
         assert all((g[0] == 0).all() and g.isfinite().all() for g in grads)
@@ -157,7 +161,7 @@ def test_zero_vectors_are_not_nan():
         with torch.no_grad():
             q[0, 0, 5], k[0, 0, 7] = 0, 0
         (out,), grads = testing.differentiate(
-            lambda *x: fa.softplus_attention(*x, power=3, mask=fa.Mask(causal=True)), (q, k, v)
+            lambda *x: fa.lssa_attention(*x, power=3, mask=fa.Mask(causal=True)), (q, k, v)
         )
         assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
         assert (grads[0][0, 0, 5] == 0).all() and (grads[1][0, 0, 7] == 0).all()
@@ -170,7 +174,7 @@ def test_opcheck_and_compile():
     torch.library.opcheck(torch.ops.fastattn.softplus_attention.default, args)
 
     def layer(q, k, v):
-        return fa.softplus_attention(q * 2, k, v, power=3, mask=mask).square()
+        return fa.lssa_attention(q * 2, k, v, power=3, mask=mask).square()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected, wanted = testing.differentiate(layer, (q, k, v))
@@ -192,12 +196,12 @@ def test_opcheck_and_compile():
 def test_errors_name_the_argument(options, error, message):
     q, k, v = testing.attention_inputs(1, 2, 2, 4, 4, 8)
     with pytest.raises(error, match=message):
-        fa.softplus_attention(q, k, v, **options)
+        fa.lssa_attention(q, k, v, **options)
 
 
 def test_empty_head_dim_is_refused():
     with pytest.raises(ValueError, match="q must have a head dim of 1 or more"):
-        fa.softplus_attention(*(torch.zeros(1, 1, 2, 0),) * 3)
+        fa.lssa_attention(*(torch.zeros(1, 1, 2, 0),) * 3)
 
 
 # --- native kernels -------------------------------------------------------------------------------------------------
@@ -210,11 +214,11 @@ def isa(request):
 
 
 def native(power, mask):
-    return lambda *x: fa.softplus_attention(*x, power=power, mask=mask, backend="cpu")
+    return lambda *x: fa.lssa_attention(*x, power=power, mask=mask, backend="cpu")
 
 
 def defined(power, mask):
-    return lambda *x: fa.softplus_attention(*x, power=power, mask=mask, backend="reference")
+    return lambda *x: fa.lssa_attention(*x, power=power, mask=mask, backend="reference")
 
 
 def conditioning(q, k, v, power, mask):

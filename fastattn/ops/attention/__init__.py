@@ -1,5 +1,7 @@
 """Tiled attention with softmax, sigmoid and softplus scores."""
 
+from typing import Literal, overload
+
 import torch
 
 from ...masks import Mask, check_broadcast, check_mask, default_scale
@@ -10,6 +12,32 @@ from .checks import check_qkv
 from .scores import SCORES
 
 
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    score: str = "softmax",
+    scale: float | None = None,
+    bias: float | torch.Tensor | None = None,
+    mask: Mask | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    score: str = "softmax",
+    scale: float | None = None,
+    bias: float | torch.Tensor | None = None,
+    mask: Mask | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

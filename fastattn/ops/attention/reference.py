@@ -46,7 +46,7 @@ def attention(
     if not row.shifted:
         # of weights that may all underflow, the exponentials they tend to
         top = top.masked_fill(top >= LIMIT_SCORE, -torch.inf)
-    shifted = top > -torch.inf
+    shifted = top != -torch.inf  # a NaN is, and stays one
     weight = torch.exp((wide - top).masked_fill(~shifted, -torch.inf))
     if not row.shifted:
         plain = row.weight(s).masked_fill(~allowed, 0.0).to(wide.dtype)

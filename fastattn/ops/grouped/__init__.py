@@ -1,5 +1,7 @@
 """Grouped sparse attention (Focus, arXiv 2604.03260): the router's balance, its signatures, training and inference forms."""
 
+from typing import Literal, overload
+
 import torch
 
 from ...masks import LONGEST, Mask, check_mask, default_scale
@@ -10,6 +12,32 @@ from . import checks, schema  # noqa: F401  the latter registers the ops
 from .checks import GATES, MAX_GROUPS  # noqa: F401  the latter is for routers
 
 
+@overload
+def sinkhorn(
+    scores: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 10,
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    potentials: torch.Tensor | None = None,
+    return_potentials: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def sinkhorn(
+    scores: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 10,
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    potentials: torch.Tensor | None = None,
+    return_potentials: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def sinkhorn(
     scores: torch.Tensor,
     *,
@@ -35,7 +63,7 @@ def sinkhorn(
     cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
         `lengths` is then one a document; rows after the last one are 0.
     potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
-        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths` and `cu_seqlens` then play no part.
+        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens` and `backend` then play no part.
     return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
         carries no gradient.
 
@@ -45,6 +73,7 @@ def sinkhorn(
     Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
     """
     op = "sinkhorn"
+    backend = requested(op, backend)
     if potentials is not None:
         temperature = _checks.as_positive(op, "temperature", temperature)
         checks.check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
@@ -67,7 +96,7 @@ def sinkhorn(
         temperature,
         iterations,
         causal,
-        requested(op, backend),
+        backend,
     )
     return (assignment, found) if return_potentials else assignment
 

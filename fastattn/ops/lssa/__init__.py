@@ -8,7 +8,7 @@ from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
 
 
-def softplus_attention(
+def lssa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -37,8 +37,14 @@ def softplus_attention(
 
     Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row with nothing to attend to gives 0 and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
+
+    `fastattn.softplus_attention` is its earlier name and the same function. Messages, tuned tables and torch.ops have that name.
+    `attention` with score="softplus" is another op: it has neither the length-dependent scale nor the normalised q and k.
     """
     op = "softplus_attention"
     check_qkv(op, q, k, v)
     args = check_mask(op, mask).args(op, q, k)
-    return call("softplus_attention", q, k, v, power, args, requested(op, backend))[0]
+    return call(op, q, k, v, power, args, requested(op, backend))[0]
+
+
+softplus_attention = lssa_attention

@@ -1,11 +1,14 @@
 """A linear layer on a few rows, as decoding has: bound by reading the weights."""
 
+from typing import TypeGuard, TypeVar
+
 import torch
 
 from ...runtime.registry import call, needs_grad, requested
 from . import cpu, schema  # noqa: F401  the second registers the op
 
 MOST_ROWS = cpu.MOST_ROWS
+Kind = TypeVar("Kind", bound=torch.nn.Module)
 
 
 def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -17,7 +20,7 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None)
     return call("matvec", x, weight, requested("matvec", backend))
 
 
-def is_unchanged(module: torch.nn.Module, kind: type) -> bool:
+def is_unchanged(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling the module runs what class `kind` says, and nobody listens; an instance's own forward is a wrapper."""
     own = module.__dict__  # nn.Module's attributes cost a function call each
     return (
@@ -30,7 +33,7 @@ def is_unchanged(module: torch.nn.Module, kind: type) -> bool:
     )
 
 
-def is_plain(layer: torch.nn.Module) -> bool:
+def is_plain(layer: object) -> TypeGuard[torch.nn.Linear]:
     """Whether calling the layer is its product and nothing more."""
     if not is_unchanged(layer, torch.nn.Linear):
         return False

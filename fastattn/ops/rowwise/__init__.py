@@ -1,17 +1,38 @@
 """The pieces of a recurrence step between its matrix products: norm, SwiGLU, gate, rotary embedding."""
 
+from typing import overload
+
 import torch
 
 from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
 
 
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    *,
+    residual: None = None,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    *,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor,
     *,
     residual: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Root-mean-square norm over the last dim, with the residual addition before it.
 
@@ -22,30 +43,35 @@ def rms_norm(
     Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
     Raises ValueError or TypeError naming the argument.
     """
-    normed, total, _ = call("rms_norm", x, residual, weight, eps, requested("rms_norm", None))
+    normed, total, _ = call("rms_norm", x, residual, weight, eps, requested("rms_norm", backend))
     return normed if residual is None else (normed, total)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """silu(gate) * up for gate | up in one tensor ("GLU Variants Improve Transformer", arXiv 2002.05202, equation 6).
 
     gate_up: (..., 2I), the gate in the first half; any strides. Returns (..., I). float32 inside, one rounding. Differentiable.
     Raises ValueError or TypeError naming the argument.
     """
-    return call("swiglu", gate_up, requested("swiglu", None))
+    return call("swiglu", gate_up, requested("swiglu", backend))
 
 
-def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def gated(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """sigmoid(gate) * x, element by element; float32 inside, one rounding.
 
     x, gate: one shape (..., D), any strides. Returns that shape. Differentiable in both.
     Raises ValueError or TypeError naming the argument.
     """
-    return call("gated", x, gate, requested("gated", None))
+    return call("gated", x, gate, requested("gated", backend))
 
 
 def rotary(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, theta: float = 10000.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    theta: float = 10000.0,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding in its half-rotation form ("RoFormer", arXiv 2104.09864, equation 34, halves instead of pairs).
 
@@ -54,7 +80,7 @@ def rotary(
     q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,), (1, L) or (B, L), int32 or int64, any order, zero or more.
     Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
     """
-    return call("rotary", q, k, _one_row(positions), theta, False, requested("rotary", None))
+    return call("rotary", q, k, _one_row(positions), theta, False, requested("rotary", backend))
 
 
 def rotary_append(
@@ -67,6 +93,7 @@ def rotary_append(
     values: torch.Tensor,
     *,
     theta: float = 10000.0,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`rotary` of q and k, the latter written with v into a cache: one launch on a GPU, for decoding and prefill.
 
@@ -77,7 +104,7 @@ def rotary_append(
     Raises ValueError or TypeError naming the argument.
     """
     op = "rotary_append"
-    return call(op, q, k, v, _one_row(positions), slots, keys, values, theta, requested(op, None))
+    return call(op, q, k, v, _one_row(positions), slots, keys, values, theta, requested(op, backend))
 
 
 def _one_row(positions: torch.Tensor) -> torch.Tensor:

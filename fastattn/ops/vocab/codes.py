@@ -19,10 +19,6 @@ def _rows(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _detached(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in tensors)
-
-
 def vq_logits(
     h: torch.Tensor,
     codebook: torch.Tensor,
@@ -94,7 +90,12 @@ def vq_cross_entropy(
 
 
 def vq_argmax(
-    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, *, bias: torch.Tensor | None = None
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """The token of the largest logit, from K logits a row; equal logits go to the lowest token id.
 
@@ -106,9 +107,9 @@ def vq_argmax(
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "vq_argmax"
-    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
-    found = call(op, rows, codebook, codes, bias, requested(op, None))
-    return found.reshape(h.shape[:-1])
+    rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
+    tokens = call(op, rows, codebook.detach(), codes, bias, requested(op, backend))
+    return tokens.reshape(h.shape[:-1])
 
 
 def vq_sample(
@@ -119,6 +120,7 @@ def vq_sample(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """One token a row, drawn from softmax(vq_logits / temperature): first a code, then a token of the code.
 
@@ -135,13 +137,13 @@ def vq_sample(
         raise TypeError(
             f"fastattn.{op}: generator must be a torch.Generator, given {_checks.describe(generator)}"
         )
-    rows, codebook, bias = _detached(_rows(op, "h", h), codebook, bias)
+    rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
     uniform = torch.rand(rows.shape[0], 2, dtype=torch.float64, device=h.device, generator=generator)
-    found = call(op, rows, codebook, codes, bias, uniform, temperature, requested(op, None))
-    return found.reshape(h.shape[:-1])
+    tokens = call(op, rows, codebook.detach(), codes, bias, uniform, temperature, requested(op, backend))
+    return tokens.reshape(h.shape[:-1])
 
 
-def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def nearest_codes(x: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """The code nearest to each row in Euclidean distance, equal distances to the lowest code; never holds (V, K).
 
     argmin_k |x - codebook_k|^2, the assignment step of vector quantisation ("Neural Discrete Representation Learning",
@@ -151,6 +153,5 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
     """
     op = "nearest_codes"
-    rows, codebook = _detached(_rows(op, "x", x), codebook)
-    found = call(op, rows, codebook, requested(op, None))
-    return found.reshape(x.shape[:-1])
+    codes = call(op, _rows(op, "x", x).detach(), codebook.detach(), requested(op, backend))
+    return codes.reshape(x.shape[:-1])
