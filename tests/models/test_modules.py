@@ -458,7 +458,7 @@ def test_data_loader_workers_call_ops():
 @pytest.mark.parametrize("kind", ["hrm_text", "hrm"])
 def test_autocast(kind):
     """Products in bfloat16, states and gradients in float32: no farther from float32 than a model all in bfloat16,
-    within the factor that holds for results of one dtype (fastattn/testing.py)."""
+    within the factor that holds for results of one dtype (fastattn/testing/budget.py)."""
 
     def run(model):
         model.zero_grad()
