@@ -18,19 +18,20 @@ from .runtime.checks import (
     has_contents,
     traced,
 )
+from .runtime.schema import Size
 
 
 class MaskArgs(NamedTuple):
     """A mask as ops take it, index tensors int32 on q's device: one member of an op's `Call`, ten arguments of its schema."""
 
     causal: bool
-    window_left: torch.SymInt  # keys beside the query's own, -1: no limit
-    window_right: torch.SymInt
+    window_left: Size  # keys beside the query's own, -1: no limit
+    window_right: Size
     prefix_lengths: torch.Tensor | None  # (B,), or (documents,)
     cu_seqlens_q: torch.Tensor | None  # (documents + 1,)
     cu_seqlens_k: torch.Tensor | None
-    max_seqlen_q: torch.SymInt  # of the longest document, -1: not known
-    max_seqlen_k: torch.SymInt
+    max_seqlen_q: Size  # of the longest document, -1: not known
+    max_seqlen_k: Size
     key_lengths: torch.Tensor | None  # (B,), or (documents,)
     dense: torch.Tensor | None  # bool, broadcastable to (B, H, Lq, Lk)
 

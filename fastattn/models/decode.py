@@ -4,43 +4,34 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.blocks import Attention, PreNormBlock, PreNormStack, SwiGLU
 from ..nn.cache import KeyValueCache
+from ..nn.plain import is_untouched, plain_weight
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.attention import attention
 from ..ops.hrm_step import decode_step
-from ..ops.matvec import is_plain, is_unchanged
 from ..runtime.registry import needs_grad, requested, serves
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText
 
-# what the op stands for
-_FORWARDS = {
-    kind: kind.forward
-    for kind in (HierarchicalRecurrence, PreNormStack, PreNormBlock, Attention, SwiGLU, nn.Linear)
-}
-
 
 def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tensor | None:
     """The final zH (B, 1, D) of one token a row, or None where the layers have to be called one by one: no fast backend
-    serves the call, gradients are recorded, a trace is made or a part of the model was changed."""
+    serves the call, gradients are recorded, a trace is made or a part of the model was touched."""
     recurrence, config = model.recurrence, model.config
     if zH.shape[1] != 1 or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(zH.device.type) or not is_unchanged(recurrence, HierarchicalRecurrence):
-        return None
-    if _has_any_global_hook() or any(kind.forward is not own for kind, own in _FORWARDS.items()):
+    if torch.is_autocast_enabled(zH.device.type) or not is_untouched(recurrence, HierarchicalRecurrence):
         return None
     attends = cache.keys.shape[3], cache.keys.shape[5], config.rope_theta
-    weights = []
+    weights: list[Tensor] = []
     for stack in (recurrence.L_stack, recurrence.H_stack):
-        found = _weights(stack, attends, config.rms_norm_eps)
-        if found is None:
+        of_stack = _weights(stack, attends, config.rms_norm_eps, zH.dtype)
+        if of_stack is None:
             return None
-        weights += found
+        weights += of_stack
     if needs_grad((zH, weights)):
         return None
     tensors = zH[:, 0], zL[:, 0], weights, cache.keys, cache.values
@@ -64,30 +55,33 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
     return zH[:, None]
 
 
-def _weights(stack: nn.Module, attends: tuple[int, int, float], eps: float) -> list[Tensor] | None:
+def _weights(
+    stack: nn.Module, attends: tuple[int, int, float], eps: float, dtype: torch.dtype
+) -> list[Tensor] | None:
     """The weights of the stack's layers as decode_step takes them; None where it is not the plain stack.
 
     Read anew for every token: a part may be replaced, wrapped or hooked at any time, and nothing would say so.
     """
-    if not is_unchanged(stack, PreNormStack) or stack.eps != eps:
+    if not is_untouched(stack, PreNormStack) or stack.eps != eps:
         return None
     weights: list[Tensor] = []
     for layer in stack.layers:
-        if not is_unchanged(layer, PreNormBlock) or layer.eps != eps:
+        if not is_untouched(layer, PreNormBlock) or layer.eps != eps:
             return None
         attn, mlp = layer._modules["attn"], layer._modules["mlp"]
-        if not (is_unchanged(attn, Attention) and is_unchanged(mlp, SwiGLU) and attn.gate):
+        if not (is_untouched(attn, Attention) and is_untouched(mlp, SwiGLU) and attn.gate):
             return None
         if attn.attend is not attention or (attn.num_heads, attn.head_dim, attn.rope_theta) != attends:
             return None
-        inside, beside = attn._modules, mlp._modules
+        of_attn, of_mlp = attn._modules, mlp._modules
         for projection in (
-            inside["gqkv_proj"],
-            inside["o_proj"],
-            beside["gate_up_proj"],
-            beside["down_proj"],
+            of_attn["gqkv_proj"],
+            of_attn["o_proj"],
+            of_mlp["gate_up_proj"],
+            of_mlp["down_proj"],
         ):
-            if not is_plain(projection):
+            weight = plain_weight(projection, dtype)
+            if weight is None:
                 return None
-            weights.append(projection.weight)
+            weights.append(weight)
     return weights

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..nn.plain import linear
 from ..nn.vq_head import VQHead
-from ..ops.matvec import linear
 
 if TYPE_CHECKING:
     from .hrm_text import HrmText

@@ -13,9 +13,9 @@ from ..masks import Mask
 from ..masks import positions as document_positions
 from ..nn.blocks import PreNormBlock, PreNormStack, Routing, clipped_normal_
 from ..nn.cache import KeyValueCache
+from ..nn.plain import linear
 from ..nn.recurrence import HierarchicalRecurrence
 from ..nn.vq_head import VQHead
-from ..ops.matvec import linear
 from ..ops.vocab import linear_cross_entropy
 from ..runtime.checks import check_tensor
 from . import checkpoint, decode

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.fused_linear import fused_linear
-from ..ops.matvec import is_unchanged, linear
 from ..ops.rowwise import gated, rms_norm, rotary, swiglu
 from ..runtime.registry import requested
+from .plain import is_untouched, linear, plain_weight, replaceable
 
 
 class AppendsKeys(Protocol):
@@ -39,31 +39,24 @@ def clipped_normal_(weight: Tensor, std: float) -> Tensor:
 FUSED_ROWS = 16  # rows from which a product takes its neighbours along; fewer are bound by reading the weight
 
 
-def _fuses(x: Tensor, attention: Any, mlp: Any) -> bool:
-    """Whether a block's products of x run with their neighbours in one op: many rows on the CPU, and of the block's parts none
-    that was replaced, parametrized or hooked, which the op would pass over. On a GPU a norm and the addition before it are one
-    launch, which saves as much."""
+def _fuses(x: Tensor, attention: nn.Module, mlp: nn.Module) -> bool:
+    """Whether a block's products of x run with their neighbours in one op: many rows on the CPU, and a block without a touched
+    part. On a GPU a norm and the addition before it are one launch, which saves as much."""
     return (
         x.device.type == "cpu"
         and requested("fused_linear", None) in ("", "cpu", "reference")
         and x.numel() >= FUSED_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and is_unchanged(attention, Attention)
-        and is_unchanged(mlp, SwiGLU)
-        and all(_is_product(p, x.dtype) for p in projections(attention, mlp))
+        and is_untouched(attention, Attention)
+        and is_untouched(mlp, SwiGLU)
+        and all(
+            plain_weight(projection, x.dtype) is not None
+            for projection in (attention.in_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        )
     )
 
 
-def _is_product(projection: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling it is a product with a plain weight of this dtype; `functional_call` puts a tensor for the parameter."""
-    return (
-        is_unchanged(projection, nn.Linear)
-        and projection.bias is None
-        and type(projection.weight) in (nn.Parameter, Tensor)
-        and projection.weight.dtype == dtype
-    )
-
-
+@replaceable
 class Attention(nn.Module):
     """Multi-head softmax attention with rotary positions; one product makes (gate,) query, key and value.
 
@@ -102,20 +95,28 @@ class Attention(nn.Module):
     def in_proj(self) -> nn.Linear:
         return self.gqkv_proj if self.gate else self.qkv_proj
 
-    def forward(
-        self,
-        x: Tensor,
-        routing: Routing,
-        cache: AppendsKeys | None = None,
-        *,
-        fused: bool = False,
-        norm_eps: float | None = None,
+    def forward(self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None) -> Tensor:
+        """The attention of x (B, L, hidden)."""
+        gate, out = self._attended(linear(x, self.in_proj), routing, cache)
+        if gate is not None:
+            out = gated(out, gate)
+        return linear(out.flatten(2), self.o_proj)
+
+    def fused(
+        self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None, *, norm_eps: float | None = None
     ) -> Tensor:
-        """The attention of x. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
-        B, L, _ = x.shape
-        projected = (
-            fused_linear(x, self.in_proj.weight, norm_eps=norm_eps) if fused else linear(x, self.in_proj)
-        )
+        """x + the attention of x, or of rms(x) with ``norm_eps``: two products that take their neighbours along."""
+        projected = fused_linear(x, self.in_proj.weight, norm_eps=norm_eps)
+        gate, out = self._attended(projected, routing, cache)
+        if gate is None:
+            return fused_linear(out.flatten(2), self.o_proj.weight, residual=x)
+        return fused_linear(out, self.o_proj.weight, gate=gate, residual=x)
+
+    def _attended(
+        self, projected: Tensor, routing: Routing, cache: AppendsKeys | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """(gate or None, attention's output), each (B, L, H, D), of the first product's result."""
+        B, L, _ = projected.shape
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
@@ -123,16 +124,11 @@ class Attention(nn.Module):
             q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
         else:
             q, k, v = cache.append_rotated(q, k, v, routing.positions, self.rope_theta)
-        out = self.attend(q, k, v, mask=routing.mask).to(projected.dtype).transpose(1, 2)  # (B, L, H, D)
-        if fused:
-            if self.gate:
-                return fused_linear(out, self.o_proj.weight, gate=gate[0], residual=x)
-            return fused_linear(out.reshape(B, L, -1), self.o_proj.weight, residual=x)
-        if self.gate:
-            out = gated(out, gate[0])
-        return linear(out.reshape(B, L, -1), self.o_proj)
+        out = self.attend(q, k, v, mask=routing.mask).to(projected.dtype).transpose(1, 2)
+        return gate[0] if gate else None, out
 
 
+@replaceable
 class SwiGLU(nn.Module):
     """``W_down(silu(g) * u)`` with ``[g | u] = W_gate_up x``."""
 
@@ -145,22 +141,21 @@ class SwiGLU(nn.Module):
         clipped_normal_(self.gate_up_proj.weight, in_std)
         clipped_normal_(self.down_proj.weight, out_std)
 
-    def forward(self, x: Tensor, *, fused: bool = False, norm_eps: float | None = None) -> Tensor:
-        """As above. ``fused``: of rms(x) where ``norm_eps`` is given, plus x, in fused products."""
-        if fused:
-            hidden = fused_linear(x, self.gate_up_proj.weight, norm_eps=norm_eps, swiglu=True)
-            return fused_linear(hidden, self.down_proj.weight, residual=x)
+    def forward(self, x: Tensor) -> Tensor:
         return linear(swiglu(linear(x, self.gate_up_proj)), self.down_proj)
 
+    def fused(self, x: Tensor, *, norm_eps: float | None = None) -> Tensor:
+        """x + forward(x), or forward(rms(x)) with ``norm_eps``: two products that take their neighbours along."""
+        hidden = fused_linear(x, self.gate_up_proj.weight, norm_eps=norm_eps, swiglu=True)
+        return fused_linear(hidden, self.down_proj.weight, residual=x)
 
-def projections(attention: Attention, mlp: SwiGLU) -> tuple[nn.Module, ...]:
-    return attention.in_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
 
-
+@replaceable
 class PreNormBlock(nn.Module):
-    """Works on (normed, x): each residual addition is fused with the norm that reads it.
+    """``x = x + attention(rms(x)); x = x + mlp(rms(x))``, the attention gated.
 
-    With ``normed`` None on x alone: norms and additions are fused with the products, and None comes back.
+    ``forward`` takes and returns (rms(x), x): each residual addition is fused with the norm that reads it. ``fused`` takes and
+    returns x: norms and additions are fused with the products.
     """
 
     def __init__(
@@ -182,16 +177,18 @@ class PreNormBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(
-        self, normed: Tensor | None, x: Tensor, routing: Routing, cache: AppendsKeys | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        if normed is None:
-            x = self.attn(x, routing, cache, fused=True, norm_eps=self.eps)
-            return None, self.mlp(x, fused=True, norm_eps=self.eps)
+        self, normed: Tensor, x: Tensor, routing: Routing, cache: AppendsKeys | None = None
+    ) -> tuple[Tensor, Tensor]:
         # autocast's products are in its dtype, the states stay in theirs
         normed, x = rms_norm(self.attn(normed, routing, cache).to(x.dtype), residual=x, eps=self.eps)
         return rms_norm(self.mlp(normed).to(x.dtype), residual=x, eps=self.eps)
 
+    def fused(self, x: Tensor, routing: Routing, cache: AppendsKeys | None = None) -> Tensor:
+        x = self.attn.fused(x, routing, cache, norm_eps=self.eps)
+        return self.mlp.fused(x, norm_eps=self.eps)
 
+
+@replaceable
 class PreNormStack(nn.Module):
     """HRM-Text's stack: pre-norm blocks and one parameterless norm at the exit (MagicNorm).
 
@@ -207,16 +204,25 @@ class PreNormStack(nn.Module):
     def forward(
         self, state: Tensor, injection: Tensor, routing: Routing, cache: list[AppendsKeys] | None = None
     ) -> Tensor:
-        fused = all(_fuses(state, layer.attn, layer.mlp) for layer in self.layers)
-        if fused:
-            normed, x = None, state + injection
-        else:
-            normed, x = rms_norm(injection, residual=state, eps=self.eps)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers):
-            args = (normed, x, routing, cache[i] if cache is not None else None)
-            normed, x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-        return rms_norm(x, eps=self.eps) if normed is None else normed
+        slots = [None] * len(self.layers) if cache is None else cache
+        layer: Any
+
+        def run(layer: Callable[..., Any], *args: Any) -> Any:
+            return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+
+        if all(
+            is_untouched(layer, PreNormBlock) and _fuses(state, layer.attn, layer.mlp)
+            for layer in self.layers
+        ):
+            x = state + injection
+            for layer, slot in zip(self.layers, slots, strict=True):
+                x = run(layer.fused, x, routing, slot)
+            return rms_norm(x, eps=self.eps)
+        normed, x = rms_norm(injection, residual=state, eps=self.eps)
+        for layer, slot in zip(self.layers, slots, strict=True):
+            normed, x = run(layer, normed, x, routing, slot)
+        return normed
 
 
 class PostNormBlock(nn.Module):
@@ -239,8 +245,8 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if _fuses(x, self.self_attn, self.mlp):
-            x = rms_norm(self.self_attn(x, routing, fused=True), eps=self.eps)
-            return rms_norm(self.mlp(x, fused=True), eps=self.eps)
+            x = rms_norm(self.self_attn.fused(x, routing), eps=self.eps)
+            return rms_norm(self.mlp.fused(x), eps=self.eps)
         x, _ = rms_norm(self.self_attn(x, routing).to(x.dtype), residual=x, eps=self.eps)
         x, _ = rms_norm(self.mlp(x).to(x.dtype), residual=x, eps=self.eps)
         return x

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .plain import replaceable
 
+
+@replaceable
 class HierarchicalRecurrence(nn.Module):
     """Two stacks called in cycles, as in HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613)::
 

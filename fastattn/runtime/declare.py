@@ -6,7 +6,6 @@ products follow from the declaration; what does not follow is given by name in `
 """
 
 import re
-import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from . import torch_private
 from .registry import NUMBERS, OPS, TRACED, Backend, Op, dispatch, dispatch_values
+from .schema import flat_fields, is_group, schema_of, type_of
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 
@@ -74,7 +74,7 @@ def declare(
 
     call: a NamedTuple of the op's members in the schema's order, with their types: Tensor, Tensor | None, list[Tensor],
         `Written` for a tensor that is written to, bool, str, float, float | None, int for one that is a constant of a graph and
-        torch.SymInt for one that is not; a member that is a NamedTuple itself stands flat in the schema. It gets a last argument,
+        Size for one that is not; a member that is a NamedTuple itself stands flat in the schema. It gets a last argument,
         `str backend`.
     fake, check, check_contents take the members as positional arguments.
     fake: outputs of the right shapes, dtypes and strides, for tracing.
@@ -86,58 +86,11 @@ def declare(
     fields = typing.get_type_hints(call, include_extras=True)
     if isinstance(gradients, Gradients):
         _declare_backward(name, fields, fake, outputs, backends, gradients)
-        autograd = _autograd(name, fields, outputs, gradients)
-    else:
-        autograd = gradients
-    _define(name, fields, len(outputs), fake, check, check_contents, backends, autograd)
+        gradients = _autograd(name, fields, outputs, gradients)
+    _define(name, fields, len(outputs), fake, check, check_contents, backends, gradients)
 
 
-@dataclass(frozen=True)
-class Written:
-    """`Annotated[torch.Tensor, Written("a")]`: a tensor that the op writes to; each has a letter of its own."""
-
-    letter: str
-
-
-# --- schema ----------------------------------------------------------------------------------------------------------
-
-_NAMES = {
-    torch.Tensor: "Tensor",
-    list[torch.Tensor]: "Tensor[]",
-    float: "float",
-    int: "int",
-    torch.SymInt: "SymInt",
-    bool: "bool",
-    str: "str",
-}
-
-
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
-
-
-def _type(kind: Any) -> str:
-    """A member's type in a schema."""
-    if typing.get_origin(kind) is typing.Annotated:
-        return f"Tensor({kind.__metadata__[0].letter}!)"
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind, _ = typing.get_args(kind)
-        return _NAMES[kind] + "?"
-    return _NAMES[kind]
-
-
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for name, kind in fields.items():
-        flat.update(typing.get_type_hints(kind, include_extras=True) if _is_group(kind) else {name: kind})
-    return flat
-
-
-def _schema(fields: dict[str, Any], outputs: int) -> str:
-    arguments = ", ".join(f"{_type(kind)} {name}" for name, kind in _flat(fields).items())
-    result = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
-    return f"({arguments}, str backend) -> {result}"
-
+# --- definition -----------------------------------------------------------------------------------------------------
 
 # A schema's float is a constant of a compiled graph: one a number. So an op with floats has two overloads more. A graph of
 # Dynamo calls the traced one, which takes a symbol as it is; below it a symbol becomes a tensor (0-dim float64 on the CPU, of
@@ -155,9 +108,9 @@ def _define(
     backends: Sequence[Backend],
     autograd: Autograd | None,
 ) -> None:
-    schema = _schema(fields, outputs)
-    group = next(((i, kind) for i, kind in enumerate(fields.values()) if _is_group(kind)), None)
-    kinds = [None if _is_group(kind) else _type(kind).rstrip("?") for kind in fields.values()]
+    schema = schema_of(fields, outputs)
+    group = next(((i, kind) for i, kind in enumerate(fields.values()) if is_group(kind)), None)
+    kinds = [None if is_group(kind) else type_of(kind).rstrip("?") for kind in fields.values()]
 
     def of(*wanted: str) -> tuple[tuple[int, str], ...]:
         return tuple((i, n) for i, (n, kind) in enumerate(zip(fields, kinds, strict=True)) if kind in wanted)
@@ -252,7 +205,7 @@ def _cut(fields: dict[str, Any], of: tuple[str, ...]) -> int:
 
 
 def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gradients) -> Autograd:
-    flat = list(_flat(fields))
+    flat = list(flat_fields(fields))
     places = {n: flat.index(n) for n in g.of}
     kept = [outputs.index(n) for n in g.saved]
     incoming = [outputs.index(n) for n in g.outputs]
@@ -303,7 +256,7 @@ def _declare_backward(
 ) -> None:
     optional = torch.Tensor | None
     cut, inputs = _cut(fields, g.of), list(fields.items())
-    members = {f"grad_{n}": optional if i else torch.Tensor for i, n in enumerate(g.outputs)}
+    members: dict[str, Any] = {f"grad_{n}": optional if i else torch.Tensor for i, n in enumerate(g.outputs)}
     before, saved = len(members), len(g.saved)
     members |= dict(inputs[:cut]) | dict.fromkeys(g.saved, torch.Tensor) | dict(inputs[cut:])
     members |= {"wanted": int} if g.optional else {}
@@ -367,7 +320,6 @@ __all__ = [
     "Autograd",
     "Backend",
     "Gradients",
-    "Written",
     "bits",
     "declare",
     "dispatch",

@@ -58,7 +58,7 @@ def examples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[st
     """{name: example}; a name is the public function's, or it and what the call shows: "attention, decoding"."""
     from .. import ops
 
-    found = {}
+    found: dict[str, Example] = {}
     for package in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
         if package.ispkg:
             module = importlib.import_module(f"{package.name}.examples")

@@ -3,14 +3,15 @@
 `KNOWN` is false where this torch lacks one: calls then always take the dispatcher, which knows what these names would tell.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 
-def _look_up() -> tuple[Callable, ...]:
+def _look_up() -> tuple[Any, ...]:
     functorch = torch._C._functorch
     return (
         torch._C._len_torch_dispatch_stack,

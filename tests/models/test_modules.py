@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastattn as fa
 from fastattn import testing
 from fastattn.models import Hrm, HrmConfig, HrmText, HrmTextConfig
+from fastattn.nn.blocks import PreNormBlock, SwiGLU
 
 IDS = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
 # float32, the same numbers in another order: 8 calls of 2 layers on states of size 1, sums over 36 at most
@@ -305,6 +306,36 @@ def test_a_changed_part_of_a_layer(name, kind):
     assert len(heard) == (3 if kind == "backward hook" else 0)  # 3 L calls carry gradients
 
 
+@torch.no_grad()
+def test_hooks_of_all_modules_are_called():
+    model, heard = made(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(type(module)))
+    model(IDS)
+    handle.remove()
+    assert heard.count(nn.Linear) == 4 * 2 * 8 + 1  # projections, layers and stack calls; the output layer
+
+
+@pytest.mark.parametrize("kind", (SwiGLU, PreNormBlock))
+@torch.no_grad()
+def test_a_forward_that_replaces_the_class_own_is_called(kind, monkeypatch):
+    """However many the tokens."""
+    model, heard, own = made(), [], kind.forward
+    before = results(model)
+    monkeypatch.setattr(kind, "forward", lambda *args: heard.append(1) or own(*args))
+    assert testing.max_error(results(model), before) < CLOSE
+    assert len(heard) == 4 * 2 * 8  # the prompt, all of the tokens, two of them one by one
+
+
+@torch.no_grad()
+def test_a_block_with_a_hook_works_on_what_it_says():
+    model, heard = made(), []
+    before = results(model)
+    layer = model.recurrence.L_stack.layers[1]
+    layer.register_forward_hook(lambda module, inputs, output: heard.append((inputs[:2], output)))
+    assert testing.max_error(results(model), before) < CLOSE
+    assert all(t.shape[2] == 24 for inputs, output in heard for t in (*inputs, *output))
+
+
 def test_hooks_on_projections_are_called_once_a_call():
     model, heard = made(), []
     for part in PARTS:
@@ -427,7 +458,7 @@ def test_data_loader_workers_call_ops():
 @pytest.mark.parametrize("kind", ["hrm_text", "hrm"])
 def test_autocast(kind):
     """Products in bfloat16, states and gradients in float32: no farther from float32 than a model all in bfloat16,
-    within the factor that holds for results of one dtype (fastattn/testing.py)."""
+    within the factor that holds for results of one dtype (fastattn/testing/budget.py)."""
 
     def run(model):
         model.zero_grad()

@@ -8,6 +8,7 @@ from ...masks import MaskArgs
 from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
 from ...runtime.declare import Gradients, declare, gradient_like
+from ...runtime.schema import Size
 from . import checks, cpu, reference
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class SinkhornCall(NamedTuple):
     lengths: torch.Tensor | None  # (B,), or (documents,)
     cu_seqlens: torch.Tensor | None  # (documents + 1,)
     temperature: float
-    iterations: torch.SymInt
+    iterations: Size
     causal: bool
 
 
@@ -69,7 +70,7 @@ class GroupedCall(NamedTuple):
     v: torch.Tensor  # (B, Hkv, Lk, Dv)
     groups: torch.Tensor  # (B, Lq) int64
     key_groups: torch.Tensor  # (B, Lk) int64
-    window: torch.SymInt
+    window: Size
     scale: float
     mask: MaskArgs
 
@@ -113,7 +114,7 @@ class GatedCall(NamedTuple):
     v: torch.Tensor  # (B, Hkv, L, Dv)
     assignment: torch.Tensor  # (B, L, G)
     sharpness: torch.Tensor  # ()
-    window: torch.SymInt
+    window: Size
     gate: int  # 0 multiplies, 1 adds the logarithm
     scale: float
     mask: MaskArgs

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import torch
 
 from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backend
-from ...runtime.declare import Written, declare, gradient_like
+from ...runtime.declare import declare, gradient_like
+from ...runtime.schema import Size, Written
 from . import cpu, reference
 from .checks import check_decode_step, check_decode_step_contents
 
@@ -22,7 +23,7 @@ class Call(NamedTuple):
     k_cache: Annotated[torch.Tensor, Written("a")]  # (calls, layers, B, H, capacity, D)
     v_cache: Annotated[torch.Tensor, Written("b")]
     positions: torch.Tensor | None  # (B,)
-    position: torch.SymInt  # of all rows, where there are no positions
+    position: Size  # of all rows, where there are no positions
     h_cycles: int
     l_cycles: int
     theta: float

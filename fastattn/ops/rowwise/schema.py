@@ -6,8 +6,9 @@ import torch
 
 from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
-from ...runtime.declare import Autograd, Gradients, Written, declare, gradient_like, pull, save
+from ...runtime.declare import Autograd, Gradients, declare, gradient_like, pull, save
 from ...runtime.registry import dispatch
+from ...runtime.schema import Written
 from . import checks, cpu, reference
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from ...runtime.backends import Lazy, cpu_backend, cuda_backend, reference_backe
 from ...runtime.checks import statistics_dtype
 from ...runtime.declare import Autograd, Gradients, bits, declare, gradient_like, save
 from ...runtime.registry import dispatch
+from ...runtime.schema import Size
 from . import checks, cpu, reference
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class LinearCall(NamedTuple):
     transform: int
     softcap: float
     z_loss: float
-    ignore_index: torch.SymInt
+    ignore_index: Size
     reduction: str
     gradients: (
         int  # a bit for each of h, weight, bias, temperature: found in the forward pass, of a gradient of 1
@@ -78,7 +79,7 @@ class LinearBackwardCall(NamedTuple):
     transform: int
     softcap: float
     z_loss: float
-    ignore_index: torch.SymInt
+    ignore_index: Size
     reduction: str
     wanted: int  # bits as in `gradients`
 
@@ -168,7 +169,7 @@ declare(
 class StablemaxCall(NamedTuple):
     logits: torch.Tensor  # (N, V)
     target: torch.Tensor  # (N,)
-    ignore_index: torch.SymInt
+    ignore_index: Size
 
 
 declare(

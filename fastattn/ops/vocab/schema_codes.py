@@ -7,6 +7,7 @@ import torch
 from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
 from ...runtime.declare import Autograd, Gradients, bits, declare, save
 from ...runtime.registry import dispatch
+from ...runtime.schema import Size
 from . import checks, cpu, cpu_codes, reference
 from .schema import fake_statistics, gradients_like, saved_or_recomputed, selected
 
@@ -77,7 +78,7 @@ class LossCall(NamedTuple):
     bias: torch.Tensor | None  # (V,)
     shadow: torch.Tensor | None  # (V, d)
     target: torch.Tensor  # (N,)
-    ignore_index: torch.SymInt
+    ignore_index: Size
     reduction: str
     gradients: (
         int  # a bit for each of h, codebook, bias, shadow: found in the forward pass, of a gradient of 1
@@ -93,7 +94,7 @@ class LossBackwardCall(NamedTuple):
     shadow: torch.Tensor | None
     target: torch.Tensor
     statistics: torch.Tensor  # (2, N)
-    ignore_index: torch.SymInt
+    ignore_index: Size
     reduction: str
     wanted: int  # bits as in `gradients`
 
