@@ -11,7 +11,8 @@ RANK = """
 import json, os, sys
 import torch.distributed as dist
 import planted
-from fastattn import _config, distributed
+from fastattn import distributed
+from fastattn.runtime import tuning as _config
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 for cache in sys.argv[3:]:

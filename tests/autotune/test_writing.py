@@ -18,7 +18,7 @@ from fastattn.runtime import tuning as _config
 WRITER = """
 import sys
 import planted
-from fastattn import _device
+from fastattn.runtime import device as _device
 from fastattn.autotune import table
 first = int(sys.argv[1])
 target = _device.target("cpu")
