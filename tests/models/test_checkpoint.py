@@ -5,22 +5,14 @@ import json
 import os
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastattn.models import CheckpointError, HrmText, HrmTextConfig
 from fastattn.models.hrm_text import released_name
 
-CONFIG = HrmTextConfig(
-    vocab_size=20,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=16,
-    bos_token_id=6,
-    eos_token_id=11,
-)
+CONFIG = tiny.config(max_position_embeddings=16, bos_token_id=6, eos_token_id=11)
 
 
 @pytest.fixture

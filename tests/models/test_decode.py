@@ -2,23 +2,20 @@
 use of it."""
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.models import HrmText, HrmTextConfig
+from fastattn.models import HrmText
 from fastattn.runtime import native as _native
 
 
 def small(dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    options = {
-        "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "head_dim": 8, "H_cycles": 2, "L_cycles": 3, "max_position_embeddings": 64,
-    }  # fmt: skip
-    return HrmText(HrmTextConfig(**options | changes)).to(dtype)
+    return HrmText(tiny.config(**tiny.NARROW_HEADS | changes)).to(dtype)
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """HrmText against HRM-Text as its paper states it: plain functions on a dictionary of weights, in float64."""
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
-from fastattn.models import HrmText, HrmTextConfig
+from fastattn.models import HrmText
 from fastattn.models.hrm_text import released_name
 
 
@@ -71,14 +72,7 @@ def packed(lengths, prefixes):
     return allowed, torch.cat([torch.arange(n) for n in lengths])
 
 
-CONFIG = HrmTextConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
+CONFIG = tiny.config()
 
 
 def as_leaves(model):

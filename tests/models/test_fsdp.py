@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import tiny
 import torch
 from torch.utils import _pytree as pytree
 
@@ -20,10 +21,7 @@ from fastattn.models import HrmText, HrmTextConfig
 
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
-config = HrmTextConfig(
-    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    max_position_embeddings=64,
-)
+config = HrmTextConfig(**OPTIONS)
 
 def make():
     torch.manual_seed(0)
@@ -70,7 +68,7 @@ os._exit(0)
 
 def test_blocks_sharded_by_themselves(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(f"OPTIONS = {tiny.OPTIONS!r}\n{SCRIPT}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script)],

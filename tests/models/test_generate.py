@@ -3,20 +3,13 @@
 import dataclasses
 
 import pytest
+import tiny
 import torch
 
-from fastattn.models import HrmText, HrmTextConfig
+from fastattn.models import HrmText
 from fastattn.models.generate import sample
 
-CONFIG = HrmTextConfig(
-    vocab_size=30,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=32,
-    pad_token_id=1,
-)
+CONFIG = tiny.config(vocab_size=30, max_position_embeddings=32, pad_token_id=1)
 
 
 @pytest.fixture(scope="module")

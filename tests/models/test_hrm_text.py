@@ -3,20 +3,14 @@
 import copy
 
 import pytest
+import tiny
 import torch
 
 from fastattn.integrations.transformers import cache_name
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.models.hrm_text import released_name
 
-CONFIG = HrmTextConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
+CONFIG = tiny.config()
 
 
 def make(config=CONFIG, dtype=torch.float64, seed=0):

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.models import Hrm, HrmConfig, HrmText, HrmTextConfig
+from fastattn.models import Hrm, HrmConfig, HrmText
 from fastattn.nn.blocks import PreNormBlock, SwiGLU
 
 IDS = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -22,11 +23,7 @@ CLOSE = 1e-5
 
 def made(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    options = {
-        "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "head_dim": 8, "max_position_embeddings": 64,
-    }  # fmt: skip
-    return HrmText(HrmTextConfig(**options | changes)).to(dtype)
+    return HrmText(tiny.config(**tiny.NARROW_HEADS | changes)).to(dtype)
 
 
 @torch.no_grad()
