@@ -6,8 +6,8 @@ The only module outside `ops/*/triton.py` that imports triton; `import fastattn`
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,68 @@ NO_LIMIT = 1 << 30  # a window side without one; with a length added it still fi
 LONGEST = 1 << 29
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# --- operands ------------------------------------------------------------------------------------------------------
+#
+# A kernel takes a tensor with its strides as one named tuple, None where it is absent, and what is known when it is compiled as
+# one `Constants`. Triton specialises a tuple's members as it does arguments, but heeds `do_not_specialize` for arguments alone.
+
+
+class Rows(NamedTuple):
+    """(B, H, L, D) with a contiguous last dim: where it begins and its strides."""
+
+    base: Any
+    batch: int
+    head: int
+    row: int
+
+
+class Pairs(NamedTuple):
+    """One element a pair, (B, H, rows, columns): where they begin and their strides."""
+
+    base: Any
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Line(NamedTuple):
+    """Rows or elements of one head: where they begin, one place or many, and the stride from one to the next."""
+
+    base: Any
+    stride: int
+
+
+def rows(t: torch.Tensor | None) -> Rows | None:
+    return None if t is None else Rows(t, *t.stride()[:3])
+
+
+def pairs(t: torch.Tensor | None) -> Pairs | None:
+    return None if t is None else Pairs(t, *t.stride())
+
+
+class Constants:
+    """Values known when a kernel is compiled, by name. Made by `constants`: equal ones are the same object.
+
+    Its text is a part of what binaries are stored by, so a function stands in it with the key of its own code.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        for name, value in values.items():
+            setattr(self, name, value if INTERPRETED else tl.constexpr(value))
+        self._text = ", ".join(
+            f"{name}={getattr(value, 'cache_key', value)}" for name, value in values.items()
+        )
+
+    def __repr__(self) -> str:
+        return f"Constants({self._text})"
+
+
+@lru_cache(maxsize=None, typed=True)
+def constants(**values: Any) -> Constants:
+    return Constants(values)
 
 
 # --- device functions ----------------------------------------------------------------------------------------------
@@ -51,6 +113,15 @@ def load_tile(
     if WIDTH == COLUMNS:
         return tl.load(at)
     return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(
+    line, first, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
+):
+    """`load_tile` of a line's rows from `first` on, of `count`."""
+    base = line.base + offset(first, line.stride)
+    return load_tile(base, line.stride, count - first, WIDTH, ROWS, COLUMNS, MASKED)
 
 
 @triton.jit
@@ -169,9 +240,14 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **meta: Any) -> 
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, args, meta))
         return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    device = _device_of(args)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **_FUSED, **meta)
+
+
+def _device_of(args: tuple) -> torch.device:
+    first = next(a for a in args if isinstance(a, (torch.Tensor, tuple)))
+    return first[0].device if isinstance(first, tuple) else first.device
 
 
 @cache
@@ -227,27 +303,39 @@ _POINTERS = {
 }
 
 
+def _specialised(
+    value: Any, path: tuple[int, ...], specialise: bool, constexprs: dict, attributes: dict
+) -> Any:
+    """The type of an argument, or of each member of a tuple; what is constant or divisible by 16 goes to the dicts by its path."""
+    if isinstance(value, tuple):
+        types = [_specialised(v, (*path, i), True, constexprs, attributes) for i, v in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or (type(value) is int and value == 1 and specialise):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (type(value) is int and specialise and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if type(value) is int:
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
 def source(launched: Launch) -> triton.compiler.ASTSource:
     """The specialisation that a recorded launch would compile. Pointers count as 16-byte aligned, as torch allocates them."""
     kernel = launched.kernel
     values = dict(zip(kernel.arg_names, launched.args, strict=False))
     values |= {name: value for name, value in launched.meta.items() if name not in _OPTIONS}
-    signature, constants, attributes = {}, {}, {}
+    signature, constexprs, attributes = {}, {}, {}
     for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        elif type(value) is int:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialise and value % 16 == 0:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        name, path = parameter.name, (parameter.num,)
+        if parameter.is_constexpr:
+            signature[name], constexprs[path] = "constexpr", values[name]
         else:
-            signature[name] = "fp32"
-    return triton.compiler.ASTSource(kernel, signature, constants, attributes)
+            specialise = not parameter.do_not_specialize
+            signature[name] = _specialised(values[name], path, specialise, constexprs, attributes)
+    return triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
 
 
 def compile_ahead(launched: Launch, target: GPUTarget):

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...runtime import triton as _triton
 from ...runtime import tuning as _config
-from ...runtime.triton import dot, offset
+from ...runtime.triton import Line, Rows, dot, offset
 from ..rowwise import triton as rows
 from . import (
     library,
@@ -19,12 +19,11 @@ _BAND = tl.constexpr(8)  # tiles of rows that go over the columns together, so t
 
 @triton.jit
 def _fused_linear_kernel(
-    x, gate, weight, residual, out, product, rstd,
-    x_b, x_m, x_h, gate_b, gate_m, gate_h, weight_n, residual_m, length, rows, columns, inner, eps,
-    HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, gate, weight, residual, out, product, rstd, length, rows, columns, inner, eps, HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile (M, N) of residual + act(pre(x) W^T); x and gate are (B, L, H, D), of one head where there is no gate.
+    """One tile (M, N) of residual + act(pre(x) W^T); x and gate are of (B, L, H, D), of one head where there is no gate.
 
     The norm's factor belongs to a row, so it is taken after the product: its squares are summed on the way.
     """
@@ -36,11 +35,11 @@ def _fused_linear_kernel(
     row = offset(band * _BAND + within % height, BLOCK_M) + tl.arange(0, BLOCK_M)
     column = offset(within // height, BLOCK_N) + tl.arange(0, BLOCK_N)
     there, kept = row < rows, column < columns
-    x_rows = x + offset(row // length, x_b) + offset(row % length, x_m)
-    w_rows = weight + offset(column, weight_n)
+    x_rows = x.base + offset(row // length, x.batch) + offset(row % length, x.row)
+    w_rows = weight.base + offset(column, weight.stride)
     g_rows = x_rows
     if gate is not None:
-        g_rows = gate + offset(row // length, gate_b) + offset(row % length, gate_m)
+        g_rows = gate.base + offset(row // length, gate.batch) + offset(row % length, gate.row)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
     squares = tl.zeros([BLOCK_M], tl.float32)
@@ -50,8 +49,8 @@ def _fused_linear_kernel(
         if gate is not None:
             head = tl.zeros([], tl.int32) + first // HEAD_DIM  # a tile lies in one head
             inside = first % HEAD_DIM + tl.arange(0, BLOCK_K)
-            a = tl.load(x_rows[:, None] + offset(head, x_h) + inside[None, :], mask=keep, other=0.0)
-            g = tl.load(g_rows[:, None] + offset(head, gate_h) + inside[None, :], mask=keep, other=0.0)
+            a = tl.load(x_rows[:, None] + offset(head, x.head) + inside[None, :], mask=keep, other=0.0)
+            g = tl.load(g_rows[:, None] + offset(head, gate.head) + inside[None, :], mask=keep, other=0.0)
             a = (a.to(tl.float32) / (1.0 + tl.exp(-g.to(tl.float32)))).to(a.dtype)
         else:
             a = tl.load(x_rows[:, None] + at[None, :], mask=keep, other=0.0)
@@ -62,7 +61,9 @@ def _fused_linear_kernel(
         w = tl.load(w_rows[:, None] + at[None, :], mask=here, other=0.0)
         acc = dot(a, tl.trans(w), acc, PRECISION)
         if SWIGLU:
-            w = tl.load((w_rows + offset(columns, weight_n))[:, None] + at[None, :], mask=here, other=0.0)
+            w = tl.load(
+                (w_rows + offset(columns, weight.stride))[:, None] + at[None, :], mask=here, other=0.0
+            )
             up = dot(a, tl.trans(w), up, PRECISION)
     if NORM:
         scale = tl.rsqrt(squares / inner + eps)
@@ -78,9 +79,8 @@ def _fused_linear_kernel(
             tl.store(to + columns, up.to(product.dtype.element_ty), mask=inside_out)
         acc = acc / (1.0 + tl.exp(-acc)) * up
     if residual is not None:
-        other = tl.load(
-            residual + offset(row, residual_m)[:, None] + column[None, :], mask=inside_out, other=0.0
-        )
+        at_residual = residual.base + offset(row, residual.stride)[:, None] + column[None, :]
+        other = tl.load(at_residual, mask=inside_out, other=0.0)
         acc += other.to(tl.float32)
     at_out = out + offset(row, columns)[:, None] + column[None, :]
     tl.store(at_out, acc.to(out.dtype.element_ty), mask=inside_out)
@@ -114,6 +114,17 @@ def _heads(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, *t.shape[-3:]) if t.dim() > 3 else t[(None,) * (4 - t.dim())]
 
 
+def _of_heads(t: torch.Tensor) -> Rows:
+    """(B, L, H, D) as the kernel takes it."""
+    batch, row, head, _ = t.stride()
+    return Rows(t, batch, head, row)
+
+
+def _matrix(t: torch.Tensor) -> Line:
+    """(rows, D) with a contiguous last dim, as the kernel takes it."""
+    return Line(t, t.stride(0))
+
+
 def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     lead = x.shape[:-1] if gate is None else x.shape[:-2]
     columns = weight.shape[0] // 2 if swiglu else weight.shape[0]
@@ -129,10 +140,10 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
         x, gate = rows.gated(x, gate).flatten(-2), None  # a tile would span heads
     a = _heads(library.flat(x)[:, None] if gate is None else x)  # (B, L, H, D)
     values = {
-        "x": a,
-        "gate": None if gate is None else _heads(gate),
-        "weight": _triton.last_dim_contiguous(weight),
-        "residual": None if residual is None else library.flat(residual),
+        "x": _of_heads(a),
+        "gate": None if gate is None else _of_heads(_heads(gate)),
+        "weight": _matrix(_triton.last_dim_contiguous(weight)),
+        "residual": None if residual is None else _matrix(library.flat(residual)),
         "out": out,
         "product": product if product.numel() else None,
         "rstd": rstd,

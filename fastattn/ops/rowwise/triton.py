@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ...runtime import triton as _triton
 from ...runtime import tuning as _config
-from ...runtime.triton import offset
+from ...runtime.triton import Line, offset, rows
 from . import tuning  # noqa: F401  declares what is looked up
 
 _MOST_COLUMNS = 16384  # of a row held in registers; longer rows are read twice
@@ -14,21 +14,20 @@ _tables: dict[tuple, torch.Tensor] = {}
 
 
 @triton.jit
-def _row(base, row, size_b, size_c, stride_a, stride_b, stride_c):
+def _row(t, row, size_b, size_c):
     """Address of row `row` of (A, B, C, columns)."""
     c = row % size_c
     b = (row // size_c) % size_b
     a = row // size_c // size_b
-    return base + offset(a, stride_a) + offset(b, stride_b) + offset(c, stride_c)
+    return t.base + offset(a, t.batch) + offset(b, t.head) + offset(c, t.row)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, normed, total, rstd, x_a, x_b, x_c, r_a, r_b, r_c, size_b, size_c, columns, eps,
-    BLOCK: tl.constexpr, ONE_TILE: tl.constexpr,
+    x, residual, weight, normed, total, rstd, size_b, size_c, columns, eps, BLOCK: tl.constexpr, ONE_TILE: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
-    x_row = _row(x, row, size_b, size_c, x_a, x_b, x_c)
+    x_row = _row(x, row, size_b, size_c)
     at = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     value = squares
@@ -37,7 +36,7 @@ def _rms_norm_kernel(
         inside = first + at < columns
         value = tl.load(x_row + first + at, mask=inside, other=0.0)
         if residual is not None:
-            r_row = _row(residual, row, size_b, size_c, r_a, r_b, r_c)
+            r_row = _row(residual, row, size_b, size_c)
             other = tl.load(r_row + first + at, mask=inside, other=0.0)
             value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
             tl.store(total + out_row + first + at, value, mask=inside)
@@ -60,8 +59,7 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    grad_normed, grad_total, total, weight, rstd, grad, partials,
-    n_a, n_b, n_c, g_a, g_b, g_c, t_a, t_b, t_c, size_b, size_c, columns, rows, rows_each,
+    grad_normed, grad_total, total, weight, rstd, grad, partials, size_b, size_c, columns, rows, rows_each,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d total = rstd * (w g - y * mean(w g y)) + grad_total, y = total * rstd; a program sums its rows' weight gradients."""
@@ -69,8 +67,8 @@ def _rms_norm_backward_kernel(
     at = tl.arange(0, BLOCK)
     first_row = program * rows_each
     for row in range(first_row, tl.minimum(first_row + rows_each, rows)):
-        n_row = _row(grad_normed, row, size_b, size_c, n_a, n_b, n_c)
-        t_row = _row(total, row, size_b, size_c, t_a, t_b, t_c)
+        n_row = _row(grad_normed, row, size_b, size_c)
+        t_row = _row(total, row, size_b, size_c)
         scale = tl.load(rstd + row)
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, columns, BLOCK):
@@ -91,7 +89,7 @@ def _rms_norm_backward_kernel(
                 g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
             value = scale * (g - y * mean)
             if grad_total is not None:
-                g_row = _row(grad_total, row, size_b, size_c, g_a, g_b, g_c)
+                g_row = _row(grad_total, row, size_b, size_c)
                 value += tl.load(g_row + first + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(
                 grad + offset(row + at * 0, columns) + first + at,
@@ -101,15 +99,13 @@ def _rms_norm_backward_kernel(
 
 
 @triton.jit
-def _gate_kernel(
-    a, b, out, a_a, a_b, a_c, b_a, b_b, b_c, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gate_kernel(a, b, out, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """silu(a) * b, or sigmoid(a) * b."""
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
-    x = tl.load(_row(a, row, size_b, size_c, a_a, a_b, a_c) + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(_row(b, row, size_b, size_c, b_a, b_b, b_c) + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(_row(a, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
     value = y / (1.0 + tl.exp(-x))
     if SILU:
         value *= x
@@ -118,15 +114,14 @@ def _gate_kernel(
 
 @triton.jit
 def _gate_backward_kernel(
-    grad, a, b, grad_a, grad_b, g_a, g_b, g_c, a_a, a_b, a_c, b_a, b_b, b_c, out_row, size_b, size_c, columns,
-    SILU: tl.constexpr, BLOCK: tl.constexpr,
+    grad, a, b, grad_a, grad_b, out_row, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
-    g = tl.load(_row(grad, row, size_b, size_c, g_a, g_b, g_c) + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(_row(a, row, size_b, size_c, a_a, a_b, a_c) + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(_row(b, row, size_b, size_c, b_a, b_b, b_c) + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(_row(grad, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(_row(a, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-x))
     slope = gate * (1.0 - gate)
     if SILU:
@@ -138,32 +133,36 @@ def _gate_backward_kernel(
 
 
 @triton.jit
-def _rotate(x_row, out_row, x_h, out_h, heads, half, cos, sin, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr):
-    """All heads of one token rotated from x_row to out_row."""
+def _token(t, batch, row):
+    """The heads of token `row` of (B, H, L, D)."""
+    return Line(t.base + offset(batch, t.batch) + offset(row, t.row), t.head)
+
+
+@triton.jit
+def _rotate(x, out, heads, half, cos, sin, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr):
+    """All heads of one token rotated from x to out."""
     at = tl.arange(0, BLOCK_D)
     for first in range(0, heads, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
         keep = (head < heads)[:, None] & (at < half)[None, :]
-        source = x_row + offset(head, x_h)[:, None] + at[None, :]
+        source = x.base + offset(head, x.stride)[:, None] + at[None, :]
         left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
         right = tl.load(source + half, mask=keep, other=0.0).to(tl.float32)
-        to = out_row + offset(head, out_h)[:, None] + at[None, :]
-        tl.store(to, (left * cos - right * sin).to(out_row.dtype.element_ty), mask=keep)
-        tl.store(to + half, (right * cos + left * sin).to(out_row.dtype.element_ty), mask=keep)
+        to = out.base + offset(head, out.stride)[:, None] + at[None, :]
+        tl.store(to, (left * cos - right * sin).to(out.base.dtype.element_ty), mask=keep)
+        tl.store(to + half, (right * cos + left * sin).to(out.base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _rotary_kernel(
-    q, k, v, q_out, k_out, v_out, positions, slots, frequencies,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, q_out_b, q_out_h, q_out_l, k_out_b, k_out_h, k_out_l,
-    v_out_b, v_out_h, v_out_l, p_b, heads, kv_heads, length, half, v_dim,
+    q, k, v, q_out, k_out, v_out, positions, slots, frequencies, heads, kv_heads, length, half, v_dim,
     INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token: its sines and cosines are formed once. Keys, and values where there are any, go to row slots[token]."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
     at = tl.arange(0, BLOCK_D)
-    position = tl.load(positions + offset(batch, p_b) + row).to(tl.float32)
+    position = tl.load(positions.base + offset(batch, positions.stride) + row).to(tl.float32)
     angle = position * tl.load(frequencies + at, mask=at < half, other=0.0)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if INVERSE:
@@ -171,35 +170,16 @@ def _rotary_kernel(
     slot = row
     if slots is not None:
         slot = tl.load(slots + token)
-    q_row = q + offset(batch, q_b) + offset(row, q_l)
-    _rotate(
-        q_row,
-        q_out + offset(batch, q_out_b) + offset(row, q_out_l),
-        q_h,
-        q_out_h,
-        heads,
-        half,
-        cos,
-        sin,
-        BLOCK_D,
-        BLOCK_H,
-    )
-    k_row = k + offset(batch, k_b) + offset(row, k_l)
-    k_to = k_out + offset(batch, k_out_b) + offset(slot, k_out_l)
-    _rotate(k_row, k_to, k_h, k_out_h, kv_heads, half, cos, sin, BLOCK_D, BLOCK_H)
+    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, cos, sin, BLOCK_D, BLOCK_H)
+    _rotate(_token(k, batch, row), _token(k_out, batch, slot), kv_heads, half, cos, sin, BLOCK_D, BLOCK_H)
     if v is not None:
+        v_heads, out_heads = _token(v, batch, row), _token(v_out, batch, slot)
         columns = tl.arange(0, BLOCK_V)
         for first in range(0, kv_heads, BLOCK_H):
             head = first + tl.arange(0, BLOCK_H)
             keep = (head < kv_heads)[:, None] & (columns < v_dim)[None, :]
-            source = v + offset(batch, v_b) + offset(row, v_l) + offset(head, v_h)[:, None] + columns[None, :]
-            to = (
-                v_out
-                + offset(batch, v_out_b)
-                + offset(slot, v_out_l)
-                + offset(head, v_out_h)[:, None]
-                + columns[None, :]
-            )
+            source = v_heads.base + offset(head, v_heads.stride)[:, None] + columns[None, :]
+            to = out_heads.base + offset(head, out_heads.stride)[:, None] + columns[None, :]
             tl.store(to, tl.load(source, mask=keep, other=0.0), mask=keep)
 
 
@@ -245,8 +225,8 @@ def rms_norm(x, residual, weight, eps):
     other = None if residual is None else _rows(residual)
     _triton.launch(
         _rms_norm_kernel, (rstd.numel(),),
-        source, other, None if weight is None else weight.contiguous(), normed, total, rstd,
-        *source.stride()[:3], *((0, 0, 0) if other is None else other.stride()[:3]), *source.shape[1:3], columns, eps,
+        rows(source), rows(other), None if weight is None else weight.contiguous(), normed, total, rstd,
+        *source.shape[1:3], columns, eps,
         BLOCK=block, ONE_TILE=block >= columns, num_warps=_warps(block),
     )  # fmt: skip
     return normed, total, rstd
@@ -258,19 +238,18 @@ def _warps(block: int) -> int:
 
 def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
-    rows, columns = rstd.numel(), total.shape[-1]
+    count, columns = rstd.numel(), total.shape[-1]
     # As many programs as the device holds at once; each adds its rows' weight gradients in order.
-    programs = rows if weight is None else min(rows, 4 * _triton.target(total.device).units)
-    each = triton.cdiv(rows, max(1, programs))
+    programs = count if weight is None else min(count, 4 * _triton.target(total.device).units)
+    each = triton.cdiv(count, max(1, programs))
     partials = None if weight is None else total.new_zeros(programs, columns, dtype=torch.float32)
     n, t = _rows(grad_normed), _rows(total)
     g = None if grad_total is None else _rows(grad_total)
     block = min(_triton.block(columns), _MOST_COLUMNS)
     _triton.launch(
-        _rms_norm_backward_kernel, (triton.cdiv(rows, max(1, each)),),
-        n, g, t, None if weight is None else weight.contiguous(), rstd, grad, partials,
-        *n.stride()[:3], *((0, 0, 0) if g is None else g.stride()[:3]), *t.stride()[:3], *t.shape[1:3], columns, rows,
-        each, BLOCK=block, num_warps=_warps(block),
+        _rms_norm_backward_kernel, (triton.cdiv(count, max(1, each)),),
+        rows(n), rows(g), rows(t), None if weight is None else weight.contiguous(), rstd, grad, partials,
+        *t.shape[1:3], columns, count, each, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
 
@@ -282,7 +261,7 @@ def _gate(a, b, out, silu: bool):
     block, options = _launch_options(a)
     _triton.launch(
         _gate_kernel, (out.numel() // columns, triton.cdiv(columns, block)),
-        a, b, out, *a.stride()[:3], *b.stride()[:3], *a.shape[1:3], columns, SILU=silu, BLOCK=block, **options,
+        rows(a), rows(b), out, *a.shape[1:3], columns, SILU=silu, BLOCK=block, **options,
     )  # fmt: skip
     return out
 
@@ -295,8 +274,7 @@ def _gate_backward(grad, a, b, grad_a, grad_b, silu: bool) -> None:
     block, options = _launch_options(g)
     _triton.launch(
         _gate_backward_kernel, (g.numel() // columns, triton.cdiv(columns, block)),
-        g, a, b, grad_a, grad_b, *g.stride()[:3], *a.stride()[:3], *b.stride()[:3], grad_a.stride(0), *a.shape[1:3], columns,
-        SILU=silu, BLOCK=block, **options,
+        rows(g), rows(a), rows(b), grad_a, grad_b, grad_a.stride(0), *a.shape[1:3], columns, SILU=silu, BLOCK=block, **options,
     )  # fmt: skip
 
 
@@ -355,16 +333,15 @@ def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, 
     block_v = block if v is None else _triton.block(v.shape[3])
     most = 2048 // max(block, block_v)
     values = {
-        "q": _triton.last_dim_contiguous(q),
-        "k": _triton.last_dim_contiguous(k),
-        "v": None if v is None else _triton.last_dim_contiguous(v),
-        "q_out": q_out,
-        "k_out": k_out,
-        "v_out": v_out,
-        "positions": positions,
+        "q": rows(_triton.last_dim_contiguous(q)),
+        "k": rows(_triton.last_dim_contiguous(k)),
+        "v": None if v is None else rows(_triton.last_dim_contiguous(v)),
+        "q_out": rows(q_out),
+        "k_out": rows(k_out),
+        "v_out": rows(v_out),
+        "positions": Line(positions, length if positions.dim() == 2 else 0),
         "slots": slots,
         "frequencies": _frequencies(head_dim, theta, q.device),
-        "p_b": length if positions.dim() == 2 else 0,
         "heads": heads,
         "kv_heads": k.shape[1],
         "length": length,
