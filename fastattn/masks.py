@@ -141,6 +141,10 @@ class Mask:
                             f"fastattn.Mask: {name}[{i}] is {length}, longer than its document of {span} keys"
                         )
         self._on_device: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
+        self._constant: MaskArgs | None = None  # where there is no tensor to check and to move
+        if not any(t is not None for t in (prefix_lengths, cu_seqlens_q, key_lengths, dense)):
+            sides = self.window_left, self.window_right
+            self._constant = MaskArgs(causal, *sides, None, None, None, -1, -1, None, None)
 
     @property
     def packed(self) -> bool:
@@ -180,6 +184,8 @@ class Mask:
 
     def args(self, op: str, q: torch.Tensor, k: torch.Tensor) -> MaskArgs:
         """The mask as this call's op takes it."""
+        if self._constant is not None:
+            return self._constant
         self._check_contents(op, q, k)
         tensors = self._on_device.get(q.device) if not traced() else None
         if tensors is None:

@@ -8,7 +8,7 @@ from ...masks import Mask, check_broadcast, check_mask, default_scale
 from ...runtime import checks as _checks
 from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
-from .checks import check_qkv
+from .checks import check_heads, check_qkv
 from .scores import SCORES
 
 
@@ -70,7 +70,10 @@ def attention(
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "attention"
-    check_qkv(op, q, k, v)
+    if mask is None and bias is None:
+        check_heads(op, q, k, v)  # the op checks the rest
+    else:
+        check_qkv(op, q, k, v)
     _checks.check_choice(op, "score", score, tuple(SCORES))
     row = SCORES[score]
     if return_lse and not row.normalised:

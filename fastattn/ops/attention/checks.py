@@ -9,6 +9,13 @@ from ...runtime import checks as _checks
 from .scores import BY_CODE
 
 
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What a public function needs of q, k and v before its op checks the rest: tensors of four dimensions."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor) or t.dim() != 4:
+            _checks.check_tensor(op, name, t, dims=4)
+
+
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Ranks, dtypes, devices and sizes of q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv)."""
     if (
