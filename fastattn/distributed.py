@@ -21,9 +21,9 @@ def sync_tables(group: Any = None, device: torch.device | str | None = None) -> 
     """Make every rank of a process group use the same tuned table; returns whether they already did.
 
     All ranks of the group (default: the world) call this once, after init_process_group and before the first
-    kernel, whatever their caches hold. One all-gather compares a hash of the table that is in effect for
-    `device` (default: the current GPU, else the CPU); where ranks differ, the group's first rank's table is
-    broadcast and stands in for files on every rank while the process lives. A rank that differed logs it.
+    kernel, whatever their caches hold. One all-gather compares hashes of the table that is in effect for
+    `device` (default: the current GPU, else the CPU). Where they differ, the table of the group's first rank is
+    broadcast, and every rank uses it in place of its files until the process ends. A rank that differed logs it.
 
     Raises RuntimeError where torch.distributed is not initialised.
     """
@@ -36,10 +36,10 @@ def sync_tables(group: Any = None, device: torch.device | str | None = None) -> 
     target = _device.target(device)
     text = json.dumps(_tables.effective(target), sort_keys=True).encode()
     carrier = _carrier(group)
-    mine = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)  # (32,)
-    mine = torch.cat([mine, _bytes_of(len(text))]).to(carrier)  # (40,): hash, then length
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)  # (32,)
+    record = torch.cat([digest, _bytes_of(len(text))]).to(carrier)  # (40,): hash, then length
+    every = [torch.empty_like(record) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, record, group=group)
     rows = [row.cpu() for row in every]
     if all(torch.equal(row[:32], rows[0][:32]) for row in rows):
         return True
@@ -52,7 +52,7 @@ def sync_tables(group: Any = None, device: torch.device | str | None = None) -> 
     source = dist.get_global_rank(group, 0) if group is not None else 0
     dist.broadcast(data, src=source, group=group)
     table = json.loads(bytes(data.cpu().numpy()).decode())
-    if not torch.equal(rows[0][:32], mine.cpu()[:32]):
+    if not torch.equal(rows[0][:32], digest):
         logger.warning("tuned tables differ between ranks: using rank %d's", source)
     _config.install(target, table)
     return False

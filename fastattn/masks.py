@@ -39,29 +39,28 @@ class MaskArgs(NamedTuple):
 # Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
 _ALIGNED = -(2**31)
 
-# Of a sequence. A wider window, sys.maxsize say, is no limit, and must not overflow a sum.
+# The longest sequence. A wider window, sys.maxsize say, is no limit, and must not overflow a sum.
 LONGEST = 2**31 - 1
 
 
 class Mask:
-    """The keys each query attends: the intersection of everything given.
+    """The keys each query attends: those that every given option allows.
 
     causal: query i attends keys up to i + Lk - Lq, the last query aligned with the last key (per document when packed).
-    window: (left, right), keys on each side of the query's diagonal beside its own; None on a side means no limit.
+    window: (left, right), the number of keys on each side of the query's own; None on a side means no limit.
     prefix_lengths: (B,) integers, or one a document when packed. Tokens before the length attend each other both ways, the
         rest is causal (PrefixLM): query i attends keys j < max(i + Lk - Lq + 1, prefix). Zero is plain causal.
     cu_seqlens_q, cu_seqlens_k: (documents + 1,) integers from 0, never decreasing: token offsets of documents packed in a batch
-        of one, (1, H, total, D). cu_seqlens_k defaults to cu_seqlens_q. Documents never attend each other; an empty one is
-        legal; rows after the last offset attend nothing.
-    key_lengths: (B,) integers, or one a document when packed: keys from there on are padding.
-    align: the key that the last query is aligned with, for causal, window and prefix: "keys", the last key given (of the
-        document when packed), or "key_lengths", the last one that key_lengths counts, as in a cache with room for more keys.
-        With it Lk above is the key length; queries before the first key attend nothing.
-    dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads what it holds then.
+        of one, (1, H, total, D). cu_seqlens_k defaults to cu_seqlens_q. Documents never attend each other, and may be empty.
+        Rows after the last offset attend nothing.
+    key_lengths: (B,) integers, or one a document when packed: how many keys count; later ones are padding.
+    align: the key that the last query is aligned with, for causal, window and prefix. "keys": the last key given (of the document
+        when packed). "key_lengths": the last key that key_lengths counts, as in a cache with room for more keys; Lk above is then
+        the key length, and queries before the first key attend nothing.
+    dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads its present contents.
 
-    Index tensors are int32 or int64 on any device; their contents are copied and checked here, once: what is written to them
-    afterwards is not seen, make another Mask. Raises ValueError or TypeError naming
-    the argument.
+    Index tensors are int32 or int64 on any device. Their contents are copied and checked once, here: a Mask does not see what is
+    written to them afterwards. Raises ValueError or TypeError naming the argument.
     """
 
     def __init__(
@@ -275,7 +274,7 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
             continue
         _check_indices(op, name, value, q)
         if value.shape[0] != sequences:
-            # named here: a text of a size that is symbolic while tracing would make it a constant
+            # the text is made in the branch that raises: formatting a symbolic size while tracing would make it a constant
             of = f"a batch of {sequences}" if cu_seqlens_q is None else f"{sequences} documents"
             raise ValueError(f"fastattn.{op}: {name} has {value.shape[0]} entries for {of}")
     if prefix_lengths is not None and not causal:
@@ -289,8 +288,8 @@ def _check_indices(op: str, name: str, value: torch.Tensor, q: torch.Tensor) -> 
 
 
 def _lasting(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether copies made in this call serve later ones: not fake ones, nor those that a graph being captured would fill at its
-    first replay."""
+    """Whether later calls may use the copies that this one made: not fake tensors, nor tensors that a captured graph fills only
+    when it is replayed."""
     if any(type(t) is not torch.Tensor for t in tensors if t is not None):
         return False
     on_gpu = any(t is not None and t.is_cuda for t in tensors)
@@ -329,7 +328,7 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
 
 
 def _indices(name: str, value: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int] | None]:
-    """(values as int32, their contents on the host); None for contents that are not there."""
+    """(values as int32, their contents on the host); contents are None while tracing and on the meta device."""
     if value is None:
         return None, None
     check_integer("Mask", name, value, dims=1)
@@ -379,7 +378,7 @@ def key_length(key_lengths: torch.Tensor) -> torch.Tensor:
 
 
 def diagonal_offset(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
-    """From each row's place in its sequence to the key on its diagonal: (B or 1, Lq)."""
+    """What a row adds to its position in its sequence to get the key on its diagonal: (B or 1, Lq)."""
     if mask.cu_seqlens_q is None or mask.cu_seqlens_k is None:
         queries, keys = (torch.full((1,), n, device=device) for n in (lq, lk))
     else:
@@ -425,7 +424,7 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
 
 
 def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
-    """Keys of each row's sequence, masked by position or not: (B or 1, 1, Lq, 1), at least 1."""
+    """The number of keys in each row's sequence, also those that position masks: (B or 1, 1, Lq, 1), at least 1."""
     if mask.cu_seqlens_q is None or mask.cu_seqlens_k is None:
         count = (
             torch.full((1,), lk, device=device) if mask.key_lengths is None else key_length(mask.key_lengths)

@@ -106,8 +106,8 @@ class AdamATan2(Optimizer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold their moving averages (for evaluation or saving); outside, what they
-        held before. Steps inside are lost."""
+        """Inside, the parameters hold their moving averages, for evaluation or saving. Afterwards they hold their own
+        values again, so that steps taken inside are lost."""
         held = {}
         with torch.no_grad():
             for p, state in self.state.items():
@@ -177,7 +177,7 @@ def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what :func:`state_tensors` gave; an optimizer made with the same options is needed.
+    """Restores what :func:`state_tensors` gave, into an optimizer that was made with the same options.
 
     Raises:
         ValueError: missing or surplus names, or a shape or dtype that does not fit.

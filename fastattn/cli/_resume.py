@@ -1,4 +1,4 @@
-"""`train --resume`: what a run began with holds, and an option that says otherwise is refused."""
+"""`train --resume`: a run keeps the options it began with, and an option that contradicts them is refused."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,8 @@ def given_by_user(context: typer.Context, name: str) -> bool:
     return context.get_parameter_source(name).name != "DEFAULT"
 
 
-def _check_config(context: typer.Context, run: "Run", *more: str) -> None:
-    _check(context, run, {name: getattr(run.config, name) for name in (*_CONFIG, *more)})
+def _check_config(context: typer.Context, run: "Run", *extra: str) -> None:
+    _check(context, run, {name: getattr(run.config, name) for name in (*_CONFIG, *extra)})
 
 
 def _check(context: typer.Context, run: "Run", own: dict[str, Any]) -> None:

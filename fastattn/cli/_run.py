@@ -96,7 +96,7 @@ def start(
 
 
 def model_type(folder: Path) -> str:
-    """What the config.json of a model's folder says it is, "" where there is none to read."""
+    """The model_type in the config.json of a folder, or "" where it cannot be read."""
     try:
         return str(_files.read_json(folder / "config.json")["model_type"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -118,17 +118,16 @@ def say_resumed(trainer: "Run", minutes: bool = False) -> None:
 
 
 def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
-    """Gives a fresh run as many steps as fit in `minutes` on this machine, by trying a few."""
+    """Gives a fresh run as many steps as fit in `minutes` on this machine, after timing a few."""
     if not 0 < minutes < math.inf:
         raise ValueError(f"--minutes is {minutes}; it must be positive")
     config = trainer.config
-    each = trainer.seconds_per_step() * trainer.average_cost
-    looking = trainer.seconds_per_evaluation()
-    evaluations = max(
-        1, min(evaluations, math.floor(15 * minutes / looking))
-    )  # a quarter of the time at most
-    left = 60 * minutes - min(evaluations * looking, 15 * minutes)
-    steps = max(10, math.floor(left / each))
+    seconds_per_step = trainer.seconds_per_step() * trainer.average_cost
+    seconds_per_evaluation = trainer.seconds_per_evaluation()
+    most = 15 * minutes  # seconds of evaluations: a quarter of the time
+    evaluations = max(1, min(evaluations, math.floor(most / seconds_per_evaluation)))
+    training_seconds = 60 * minutes - min(evaluations * seconds_per_evaluation, most)
+    steps = max(10, math.floor(training_seconds / seconds_per_step))
     trainer.replan(
         replace(
             config,
@@ -258,12 +257,12 @@ def respond(
 
 
 def visible(text: str) -> str:
-    """`text` for a terminal: what would move its cursor or change its state is spelled out, `\\x1b`."""
+    """`text` for a terminal: control characters are spelled out, such as `\\x1b`."""
     return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: int = 64) -> "list[Answer]":
-    """What the averaged model says to each example's instruction, beside what the example has."""
+    """The averaged model's response to each example's instruction, beside the example's own."""
     from fastattn.train.report import Answer
 
     with trainer.averaged():

@@ -68,8 +68,8 @@ class Progress(Listener):
             self.console.print(f"[green]✓[/green] {name} [green]{1 / result.comparison.ratio:.2f}×[/green]")
 
     def _line(self) -> Text:
-        left = self.ends - time.monotonic()
-        parts = [f"{max(0, left):.0f} s left" if math.isfinite(left) else "", self.stage]
+        remaining = self.ends - time.monotonic()
+        parts = [f"{max(0, remaining):.0f} s left" if math.isfinite(remaining) else "", self.stage]
         if self.result is not None:
             parts.insert(
                 1, f"bucket {min(self.done + 1, self.buckets)}/{self.buckets} {self.result.bucket.name}"

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show(ops: _Ops = None, device: _Device = "cpu") -> None:
-    """Every entry of every table that serves a device, best table first."""
+    """Show every entry of every table that serves a device, best table first."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def why(
     ] = None,
     device: _Device = "cpu",
 ) -> None:
-    """Which configuration a call gets and where from: every table's nearest entry, taken or passed over."""
+    """Show which configuration a call gets and from which table, and why entries of other tables were passed over."""
     from fastattn.autotune.table import every_entry, refusal
     from fastattn.runtime import device as _device
     from fastattn.runtime import tables as _tables
@@ -193,18 +193,18 @@ def clear(
     device: _Device = "cpu",
     trials: Annotated[bool, typer.Option("--trials", help="Forget the measured trials as well.")] = False,
 ) -> None:
-    """Remove your tuned entries for a device, of these ops or of all; shipped tables stay."""
+    """Remove your tuned entries for a device, those of the named ops or all of them; shipped tables stay."""
     from fastattn.autotune.table import remove, user_path
     from fastattn.runtime import device as _device
     from fastattn.runtime import tables as _tables
 
     target = _device.present(device, "cache")
-    found = remove(user_path(target), target, ops or ())
+    removed = remove(user_path(target), target, ops or ())
     if trials:
         for file in (_tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):
-            found = True
+            removed = True
             file.unlink()
-    _console().print("removed" if found else "there was nothing to remove")
+    _console().print("removed" if removed else "there was nothing to remove")
 
 
 def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
@@ -243,7 +243,7 @@ def _fields(values: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without control characters: a table may come from anywhere, and a terminal obeys them."""
+    """`text` without control characters, which a terminal would obey: a table may come from anywhere."""
     return "".join(character if character.isprintable() else "?" for character in str(text))[:500]
 
 
@@ -271,5 +271,5 @@ def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> str:
     worst = max(octaves, key=octaves.__getitem__, default=None)
     if worst is None or octaves[worst] == 0:
         return "the same sizes"
-    far = f", over the {REACH:g} a tuned size reaches" if octaves[worst] > REACH else ""
+    far = f", more than the {REACH:g} that a tuned size reaches" if octaves[worst] > REACH else ""
     return f"{octaves[worst]:.1f} octaves away in {worst}{far}"

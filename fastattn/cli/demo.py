@@ -19,7 +19,7 @@ def demo(
         "demo-run"
     ),
     minutes: Annotated[float, typer.Option(help="Train about this long.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
 ) -> None:
     """Train a small HRM-Text on the documentation of Python's standard library and let it answer.
 

@@ -60,17 +60,17 @@ def doctor() -> None:
 
 
 def _served(name: str, example: Example) -> tuple[str, str]:
-    """(what the table says, why the reference serves the call or "")."""
+    """(the table's cell, why the reference serves the call or "")."""
     import fastattn
 
     try:
-        found = fastattn.explain(name, **example.arguments)
+        explanation = fastattn.explain(name, **example.arguments)
     except NotImplementedError:
         return "-", ""
-    text = f"{found.backend} (tuned)" if os.path.exists(found.source) else found.backend
-    if found.backend != "reference":
+    text = f"{explanation.backend} (tuned)" if os.path.exists(explanation.source) else explanation.backend
+    if explanation.backend != "reference":
         return text, ""
-    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in found.ruled_out.items())
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in explanation.ruled_out.items())
     return text, f"served by the reference, for {reasons}" if reasons else "only the reference serves it"
 
 
@@ -91,10 +91,10 @@ def _print_tables(console: Any, device: str) -> None:
     from fastattn.runtime import tables as _tables
 
     target = _device.target(device)
-    found = _tables.tables(target)
+    tables = _tables.tables(target)
     relatives = [(f"{source} (another {target.arch} device)", t) for source, t in _tables.relatives(target)]
-    console.print("tuned tables in use:" if found or relatives else "tuned tables in use: none")
-    for source, table in (*found, *relatives):
+    console.print("tuned tables in use:" if tables or relatives else "tuned tables in use: none")
+    for source, table in (*tables, *relatives):
         console.print(f"  {source}: {', '.join(table.get('ops', ()))}", markup=False)
 
 

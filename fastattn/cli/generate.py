@@ -17,8 +17,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that add up to p.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens whose probabilities add up to p.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
 ) -> None:
     """Answer a prompt with a trained model, token by token as they come."""
     import torch

@@ -31,17 +31,17 @@ def train(
     minutes: Annotated[float, typer.Option(help="Train about this long; not used with --steps.")] = 5.0,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="After a short linear warm-up, constant. Default: 4e-3, or 1.5e-3 for hrm."),
+        typer.Option(help="Constant after a short linear warm-up. Default: 4e-3, or 1.5e-3 for hrm."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the weights, of made puzzles and of the order of the data.")
+        int, typer.Option(help="Seed of the weights, of generated puzzles and of the order of the data.")
     ] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's choice.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --output. Its own options hold: another value is refused, --threads aside.",
+            help="Continue the run in --output. It keeps its options: another value is refused, except for --threads.",
         ),
     ] = False,
     held_out: Annotated[
@@ -51,7 +51,7 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with HrmTextConfig keys; vocab_size is filled in. Default: a 1.7 M model.",
+            help="JSON file with HrmTextConfig keys; vocab_size is filled in. Default: a model of 1.7 M parameters.",
             **_TEXT,
         ),
     ] = None,
@@ -65,11 +65,12 @@ def train(
     vocab_size: Annotated[
         int, typer.Option(help="Tokens of the tokenizer trained on --data.", **_TEXT)
     ] = 2048,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed batch, at most.", **_TEXT)] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens in a packed batch.", **_TEXT)] = 1024,
     shape: Annotated[
         str,
         typer.Option(
-            help="small: learns within minutes; trm: TRM's shape as small; published: HRM's 27 M.", **_HRM
+            help="small: learns within minutes; trm: TRM's shape, as small; published: HRM's 27 M parameters.",
+            **_HRM,
         ),
     ] = "small",
     blanks: Annotated[
@@ -79,7 +80,7 @@ def train(
     puzzles: Annotated[
         int,
         typer.Option(
-            help="Sudoku puzzles made to train on; a tenth as many, 200 at most (9 x 9: 100), are held out.",
+            help="Sudoku puzzles to generate for training. A tenth as many are held out, at most 200 (9 x 9: 100).",
             **_HRM,
         ),
     ] = 2000,
@@ -87,12 +88,11 @@ def train(
 ) -> None:
     """Train a small HRM-Text on instruction-response text, or HRM on puzzles.
 
-    Ctrl-C ends the current step and saves; **--resume** goes on from there, bit for bit where the number of
-    threads is the same. Under **torchrun --nproc-per-node N -m fastattn.cli train ...** N processes share the weights
-    and each batch of HRM-Text (FSDP2), with --threads each; a run may go on with another N, its losses then close.
-    A folder of HRM-Text then answers: **fastattn generate --model DIR "prompt"**. HRM's Sudoku puzzles that are held
-    out of 4 x 4 training are no image of a trained one under Sudoku's symmetries, though all 288 grids are seen: they are
-    images of two.
+    Ctrl-C ends the current step and saves. **--resume** continues from there, bit for bit where the number of threads
+    is the same. Under **torchrun --nproc-per-node N -m fastattn.cli train ...** N processes share the weights and each
+    batch of HRM-Text (FSDP2), with --threads each. A run may continue with another N; its losses are then close, not
+    equal. A trained HRM-Text answers with **fastattn generate --model DIR "prompt"**. A 4 x 4 Sudoku that is held out is
+    no image of a training puzzle under Sudoku's symmetries; its solved grid is, as the 288 grids are images of two.
     """
     if model not in ("hrm-text", "hrm"):
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")

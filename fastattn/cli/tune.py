@@ -42,20 +42,24 @@ def _option(text: str) -> Any:
 
 
 def tune(
-    ops: Annotated[str, _option("Which ops, by commas (attention, attention.cpu); all by default.")] = "",
+    ops: Annotated[str, _option("Ops, separated by commas (attention, attention.cpu). Default: all.")] = "",
     shapes: Annotated[
         list[str] | None, _option("Fields of a call to tune for: length=4096,heads=8. May be repeated.")
     ] = None,
-    budget: Annotated[str, _option("Time for everything: 60s, 10m, 1.5h. By effort by default.")] = "",
+    budget: Annotated[
+        str, _option("Time for the whole run: 60s, 10m, 1.5h. Default: that of --effort.")
+    ] = "",
     effort: Annotated[str, _option("quick (within a minute) or full (more shapes, half an hour).")] = "quick",
     storage: Annotated[
         str,
-        _option("Where trials are kept, for machines to share: journal:PATH, grpc://HOST:PORT, a database."),
+        _option(
+            "Where trials are kept, to share them between machines: journal:PATH, grpc://HOST:PORT, or a database."
+        ),
     ] = "",
     device: Annotated[str, _option("cpu, cuda or cuda:1.")] = "cpu",
     report: Annotated[Path | None, _option("Write a page about the run to this HTML file.")] = None,
     seed: Annotated[int, _option("Seed of the search.")] = 0,
-    threads: Annotated[int | None, _option("CPU threads of timed calls; torch's default by default.")] = None,
+    threads: Annotated[int | None, _option("CPU threads of timed calls. Default: torch's.")] = None,
 ) -> None:
     """Find this device's fastest kernel configurations and keep them in your table.
 

@@ -1,10 +1,10 @@
 """Hugging Face transformers models on fastattn's attention: `attn_implementation="fastattn"`.
 
-Every mask a model can express arrives. Models that transformers runs on "sdpa" get its masks: a bool tensor, or
-None for what needs none (then `is_causal` says whether it is causal). Others, which may have attention layers of
-their own or leave `is_causal` unset, get the additive masks of "eager". A tensor that is a causal,
-sliding-window, PrefixLM or padding mask is recognised, element for element, and served by the kernels' integer
-tests in its place; any other is used as it is.
+Every mask that a model can express is served. Models that transformers runs on "sdpa" get its masks: a bool tensor, or
+None where attention needs no mask (`is_causal` then says whether it is causal). Other models, which may have attention
+layers of their own or leave `is_causal` unset, get the additive masks of "eager". A tensor that equals a causal,
+sliding-window, PrefixLM or padding mask, element for element, is replaced by the kernels' integer tests. Any other tensor
+is used as it is.
 """
 
 import inspect
@@ -73,7 +73,7 @@ def register_as(name: str, forward: Callable, what: str) -> None:
         lengths = {"q_length": q_length, "kv_length": kv_length}
         if config is None or not _sdpa_family(type(config)):
             return eager_mask(*args, **lengths, **kwargs)
-        # None means a square causal mask, so that a model which drops queries afterwards is found out
+        # None means a square causal mask: attention then refuses a model that drops queries afterwards
         skip = allow_is_causal_skip and (q_length == 1 or q_length == kv_length)
         return sdpa_mask(*args, **lengths, allow_is_causal_skip=skip, **kwargs)
 
@@ -82,8 +82,10 @@ def register_as(name: str, forward: Callable, what: str) -> None:
 
 
 def _sdpa_family(config: Any) -> bool:
-    """Whether transformers runs the models of this config class on "sdpa", whose masks and `is_causal` they then
-    follow. Raises NotImplementedError for models whose attention is not theirs to replace."""
+    """Whether transformers runs the models of this config class on "sdpa", with its masks and `is_causal`.
+
+    Raises NotImplementedError for models whose attention cannot be replaced.
+    """
     if config not in _sdpa_families:
         models = [m for m in _model_classes() if m.config_class is config]
         if models and not any(m._can_set_attn_implementation() for m in models):
@@ -98,11 +100,11 @@ def _sdpa_family(config: Any) -> bool:
 def _model_classes() -> Iterator[Any]:
     from transformers import PreTrainedModel
 
-    left = [PreTrainedModel]
-    while left:
-        found = left.pop().__subclasses__()
-        left += found
-        yield from found
+    unvisited = [PreTrainedModel]
+    while unvisited:
+        subclasses = unvisited.pop().__subclasses__()
+        unvisited += subclasses
+        yield from subclasses
 
 
 def attention_forward(
@@ -125,7 +127,7 @@ def attention_forward(
     cu_seq_lens_q, cu_seq_lens_k: token offsets (documents + 1,) of documents packed in a batch of one, as transformers'
         DataCollatorWithFlattening gives them; documents do not attend each other, whatever the mask says.
     Raises NotImplementedError for dropout, a soft cap, attention sinks, sparse indices, a paged cache,
-    output_attentions, packed documents with a cache, and causal attention without a mask of other than as many queries as keys.
+    output_attentions, packed documents with a cache, and causal attention without a mask where queries and keys differ in number.
     """
     refuse(dropout, kwargs)
     query, key, value = autocast(query, key, value)
@@ -140,8 +142,8 @@ def attention_forward(
                 f"fastattn: causal attention of {query.shape[2]} queries and {keys} keys came without a mask, which "
                 "does not say where the queries are; use attn_implementation='eager'"
             )
-    elif (found := recognise(attention_mask, keys)) is not None:
-        mask, keys = found
+    elif (recognised := recognise(attention_mask, keys)) is not None:
+        mask, keys = recognised
     else:
         bias = attention_mask if bias is None else attention_mask + bias
     dtype = query.dtype
@@ -190,19 +192,19 @@ def _packed_mask(
     """(Mask, bias) of packed documents: within each, what the model's own mask or `is_causal` says."""
     if attention_mask is None:
         return Mask(causal=_is_causal(module, is_causal), **documents), bias
-    found = recognise(attention_mask, keys)
-    if found is None:
+    recognised = recognise(attention_mask, keys)
+    if recognised is None:
         return Mask(**documents), attention_mask if bias is None else attention_mask + bias
-    mask, _ = found
+    mask, _ = recognised
     dense = mask.dense if mask is not None else None
     if dense is None:
-        # a document's own positions are not the row's, which lengths and prefixes count in
+        # lengths and prefixes count positions in the row, which are not those in a document
         dense = _allowed(attention_mask)
     return Mask(dense=dense, **documents), bias
 
 
 def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
-    """What no mask means: eager attention attends everything, "sdpa" goes by `is_causal`."""
+    """Whether attention without a mask is causal: never in eager attention, and as `is_causal` says in "sdpa"."""
     config = getattr(module, "config", None)
     if config is not None and not _sdpa_family(type(config)):
         return False
@@ -244,10 +246,10 @@ def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
 
 
 def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
-    """(Mask, keys): attention under `mask`, broadcastable to (B, H, Lq, lk), is attention under Mask over the first
-    `keys` keys; None where it adds more than 0 or the lowest number.
+    """(Mask, keys): attention under `mask`, broadcastable to (B, H, Lq, lk), equals attention under Mask over the first `keys`
+    keys. None where an additive mask holds other numbers than 0 and the lowest.
 
-    The layers of a model bring one mask many times: what it means is found once, and remembered with a copy of its contents.
+    The layers of a model bring one mask many times. Its meaning is worked out once, and kept with a copy of its contents.
     """
     if mask.dtype == torch.bool and mask.dim() != 4:
         raise ValueError(
@@ -264,7 +266,7 @@ def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
 
 
 def _known_structure(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
-    """`_structure`, found once for the masks of the latest contents."""
+    """`_structure` of `allowed`, from the latest masks where one has the same contents."""
     global _known
     for length, contents, structure in _known:
         # by contents: numpy and compiled code write to memory without torch's count
@@ -277,7 +279,7 @@ def _known_structure(allowed: torch.Tensor, lk: int) -> tuple[Mask | None, int] 
 
 
 def _recognise_on_device(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
-    """`recognise` where to read a mask is to wait for the device: a tensor object is read once in each of its versions."""
+    """`recognise` on a GPU, where reading a mask waits for the device: each version of a tensor is read once."""
     global _known_on_device
     version = None if mask.is_inference() else mask._version
     known = (e for e in _known_on_device if e[0]() is mask and e[1:3] == (version, lk))
@@ -298,7 +300,7 @@ def _recognise_on_device(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int]
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor | None:
-    """`mask` as bool, None for an additive one that says more; rows that attend nothing are padding."""
+    """`mask` as bool; None for an additive mask with other numbers than 0 and the lowest. Rows that attend nothing are padding."""
     if mask.dtype == torch.bool:
         return mask
     if mask.dim() != 4 or mask.requires_grad or not mask.is_floating_point():

@@ -1,4 +1,4 @@
-"""Weights as safetensors, configs as JSON: whole-file writes, and reading that names what is wrong."""
+"""Weights as safetensors and configs as JSON: files are written whole, and errors in reading name what is wrong."""
 
 import itertools
 import json
@@ -100,10 +100,6 @@ class TensorFile(Mapping[str, Tensor]):
             raise CheckpointError(f"{path}: unreadable or only half written: {error}") from error
 
 
-def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    return dict(TensorFile(path))
-
-
 Model = TypeVar("Model", bound=nn.Module)
 Source = tuple[str, ...]  # names of the file's tensors; concatenated along dim 0 they are one of the model's
 
@@ -143,8 +139,11 @@ def resolve(
 
 
 def on_meta(make: Callable[[], Model], layers: int, file: TensorFile) -> Model:
-    """The model that `make` builds, without memory; CheckpointError where its config has a shape that none can have, or more
-    `layers` than the file has tensors, which would take long to build."""
+    """The model that `make` builds, on the meta device.
+
+    Raises CheckpointError where no model can have the shape of its config, and where the config has more `layers` than the file
+    has tensors, as such a model would take long to build.
+    """
     if layers > len(file):
         raise CheckpointError(
             f"{file.path}: the tensors do not fit the model; its config has {layers} layers, the file {len(file)} tensors"
@@ -202,7 +201,7 @@ def check_one_dtype(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def _joined(file: TensorFile, names: Source) -> Tensor:
-    """The file's tensors one above the other, each copied once from the file to its place."""
+    """The file's tensors, concatenated along dim 0; each is copied once."""
     if len(names) == 1:
         return file[names[0]]
     shapes = [file.shape(name) for name in names]

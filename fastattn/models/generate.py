@@ -38,14 +38,14 @@ def generate(
         temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
         top_k: draw from the k most likely tokens only; all of them when there are fewer.
         top_p: draw from the smallest set of most likely tokens whose probability reaches p, after top_k.
-        stop_tokens: a row ends with the first of these it produces; those in its prompt do not count. Default: none.
-        generator: for the draws, on the model's device.
-        stream: called after each step with the new tokens (B,). What it raises ends the call; nothing is left behind.
+        stop_tokens: a row ends with the first of these that it generates; its prompt may hold them. Default: none.
+        generator: of the random draws, on the model's device.
+        stream: called after each step with the new tokens (B,). An exception from it ends the call.
 
     Returns:
         (B, L + new): the prompts as given, then the new tokens from column L on, whatever the row's prompt
-        length. ``new`` is max_new_tokens, or less when every row has ended. After a row's stop token come
-        pad tokens (config.pad_token_id, or the stop token again when there is none).
+        length. ``new`` is max_new_tokens, or less when every row has ended. After its stop token a row is filled
+        with config.pad_token_id, or with the stop token itself when the config has none.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is computed.
@@ -132,7 +132,7 @@ def sample(
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    # a GPU would be waited for
+    # on a GPU the check would wait for the device
     if values.device.type == "cpu" and not bool(values.isfinite().all()):
         raise ValueError(
             f"generate: the {name} hold NaN or infinity; the model's weights are not finite, or overflow its dtype"
@@ -212,9 +212,9 @@ def _check_sampling(
 def _stop_tokens(tokens: Iterable[int], vocab_size: int, device: torch.device) -> Tensor:
     """(n,) int64, sorted."""
     try:
-        found = sorted({operator.index(token) for token in tokens})
+        ids = sorted({operator.index(token) for token in tokens})
     except TypeError:
         raise TypeError(f"generate: stop_tokens is {tokens!r}; it must be ints") from None
-    if found and not 0 <= found[0] <= found[-1] < vocab_size:
-        raise ValueError(f"generate: stop_tokens is {found}; ids are from 0 to {vocab_size - 1}")
-    return torch.tensor(found, dtype=torch.int64, device=device)
+    if ids and not 0 <= ids[0] <= ids[-1] < vocab_size:
+        raise ValueError(f"generate: stop_tokens is {ids}; ids are from 0 to {vocab_size - 1}")
+    return torch.tensor(ids, dtype=torch.int64, device=device)

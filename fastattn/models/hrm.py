@@ -30,10 +30,10 @@ class HrmConfig:
             to a multiple of 256.
         H_layers, L_layers, H_cycles, L_cycles: blocks of each stack, and its calls.
         shared_stack: one stack in both roles (TRM).
-        full_last_cycle: gradients through the whole last H cycle (TRM), not its last two calls only.
-        halt_max_steps: segments at most, and always in evaluation.
+        full_last_cycle: gradients through the whole last H cycle (TRM) in place of its last two calls.
+        halt_max_steps: the largest number of segments, and the number in evaluation.
         halt_exploration: probability that a sample may not halt before a random number of segments.
-        q_continue: learn the value of going on, from one more forward a step. Without it (TRM) a sample
+        q_continue: learn the value of another segment, which costs one more forward a step. Without it (TRM) a sample
             halts when q_halt > 0.
     """
 
@@ -152,8 +152,8 @@ for _kind in (HrmCarry, HrmOutput):  # as HRM-Text's output is
 class PuzzleEmbedding(nn.Module):
     """A vector for each puzzle, trained by :class:`fastattn.optim.SignSGD` on the rows a batch touches.
 
-    ``weights`` (num_puzzles, dim) is a buffer. ``touched``, a list once an optimizer asks for it, keeps of each
-    use in training the identifiers and the leaf whose gradient the optimizer reads.
+    ``weights`` (num_puzzles, dim) is a buffer. ``touched`` is None until an optimizer makes it a list. Each use in
+    training then adds its identifiers and the leaf whose gradient the optimizer reads.
     """
 
     weights: Tensor
@@ -265,7 +265,7 @@ class Hrm(nn.Module):
     def forward(
         self, carry: HrmCarry, batch: Mapping[str, Tensor], *, generator: torch.Generator | None = None
     ) -> tuple[HrmCarry, HrmOutput]:
-        """One segment on every row; rows that have halted first take the batch's sample in their place.
+        """One segment on every row. A row that has halted takes the batch's sample first.
 
         Args:
             carry: from :meth:`initial_carry` or the last call.
@@ -390,12 +390,12 @@ class Hrm(nn.Module):
 def reference_name(name: str, config: HrmConfig) -> str:
     """The name in the reference's files of a tensor of :meth:`Hrm.state_dict`."""
     H_level = "L_level" if config.shared_stack else "H_level"
-    for ours, theirs in (
+    for name_here, name_in_file in (
         ("recurrence.L_stack", "L_level"),
         ("recurrence.H_stack", H_level),
         ("embed_tokens.weight", "embed_tokens.embedding_weight"),
     ):
-        name = name.replace(ours, theirs)
+        name = name.replace(name_here, name_in_file)
     return f"model.inner.{name}"
 
 

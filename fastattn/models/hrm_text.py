@@ -167,8 +167,8 @@ class HrmText(nn.Module):
                 the label at t + 1 of the same document.
             bp_steps: 2 to the number of stack calls: how many of the last calls carry gradients (warm-up deep
                 credit assignment). Default: config.L_bp_cycles.
-            cache: from :meth:`make_cache`. While empty, the call fills it with the prompt; after that, calls
-                extend each row with response tokens. Runs without gradients.
+            cache: from :meth:`make_cache`. The first call fills it with the prompt, later calls extend each row
+                with response tokens. Runs without gradients.
             return_logits: default: only when there are no labels, so that training never holds (B, L, V).
 
         Returns:
@@ -414,7 +414,7 @@ def released_name(name: str) -> str:
 
 
 def _layouts(name: str) -> list[checkpoint.Source]:
-    """The names one of our tensors has in files: released, split projections, the reference's own."""
+    """The names that a tensor has in files: in the released layout, with split projections, in the reference's own."""
     plain: dict[str, list[checkpoint.Source]] = {
         "embed_tokens.weight": [("model.embed_tokens.weight",), ("embed_tokens.embedding_weight",)],
         "lm_head.weight": [("lm_head.weight",)],

@@ -16,10 +16,10 @@ class KeyValueCache:
         calls, layers: stack calls in a forward, and layers in a stack; slot (call, layer).
         batch_size, heads, capacity, head_dim: each slot's shape (B, H, capacity, D).
 
-    Row b holds ``lengths[b]`` tokens at positions ``0 .. lengths[b] - 1``, with no gaps, so rows may have
-    different lengths. A forward calls :meth:`reserve` once, every attention layer :meth:`LayerCache.append`, and the
-    forward :meth:`commit` at its end. What is held belongs to the weights that made it: call :meth:`reset` after those
-    change.
+    Row b holds ``lengths[b]`` tokens at positions ``0 .. lengths[b] - 1`` without gaps, and rows may have different
+    lengths. A forward calls :meth:`reserve` once, every attention layer calls :meth:`LayerCache.append`, and the forward
+    calls :meth:`commit` at its end. The keys and values were computed by the present weights: call :meth:`reset` after
+    the weights change.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class KeyValueCache:
 
     @property
     def keys(self) -> Tensor:
-        """(calls, layers, B, H, capacity, D), made once: the slots are views of it, so that no other can take its place."""
+        """(calls, layers, B, H, capacity, D). It cannot be replaced by another tensor, as the slots are views of it."""
         return self._keys
 
     @property
@@ -89,9 +89,10 @@ class KeyValueCache:
         self._prefix_lengths = None
 
     def truncate(self, count: int) -> None:
-        """Keep the first ``count`` tokens of each row, or all it has; 0 forgets everything.
+        """Keeps at most the first ``count`` tokens of each row; 0 forgets everything.
 
-        Raises ValueError inside a prompt whose tokens see each other both ways: the kept keys depend on the others.
+        Raises ValueError where ``count`` lies inside a prompt whose tokens see each other both ways: the kept keys depend
+        on the tokens that would be forgotten.
         """
         if count < 0:
             raise ValueError(f"KeyValueCache: count is {count}; it must not be negative")
@@ -122,9 +123,9 @@ class KeyValueCache:
     def commit(
         self, count: int, lengths: Tensor | None = None, *, prefix_lengths: Tensor | None = None
     ) -> None:
-        """Keeps the ``count`` tokens just written, or of row b the first ``lengths[b]``.
+        """Keeps the ``count`` tokens just written, or the first ``lengths[b]`` of them in row b.
 
-        prefix_lengths: (B,), of these tokens those that see each other both ways.
+        prefix_lengths: (B,), how many of these tokens see each other both ways.
         """
         if prefix_lengths is not None:
             self._prefix_lengths = prefix_lengths

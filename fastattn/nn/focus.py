@@ -94,7 +94,7 @@ class FocusRouter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(signatures int64 (B, L), column potentials (B, 1, G)). For inference.
 
-        potentials: those of the prefill, frozen, when h continues it.
+        potentials: those of the prefill, held fixed, when h continues it.
         """
         with torch.no_grad():
             assignment, potentials = self._balanced(h, lengths, potentials)
@@ -117,15 +117,15 @@ class FocusRouter(nn.Module):
     def retrofit(model: Any, **options: Any) -> nn.ModuleList:
         """Give every attention layer of a transformers model a router of its own and freeze everything else.
 
-        The model runs in eval mode with its own attention replaced: a layer whose router is in training mode (as they are
-        returned) gates its distant scores, one whose router is in eval mode attends only its window and shared groups.
-        Train with `torch.optim.Adam(routers.parameters())` and finish with `routers.eval()`.
+        The model runs in eval mode with its own attention replaced. A layer whose router is in training mode gates its distant
+        scores; one whose router is in eval mode attends its window and shared groups alone. The routers come in training mode:
+        train with `torch.optim.Adam(routers.parameters())` and finish with `routers.eval()`.
 
         model: a decoder of transformers 5.9 or later whose layers use the attention interface (gpt2, llama, hrm_text, ...).
-        options: FocusRouter's, but d_model. Returns the routers as a ModuleList, one an attention layer, in order.
+        options: those of FocusRouter, without d_model. Returns the routers as a ModuleList, one per attention layer, in order.
 
-        Cached generation keeps each token's signature beside its key and freezes the potentials of the prefill. It serves caches
-        that grow (DynamicCache) and rows that stay in place (greedy and sampling, not beam search).
+        Cached generation keeps each token's signature beside its key, and the potentials of the prefill stay fixed. The cache has to
+        grow (DynamicCache) and its rows must keep their places (greedy search and sampling, not beam search).
         Raises ImportError without transformers; ValueError where the model has no such layer, or has routers already.
         """
         from ..integrations.transformers import register_as
@@ -161,11 +161,11 @@ def _keep_hidden_states(layer: Any, args: tuple, kwargs: dict) -> None:
 
 
 class _OneCache:
-    """Hooks of a retrofitted model, by which its routers' signatures go with one cache of keys and no other."""
+    """Hooks of a retrofitted model: the signatures that its routers keep belong to one cache of keys."""
 
     def __init__(self, routers: list[FocusRouter]) -> None:
         self._routers = routers
-        self._cache: Callable[[], Any] = _no_cache  # whose signatures the routers keep
+        self._cache: Callable[[], Any] = _no_cache  # the cache that the routers' signatures belong to
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         from ..integrations.transformers import is_cache
@@ -177,7 +177,7 @@ class _OneCache:
                 router._caches.clear()
         elif not any(cache is self._cache() for cache in caches):
             raise NotImplementedError(
-                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; the model was given another"
+                "fastattn: Focus keeps the signatures of one cache, the latest that was begun; this call has another cache"
             )
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -212,10 +212,12 @@ def attention_forward(
             raise NotImplementedError(f"fastattn: Focus does not serve {name}")
     mask, keys = None, key.shape[2]
     if attention_mask is not None:
-        found = recognise(attention_mask, keys)
-        if found is None:
-            raise NotImplementedError("fastattn: Focus serves masks that forbid, not ones that add to scores")
-        mask, keys = found
+        recognised = recognise(attention_mask, keys)
+        if recognised is None:
+            raise NotImplementedError(
+                "fastattn: Focus serves masks that forbid keys, not masks that add to scores"
+            )
+        mask, keys = recognised
     key, value = key[:, :, :keys], value[:, :, :keys]
     router, h = module.focus_router, module.focus_input
     module.focus_input = None
@@ -250,18 +252,21 @@ def attention_forward(
 def _signatures(
     router: FocusRouter, h: torch.Tensor, lengths: torch.Tensor | None, keys: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(signatures of h, signatures of all keys). A layer that runs several times a step has a cache for each time, told
-    apart by their lengths: those that this step has reached already are longer."""
-    past = keys - h.shape[1]
-    if past == 0:
+    """(signatures of h, signatures of all keys).
+
+    A layer that runs several times in a step has a cache for each of them. Their lengths tell them apart: the caches that this
+    step has extended already are longer.
+    """
+    num_cached = keys - h.shape[1]
+    if num_cached == 0:
         groups, potentials = router.signature(h, lengths=lengths)
         router._caches.append((groups, potentials))
         return groups, groups
     for i, (before, potentials) in enumerate(router._caches):
-        if before.shape == (h.shape[0], past):
+        if before.shape == (h.shape[0], num_cached):
             groups, _ = router.signature(h, potentials=potentials)
             router._caches[i] = (torch.cat([before, groups], dim=1), potentials)
             return groups, router._caches[i][0]
     raise NotImplementedError(
-        f"fastattn: Focus has no signatures for {past} cached keys; it serves caches that grow from an empty one, rows in place"
+        f"fastattn: Focus has no signatures for {num_cached} cached keys; a cache must grow from an empty one, and its rows must keep their places"
     )

@@ -98,10 +98,10 @@ class HierarchicalRecurrence(nn.Module):
         Args:
             zH, zL: states (B, L, D).
             inject: (B, L, D), added to zH in every L call (HRM); None for HRM-Text.
-            gradient_calls: one flag a call; a call without runs under ``no_grad`` and saves nothing.
+            gradient_calls: one flag per call; a call whose flag is False runs under ``no_grad`` and saves nothing.
                 Default: every call carries gradients.
-            cache: indexed by call, handed to the stacks as ``cache=cache[call]``.
-            shared: handed to every call as it is.
+            cache: indexed by call, passed to the stacks as ``cache=cache[call]``.
+            shared: passed to every call unchanged.
         """
         if gradient_calls is None:
             gradient_calls = (True,) * self.calls

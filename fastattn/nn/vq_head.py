@@ -19,18 +19,18 @@ _KEYS = {"d_model", "vocab_size", "codebook_size", "bias", "assignment", "decay"
 class VQHead(nn.Module):
     """Logits h . codebook[codes[i]] + bias[i] for V tokens that share K vectors (VQ-logits, arXiv 2505.10202).
 
-    Loss, greedy choice and sampling cost K products a row and never form (N, V). The bias a token (not in the paper)
-    is what tells the tokens of one code apart.
+    Loss, greedy choice and sampling cost K products per row and never form (N, V). A bias per token (not in the paper)
+    tells the tokens of one code apart.
 
     Args:
         d_model, vocab_size, codebook_size: d, V and K; K is 1 to V.
-        bias: one a token, zero at first.
-        assignment: how codes are found.
-            "fixed": they stay as given; codebook and bias train.
-            "straight_through": ``weight`` (V, d) takes the gradient that a dense head's rows would get, the codebook trains
+        bias: one per token, zero at first.
+        assignment: how tokens get their codes.
+            "fixed": codes stay as given; codebook and bias train.
+            "straight_through": ``weight`` (V, d) gets the gradient that the rows of a dense head would get, the codebook trains
             by its own gradient, and :meth:`update_codes` gives each token the code nearest to its row.
-            "ema": the same rows and codes, with each codebook vector the running mean of its tokens' rows.
-            Call :meth:`update_codes` after optimizer steps, as often as wanted, in the last two.
+            "ema": as "straight_through", but each codebook vector is the running mean of its tokens' rows.
+            With the last two call :meth:`update_codes` after optimizer steps, as often as wanted.
         decay: of the running means of "ema", 0 to 1.
         codes: (V,) in [0, K), the first assignment. Default: i mod K ("fixed"), the nearest (others).
         device, dtype: of the parameters.
@@ -129,7 +129,7 @@ class VQHead(nn.Module):
             linear: nn.Linear, or its weight (V, d). A Linear's own bias becomes the head's.
             bias: True (zero unless the Linear has one), False, or the (V,) to start from.
             assignment, decay: as in VQHead. Beyond "fixed", ``weight`` starts as the dense rows.
-            iterations, batch_size: steps of k-means and rows in each; a last pass over all rows sets the means.
+            iterations, batch_size: steps of k-means, and the rows of each step; last passes over all rows set the means.
             seed: equal seeds give equal heads on equal machines.
             progress: show a bar on stderr; default: when it is a terminal.
         """
@@ -176,7 +176,7 @@ class VQHead(nn.Module):
         return head
 
     def forward(self, h: Tensor) -> Tensor:
-        """All logits, (..., d) -> (..., V): for code that wants them. The other methods never form these."""
+        """All logits, (..., d) -> (..., V). The other methods never form them."""
         return vq_logits(h, self.codebook, self.codes, bias=self.bias)
 
     def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -208,11 +208,11 @@ class VQHead(nn.Module):
     def update_codes(self, *, generator: torch.Generator | None = None) -> int:
         """Gives every token the code nearest to its row, moves the means of "ema", and reseeds dead codes.
 
-        A code is dead when it has no token ("straight_through"), or a running count under a tenth of one ("ema"). It starts
-        again at a token's row, drawn in proportion to the squared distance from its present code ("k-means++", 2007).
+        A code is dead when it has no token ("straight_through"), or a running count under a tenth ("ema"). It starts again
+        at a token's row, drawn in proportion to the squared distance from the token's present code ("k-means++", 2007).
 
-        Returns the number of codes reseeded. Raises ValueError for fixed codes, and where a dead code finds a weight that is
-        no number.
+        Returns the number of codes reseeded. Raises ValueError for fixed codes, and where a code has to be reseeded while
+        weight or codebook holds NaN or infinity.
         """
         if self.weight is None:
             raise ValueError("fastattn.VQHead.update_codes: assignment is 'fixed', whose codes stay")

@@ -37,9 +37,9 @@ def scaled_dot_product_attention(
         lengths. With an attn_mask, both apply.
     scale: default 1/sqrt(D).
     enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads serves that many.
-    backend: as every op's, not an argument of torch's.
+    backend: the backend to use, as for every op; torch's function has no such argument.
 
-    Returns (..., Lq, Dv). A row with nothing to attend to is 0, as in torch. Raises ValueError, TypeError or
+    Returns (..., Lq, Dv). A row that attends no key is 0, as in torch. Raises ValueError, TypeError or
     NotImplementedError naming the argument.
     """
     op = "scaled_dot_product_attention"

@@ -62,7 +62,9 @@ def test_why(run, filled, target):
     assert code == 0 and text.startswith(f"tile=64 variant=plain  from {tables.user_path(target)}")
     assert "length=512: 0.2 octaves away in length" in text and "length=2048: 1.8 octaves" in text
     assert "is not there" in text
-    assert "over the 2 a tuned size reaches" in run("cache", "why", "planted.cpu", *KEY, "length=9")[1]
+    assert (
+        "more than the 2 that a tuned size reaches" in run("cache", "why", "planted.cpu", *KEY, "length=9")[1]
+    )
     with pytest.raises(ValueError, match=r"needs the fields dtype=\.\.\. head_dim=\.\.\. length=\.\.\."):
         run("cache", "why", "planted", *KEY)
     with pytest.raises(ValueError, match="no tuned op strange"):

@@ -169,7 +169,7 @@ def test_router_errors_name_the_argument():
         with pytest.raises(ValueError, match=message):
             call()
     q, k, v = testing.attention_inputs(1, 1, 1, 2, 4, 8)
-    with pytest.raises(ValueError, match="key_groups is needed where q has another length"):
+    with pytest.raises(ValueError, match="key_groups must be given where q and k differ in length"):
         fa.grouped_attention(q, k, v, torch.zeros(1, 2, dtype=torch.int64))
 
 

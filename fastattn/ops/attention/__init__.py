@@ -57,16 +57,16 @@ def attention(
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
         (the fast backends copy only what has a strided last dim).
-    score: "softmax", "sigmoid" or "softplus". Of softplus, log(1 + e^s), a row whose scores are all far below 0 has the weights that
-        they tend to, softmax's, which no underflow makes 0.
+    score: "softmax", "sigmoid" or "softplus". Softplus is log(1 + e^s). A row whose softplus scores are all far below 0 gets
+        softmax's weights, their limit, so that underflow never makes a weight 0.
     scale: default 1/sqrt(D).
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given).
-    mask: a fastattn.Mask; default every key.
+    mask: a fastattn.Mask. By default every query attends every key.
     return_lse: also return the natural log-sum-exp of each row (log of the normaliser), (B, Hq, Lq), float32 (float64 for
         float64), differentiable. Not defined for sigmoid.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype. A row with nothing to attend to gives 0, lse -inf and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype. A row that attends no key gives 0, lse -inf and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "attention"
@@ -117,7 +117,7 @@ def sigmoid_attention(
 def _bias(
     op: str, bias: float | torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, default: float | None
 ) -> tuple[torch.Tensor | None, float | None]:
-    """(tensor bias as (B or 1, H or 1, Lq or 1, Lk or 1), number); None for the number means the score's own default."""
+    """(tensor bias as (B or 1, H or 1, Lq or 1, Lk or 1), number). A number of None means the score's own default."""
     if bias is None:
         return None, default
     if not isinstance(bias, torch.Tensor):

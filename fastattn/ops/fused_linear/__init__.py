@@ -1,4 +1,4 @@
-"""Matrix products of a recurrence step together with what stands before and after them."""
+"""Matrix products of a recurrence step, fused with the operations before and after them."""
 
 import torch
 
@@ -16,19 +16,24 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """x W^T as torch.nn.functional.linear, with a norm or a gate before it, SwiGLU and an addition after it.
+    """x W^T as torch.nn.functional.linear, with a norm or a gate before it, SwiGLU and an addition after it:
 
-    residual + act(pre(x) W^T). pre(x) = x * rsqrt(mean(x^2) + norm_eps) with norm_eps (arXiv 1910.07467, equation 4, no
-    weight: fold one into W), sigmoid(gate) * x with a gate; act = silu(first half) * second half with swiglu (arXiv
-    2002.05202, equation 6). One native or Triton kernel, or torch's product between row kernels where that is the faster
-    (`fastattn tune` measures which; a GPU's default is torch's); sums in float32. Gradients on a GPU are torch's products.
+        residual + act(pre(x) W^T)
 
-    x: (..., K); with a gate (..., H, D), H * D = K, any strides. weight: (N, K), rows gate | up with swiglu. Where
-    the CPU kernel runs, a packed copy as large as the weight is kept while the weight's memory lives, and each call compares a
-    digest of the whole weight, so that no write to it is missed. That is one read of the weight, which counts where x has few
-    rows. gate: as x. residual: (..., N), or (..., N/2) with swiglu.
+    With norm_eps, pre(x) = x * rsqrt(mean(x^2) + norm_eps) (arXiv 1910.07467, equation 4; the norm has no weight, fold one into
+    W). With a gate, pre(x) = sigmoid(gate) * x. With swiglu, act(y) = silu(first half of y) * second half (arXiv 2002.05202,
+    equation 6). Sums are in float32.
+
+    One native or Triton kernel computes all of it, or torch's product between row kernels where that is faster: `fastattn tune`
+    measures which, and on a GPU torch's product is the default. Gradients on a GPU are torch's products.
+
+    x: (..., K), or (..., H, D) with H * D = K when there is a gate; any strides.
+    weight: (N, K); with swiglu the rows of the gate come first, then those of the other half. The CPU kernel keeps a packed copy,
+        as large as the weight, while the weight's memory lives. Each call compares a digest of the whole weight, so that no write
+        to it is missed: one read of the weight, which costs time where x has few rows.
+    gate: shaped as x. residual: (..., N), or (..., N/2) with swiglu.
     Returns (..., N), or (..., N/2). Differentiable in x, weight, gate and residual.
-    Raises ValueError or TypeError naming the argument; norm_eps and gate exclude each other.
+    norm_eps and gate exclude each other. Raises ValueError or TypeError naming the argument.
     """
     op = "fused_linear"
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gate))

@@ -56,10 +56,11 @@ def sinkhorn(
     the result is exp(X + u + v). Rows sum to 1, column sums tend to L / G.
 
     scores: (B, L, G), G at most 63, any floating dtype; computed in float32 (float64 for float64).
-    temperature: more than zero. iterations: 1 to 10000; kernels keep something of each.
-    causal: token l's column sums run over tokens up to l, so that no token's assignment depends on a later one. The plain form
-        sums over the whole sequence: a causal model trained with it sees the future through its routing.
-    lengths: (B,) integers; tokens from there on are padding: they count in no sum and their rows are 0. Default L.
+    temperature: more than zero. iterations: 1 to 10000; kernels keep a few numbers of each.
+    causal: the column sums of token l run over the tokens up to l, so that no assignment depends on a later token. Without it they
+        run over the whole sequence, and a causal model that is trained so sees the future through its routing.
+    lengths: (B,) integers, the tokens of each sequence. Later tokens are padding: no sum counts them and their rows are 0.
+        Default L.
     cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
         `lengths` is then one a document; rows after the last one are 0.
     potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
@@ -67,8 +68,8 @@ def sinkhorn(
     return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
         carries no gradient.
 
-    The backward is the exact one of the iterations run: it keeps nothing but `scores` and finds the potentials again, memory
-    linear in L whatever the number of iterations (in Triton, while it runs, a number a token and iteration).
+    The backward is exact for the iterations that were run. It keeps `scores` alone and computes the potentials again, so that
+    memory is linear in L for any number of iterations (the Triton kernel holds one number per token and iteration while it runs).
 
     Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
     """
@@ -88,7 +89,7 @@ def sinkhorn(
         fixed = potentials.detach().to(wide)
         assignment = torch.softmax(scores.to(wide) / temperature + fixed, dim=-1).to(scores.dtype)
         return (assignment, potentials) if return_potentials else assignment
-    assignment, found = call(
+    assignment, column_potentials = call(
         "sinkhorn",
         scores,
         lengths,
@@ -98,7 +99,7 @@ def sinkhorn(
         causal,
         backend,
     )
-    return (assignment, found) if return_potentials else assignment
+    return (assignment, column_potentials) if return_potentials else assignment
 
 
 def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
@@ -106,8 +107,8 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
 
     assignment: (B, L, G) floating, G at most 63. Among equal entries the lower group wins. top_k: 1 to G.
 
-    Returns int64 (B, L), never negative: 63 groups fit, and `&` of two signatures tells whether two tokens share a group. A token
-    whose row is all zero (padding, see `sinkhorn`) gets 0: it shares a group with no one. No gradient.
+    Returns int64 (B, L), never negative, as 63 groups fit. Two tokens share a group where `&` of their signatures is not 0. A token
+    whose row is all zero (padding, see `sinkhorn`) gets 0 and shares no group. No gradient.
     Raises ValueError or TypeError naming the argument.
     """
     op = "focus_groups"
@@ -139,19 +140,19 @@ def grouped_attention(
     """Causal softmax attention to a local window and, beyond it, to tokens that share a group (arXiv 2604.03260).
 
     Query i attends key j when j <= i and (i - j <= window or groups_i & key_groups_j != 0): itself, the `window` keys before it, and
-    every earlier key with a group in common, each counted once however many groups are shared. Positions are within the
-    document when packed; the last query is aligned with the last key, as decoding needs.
+    every earlier key with a group in common. A key counts once, however many groups it shares. Positions are those in the document
+    when packed. The last query is aligned with the last key, as in decoding.
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device.
     groups: (B, Lq) int32 or int64 signatures, a bit a group, not negative, shared by all heads (`focus_groups`). A token of
-        signature 0 attends, and is attended from, its window only.
+        signature 0 attends the keys of its window alone, and is attended within the window alone.
     key_groups: (B, Lk), the keys' signatures; default `groups`, which needs Lq == Lk.
     window: keys before the query that it always attends, 0 or more, default 128.
     scale: default 1/sqrt(D).
-    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense); default none. Attention is
-        causal with any mask; prefix_lengths is refused.
+    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense); default none. Attention stays
+        causal whatever the mask says. A mask with prefix_lengths is refused.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row with nothing to attend to gives 0 and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "grouped_attention"
@@ -159,7 +160,7 @@ def grouped_attention(
     if key_groups is None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
-                f"fastattn.{op}: key_groups is needed where q has another length ({q.shape[2]}) than k ({k.shape[2]})"
+                f"fastattn.{op}: key_groups must be given where q and k differ in length, given {q.shape[2]} and {k.shape[2]}"
             )
         key_groups = groups
     for name, value, length in (("groups", groups, q.shape[2]), ("key_groups", key_groups, k.shape[2])):
@@ -192,15 +193,15 @@ def gated_attention(
     mask: Mask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The form that trains a router: causal softmax attention whose distant scores are gated by the agreement of assignments.
+    """Causal softmax attention that trains a router: scores of distant keys are gated by how well two assignments agree.
 
     With g_ij = sigmoid(sharpness * a_i.a_j), a the assignment (arXiv 2604.03260):
 
         gate="multiply"   s_ij = scale * q_i.k_j * (1 if i - j <= window else g_ij)
         gate="log"        s_ij = scale * q_i.k_j + (0 if i - j <= window else log g_ij)
 
-    An assignment is not negative, so the gate lies in [0.5, 1) and never prunes: `multiply` is the published equation and flattens
-    distant scores, `log` scales distant weights.
+    An assignment is not negative, so that the gate lies in [0.5, 1) and never prunes. `multiply` is the published equation and
+    flattens distant scores; `log` scales distant weights.
 
     q: (B, Hq, L, D); k: (B, Hkv, L, D); v: (B, Hkv, L, Dv), Hq a multiple of Hkv. One floating dtype and device.
     assignment: (B, L, G) floating, its own dtype, shared by all heads (`sinkhorn`).
@@ -240,6 +241,6 @@ def gated_attention(
 
 
 def _window(window: int) -> int:
-    """A wider one than any sequence is no limit, and must not overflow a sum."""
+    """`window`, but no wider than the longest sequence: a sum with it must not overflow."""
     count = _checks.as_integer(window)
     return LONGEST if count is not None and count > LONGEST else window

@@ -24,8 +24,8 @@ def decode_step(
     bound: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """HRM-Text's decode step (arXiv 2605.20613): the state zH of each row's token at `position`, whose keys and
-    values join the caches there.
+    """HRM-Text's decode step (arXiv 2605.20613): computes the state zH of each row's token at `position`, and writes the token's
+    keys and values into the caches at that position.
 
     ::
 
@@ -36,14 +36,15 @@ def decode_step(
             then x += down @ swiglu(gate_up @ rms(x)); at the end rms(x)
 
     z_h, z_l: (B, hidden), the scaled embedding and the initial low state.
-    weights: the layers of the L stack, then as many of the H stack; of each gqkv (4 * H * D, hidden), out (hidden, H * D),
-        gate_up (2 * inner, hidden) and down (hidden, inner).
-    k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Stack call h * (l_cycles + 1) + l
-        has its own, l = l_cycles being the H stack's.
-    position: of every row, or (B,) int32 or int64 where rows differ in length. A row holds as many tokens before the call. A
-        tensor's contents are checked on the CPU and trusted on a GPU, so that no call waits for it.
-    bound: with a tensor, no position is beyond it; a tight one saves memory on a GPU. Default: the caches' last.
-    All of one device, and of one dtype but for position. theta: of the rotary embedding. eps: of the norms.
+    weights: four of each layer, the L stack's layers first, then as many of the H stack: gqkv (4 * H * D, hidden),
+        out (hidden, H * D), gate_up (2 * inner, hidden) and down (hidden, inner).
+    k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Each stack call has its own:
+        number h * (l_cycles + 1) + l for the L stack, and l = l_cycles for the H stack.
+    position: the number of tokens that each row holds before the call: one number, or (B,) int32 or int64 where rows differ in
+        length. The contents of a tensor are checked on the CPU, and trusted on a GPU, so that no call waits for the device.
+    bound: the largest position in a tensor may not exceed it; a tight bound saves memory on a GPU. Default: the last position of
+        the caches.
+    theta, eps: of the rotary embedding and of the norms. All tensors are on one device, and all but position have one dtype.
 
     Returns (B, hidden). It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
     Raises ValueError or TypeError naming the argument.

@@ -25,17 +25,17 @@ def lssa_attention(
         LSSA   w_ij = s_ij / sum_j s_ij
         LSSAR  w_ij = relu(s_ij * n_i / sum_j s_ij - O_i)^power, divided by its row sum
 
-    O_i = 1, but 0 for rows that attend three keys or fewer (the first three of a causal sequence). A q or k of norm at most 1e-12
-    counts as 0 and gets no gradient.
-    A row of LSSAR whose scores are all equal (to within 8 * eps * (1 + c_i)) re-weights to nothing and gives 0.
+    O_i = 1, or 0 for rows that attend three keys or fewer (the first three of a causal sequence). A q or k of norm at most 1e-12
+    counts as 0 and gets no gradient. Where all scores of a row are equal (to within 8 * eps * (1 + c_i)), LSSAR leaves no weight
+    and the row gives 0.
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv, D at least 1. One floating dtype and device.
-        Rotary embedding comes before; the op normalises what it is given.
+        Apply a rotary embedding before; the op normalises q and k as they are given.
     power: None for LSSA; a number of at least 1 for LSSAR (15 for length extrapolation, 3 near the training length). No power
         overflows: each weight is at most 1 before it is normalised.
-    mask: a fastattn.Mask; default every key. n_i counts the keys of the row that the mask allows.
+    mask: a fastattn.Mask. By default every query attends every key. n_i counts the keys that the mask allows for the row.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row with nothing to attend to gives 0 and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
 
     `fastattn.softplus_attention` is its earlier name and the same function. Messages, tuned tables and torch.ops have that name.

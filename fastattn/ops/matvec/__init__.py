@@ -9,9 +9,9 @@ MOST_ROWS = cpu.MOST_ROWS
 
 
 def matvec(x: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """x @ weight.T, float32 sums and one rounding.
+    """x @ weight.T with sums in float32 and one rounding.
 
-    x: (..., K); weight: (N, K), of x's dtype. Returns (..., N). Differentiable in both. The CPU kernel serves up to 8
-    rows; more, and GPUs, go to the reference, which is the library's product. Raises ValueError or TypeError naming the argument.
+    x: (..., K); weight: (N, K), of x's dtype. Returns (..., N). Differentiable in both. The CPU kernel serves up to 8 rows. More
+    rows, and GPUs, go to the reference, which is torch's own product. Raises ValueError or TypeError naming the argument.
     """
     return call("matvec", x, weight, requested("matvec", backend))

@@ -39,7 +39,8 @@ def rms_norm(
     x * rsqrt(mean(x^2) + eps) * weight, float32 inside and one rounding ("Root Mean Square Layer Normalization",
     arXiv 1910.07467, equation 4).
 
-    x: (..., D), any strides. residual: as x, added first; the sum is rounded to x's dtype, then normed. weight: (D,), default none.
+    x: (..., D), any strides. residual: shaped as x and added first; the sum is rounded to x's dtype before the norm.
+    weight: (D,), default none.
     Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
     Raises ValueError or TypeError naming the argument.
     """
@@ -95,10 +96,10 @@ def rotary_append(
     theta: float = 10000.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`rotary` of q and k, the latter written with v into a cache: one launch on a GPU, for decoding and prefill.
+    """`rotary` of q and k, which also writes the rotated k and v into a cache: one launch on a GPU, for decoding and prefill.
 
     q, k, positions, theta: as for `rotary`. v: (B, Hkv, L, Dv). slots: (B, L), int32 or int64, the row of the cache that each token
-    takes: no two of a sequence alike, which is not checked, each in [0, capacity), which is checked on the CPU.
+    takes, in [0, capacity), which is checked on the CPU. The slots of a sequence must differ, which is not checked.
     keys: (B, Hkv, capacity, D); values: (B, Hkv, capacity, Dv); q's dtype and device; written in place.
     Returns rotated q, contiguous. It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
     Raises ValueError or TypeError naming the argument.
@@ -108,6 +109,6 @@ def rotary_append(
 
 
 def _one_row(positions: torch.Tensor) -> torch.Tensor:
-    """(1, L) as (L,), which every sequence of the batch shares."""
+    """Positions of shape (1, L) as (L,): every sequence of the batch shares them."""
     one = isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[0] == 1
     return positions[0] if one else positions

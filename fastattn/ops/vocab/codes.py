@@ -1,7 +1,7 @@
 """A head whose V rows are K shared vectors (VQ-logits, arXiv 2505.10202): every op is a K-way problem, never a V-way one.
 
-The logit of token i is h . codebook[codes[i]] + bias[i]. With beta_k the logsumexp of bias over the tokens of code k
-(log of their number without a bias, -inf for a code of none), logsumexp over tokens equals logsumexp_k(h . codebook_k + beta_k).
+The logit of token i is h . codebook[codes[i]] + bias[i]. Let beta_k be the logsumexp of bias over the tokens of code k: the log of
+their number without a bias, and -inf for a code without tokens. Then logsumexp over tokens is logsumexp_k(h . codebook_k + beta_k).
 """
 
 import torch
@@ -27,10 +27,10 @@ def vq_logits(
     bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """All V logits of a vector-quantised head, for code that wants them: h . codebook[codes[i]] + bias[i].
+    """All V logits of a vector-quantised head: h . codebook[codes[i]] + bias[i].
 
-    K products a row and one look-up a token (arXiv 2505.10202, section 3). Losses, greedy choice and sampling have ops
-    that never form this: vq_cross_entropy, vq_argmax, vq_sample.
+    K products per row and one look-up per token (arXiv 2505.10202, section 3). Losses, greedy choice and sampling have ops
+    that never form the logits: vq_cross_entropy, vq_argmax, vq_sample.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K); a code may have no token. bias: (V,), h's dtype or float32, default none.
@@ -64,8 +64,8 @@ def vq_cross_entropy(
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K), any pattern. target: (...), int32 or int64 in [0, V) or ignore_index.
     bias: (V,), h's dtype or float32, default none; without it all tokens of a code are equally likely.
-    shadow: (V, d), floating: changes no value, and takes the straight-through gradient, the one that the rows of a dense head would
-    get at the logits used here. Costs O(V d) in backward. Default none.
+    shadow: (V, d), floating, default none. It changes no value. It gets the straight-through gradient, which is what the rows of a
+    dense head would get at these logits, at a cost of O(V d) in backward.
     reduction: "mean" over the rows that are not ignored (0 when there are none), "sum" or "none".
     Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, codebook, bias and shadow; codebook's
     gradient accumulates in float32. Raises ValueError, TypeError or NotImplementedError naming the argument.
@@ -97,7 +97,7 @@ def vq_argmax(
     bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The token of the largest logit, from K logits a row; equal logits go to the lowest token id.
+    """The token of the largest logit, from K logits per row. Among equal logits the lowest token id wins.
 
     argmax_k (h . codebook_k + the largest bias of code k's tokens), then that token: the argmax of vq_logits in exact arithmetic.
     Codes within rounding of the best are compared again in float64.
@@ -122,10 +122,10 @@ def vq_sample(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """One token a row, drawn from softmax(vq_logits / temperature): first a code, then a token of the code.
+    """One token per row, drawn from softmax(vq_logits / temperature): first a code, then a token of that code.
 
-    Code k has probability softmax_k(h . codebook_k / temperature + beta_k), beta_k the logsumexp of bias / temperature over its
-    tokens, of which token i is drawn in proportion to exp(bias[i] / temperature). Never forms (N, V).
+    Code k has probability softmax_k(h . codebook_k / temperature + beta_k), where beta_k is the logsumexp of bias / temperature
+    over its tokens. Token i of the code is drawn in proportion to exp(bias[i] / temperature). Never forms (N, V).
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K). bias: (V,), h's dtype or float32, default none; a bias of -inf is never drawn.
@@ -144,7 +144,7 @@ def vq_sample(
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """The code nearest to each row in Euclidean distance, equal distances to the lowest code; never holds (V, K).
+    """The code nearest to each row in Euclidean distance, without ever holding (V, K). Among equal distances the lowest code wins.
 
     argmin_k |x - codebook_k|^2, the assignment step of vector quantisation ("Neural Discrete Representation Learning",
     arXiv 1711.00937, equation 1). Codes within rounding of the nearest are compared again in float64.
