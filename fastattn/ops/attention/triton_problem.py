@@ -1,14 +1,32 @@
 """One attention call as the Triton kernels take it: operands, mask, constants, tile sizes, launches."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import triton
 
 from ... import _config, _triton
-from ..._triton import LOG2E
-from ...scores import BY_CODE
+from ..._triton import LOG2E, Constants, constants, pairs, rows
+from ...scores import BY_CODE, SCORES
 from . import tuning_triton  # noqa: F401  declares what is looked up
+from .triton_tiles import Factors, Indices
+
+
+@cache
+def _score_constants(code: int, log_n: bool) -> Constants:
+    """SCORE of the kernels. `limit`: of a normalised score without a maximum taken off, what its weights tend to as they underflow."""
+    score = BY_CODE[code]
+    weight, derivative = score.triton
+    limited = score.normalised and not score.shifted
+    return constants(
+        weight=weight,
+        derivative=derivative,
+        shifted=score.shifted,
+        normalised=score.normalised,
+        log_n=log_n,
+        limit=_score_constants(SCORES["softmax"].code, False) if limited else None,
+    )
 
 
 class Problem:
@@ -36,7 +54,7 @@ class Problem:
         self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
         self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
         indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
-        self.indices = tuple(None if t is None else t.contiguous() for t in indices)
+        self.indices = Indices(*(None if t is None else t.contiguous() for t in indices))
         self.window = tuple(
             _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)
         )
@@ -77,58 +95,55 @@ class Problem:
 
     def values(self) -> dict:
         """Every value of the call that a kernel may name, tile sizes aside."""
-        weight, derivative = self.score.triton
-        prefix_lengths, offsets_q, offsets_k, key_lengths = self.indices
         return {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "bias": self.bias,
-            "dense": self.dense,
-            "prefix_lengths": prefix_lengths,
-            "offsets_q": offsets_q,
-            "offsets_k": offsets_k,
-            "key_lengths": key_lengths,
+            "q": rows(self.q),
+            "k": rows(self.k),
+            "v": rows(self.v),
+            "bias": pairs(self.bias),
+            "dense": pairs(self.dense),
+            "indices": self.indices,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "length_q": self.length_q,
             "length_k": self.length_k,
             "window_left": self.window[0],
             "window_right": self.window[1],
-            "scale": self.scale,
-            "size": self.size,
-            "scale2": self.scale2,
-            "bias2": self.bias2,
-            "WEIGHT": weight,
-            "DERIVATIVE": derivative,
-            "SHIFTED": self.score.shifted,
-            "NORMALISED": self.score.normalised,
-            "LOG_N": self.log_n,
-            "CAUSAL": self.causal,
-            "GROUP": self.group,
-            "HEAD_DIM": self.head_dim,
-            "V_DIM": self.v_dim,
-            "BLOCK_D": _triton.block(self.head_dim),
-            "BLOCK_DV": _triton.block(self.v_dim),
-            "PRECISION": _triton.precision(self.q.dtype),
+            "factors": Factors(self.scale, self.size, self.scale2, self.bias2),
+            "SCORE": _score_constants(self.score.code, self.log_n),
         }
 
-    def launch(self, kernel, config, *, over: str, **more) -> None:
+    def constants(self, block_m: int, block_n: int, **more) -> Constants:
+        """META of the kernels; more: what other calls do not have."""
+        return constants(
+            head_dim=self.head_dim,
+            v_dim=self.v_dim,
+            block_m=block_m,
+            block_n=block_n,
+            block_d=_triton.block(self.head_dim),
+            block_dv=_triton.block(self.v_dim),
+            group=self.group,
+            causal=self.causal,
+            precision=_triton.precision(self.q.dtype),
+            **more,
+        )
+
+    def launch(self, kernel, config, *, over: str, meta: Mapping | None = None, **more) -> None:
         """Start `kernel` once a tile of the `over` ("queries" or "keys"), head and sequence, with the values it names.
 
-        config: tile sizes and options; more: values that the call itself does not have.
+        config: tile sizes and options; meta and more: constants and values that the call itself does not have.
         """
+        block_m, block_n = config["block_m"], config["block_n"]
         if over == "queries":
-            tiles, heads = triton.cdiv(self.longest_q, config["block_m"]), self.heads
+            tiles, heads = triton.cdiv(self.longest_q, block_m), self.heads
         else:
-            tiles, heads = triton.cdiv(self.longest_k, config["block_n"]), self.kv_heads
-        tile = {"tiles": tiles, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
-        if over == "keys" and self.score.normalised:
-            tile["scale"] = abs(self.scale)  # of the queries, which have the sign
+            tiles, heads = triton.cdiv(self.longest_k, block_n), self.kv_heads
+        values = self.values()
+        if over == "keys" and self.score.normalised:  # of the queries, which have the sign
+            values["factors"] = values["factors"]._replace(scale=abs(self.scale))
         _triton.start(
             kernel,
             (tiles * heads * self.sequences,),
-            self.values() | tile | more,
+            values | {"tiles": tiles, "META": self.constants(block_m, block_n, **(meta or {}))} | more,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )
