@@ -35,17 +35,7 @@ def triton_backend(run: Callable, refusal: Callable, configure: Callable | None 
     """It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter."""
 
     def supports(*members):
-        return _triton_missing() or refusal(*_flat(members))
+        return _triton_missing() or refusal(*members)
 
     devices = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-    return Backend(
-        "triton",
-        lambda *m: run(*_flat(m)),
-        supports,
-        configure and (lambda *m: configure(*_flat(m))),
-        devices,
-    )
-
-
-def _flat(members):
-    return [x for m in members for x in (m if hasattr(m, "_fields") else (m,))]
+    return Backend("triton", run, supports, configure, devices)

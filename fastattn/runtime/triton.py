@@ -6,7 +6,7 @@ The only module outside `ops/*/triton.py` that imports triton; `import fastattn`
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -250,31 +250,9 @@ def _device_of(args: tuple) -> torch.device:
     return first[0].device if isinstance(first, tuple) else first.device
 
 
-@cache
-def _arguments(kernel: Callable) -> tuple[tuple[str, str, int], ...]:
-    """Each argument's name and, for the stride `<tensor>_<letter>`, the tensor and which of its dims."""
-    dims: dict[str, int] = {}
-    rows = []
-    for name in kernel.arg_names:
-        tensor, _, letter = name.rpartition("_")
-        if len(letter) == 1 and tensor in kernel.arg_names:
-            rows.append((name, tensor, dims.get(tensor, 0)))
-            dims[tensor] = dims.get(tensor, 0) + 1
-        else:
-            rows.append((name, "", 0))
-    return tuple(rows)
-
-
 def start(kernel: Callable, grid: tuple[int, ...], values: Mapping[str, Any], **options: int) -> None:
-    """Launch `kernel` with the values it names; more may be there. An argument `x_<letter>` is the next stride of tensor x,
-    0 where x is absent."""
-    arguments = []
-    for name, tensor, dim in _arguments(kernel):
-        if not tensor:
-            arguments.append(values[name])
-        else:
-            arguments.append(0 if values[tensor] is None else values[tensor].stride(dim))
-    launch(kernel, grid, *arguments, **options)
+    """Launch `kernel` with the values it names; more may be there."""
+    launch(kernel, grid, *[values[name] for name in kernel.arg_names], **options)
 
 
 @contextmanager

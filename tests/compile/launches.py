@@ -2,6 +2,7 @@
 
 import torch
 
+from fastattn.masks import MaskArgs
 from fastattn.ops.attention.scores import SCORES
 from fastattn.runtime import triton as _triton
 
@@ -41,16 +42,18 @@ def attention_arguments(
         SCORES[score].code,
         0.1,
         None if SCORES[score].log_n_bias else 0.0,
-        packed or mask == "causal",
-        512 if mask == "window" else -1,
-        0 if mask == "window" else -1,
-        indices(5) if packed else None,
-        indices(6) if packed else None,
-        indices(6) if packed else None,
-        q_length,
-        k_length,
-        None,
-        empty(1, 1, q_length, k_length, dtype=torch.bool) if dense else None,
+        MaskArgs(
+            packed or mask == "causal",
+            512 if mask == "window" else -1,
+            0 if mask == "window" else -1,
+            indices(5) if packed else None,
+            indices(6) if packed else None,
+            indices(6) if packed else None,
+            q_length,
+            k_length,
+            None,
+            empty(1, 1, q_length, k_length, dtype=torch.bool) if dense else None,
+        ),
     )
 
 
@@ -71,7 +74,7 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     lse = empty(*(q.shape[:3] if normalised else (0,)), dtype=torch.float32)
     state = empty(*((*q.shape[:3], 2) if normalised else (0,)), dtype=torch.float32)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        attention_backward(out, None, q, k, v, bias, out, lse, state, bias is not None, score, *rest)
+        attention_backward(out, None, q, k, v, bias, out, lse, state, score, *rest, int(bias is not None))
     return launches
 
 
@@ -171,19 +174,19 @@ def reweighted(
     from fastattn.ops.lssa.triton import softplus_attention
     from fastattn.ops.lssa.triton_backward import softplus_attention_backward
 
-    q, k, v, _, _, _, _, *mask = attention_arguments(dtype=dtype, head_dim=64)
+    q, k, v, _, _, _, _, mask = attention_arguments(dtype=dtype, head_dim=64)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, statistics = softplus_attention(q, k, v, power, *mask)
-        softplus_attention_backward(out, q, k, v, out, statistics, power, *mask)
+        out, statistics = softplus_attention(q, k, v, power, mask)
+        softplus_attention_backward(out, q, k, v, out, statistics, power, mask)
     return launches
 
 
 def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[_triton.Launch]:
     from fastattn.ops.grouped import triton, triton_backward
 
-    q, k, v, _, _, scale, _, *mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    q, k, v, _, _, scale, _, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
     signatures = empty(1, q.shape[2], dtype=torch.int64)
-    options = (signatures, signatures, 128, scale, *mask)
+    options = (signatures, signatures, 128, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         out, state = triton.grouped_attention(q, k, v, *options)
         triton_backward.grouped_attention_backward(out, q, k, v, out, state, *options)
@@ -195,9 +198,9 @@ def gated(
 ) -> list[_triton.Launch]:
     from fastattn.ops.grouped import triton_gated as kernels
 
-    q, k, v, _, _, scale, _, *mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    q, k, v, _, _, scale, _, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
     assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)
-    options = (128, gate, scale, *mask)
+    options = (128, gate, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         out, state = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
         kernels.gated_attention_backward(out, q, k, v, assignment, sharpness, out, state, *options)

@@ -1,13 +1,17 @@
 """Every Triton kernel compiles ahead of time, without a driver, within each target's shared memory."""
 
+import importlib
 import importlib.util
 import itertools
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
+from fastattn import ops
 from fastattn.ops.attention.scores import SCORES
 from fastattn.runtime import triton as _triton
 
@@ -86,6 +90,51 @@ def test_sinkhorn():
 
 def test_reweighted():
     compile_all("sm_90", launches.reweighted("sm_90"))
+
+
+def kernels() -> set[triton.JITFunction]:
+    """Every kernel of the package: the `_<op>_kernel` of its Triton modules."""
+    found = set()
+    for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if module.name.rpartition(".")[2].startswith("triton"):
+            values = vars(importlib.import_module(module.name)).items()
+            found |= {
+                f for name, f in values if name.endswith("_kernel") and isinstance(f, triton.JITFunction)
+            }
+    return found
+
+
+def test_kernels_take_few_arguments():
+    """Operands come as named tuples, constants as one object."""
+    recorded = launches.attention("sm_90", mask="dense") + launches.attention(
+        "sm_90", mask="full", q_length=1
+    )
+    for name in (
+        "attention_backward",
+        "recurrence",
+        "vocab",
+        "linear",
+        "sinkhorn",
+        "reweighted",
+        "grouped",
+        "gated",
+    ):
+        recorded += getattr(launches, name)("sm_90")
+    assert {launch.kernel for launch in recorded} == kernels()
+    for kernel in kernels():
+        assert len(kernel.arg_names) <= 24, kernel.__name__
+
+
+def test_members_of_an_operand_are_specialised():
+    """Loads are as wide as a stride's divisibility allows, in a tuple as anywhere."""
+    [forward] = launches.attention("sm_90", head_dim=64)
+    source = _triton.source(forward)
+    assert source.signature["q"] == _triton.Rows("*bf16", "i32", "i32", "i32")
+    first = forward.kernel.arg_names.index("q")
+    assert all(source.attrs[first, i] == [["tt.divisibility", 16]] for i in range(4))
+    narrow = _triton.Rows(*forward.args[first][:3], 1)
+    source = _triton.source(_triton.Launch(forward.kernel, (1,), (narrow, *forward.args[1:]), forward.meta))
+    assert source.signature["q"].row == "constexpr" and source.constants[first, 3] == 1
 
 
 # The slow tests: each kernel with each dtype and score on every target that launches or compiles something of its own.

@@ -42,10 +42,6 @@ def _fake(q, k, v, bias, score, *_):
     return q.new_empty(*rows, v.shape[3]), q.new_empty(lse, dtype=dtype), q.new_empty(state, dtype=dtype)
 
 
-def _old(f):
-    return lambda *a: f(*a[:9], bool(a[-1]), *a[9:-1])
-
-
 declare(
     "attention",
     Call,
@@ -66,9 +62,7 @@ declare(
         backends=(
             cpu_backend(cpu.attention_backward, cpu.refusal_backward, cpu.configure_backward),
             triton_backend(
-                _old(triton_backward.attention_backward),
-                _old(triton_backward.refusal),
-                _old(triton_backward.configure),
+                triton_backward.attention_backward, triton_backward.refusal, triton_backward.configure
             ),
         ),
     ),

@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime.triton import offset
+from ...runtime.triton import offset, pairs
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns", "length_q", "length_k"])
 def _tile_classes_kernel(
-    mask, classes, mask_b, mask_h, mask_q, mask_k, heads, rows, columns, length_q, length_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    mask, classes, heads, rows, columns, length_q, length_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """One tile: 1 where any of its pairs is attended, else 0."""
     program = tl.program_id(0)
@@ -24,8 +23,8 @@ def _tile_classes_kernel(
     entry = program // columns // rows // heads
     q = row * BLOCK_M + tl.arange(0, BLOCK_M)
     k = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = mask + offset(entry, mask_b) + offset(head, mask_h)
-    at = base + offset(q, mask_q)[:, None] + offset(k, mask_k)[None, :]
+    base = mask.base + offset(entry, mask.batch) + offset(head, mask.head)
+    at = base + offset(q, mask.row)[:, None] + offset(k, mask.column)[None, :]
     inside = (q < length_q)[:, None] & (k < length_k)[None, :]
     attended = tl.load(at, mask=inside, other=0).to(tl.int32)
     tl.store(classes + program, tl.max(tl.max(attended, 1), 0).to(tl.uint8))
@@ -43,7 +42,7 @@ def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
     rows, columns = triton.cdiv(problem.length_q, block_m), triton.cdiv(problem.length_k, block_n)
     classes = torch.empty(batch, heads, rows, columns, dtype=torch.uint8, device=dense.device)
     values = {
-        "mask": dense.expand(batch, heads, problem.length_q, problem.length_k),
+        "mask": pairs(dense.expand(batch, heads, problem.length_q, problem.length_k)),
         "classes": classes,
         "heads": heads,
         "rows": rows,

@@ -1,15 +1,34 @@
 """One attention call as the Triton kernels take it: operands, mask, constants, tile sizes, launches."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import triton
 
+from ...masks import MaskArgs
 from ...runtime import triton as _triton
 from ...runtime import tuning as _config
-from ...runtime.triton import LOG2E
+from ...runtime.triton import LOG2E, Constants, constants, pairs, rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
-from .scores import BY_CODE
+from .scores import BY_CODE, SCORES
+from .triton_tiles import Factors, Indices
+
+
+@cache
+def _score_constants(code: int, log_n: bool) -> Constants:
+    """SCORE of the kernels. `limit`: of a normalised score without a maximum taken off, what its weights tend to as they underflow."""
+    score = BY_CODE[code]
+    weight, derivative = score.triton
+    limited = score.normalised and not score.shifted
+    return constants(
+        weight=weight,
+        derivative=derivative,
+        shifted=score.shifted,
+        normalised=score.normalised,
+        log_n=log_n,
+        limit=_score_constants(SCORES["softmax"].code, False) if limited else None,
+    )
 
 
 class Problem:
@@ -18,8 +37,7 @@ class Problem:
     Of a normalised score q has the scale's sign: what is left of a score below its row's maximum is multiplied by a positive factor.
     """
 
-    def __init__(self, q, k, v, bias, score, scale, bias_value, causal, window_left, window_right, prefix_lengths,
-                 cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, dense):  # fmt: skip
+    def __init__(self, q, k, v, bias, score, scale, bias_value, mask: MaskArgs):
         self.score = BY_CODE[score]
         self.scale, self.size = scale, abs(scale)
         if self.score.normalised and scale <= 0:
@@ -29,29 +47,30 @@ class Problem:
         self.kv_heads, self.length_k, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
         full = (self.batch, self.heads, self.length_q, self.length_k)
         self.bias = None if bias is None else bias.expand(full)
-        self.dense_mask = dense
-        self.dense = None if dense is None else dense.expand(full)
-        self.packed = cu_seqlens_q is not None
-        self.sequences = cu_seqlens_q.numel() - 1 if self.packed else self.batch
+        self.dense_mask = mask.dense
+        self.dense = None if mask.dense is None else mask.dense.expand(full)
+        self.packed = mask.cu_seqlens_q is not None
+        self.sequences = mask.cu_seqlens_q.numel() - 1 if self.packed else self.batch
         # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
-        self.longest_q = self.length_q if max_seqlen_q < 0 else max_seqlen_q
-        self.longest_k = self.length_k if max_seqlen_k < 0 else max_seqlen_k
-        indices = (prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths)
-        self.indices = tuple(None if t is None else t.contiguous() for t in indices)
+        self.longest_q = self.length_q if mask.max_seqlen_q < 0 else mask.max_seqlen_q
+        self.longest_k = self.length_k if mask.max_seqlen_k < 0 else mask.max_seqlen_k
+        indices = (mask.prefix_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_lengths)
+        self.indices = Indices(*(None if t is None else t.contiguous() for t in indices))
         self.window = tuple(
-            _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST) for w in (window_left, window_right)
+            _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST)
+            for w in (mask.window_left, mask.window_right)
         )
         factor = self.size if self.score.normalised else scale
         self.scale2 = (1.0 if self.score.shifted and bias is not None else factor) * LOG2E
         self.log_n = self.score.log_n_bias and bias_value is None and bias is None
         self.bias2 = (bias_value or 0.0) * LOG2E
-        self.causal = causal
+        self.causal = mask.causal
         self.group = self.heads // max(1, self.kv_heads)
         self.mask_kind = (
-            "dense" if dense is not None or bias is not None  # an element is read for every pair
+            "dense" if mask.dense is not None or bias is not None  # an element is read for every pair
             else "packed" if self.packed
-            else "window" if window_left >= 0 or window_right >= 0
-            else "causal" if causal
+            else "window" if mask.window_left >= 0 or mask.window_right >= 0
+            else "causal" if mask.causal
             else "full"
         )  # fmt: skip
 
@@ -78,58 +97,55 @@ class Problem:
 
     def values(self) -> dict:
         """Every value of the call that a kernel may name, tile sizes aside."""
-        weight, derivative = self.score.triton
-        prefix_lengths, offsets_q, offsets_k, key_lengths = self.indices
         return {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "bias": self.bias,
-            "dense": self.dense,
-            "prefix_lengths": prefix_lengths,
-            "offsets_q": offsets_q,
-            "offsets_k": offsets_k,
-            "key_lengths": key_lengths,
+            "q": rows(self.q),
+            "k": rows(self.k),
+            "v": rows(self.v),
+            "bias": pairs(self.bias),
+            "dense": pairs(self.dense),
+            "indices": self.indices,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "length_q": self.length_q,
             "length_k": self.length_k,
             "window_left": self.window[0],
             "window_right": self.window[1],
-            "scale": self.scale,
-            "size": self.size,
-            "scale2": self.scale2,
-            "bias2": self.bias2,
-            "WEIGHT": weight,
-            "DERIVATIVE": derivative,
-            "SHIFTED": self.score.shifted,
-            "NORMALISED": self.score.normalised,
-            "LOG_N": self.log_n,
-            "CAUSAL": self.causal,
-            "GROUP": self.group,
-            "HEAD_DIM": self.head_dim,
-            "V_DIM": self.v_dim,
-            "BLOCK_D": _triton.block(self.head_dim),
-            "BLOCK_DV": _triton.block(self.v_dim),
-            "PRECISION": _triton.precision(self.q.dtype),
+            "factors": Factors(self.scale, self.size, self.scale2, self.bias2),
+            "SCORE": _score_constants(self.score.code, self.log_n),
         }
 
-    def launch(self, kernel, config, *, over: str, **more) -> None:
+    def constants(self, block_m: int, block_n: int, **more) -> Constants:
+        """META of the kernels; more: what other calls do not have."""
+        return constants(
+            head_dim=self.head_dim,
+            v_dim=self.v_dim,
+            block_m=block_m,
+            block_n=block_n,
+            block_d=_triton.block(self.head_dim),
+            block_dv=_triton.block(self.v_dim),
+            group=self.group,
+            causal=self.causal,
+            precision=_triton.precision(self.q.dtype),
+            **more,
+        )
+
+    def launch(self, kernel, config, *, over: str, meta: Mapping | None = None, **more) -> None:
         """Start `kernel` once a tile of the `over` ("queries" or "keys"), head and sequence, with the values it names.
 
-        config: tile sizes and options; more: values that the call itself does not have.
+        config: tile sizes and options; meta and more: constants and values that the call itself does not have.
         """
+        block_m, block_n = config["block_m"], config["block_n"]
         if over == "queries":
-            tiles, heads = triton.cdiv(self.longest_q, config["block_m"]), self.heads
+            tiles, heads = triton.cdiv(self.longest_q, block_m), self.heads
         else:
-            tiles, heads = triton.cdiv(self.longest_k, config["block_n"]), self.kv_heads
-        tile = {"tiles": tiles, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
-        if over == "keys" and self.score.normalised:
-            tile["scale"] = abs(self.scale)  # of the queries, which have the sign
+            tiles, heads = triton.cdiv(self.longest_k, block_n), self.kv_heads
+        values = self.values()
+        if over == "keys" and self.score.normalised:  # of the queries, which have the sign
+            values["factors"] = values["factors"]._replace(scale=abs(self.scale))
         _triton.start(
             kernel,
             (tiles * heads * self.sequences,),
-            self.values() | tile | more,
+            values | {"tiles": tiles, "META": self.constants(block_m, block_n, **(meta or {}))} | more,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )
@@ -158,7 +174,7 @@ def turned(config: Mapping[str, int]) -> dict[str, int]:
     return {**config, "block_m": config["block_n"], "block_n": config["block_m"]}
 
 
-def refusal(q, k, v, bias, *options) -> str | None:
+def refusal(q, k, v, bias=None, *_) -> str | None:
     """Why the Triton kernels cannot serve this forward call, or None."""
     if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256:
         return f"it serves head dims 1 to 256, not {q.shape[3]} and {v.shape[3]}"

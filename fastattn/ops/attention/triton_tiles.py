@@ -1,14 +1,14 @@
-"""Device functions that the attention kernels share: which keys a row attends, what a tile reads, and a query tile's pass over keys.
+"""Device functions that the attention kernels share: which keys a row attends, what a tile reads, and the loops over tiles.
 
-A kernel's program works on one tile of one sequence. `extent` is that sequence's
-(queries, keys, prefix, key length, keys before the diagonal, keys after it, from a query to the key on its diagonal).
+A kernel's program works on one tile of one sequence. SCORE is a score's constants and META the call's, as `Problem` makes them.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ...runtime.triton import LN2, LOG2E, dot, load_tile, offset, store_tile
-from .scores_triton import softmax_weight
+from ...runtime.triton import LN2, LOG2E, Line, dot, load_rows, offset, store_tile
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -18,140 +18,176 @@ _LIMIT_SUM = tl.constexpr(
 )  # softplus: a row whose weights add up to less has softmax's, to which they tend
 
 
+class Indices(NamedTuple):
+    """A mask's index tensors, as a kernel takes them; each may be None."""
+
+    prefix_lengths: tl.tensor
+    offsets_q: tl.tensor
+    offsets_k: tl.tensor
+    key_lengths: tl.tensor
+
+
+class Factors(NamedTuple):
+    """What a call multiplies and shifts its scores by."""
+
+    scale: tl.tensor  # of the gradients' products
+    size: tl.tensor  # the scale's absolute value
+    scale2: tl.tensor  # from a product to a score in base 2
+    bias2: tl.tensor  # a constant bias in base 2
+
+
+class Extent(NamedTuple):
+    """One sequence's sizes."""
+
+    queries: tl.tensor
+    keys: tl.tensor
+    prefix: tl.tensor
+    key_length: tl.tensor  # padding after it, which may hold anything, is not read
+    before: tl.tensor  # keys attended before the diagonal
+    after: tl.tensor
+    shift: tl.tensor  # from a query to the key on its diagonal
+
+
+class Work(NamedTuple):
+    """One program's part."""
+
+    tile: tl.tensor
+    head: tl.tensor
+    entry: tl.tensor  # of the batch
+    start_q: tl.tensor  # first query and key of the sequence
+    start_k: tl.tensor
+    extent: Extent
+
+
+class Edges(NamedTuple):
+    """The key intervals of the first and of the last row of a tile of queries."""
+
+    first_begin: tl.tensor
+    first_end: tl.tensor
+    last_begin: tl.tensor
+    last_end: tl.tensor
+
+
+class Tiles(NamedTuple):
+    """[begin, end) of the tiles to go over and [full, full_end) of those among them whose pairs are all attended."""
+
+    begin: tl.tensor
+    full: tl.tensor
+    full_end: tl.tensor
+    end: tl.tensor
+
+
 # --- which keys a row attends --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def key_interval(rows, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the keys that query `rows` attend; both ends never decrease with the row."""
-    _lq, _lk, prefix, key_length, window_left, window_right, shift = extent
-    diagonal = rows + shift
-    end = tl.minimum(diagonal + window_right + 1, key_length)
+    diagonal = rows + extent.shift
+    end = tl.minimum(diagonal + extent.after + 1, extent.key_length)
     if CAUSAL:
-        end = tl.minimum(end, tl.maximum(diagonal + 1, prefix))
-    begin = tl.maximum(diagonal - window_left, 0)
+        end = tl.minimum(end, tl.maximum(diagonal + 1, extent.prefix))
+    begin = tl.maximum(diagonal - extent.before, 0)
     return begin, end
 
 
 @triton.jit
 def query_interval(keys, extent, CAUSAL: tl.constexpr):
     """[begin, end) of the queries that attend `keys`: the same relation read the other way."""
-    lq, _lk, prefix, key_length, window_left, window_right, shift = extent
-    diagonal = keys - shift
-    begin = tl.maximum(diagonal - window_right, 0)
+    diagonal = keys - extent.shift
+    begin = tl.maximum(diagonal - extent.after, 0)
     if CAUSAL:
-        begin = tl.where(keys < prefix, begin, tl.maximum(begin, diagonal))
-    end = tl.minimum(diagonal + window_left + 1, lq)
-    return begin, tl.where(keys < key_length, end, 0)
+        begin = tl.where(keys < extent.prefix, begin, tl.maximum(begin, diagonal))
+    end = tl.minimum(diagonal + extent.before + 1, extent.queries)
+    return begin, tl.where(keys < extent.key_length, end, 0)
 
 
 @triton.jit
-def sequence(
-    document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
-):
-    """(first query, first key, extent) of one document, or of one batch entry."""
+def sequence(document, indices, sizes):
+    """(first query, first key, extent) of one document, or of one batch entry.
+
+    sizes: (length_q, length_k, window_left, window_right), arguments of their own in every kernel, which is then compiled once for
+    all of them.
+    """
+    length_q, length_k, window_left, window_right = sizes
     start_q = length_q * 0
     start_k = start_q
     lq = length_q
     lk = length_k
-    if offsets_q is not None:
-        start_q = tl.load(offsets_q + document)
-        start_k = tl.load(offsets_k + document)
-        lq = tl.load(offsets_q + document + 1) - start_q
-        lk = tl.load(offsets_k + document + 1) - start_k
+    if indices.offsets_q is not None:
+        start_q = tl.load(indices.offsets_q + document)
+        start_k = tl.load(indices.offsets_k + document)
+        lq = tl.load(indices.offsets_q + document + 1) - start_q
+        lk = tl.load(indices.offsets_k + document + 1) - start_k
     prefix = length_q * 0
-    if prefix_lengths is not None:
-        prefix = tl.load(prefix_lengths + document)
+    if indices.prefix_lengths is not None:
+        prefix = tl.load(indices.prefix_lengths + document)
     key_length = lk
     shift = lk - lq
-    if key_lengths is not None:
-        entry = tl.load(key_lengths + document)
+    if indices.key_lengths is not None:
+        entry = tl.load(indices.key_lengths + document)
         key_length = tl.minimum(
             entry & 0x7FFFFFFF, lk
         )  # less the sign, which says what the last query is aligned with
         shift = tl.where(entry < 0, key_length - lq, shift)
-    return start_q, start_k, (lq, lk, prefix, key_length, window_left, window_right, shift)
+    return start_q, start_k, Extent(lq, lk, prefix, key_length, window_left, window_right, shift)
 
 
 @triton.jit
-def query_tile(
-    tiles,
-    heads,
-    prefix_lengths,
-    offsets_q,
-    offsets_k,
-    key_lengths,
-    length_q,
-    length_k,
-    window_left,
-    window_right,
-):
-    """This program's work when there is one a tile of queries, head and sequence:
-    (tile, head, batch entry, first query, first key, queries, keys, extent)."""
+def query_tile(tiles, heads, indices, sizes):
+    """This program's work when there is one a tile of queries, head and sequence."""
     program = tl.program_id(0)
     # Under a causal mask the last tiles have most to do: they start first.
     tile = tiles - 1 - program % tiles
     head = (program // tiles) % heads
     document = program // tiles // heads  # a batch entry, or a packed document
     entry = document
-    if offsets_q is not None:
+    if indices.offsets_q is not None:
         entry = document * 0
-    start_q, start_k, extent = sequence(
-        document, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
-    )  # fmt: skip
-    return tile, head, entry, start_q, start_k, extent[0], extent[1], extent
+    start_q, start_k, extent = sequence(document, indices, sizes)
+    return Work(tile, head, entry, start_q, start_k, extent)
 
 
 @triton.jit
-def key_tile(
-    tiles,
-    kv_heads,
-    prefix_lengths,
-    offsets_q,
-    offsets_k,
-    key_lengths,
-    length_q,
-    length_k,
-    window_left,
-    window_right,
-):
+def key_tile(tiles, kv_heads, indices, sizes):
     """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
-    tile, kv_head, entry, start_q, start_k, lq, lk, extent = query_tile(
-        tiles, kv_heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left,
-        window_right,
-    )  # fmt: skip
-    return tiles - 1 - tile, kv_head, entry, start_q, start_k, lq, lk, extent
+    work = query_tile(tiles, kv_heads, indices, sizes)
+    return Work(tiles - 1 - work.tile, work.head, work.entry, work.start_q, work.start_k, work.extent)
 
 
 @triton.jit
-def query_intervals(first, extent, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(rows (M,), their key intervals begin and end (M,), edges: those of the first and of the last row)."""
-    rows = first + tl.arange(0, BLOCK_M)
-    begin, end = key_interval(rows, extent, CAUSAL)
-    end = tl.where(rows < extent[0], end, 0)
-    first_begin, first_end = key_interval(first, extent, CAUSAL)
-    last_begin, last_end = key_interval(tl.minimum(first + BLOCK_M, extent[0]) - 1, extent, CAUSAL)
-    return rows, begin, end, (first_begin, first_end, last_begin, last_end)
+def query_intervals(first, extent, META: tl.constexpr):
+    """(rows (M,), their key intervals begin and end (M,), the edges)."""
+    rows = first + tl.arange(0, META.block_m)
+    begin, end = key_interval(rows, extent, META.causal)
+    end = tl.where(rows < extent.queries, end, 0)
+    first_begin, first_end = key_interval(first, extent, META.causal)
+    last = tl.minimum(first + META.block_m, extent.queries) - 1
+    last_begin, last_end = key_interval(last, extent, META.causal)
+    return rows, begin, end, Edges(first_begin, first_end, last_begin, last_end)
 
 
 @triton.jit
 def key_tiles(edges, BLOCK_N: tl.constexpr):
     """[begin, end) of the tiles of keys that a query tile with these edges attends."""
-    first_begin, _first_end, _last_begin, last_end = edges
-    begin = first_begin // BLOCK_N
-    return begin, tl.maximum(tl.cdiv(last_end, BLOCK_N), begin)
+    begin = edges.first_begin // BLOCK_N
+    return begin, tl.maximum(tl.cdiv(edges.last_end, BLOCK_N), begin)
 
 
 @triton.jit
-def whole_tiles(edges, begin, end, BLOCK_N: tl.constexpr):
-    """[full, full_end) within tiles [begin, end): those that need no test of their elements."""
-    _first_begin, first_end, last_begin, _last_end = edges
-    full = tl.minimum(tl.cdiv(last_begin, BLOCK_N), end)
-    return full, tl.maximum(tl.minimum(tl.maximum(first_end, 0) // BLOCK_N, end), full)
+def key_passes(edges, dense, BLOCK_N: tl.constexpr):
+    """The tiles of keys that a query tile with these edges attends; under a dense mask none counts as full."""
+    begin, end = key_tiles(edges, BLOCK_N)
+    full = end
+    full_end = end
+    if dense is None:
+        full = tl.minimum(tl.cdiv(edges.last_begin, BLOCK_N), end)
+        full_end = tl.maximum(tl.minimum(tl.maximum(edges.first_end, 0) // BLOCK_N, end), full)
+    return Tiles(begin, full, full_end, end)
 
 
 @triton.jit
-def next_attended(classes, stride, at, stop):
+def next_attended(classes, at, stop):
     """[begin, end) of the next tiles side by side, from `at` on, whose classes are not 0; begin is `stop` where there are none.
 
     Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
@@ -160,7 +196,7 @@ def next_attended(classes, stride, at, stop):
     end = begin
     while at < stop:
         ahead = at + tl.arange(0, _CHUNK)
-        live = tl.load(classes + offset(ahead, stride), mask=ahead < stop, other=0) != 0
+        live = tl.load(classes.base + offset(ahead, classes.stride), mask=ahead < stop, other=0) != 0
         begin = tl.min(tl.where(live, ahead, stop), 0)
         end = tl.min(tl.where((ahead > begin) & (live == 0), ahead, at + _CHUNK), 0)
         at = tl.where(begin < stop, stop, at + _CHUNK)
@@ -168,21 +204,21 @@ def next_attended(classes, stride, at, stop):
 
 
 @triton.jit
-def query_tiles(first, extent, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_tiles(first, extent, META: tl.constexpr):
     """(keys (N,) of a tile, their query intervals low and high (N,), [begin, end) of the tiles of queries that attend them)."""
-    keys = first + tl.arange(0, BLOCK_N)
-    low, high = query_interval(keys, extent, CAUSAL)
-    high = tl.where(keys < extent[1], high, 0)
-    begin = tl.min(tl.where(high > 0, low, extent[0]), 0) // BLOCK_M
-    return keys, low, high, begin, tl.cdiv(tl.max(high, 0), BLOCK_M)
+    keys = first + tl.arange(0, META.block_n)
+    low, high = query_interval(keys, extent, META.causal)
+    high = tl.where(keys < extent.keys, high, 0)
+    begin = tl.min(tl.where(high > 0, low, extent.queries), 0) // META.block_m
+    return keys, low, high, begin, tl.cdiv(tl.max(high, 0), META.block_m)
 
 
 @triton.jit
-def allowed_pairs(columns, begin, end, dense_rows, dense_stride):
-    """(rows, columns) bool: which columns lie in each row's interval, and in the dense mask at dense_rows (or None)."""
+def allowed_pairs(columns, begin, end, dense):
+    """(rows, columns) bool: which columns lie in each row's interval, and in the dense mask's rows (or None)."""
     allowed = (columns[None, :] >= begin[:, None]) & (columns[None, :] < end[:, None])
-    if dense_rows is not None:
-        at = dense_rows[:, None] + offset(columns, dense_stride)[None, :]
+    if dense is not None:
+        at = dense.base[:, None] + offset(columns, dense.stride)[None, :]
         allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
     return allowed
 
@@ -191,46 +227,53 @@ def allowed_pairs(columns, begin, end, dense_rows, dense_stride):
 
 
 @triton.jit
-def place(base, entry, stride_b, head, stride_h, row, stride_l):
+def address(t, entry, head, row):
     """Where row `row` of (B, H, L, ...) begins."""
-    return base + offset(entry, stride_b) + offset(head, stride_h) + offset(row, stride_l)
+    return t.base + offset(entry, t.batch) + offset(head, t.head) + offset(row, t.row)
 
 
 @triton.jit
-def place_two(a, a_b, a_h, a_l, b, b_b, b_h, b_l, entry, head, row):
-    """`place` of two tensors of the same rows: keys and values, or queries and the output's gradient."""
-    return place(a, entry, a_b, head, a_h, row, a_l), place(b, entry, b_b, head, b_h, row, b_l)
+def place(t, entry, head, row):
+    """The rows of one head from `row` on."""
+    return Line(address(t, entry, head, row), t.row)
 
 
 @triton.jit
-def row_pointers(base, entry, stride_b, head, stride_h, row, stride_l, column, stride_c):
-    """Where column `column` of row `row` of (B, H, L, C) is, or None where `base` is."""
-    pointers = base
-    if base is not None:
-        pointers = place(base, entry, stride_b, head, stride_h, row, stride_l) + offset(column, stride_c)
-    return pointers
+def row_elements(t, entry, head, row, column):
+    """The elements of row `row` of (B, H, L, C) from column `column` on, or None where t is."""
+    line = t
+    if t is not None:
+        line = Line(address(t, entry, head, row) + offset(column, t.column), t.column)
+    return line
 
 
 @triton.jit
-def load_two(
-    a, a_l, b, b_l, first, count, A_DIM: tl.constexpr, B_DIM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Tiles (ROWS, BLOCK_A) and (ROWS, BLOCK_B) of two tensors from row `first` of `count` on."""
-    a_tile = load_tile(a + offset(first, a_l), a_l, count - first, A_DIM, ROWS, BLOCK_A, MASKED)
-    b_tile = load_tile(b + offset(first, b_l), b_l, count - first, B_DIM, ROWS, BLOCK_B, MASKED)
-    return a_tile, b_tile
+def column_elements(t, entry, head, row, column):
+    """The elements of column `column` of (B, H, L, C) from row `row` on, or None where t is."""
+    line = t
+    if t is not None:
+        line = Line(address(t, entry, head, row) + offset(column, t.column), t.row)
+    return line
 
 
 @triton.jit
-def store_two(
-    a, a_b, a_h, a_l, a_tile, b, b_b, b_h, b_l, b_tile, entry, head, row, count, A_DIM: tl.constexpr,
-    B_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """Store the first `count` rows of both tiles from row `row` on: a key tile's gradients."""
-    a_base, b_base = place_two(a, a_b, a_h, a_l, b, b_b, b_h, b_l, entry, head, row)
-    store_tile(a_base, a_l, count, a_tile, A_DIM, ROWS, BLOCK_A)
-    store_tile(b_base, b_l, count, b_tile, B_DIM, ROWS, BLOCK_B)
+def load_keys(k, v, first, count, META: tl.constexpr, MASKED: tl.constexpr):
+    """Tiles (N, D) and (N, Dv) of keys and values from row `first` of `count` on."""
+    k_tile = load_rows(k, first, count, META.head_dim, META.block_n, META.block_d, MASKED)
+    return k_tile, load_rows(v, first, count, META.v_dim, META.block_n, META.block_dv, MASKED)
+
+
+@triton.jit
+def load_queries(q, g, first, count, META: tl.constexpr, MASKED: tl.constexpr):
+    """Tiles (M, D) and (M, Dv) of queries and the output's gradient from row `first` of `count` on."""
+    q_tile = load_rows(q, first, count, META.head_dim, META.block_m, META.block_d, MASKED)
+    return q_tile, load_rows(g, first, count, META.v_dim, META.block_m, META.block_dv, MASKED)
+
+
+@triton.jit
+def store_rows(line, count, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store the first `count` rows of a tile from the line's first on."""
+    store_tile(line.base, line.stride, count, tile, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -262,219 +305,168 @@ def two_products(a, b, c, d, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_bias(s, bias_rows, bias_stride, columns, end, count):
-    """s (rows, columns) in base 2 plus the bias at bias_rows (or None), read for rows that attend anything."""
-    if bias_rows is not None:
-        at = bias_rows[:, None] + offset(columns, bias_stride)[None, :]
+def add_bias(s, bias, columns, end, count):
+    """s (rows, columns) in base 2 plus the bias's elements (or None), read for rows that attend anything."""
+    if bias is not None:
+        at = bias.base[:, None] + offset(columns, bias.stride)[None, :]
         inside = (end > 0)[:, None] & (columns < count)[None, :]
-        bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        bias2 = bias * _LOG2E
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        value2 = value * _LOG2E
         # A finite mask, the dtype's lowest value, stays finite: -inf alone is nothing to attend to.
-        overflows = (tl.abs(bias2) == float("inf")) & (tl.abs(bias) != float("inf"))
-        s += tl.where(overflows, tl.where(bias < 0, -3e38, 3e38), bias2)
+        overflows = (tl.abs(value2) == float("inf")) & (tl.abs(value) != float("inf"))
+        s += tl.where(overflows, tl.where(value < 0, -3e38, 3e38), value2)
     return s
 
 
 @triton.jit
-def tile_scores(
-    products, bias_rows, bias_stride, columns, end, count, size, scale2, shift2, SHIFTED: tl.constexpr
-):
+def tile_scores(products, bias, columns, end, count, factors, SHIFTED: tl.constexpr):
     """Scores of products q.k: in base 2; where the row maximum is to be taken off, the products themselves, or with a tensor bias
     the scores in base e, so that the difference is exact."""
     if SHIFTED:
-        if bias_rows is not None:
-            at = bias_rows[:, None] + offset(columns, bias_stride)[None, :]
+        if bias is not None:
+            at = bias.base[:, None] + offset(columns, bias.stride)[None, :]
             inside = (end > 0)[:, None] & (columns < count)[None, :]
-            products = products * size + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            products = products * factors.size + tl.load(at, mask=inside, other=0.0).to(tl.float32)
         return products
-    return add_bias(products * scale2 + shift2, bias_rows, bias_stride, columns, end, count)
+    return add_bias(products * factors.scale2 + factors.bias2, bias, columns, end, count)
 
 
 @triton.jit
-def score_shift(bias2, key_length, LOG_N: tl.constexpr):
-    """What is added to every scaled product, in base 2."""
+def with_shift(factors, key_length, LOG_N: tl.constexpr):
+    """The factors with what is added to every scaled product of this sequence."""
+    bias2 = factors.bias2
     if LOG_N:
-        return -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
-    return bias2
+        bias2 = -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
+    return Factors(factors.scale, factors.size, factors.scale2, bias2)
 
 
-# --- a query tile over its keys --------------------------------------------------------------------------------------
+@triton.jit
+def exponent_of(bias, scale2):
+    """What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e."""
+    if bias is not None:
+        return _LOG2E
+    return scale2
+
+
+# --- a tile over the tiles it meets ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def over_tiles(state, BODY: tl.constexpr, operands, tiles, classes, SCORE: tl.constexpr, META: tl.constexpr):
+    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile: first those whose pairs all count, then
+    those on either side of them, whose pairs BODY has to test; of these, where there are classes, the ones that have any.
+
+    operands.dense: the dense mask's elements, or None.
+    """
+    if operands.dense is None:
+        for tile in range(tiles.full, tiles.full_end):
+            state = BODY(state, operands, tile, SCORE, META, False)
+    if classes is None:
+        left = tiles.full - tiles.begin
+        for step in range(0, left + (tiles.end - tiles.full_end)):
+            tile = tl.where(step < left, tiles.begin + step, tiles.full_end + step - left)
+            state = BODY(state, operands, tile, SCORE, META, True)
+    else:
+        begin, end = next_attended(classes, tiles.begin, tiles.end)
+        while begin < tiles.end:
+            for tile in range(begin, end):
+                state = BODY(state, operands, tile, SCORE, META, True)
+            begin, end = next_attended(classes, end, tiles.end)
+    return state
 
 
 @triton.jit
 def fold(
-    acc,  # (M, Dv)
-    top,  # (M,) running maximum
-    total,  # (M,) running normaliser
-    s,  # (M, N) scores: in base 2, or when SHIFTED once the maximum is off and they are multiplied by scale2
+    state,  # (sum of weighted values (M, Dv), running maximum (M,), running normaliser (M,))
+    s,  # (M, N) scores: in base 2, or when shifted once the maximum is off and they are multiplied by scale2
     allowed,  # (M, N), when MASKED
     v_tile,  # (N, Dv)
     scale2,
-    WEIGHT: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    SCORE: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of scores and values added to a query tile's running state."""
-    if SHIFTED:
+    acc, top, total = state
+    if SCORE.shifted:
         if MASKED:
             s = tl.where(allowed, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = WEIGHT((s - finite[:, None]) * scale2)
+        weight = SCORE.weight((s - finite[:, None]) * scale2)
         rescale = tl.exp2((top - finite) * scale2)
         total = total * rescale + tl.sum(weight, 1)
         acc = acc * rescale[:, None]
         top = new_top
     else:
-        weight = WEIGHT(s)
+        weight = SCORE.weight(s)
         if MASKED:
             weight = tl.where(allowed, weight, 0.0)
-        if NORMALISED:
+        if SCORE.normalised:
             total = total + tl.sum(weight, 1)
     acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, top, total
 
 
+class Attended(NamedTuple):
+    """What a query tile's pass over its keys works on."""
+
+    q_tile: tl.tensor  # (M, D)
+    k: Line
+    v: Line
+    bias: Line  # of each row (M,), or None
+    dense: Line
+    begin: tl.tensor  # (M,) interval of keys
+    end: tl.tensor
+    count: tl.tensor  # of keys: padding after them, which may hold anything, is not read
+    factors: Factors
+
+
 @triton.jit
-def attend_tile(
-    acc,  # (M, Dv)
-    top,  # (M,) running maximum
-    total,  # (M,) running normaliser
-    q_tile,  # (M, D)
-    k_base,
-    v_base,
-    k_l,
-    v_l,
-    bias_rows,  # (M,) pointers to each row's bias, or None
-    bias_k,
-    dense_rows,
-    dense_k,
-    begin,  # (M,) interval of keys
-    end,
-    tile,
-    count,  # of keys: padding after them, which may hold anything, is not read
-    size,
-    scale2,
-    shift2,
-    WEIGHT: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    NORMALISED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _attend_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys added to a query tile's running state."""
-    first = tile * BLOCK_N
-    keys = first + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_base + offset(first, k_l), k_l, count - first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    s = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
-    s = dot(q_tile, tl.trans(k_tile), s, PRECISION)  # (M, N)
-    s = tile_scores(s, bias_rows, bias_k, keys, end, count, size, scale2, shift2, SHIFTED)
+    begin, end, count, factors = operands.begin, operands.end, operands.count, operands.factors
+    first = tile * META.block_n
+    keys = first + tl.arange(0, META.block_n)
+    k_tile = load_rows(operands.k, first, count, META.head_dim, META.block_n, META.block_d, MASKED)
+    s = tl.zeros([META.block_m, META.block_n], tl.float32)
+    s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
+    s = tile_scores(s, operands.bias, keys, end, count, factors, SCORE.shifted)
     allowed = None
     if MASKED:
-        allowed = allowed_pairs(keys, begin, end, dense_rows, dense_k)
-    v_tile = load_tile(v_base + offset(first, v_l), v_l, count - first, V_DIM, BLOCK_N, BLOCK_DV, MASKED)
-    return fold(acc, top, total, s, allowed, v_tile, scale2, WEIGHT, SHIFTED, NORMALISED, MASKED, PRECISION)
+        allowed = allowed_pairs(keys, begin, end, operands.dense)
+    v_tile = load_rows(operands.v, first, count, META.v_dim, META.block_n, META.block_dv, MASKED)
+    return fold(state, s, allowed, v_tile, factors.scale2, SCORE, MASKED, META.precision)
 
 
 @triton.jit
-def attend(
-    q_tile,
-    k_base,
-    v_base,
-    k_l,
-    v_l,
-    bias_rows,
-    bias_k,
-    dense_rows,
-    dense_k,
-    tile_classes,  # this row of tiles' classes (0 = nothing to attend), or None
-    begin,
-    end,
-    edges,
-    count,  # of keys: padding after them, which may hold anything, is not read
-    size,
-    scale2,
-    shift2,
-    WEIGHT: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    NORMALISED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _attend(operands, tiles, classes, SCORE: tl.constexpr, META: tl.constexpr):
     """A query tile over all the keys that it attends: (acc (M, Dv), top (M,), total (M,))."""
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
-    full = tile_end
-    full_end = tile_end
-    if dense_rows is None:
-        full, full_end = whole_tiles(edges, tile_begin, tile_end, BLOCK_N)
-        for tile in range(full, full_end):
-            acc, top, total = attend_tile(
-                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
-                BLOCK_DV, False, PRECISION,
-            )  # fmt: skip
-    left = full - tile_begin
-    if tile_classes is None:
-        for step in range(0, left + (tile_end - full_end)):
-            tile = tl.where(step < left, tile_begin + step, full_end + step - left)
-            acc, top, total = attend_tile(
-                acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
-                BLOCK_DV, True, PRECISION,
-            )  # fmt: skip
-    else:
-        here, past = next_attended(tile_classes, 1, tile_begin, tile_end)
-        while here < tile_end:
-            for tile in range(here, past):
-                acc, top, total = attend_tile(
-                    acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, begin,
-                    end, tile, count, size, scale2, shift2, WEIGHT, SHIFTED, NORMALISED, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D,
-                    BLOCK_DV, True, PRECISION,
-                )  # fmt: skip
-            here, past = next_attended(tile_classes, 1, past, tile_end)
-    return acc, top, total
+    acc = tl.zeros([META.block_m, META.block_dv], tl.float32)
+    top = tl.full([META.block_m], float("-inf"), tl.float32)
+    total = tl.zeros([META.block_m], tl.float32)
+    return over_tiles((acc, top, total), _attend_tile, operands, tiles, classes, SCORE, META)
 
 
 @triton.jit
-def exponent_of(bias_rows, scale2):
-    """What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e."""
-    if bias_rows is not None:
-        return _LOG2E
-    return scale2
+def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
+    """`_attend`, but with the weights of the score's limit (softplus has softmax's) in rows whose own may all have underflowed:
+    e^s differs from log(1 + e^s) by half of it at most, and with the maximum off its sum is at least 1.
 
-
-@triton.jit
-def or_limit(
-    acc, top, total, q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end, edges,
-    count, size, scale2, shift2,
-    NORMALISED: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What `attend` gave, but softmax's in rows whose softplus weights may all have underflowed: e^s differs from log(1 + e^s) by
-    half of it at most, and with the maximum off its sum is at least 1."""
-    if NORMALISED and not SHIFTED:
-        limited = (total < _LIMIT_SUM) & (end > begin)
+    classes: of this row of tiles (0 = nothing to attend), or None.
+    """
+    tiles = key_passes(edges, operands.dense, META.block_n)
+    acc, top, total = _attend(operands, tiles, classes, SCORE, META)
+    if SCORE.limit is not None:
+        limited = (total < _LIMIT_SUM) & (operands.end > operands.begin)
         if tl.max(limited.to(tl.int32), 0) > 0:
-            limit_acc, limit_top, limit_total = attend(
-                q_tile, k_base, v_base, k_l, v_l, bias_rows, bias_k, dense_rows, dense_k, class_row, begin, end, edges,
-                count, size, exponent_of(bias_rows, scale2), shift2,
-                softmax_weight, True, True, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            factors = operands.factors
+            exponent = exponent_of(operands.bias, factors.scale2)
+            shifted = Attended(
+                operands.q_tile, operands.k, operands.v, operands.bias, operands.dense, operands.begin, operands.end,
+                operands.count, Factors(factors.scale, factors.size, exponent, factors.bias2),
             )  # fmt: skip
+            limit_acc, limit_top, limit_total = _attend(shifted, tiles, classes, SCORE.limit, META)
             acc = tl.where(limited[:, None], limit_acc, acc)
             top = tl.where(limited, limit_top, top)
             total = tl.where(limited, limit_total, total)

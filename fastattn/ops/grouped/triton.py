@@ -4,122 +4,117 @@ Two passes: over tokens ordered by signature for the pairs that share a group (p
 tokens as they lie for the near pairs that share none, which carries on from the first pass's state.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
 from ...runtime import tuning as _config
-from ...runtime.triton import LOG2E, dot, gather_tile, offset, scatter_tile
+from ...runtime.triton import LOG2E, dot, gather_tile, offset, rows, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import finish, fold, load_state, place, place_two, query_tile, store_state
+from ..attention.triton_tiles import Extent, finish, fold, load_state, place, query_tile, store_state
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .triton_tiles import (
     SUMMARY,
+    Groups,
+    Keys,
+    Queries,
     _tile_summary_kernel,
+    keys_of,
     load_keys,
+    nearby,
     next_run,
+    over_runs,
     query_tokens,
-    union_and_common,
+    run_of,
+    sequence_tokens,
+    tokens,
 )
 
 _LOG2E = tl.constexpr(LOG2E)
 
 
+class _Attended(NamedTuple):
+    """What a query tile's pass over its keys works on."""
+
+    q_tile: tl.tensor  # (M, D)
+    keys: Keys
+    queries: Queries
+    extent: Extent
+    near: tl.tensor
+    scale2: tl.tensor
+
+
 @triton.jit
-def _fold_tile(
-    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
-    WEIGHT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _fold_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys added to a query tile's running state."""
     k_tile, v_tile, allowed = load_keys(
-        side, at, extent, near, queries, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, SORTED, MASKED
+        operands.keys, operands.queries, operands.extent, operands.near, tile, META, MASKED
     )
-    s = tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32)
-    s = dot(q_tile, tl.trans(k_tile), s, PRECISION)
-    return fold(acc, top, total, s, allowed, v_tile, scale2, WEIGHT, True, True, MASKED, PRECISION)
+    s = tl.zeros([META.block_m, META.block_n], tl.float32)
+    s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
+    return fold(state, s, allowed, v_tile, operands.scale2, SCORE, MASKED, META.precision)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
 def _grouped_forward_kernel(
-    q, k, v, groups, key_groups, order_q, order_k, summary, part, out, state,
-    prefix_lengths, offsets_q, offsets_k, key_lengths,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, part_b, part_h, part_l, out_b, out_h, out_l, groups_b, key_groups_b,
-    order_q_b, order_k_b, summary_b,
-    heads, tiles, length_q, length_k, window_left, window_right, near, scale2,
-    SORTED: tl.constexpr, WEIGHT: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, groups, part, out, state, indices, heads, tiles, length_q, length_k, window_left, window_right, near, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, lk, extent = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
-    )  # fmt: skip
-    first = tile * BLOCK_M
-    if first >= lq:
+    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    head, entry, extent = work.head, work.entry, work.extent
+    first = work.tile * META.block_m
+    if first >= extent.queries:
         return
-    rows, inside, begin, end, signature = query_tokens(
-        order_q, order_q_b, groups, groups_b, entry, start_q, first, extent, CAUSAL, BLOCK_M, SORTED
-    )
-    key_signatures = key_groups + offset(entry, key_groups_b) + start_k
-    q_base = place(q, entry, q_b, head, q_h, start_q, q_l)
-    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
-    part_base = place(part, entry, part_b, head, part_h, start_q, part_l)
-    statistics = offset(entry * heads + head, length_q) + start_q + rows
-    q_tile = gather_tile(q_base, rows, q_l, inside, HEAD_DIM, BLOCK_D)
-    side = (k_base, k_l, v_base, v_l, key_signatures, order_k, entry, order_k_b, start_k)
-    highest_end = tl.max(end, 0)
-    if SORTED:
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        queries = (rows, begin, end, signature)
-        union, common = union_and_common(signature)
-        latest, lowest = tl.max(begin, 0), tl.min(end, 0)
-        summary_row = summary + offset(tl.program_id(0) // tiles // heads, summary_b)
-        stop = tl.cdiv(lk, BLOCK_N)
-        here, full, past = next_run(
-            summary_row, lk * 0, stop, union, common, highest_end, latest, lowest, True
+    order = sequence_tokens(groups.order_q, entry, work.start_q)
+    signatures = sequence_tokens(groups.signatures_q, entry, work.start_q)
+    queries = query_tokens(order, signatures, first, extent, META)
+    row, inside = queries.position, queries.inside
+    keys = keys_of(k, v, groups, work, head // META.group)
+    q_rows, part_rows = place(q, entry, head, work.start_q), place(part, entry, head, work.start_q)
+    statistics = offset(entry * heads + head, length_q) + work.start_q + row
+    q_tile = gather_tile(q_rows.base, row, q_rows.stride, inside, META.head_dim, META.block_d)
+    last_end = tl.max(queries.end, 0)
+    if META.sorted:
+        acc = tl.zeros([META.block_m, META.block_dv], tl.float32)
+        top = tl.full([META.block_m], float("-inf"), tl.float32)
+        total = tl.zeros([META.block_m], tl.float32)
+        operands = _Attended(q_tile, keys, queries, extent, near, factors.scale2)
+        document = tl.program_id(0) // tiles // heads
+        run = run_of(
+            groups, document, queries.signature, queries.begin, queries.end, last_end, tl.cdiv(extent.keys, META.block_n)
+        )  # fmt: skip
+        run_first = next_run(run, extent.keys * 0, True)
+        acc, top, total = over_runs(
+            (acc, top, total), _fold_tile, operands, run, run_first, SCORE, META, True
         )
-        while here < stop:
-            for at in range(here, full):
-                acc, top, total = _fold_tile(
-                    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
-                    WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, PRECISION,
-                )  # fmt: skip
-            for at in range(full, past):
-                acc, top, total = _fold_tile(
-                    acc, top, total, q_tile, side, at, extent, near, queries, scale2,
-                    WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, PRECISION,
-                )  # fmt: skip
-            here, full, past = next_run(
-                summary_row, past, stop, union, common, highest_end, latest, lowest, True
-            )
     else:
         top, log_sum = load_state(state, statistics, inside)
         something = inside & (log_sum != float("inf"))
         top = tl.where(something, top, float("-inf"))
         total = tl.where(something, tl.exp2(log_sum * _LOG2E), 0.0)
-        acc = gather_tile(part_base, rows, part_l, inside, V_DIM, BLOCK_DV) * total[:, None]
-        begin = tl.maximum(begin, rows + extent[6] - near)
-        queries = (rows, begin, end, signature)
-        for at in range(tl.min(begin, 0) // BLOCK_N, tl.cdiv(highest_end, BLOCK_N)):
-            acc, top, total = _fold_tile(
-                acc, top, total, q_tile, side, at, extent, near, queries, scale2,
-                WEIGHT, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, PRECISION,
-            )  # fmt: skip
-    acc, _, top, log_sum = finish(acc, top, total, scale2, 0.0, True)
+        acc = (
+            gather_tile(part_rows.base, row, part_rows.stride, inside, META.v_dim, META.block_dv)
+            * total[:, None]
+        )
+        near_queries = nearby(queries, extent, near)
+        operands = _Attended(q_tile, keys, near_queries, extent, near, factors.scale2)
+        for tile in range(tl.min(near_queries.begin, 0) // META.block_n, tl.cdiv(last_end, META.block_n)):
+            acc, top, total = _fold_tile((acc, top, total), operands, tile, SCORE, META, True)
+    acc, _, top, log_sum = finish(acc, top, total, factors.scale2, 0.0, True)
     store_state(state, statistics, top, log_sum, inside)
-    if SORTED:
-        scatter_tile(part_base, rows, part_l, inside, acc, V_DIM, BLOCK_DV)
+    if META.sorted:
+        scatter_tile(part_rows.base, row, part_rows.stride, inside, acc, META.v_dim, META.block_dv)
     else:
-        out_base = place(out, entry, out_b, head, out_h, start_q, out_l)
-        scatter_tile(out_base, rows, out_l, inside, acc, V_DIM, BLOCK_DV)
+        out_rows = place(out, entry, head, work.start_q)
+        scatter_tile(out_rows.base, row, out_rows.stride, inside, acc, META.v_dim, META.block_dv)
 
 
 def problem(q, k, v, scale, mask) -> Problem:
-    return Problem(q, k, v, None, 0, scale, 0.0, *mask)
+    return Problem(q, k, v, None, 0, scale, 0.0, mask)
 
 
 def _order(signatures: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
@@ -137,8 +132,8 @@ def _order(signatures: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tens
 def _summaries(p: Problem, signatures, order, offsets, tiles: int, length: int, block: int) -> torch.Tensor:
     summary = signatures.new_empty(p.sequences, tiles, SUMMARY)
     values = {
-        "signatures": signatures,
-        "order": order,
+        "signatures": tokens(signatures),
+        "order": tokens(order),
         "offsets": offsets,
         "summary": summary,
         "tiles": tiles,
@@ -149,7 +144,7 @@ def _summaries(p: Problem, signatures, order, offsets, tiles: int, length: int, 
 
 
 def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: str) -> dict:
-    """What both passes over tiles of `over` take beside an attention call's values; `summary` is of the other side's tiles."""
+    """What both passes over tiles of `over` take beside an attention call's values; the summary is of the other side's tiles."""
     groups, key_groups = groups.contiguous(), key_groups.contiguous()
     _, offsets_q, offsets_k, _ = p.indices
     order_q = _order(groups, offsets_q)
@@ -165,34 +160,29 @@ def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: st
     else:
         block, longest = config["block_m"], p.longest_q
         args = (groups, order_q, offsets_q, triton.cdiv(longest, block), p.length_q, block)
-    return {
-        "groups": groups,
-        "key_groups": key_groups,
-        "order_q": order_q,
-        "order_k": order_k,
-        "summary": _summaries(p, *args),
-        "near": min(near, _triton.LONGEST),
-    }
+    found = (groups, key_groups, order_q, order_k, _summaries(p, *args))
+    return {"groups": Groups(*map(tokens, found)), "near": min(near, _triton.LONGEST)}
 
 
-def refusal(q, k, v, groups, key_groups, window, scale, *mask) -> str | None:
-    if mask[-1] is not None:
+def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
+    if mask.dense is not None:
         return "it does not serve a dense mask"
     return attention_refusal(q, k, v, None)
 
 
-def configure(q, k, v, groups, key_groups, window, scale, *mask) -> _config.Choice:
+def configure(q, k, v, groups, key_groups, window, scale, mask) -> _config.Choice:
     return problem(q, k, v, scale, mask).choose("grouped_attention")
 
 
-def grouped_attention(q, k, v, groups, key_groups, window, scale, *mask):
+def grouped_attention(q, k, v, groups, key_groups, window, scale, mask):
     p = problem(q, k, v, scale, mask)
     out, (_, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
     if out.numel() == 0 or p.length_k == 0:
         return out.zero_(), state.copy_(state.new_tensor((0.0, torch.inf)))
     config = p.choose("grouped_attention").values
     more = sorted_values(p, groups, key_groups, window, config, over="queries")
-    more |= {"part": torch.empty_like(out, dtype=torch.float32), "out": out, "state": state}
+    part = torch.empty_like(out, dtype=torch.float32)
+    more |= {"part": rows(part), "out": rows(out), "state": state}
     for by_signature in (True, False):
-        p.launch(_grouped_forward_kernel, config, over="queries", SORTED=by_signature, **more)
+        p.launch(_grouped_forward_kernel, config, over="queries", meta={"sorted": by_signature}, **more)
     return out, state

@@ -1,15 +1,71 @@
 """Device functions of grouped attention: tiles of tokens ordered by signature, which of them meet, which pairs count."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton import gather_tile, offset
-from ..attention.triton_tiles import key_interval
+from ...runtime.triton import Line, gather_tile, offset
+from ..attention.triton_tiles import key_interval, place
 
 SUMMARY = 4  # of a tile: OR and AND of its signatures, its first and its last position
 _SUMMARY = tl.constexpr(SUMMARY)
 _CHUNK = tl.constexpr(64)  # summaries looked at together
 _FAR = tl.constexpr(1 << 30)
+
+
+class Tokens(NamedTuple):
+    """Values of a sequence's tokens, (entries, L), as a kernel takes them: where they begin and the stride of an entry."""
+
+    base: torch.Tensor
+    entry: int
+
+
+def tokens(t: torch.Tensor) -> Tokens:
+    return Tokens(t, t.stride(0))
+
+
+class Groups(NamedTuple):
+    """What a call knows of its tokens, of each side: signatures, the tokens' order by them; and a summary of each tile of the side
+    that is gone over."""
+
+    signatures_q: Tokens
+    signatures_k: Tokens
+    order_q: Tokens
+    order_k: Tokens
+    summary: Tokens
+
+
+class Queries(NamedTuple):
+    """A tile's queries (M,)."""
+
+    position: tl.tensor  # in their document
+    inside: tl.tensor  # which are there
+    begin: tl.tensor  # of their key intervals
+    end: tl.tensor
+    signature: tl.tensor
+
+
+class Keys(NamedTuple):
+    """Where one head's keys and values lie, and what makes their order and their pairs."""
+
+    k: Line
+    v: Line
+    signatures: tl.tensor
+    order: tl.tensor
+
+
+class Run(NamedTuple):
+    """Which tiles of tokens in order a tile meets: the summaries of their side and what it asks of them."""
+
+    summary: tl.tensor
+    stop: tl.tensor  # tiles
+    union: tl.tensor
+    common: tl.tensor
+    bound: tl.tensor
+    latest: tl.tensor
+    lowest: tl.tensor
 
 
 @triton.jit
@@ -23,38 +79,33 @@ def _both(a, b):
 
 
 @triton.jit
-def tokens_of_tile(order, entry, order_b, start, first, count, BLOCK: tl.constexpr, SORTED: tl.constexpr):
+def sequence_tokens(t, entry, start):
+    """Where the values of a sequence's tokens begin."""
+    return t.base + offset(entry, t.entry) + start
+
+
+@triton.jit
+def tokens_of_tile(order, first, count, BLOCK: tl.constexpr, SORTED: tl.constexpr):
     """(positions in their document of a tile's tokens, which of them are there)."""
-    rows = first + tl.arange(0, BLOCK)
-    inside = rows < count
+    position = first + tl.arange(0, BLOCK)
+    inside = position < count
     if SORTED:
-        rows = tl.load(order + offset(entry, order_b) + start + offset(rows, 1), mask=inside, other=0)
-    return rows, inside
+        position = tl.load(order + offset(position, 1), mask=inside, other=0)
+    return position, inside
 
 
 @triton.jit
-def query_tokens(
-    order, order_b, groups, groups_b, entry, start, first, extent,
-    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SORTED: tl.constexpr,
-):  # fmt: skip
-    """Of a tile's queries (positions, which are there, their key intervals begin and end, signatures)."""
-    rows, inside = tokens_of_tile(order, entry, order_b, start, first, extent[0], BLOCK, SORTED)
-    begin, end = key_interval(rows, extent, CAUSAL)
+def query_tokens(order, signatures, first, extent, META: tl.constexpr):
+    """A tile's queries."""
+    position, inside = tokens_of_tile(order, first, extent.queries, META.block_m, META.sorted)
+    begin, end = key_interval(position, extent, META.causal)
     end = tl.where(inside, end, 0)
-    signature = tl.load(groups + offset(entry, groups_b) + start + offset(rows, 1), mask=inside, other=0)
-    return rows, inside, begin, end, signature
+    signature = tl.load(signatures + offset(position, 1), mask=inside, other=0)
+    return Queries(position, inside, begin, end, signature)
 
 
 @triton.jit
-def union_and_common(signature):
-    """OR and AND over a tile; a token that is not there counts as of no group."""
-    return tl.reduce(signature, 0, _either), tl.reduce(signature, 0, _both)
-
-
-@triton.jit
-def _tile_summary_kernel(
-    signatures, order, offsets, summary, signatures_b, order_b, tiles, length, BLOCK: tl.constexpr
-):
+def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLOCK: tl.constexpr):
     """summary (sequences, tiles, SUMMARY): what lets a pair of tiles be skipped, or taken whole."""
     program = tl.program_id(0)
     tile, document = program % tiles, program // tiles
@@ -65,82 +116,128 @@ def _tile_summary_kernel(
         entry = document * 0
         start = tl.load(offsets + document)
         count = tl.load(offsets + document + 1) - start
-    rows, inside = tokens_of_tile(order, entry, order_b, start, tile * BLOCK, count, BLOCK, True)
-    at = signatures + offset(entry, signatures_b) + start + offset(rows, 1)
-    union, common = union_and_common(tl.load(at, mask=inside, other=0))
+    rows, inside = tokens_of_tile(sequence_tokens(order, entry, start), tile * BLOCK, count, BLOCK, True)
+    at = sequence_tokens(signatures, entry, start) + offset(rows, 1)
+    signature = tl.load(at, mask=inside, other=0)  # a token that is not there counts as of no group
     row = summary + offset(program, _SUMMARY)
-    tl.store(row, union)
-    tl.store(row + 1, common)
+    tl.store(row, tl.reduce(signature, 0, _either))
+    tl.store(row + 1, tl.reduce(signature, 0, _both))
     tl.store(row + 2, tl.min(tl.where(inside, rows, _FAR), 0).to(tl.int64))
     tl.store(row + 3, tl.max(tl.where(inside, rows, -1), 0).to(tl.int64))
 
 
 @triton.jit
-def next_run(summary_row, at, tiles, union, common, bound, latest, lowest, EARLIER: tl.constexpr):
+def next_run(run, at, EARLIER: tl.constexpr):
     """The next tiles side by side, from `at` on, that share a group with `union` and have a token before (EARLIER), or at or
     after, position `bound`: [begin, full_end) are of one group of `common` and wholly within [latest, lowest), so that all
-    their pairs count; [full_end, end) are not, and one of the two is empty. begin is `tiles` where there are none.
+    their pairs count; [full_end, end) are not, and one of the two is empty. begin is `stop` where there are none.
 
     Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
     """
-    begin = at * 0 + tiles
+    begin = at * 0 + run.stop
     end = begin
     full_end = begin
-    while at < tiles:
+    while at < run.stop:
         ahead = at + tl.arange(0, _CHUNK)
-        row = summary_row + offset(ahead, _SUMMARY)
-        there = ahead < tiles
+        row = run.summary + offset(ahead, _SUMMARY)
+        there = ahead < run.stop
         earliest = tl.load(row + 2, mask=there, other=_FAR)
         last = tl.load(row + 3, mask=there, other=-1)
-        live = (tl.load(row, mask=there, other=0) & union) != 0
+        live = (tl.load(row, mask=there, other=0) & run.union) != 0
         if EARLIER:
-            live = live & (earliest < bound)
+            live = live & (earliest < run.bound)
         else:
-            live = live & (last >= bound)
-        begin = tl.min(tl.where(live, ahead, tiles), 0)
-        full = (tl.load(row + 1, mask=there, other=0) & common) != 0
-        full = live & full & (earliest >= latest) & (last < lowest)
+            live = live & (last >= run.bound)
+        begin = tl.min(tl.where(live, ahead, run.stop), 0)
+        full = (tl.load(row + 1, mask=there, other=0) & run.common) != 0
+        full = live & full & (earliest >= run.latest) & (last < run.lowest)
         full_end = tl.min(tl.where((ahead >= begin) & (full == 0), ahead, at + _CHUNK), 0)
         end = full_end
         if full_end <= begin:
             end = tl.min(tl.where((ahead > begin) & ((live == 0) | full), ahead, at + _CHUNK), 0)
-        at = tl.where(begin < tiles, tiles, at + _CHUNK)
+        at = tl.where(begin < run.stop, run.stop, at + _CHUNK)
     return begin, full_end, end
 
 
 @triton.jit
-def pairs(rows, inside, begin, end, signature, keys, key_signature, near, shift, SORTED: tl.constexpr):
+def over_runs(
+    state,
+    BODY: tl.constexpr,
+    operands,
+    run,
+    first,
+    SCORE: tl.constexpr,
+    META: tl.constexpr,
+    EARLIER: tl.constexpr,
+):
+    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile that meets the one at hand; `first`: the first
+    run of them."""
+    begin, full_end, end = first
+    while begin < run.stop:
+        for tile in range(begin, full_end):
+            state = BODY(state, operands, tile, SCORE, META, False)
+        for tile in range(full_end, end):
+            state = BODY(state, operands, tile, SCORE, META, True)
+        begin, full_end, end = next_run(run, end, EARLIER)
+    return state
+
+
+@triton.jit
+def counted(queries, keys, key_signature, key_inside, near, shift, SORTED: tl.constexpr):
     """Which pairs a pass counts: SORTED those that share a group, else the near ones that share none.
 
     All arguments of tokens are broadcast: those of queries along one dim of the result, those of keys along the other.
     """
-    allowed = inside & (keys >= begin) & (keys < end)
+    position, begin, end, signature = queries
+    allowed = key_inside & (keys >= begin) & (keys < end)
     shared = signature & key_signature
     if SORTED:
         return allowed & (shared != 0)
-    return allowed & (shared == 0) & (rows + shift - keys <= near)
+    return allowed & (shared == 0) & (position + shift - keys <= near)
 
 
 @triton.jit
-def load_keys(
-    side, at, extent, near, queries, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SORTED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Tile `at` of the keys: (keys (N, D), values (N, Dv), which pairs (M, N) count when MASKED).
+def keys_of(k, v, groups, work, kv_head):
+    """The keys of a query tile's sequence."""
+    return Keys(
+        place(k, work.entry, kv_head, work.start_k), place(v, work.entry, kv_head, work.start_k),
+        sequence_tokens(groups.signatures_k, work.entry, work.start_k),
+        sequence_tokens(groups.order_k, work.entry, work.start_k),
+    )  # fmt: skip
 
-    side: where keys, values, signatures and their order lie; queries: (positions, begin, end, signatures) (M,).
-    """
-    k_base, k_l, v_base, v_l, key_signatures, order, entry, order_b, start = side
-    keys, there = tokens_of_tile(order, entry, order_b, start, at * BLOCK_N, extent[1], BLOCK_N, SORTED)
-    there = there & (keys < extent[3])  # padding, which may hold anything, is not read
-    k_tile = gather_tile(k_base, keys, k_l, there, HEAD_DIM, BLOCK_D)
-    v_tile = gather_tile(v_base, keys, v_l, there, V_DIM, BLOCK_DV)
+
+@triton.jit
+def run_of(groups, document, signature, low, high, bound, tiles):
+    """The run over `tiles` tiles of the other side for a tile of these signatures and intervals."""
+    union, common = tl.reduce(signature, 0, _either), tl.reduce(signature, 0, _both)
+    summary = groups.summary.base + offset(document, groups.summary.entry)
+    return Run(summary, tiles, union, common, bound, tl.max(low, 0), tl.min(high, 0))
+
+
+@triton.jit
+def nearby(queries, extent, near):
+    """The queries, each with the keys from its window on."""
+    begin = tl.maximum(queries.begin, queries.position + extent.shift - near)
+    return Queries(queries.position, queries.inside, begin, queries.end, queries.signature)
+
+
+@triton.jit
+def load_keys(side, queries, extent, near, tile, META: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of a side's keys: (keys (N, D), values (N, Dv), which pairs (M, N) with the queries count when MASKED)."""
+    keys, there = tokens_of_tile(side.order, tile * META.block_n, extent.keys, META.block_n, META.sorted)
+    there = there & (keys < extent.key_length)  # padding, which may hold anything, is not read
+    k_tile = gather_tile(side.k.base, keys, side.k.stride, there, META.head_dim, META.block_d)
+    v_tile = gather_tile(side.v.base, keys, side.v.stride, there, META.v_dim, META.block_dv)
     allowed = there
     if MASKED:
-        rows, begin, end, signature = queries
-        key_signature = tl.load(key_signatures + offset(keys, 1), mask=there, other=0)
-        allowed = pairs(
-            rows[:, None], there[None, :], begin[:, None], end[:, None], signature[:, None], keys[None, :],
-            key_signature[None, :], near, extent[6], SORTED,
-        )  # fmt: skip
+        key_signature = tl.load(side.signatures + offset(keys, 1), mask=there, other=0)
+        rows = (
+            queries.position[:, None],
+            queries.begin[:, None],
+            queries.end[:, None],
+            queries.signature[:, None],
+        )
+        allowed = counted(
+            rows, keys[None, :], key_signature[None, :], there[None, :], near, extent.shift, META.sorted
+        )
     return k_tile, v_tile, allowed

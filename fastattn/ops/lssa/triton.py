@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from ...runtime import tuning as _config
-from ...runtime.triton import LOG2E, dot, load_tile, offset, store_tile
+from ...runtime.triton import LOG2E, dot, load_rows, load_tile, offset, rows
 from ..attention.scores import SCORES
 from ..attention.scores_triton import softplus_weight
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
-from ..attention.triton_tiles import allowed_pairs, key_tiles, place, place_two, query_intervals, query_tile
+from ..attention.triton_tiles import allowed_pairs, key_tiles, place, query_intervals, query_tile, store_rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -35,51 +35,45 @@ def above_threshold(s, top, reciprocal):
 
 
 @triton.jit
-def _scores(
-    q_tile, k_base, k_l, factor, begin, end, tile, count,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _scores(q_tile, k, factor, begin, end, tile, count, META: tl.constexpr):
     """(softplus(c * q.k) (M, N), which of them are allowed)."""
-    first = tile * BLOCK_N
-    keys = first + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_base + offset(first, k_l), k_l, count - first, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    zero = tl.zeros([begin.shape[0], BLOCK_N], tl.float32)
-    s = softplus_weight(dot(q_tile, tl.trans(k_tile), zero, PRECISION) * factor[:, None])
-    return s, allowed_pairs(keys, begin, end, None, 0)
+    first = tile * META.block_n
+    keys = first + tl.arange(0, META.block_n)
+    k_tile = load_rows(k, first, count, META.head_dim, META.block_n, META.block_d, True)
+    zero = tl.zeros([META.block_m, META.block_n], tl.float32)
+    s = softplus_weight(dot(q_tile, tl.trans(k_tile), zero, META.precision) * factor[:, None])
+    return s, allowed_pairs(keys, begin, end, None)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
 def _softplus_attention_forward_kernel(
-    q, k, v, out, statistics, prefix_lengths, offsets_q, offsets_k, key_lengths,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-    heads, tiles, length_q, length_k, window_left, window_right, log_dim, power,
-    REWEIGH: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, out, statistics, indices, heads, tiles, length_q, length_k, window_left, window_right, log_dim, power,
+    REWEIGH: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry, start_q, start_k, lq, _lk, extent = query_tile(
-        tiles, heads, prefix_lengths, offsets_q, offsets_k, key_lengths, length_q, length_k, window_left, window_right
-    )  # fmt: skip
-    first = tile * BLOCK_M
+    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
+    first = tile * META.block_m
+    lq = extent.queries
     if first >= lq:
         return
-    rows, begin, end, edges = query_intervals(first, extent, CAUSAL, BLOCK_M)
-    tile_begin, tile_end = key_tiles(edges, BLOCK_N)
-    q_base = place(q, entry, q_b, head, q_h, start_q + first, q_l)
-    k_base, v_base = place_two(k, k_b, k_h, k_l, v, v_b, v_h, v_l, entry, head // GROUP, start_k)
-    q_tile = load_tile(q_base, q_l, lq - first, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    row, begin, end, edges = query_intervals(first, extent, META)
+    tile_begin, tile_end = key_tiles(edges, META.block_n)
+    q_rows = place(q, entry, head, work.start_q + first)
+    kv_head = head // META.group
+    k_rows, v_rows = place(k, entry, kv_head, work.start_k), place(v, entry, kv_head, work.start_k)
+    q_tile = load_tile(
+        q_rows.base, q_rows.stride, lq - first, META.head_dim, META.block_m, META.block_d, True
+    )
 
     count, c = row_scale(begin, end, log_dim)
     factor = c * _LOG2E
-    top = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.zeros([META.block_m], tl.float32)
     reciprocal = top + 1.0
     if REWEIGH:
         total = top
-        lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
+        lowest = tl.full([META.block_m], float("inf"), tl.float32)
         for at in range(tile_begin, tile_end):
-            s, allowed = _scores(
-                q_tile, k_base, k_l, factor, begin, end, at, extent[3], HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
-            )
+            s, allowed = _scores(q_tile, k_rows, factor, begin, end, at, extent.key_length, META)
             total += tl.sum(tl.where(allowed, s, 0.0), 1)
             top = tl.maximum(top, tl.max(tl.where(allowed, s, 0.0), 1))
             lowest = tl.minimum(lowest, tl.min(tl.where(allowed, s, float("inf")), 1))
@@ -87,34 +81,32 @@ def _softplus_attention_forward_kernel(
         equal = (count > _FEW) & (top - lowest <= (1.0 + c) * _EQUAL)
         height = tl.where(equal | (count == 0.0), 0.0, top - threshold)
         reciprocal = tl.where(height == 0.0, 0.0, 1.0 / tl.where(height == 0.0, 1.0, height))
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    weights = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([META.block_m, META.block_dv], tl.float32)
+    weights = tl.zeros([META.block_m], tl.float32)
     for at in range(tile_begin, tile_end):
-        s, allowed = _scores(
-            q_tile, k_base, k_l, factor, begin, end, at, extent[3], HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION
-        )
+        s, allowed = _scores(q_tile, k_rows, factor, begin, end, at, extent.key_length, META)
         if REWEIGH:
             # 2^(p log2 x), 0 at x = 0: each weight is at most 1, so no power overflows
             s = tl.exp2(power * tl.log2(above_threshold(s, top[:, None], reciprocal[:, None])))
             allowed = allowed & (reciprocal > 0.0)[:, None]
         weight = tl.where(allowed, s, 0.0)
         weights += tl.sum(weight, 1)
-        key = at * BLOCK_N
-        v_tile = load_tile(v_base + offset(key, v_l), v_l, extent[3] - key, V_DIM, BLOCK_N, BLOCK_DV, True)
-        acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
+        key = at * META.block_n
+        v_tile = load_rows(v_rows, key, extent.key_length, META.v_dim, META.block_n, META.block_dv, True)
+        acc = dot(weight.to(v_tile.dtype), v_tile, acc, META.precision)
     if REWEIGH:  # maxima pass a NaN over
         weights = tl.where(total == total, weights, total)
     acc = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
-    out_base = place(out, entry, out_b, head, out_h, start_q + first, out_l)
-    store_tile(out_base, out_l, lq - first, acc, V_DIM, BLOCK_M, BLOCK_DV)
-    kept = statistics + offset(offset(entry * heads + head, length_q) + start_q + rows, 3)
-    tl.store(kept, top, mask=rows < lq)
-    tl.store(kept + 1, reciprocal, mask=rows < lq)
-    tl.store(kept + 2, weights, mask=rows < lq)
+    out_rows = place(out, entry, head, work.start_q + first)
+    store_rows(out_rows, lq - first, acc, META.v_dim, META.block_m, META.block_dv)
+    kept = statistics + offset(offset(entry * heads + head, length_q) + work.start_q + row, 3)
+    tl.store(kept, top, mask=row < lq)
+    tl.store(kept + 1, reciprocal, mask=row < lq)
+    tl.store(kept + 2, weights, mask=row < lq)
 
 
 def problem(q, k, v, mask) -> Problem:
-    return Problem(q, k, v, None, SCORES["softplus"].code, 1.0, 0.0, *mask)
+    return Problem(q, k, v, None, SCORES["softplus"].code, 1.0, 0.0, mask)
 
 
 def power_values(p: Problem, power: float | None) -> dict:
@@ -126,13 +118,13 @@ def power_values(p: Problem, power: float | None) -> dict:
     }
 
 
-def refusal(q, k, v, power, *mask) -> str | None:
-    if mask[-1] is not None:
+def refusal(q, k, v, power, mask) -> str | None:
+    if mask.dense is not None:
         return "it does not serve a dense mask"
     return attention_refusal(q, k, v, None)
 
 
-def configure(q, k, v, power, *mask) -> _config.Choice:
+def configure(q, k, v, power, mask) -> _config.Choice:
     return problem(q, k, v, mask).choose("softplus_attention")
 
 
@@ -148,12 +140,12 @@ def direction(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.float() / divisor, 1.0 / divisor
 
 
-def softplus_attention(q, k, v, power, *mask):
+def softplus_attention(q, k, v, power, mask):
     p = problem(unit(q), unit(k), v, mask)
     out = p.output(*q.shape[:3], p.v_dim)
     statistics = p.output(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
         config = p.choose("softplus_attention").values
-        more = {"out": out, "statistics": statistics} | power_values(p, power)
+        more = {"out": rows(out), "statistics": statistics} | power_values(p, power)
         p.launch(_softplus_attention_forward_kernel, config, over="queries", **more)
     return out, statistics
