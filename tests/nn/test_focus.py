@@ -115,7 +115,7 @@ def test_a_cache_of_other_signatures_is_refused(model, between):
     with torch.no_grad():
         first = model(tokens(), use_cache=True)
         model(tokens().flip(1), use_cache=between)
-        with pytest.raises(NotImplementedError, match="the model was given another"):
+        with pytest.raises(NotImplementedError, match="this call has another cache"):
             model(tokens()[:, :1], use_cache=True, **{cache_name(): first[cache_name()]})
         again = model(tokens(), use_cache=True, return_dict=False)
         model(tokens()[:, :1], use_cache=True, **{cache_name(): again[1]})
