@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.ops.attention import scores
 from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
 from fastattn.runtime import native as _native
 from fastattn.runtime import tuning as _config
@@ -18,7 +19,7 @@ TILES = {
     ("attention", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096, "chunk_k": 64},
     ("attention_backward", "cpu"): {"block_q": 24, "block_k": 32, "pack_kib": 4096},
 }
-SCORES = ("softmax", "sigmoid", "softplus")
+SCORES = tuple(scores.SCORES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,7 +42,7 @@ def run(backend, score, mask, bias=None, **options):
             score=score,
             mask=mask,
             bias=bias.to(q.dtype) if isinstance(bias, torch.Tensor) else bias,
-            return_lse=score != "sigmoid",
+            return_lse=scores.SCORES[score].normalised,
             backend=backend,
             **options,
         )

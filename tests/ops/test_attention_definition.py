@@ -30,7 +30,7 @@ def by_rows(q, k, v, score, allowed, scale, bias):
                 if len(keys) == 0:
                     continue
                 w = WEIGHTS[score](scale * (k[b, h // group, keys] @ q[b, h, i]) + bias)
-                total = w.sum() if score != "sigmoid" else w.new_ones(())
+                total = w.sum() if SCORES[score].normalised else w.new_ones(())
                 out[b, h, i] = (w / total) @ v[b, h // group, keys]
                 lse[b, h, i] = total.log()
     return out, lse
@@ -55,17 +55,17 @@ def test_definition(score, problem, scale):
         scale=scale,
         bias=bias,
         mask=mask,
-        return_lse=score != "sigmoid",
+        return_lse=SCORES[score].normalised,
         backend="reference",
     )
     for h in range(q.shape[1]):
         kv = h // (q.shape[1] // k.shape[1])
         one = (q[:, h : h + 1], k[:, kv : kv + 1], v[:, kv : kv + 1])
         out, lse = by_rows(*one, score, allowed[:, h], factor, bias)
-        found = outputs if score == "sigmoid" else outputs[0]
+        found = outputs if not SCORES[score].normalised else outputs[0]
         # sums of at most 12 terms below e^4 in float64
         assert testing.max_error(found[:, h : h + 1], out) < 1e-12
-        if score != "sigmoid":
+        if SCORES[score].normalised:
             assert testing.max_error(outputs[1][:, h : h + 1], lse) < 1e-12
 
 
@@ -101,7 +101,7 @@ def test_a_tensor_bias_is_added_and_has_a_gradient(score):
 def test_gradcheck_with_lse_grouped_queries_and_an_empty_row(score):
     q, k, v = testing.attention_inputs(2, 4, 2, 5, 4, 3, 2, dtype=torch.float64)
     mask = fa.Mask(causal=True, window=(2, None))  # row 0 attends nothing
-    lse = score != "sigmoid"
+    lse = SCORES[score].normalised
 
     def call(q, k, v):
         found = fa.attention(q, k, v, score=score, mask=mask, return_lse=lse, backend="reference")
@@ -126,7 +126,7 @@ def test_opcheck(score, backend):
     torch.library.opcheck(torch.ops.fastattn.attention.default, (q, k, v, None, *options, backend))
     detached = [t.detach() for t in (q, k, v)]
     out, lse, state = torch.ops.fastattn.attention(*detached, None, *options, backend)
-    grad_lse = None if score == "sigmoid" else torch.ones_like(lse)
+    grad_lse = None if not SCORES[score].normalised else torch.ones_like(lse)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
         (torch.ones_like(out), grad_lse, *detached, None, out, lse, state, *options, 0, backend),

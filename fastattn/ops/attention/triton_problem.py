@@ -54,7 +54,7 @@ class Problem:
         # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
         self.longest_q = self.length_q if mask.max_seqlen_q < 0 else mask.max_seqlen_q
         self.longest_k = self.length_k if mask.max_seqlen_k < 0 else mask.max_seqlen_k
-        indices = (mask.prefix_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_lengths)
+        indices = (getattr(mask, name) for name in Indices._fields)
         self.indices = Indices(*(None if t is None else t.contiguous() for t in indices))
         self.window = tuple(
             _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST)
