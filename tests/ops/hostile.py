@@ -458,7 +458,16 @@ class Case:
         if not b.numel() or b.abs().max() > 1e4:
             return True
         low = any(isinstance(t, torch.Tensor) and t.dtype in FLOATS[1:3] for t in self.args)
-        return bool(((a - b).abs() <= (0.1 if low else 0.01) * (1 + b.abs().max())).all())
+        relative, size = 0.1 if low else 0.01, 1 + float(b.abs().max())
+        if self.name.startswith("sinkhorn"):
+            # an exponent, as large as scores / temperature, is rounded a few times in each iteration, here and in the reference
+            scores, _, _, temperature, iterations = self.args[-7:-2]
+            relative += 8 * iterations * 2**-24 * testing.max_finite(scores) / temperature
+            if (
+                self.name == "sinkhorn_backward"
+            ):  # of shares, whose gradients are this large before they cancel
+                size += testing.max_finite(self.args[0]) / temperature
+        return bool(((a - b).abs() <= relative * size).all())
 
 
 def main() -> None:
