@@ -49,7 +49,7 @@ def test_the_suite_goes_by_way_of_the_device(nan_outputs):
             q, k, v = (testing.random_tensor(1, 2, 1, 8, seed=i) for i in range(3))
             places = torch.tensor([[2]])
             keys, values = torch.zeros(2, 1, 2, 4, 8)
-            fa.ops.recurrence.rotary_append(q, k, v, places, places, keys, values)
+            fa.ops.rowwise.rotary_append(q, k, v, places, places, keys, values)
     assert torch.equal(values[:, :, 2], v[:, :, 0]) and not values[:, :, 3].any()
 
 

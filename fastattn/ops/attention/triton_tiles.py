@@ -22,8 +22,8 @@ class Indices(NamedTuple):
     """A mask's index tensors, as a kernel takes them; each may be None."""
 
     prefix_lengths: tl.tensor
-    offsets_q: tl.tensor
-    offsets_k: tl.tensor
+    cu_seqlens_q: tl.tensor
+    cu_seqlens_k: tl.tensor
     key_lengths: tl.tensor
 
 
@@ -114,11 +114,11 @@ def sequence(document, indices, sizes):
     start_k = start_q
     lq = length_q
     lk = length_k
-    if indices.offsets_q is not None:
-        start_q = tl.load(indices.offsets_q + document)
-        start_k = tl.load(indices.offsets_k + document)
-        lq = tl.load(indices.offsets_q + document + 1) - start_q
-        lk = tl.load(indices.offsets_k + document + 1) - start_k
+    if indices.cu_seqlens_q is not None:
+        start_q = tl.load(indices.cu_seqlens_q + document)
+        start_k = tl.load(indices.cu_seqlens_k + document)
+        lq = tl.load(indices.cu_seqlens_q + document + 1) - start_q
+        lk = tl.load(indices.cu_seqlens_k + document + 1) - start_k
     prefix = length_q * 0
     if indices.prefix_lengths is not None:
         prefix = tl.load(indices.prefix_lengths + document)
@@ -142,7 +142,7 @@ def query_tile(tiles, heads, indices, sizes):
     head = (program // tiles) % heads
     document = program // tiles // heads  # a batch entry, or a packed document
     entry = document
-    if indices.offsets_q is not None:
+    if indices.cu_seqlens_q is not None:
         entry = document * 0
     start_q, start_k, extent = sequence(document, indices, sizes)
     return Work(tile, head, entry, start_q, start_k, extent)
