@@ -11,6 +11,7 @@
 
 #include "limits.h"
 #include "params.h"
+#include "score.h"
 
 namespace fastattn {
 
@@ -284,9 +285,9 @@ inline void check_state(const Checks& c, const AttentionParams& p) {
 }
 
 inline void check_fields(const Checks& c, const AttentionParams& p) {
-  c.in("score", p.score, 0, 2);
+  c.in("score", p.score, 0, AnyScores::kCount - 1);
   check_attention(c, p);
-  if (p.score == 1) return;
+  if (!AnyScores::normalised(p.score)) return;
   check_state(c, p);
   const Size by_row{1, p.q.size[0], p.q.size[1], p.q.size[2]};
   c.strided("lse", p.lse, by_row, DType::f32);

@@ -1,4 +1,5 @@
-// How a scaled product becomes an attention weight: one functor a score, in the order of fastattn/ops/attention/scores.py.
+// How a scaled product becomes an attention weight: one functor a score, in the order of
+// fastattn/ops/attention/scores.py.
 //
 // M is the arithmetic of a vector (or of one float): M::V, M::kRound and static exp2_bounded, exp2_fraction,
 // scale_by_rounded, at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the
@@ -107,6 +108,13 @@ struct SoftplusScore {
 // visit(code, f): f(score) of the score with this code.
 template <class... Score>
 struct ScoreList {
+  static constexpr int kCount = sizeof...(Score);  // codes are 0 to kCount - 1
+
+  static bool normalised(int code) {
+    bool result = false;
+    visit(code, [&](auto score) { result = decltype(score)::kNormalised; });
+    return result;
+  }
   template <class F>
   static void visit(int code, const F& f) {
     if (!((code == Score::kCode && (f(Score{}), true)) || ...)) cpu::unknown_code("score", code);
@@ -114,5 +122,11 @@ struct ScoreList {
 };
 template <class M>
 using Scores = ScoreList<SoftmaxScore<M>, SigmoidScore<M>, SoftplusScore<M>>;
+
+// For what is known of a score without a weight of it.
+struct NoArithmetic {
+  using V = float;
+};
+using AnyScores = Scores<NoArithmetic>;
 
 }  // namespace fastattn
