@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.ops.attention import scores
-from fastattn.ops.attention import tuning  # noqa: F401  declares what is overridden
+from fastattn.ops.attention import (
+    scores,
+    tuning,  # noqa: F401  declares what is overridden
+)
 from fastattn.runtime import native as _native
 from fastattn.runtime import tuning as _config
 
