@@ -62,7 +62,11 @@ int candidates(Candidate* out) {
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq");
+#if defined(FASTATTN_ASSUME_AVX512BF16)
+  [[maybe_unused]] const bool avx512bf16 = avx512;
+#else
   [[maybe_unused]] const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #if defined(FASTATTN_HAS_AVX2)
   out[n++] = {&avx2::table, avx2};
 #endif
