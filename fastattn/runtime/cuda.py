@@ -62,7 +62,7 @@ def sources() -> Path | None:
     """The folder with the kernels' headers: in the checkout, or as installed."""
     package = Path(__file__).parents[1]
     places = (package / "_cuda_sources", package.parent / "src" / "cuda")
-    return next((place for place in places if (place / "decode.cuh").is_file()), None)
+    return next((place for place in places if (place / "hrm_step.cuh").is_file()), None)
 
 
 @cache
@@ -199,7 +199,7 @@ def vocab_rows(
         else:
             kernel = f"vocab_rows<{str(bool(stablemax)).lower()}, {threads}>"
             blocks = min(logits.shape[0], 1 << 20)
-            _launch_compiled("vocab_rows.cuh", kernel, blocks, threads, params, cooperative=False)
+            _launch_compiled("cross_entropy.cuh", kernel, blocks, threads, params, cooperative=False)
 
 
 def most_shared(device: torch.device) -> int:
@@ -254,6 +254,6 @@ def decode_step(
             constants = (-(-head_dim // 32) * 32, *config.values())
             kernel = f"decode_step<{element}, {', '.join(map(str, constants))}>"
             _launch_compiled(
-                "decode.cuh", kernel, processors, config["threads"], params, shared=shared, cooperative=True
+                "hrm_step.cuh", kernel, processors, config["threads"], params, shared=shared, cooperative=True
             )
     return result

@@ -1,7 +1,7 @@
 // Tiled attention forward: keys and values are packed once a key head, then blocks of query rows run on their own.
 #pragma once
 
-#include "forward_block.h"
+#include "attention_forward_block.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

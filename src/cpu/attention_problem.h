@@ -1,11 +1,11 @@
 // What an attention call asks for, sequence by sequence: where its elements are and what becomes of its scores.
 #pragma once
 
-#include "mask.h"
+#include "attention_mask.h"
 #include "math.h"
 #include "pack.h"
 #include "parallel.h"
-#include "score.h"
+#include "attention_score.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

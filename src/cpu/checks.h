@@ -11,7 +11,7 @@
 
 #include "limits.h"
 #include "params.h"
-#include "score.h"
+#include "attention_score.h"
 
 namespace fastattn {
 
@@ -294,7 +294,7 @@ inline void check_fields(const Checks& c, const AttentionParams& p) {
   if (!c.backward()) c.tensor("lse", p.lse, by_row, DType::f32);
 }
 
-inline void check_fields(const Checks& c, const ReweightedParams& p) {
+inline void check_fields(const Checks& c, const LssaParams& p) {
   check_attention(c, p);
   c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
   c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");

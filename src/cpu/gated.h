@@ -2,8 +2,8 @@
 // One more product per tile, as deep as there are groups; a block is the same rows of several heads, which share it.
 #pragma once
 
-#include "forward_block.h"
-#include "rows.h"
+#include "attention_forward_block.h"
+#include "attention_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gated.h"
-#include "gradients.h"
+#include "attention_gradients.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

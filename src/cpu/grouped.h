@@ -3,8 +3,8 @@
 // no lower group. Within a list the keys of a row are an interval, so a list is attention over gathered rows.
 #pragma once
 
-#include "forward_block.h"
-#include "rows.h"
+#include "attention_forward_block.h"
+#include "attention_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

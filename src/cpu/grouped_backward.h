@@ -4,7 +4,7 @@
 #pragma once
 
 #include "attention_decode.h"
-#include "gradients.h"
+#include "attention_gradients.h"
 #include "grouped.h"
 
 namespace fastattn {

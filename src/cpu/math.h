@@ -126,7 +126,7 @@ FASTATTN_INLINE vf tanh(vf x) {
   return select(vabs(x) < splat(0.6f), small, large);
 }
 
-// The arithmetic of a vector, for score.h.
+// The arithmetic of a vector, for attention_score.h.
 struct Arithmetic {
   typedef vf V;
   static constexpr float kRound = FASTATTN_ISA::kRound;

@@ -87,7 +87,7 @@ struct RotaryParams : RowsParams {
 
 // Which keys each query attends: what fastattn/masks.py describes. Index tensors are int32; dense, u8, is broadcast by
 // strides of 0 to (B, Hq, Lq, Lk). An entry n - 2^31 of key_lengths: n keys, and the last query is aligned with the
-// last of them, not of all. mask.h says it row by row.
+// last of them, not of all. attention_mask.h says it row by row.
 struct MaskParams {
   Tensor prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
   int32_t causal = 0;
@@ -119,7 +119,7 @@ struct AttentionParams : MaskParams {
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of
 // weights.
-struct ReweightedParams : AttentionParams {
+struct LssaParams : AttentionParams {
   Tensor statistics;
   double power = 1;
   int32_t reweigh = 0;

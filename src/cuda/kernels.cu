@@ -1,9 +1,9 @@
 // Default instantiations and their launches; other tile constants are compiled at run time (fastattn/runtime/cuda.py).
 //
 // Each launch takes a params struct and a stream by address and returns null, or what went wrong.
-#include "decode.cuh"
+#include "hrm_step.cuh"
 #include "sinkhorn.cuh"
-#include "vocab_rows.cuh"
+#include "cross_entropy.cuh"
 
 namespace fastattn {
 namespace cuda {

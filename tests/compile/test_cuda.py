@@ -33,7 +33,7 @@ def test_one_instantiation_compiles(tmp_path):
     """One kernel for one target; the slow test has all of src/cuda for all."""
     source = tmp_path / "decode.cu"
     source.write_text(
-        f'#include "{ROOT}/src/cuda/decode.cuh"\n'
+        f'#include "{ROOT}/src/cuda/hrm_step.cuh"\n'
         "template __global__ void fastattn::cuda::decode_step<fastattn::cuda::bf16, 128, 512, 1, 64>(fastattn::cuda::DecodeParams);\n"
     )
     compile_for("sm_90a", source, tmp_path / "decode.cubin")
@@ -128,8 +128,8 @@ def compile_at_run_time(header: str, kernel: str, architecture: str) -> None:
 
 RUN_TIME = (
     ("sinkhorn.cuh", "sinkhorn<fastattn::cuda::bf16, 24, 128>"),
-    ("vocab_rows.cuh", "vocab_rows<true, 512>"),
-    ("decode.cuh", "decode_step<fastattn::cuda::bf16, 128, 256, 2, 64>"),
+    ("cross_entropy.cuh", "vocab_rows<true, 512>"),
+    ("hrm_step.cuh", "decode_step<fastattn::cuda::bf16, 128, 256, 2, 64>"),
 )
 
 
@@ -148,9 +148,9 @@ def test_compiles_at_run_time(header, kernel):
     (
         *RUN_TIME,
         ("sinkhorn.cuh", "sinkhorn<fastattn::cuda::f16, 63, 1024>"),
-        ("vocab_rows.cuh", "vocab_rows<false, 1024>"),
-        ("decode.cuh", "decode_step<float, 256, 1024, 4, 16>"),
-        ("decode.cuh", "decode_step<fastattn::cuda::f16, 96, 128, 1, 256>"),
+        ("cross_entropy.cuh", "vocab_rows<false, 1024>"),
+        ("hrm_step.cuh", "decode_step<float, 256, 1024, 4, 16>"),
+        ("hrm_step.cuh", "decode_step<fastattn::cuda::f16, 96, 128, 1, 256>"),
     ),
 )
 def test_everything_compiles_at_run_time(header, kernel, architecture):

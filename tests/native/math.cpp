@@ -1,7 +1,7 @@
 // The functions of src/cpu/math.h over arrays, compiled once for each instruction set with the flags of its kernels.
 #include "../../src/cpu/convert.h"
 #include "../../src/cpu/math.h"
-#include "../../src/cpu/score.h"
+#include "../../src/cpu/attention_score.h"
 #include "math_functions.h"
 
 namespace fastattn {

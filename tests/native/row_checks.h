@@ -221,21 +221,21 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
   // Weights may be raised to a power, and dS is a difference of numbers of dO V^T's size: Dv of at most 1.
   for (const double power : {0.0, 3.0, 2.5}) {
     Array out = out_of(), statistics(f32, {B, H, L, 3});
-    ReweightedParams first;
+    LssaParams first;
     base(first), first.power = power ? power : 1, first.reweigh = power != 0;
     first.out = out, first.statistics = statistics;
-    baseline.reweighted_forward(first);
+    baseline.lssa_forward(first);
     check("softplus attention", 64 * D * (1 + power), half, [&](const KernelTable& t, Outputs& o) {
       o = {out_of()};
       Array s(f32, {B, H, L, 3});
-      ReweightedParams p = first;
+      LssaParams p = first;
       p.out = o[0], p.statistics = s;
-      t.reweighted_forward(p);
+      t.lssa_forward(p);
     });
     check("softplus attention backward", 64 * D * Dv * (1 + power), 8 * half, [&](const KernelTable& t, Outputs& o) {
-      ReweightedParams p = first;
+      LssaParams p = first;
       gradients(p, o);
-      t.reweighted_backward(p);
+      t.lssa_backward(p);
     });
   }
   for (const bool many : {false, true}) {  // lists of each group, or, where they would overlap much, of all at once

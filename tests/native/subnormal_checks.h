@@ -263,22 +263,22 @@ struct Subnormals {
       Array few = Array::random(dtype, {1, Hkv, K, D}), values = sparse(Hkv, K, Dv, power ? normal : 16 * normal),
             first_out(dtype, {1, H, L, Dv}), first_statistics(f32, {1, H, L, 3});
       check(power ? "LSSAR" : "LSSA", [&](const KernelTable& t, Outputs& o) {
-        ReweightedParams p;
+        LssaParams p;
         Array unused, statistics(f32, {1, H, L, 3});
         base(p, o, unused), p.k = few, p.v = values, p.power = power ? power : 1, p.reweigh = power != 0;
         p.statistics = statistics;
-        t.reweighted_forward(p);
+        t.lssa_forward(p);
       });
-      ReweightedParams first;
+      LssaParams first;
       Outputs unused;
       Array state;
       base(first, unused, state), first.q = some_q, first.v = some_v, first.power = power ? power : 1;
       first.reweigh = power != 0, first.causal = 1, first.out = first_out, first.statistics = first_statistics;
-      baseline.reweighted_forward(first);
+      baseline.lssa_forward(first);
       check(power ? "LSSAR backward" : "LSSA backward", [&](const KernelTable& t, Outputs& o) {
-        ReweightedParams p = first;
+        LssaParams p = first;
         gradients(p, o);
-        t.reweighted_backward(p);
+        t.lssa_backward(p);
       });
     }
     {

@@ -1,6 +1,6 @@
 """The score table: how a scaled product s becomes an attention weight. One row a score.
 
-A new score is one row here, one functor in src/cpu/score.h and one pair of functions in scores_triton.py.
+A new score is one row here, one functor in src/cpu/attention_score.h and one pair of functions in scores_triton.py.
 """
 
 import importlib

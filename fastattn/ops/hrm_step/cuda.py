@@ -1,4 +1,4 @@
-"""The decode step as one persistent cooperative kernel (src/cuda/decode.cuh), for a batch of one."""
+"""The decode step as one persistent cooperative kernel (src/cuda/hrm_step.cuh), for a batch of one."""
 
 from ...runtime import cuda as _cuda
 from ...runtime import tuning as _config

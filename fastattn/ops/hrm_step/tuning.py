@@ -4,7 +4,7 @@ from ...runtime.tuning import Parameter, declare
 
 
 def _fits(values, key, target) -> str | None:
-    # a block holds the longest vector, a float a warp and the angles of a head (src/cuda/decode.cuh)
+    # a block holds the longest vector, a float a warp and the angles of a head (src/cuda/hrm_step.cuh)
     longest = max(key["hidden"], key["inner"], key["heads"] * key["head_dim"])
     shared = 4 * (longest + values["threads"] // 32 + -(-key["head_dim"] // 32) * 32)
     if shared > target.shared:

@@ -45,7 +45,7 @@ def softplus_attention(q, k, v, power, mask):
     statistics = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
         tensors = {"out": out, "statistics": statistics}
-        _call("reweighted_forward", "softplus_attention", q, k, v, power, mask, **tensors)
+        _call("lssa_forward", "softplus_attention", q, k, v, power, mask, **tensors)
     return out, statistics
 
 
@@ -53,7 +53,7 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask)
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         _call(
-            "reweighted_backward",
+            "lssa_backward",
             "softplus_attention_backward",
             q,
             k,

@@ -4,7 +4,7 @@ from ...runtime import native as _native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
-_DEFAULT = _native.defaults("reweighted_forward")
+_DEFAULT = _native.defaults("lssa_forward")
 
 _KEY = {
     "structural": ("dtype", "head_dim", "value_dim"),

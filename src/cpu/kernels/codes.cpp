@@ -1,6 +1,6 @@
 // Kernels of a head whose rows are shared vectors: sums over the tokens of each code, choice and sampling.
 #include "../arena.h"
-#include "../vocab.h"
+#include "../cross_entropy.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

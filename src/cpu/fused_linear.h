@@ -8,7 +8,7 @@
 
 #include "arena.h"
 #include "pack.h"
-#include "recurrence.h"
+#include "rowwise.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

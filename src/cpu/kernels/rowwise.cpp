@@ -1,4 +1,4 @@
-#include "../recurrence.h"
+#include "../rowwise.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -3,7 +3,7 @@
 #pragma once
 #include "attention_decode.h"
 #include "matvec.h"
-#include "recurrence.h"
+#include "rowwise.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

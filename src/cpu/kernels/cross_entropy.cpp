@@ -1,4 +1,4 @@
-#include "../vocab.h"
+#include "../cross_entropy.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -2,7 +2,7 @@
 // A block computes its rows of scores once, takes their statistics, turns them into weights in place, and adds values.
 #pragma once
 
-#include "rows.h"
+#include "attention_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -62,18 +62,18 @@ struct RowPart {
 };
 
 // The statistics of one row of the op: highest score, 1 / (highest - threshold), sum of weights.
-FASTATTN_INLINE float* statistics_of(const ReweightedParams& p, const Sequence& s, const BlockRows& rows, int64_t r) {
+FASTATTN_INLINE float* statistics_of(const LssaParams& p, const Sequence& s, const BlockRows& rows, int64_t r) {
   const int64_t row = (s.batch * p.q.size[1] + rows.head_of(r)) * p.q.size[2] + s.q_begin + rows.row_of(r);
   return (float*)p.statistics.data + row * 3;
 }
 
 template <class Unit>
-struct ReweightedBlock {
+struct LssaBlock {
   using Word = typename Unit::Word;
   using Weight = std::conditional_t<Unit::kStep == 2, bf16, float>;
 
   const Problem& problem;
-  const ReweightedParams& p;
+  const LssaParams& p;
   Power power;
   int64_t block_q, block_k, stride, q_steps, out_columns, weight_stride;
   Word* q;                    // (block_q, q_steps) and the zero rows after a head's last
@@ -86,8 +86,7 @@ struct ReweightedBlock {
   RowRanges ranges;
   int64_t base = 0, end = 0;  // keys it runs over, from a tile's first on
 
-  ReweightedBlock(const Problem& problem, const ReweightedParams& p, int64_t block_q, int64_t block_k, int64_t stride,
-                  Arena& arena)
+  LssaBlock(const Problem& problem, const LssaParams& p, int64_t block_q, int64_t block_k, int64_t stride, Arena& arena)
       : problem(problem),
         p(p),
         power(p.power),
@@ -151,7 +150,7 @@ struct ReweightedBlock {
   }
 
   // Sums and weighted values of another part of the same rows.
-  void take(const ReweightedBlock& other, int64_t rows) {
+  void take(const LssaBlock& other, int64_t rows) {
     const auto sum = [](float* to, const float* from, int64_t n) {
       for (int64_t i = 0; i < n; i += W) store(to + i, load(to + i) + load(from + i));
     };
@@ -304,7 +303,7 @@ constexpr int64_t kPartKeys = 512;     // the fewest keys that are shared out
 constexpr int64_t kScoreKib = 1024;    // scores of a block of rows
 
 template <class Unit>
-static void reweighted_tiled(const ReweightedParams& p) {
+static void lssa_tiled(const LssaParams& p) {
   const Problem problem(p);
   const Longest longest(problem);
   const int64_t block_k = round_up(p.block_k, kPanel);
@@ -317,19 +316,17 @@ static void reweighted_tiled(const ReweightedParams& p) {
   const int64_t parts = streamed ? max64(1, min64(p.threads / max64(pairs, 1), columns / kPartKeys)) : 1;
   const int64_t stride = score_stride((columns / block_k + parts - 1) / parts * block_k);
   if (!streamed) {
-    const int64_t bytes =
-        bytes_of([&](Arena& arena) { ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena); });
-    for_packed_blocks<Unit>(
-        problem, longest, block_q, bytes, true, Together(),
-        [&](const BlockRows& rows, const Sequence& s, const auto& panels, Arena arena) {
-          ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena).run(rows, s, panels(0));
-        });
+    const int64_t bytes = bytes_of([&](Arena& arena) { LssaBlock<Unit>(problem, p, block_q, block_k, stride, arena); });
+    for_packed_blocks<Unit>(problem, longest, block_q, bytes, true, Together(),
+                            [&](const BlockRows& rows, const Sequence& s, const auto& panels, Arena arena) {
+                              LssaBlock<Unit>(problem, p, block_q, block_k, stride, arena).run(rows, s, panels(0));
+                            });
     return;
   }
   const int64_t bytes = bytes_of([&](Arena& arena) {
     arena.take<RowPart>(block_q);
     StreamedPanels<Unit>(problem, problem.sequence(0), 0, block_k, arena);
-    ReweightedBlock<Unit>(problem, p, block_q, block_k, stride, arena);
+    LssaBlock<Unit>(problem, p, block_q, block_k, stride, arena);
   });
   Blocks memory;
   with_scratch(0, [&](Arena& arena) { memory = arena.blocks(parts > 1 ? pairs * parts : p.threads, bytes); });
@@ -342,7 +339,7 @@ static void reweighted_tiled(const ReweightedParams& p) {
     Arena arena = memory[slot];
     arena.take<RowPart>(block_q);
     const StreamedPanels<Unit> panels(problem, s, head, block_k, arena);
-    ReweightedBlock<Unit> block(problem, p, block_q, block_k, stride, arena);
+    LssaBlock<Unit> block(problem, p, block_q, block_k, stride, arena);
     run(block, BlockRows{head * problem.group, 0, s.q_length, s.q_length * problem.group}, s, panels);
   };
   if (parts == 1) {

@@ -4,8 +4,8 @@
 // and y = c/(|q||k|) dz gives g_q = y K, g_k = y^T Q, whose parts along q and k the normalisation takes away.
 #pragma once
 
-#include "gradients.h"
-#include "reweighted.h"
+#include "attention_gradients.h"
+#include "lssa.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -28,9 +28,9 @@ FASTATTN_INLINE void project_out(float* g, Matrix m, int64_t row, int64_t column
   });
 }
 
-struct ReweightedGradientBlock : GradientBlock {
+struct LssaGradientBlock : GradientBlock {
   const Problem& problem;
-  const ReweightedParams& p;
+  const LssaParams& p;
   Power power;  // one less than the op's
   int64_t stride;
   float* slopes;    // (block_q, stride) scores, then sigmoid(z), then y
@@ -39,8 +39,7 @@ struct ReweightedGradientBlock : GradientBlock {
   float* sums;      // (block_q, W) of r, by lanes
   RowScale* scale;
 
-  ReweightedGradientBlock(const Problem& problem, const ReweightedParams& p, int64_t block_q, int64_t stride,
-                          Arena& arena)
+  LssaGradientBlock(const Problem& problem, const LssaParams& p, int64_t block_q, int64_t stride, Arena& arena)
       : GradientBlock(problem, block_q, arena),
         problem(problem),
         p(p),

@@ -1,4 +1,4 @@
-#include "../decode.h"
+#include "../hrm_step.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

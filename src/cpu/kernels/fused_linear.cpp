@@ -1,4 +1,4 @@
-#include "../linear.h"
+#include "../fused_linear.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -2,7 +2,7 @@
 // keys and values in float32; a head is shared out in parts, summed in order, only where heads are fewer than threads.
 #pragma once
 
-#include "rows.h"
+#include "attention_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -1,6 +1,6 @@
 // Row kernels of the output layer: what happens to logits between the matrix products of a loss over classes.
 #pragma once
-#include "recurrence.h"
+#include "rowwise.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

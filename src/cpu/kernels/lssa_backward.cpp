@@ -1,19 +1,19 @@
-#include "../reweighted_backward.h"
+#include "../lssa_backward.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-void reweighted_backward(const ReweightedParams& p) {
+void lssa_backward(const LssaParams& p) {
   const Problem problem(p);
   const Longest longest(problem);
   const int64_t columns = block_columns(p, longest.k, p.block_q, kGradientTile);
   const int64_t block_q = block_rows(p.block_q, columns, kScoreKib / 2), stride = score_stride(columns);
-  const int64_t bytes = bytes_of([&](Arena& arena) { ReweightedGradientBlock(problem, p, block_q, stride, arena); });
+  const int64_t bytes = bytes_of([&](Arena& arena) { LssaGradientBlock(problem, p, block_q, stride, arena); });
   for_gradient_heads(
       problem, longest, block_q, bytes, 0, Together(),
       [&](const BlockRows& rows, const Sequence& s, const auto& heads, Arena arena) {
         GradientHead head = heads(0);
-        ReweightedGradientBlock(problem, p, block_q, stride, arena).run(rows, s, head);
+        LssaGradientBlock(problem, p, block_q, stride, arena).run(rows, s, head);
       },
       [&](int64_t kv_head, const Sequence& s, const GradientHead& head) {
         const Matrix keys = matrix(p.k, s.batch, kv_head, s.k_begin);
