@@ -6,21 +6,16 @@ from typing import TYPE_CHECKING
 from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
+from .ops.codes import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
+from .ops.cross_entropy import linear_cross_entropy, stablemax_cross_entropy
 from .ops.fused_linear import fused_linear
-from .ops.grouped import focus_groups, gated_attention, grouped_attention, sinkhorn
+from .ops.gated import gated_attention
+from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
 from .ops.lssa import lssa_attention, softplus_attention
 from .ops.rowwise import gated, rms_norm, rotary, swiglu
 from .ops.sdpa import scaled_dot_product_attention
-from .ops.vocab import (
-    linear_cross_entropy,
-    nearest_codes,
-    stablemax_cross_entropy,
-    vq_argmax,
-    vq_cross_entropy,
-    vq_logits,
-    vq_sample,
-)
+from .ops.sinkhorn import sinkhorn
 from .runtime.explain import explain
 from .runtime.native import cpu_isas
 from .runtime.registry import set_backend

@@ -15,7 +15,7 @@ from benchmarks.cases.recurrence import EPS, _norm, _swiglu, _torch_norm
 from benchmarks.registry import Case, Problem, faster_than, milliseconds_at_most
 from fastattn import testing
 from fastattn.ops.fused_linear import fused_linear
-from fastattn.ops.grouped import reference as grouped_reference
+from fastattn.ops.sinkhorn import reference as sinkhorn_reference
 
 BF16 = torch.bfloat16
 BOTH = "forward+backward"
@@ -128,7 +128,7 @@ def sinkhorn(dtype, L, groups, causal):
         return lambda scores: fa.sinkhorn(scores, causal=causal, backend=backend)
 
     def eager(scores):
-        return grouped_reference.sinkhorn(scores, None, None, 0.1, 10, causal)[0]
+        return sinkhorn_reference.sinkhorn(scores, None, None, 0.1, 10, causal)[0]
 
     scores = _made(1, L, groups, seed=1)
     return Problem(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.blocks import PostNormBlock, PostNormStack, Routing
 from ..nn.recurrence import HierarchicalRecurrence
-from ..ops.vocab import stablemax_cross_entropy
+from ..ops.cross_entropy import stablemax_cross_entropy
 from . import checkpoint
 from .hrm_text_config import DERIVED
 

@@ -16,7 +16,7 @@ from ..nn.cache import KeyValueCache
 from ..nn.plain import linear
 from ..nn.recurrence import HierarchicalRecurrence
 from ..nn.vq_head import VQHead
-from ..ops.vocab import linear_cross_entropy
+from ..ops.cross_entropy import linear_cross_entropy
 from ..runtime.checks import check_tensor
 from . import checkpoint, decode
 from .generate import generate

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from ..masks import Mask
-from ..ops.grouped import MAX_GROUPS, focus_groups, gated_attention, grouped_attention, sinkhorn
+from ..ops.focus import MAX_GROUPS
+from ..ops.gated import gated_attention
+from ..ops.grouped import focus_groups, grouped_attention
+from ..ops.sinkhorn import sinkhorn
 from ..runtime import checks as _checks
 
 NAME = "fastattn_focus"

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..ops.vocab import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
+from ..ops.codes import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
 from ..runtime.files import parse_json, write_tensors
 
 ASSIGNMENTS = ("fixed", "straight_through", "ema")

@@ -11,7 +11,7 @@ import torch
 
 from fastattn.models import HrmText, HrmTextConfig
 from fastattn.nn import VQHead
-from fastattn.ops.vocab import nearest_codes
+from fastattn.ops.codes import nearest_codes
 from fastattn.optim import load_state_tensors, state_tensors
 from fastattn.train import ranks
 from fastattn.train.data.packing import Batch, Order, batches, check_lengths

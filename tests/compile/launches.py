@@ -78,7 +78,7 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     return launches
 
 
-def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+def rowwise(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
     from fastattn.ops.rowwise import triton as kernels
 
     x = empty(2, 100, 1536, dtype=dtype)
@@ -99,9 +99,8 @@ def recurrence(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton
     return launches
 
 
-def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
-    from fastattn.ops.vocab import triton as kernels
-    from fastattn.ops.vocab import triton_codes
+def cross_entropy(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    from fastattn.ops.cross_entropy import triton as kernels
 
     h, weight, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
     labels, rows = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
@@ -112,19 +111,26 @@ def vocab(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Laun
         kernels.stablemax_cross_entropy_backward(
             rows, logits, empty(2, 100, dtype=torch.float32), labels, -100
         )
-        codebook, codes = empty(1024, 64, dtype=dtype), empty(32000, dtype=torch.int64)
-        triton_codes.vq_cross_entropy(h, codebook, codes, bias, weight, labels, -100, "mean", 15)
-        triton_codes.vq_logits_backward(
-            triton_codes.vq_logits(h, codebook, codes, None), h, codebook, codes, None, 3
-        )
-        triton_codes.vq_argmax(h, codebook, codes, bias)
-        triton_codes.nearest_codes(h, codebook)
-        for biases in (None, bias):
-            triton_codes.vq_sample(h, codebook, codes, biases, empty(100, 2, dtype=torch.float64), 0.7)
     return launches
 
 
-def linear(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+def codes(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    from fastattn.ops.codes import triton as kernels
+
+    h, shadow, bias = empty(100, 64, dtype=dtype), empty(32000, 64, dtype=dtype), empty(32000, dtype=dtype)
+    labels, codebook = empty(100, dtype=torch.int64), empty(1024, 64, dtype=dtype)
+    codes = empty(32000, dtype=torch.int64)
+    with _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        kernels.vq_cross_entropy(h, codebook, codes, bias, shadow, labels, -100, "mean", 15)
+        kernels.vq_logits_backward(kernels.vq_logits(h, codebook, codes, None), h, codebook, codes, None, 3)
+        kernels.vq_argmax(h, codebook, codes, bias)
+        kernels.nearest_codes(h, codebook)
+        for biases in (None, bias):
+            kernels.vq_sample(h, codebook, codes, biases, empty(100, 2, dtype=torch.float64), 0.7)
+    return launches
+
+
+def fused_linear(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
     """The tile kernel at the largest tiles that the target has room for, with each thing before and after it."""
     from fastattn.ops.fused_linear.triton import fused_linear
     from fastattn.runtime import tuning as _config
@@ -158,7 +164,7 @@ def linear(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Lau
 
 def sinkhorn(target: str, dtype: torch.dtype = torch.bfloat16, groups: int = 8) -> list[_triton.Launch]:
     """Every launch that differs: the first, a middle and the last iteration, forward and back."""
-    from fastattn.ops.grouped import triton_sinkhorn as kernels
+    from fastattn.ops.sinkhorn import triton as kernels
 
     scores, cuts = empty(1, 5000, groups, dtype=dtype), indices(4)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
@@ -168,7 +174,7 @@ def sinkhorn(target: str, dtype: torch.dtype = torch.bfloat16, groups: int = 8) 
     return launches
 
 
-def reweighted(
+def lssa(
     target: str, dtype: torch.dtype = torch.bfloat16, power: float | None = 15.0
 ) -> list[_triton.Launch]:
     from fastattn.ops.lssa.triton import softplus_attention
@@ -196,7 +202,7 @@ def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64
 def gated(
     target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, gate: int = 0
 ) -> list[_triton.Launch]:
-    from fastattn.ops.grouped import triton_gated as kernels
+    from fastattn.ops.gated import triton as kernels
 
     q, k, v, _, _, scale, _, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
     assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)

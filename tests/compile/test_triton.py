@@ -71,25 +71,25 @@ def test_decoding(target):
 
 
 @pytest.mark.parametrize("target", ("sm_90", "gfx942"))
-def test_recurrence(target):
-    compile_all(target, launches.recurrence(target))
+def test_rowwise(target):
+    compile_all(target, launches.rowwise(target))
 
 
-def test_vocab():
-    compile_all("sm_100", launches.vocab("sm_100"))
+def test_cross_entropy_and_codes():
+    compile_all("sm_100", launches.cross_entropy("sm_100") + launches.codes("sm_100"))
 
 
 @pytest.mark.parametrize("target", ("sm_80", "gfx942"))
-def test_linear(target):
-    compile_all(target, launches.linear(target))
+def test_fused_linear(target):
+    compile_all(target, launches.fused_linear(target))
 
 
 def test_sinkhorn():
     compile_all("sm_90", launches.sinkhorn("sm_90"))
 
 
-def test_reweighted():
-    compile_all("sm_90", launches.reweighted("sm_90"))
+def test_lssa():
+    compile_all("sm_90", launches.lssa("sm_90"))
 
 
 def kernels() -> set[triton.JITFunction]:
@@ -111,11 +111,12 @@ def test_kernels_take_few_arguments():
     )
     for name in (
         "attention_backward",
-        "recurrence",
-        "vocab",
-        "linear",
+        "rowwise",
+        "cross_entropy",
+        "codes",
+        "fused_linear",
         "sinkhorn",
-        "reweighted",
+        "lssa",
         "grouped",
         "gated",
     ):
@@ -164,11 +165,12 @@ def test_small_cards_launch_alike(dtype):
         attention += launches.attention(target, dtype=dtype, mask="full", q_length=1)
         focus = launches.grouped(target, dtype) + launches.gated(target, dtype)
         rows = (
-            launches.vocab(target, dtype)
-            + launches.linear(target, dtype)
-            + launches.recurrence(target, dtype)
+            launches.cross_entropy(target, dtype)
+            + launches.codes(target, dtype)
+            + launches.fused_linear(target, dtype)
+            + launches.rowwise(target, dtype)
         )
-        return attention + focus + rows + launches.reweighted(target, dtype)
+        return attention + focus + rows + launches.lssa(target, dtype)
 
     first, *others = (compiled_as(recorded(target)) for target in ALIKE)
     assert all(other == first for other in others)
@@ -197,14 +199,14 @@ def test_all_grouped_and_gated(target, dtype, head_dim):
 @pytest.mark.slow
 @every_target
 @every_dtype
-@pytest.mark.parametrize("op", ("recurrence", "vocab", "linear", "sinkhorn", "reweighted"))
+@pytest.mark.parametrize("op", ("rowwise", "cross_entropy", "codes", "fused_linear", "sinkhorn", "lssa"))
 def test_all_row_kernels(target, dtype, op):
     if op == "sinkhorn":
         groups = turn((2, 16, 63), (_triton.DTYPES, dtype), (DISTINCT, target))
         compile_all(target, launches.sinkhorn(target, dtype, groups))
-    elif op == "reweighted":
-        compile_all(target, launches.reweighted(target, dtype))
-        compile_all(target, launches.reweighted(target, dtype, None))
+    elif op == "lssa":
+        compile_all(target, launches.lssa(target, dtype))
+        compile_all(target, launches.lssa(target, dtype, None))
     else:
         compile_all(target, getattr(launches, op)(target, dtype))
 
@@ -269,7 +271,7 @@ def test_products_do_not_wait_for_loads():
     recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.attention("sm_90", mask="dense", bias=True, head_dim=64)
     recorded += launches.attention_backward("sm_90", mask="dense", bias=True, head_dim=64)
-    recorded += launches.grouped("sm_90") + launches.gated("sm_90") + launches.reweighted("sm_90")
+    recorded += launches.grouped("sm_90") + launches.gated("sm_90") + launches.lssa("sm_90")
     with_products = [(one, k) for one, k in compiled("sm_90", recorded) if "wgmma.mma_async" in k.asm["ptx"]]
     assert len(with_products) >= 15
     for launch, kernel in with_products:
@@ -298,8 +300,8 @@ def test_offsets_are_64_bits_wide():
     recorded = launches.attention("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.attention_backward("sm_90", score="sigmoid", mask="full", head_dim=64)
     recorded += launches.grouped("sm_90") + launches.gated("sm_90")
-    recorded += launches.linear("sm_90") + launches.sinkhorn("sm_90") + launches.recurrence("sm_90")[-2:]
-    recorded += [one for one in launches.vocab("sm_90") if one.kernel.__name__ == "_sample_kernel"]
+    recorded += launches.fused_linear("sm_90") + launches.sinkhorn("sm_90") + launches.rowwise("sm_90")[-2:]
+    recorded += [one for one in launches.codes("sm_90") if one.kernel.__name__ == "_sample_kernel"]
     for launch, kernel in compiled("sm_90", recorded):
         ttir = kernel.asm["ttir"]
         assert re.search(r"arith\.muli .*i64", ttir)

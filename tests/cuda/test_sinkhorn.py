@@ -5,7 +5,7 @@ import torch
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.ops.grouped import reference
+from fastattn.ops.sinkhorn import reference
 from fastattn.runtime import cuda as _cuda
 from fastattn.runtime import tuning as _config
 

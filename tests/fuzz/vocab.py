@@ -93,9 +93,10 @@ def check(case: dict) -> None:
 
 @contextlib.contextmanager
 def settings(case: dict):
-    from fastattn.ops.vocab import chunked, cpu, cpu_codes
+    from fastattn.ops.codes import cpu as codes_cpu
+    from fastattn.ops.cross_entropy import chunked, cpu
 
-    threads, modules = torch.get_num_threads(), (cpu, cpu_codes, chunked)
+    threads, modules = torch.get_num_threads(), (cpu, codes_cpu, chunked)
     before = [module._MIB for module in modules]
     isas = testing.isas()
     try:

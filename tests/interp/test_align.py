@@ -43,7 +43,7 @@ def test_more_queries_than_keys(nan_outputs):
 
 
 @pytest.mark.parametrize("power", (None, 3))
-def test_reweighted(nan_outputs, power):
+def test_lssa(nan_outputs, power):
     mask = fa.Mask(causal=True, **ALIGNED)
     check(
         lambda *x, backend: fa.softplus_attention(*x, power=power, mask=mask, backend=backend),

@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
 OPS = [
     "attention_cpu",
-    "linear",
+    "fused_linear",
     "matvec",
-    "reweighted",
+    "lssa",
     "grouped",
     "gated",
-    "recurrence",
+    "rowwise",
     "sinkhorn",
-    "vocab_cpu",
+    "cross_entropy",
+    "codes",
     "every_op",
 ]
 TESTS = [

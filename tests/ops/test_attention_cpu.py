@@ -345,7 +345,7 @@ def test_small_sigmoid_weights_are_relatively_accurate(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softplus_of_equal_values_is_that_value(isa, nan_outputs, dtype):
-    """As LSSA's in test_reweighted.py: the rounding that a row's weights have in common does not show."""
+    """As LSSA's in test_lssa.py: the rounding that a row's weights have in common does not show."""
     q, k, v = testing.attention_inputs(1, 2, 2, 70, 70, 64, dtype=dtype, requires_grad=False)
     v = torch.full_like(v, 2 - torch.finfo(dtype).eps)
     out = fa.attention(q, k, v, score="softplus", mask=fa.Mask(causal=True), backend="cpu")

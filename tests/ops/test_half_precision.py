@@ -69,7 +69,7 @@ def test_scores(dtype, score):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("power", (None, 1, 3.5))
-def test_reweighted(dtype, power):
+def test_lssa(dtype, power):
     inputs = testing.attention_inputs(1, 4, 2, 33, 33, 16, dtype=dtype, scale=2.0)
 
     def op(*qkv):

@@ -1,4 +1,4 @@
-"""The calls that grouped and gated attention's kernels are tuned by."""
+"""The calls that grouped attention's kernels are tuned by."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from fastattn import testing
 from fastattn.autotune.space import Workload
 
-from . import gated_attention, grouped_attention, sinkhorn
+from . import grouped_attention
 
 _CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
-_GROUPS = 16
+GROUPS = 16
 
 
 def _shapes(effort: str, target) -> list[dict]:
@@ -31,35 +31,22 @@ def _shapes(effort: str, target) -> list[dict]:
     ]
 
 
-def _qkv(shape: dict, device: torch.device, seed: int) -> tuple:
+def attention_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
     sizes = (shape["batch"], shape["heads"], shape["kv_heads"], shape["length"], shape["length"])
     dtype = getattr(torch, shape["dtype"])
     return testing.attention_inputs(*sizes, shape["head_dim"], dtype=dtype, seed=seed, device=device)
 
 
-def _grouped_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
+def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
     generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(_GROUPS, (shape["batch"], shape["length"]), generator=generator)
-    return *_qkv(shape, device, seed), (1 << bits).to(device)  # one group a token, as top_k=1 gives
+    bits = torch.randint(GROUPS, (shape["batch"], shape["length"]), generator=generator)
+    signatures = 1 << bits  # one group a token, as top_k=1 gives
+    return *attention_inputs(shape, device, seed), signatures.to(device)
 
 
-def _grouped(backend: str):
+def _calls(backend: str):
     def call(shape: dict, q, k, v, groups):
         return grouped_attention(q, k, v, groups, window=shape["window"], backend=backend)
-
-    return call
-
-
-def _gated_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(shape["batch"], shape["length"], _GROUPS, generator=generator)
-    assignment = scores.softmax(-1).to(device)
-    return *_qkv(shape, device, seed), assignment.requires_grad_(True)
-
-
-def _gated(backend: str):
-    def call(shape: dict, q, k, v, assignment):
-        return gated_attention(q, k, v, assignment, window=shape["window"], backend=backend)
 
     return call
 
@@ -75,62 +62,24 @@ def _gpu_shapes(effort: str, target) -> list[dict]:
     return [{**heads, "dtype": dtype, "length": length} for dtype in dtypes for length in lengths]
 
 
-def _sinkhorn_shapes(effort: str, target) -> list[dict]:
-    lengths = (8192,) if effort == "quick" else (1024, 8192, 65536)
-    return [
-        {"batch": 1, "length": length, "groups": groups, "dtype": "bfloat16"}
-        for groups in ((8,) if effort == "quick" else (8, 16))
-        for length in lengths
-    ]
-
-
-def _sinkhorn_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
-    sizes = shape["batch"], shape["length"], shape["groups"]
-    return (testing.random_tensor(*sizes, dtype=getattr(torch, shape["dtype"]), seed=seed).to(device),)
-
-
-def _sinkhorn(backend: str):
-    def call(shape: dict, scores):
-        return sinkhorn(scores, backend=backend)
-
-    return call
-
-
-def _workload(op: str, inputs, call, timed: str, backend: str, shapes, device: str) -> Workload:
-    return Workload(
-        op,
-        backend,
-        shapes=shapes,
-        inputs=inputs,
-        call=call(backend),
-        reference=call("reference"),
-        timed=timed,
-        terms=lambda shape: shape["length"],
-        check_shape=_check_shape,
-        devices=(device,),
+def workloads(op: str, inputs, calls) -> tuple[Workload, ...]:
+    """Of an attention op with a window and its backward: on the CPU, and in Triton on a GPU."""
+    return tuple(
+        Workload(
+            name,
+            backend,
+            shapes=shapes,
+            inputs=inputs,
+            call=calls(backend),
+            reference=calls("reference"),
+            timed=timed,
+            terms=lambda shape: shape["length"],
+            check_shape=_check_shape,
+            devices=(device,),
+        )
+        for backend, shapes, device in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
+        for name, timed in ((op, "forward"), (f"{op}_backward", "backward"))
     )
 
 
-WORKLOADS = tuple(
-    _workload(*row, *rest)
-    for rest in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
-    for row in (
-        ("grouped_attention", _grouped_inputs, _grouped, "forward"),
-        ("grouped_attention_backward", _grouped_inputs, _grouped, "backward"),
-        ("gated_attention", _gated_inputs, _gated, "forward"),
-        ("gated_attention_backward", _gated_inputs, _gated, "backward"),
-    )
-)
-WORKLOADS += tuple(
-    Workload(
-        "sinkhorn",
-        backend,
-        shapes=_sinkhorn_shapes,
-        inputs=_sinkhorn_inputs,
-        call=_sinkhorn(backend),
-        reference=_sinkhorn("reference"),
-        terms=lambda shape: shape["length"],
-        devices=("cuda",),
-    )
-    for backend in ("triton", "cuda")
-)
+WORKLOADS = workloads("grouped_attention", _inputs, _calls)

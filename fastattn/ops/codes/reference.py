@@ -1,0 +1,131 @@
+"""The definitions of heads of shared rows and their gradients, in plain torch: dense, over every token."""
+
+import torch
+
+from ..cross_entropy.reference import (
+    counted_rows,
+    grad_of_rows,
+    reduced,
+    row_loss,
+    row_loss_gradient,
+    spread,
+    wide,
+)
+
+
+def vq_logits(
+    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return dense_logits(wide(h), wide(codebook), codes, bias).to(h.dtype)
+
+
+def vq_logits_gradients(grad, h, codebook, codes, bias) -> tuple[torch.Tensor | None, ...]:
+    """For h, codebook and bias."""
+    g = wide(grad)
+    rows = g.T @ wide(h)  # (V, d)
+    return (
+        (g @ wide(codebook)[codes.long()]).to(h.dtype),
+        _by_code(rows, codes, codebook),
+        None if bias is None else g.sum(0).to(bias.dtype),
+    )
+
+
+def _by_code(rows: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(V, d) summed over the tokens of each code."""
+    return torch.zeros_like(codebook, dtype=rows.dtype).index_add(0, codes.long(), rows).to(codebook.dtype)
+
+
+def dense_logits(
+    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    logits = (h @ codebook.T)[:, codes.long()]  # (N, V), bitwise one product a code
+    return logits if bias is None else logits + wide(bias)
+
+
+def vq_cross_entropy(
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    bias: torch.Tensor | None,
+    shadow: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss () or (N,), statistics (2, N)); shadow has a gradient, as if its rows were those of the codes, and no value."""
+    where = counted_rows(target, ignore_index)
+    x = dense_logits(wide(h.index_select(0, where)), wide(codebook), codes, bias)
+    loss, statistics = row_loss(x, target.index_select(0, where))
+    return reduced(loss, statistics, where, target.shape[0], reduction)
+
+
+def vq_cross_entropy_gradients(
+    grad, h, codebook, codes, bias, shadow, target, ignore_index, reduction
+) -> tuple[torch.Tensor | None, ...]:
+    """For h, codebook, bias and shadow."""
+    where = counted_rows(target, ignore_index)
+    valid = wide(h.index_select(0, where))
+    x = dense_logits(valid, wide(codebook), codes, bias)
+    g, _ = row_loss_gradient(x, target.index_select(0, where), grad_of_rows(grad, where, reduction))
+    rows = g.T @ valid  # (V, d)
+    return (
+        spread(g @ wide(codebook)[codes.long()], where, h),
+        _by_code(rows, codes, codebook),
+        None if bias is None else g.sum(0).to(bias.dtype),
+        None if shadow is None else rows.to(shadow.dtype),
+    )
+
+
+def vq_argmax(
+    h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    scores = _products(h.double(), codebook.double())[:, codes.long()]
+    return _first_largest(scores if bias is None else scores + bias)
+
+
+def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """x codebook^T, whose columns for equal vectors are bitwise equal: a product may round by its place."""
+    distinct, which = codebook.unique(dim=0, return_inverse=True)
+    return (x @ distinct.T)[:, which]
+
+
+def _first_largest(x: torch.Tensor) -> torch.Tensor:
+    """torch.argmax with the lowest index among equals, which torch leaves open."""
+    positions = torch.arange(x.shape[1], device=x.device)
+    return torch.where(x == x.amax(1, keepdim=True), positions, x.shape[1] - 1).amin(1)
+
+
+def vq_sample(
+    h: torch.Tensor,
+    codebook: torch.Tensor,
+    codes: torch.Tensor,
+    bias: torch.Tensor | None,
+    uniform: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """uniform (N, 2) in [0, 1): the first picks the code, the second the token within it, by cumulative probability."""
+    temperature = max(temperature, torch.finfo(torch.float64).tiny)
+    count, codes = codebook.shape[0], codes.long()
+    bias = uniform.new_zeros(codes.shape) if bias is None else bias.double()
+    most = bias.new_full((count,), -torch.inf).scatter_reduce(0, codes, bias, "amax")  # (K,)
+    # of a token beside its code's likeliest, which is not rounded at the size of the products
+    tokens = torch.where(bias == -torch.inf, 0.0, ((bias - most[codes]) / temperature).exp())  # (V,)
+    scores = h.double() @ codebook.double().T + most  # (N, K)
+    scores = torch.where(most == -torch.inf, -torch.inf, scores)
+    weights = ((scores - scores.amax(1, keepdim=True)) / temperature).exp()
+    of_code = weights * tokens.new_zeros(count).index_add(0, codes, tokens)
+    code = _pick(of_code, uniform[:, 0])
+    within = torch.where(codes[None] == code[:, None], tokens, 0.0)
+    return _pick(within, uniform[:, 1])
+
+
+def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight is over uniform times the total; some index where a weight is NaN."""
+    cumulative = weights.cumsum(1)
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return found.clamp(max=weights.shape[1] - 1)
+
+
+def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    x, codebook = x.double(), codebook.double()
+    return _first_largest(_products(x, codebook) - codebook.square().sum(1) / 2)

@@ -1,0 +1,434 @@
+"""Heads of shared rows in Triton: K-way products and row kernels; sums over codes and tokens go in a fixed order, no atomics."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime import triton as _triton
+from ...runtime.triton import offset
+from ..cross_entropy.chunked import (
+    chunked_rows,
+    chunks,
+    empty_statistics,
+    product,
+    reduced,
+    returned,
+    upstream,
+)
+from ..cross_entropy.triton import configure, refusal, row_kernel
+from ..vocabulary import inverse
+
+__all__ = ["configure", "refusal"]
+
+_IGNORED = -1
+_SUM_BLOCK = 128
+
+
+@triton.jit
+def _segment_sum_kernel(
+    values, weights, order, offsets, out, columns, value_stride, BLOCK: tl.constexpr, WEIGHED: tl.constexpr
+):
+    """out[s] = sum of weights[t] values[t] over the rows t of segment s, in order."""
+    segment = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    acc = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.load(offsets + segment), tl.load(offsets + segment + 1)):
+        row = tl.load(order + i)
+        value = tl.load(values + offset(row, value_stride) + at, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHED:
+            value *= tl.load(weights + row)
+        acc += value
+    tl.store(out + offset(segment, columns) + at, acc, mask=inside)
+
+
+@triton.jit
+def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_temperature, BLOCK: tl.constexpr):
+    """Of one code's tokens: the largest bias, the first token that has it, and the logsumexp of what theirs are above it,
+    over temperature."""
+    code = tl.program_id(0)
+    begin = tl.load(offsets + code)
+    end = tl.load(offsets + code + 1)
+    at = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    first = tl.full([BLOCK], 1 << 62, tl.int64)
+    for base in range(begin, end, BLOCK):
+        inside = base + at < end
+        token = tl.load(order + base + at, mask=inside, other=0)
+        value = tl.where(inside, 0.0, float("-inf"))
+        if bias is not None:
+            value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
+        # tokens of a code come in rising order: the first largest is the lowest
+        better = inside & ((value > top) | (first == 1 << 62))
+        first = tl.where(better, token, first)
+        top = tl.maximum(top, value)
+    most = tl.max(top, 0)
+    finite = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.zeros([BLOCK], tl.float32)
+    for base in range(begin, end, BLOCK):
+        inside = base + at < end
+        value = tl.where(inside, 0.0, float("-inf"))
+        if bias is not None:
+            token = tl.load(order + base + at, mask=inside, other=0)
+            value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
+        total += tl.exp((value - finite) * inverse_temperature)
+    tl.store(beta + code, tl.log(tl.sum(total, 0)))
+    tl.store(largest + code, most)
+    named = tl.min(tl.where(top == most, first, 1 << 62), 0)
+    # a maximum of NaN, which equals nothing, names the code's first token
+    tl.store(best + code, tl.where(named == 1 << 62, tl.min(first, 0), named))
+
+
+@triton.jit
+def _expand_kernel(scores, codes, bias, out, classes, tokens, BLOCK: tl.constexpr):
+    """logits[n, i] = scores[n, codes[i]] + bias[i]."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tokens
+    code = tl.load(codes + at, mask=inside, other=0)
+    value = tl.load(scores + offset(row, classes) + code, mask=inside, other=0.0)
+    if bias is not None:
+        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offset(row, tokens) + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _best_kernel(
+    scores, x, codebook, offsets, ids, norms, out, classes, width, x_row, codebook_row, slack, spread,
+    BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The largest score + offset of one row: those within rounding of it are formed again in float64; the lowest id of equals."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_W)
+    score_row = scores + offset(row, classes)
+    top = tl.full([BLOCK], float("-inf"), tl.float64)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
+        top = tl.maximum(top, value + tl.load(offsets + first + at, mask=inside, other=float("-inf")))
+    highest = tl.max(top, 0)
+    reach = 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
+    # products beyond float32 and a NaN put nothing in order: every code is compared
+    floor = tl.where((highest < float("inf")) & (reach < float("inf")), highest - reach, float("-inf"))
+    best = tl.full([], float("-inf"), tl.float64)
+    found = tl.full([], 1 << 62, tl.int64)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
+        value += tl.load(offsets + first + at, mask=inside, other=float("-inf"))
+        near = inside & ~(value < floor)
+        code = tl.min(tl.where(near, first + at, classes), 0)
+        while code < classes:
+            exact = tl.zeros([BLOCK_W], tl.float64)
+            for begin in range(0, width, BLOCK_W):
+                there = begin + columns < width
+                a = tl.load(x + offset(row, x_row) + begin + columns, mask=there, other=0.0)
+                b = tl.load(codebook + offset(code, codebook_row) + begin + columns, mask=there, other=0.0)
+                exact += a.to(tl.float64) * b.to(tl.float64)
+            sum64 = tl.sum(exact, 0) + tl.load(offsets + code)
+            token = code.to(tl.int64)
+            if ids is not None:
+                token = tl.load(ids + code)
+            better = (sum64 > best) | ((sum64 == best) & (token < found))
+            found = tl.where(better, token, found)
+            best = tl.where(better, sum64, best)
+            code = tl.min(tl.where(near & (first + at > code), first + at, classes), 0)
+    if found == 1 << 62:  # nothing is above -inf: the lowest id, which is always a valid one
+        for first in range(0, classes, BLOCK):
+            token = (first + at).to(tl.int64)
+            if ids is not None:
+                token = tl.load(ids + first + at, mask=first + at < classes, other=1 << 62)
+            found = tl.minimum(found, tl.min(token, 0))
+    tl.store(out + row, found)
+
+
+@triton.jit
+def _weights(base, other, rest, at, end, factor, shift):
+    """exp((base + other - shift) * factor + rest) at `at`, 0 from `end` on, in float64."""
+    inside = at < end
+    value = tl.load(base + at, mask=inside, other=float("-inf"))
+    if other is not None:
+        value += tl.load(other + at, mask=inside, other=float("-inf"))
+    value = (value - shift) * factor
+    if rest is not None:
+        value += tl.load(rest + at, mask=inside, other=float("-inf"))
+    return tl.where(inside, tl.exp(value), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _draw(base, other, rest, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
+    """The first of [begin, end) whose cumulative weight is over uniform times the total; the last that has one where rounding
+    leaves none; `begin` where no weight is a number."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(begin, end, BLOCK):
+        total += _weights(base, other, rest, first + at, end, factor, shift)
+    goal = uniform * tl.sum(total, 0)
+    before = tl.zeros([], tl.float64)
+    found = tl.full([], 1 << 62, tl.int64)
+    last = tl.zeros([], tl.int64) + begin
+    for first in range(begin, end, BLOCK):
+        weight = _weights(base, other, rest, first + at, end, factor, shift)
+        index = (first + at).to(tl.int64)
+        over = (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
+        found = tl.minimum(found, tl.min(tl.where(over, index, 1 << 62), 0))
+        last = tl.maximum(last, tl.max(tl.where(weight > 0.0, index, 0), 0))
+        before += tl.sum(weight, 0)
+    return tl.where(found < 1 << 62, found, last)
+
+
+@triton.jit
+def _sample_kernel(
+    scores,
+    uniform,
+    largest,
+    beta,
+    bias,
+    order,
+    offsets,
+    out,
+    classes,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """A code by the row's first uniform, then one of its tokens by the second; `bias` is in `order`."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    score_row = scores + offset(row, classes)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, classes, BLOCK):
+        inside = first + at < classes
+        value = tl.load(score_row + first + at, mask=inside, other=float("-inf"))
+        top = tl.maximum(top, value + tl.load(largest + first + at, mask=inside, other=float("-inf")))
+    # differences from the best token, so that no small temperature makes two infinities
+    code = _draw(
+        score_row,
+        largest,
+        beta,
+        0,
+        classes,
+        inverse_temperature,
+        tl.max(top, 0),
+        tl.load(uniform + offset(row, 2)),
+        BLOCK,
+    )
+    begin = tl.load(offsets + code)
+    end = tl.load(offsets + code + 1)
+    second = tl.load(uniform + offset(row, 2) + 1)
+    if bias is not None:
+        chosen = _draw(
+            bias, None, None, begin, end, inverse_temperature, tl.load(largest + code), second, BLOCK
+        )
+    else:
+        chosen = begin + tl.minimum((second * (end - begin).to(tl.float64)).to(tl.int64), end - begin - 1)
+    # a row of NaN can name a code without tokens
+    tl.store(out + row, tl.load(order + chosen, mask=end > begin, other=0))
+
+
+def _segments(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order (N,) of the rows by key, earlier first; offsets (count + 1,) of each key's rows in it); other keys are left out."""
+    ordered, order = keys.long().sort(stable=True)
+    bounds = torch.arange(count + 1, device=keys.device)
+    return order, torch.searchsorted(ordered, bounds)
+
+
+def _segment_sum(values, weights, keys, count: int) -> torch.Tensor:
+    """(count, C) float32: the rows of values (N, C), times weights (N,), summed by key."""
+    order, offsets = _segments(keys, count)
+    columns = values.shape[1]
+    out = values.new_empty(count, columns, dtype=torch.float32)
+    values = _triton.last_dim_contiguous(values)
+    block = min(_SUM_BLOCK, _triton.block(columns))
+    _triton.launch(
+        _segment_sum_kernel, (count, triton.cdiv(columns, block)), values, weights, order, offsets, out, columns,
+        values.stride(0), BLOCK=block, WEIGHED=weights is not None, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _code_statistics(
+    codes, bias, order, offsets, inverse_temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each code's tokens (logsumexp of what their bias is above the largest, over temperature; the largest bias; the
+    first token that has it)."""
+    count = offsets.shape[0] - 1
+    beta, largest = torch.empty(2, count, dtype=torch.float32, device=codes.device)
+    best = torch.empty(count, dtype=torch.int64, device=codes.device)
+    _triton.launch(
+        _code_bias_kernel, (count,), bias, order, offsets, beta, largest, best, inverse_temperature, BLOCK=128, num_warps=1
+    )  # fmt: skip
+    return beta, largest, best
+
+
+def _below(own: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """largest - own of biases, 0 where both are -inf."""
+    return torch.where(own == largest, 0.0, largest - own)
+
+
+def _shares(codes, bias, largest, beta) -> torch.Tensor:
+    """(V,): the probability of a token given its code."""
+    below = beta[codes] if bias is None else _below(bias.float(), largest[codes]) + beta[codes]
+    return torch.where(below == -torch.inf, 0.0, (-below).exp())  # -inf: all tokens of the code are left out
+
+
+def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=None, statistics, wanted=0):
+    """Gradients of h, codebook, bias and shadow; the row losses and their statistics where `loss` is given.
+
+    A code's logit is that of its likeliest token, and the others' share in its weight is never added to the logit itself,
+    which is rounded at its own size."""
+    codes = codes.long()
+    bias = None if bias is None else bias.contiguous()
+    beta, largest, _ = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
+    counted = target != ignore_index
+    token = target.long().masked_fill(~counted, 0)
+    code = codes[token].masked_fill(~counted, _IGNORED)
+    # codebook's gradient serves shadow as well, and the sums over rows serve bias
+    inner = (wanted & 1) | (2 if wanted & 10 else 0) | (wanted & 4)
+    options = {"stablemax": False, "softcap": 0.0, "z_loss": 0.0, "ignore_index": _IGNORED}
+    mib = configure(h, codebook).values["chunk_mib"]
+    dh, dcodebook, mass, _ = chunked_rows(
+        row_kernel,
+        mib,
+        h,
+        codebook,
+        largest,
+        code,
+        None,
+        options,
+        log_count=beta,
+        grad=grad,
+        loss=loss,
+        statistics=statistics,
+        wanted=inner,
+    )
+    if loss is not None and bias is not None:
+        loss += _below(bias.float()[token], largest[code.clamp(min=0)]).masked_fill(~counted, 0.0)
+    dbias = dshadow = None
+    if wanted & 12:
+        count, tokens = codebook.shape[0], codes.shape[0]
+        label = token.masked_fill(~counted, _IGNORED)
+        share = _shares(codes, bias, largest, beta)
+    if wanted & 4:
+        column = grad[:, None]
+        mass = mass + _segment_sum(column, None, code, count)[:, 0]  # what the one-hot had taken out
+        dbias = share * mass[codes] - _segment_sum(column, None, label, tokens)[:, 0]
+    if wanted & 8:
+        whole = dcodebook + _segment_sum(h, grad, code, count)  # P^T h
+        dshadow = share[:, None] * whole[codes] - _segment_sum(h, grad, label, tokens)
+    return dh, dcodebook if wanted & 2 else None, dbias, dshadow
+
+
+def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
+    loss, statistics = empty_statistics(h)
+    one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
+    grad = upstream(one, target, ignore_index, reduction) if gradients else None
+    found = _loss(
+        h,
+        codebook,
+        codes,
+        bias,
+        target,
+        ignore_index,
+        grad=grad,
+        loss=loss,
+        statistics=statistics,
+        wanted=gradients,
+    )
+    loss = reduced(loss, target, ignore_index, reduction)
+    return loss, statistics, *returned(found, (h, codebook, bias, shadow))
+
+
+def vq_cross_entropy_backward(
+    grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
+):
+    grad = upstream(grad, target, ignore_index, reduction)
+    found = _loss(
+        h, codebook, codes, bias, target, ignore_index, grad=grad, statistics=statistics, wanted=wanted
+    )
+    return returned(found, (h, codebook, bias, shadow))
+
+
+def vq_logits(h, codebook, codes, bias):
+    logits = h.new_empty(h.shape[0], codes.shape[0])
+    codes, bias = codes.contiguous(), None if bias is None else bias.contiguous()
+    classes, tokens = codebook.shape[0], codes.shape[0]
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        scores = product(h[begin:end], codebook.T)
+        _triton.launch(
+            _expand_kernel, (end - begin, triton.cdiv(tokens, 1024)), scores, codes, bias, logits[begin:end], classes,
+            tokens, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return logits
+
+
+def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
+    classes = codebook.shape[0]
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
+    dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32) if wanted & 2 else None
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        if not wanted & 3:
+            break
+        part = h[begin:end]
+        # tokens of a code summed for every row: (K, rows), whose 16-bit copy goes into the products
+        collected = _segment_sum(grad[begin:end].T.contiguous(), None, codes, classes).to(h.dtype)
+        if dh is not None:
+            dh[begin:end] = product(collected.T, codebook).to(h.dtype)
+        if dcodebook is not None:
+            dcodebook += product(collected, part)
+    dbias = grad.sum(0, dtype=torch.float32) if wanted & 4 else None
+    return returned((dh, dcodebook, dbias), (h, codebook, bias))
+
+
+def _best(x, codebook, offsets, ids) -> torch.Tensor:
+    """The id of the largest x . codebook_k + offsets_k (float64), the lowest among equals.
+
+    Products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order; 1.01 covers the norms' own rounding.
+    Below 2^-126 a product may lose all of itself.
+    """
+    found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    x, codebook = _triton.last_dim_contiguous(x), _triton.last_dim_contiguous(codebook)
+    classes, width = codebook.shape
+    largest = torch.linalg.vector_norm(codebook.float(), dim=1).amax()
+    # one term of TF32 loses 2^-11 where torch was told that this will do
+    unit = 2.0**-9 if x.dtype == torch.float32 and _triton.tf32_will_do() else 2.0**-23
+    norms = torch.linalg.vector_norm(x.float(), dim=1).double() * largest
+    spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52 + (width + 4) * 2.0**-125
+    for begin, end in chunks(x.shape[0], classes, configure(x, codebook).values["chunk_mib"]):
+        part = x[begin:end]
+        _triton.launch(
+            _best_kernel, (end - begin,), product(part, codebook.T), part, codebook, offsets, ids, norms[begin:end],
+            found[begin:end], classes, width, part.stride(0), codebook.stride(0), 1.01 * (width + 4) * unit, spread,
+            BLOCK=min(1024, _triton.block(classes)), BLOCK_W=min(256, _triton.block(width)), num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def vq_argmax(h, codebook, codes, bias):
+    bias = None if bias is None else bias.contiguous()
+    _, largest, best = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
+    return _best(h, codebook, largest.double(), best)
+
+
+def nearest_codes(x, codebook):
+    return _best(x, codebook, codebook.double().square().sum(1) / -2, None)
+
+
+def refusal_sample(h, codebook, codes, bias, uniform, temperature) -> str | None:
+    return refusal(h, codebook, bias)
+
+
+def vq_sample(h, codebook, codes, bias, uniform, temperature):
+    classes, over = codebook.shape[0], inverse(temperature)
+    order, offsets = _segments(codes, classes)
+    bias = None if bias is None else bias.float().contiguous()
+    beta, largest, _ = _code_statistics(codes, bias, order, offsets, over)
+    in_order = None if bias is None else bias[order]
+    uniform = uniform.contiguous()
+    found = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
+    for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
+        _triton.launch(
+            _sample_kernel, (end - begin,), product(h[begin:end], codebook.T), uniform[begin:end], largest, beta,
+            in_order, order, offsets, found[begin:end], classes, over, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
+        )  # fmt: skip
+    return found

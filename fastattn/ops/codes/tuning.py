@@ -1,0 +1,11 @@
+"""What the CPU ops on codes can be tuned by: how much of the products with the codebook is held at once."""
+
+from ...runtime.tuning import Parameter, declare
+
+declare(
+    "vq_cross_entropy",
+    "cpu",
+    parameters={"chunk_mib": Parameter(16, (4, 8, 16, 32, 64))},
+    structural=("dtype",),
+    sizes=("rows", "codes", "width"),
+)

@@ -1,0 +1,106 @@
+"""What the cross-entropies ask of their arguments, whoever calls them."""
+
+from ...runtime import checks as _checks
+from ..vocabulary import (
+    check_by_token,
+    check_loss,
+    check_loss_gradient,
+    check_products,
+    check_rows,
+    check_target,
+    check_targets,
+    check_wanted,
+)
+
+TRANSFORMS = (None, "stablemax")  # by code
+LEAST_SOFTCAP = 2.0**-100  # kernels take its reciprocal in float32
+
+
+# --- linear_cross_entropy --------------------------------------------------------------------------------------------
+
+
+def _check_linear(
+    op: str, h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction
+) -> None:
+    check_products(op, "h", h, "weight", weight, "V")
+    check_by_token(op, "bias", bias, (weight.shape[0],), h, "one a class")
+    check_loss(op, target, h, ignore_index, reduction)
+    if not 0 <= transform < len(TRANSFORMS):
+        known = ", ".join(f"{code} ({name})" for code, name in enumerate(TRANSFORMS))
+        raise ValueError(f"fastattn.{op}: transform must be one of {known}, given {transform}")
+    _checks.check_positive(op, "softcap", softcap, zero=True)
+    if 0 < softcap < LEAST_SOFTCAP:
+        raise ValueError(
+            f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
+        )
+    _checks.check_positive(op, "z_loss", z_loss, zero=True)
+    if temperature is not None:
+        statistics = _checks.statistics_dtype(h)
+        _checks.check_exact(op, "temperature", temperature, (h.shape[0],), statistics, h.device, "one a row")
+
+
+def check_linear_cross_entropy(h, weight, bias, target, temperature, *options) -> None:
+    *options, gradients = options
+    op = "linear_cross_entropy"
+    _check_linear(op, h, weight, bias, target, temperature, *options)
+    check_wanted(op, "gradients", gradients, (h, weight, bias, temperature))
+
+
+def check_linear_cross_entropy_backward(
+    grad, h, weight, bias, target, temperature, statistics, *options
+) -> None:
+    *options, wanted = options
+    op = "linear_cross_entropy_backward"
+    _check_linear(op, h, weight, bias, target, temperature, *options)
+    check_loss_gradient(op, grad, statistics, h, options[-1])
+    check_wanted(op, "wanted", wanted, (h, weight, bias, temperature))
+
+
+def _linear_contents(op: str, weight, target, temperature, ignore_index) -> None:
+    check_targets(op, target, weight.shape[0], ignore_index)
+    if temperature is None or temperature.device.type != "cpu" or temperature.numel() == 0:
+        return
+    if not bool((temperature > 0).all()):
+        raise ValueError(
+            f"fastattn.{op}: temperature must be more than zero everywhere, given {temperature.min().item()!r}"
+        )
+
+
+def check_linear_cross_entropy_contents(h, weight, bias, target, temperature, *options) -> None:
+    _linear_contents("linear_cross_entropy", weight, target, temperature, options[3])
+
+
+def check_linear_cross_entropy_backward_contents(
+    grad, h, weight, bias, target, temperature, statistics, *options
+) -> None:
+    _linear_contents("linear_cross_entropy_backward", weight, target, temperature, options[3])
+
+
+# --- stablemax_cross_entropy -----------------------------------------------------------------------------------------
+
+
+def _check_stablemax(op: str, logits, target, ignore_index) -> None:
+    _checks.check_tensor(op, "logits", logits, dims=2)
+    check_rows(op, "logits", logits)
+    check_target(op, target, (logits.shape[0],), ignore_index)
+    _checks.check_same_device(op, logits=logits, target=target)
+
+
+def check_stablemax_cross_entropy(logits, target, ignore_index) -> None:
+    _check_stablemax("stablemax_cross_entropy", logits, target, ignore_index)
+
+
+def check_stablemax_cross_entropy_contents(logits, target, ignore_index) -> None:
+    check_targets("stablemax_cross_entropy", target, logits.shape[1], ignore_index)
+
+
+def check_stablemax_cross_entropy_backward(grad_out, logits, statistics, target, ignore_index) -> None:
+    op = "stablemax_cross_entropy_backward"
+    _check_stablemax(op, logits, target, ignore_index)
+    check_loss_gradient(op, grad_out, statistics, logits, "none", "grad_out")
+
+
+def check_stablemax_cross_entropy_backward_contents(
+    grad_out, logits, statistics, target, ignore_index
+) -> None:
+    check_targets("stablemax_cross_entropy_backward", target, logits.shape[1], ignore_index)

@@ -1,0 +1,73 @@
+"""What the ops of Focus share (arXiv 2604.03260): limits, and what is asked of causal attention with a local window."""
+
+import torch
+
+from .. import masks
+from ..runtime import checks as _checks
+from ..runtime import native as _native
+from ..runtime.checks import statistics_dtype
+from ..runtime.tuning import Parameter, declare
+from .attention.checks import check_qkv, check_scale
+
+MAX_GROUPS = _native.limits.groups
+
+
+def check_group_count(op: str, name: str, value: torch.Tensor) -> int:
+    groups = value.shape[2]
+    if not 1 <= groups <= MAX_GROUPS:
+        raise ValueError(
+            f"fastattn.{op}: {name} must be (B, L, G) with G in [1, {MAX_GROUPS}], given G = {groups}"
+        )
+    return groups
+
+
+def as_window(window: int) -> int:
+    """`window`, but no wider than the longest sequence: a sum with it must not overflow."""
+    count = _checks.as_integer(window)
+    return masks.LONGEST if count is not None and count > masks.LONGEST else window
+
+
+def check_causal(op: str, q, k, v, window, scale, mask) -> None:
+    check_qkv(op, q, k, v)
+    if _checks.as_integer(window) is None or window < 0:
+        raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
+    if window > masks.LONGEST:
+        raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")
+    check_scale(op, scale)
+    if mask.prefix_lengths is not None:
+        raise NotImplementedError(
+            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
+        )
+    if not mask.causal:
+        raise NotImplementedError(f"fastattn.{op}: causal must be True; this op is causal")
+    masks.check_args(op, q, k, mask)
+
+
+def attention_fake(q, k, v, *_):
+    """out, and state as in attention's schema, of gated scores where there are gates."""
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=statistics_dtype(q))
+
+
+def declare_tiles(op: str, rows: int) -> None:
+    """What the CPU kernels of an op and its backward, whose blocks have `rows` by default, can be tuned by."""
+    default = _native.defaults("grouped_forward")
+    structural = ("dtype", "head_dim", "value_dim")
+    sizes = ("batch", "heads", "kv_heads", "q_length", "k_length")
+    declare(
+        op,
+        "cpu",
+        parameters={
+            "block_q": Parameter(default["block_q"], (24, 48, 72, 96, 144, 192)),
+            "block_k": Parameter(default["block_k"], (32, 64, 128, 192, 256)),
+            "pack_kib": Parameter(default["pack_kib"], (4096, 16384, 65536)),
+        },
+        structural=structural,
+        sizes=sizes,
+    )
+    declare(
+        f"{op}_backward",
+        "cpu",
+        parameters={"block_q": Parameter(rows, (24, 48, 72, 96, 144, 192))},
+        structural=structural,
+        sizes=sizes,
+    )

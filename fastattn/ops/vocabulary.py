@@ -1,0 +1,136 @@
+"""What the ops over a vocabulary share: cross-entropies of dense logits and heads of shared rows. Rows are (N, d) here; public
+functions take (..., d)."""
+
+import torch
+
+from ..runtime import checks as _checks
+from ..runtime.checks import statistics_dtype
+from ..runtime.declare import gradient_like
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def inverse(temperature: float) -> float:
+    """1 / temperature among float32's normal numbers: one that is 0 or infinite makes NaN of an infinity or a 0."""
+    return min(max(1 / temperature, 2.0**-126), 2.0**126)
+
+
+def needed(*tensors: torch.Tensor | None) -> int:
+    """A bit for each tensor that wants a gradient of this call."""
+    if not torch.is_grad_enabled():
+        return 0
+    return sum(1 << i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
+
+
+# --- what is asked of arguments --------------------------------------------------------------------------------------
+
+
+def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) -> None:
+    """(..., d), floating, with d of 1 or more, and `columns` when given."""
+    _checks.check_floating(op, **{name: t})
+    if t.dim() < 1 or t.shape[-1] < 1:
+        raise ValueError(
+            f"fastattn.{op}: {name} must have a last dim of 1 or more, given {_checks.describe(t)}"
+        )
+    if columns is not None and t.shape[-1] != columns:
+        raise ValueError(
+            f"fastattn.{op}: {name} must have a last dim of {columns}, given {_checks.describe(t)}"
+        )
+
+
+def check_matrix(op: str, name: str, t: torch.Tensor, rows: str) -> None:
+    """(rows, d), neither empty."""
+    _checks.check_tensor(op, name, t, dims=2)
+    if t.shape[0] < 1 or t.shape[1] < 1:
+        raise ValueError(f"fastattn.{op}: {name} must be ({rows}, d), none 0, given {_checks.describe(t)}")
+
+
+def check_wide(op: str, name: str, t: torch.Tensor, like: torch.Tensor) -> None:
+    """Of like's dtype or float32, which a low-precision op may take for a term that needs it."""
+    _checks.check_tensor(op, name, t)
+    if t.dtype != like.dtype and not (t.dtype == torch.float32 and like.dtype != torch.float64):
+        wanted = str(like.dtype).removeprefix("torch.")
+        allowed = wanted if like.dtype in (torch.float32, torch.float64) else f"{wanted} or float32"
+        raise TypeError(f"fastattn.{op}: {name} must be {allowed}, given {_checks.describe(t)}")
+
+
+def check_target(op: str, target: torch.Tensor, shape: tuple[int, ...], ignore_index: int) -> None:
+    """Everything but the contents."""
+    _checks.check_integer(op, "target", target)
+    _checks.check_shape(op, "target", target, shape, "one class a row")
+    if _checks.as_integer(ignore_index) is None:
+        raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {_checks.describe(ignore_index)}")
+
+
+def check_products(op: str, name: str, rows: torch.Tensor, of: str, matrix: torch.Tensor, size: str) -> None:
+    """`rows` (N, d) and `matrix` (size, d) can be multiplied."""
+    _checks.check_tensor(op, name, rows, dims=2)
+    check_matrix(op, of, matrix, size)
+    check_rows(op, name, rows, matrix.shape[1])
+    _checks.check_floating(op, **{name: rows, of: matrix})
+
+
+def check_by_token(op: str, name: str, t: torch.Tensor | None, shape: tuple[int, ...], h, why: str) -> None:
+    if t is not None:
+        check_wide(op, name, t, h)
+        _checks.check_shape(op, name, t, shape, why)
+        _checks.check_same_device(op, h=h, **{name: t})
+
+
+def check_wanted(op: str, name: str, wanted: int, tensors: tuple) -> None:
+    """Bits of the tensors whose gradients are asked for."""
+    there = sum(1 << i for i, t in enumerate(tensors) if t is not None)
+    if not 0 <= wanted < 1 << len(tensors) or wanted & ~there:
+        raise ValueError(
+            f"fastattn.{op}: {name} must be a sum of bits of {there}, those of the tensors given, given {wanted}"
+        )
+
+
+def check_loss(op: str, target, h, ignore_index, reduction) -> None:
+    check_target(op, target, (h.shape[0],), ignore_index)
+    _checks.check_same_device(op, h=h, target=target)
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+
+
+def check_loss_gradient(op: str, grad, statistics, h, reduction: str, name: str = "grad") -> None:
+    dtype, rows = _checks.statistics_dtype(h), h.shape[0]
+    shape = (rows,) if reduction == "none" else ()
+    _checks.check_exact(op, name, grad, shape, dtype, h.device, "the loss's")
+    _checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
+
+
+def check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    _checks.check_range(op, "target", target, 0, classes, also=ignore_index)
+
+
+# --- results and gradients -------------------------------------------------------------------------------------------
+
+
+def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
+    """An empty gradient for each tensor whose bit is set, (0,) for the others."""
+    first = next(t for t in tensors if t is not None)
+    return tuple(gradient_like(t, first, wanted >> i & 1) for i, t in enumerate(tensors))
+
+
+def fake_statistics(rows: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An empty loss, and what backward needs of each row beside it: (2, N), the largest logit and the sum of the weights,
+    of which the largest logit's is 1. A log-sum-exp of both would be rounded at the size of the logits."""
+    statistics = rows.new_empty(2, rows.shape[0], dtype=statistics_dtype(rows))
+    return statistics.new_empty(rows.shape[:1] if reduction == "none" else ()), statistics
+
+
+def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
+    """The gradients whose bit is set, (0,) for the others."""
+    return tuple(g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(found))
+
+
+def saved_or_recomputed(
+    wanted: int, found_before: int, grad: torch.Tensor, saved: tuple, recompute
+) -> list[torch.Tensor | None]:
+    """Gradients of the inputs that want one: those found in the forward pass times `grad`, or recompute(wanted)."""
+    if wanted & ~found_before:
+        found = recompute(wanted)
+    else:
+        # a scalar `grad` leaves the dtype of s, and is not rounded to it first
+        found = [s * grad if wanted >> i & 1 else None for i, s in enumerate(saved)]
+    return [g if wanted >> i & 1 else None for i, g in enumerate(found)]

@@ -1,0 +1,54 @@
+"""What the tests of losses over a vocabulary share: problems, and the CPU compared with the definition in float64."""
+
+import torch
+
+from fastattn import testing
+
+# Relative to the largest value of the float64 result. Loss and gradients are sums of at most 600 products or exponentials in
+# float32, whose errors (each under 4 eps of the largest term) add up to under 600 * 4 * eps32 / 2 = 7e-5 if all had
+# one sign; random signs leave far less, and 1e-5 is asked for. A loss is a difference of two logits and a gradient one of
+# probabilities, each rounded at eps32 of itself: where they cancel to less than a tenth, a tenth is what counts.
+RELATIVE = 1e-5
+
+
+def relative(actual, truth):
+    return testing.max_error(actual, truth) / max(testing.max_finite(truth), 0.1)
+
+
+def compare(op, leaves, grad, tolerance=RELATIVE, **options):
+    """op and its reference, outputs and gradients, the second in float64."""
+    found, gradients = testing.differentiate(lambda *a: op(*a, backend="cpu", **options), leaves, (grad,))
+    truth, true = testing.differentiate(
+        lambda *a: op(*a, backend="reference", **options), testing.to_float64(leaves), (grad,)
+    )
+    assert relative(found[0], truth[0]) <= tolerance
+    assert len(gradients) == len(true)
+    # a gradient sums over rows what may cancel, a probability of 1 less its target: each is off by a few of float32's roundings
+    rows = leaves[0].shape[0] if options.get("reduction") == "sum" else 1
+    summed = rows * float(grad.abs().sum()) * max(testing.max_finite(t) for t in leaves)
+    for a, b in zip(gradients, true, strict=True):
+        bound = tolerance * max(testing.max_finite(b), 0.1) + 4 * 2**-24 * summed
+        assert testing.max_error(a, b) <= bound
+    return found, gradients
+
+
+def dense_problem(n, v, d, seed, ignored, dtype=torch.float32, index=torch.int64):
+    h = testing.random_tensor(n, d, seed=seed, dtype=dtype, requires_grad=True)
+    weight = testing.random_tensor(v, d, seed=seed + 1, dtype=dtype, requires_grad=True)
+    bias = testing.random_tensor(v, seed=seed + 2, requires_grad=True)
+    g = torch.Generator().manual_seed(seed)
+    tau = (torch.rand(n, generator=g) + 0.5).requires_grad_()
+    target = torch.randint(0, v, (n,), generator=g).to(index)
+    target[torch.rand(n, generator=g) < ignored] = -100
+    upstream = torch.rand(n, generator=g) - 0.3  # per row, of either sign
+    return h, weight, bias, tau, target, upstream
+
+
+def check_low_precision(op, leaves, grad):
+    """Losses are float32 and as exact as float32's; gradients are rounded once to their tensor's dtype."""
+    dtype = leaves[0].dtype
+    found, gradients = compare(op, leaves, grad, tolerance=torch.finfo(dtype).eps / 2 + RELATIVE)
+    assert found[0].dtype == torch.float32
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+    truth = op(*testing.to_float64(leaves), backend="reference")
+    assert relative(found[0], truth) <= RELATIVE
