@@ -21,7 +21,7 @@ from fastattn.autotune.space import Config, Shape, Workload
 
 from fastattn import testing
 from fastattn.runtime import device as _device
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import tuning
 
 CPU_FLUSH = 64 << 20  # bytes read before a timed call at most
 GPU_FLUSH = (
@@ -131,7 +131,7 @@ class Bench:
         return case if smaller == case.shape else Case(self.workload, smaller, self.device, seed)
 
     def forced(self, config: Config):
-        return _config.override({(self.workload.op, self.workload.backend): config})
+        return tuning.override({(self.workload.op, self.workload.backend): config})
 
     def check(self, config: Config) -> None:
         """Raise AssertionError unless the configuration is right on every shape."""

@@ -11,7 +11,7 @@ from fastattn.autotune.tuner import OPEN_LIMIT
 from fastattn.autotune.worker import Failure, Unavailable, Worker
 
 from fastattn.runtime import device as _device
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import tuning
 
 SECONDS = 60.0  # for one entry at most
 
@@ -38,7 +38,7 @@ def remeasure(
                 if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
                     yield name, label, None, "does not say what it was measured on"
                     continue
-                default = _config.declared()[op, backend].defaults(key, target)
+                default = tuning.declared()[op, backend].defaults(key, target)
                 if entry["config"] == default:
                     yield name, label, None, "is the default"
                     continue

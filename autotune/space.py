@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import tuning
 from fastattn.runtime.device import Target
 from fastattn.runtime.tuning import Declaration, Value
 
@@ -68,7 +68,7 @@ def workload_modules() -> list[str]:
 
 def load_workloads(modules: Sequence[str]) -> dict[str, tuple[str, Workload]]:
     """{"op.backend": (module, workload)} of these modules, their declarations made."""
-    _config.tunings()
+    tuning.tunings()
     found = {}
     for module in modules:
         for workload in importlib.import_module(module).WORKLOADS:
@@ -192,4 +192,4 @@ def numeric(options: Sequence[Value]) -> bool:
 
 
 def space_of(bucket: Bucket, target: Target) -> Space:
-    return Space(_config.declared()[bucket.op, bucket.backend], bucket.keys, target)
+    return Space(tuning.declared()[bucket.op, bucket.backend], bucket.keys, target)

@@ -13,21 +13,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastattn.runtime import device as _device
-from fastattn.runtime import files as _files
-from fastattn.runtime import tables as _tables
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import device, files, tables, tuning
 
 LOCK_SECONDS = 30.0
 
-_PLAIN = _device.Target("", "", "").describe()  # the type of each field
+_PLAIN = device.Target("", "", "").describe()  # the type of each field
 
 Entry = dict[str, Any]  # key, sizes, config, time_us, default_us, ratio, spread, trials, shapes
 
 
-def user_path(target: _device.Target) -> Path:
+def user_path(target: device.Target) -> Path:
     """This user's table for a device."""
-    return _tables.cache_dir() / "tables" / f"{target.slug}.json"
+    return tables.cache_dir() / "tables" / f"{target.slug}.json"
 
 
 def tuned_with() -> dict[str, str]:
@@ -45,7 +42,7 @@ def tuned_with() -> dict[str, str]:
     return versions
 
 
-def merge(path: Path, target: _device.Target, entries: Mapping[tuple[str, str], Iterable[Entry]]) -> dict:
+def merge(path: Path, target: device.Target, entries: Mapping[tuple[str, str], Iterable[Entry]]) -> dict:
     """Add entries, {(op, backend): [...]}, to a table, in place of those with their key and sizes; the whole.
 
     Raises TimeoutError where another process holds the table for longer than LOCK_SECONDS.
@@ -53,30 +50,30 @@ def merge(path: Path, target: _device.Target, entries: Mapping[tuple[str, str], 
     with _locked(path):
         table = _read_or_set_aside(path, target)
         if table is None:
-            table = {"schema": _tables.SCHEMA, "device": target.describe(), "ops": {}}
+            table = {"schema": tables.SCHEMA, "device": target.describe(), "ops": {}}
         table["tuned_with"] = tuned_with()
         ops = table["ops"] if isinstance(table.get("ops"), dict) else {}
         table["ops"] = ops
         for (op, backend), new in entries.items():
-            kept = {_place(entry): entry for entry in _tables.table_entries(table, op, backend)}
+            kept = {_place(entry): entry for entry in tables.table_entries(table, op, backend)}
             kept.update((_place(entry), entry) for entry in new)
             if not isinstance(ops.get(op), dict):
                 ops[op] = {}
             ops[op][backend] = {"entries": [kept[place] for place in sorted(kept)]}
-            declaration = _config.declared().get((op, backend))
+            declaration = tuning.declared().get((op, backend))
             if declaration is not None:
                 ops[op][backend]["default"] = {
                     name: parameter.default for name, parameter in declaration.parameters.items()
                 }
         write(path, table)
-    _config.reload()
+    tuning.reload()
     return table
 
 
-def remove(path: Path, target: _device.Target, ops: Iterable[str] = ()) -> bool:
+def remove(path: Path, target: device.Target, ops: Iterable[str] = ()) -> bool:
     """Take these ops out of a table, or the whole table away; whether there was anything to remove."""
     with _locked(path):
-        table = _tables.read_table(path, target)
+        table = tables.read_table(path, target)
         ops = set(ops)
         if not ops or table is None:
             found = path.exists()
@@ -84,13 +81,13 @@ def remove(path: Path, target: _device.Target, ops: Iterable[str] = ()) -> bool:
         else:
             found = any(table["ops"].pop(op, None) is not None for op in ops)
             write(path, table)
-    _config.reload()
+    tuning.reload()
     return found
 
 
 def write(path: Path, table: dict) -> None:
     """Replace a file by this table in one step."""
-    _files.write_text(path, dumps(table))
+    files.write_text(path, dumps(table))
 
 
 def dumps(table: dict) -> str:
@@ -131,11 +128,11 @@ def import_table(source: Path) -> tuple[Path, int]:
 
     Raises ValueError where the file is no table, or an entry is one that a look-up would refuse.
     """
-    table = _tables.read_table(source)
+    table = tables.read_table(source)
     if table is None:
         raise ValueError(f"cache import: {source} is not a table")
     try:
-        target = _device.Target(**table["device"])
+        target = device.Target(**table["device"])
         right = all(type(value) is type(_PLAIN[name]) for name, value in target.describe().items())
     except (KeyError, TypeError):
         right = False
@@ -157,13 +154,13 @@ def every_entry(table: dict) -> Iterator[tuple[str, str, Entry]]:
     ops = table.get("ops")
     for op, backends in ops.items() if isinstance(ops, dict) else ():
         for backend in backends if isinstance(backends, dict) else ():
-            for entry in _tables.table_entries(table, op, backend):
+            for entry in tables.table_entries(table, op, backend):
                 yield op, backend, entry
 
 
-def refusal(op: str, backend: str, entry: Entry, target: _device.Target) -> str | None:
+def refusal(op: str, backend: str, entry: Entry, target: device.Target) -> str | None:
     """Why a look-up would pass over an entry, or None."""
-    declaration = _config.declared().get((op, backend))
+    declaration = tuning.declared().get((op, backend))
     if declaration is None:
         return "no such op and backend here"
     return declaration.refuses_entry(entry, target)
@@ -177,8 +174,8 @@ def _place(entry: Entry) -> str:
     return json.dumps([entry.get("key"), numbers], sort_keys=True)
 
 
-def _read_or_set_aside(path: Path, target: _device.Target) -> dict | None:
-    table = _tables.read_table(path, target)
+def _read_or_set_aside(path: Path, target: device.Target) -> dict | None:
+    table = tables.read_table(path, target)
     if table is None and path.exists():
         aside = path.with_name(f"{path.name}.unusable-{time.time_ns()}")
         os.replace(path, aside)

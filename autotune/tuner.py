@@ -15,8 +15,7 @@ from fastattn.autotune.study import Outcome
 from fastattn.autotune.worker import Failure, Unavailable, Worker
 
 from fastattn.runtime import device as _device
-from fastattn.runtime import tables as _tables
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import tables, tuning
 
 BUDGETS = {"quick": 50.0, "full": 1800.0}  # seconds; quick leaves room for starting up within a minute
 LEAST = 1.5  # seconds below which a bucket is not begun
@@ -170,7 +169,7 @@ def tune(
         listener.planned([bucket for _, bucket in buckets])
         path = table.user_path(target)
         if trials_storage is None:
-            storage = f"journal:{_tables.cache_dir() / 'studies' / target.slug}.journal"
+            storage = f"journal:{tables.cache_dir() / 'studies' / target.slug}.journal"
             trials_storage = study.open_storage(storage)
         for at, (module, bucket) in enumerate(buckets):
             share = clock.left() / (len(buckets) - at)
@@ -208,9 +207,7 @@ def _tune_bucket(
 ) -> None:
     listener.started(result, clock.seconds)
     try:
-        points = Space(
-            _config.declared()[result.bucket.op, result.bucket.backend], result.bucket.keys, target
-        )
+        points = Space(tuning.declared()[result.bucket.op, result.bucket.backend], result.bucket.keys, target)
         result.total, result.feasible, result.refused = points.total, len(points), points.refused
         result.default = points.config(points.default)
         candidates = Candidates(worker, module, result.bucket, result.default, seed)

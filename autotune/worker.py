@@ -166,7 +166,7 @@ class Server:
         from fastattn.autotune import measure, space
 
         from fastattn.runtime import device as _device
-        from fastattn.runtime import tuning as _config
+        from fastattn.runtime import tuning
 
         workload = space.load_workloads([module])[name][1]
         target = _device.target(self.device)
@@ -177,7 +177,7 @@ class Server:
         calls = []
         for shape in shapes:
             case = measure.Case(workload, shape, torch.device(self.device), 0)
-            with _config.watch() as seen:
+            with tuning.watch() as seen:
                 case.run()
             keys = [look for look in seen if (look.op, look.backend) == (workload.op, workload.backend)]
             if not keys:

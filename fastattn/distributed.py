@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fastattn.runtime import device as _device
-from fastattn.runtime import tables as _tables
-from fastattn.runtime import tuning as _config
+from fastattn.runtime import tables, tuning
 
 logger = logging.getLogger("fastattn")
 
@@ -34,7 +33,7 @@ def sync_tables(group: Any = None, device: torch.device | str | None = None) -> 
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     target = _device.target(device)
-    text = json.dumps(_tables.effective(target), sort_keys=True).encode()
+    text = json.dumps(tables.effective(target), sort_keys=True).encode()
     carrier = _carrier(group)
     digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)  # (32,)
     record = torch.cat([digest, _bytes_of(len(text))]).to(carrier)  # (40,): hash, then length
@@ -54,7 +53,7 @@ def sync_tables(group: Any = None, device: torch.device | str | None = None) -> 
     table = json.loads(bytes(data.cpu().numpy()).decode())
     if not torch.equal(rows[0][:32], digest):
         logger.warning("tuned tables differ between ranks: using rank %d's", source)
-    _config.install(target, table)
+    tuning.install(target, table)
     return False
 
 

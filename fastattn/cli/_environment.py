@@ -7,12 +7,12 @@ import platform
 import torch
 
 import fastattn
-from fastattn.runtime import device as _device
+from fastattn.runtime import device
 
 
 def environment() -> list[tuple[str, str]]:
     """(what, value) rows."""
-    target = _device.target("cpu")
+    target = device.target("cpu")
     rows = [
         ("processor", target.name),
         ("instruction set", f"{target.arch} (this machine runs {', '.join(fastattn.cpu_isas())})"),
@@ -20,7 +20,7 @@ def environment() -> list[tuple[str, str]]:
         ("memory", f"{target.memory / 2**30:.0f} GiB"),
     ]
     for index in range(torch.cuda.device_count()):
-        gpu = _device.target(f"cuda:{index}")
+        gpu = device.target(f"cuda:{index}")
         rows.append((f"GPU {index}", f"{gpu.name} ({gpu.arch}), {gpu.memory / 2**30:.0f} GiB"))
     rows.append(("system", platform.platform(terse=True)))
     rows.append(("Python", platform.python_version()))

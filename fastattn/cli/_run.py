@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 
 if TYPE_CHECKING:
     from fastattn.models import HrmText, HrmTextConfig
@@ -68,7 +68,7 @@ def model_config(path: Path | None, vocab_size: int, **changes: Any) -> "HrmText
 
     if path is None:
         return HrmTextConfig(vocab_size=vocab_size, **SMALL_MODEL, **changes)
-    values = _files.read_json(path)
+    values = files.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object of HrmTextConfig keys")
     try:
@@ -98,7 +98,7 @@ def start(
 def model_type(folder: Path) -> str:
     """The model_type in the config.json of a folder, or "" where it cannot be read."""
     try:
-        return str(_files.read_json(folder / "config.json")["model_type"])
+        return str(files.read_json(folder / "config.json")["model_type"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 
@@ -146,7 +146,7 @@ def train(trainer: "Run", limit_s: float | None = None) -> bool:
     Returns False when Ctrl-C ended it, here or in another process of it, or when nobody reads its output any more.
     `limit_s` ends the run early where the machine got slower. Raises ValueError before the first step where the folder cannot be written.
     """
-    _files.make_folder(trainer.folder)
+    files.make_folder(trainer.folder)
     spent, unread = 0.0, False
     with stop_requested() as interrupted, _Display(trainer) as display:
 

@@ -32,15 +32,14 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
 
     from fastattn.autotune.table import every_entry
     from fastattn.runtime import device as _device
-    from fastattn.runtime import tables as _tables
-    from fastattn.runtime import tuning as _config
+    from fastattn.runtime import tables, tuning
 
     console = _console()
-    _config.tunings()
+    tuning.tunings()
     target = _device.present(device, "cache")
     console.print(f"{target.name}, {target.arch}, {target.units} units", markup=False)
     shown = False
-    for source, table in (*_tables.tables(target), *_tables.relatives(target)):
+    for source, table in (*tables.tables(target), *tables.relatives(target)):
         made_for = "" if target.matches(table["device"]) else f" (made for {_made_for(table)})"
         rows = Table(title=escape(_plain(source + made_for)), title_justify="left", box=None, pad_edge=False)
         for name in ("op", "bucket", "configuration"):
@@ -69,14 +68,13 @@ def why(
     """Show which configuration a call gets and from which table, and why entries of other tables were passed over."""
     from fastattn.autotune.table import every_entry, refusal
     from fastattn.runtime import device as _device
-    from fastattn.runtime import tables as _tables
-    from fastattn.runtime import tuning as _config
+    from fastattn.runtime import tables, tuning
 
     from .tune import fields_of
 
     console = _console()
     name, _, backend = op.partition(".")
-    declared = _config.tunings()
+    declared = tuning.tunings()
     backends = [other for known, other in declared if known == name]
     backend = backend or (backends[0] if len(backends) == 1 else "")
     if (name, backend) not in declared:
@@ -92,11 +90,11 @@ def why(
         )
     structural = {field: given[field] for field in declaration.structural}
     sizes = {field: given[field] for field in declaration.sizes}
-    choice = _config.lookup(name, backend, structural=structural, sizes=sizes, device=target)
+    choice = tuning.lookup(name, backend, structural=structural, sizes=sizes, device=target)
     console.print(f"{_fields(choice.values)}  from {_plain(choice.source)}", markup=False)
-    sources = dict(_tables.tables(target))
-    relatives = dict(_tables.relatives(target))
-    for path in (*(str(d / f"{target.slug}.json") for d in _tables.directories()), *relatives):
+    sources = dict(tables.tables(target))
+    relatives = dict(tables.relatives(target))
+    for path in (*(str(d / f"{target.slug}.json") for d in tables.directories()), *relatives):
         table = sources.get(path) or relatives.get(path)
         if table is None:
             reason = "cannot be used" if Path(path).exists() else "is not there"
@@ -135,14 +133,13 @@ def verify(
     """
     from fastattn.autotune.table import every_entry, refusal
     from fastattn.runtime import device as _device
-    from fastattn.runtime import tables as _tables
-    from fastattn.runtime import tuning as _config
+    from fastattn.runtime import tables, tuning
 
     console = _console()
-    _config.tunings()
+    tuning.tunings()
     target = _device.present(device, "cache")
     bad = good = 0
-    for source, table in _tables.tables(target):
+    for source, table in tables.tables(target):
         for op, backend, entry in every_entry(table):
             reason = refusal(op, backend, entry, target)
             if reason is not None:
@@ -151,9 +148,9 @@ def verify(
                 console.print(_plain(text), markup=False, soft_wrap=True)
             else:
                 good += 1
-    for directory in _tables.directories():
+    for directory in tables.directories():
         path = directory / f"{target.slug}.json"
-        if path.exists() and _tables.read_table(path, target) is None:
+        if path.exists() and tables.read_table(path, target) is None:
             bad += 1
             console.print(f"{path}: not a table for this device", markup=False, soft_wrap=True)
     console.print(f"{good} entries are good, {bad} problems")
@@ -166,10 +163,10 @@ def export(path: _File, device: _Device = "cpu") -> None:
     """Write your table for a device to a file, to share or to ship."""
     from fastattn.autotune.table import user_path, write
     from fastattn.runtime import device as _device
-    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tables
 
     target = _device.present(device, "cache")
-    table = _tables.read_table(user_path(target), target)
+    table = tables.read_table(user_path(target), target)
     if table is None:
         raise ValueError(f"cache export: there is no table at {user_path(target)} (fastattn tune makes one)")
     write(path, table)
@@ -179,11 +176,11 @@ def export(path: _File, device: _Device = "cpu") -> None:
 def import_(path: _File) -> None:
     """Merge a table from elsewhere into yours, after checking every entry; it may be for another device."""
     from fastattn.autotune.table import import_table
-    from fastattn.runtime import tuning as _config
+    from fastattn.runtime import tuning
 
     if not path.exists():
         raise FileNotFoundError(f"cache import: {path}: no such file")
-    _config.tunings()
+    tuning.tunings()
     written, count = import_table(path)
     _console().print(f"{count} entries merged into {written}", markup=False, soft_wrap=True)
 
@@ -196,12 +193,12 @@ def clear(
     """Remove your tuned entries for a device, those of the named ops or all of them; shipped tables stay."""
     from fastattn.autotune.table import remove, user_path
     from fastattn.runtime import device as _device
-    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tables
 
     target = _device.present(device, "cache")
     removed = remove(user_path(target), target, ops or ())
     if trials:
-        for file in (_tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):
+        for file in (tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):
             removed = True
             file.unlink()
     _console().print("removed" if removed else "there was nothing to remove")
@@ -212,10 +209,10 @@ def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
     import math
 
     from fastattn.autotune.remeasure import remeasure
-    from fastattn.runtime import tables as _tables
+    from fastattn.runtime import tables
 
     slower, ratios = 0, []
-    for name, label, compared, failure in remeasure(_tables.tables(target), target, device, rounds):
+    for name, label, compared, failure in remeasure(tables.tables(target), target, device, rounds):
         if compared is None:
             console.print(f"{name} {label}: {failure}", markup=False, soft_wrap=True)
             continue

@@ -18,7 +18,7 @@ from .. import masks
 from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.sdpa import autocast
-from ..runtime import checks as _checks
+from ..runtime import checks
 
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve
@@ -255,7 +255,7 @@ def recognise(mask: torch.Tensor, lk: int) -> tuple[Mask | None, int] | None:
         raise ValueError(
             f"fastattn: attention_mask must have 4 dimensions (B, H, Lq, Lk), given {tuple(mask.shape)}"
         )
-    if not _checks.has_contents(mask):
+    if not checks.has_contents(mask):
         return (Mask(dense=mask), lk) if mask.dtype == torch.bool else None
     if mask.device.type != "cpu":
         return _recognise_on_device(mask, lk)

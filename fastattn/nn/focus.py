@@ -12,7 +12,7 @@ from ..ops.focus import MAX_GROUPS
 from ..ops.gated import gated_attention
 from ..ops.grouped import focus_groups, grouped_attention
 from ..ops.sinkhorn import sinkhorn
-from ..runtime import checks as _checks
+from ..runtime import checks
 
 NAME = "fastattn_focus"
 
@@ -77,10 +77,10 @@ class FocusRouter(nn.Module):
 
     def scores(self, h: torch.Tensor) -> torch.Tensor:
         """(h W) C^T: (B, L, d_model) -> (B, L, G)."""
-        _checks.check_tensor("FocusRouter", "h", h, dims=3)
+        checks.check_tensor("FocusRouter", "h", h, dims=3)
         if h.shape[2] != self.projection.shape[1]:
             raise ValueError(
-                f"fastattn.FocusRouter: h must be (B, L, {self.projection.shape[1]}), given {_checks.describe(h)}"
+                f"fastattn.FocusRouter: h must be (B, L, {self.projection.shape[1]}), given {checks.describe(h)}"
             )
         return h.to(self.projection.dtype) @ self.projection.T @ self.centroids.T
 

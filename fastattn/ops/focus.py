@@ -3,13 +3,12 @@
 import torch
 
 from .. import masks
-from ..runtime import checks as _checks
-from ..runtime import native as _native
+from ..runtime import checks, native
 from ..runtime.checks import statistics_dtype
 from ..runtime.tuning import Parameter, declare
 from .attention.checks import check_qkv, check_scale
 
-MAX_GROUPS = _native.limits.groups
+MAX_GROUPS = native.limits.groups
 
 
 def check_group_count(op: str, name: str, value: torch.Tensor) -> int:
@@ -23,13 +22,13 @@ def check_group_count(op: str, name: str, value: torch.Tensor) -> int:
 
 def as_window(window: int) -> int:
     """`window`, but no wider than the longest sequence: a sum with it must not overflow."""
-    count = _checks.as_integer(window)
+    count = checks.as_integer(window)
     return masks.LONGEST if count is not None and count > masks.LONGEST else window
 
 
 def check_causal(op: str, q, k, v, window, scale, mask) -> None:
     check_qkv(op, q, k, v)
-    if _checks.as_integer(window) is None or window < 0:
+    if checks.as_integer(window) is None or window < 0:
         raise ValueError(f"fastattn.{op}: window must be an integer of zero or more, given {window!r}")
     if window > masks.LONGEST:
         raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")
@@ -50,7 +49,7 @@ def attention_fake(q, k, v, *_):
 
 def declare_tiles(op: str, rows: int) -> None:
     """What the CPU kernels of an op and its backward, whose blocks have `rows` by default, can be tuned by."""
-    default = _native.defaults("grouped_forward")
+    default = native.defaults("grouped_forward")
     structural = ("dtype", "head_dim", "value_dim")
     sizes = ("batch", "heads", "kv_heads", "q_length", "k_length")
     declare(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..masks import Mask
-from ..runtime import checks as _checks
+from ..runtime import checks
 from ..runtime.registry import requested
 from .attention import attention
 
@@ -47,16 +47,16 @@ def scaled_dot_product_attention(
     if any(isinstance(t, torch.Tensor) and t.is_nested for t in (query, key, value)):
         return _jagged(op, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _checks.check_tensor(op, name, t)
+        checks.check_tensor(op, name, t)
         if t.dim() < 2:
             raise ValueError(
-                f"fastattn.{op}: {name} must have 2 or more dimensions, given {_checks.describe(t)}"
+                f"fastattn.{op}: {name} must have 2 or more dimensions, given {checks.describe(t)}"
             )
     if attn_mask is None:
         query, key, value = autocast(query, key, value)
     else:
         query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    _checks.check_floating(op, query=query, key=key, value=value)
+    checks.check_floating(op, query=query, key=key, value=value)
     if dropout_p != 0:
         raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
     if key.shape[-1] != query.shape[-1]:
@@ -116,7 +116,7 @@ def _jagged(
 ) -> torch.Tensor:
     """Attention of jagged nested tensors (B, H, L of each sequence, D): packed documents of one batch."""
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _checks.check_any_tensor(op, name, t)
+        checks.check_any_tensor(op, name, t)
         if t.layout is not torch.jagged or t.dim() != 4 or t._ragged_idx != 2 or t.lengths() is not None:
             raise NotImplementedError(
                 f"fastattn.{op}: query, key and value must all be dense, or all jagged nested tensors of shape "
@@ -144,8 +144,8 @@ def _jagged(
 
 
 def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:
-    _checks.check_tensor(op, "attn_mask", mask)
-    _checks.check_same_device(op, query=query, attn_mask=mask)
+    checks.check_tensor(op, "attn_mask", mask)
+    checks.check_same_device(op, query=query, attn_mask=mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(
             f"fastattn.{op}: attn_mask must be bool, float32 or query's {query.dtype}, given {mask.dtype}"
@@ -153,7 +153,7 @@ def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:
     if mask.dim() < 2:
         raise ValueError(
             f"fastattn.{op}: attn_mask must broadcast to (..., Lq, Lk) and have 2 or more dimensions, given"
-            f" {_checks.describe(mask)}"
+            f" {checks.describe(mask)}"
         )
 
 
@@ -167,7 +167,7 @@ def _four_dims(
             if t.dim() < 3:
                 raise ValueError(
                     f"fastattn.{op}: {name} must have 3 or more dimensions with enable_gqa, given"
-                    f" {_checks.describe(t)}"
+                    f" {checks.describe(t)}"
                 )
         heads = query.shape[-3]
         for name, t in (("key", key), ("value", value)):
@@ -179,7 +179,7 @@ def _four_dims(
             key = key.repeat_interleave(heads // key.shape[-3], dim=-3)
             value = value.repeat_interleave(heads // value.shape[-3], dim=-3)
         shared = 3
-    batch = _checks.common_shape(*(t.shape[:-shared] for t in (query, key, value)))
+    batch = checks.common_shape(*(t.shape[:-shared] for t in (query, key, value)))
     if batch is None:
         raise ValueError(
             f"fastattn.{op}: the leading dims of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
@@ -202,7 +202,7 @@ def _four_dims(
 def _mask_four_dims(op: str, mask: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
     """`mask`, broadcastable to `full` = (..., Lq, Lk), as at most (B, H, Lq, Lk) with every dim 1 or full."""
     padded = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > len(full) or not _checks.broadcasts(padded, full):
+    if mask.dim() > len(full) or not checks.broadcasts(padded, full):
         raise ValueError(
             f"fastattn.{op}: attn_mask of shape {tuple(mask.shape)} does not broadcast to (..., Lq, Lk) = {full}"
         )

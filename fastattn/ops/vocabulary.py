@@ -3,7 +3,7 @@ functions take (..., d)."""
 
 import torch
 
-from ..runtime import checks as _checks
+from ..runtime import checks
 from ..runtime.checks import statistics_dtype
 from ..runtime.declare import gradient_like
 
@@ -27,54 +27,54 @@ def needed(*tensors: torch.Tensor | None) -> int:
 
 def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) -> None:
     """(..., d), floating, with d of 1 or more, and `columns` when given."""
-    _checks.check_floating(op, **{name: t})
+    checks.check_floating(op, **{name: t})
     if t.dim() < 1 or t.shape[-1] < 1:
         raise ValueError(
-            f"fastattn.{op}: {name} must have a last dim of 1 or more, given {_checks.describe(t)}"
+            f"fastattn.{op}: {name} must have a last dim of 1 or more, given {checks.describe(t)}"
         )
     if columns is not None and t.shape[-1] != columns:
         raise ValueError(
-            f"fastattn.{op}: {name} must have a last dim of {columns}, given {_checks.describe(t)}"
+            f"fastattn.{op}: {name} must have a last dim of {columns}, given {checks.describe(t)}"
         )
 
 
 def check_matrix(op: str, name: str, t: torch.Tensor, rows: str) -> None:
     """(rows, d), neither empty."""
-    _checks.check_tensor(op, name, t, dims=2)
+    checks.check_tensor(op, name, t, dims=2)
     if t.shape[0] < 1 or t.shape[1] < 1:
-        raise ValueError(f"fastattn.{op}: {name} must be ({rows}, d), none 0, given {_checks.describe(t)}")
+        raise ValueError(f"fastattn.{op}: {name} must be ({rows}, d), none 0, given {checks.describe(t)}")
 
 
 def check_wide(op: str, name: str, t: torch.Tensor, like: torch.Tensor) -> None:
     """Of like's dtype or float32, which a low-precision op may take for a term that needs it."""
-    _checks.check_tensor(op, name, t)
+    checks.check_tensor(op, name, t)
     if t.dtype != like.dtype and not (t.dtype == torch.float32 and like.dtype != torch.float64):
         wanted = str(like.dtype).removeprefix("torch.")
         allowed = wanted if like.dtype in (torch.float32, torch.float64) else f"{wanted} or float32"
-        raise TypeError(f"fastattn.{op}: {name} must be {allowed}, given {_checks.describe(t)}")
+        raise TypeError(f"fastattn.{op}: {name} must be {allowed}, given {checks.describe(t)}")
 
 
 def check_target(op: str, target: torch.Tensor, shape: tuple[int, ...], ignore_index: int) -> None:
     """Everything but the contents."""
-    _checks.check_integer(op, "target", target)
-    _checks.check_shape(op, "target", target, shape, "one class a row")
-    if _checks.as_integer(ignore_index) is None:
-        raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {_checks.describe(ignore_index)}")
+    checks.check_integer(op, "target", target)
+    checks.check_shape(op, "target", target, shape, "one class a row")
+    if checks.as_integer(ignore_index) is None:
+        raise TypeError(f"fastattn.{op}: ignore_index must be an int, given {checks.describe(ignore_index)}")
 
 
 def check_products(op: str, name: str, rows: torch.Tensor, of: str, matrix: torch.Tensor, size: str) -> None:
     """`rows` (N, d) and `matrix` (size, d) can be multiplied."""
-    _checks.check_tensor(op, name, rows, dims=2)
+    checks.check_tensor(op, name, rows, dims=2)
     check_matrix(op, of, matrix, size)
     check_rows(op, name, rows, matrix.shape[1])
-    _checks.check_floating(op, **{name: rows, of: matrix})
+    checks.check_floating(op, **{name: rows, of: matrix})
 
 
 def check_by_token(op: str, name: str, t: torch.Tensor | None, shape: tuple[int, ...], h, why: str) -> None:
     if t is not None:
         check_wide(op, name, t, h)
-        _checks.check_shape(op, name, t, shape, why)
-        _checks.check_same_device(op, h=h, **{name: t})
+        checks.check_shape(op, name, t, shape, why)
+        checks.check_same_device(op, h=h, **{name: t})
 
 
 def check_wanted(op: str, name: str, wanted: int, tensors: tuple) -> None:
@@ -88,19 +88,19 @@ def check_wanted(op: str, name: str, wanted: int, tensors: tuple) -> None:
 
 def check_loss(op: str, target, h, ignore_index, reduction) -> None:
     check_target(op, target, (h.shape[0],), ignore_index)
-    _checks.check_same_device(op, h=h, target=target)
-    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+    checks.check_same_device(op, h=h, target=target)
+    checks.check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
 def check_loss_gradient(op: str, grad, statistics, h, reduction: str, name: str = "grad") -> None:
-    dtype, rows = _checks.statistics_dtype(h), h.shape[0]
+    dtype, rows = checks.statistics_dtype(h), h.shape[0]
     shape = (rows,) if reduction == "none" else ()
-    _checks.check_exact(op, name, grad, shape, dtype, h.device, "the loss's")
-    _checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
+    checks.check_exact(op, name, grad, shape, dtype, h.device, "the loss's")
+    checks.check_exact(op, "statistics", statistics, (2, rows), dtype, h.device, "two a row")
 
 
 def check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    _checks.check_range(op, "target", target, 0, classes, also=ignore_index)
+    checks.check_range(op, "target", target, 0, classes, also=ignore_index)
 
 
 # --- results and gradients -------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from . import native as _native
+from . import native
 
 
 def digest(source: torch.Tensor) -> int:
     """64 bits of a contiguous CPU tensor's bytes, read at memory's speed; two contents share them by chance only."""
     found = torch.empty(1, dtype=torch.int64)
     of_bytes = source.detach().view(-1).view(torch.uint8)
-    _native.run("digest", source=of_bytes, digest=found, threads=_native.threads())
+    native.run("digest", source=of_bytes, digest=found, threads=native.threads())
     return int(found)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch  # before _core: its OpenMP library must be the one that both use
 
 from .. import _core
-from . import tuning as _config
+from . import tuning
 
 DTYPES = {
     torch.float32: 0,
@@ -71,7 +71,7 @@ def select_cpu_isa(name: str) -> None:
         raise ValueError(
             f"fastattn: FASTATTN_CPU_ISA must be one of {', '.join(cpu_isas())} here, given {name!r}"
         )
-    _config.reload()  # tables are per instruction set
+    tuning.reload()  # tables are per instruction set
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import io
 import os
 from typing import Literal
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 
 INK, MUTED, GRID = "#1c2430", "#6b7684", "#e3e7ec"
 ACCENT, WARM, PALE = "#2563a8", "#c2571a", "#b9c4d1"
@@ -47,4 +47,4 @@ def framed(drawing, label: str) -> str:
 
 def write(path: str | os.PathLike, drawing, label: str) -> None:
     """Writes the picture on white to an SVG file, whole or not at all."""
-    _files.write_text(path, svg(drawing, label, transparent=False))
+    files.write_text(path, svg(drawing, label, transparent=False))

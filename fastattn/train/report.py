@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 from fastattn.runtime.pictures import ACCENT, GRID, INK, MUTED, PALE, WARM, figure, framed
 
 
@@ -80,7 +80,7 @@ def write(path: str | os.PathLike, report: Report) -> Path:
     page = _PAGE.substitute(
         title=html.escape(report.title), summary=html.escape(report.summary), body="\n".join(parts)
     )
-    _files.write_text(path, page)
+    files.write_text(path, page)
     return Path(path)
 
 

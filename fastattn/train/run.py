@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastattn.optim import AdamATan2, load_state_tensors, state_tensors
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 from fastattn.train.report import OpTime
 from fastattn.train.state import STATE, write_state
 
@@ -239,7 +239,7 @@ class Run:
         return stop()
 
     def _write_history(self) -> None:
-        _files.write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+        files.write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _write_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         write_state(self.folder / STATE, tensors, meta)
@@ -265,7 +265,7 @@ class Run:
 
     def _history_row(self, line: str, where: str) -> dict[str, Any]:
         try:
-            row = _files.parse_json(line)
+            row = files.parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         figures = ("loss", "tokens") if isinstance(row, dict) and "loss" in row else self.figures

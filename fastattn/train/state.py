@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 from fastattn.train.data.tokenizer import Sample
 
 STATE = "training.safetensors"
@@ -30,7 +30,7 @@ _KEYS = {
 
 def write_state(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Writes the state, whole or not at all: an interrupted save leaves the last one."""
-    _files.write_tensors(path, tensors, {"fastattn_training": json.dumps({"format": FORMAT, **meta})})
+    files.write_tensors(path, tensors, {"fastattn_training": json.dumps({"format": FORMAT, **meta})})
 
 
 def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -47,7 +47,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     if header is None:
         raise ValueError(f"{path}: is a safetensors file, but not the state of a training run")
     try:
-        meta = _files.parse_json(header)
+        meta = files.parse_json(header)
     except ValueError as error:
         raise ValueError(f"{path}: its header is not JSON: {error}") from error
     check_state(path, tensors, meta)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ... import masks
-from ...runtime import checks as _checks
+from ...runtime import checks
 from .scores import BY_CODE
 
 
@@ -13,7 +13,7 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> N
     """What a public function needs of q, k and v before its op checks the rest: tensors of four dimensions."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor) or t.dim() != 4:
-            _checks.check_tensor(op, name, t, dims=4)
+            checks.check_tensor(op, name, t, dims=4)
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -24,7 +24,7 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
         and isinstance(v, torch.Tensor)
         and q.dim() == k.dim() == v.dim() == 4
         and q.dtype is k.dtype is v.dtype
-        and q.dtype in _checks.FLOATING
+        and q.dtype in checks.FLOATING
         and q.device == k.device == v.device
     ):
         batch, heads, _, head_dim = q.shape
@@ -40,8 +40,8 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
         ):
             return
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _checks.check_tensor(op, name, t, dims=4)
-    _checks.check_floating(op, q=q, k=k, v=v)
+        checks.check_tensor(op, name, t, dims=4)
+    checks.check_floating(op, q=q, k=k, v=v)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"fastattn.{op}: k has a batch of {k.shape[0]}, q has {q.shape[0]}; they must agree")
     if k.shape[:3] != v.shape[:3]:
@@ -56,17 +56,17 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
 def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tuple[int, ...]) -> None:
     """A backward's incoming gradient and what its forward kept: out, and `statistics`, which is called `name`."""
     of_out = (*q.shape[:3], v.shape[3])
-    _checks.check_exact(op, "grad_out", grad_out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
-    _checks.check_exact(op, "out", out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
-    _checks.check_exact(
-        op, name, statistics, shape, _checks.statistics_dtype(q), q.device, "as the forward gives it"
+    checks.check_exact(op, "grad_out", grad_out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
+    checks.check_exact(op, "out", out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
+    checks.check_exact(
+        op, name, statistics, shape, checks.statistics_dtype(q), q.device, "as the forward gives it"
     )
 
 
 def check_scale(op: str, scale: float) -> None:
-    number = _checks.as_number(op, "scale", scale, kind="a finite number")
+    number = checks.as_number(op, "scale", scale, kind="a finite number")
     if not -math.inf < number < math.inf:  # math.isfinite takes no symbol
-        raise TypeError(f"fastattn.{op}: scale must be a finite number, given {_checks.describe(scale)}")
+        raise TypeError(f"fastattn.{op}: scale must be a finite number, given {checks.describe(scale)}")
 
 
 def _check(op: str, q, k, v, bias, score, scale, bias_value, mask) -> None:
@@ -74,8 +74,8 @@ def _check(op: str, q, k, v, bias, score, scale, bias_value, mask) -> None:
     if score not in BY_CODE:
         raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
     if bias is not None:
-        _checks.check_floating(op, q=q, bias=bias)
-        _checks.check_tensor(op, "bias", bias, dims=4)
+        checks.check_floating(op, q=q, bias=bias)
+        checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)
     masks.check_args(op, q, k, mask)
 
@@ -92,9 +92,9 @@ def check_attention_backward(
     rows = tuple(q.shape[:3])
     shape, state_shape = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
     check_results(op, grad_out, q, v, out, lse, "lse", shape)
-    dtype = _checks.statistics_dtype(q)
-    _checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
+    dtype = checks.statistics_dtype(q)
+    checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
-        _checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
+        checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
     if wanted and bias is None:
         raise ValueError(f"fastattn.{op}: wanted asks for the gradient of bias, given None")

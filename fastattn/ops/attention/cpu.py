@@ -6,30 +6,30 @@ from collections.abc import Mapping
 import torch
 
 from ...masks import MaskArgs
-from ...runtime import native as _native
-from ...runtime import tuning as _config
-from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from ...runtime import native
+from ...runtime import tuning as _tuning
+from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 from .scores import BY_CODE
 
-_LARGEST_HEAD_DIM = _native.limits.head_dim
+_LARGEST_HEAD_DIM = native.limits.head_dim
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 
 
 def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why no CPU kernel of attention, of whatever kind, can serve q, k and v, or None."""
-    if q.dtype not in _native.FAST_DTYPES:
-        return _native.unserved_dtype(q)
+    if q.dtype not in native.FAST_DTYPES:
+        return native.unserved_dtype(q)
     for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
         if not 1 <= size <= _LARGEST_HEAD_DIM:
             return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
-    if max(q.shape[2], k.shape[2]) > _native.limits.length:
-        return f"it serves lengths up to {_native.limits.length}"
+    if max(q.shape[2], k.shape[2]) > native.limits.length:
+        return f"it serves lengths up to {native.limits.length}"
     return None
 
 
-def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _config.Choice:
+def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _tuning.Choice:
     """The configuration of a kernel of attention, of whatever kind; `structural`: what its key has besides."""
-    return _config.lookup(
+    return _tuning.lookup(
         name,
         "cpu",
         structural={
@@ -64,11 +64,11 @@ def refusal_backward(
     return refusal(q, k, v, bias, score, scale, bias_value, mask)
 
 
-def configure(q, k, v, bias, score, *_) -> _config.Choice:
+def configure(q, k, v, bias, score, *_) -> _tuning.Choice:
     return lookup("attention", q, k, v, score=BY_CODE[score].name)
 
 
-def configure_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, score, *_) -> _config.Choice:
+def configure_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, score, *_) -> _tuning.Choice:
     return lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
 
 
@@ -89,13 +89,13 @@ def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor
     block_q, block_k = config["block_q"], config["block_k"]
     tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
     classes = torch.empty(*mask.shape[:2], *tiles, dtype=torch.uint8)
-    _native.run(
+    native.run(
         "classify_tiles",
         mask=mask,
         classes=classes,
         block_q=block_q,
         block_k=block_k,
-        threads=_native.threads(),
+        threads=native.threads(),
     )
     return classes
 
@@ -120,7 +120,7 @@ def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
 
 def _call(
     name: str,
-    config: _config.Choice,
+    config: _tuning.Choice,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -140,17 +140,17 @@ def _call(
         once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = _tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
-    _native.run(
+    native.run(
         name,
-        q=_native.rows(q),
-        k=_native.rows(k),
-        v=_native.rows(v),
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
         bias=bias,
         score=score or None,
         scale=scale,
         bias_value=bias_value or None,
         default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
-        threads=_native.threads(),
+        threads=native.threads(),
         **fields,
         **config.values,
         **tensors,
@@ -187,11 +187,11 @@ def attention_backward(
         scale,
         bias_value,
         mask,
-        out=_native.rows(out),
+        out=native.rows(out),
         lse=lse if normalised else None,
         state=state.contiguous() if normalised else None,
         decode_rows=decoded,
-        grad_out=_native.rows(grad_out),
+        grad_out=native.rows(grad_out),
         grad_lse=grad_lse if normalised else None,
         grad_q=grads[0],
         grad_k=grads[1],

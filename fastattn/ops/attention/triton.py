@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import load_tile, offset, pairs, rows
 from . import triton_decode
 from .triton_classes import tile_classes
@@ -59,7 +59,7 @@ def _attention_forward_kernel(
         store_state(state, statistics, top, log_sum, row < count)
 
 
-def configure(q, k, v, bias, score, scale, bias_value, mask) -> _config.Choice:
+def configure(q, k, v, bias, score, scale, bias_value, mask) -> tuning.Choice:
     problem = Problem(q, k, v, bias, score, scale, bias_value, mask)
     return problem.choose("attention_decode" if triton_decode.fits(problem) else "attention")
 

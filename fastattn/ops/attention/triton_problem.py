@@ -8,7 +8,7 @@ import triton
 
 from ...masks import MaskArgs
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import LOG2E, Constants, constants, pairs, rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .scores import BY_CODE, SCORES
@@ -74,8 +74,8 @@ class Problem:
             else "full"
         )  # fmt: skip
 
-    def choose(self, op: str) -> _config.Choice:
-        return _config.lookup(
+    def choose(self, op: str) -> tuning.Choice:
+        return tuning.lookup(
             op,
             "triton",
             structural={

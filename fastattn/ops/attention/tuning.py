@@ -1,10 +1,10 @@
 """What the attention kernels can be tuned by."""
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
-_DEFAULT = _native.defaults("attention_forward")
+_DEFAULT = native.defaults("attention_forward")
 
 # Rows are rounded up to the kernel's register rows, keys to its panel.
 declare(

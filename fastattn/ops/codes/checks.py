@@ -2,7 +2,7 @@
 
 import torch
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ..vocabulary import (
     check_by_token,
     check_loss,
@@ -15,17 +15,17 @@ from ..vocabulary import (
 
 def _check_head(op: str, h, codebook, codes, bias) -> None:
     check_products(op, "h", h, "codebook", codebook, "K")
-    _checks.check_integer(op, "codes", codes, dims=1)
+    checks.check_integer(op, "codes", codes, dims=1)
     if not 1 <= codes.shape[0] < 1 << 31:
         raise ValueError(
             f"fastattn.{op}: codes must name a code for 1 token or more, below 2**31, given {codes.shape[0]}"
         )
-    _checks.check_same_device(op, h=h, codes=codes)
+    checks.check_same_device(op, h=h, codes=codes)
     check_by_token(op, "bias", bias, (codes.shape[0],), h, "one a token of codes")
 
 
 def check_codes(op: str, codes: torch.Tensor, codebook: torch.Tensor) -> None:
-    _checks.check_range(op, "codes", codes, 0, codebook.shape[0])
+    checks.check_range(op, "codes", codes, 0, codebook.shape[0])
 
 
 def head_checks(op: str):
@@ -43,7 +43,7 @@ def head_checks(op: str):
 def check_vq_logits_backward(grad_out, h, codebook, codes, bias, wanted) -> None:
     op = "vq_logits_backward"
     _check_head(op, h, codebook, codes, bias)
-    _checks.check_exact(
+    checks.check_exact(
         op, "grad_out", grad_out, (h.shape[0], codes.shape[0]), h.dtype, h.device, "the logits'"
     )
     check_wanted(op, "wanted", wanted, (h, codebook, bias))
@@ -56,8 +56,8 @@ def check_vq_logits_backward_contents(grad_out, h, codebook, codes, bias, wanted
 def check_vq_sample(h, codebook, codes, bias, uniform, temperature) -> None:
     op = "vq_sample"
     _check_head(op, h, codebook, codes, bias)
-    _checks.check_positive(op, "temperature", temperature)
-    _checks.check_exact(op, "uniform", uniform, (h.shape[0], 2), torch.float64, h.device, "two a row")
+    checks.check_positive(op, "temperature", temperature)
+    checks.check_exact(op, "uniform", uniform, (h.shape[0], 2), torch.float64, h.device, "two a row")
 
 
 def check_vq_sample_contents(h, codebook, codes, *_) -> None:

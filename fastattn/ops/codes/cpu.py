@@ -2,8 +2,8 @@
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import native
+from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
 from ..cross_entropy.cpu import Rows, Statistics, product, run_rows
 from ..vocabulary import inverse
@@ -15,7 +15,7 @@ _FEW = 4  # rows up to here are multiplied natively: a pass over the codebook, i
 
 def refusal(first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first member, or None."""
-    return _native.unserved_dtype(first)
+    return native.unserved_dtype(first)
 
 
 def configure(h, codebook, *_) -> Choice:
@@ -23,7 +23,7 @@ def configure(h, codebook, *_) -> Choice:
 
 
 def _choose(h, codebook) -> Choice:
-    return _config.lookup(
+    return _tuning.lookup(
         "vq_cross_entropy",
         "cpu",
         structural={"dtype": str(h.dtype).removeprefix("torch.")},
@@ -39,7 +39,7 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
 def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0):
     """Of each code's tokens (K,): the largest bias, and the logsumexp of what theirs are above it, over temperature."""
     largest, beta = torch.empty(2, count, dtype=torch.float32)
-    _native.run(
+    native.run(
         "vocab_code_bias",
         codes=codes,
         bias=bias,
@@ -73,13 +73,13 @@ def _scores(
     if wide is not None:
         return torch.mm(x.float(), wide.T, out=out)
     if x.shape[0]:
-        _native.run(
+        native.run(
             "vocab_dots",
-            x=_native.rows(x),
-            codebook=_native.rows(codebook),
+            x=native.rows(x),
+            codebook=native.rows(codebook),
             out=out,
             squares=squares,
-            threads=_native.threads(),
+            threads=native.threads(),
         )
     return out
 
@@ -157,7 +157,7 @@ def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wante
 def _shares(codes, bias, largest, beta, mass) -> torch.Tensor:
     """(V,): exp(bias - largest - beta of the token's code) * mass of the code."""
     out = torch.empty(codes.shape[0], dtype=torch.float32)
-    _native.run(
+    native.run(
         "vocab_bias_gradient",
         codes=codes,
         bias=bias,
@@ -216,13 +216,13 @@ def vq_cross_entropy_backward(
 
 
 def _expand(name: str, scores, codes, bias, logits) -> None:
-    _native.run(
+    native.run(
         name,
         scores=scores,
         codes=codes,
         bias=bias,
         logits=logits,
-        threads=_native.threads(),
+        threads=native.threads(),
     )
 
 
@@ -238,7 +238,7 @@ def vq_logits(h, codebook, codes, bias):
 
 def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
     count, classes = h.shape[0], codebook.shape[0]
-    grad, codes, wide = _native.rows(grad), codes.contiguous(), codebook.float()
+    grad, codes, wide = native.rows(grad), codes.contiguous(), codebook.float()
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else h.new_empty(0)
     dcodebook = wide.new_zeros(wide.shape) if wanted & 2 else None
     for begin, end in _chunks(count, classes, _choose(h, codebook).values["chunk_mib"]) if wanted & 3 else ():
@@ -270,7 +270,7 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     itself a float32 sum, hence 1.01; below 2^-126 a product may lose all of itself.
     """
     found = torch.empty(x.shape[0], dtype=torch.int64)
-    x, codebook, wide = _native.rows(x), _native.rows(codebook), _wide(x, codebook)
+    x, codebook, wide = native.rows(x), native.rows(codebook), _wide(x, codebook)
     squares = torch.empty(codebook.shape[0], dtype=torch.float32)
     if wide is not None:
         torch.linalg.vecdot(wide, wide, out=squares)
@@ -284,7 +284,7 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     for begin, end in chunks:
         scores = _scores(x[begin:end], codebook, wide, buffer, squares)
         norm = float(squares.max()) ** 0.5
-        _native.run(
+        native.run(
             "vocab_best",
             scores=scores,
             x=x[begin:end],
@@ -294,7 +294,7 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
             out=found[begin:end],
             slack=1.01 * unit * norm,
             offset_slack=spread + (x.shape[1] + 4) * 2.0**-125,
-            threads=_native.threads(),
+            threads=native.threads(),
         )
     return found
 
@@ -303,7 +303,7 @@ def vq_argmax(h, codebook, codes, bias):
     count = codebook.shape[0]
     largest = torch.empty(count, dtype=torch.float32)
     best = torch.empty(count, dtype=torch.int64)
-    _native.run(
+    native.run(
         "vocab_best_tokens",
         codes=codes.contiguous(),
         bias=_float(bias),
@@ -323,7 +323,7 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     codes, bias, wide = codes.contiguous(), _float(bias), _wide(h, codebook)
     order = torch.empty(codes.shape[0], dtype=torch.int32)
     offsets = torch.empty(count + 1, dtype=torch.int64)
-    _native.run("vocab_group", codes=codes, order=order, offsets=offsets)
+    native.run("vocab_group", codes=codes, order=order, offsets=offsets)
     over = inverse(temperature)
     largest, beta = _code_bias(codes, bias, count, over)
     found = torch.empty(h.shape[0], dtype=torch.int64)
@@ -331,7 +331,7 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])
     buffer = _buffer(chunks, count)
     for begin, end in chunks:
-        _native.run(
+        native.run(
             "vocab_sample",
             scores=_scores(h[begin:end], codebook, wide, buffer),
             uniform=uniform[begin:end],
@@ -342,6 +342,6 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
             offsets=offsets,
             out=found[begin:end],
             inverse_temperature=over,
-            threads=_native.threads(),
+            threads=native.threads(),
         )
     return found

@@ -1,6 +1,6 @@
 """What the cross-entropies ask of their arguments, whoever calls them."""
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ..vocabulary import (
     check_by_token,
     check_loss,
@@ -28,15 +28,15 @@ def _check_linear(
     if not 0 <= transform < len(TRANSFORMS):
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(TRANSFORMS))
         raise ValueError(f"fastattn.{op}: transform must be one of {known}, given {transform}")
-    _checks.check_positive(op, "softcap", softcap, zero=True)
+    checks.check_positive(op, "softcap", softcap, zero=True)
     if 0 < softcap < LEAST_SOFTCAP:
         raise ValueError(
             f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
         )
-    _checks.check_positive(op, "z_loss", z_loss, zero=True)
+    checks.check_positive(op, "z_loss", z_loss, zero=True)
     if temperature is not None:
-        statistics = _checks.statistics_dtype(h)
-        _checks.check_exact(op, "temperature", temperature, (h.shape[0],), statistics, h.device, "one a row")
+        statistics = checks.statistics_dtype(h)
+        checks.check_exact(op, "temperature", temperature, (h.shape[0],), statistics, h.device, "one a row")
 
 
 def check_linear_cross_entropy(h, weight, bias, target, temperature, *options) -> None:
@@ -80,10 +80,10 @@ def check_linear_cross_entropy_backward_contents(
 
 
 def _check_stablemax(op: str, logits, target, ignore_index) -> None:
-    _checks.check_tensor(op, "logits", logits, dims=2)
+    checks.check_tensor(op, "logits", logits, dims=2)
     check_rows(op, "logits", logits)
     check_target(op, target, (logits.shape[0],), ignore_index)
-    _checks.check_same_device(op, logits=logits, target=target)
+    checks.check_same_device(op, logits=logits, target=target)
 
 
 def check_stablemax_cross_entropy(logits, target, ignore_index) -> None:

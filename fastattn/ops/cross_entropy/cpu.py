@@ -10,8 +10,8 @@ Low-precision inputs are widened a block at a time: products are float32, logits
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import native
+from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 
@@ -23,7 +23,7 @@ _NEVER = -(2**63)  # an ignore_index that no row left has
 
 def refusal(first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first member, or None."""
-    return _native.unserved_dtype(first)
+    return native.unserved_dtype(first)
 
 
 def configure(h, weight, *_) -> Choice:
@@ -31,7 +31,7 @@ def configure(h, weight, *_) -> Choice:
 
 
 def _choose(h, weight) -> Choice:
-    return _config.lookup(
+    return _tuning.lookup(
         "linear_cross_entropy",
         "cpu",
         structural={"dtype": str(h.dtype).removeprefix("torch.")},
@@ -140,7 +140,7 @@ def run_rows(
         }
     else:
         fields = {"row_max": part(kept[0]), "row_sum": part(kept[1])}
-    _native.run(
+    native.run(
         "vocab_rows",
         x=x,
         out=x if out is None else out,
@@ -153,7 +153,7 @@ def run_rows(
         statistics=int(statistics is not None),
         gradient=int(grad is not None),
         ignore_index=ignore_index,
-        threads=_native.threads(),
+        threads=native.threads(),
         **fields,
         **options,
     )
@@ -375,7 +375,7 @@ def linear_cross_entropy_backward(
 def stablemax_cross_entropy(logits, target, ignore_index):
     statistics = Statistics(logits)
     run_rows(
-        _native.rows(logits),
+        native.rows(logits),
         target,
         0,
         logits.shape[0],
@@ -390,7 +390,7 @@ def stablemax_cross_entropy(logits, target, ignore_index):
 def stablemax_cross_entropy_backward(grad_out, logits, statistics, target, ignore_index):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     run_rows(
-        _native.rows(logits),
+        native.rows(logits),
         target,
         0,
         logits.shape[0],

@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from ...runtime import cuda as _cuda
-from ...runtime import tuning as _config
+from ...runtime import cuda
+from ...runtime import tuning as _tuning
 from . import chunked, tuning  # noqa: F401  declares what the look-up serves
 
 _CHUNK_MIB = 512  # of float32 logits
@@ -13,9 +13,9 @@ _CHUNK_MIB = 512  # of float32 logits
 
 def refusal(*args) -> str | None:
     for t in args:
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in _cuda.DTYPES:
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in cuda.DTYPES:
             return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
-    return _cuda.missing()
+    return cuda.missing()
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -25,7 +25,7 @@ def _float(t: torch.Tensor | None) -> torch.Tensor | None:
 def _row_kernel(
     x, target, *, bias, temperature, grad, loss, largest, total, grad_temperature, **options
 ) -> None:
-    config = _config.lookup(
+    config = _tuning.lookup(
         "vocab_rows",
         "cuda",
         structural={"transform": "stablemax" if options["stablemax"] else "softmax"},
@@ -34,7 +34,7 @@ def _row_kernel(
     )
     if loss is None:  # the kernel always forms all of them; those already known go to scratch
         loss, largest, total = x.new_empty(3, x.shape[0])
-    _cuda.vocab_rows(
+    cuda.vocab_rows(
         x, _float(bias), target.long(), _float(temperature), grad, loss, largest, total, grad_temperature, **options,
         **config.values,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import offset
 from . import (
     chunked,
@@ -158,8 +158,8 @@ def refusal(*args) -> str | None:
     return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
 
 
-def _choose(t: torch.Tensor, classes: int) -> _config.Choice:
-    return _config.lookup(
+def _choose(t: torch.Tensor, classes: int) -> tuning.Choice:
+    return tuning.lookup(
         "vocab_rows",
         "triton",
         structural={"dtype": str(t.dtype).removeprefix("torch.")},
@@ -168,11 +168,11 @@ def _choose(t: torch.Tensor, classes: int) -> _config.Choice:
     )
 
 
-def configure(h, weight, *_) -> _config.Choice:
+def configure(h, weight, *_) -> tuning.Choice:
     return _choose(h, weight.shape[0])
 
 
-def configure_rows(*args) -> _config.Choice:
+def configure_rows(*args) -> tuning.Choice:
     logits = next(a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2)
     return _choose(logits, logits.shape[1])
 

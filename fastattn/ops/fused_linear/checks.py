@@ -2,30 +2,30 @@
 
 import torch
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 
 
 def _check(op: str, x, weight, gate, eps, swiglu) -> tuple[int, ...]:
     """The shape of the result."""
-    _checks.check_floating(op, absent=("gate",), x=x, weight=weight, gate=gate)
-    _checks.check_tensor(op, "weight", weight, dims=2)
+    checks.check_floating(op, absent=("gate",), x=x, weight=weight, gate=gate)
+    checks.check_tensor(op, "weight", weight, dims=2)
     columns, contracted = weight.shape
     if columns == 0 or contracted == 0:
-        raise ValueError(f"fastattn.{op}: weight must not be empty, given {_checks.describe(weight)}")
+        raise ValueError(f"fastattn.{op}: weight must not be empty, given {checks.describe(weight)}")
     if gate is not None:
         if eps is not None:
             raise ValueError(f"fastattn.{op}: norm_eps and gate exclude each other, both are given")
-        _checks.check_shape(op, "gate", gate, x.shape, "x's")
+        checks.check_shape(op, "gate", gate, x.shape, "x's")
         fits = x.dim() >= 2 and x.shape[-2] * x.shape[-1] == contracted
     else:
         fits = x.dim() >= 1 and x.shape[-1] == contracted
     if not fits:
         what = "last two dims" if gate is not None else "last dim"
         raise ValueError(
-            f"fastattn.{op}: x must have {what} of {contracted}, weight's columns, given {_checks.describe(x)}"
+            f"fastattn.{op}: x must have {what} of {contracted}, weight's columns, given {checks.describe(x)}"
         )
     if eps is not None:
-        _checks.check_positive(op, "norm_eps", eps, zero=True)
+        checks.check_positive(op, "norm_eps", eps, zero=True)
     if swiglu and columns % 2:
         raise ValueError(
             f"fastattn.{op}: weight must have an even number of rows, gate | up, given {columns}"
@@ -38,8 +38,8 @@ def check_fused_linear(x, weight, gate, residual, eps, swiglu, save) -> None:
     op = "fused_linear"
     shape = _check(op, x, weight, gate, eps, swiglu)
     if residual is not None:
-        _checks.check_floating(op, x=x, residual=residual)
-        _checks.check_shape(op, "residual", residual, shape, "the result's")
+        checks.check_floating(op, x=x, residual=residual)
+        checks.check_shape(op, "residual", residual, shape, "the result's")
 
 
 def check_fused_linear_backward(
@@ -47,10 +47,10 @@ def check_fused_linear_backward(
 ) -> None:
     op = "fused_linear_backward"
     shape = _check(op, x, weight, gate, eps, swiglu)
-    _checks.check_exact(op, "grad", grad, shape, x.dtype, x.device, "the result's")
+    checks.check_exact(op, "grad", grad, shape, x.dtype, x.device, "the result's")
     lead = shape[:-1]
     statistics = torch.promote_types(x.dtype, torch.float32)
     of_rows = lead if eps is not None else (0,)
-    _checks.check_exact(op, "rstd", rstd, of_rows, statistics, x.device, "as the forward gives it")
+    checks.check_exact(op, "rstd", rstd, of_rows, statistics, x.device, "as the forward gives it")
     of_product = (*lead, weight.shape[0]) if swiglu else (0,)
-    _checks.check_exact(op, "product", product, of_product, x.dtype, x.device, "as the forward saves it")
+    checks.check_exact(op, "product", product, of_product, x.dtype, x.device, "as the forward saves it")

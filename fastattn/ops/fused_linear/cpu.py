@@ -4,35 +4,34 @@ from collections.abc import Mapping
 
 import torch
 
-from ...runtime import device as _device
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import device, native
+from ...runtime import tuning as _tuning
 from ...runtime.contents import ContentsCache
 from ..rowwise import cpu as rows
 from . import (
     library,
-    tuning,  # noqa: F401  declares what `_config.lookup` serves
+    tuning,  # noqa: F401  declares what `_tuning.lookup` serves
 )
 
 # a quarter of the memory: a recurrence that outgrows it packs every weight again in every call
-_packed = ContentsCache(entries=4096, capacity=max(1 << 29, _device.memory_bytes() // 4))
+_packed = ContentsCache(entries=4096, capacity=max(1 << 29, device.memory_bytes() // 4))
 
 
 def refusal(first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first member, or None."""
-    return _native.unserved_dtype(first)
+    return native.unserved_dtype(first)
 
 
-def configure(x, weight, *_) -> _config.Choice:
+def configure(x, weight, *_) -> _tuning.Choice:
     return _lookup("fused_linear", x, weight)
 
 
-def configure_backward(grad, x, weight, *_) -> _config.Choice:
+def configure_backward(grad, x, weight, *_) -> _tuning.Choice:
     return _lookup("fused_linear_backward", x, weight)
 
 
-def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _config.Choice:
-    return _config.lookup(
+def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _tuning.Choice:
+    return _tuning.lookup(
         name,
         "cpu",
         structural={"dtype": str(x.dtype).removeprefix("torch.")},
@@ -51,25 +50,25 @@ def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Te
         "source": source,
         "transposed": int(transposed),
         "parts": parts,
-        "threads": _native.threads(),
+        "threads": native.threads(),
     }
     size = torch.zeros(1, dtype=torch.int64)
-    _native.run("pack", bytes=size, **options)
+    native.run("pack", bytes=size, **options)
     packed = torch.empty(int(size), dtype=torch.uint8)
-    _native.run("pack", packed=packed, **options)
+    native.run("pack", packed=packed, **options)
     return packed
 
 
 def _packed_weight(weight: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
     if not weight.is_contiguous():
         return _pack(weight.contiguous(), transposed=transposed, parts=parts)
-    key = (transposed, parts, _native.cpu_isa())
+    key = (transposed, parts, native.cpu_isa())
     return _packed.get(weight, key, lambda: _pack(weight, transposed=transposed, parts=parts))
 
 
 def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields):
     blocks = {name: value for name, value in config.items() if name != "product"}
-    _native.run("linear", x=x, packed=packed, out=out, threads=_native.threads(), **blocks, **fields)
+    native.run("linear", x=x, packed=packed, out=out, threads=native.threads(), **blocks, **fields)
 
 
 def fused_linear(x, weight, gate, residual, eps, swiglu, save):
@@ -85,7 +84,7 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     rstd = x.new_empty(lead if eps is not None else (0,), dtype=torch.float32)
     split = x.dim() <= 4 and gate is not None
     rows4 = (
-        _native.rows(x)
+        native.rows(x)
         if split
         else library.flat(x if gate is None else rows.gated(x, gate).flatten(-2))[:, None]
     )
@@ -94,7 +93,7 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
         rows4,
         _packed_weight(weight, transposed=False, parts=2 if swiglu else 1),
         library.flat(out),
-        gate=_native.rows(gate) if split else None,
+        gate=native.rows(gate) if split else None,
         residual=None if residual is None else library.flat(residual),
         product=library.flat(product) if product.numel() else None,
         rstd=rstd.view(-1) if eps is not None else None,

@@ -1,4 +1,4 @@
-"""A product by torch's library between a backend's row kernels; `rows` is the recurrence module that has them."""
+"""A product by torch's library between a backend's row kernels; `rows` is the rowwise module that has them."""
 
 from collections.abc import Callable
 from types import ModuleType

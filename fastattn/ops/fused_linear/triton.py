@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import Line, Rows, dot, offset
 from ..rowwise import triton as rows
 from . import (
@@ -90,8 +90,8 @@ def refusal(*args) -> str | None:
     return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
 
 
-def configure(x, weight, gate, residual, eps, swiglu, save) -> _config.Choice:
-    return _config.lookup(
+def configure(x, weight, gate, residual, eps, swiglu, save) -> tuning.Choice:
+    return tuning.lookup(
         "fused_linear",
         "triton",
         structural={

@@ -1,10 +1,10 @@
 """What the products can be tuned by: whose product runs, and the tiles of ours."""
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton product's parameters
 
-_DEFAULT = _native.defaults("linear")
+_DEFAULT = native.defaults("linear")
 
 _BLOCKS = {
     "block_rows": Parameter(_DEFAULT["block_rows"], (24, 48, 96, 192)),

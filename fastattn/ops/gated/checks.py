@@ -1,6 +1,6 @@
 """What gated attention asks of its arguments, whoever calls it."""
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ..attention.checks import check_results
 from ..focus import check_causal
 
@@ -13,17 +13,17 @@ def _check_gated(op: str, q, k, v, assignment, sharpness, window, gate, scale, m
         raise ValueError(
             f"fastattn.{op}: k has {k.shape[2]} tokens, q has {q.shape[2]}; they must agree (decoding uses grouped_attention)"
         )
-    _checks.check_tensor(op, "assignment", assignment, dims=3)
-    _checks.check_floating(op, assignment=assignment)
-    _checks.check_floating(op, sharpness=sharpness)
-    _checks.check_same_device(op, q=q, assignment=assignment, sharpness=sharpness)
+    checks.check_tensor(op, "assignment", assignment, dims=3)
+    checks.check_floating(op, assignment=assignment)
+    checks.check_floating(op, sharpness=sharpness)
+    checks.check_same_device(op, q=q, assignment=assignment, sharpness=sharpness)
     if assignment.shape[:2] != (q.shape[0], q.shape[2]) or assignment.shape[2] == 0:
         raise ValueError(
             f"fastattn.{op}: assignment must have shape (B, L, G) = ({q.shape[0]}, {q.shape[2]}, 1 or more), "
             f"given {tuple(assignment.shape)}"
         )
     if sharpness.dim():
-        raise ValueError(f"fastattn.{op}: sharpness must be a scalar, given {_checks.describe(sharpness)}")
+        raise ValueError(f"fastattn.{op}: sharpness must be a scalar, given {checks.describe(sharpness)}")
     if not 0 <= gate < len(GATES):
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(GATES))
         raise ValueError(f"fastattn.{op}: gate must be one of {known}, given {gate}")

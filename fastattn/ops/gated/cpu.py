@@ -2,8 +2,8 @@
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import native
+from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `lookup` serves
 
@@ -12,8 +12,8 @@ def refusal(q, k, v, assignment, sharpness, *_) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
     return (
         unserved(q, k, v)
-        or _native.unserved_dtype(assignment, "assignment")
-        or _native.unserved_dtype(sharpness, "sharpness")
+        or native.unserved_dtype(assignment, "assignment")
+        or native.unserved_dtype(sharpness, "sharpness")
     )
 
 
@@ -21,11 +21,11 @@ def refusal_backward(grad_out, q, k, v, assignment, sharpness, *_) -> str | None
     return refusal(q, k, v, assignment, sharpness)
 
 
-def configure(q, k, v, *_) -> _config.Choice:
+def configure(q, k, v, *_) -> _tuning.Choice:
     return lookup("gated_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _config.Choice:
+def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
     return lookup("gated_attention_backward", q, k, v)
 
 
@@ -43,17 +43,17 @@ def _call(
     mask,
     **tensors,
 ) -> None:
-    _native.run(
+    native.run(
         kernel,
-        q=_native.rows(q),
-        k=_native.rows(k),
-        v=_native.rows(v),
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
         assignment=assignment.float().contiguous(),
         sharpness=sharpness.float(),
         window=window,
         gate=gate,
         scale=scale,
-        threads=_native.threads(),
+        threads=native.threads(),
         **mask_fields(q, k, mask),
         **lookup(name, q, k, v).values,
         **tensors,
@@ -106,8 +106,8 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, stat
         gate,
         scale,
         mask,
-        grad_out=_native.rows(grad_out),
-        out=_native.rows(out),
+        grad_out=native.rows(grad_out),
+        out=native.rows(out),
         state=state.contiguous(),
         grad_q=grads[0],
         grad_k=grads[1],

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import LOG2E, Line, dot, load_tile, offset, rows
 from ..attention.scores_triton import sigmoid_derivative, sigmoid_weight, softplus_weight
 from ..attention.triton_backward import along_columns, along_rows, row_products, score_gradient
@@ -238,13 +238,13 @@ def refusal_backward(
     return refusal(q, k, v, assignment, sharpness, window, gate, scale, mask) or _triton.refusal(grad_out)
 
 
-def configure(q, k, v, assignment, sharpness, window, gate, scale, mask) -> _config.Choice:
+def configure(q, k, v, assignment, sharpness, window, gate, scale, mask) -> tuning.Choice:
     return _problem(q, k, v, scale, mask).choose("gated_attention")
 
 
 def configure_backward(
     grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
-) -> _config.Choice:
+) -> tuning.Choice:
     return _problem(q, k, v, scale, mask).choose("gated_attention_backward")
 
 

@@ -2,16 +2,16 @@
 
 import torch
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ..attention.checks import check_results
 from ..focus import check_causal
 
 
 def check_signatures(op: str, name: str, value: torch.Tensor, q: torch.Tensor, length: int) -> None:
     """(B, length), an integer each."""
-    _checks.check_integer(op, name, value, dims=2)
-    _checks.check_same_device(op, q=q, **{name: value})
-    _checks.check_shape(op, name, value, (q.shape[0], length), "batch and length")
+    checks.check_integer(op, name, value, dims=2)
+    checks.check_same_device(op, q=q, **{name: value})
+    checks.check_shape(op, name, value, (q.shape[0], length), "batch and length")
 
 
 def _check_grouped(op: str, q, k, v, groups, key_groups, window, scale, mask) -> None:
@@ -19,7 +19,7 @@ def _check_grouped(op: str, q, k, v, groups, key_groups, window, scale, mask) ->
     for name, value, length in (("groups", groups, q.shape[2]), ("key_groups", key_groups, k.shape[2])):
         check_signatures(op, name, value, q, length)
         if value.dtype != torch.int64:
-            raise TypeError(f"fastattn.{op}: {name} must be int64, given {_checks.describe(value)}")
+            raise TypeError(f"fastattn.{op}: {name} must be int64, given {checks.describe(value)}")
 
 
 def check_grouped_attention(q, k, v, groups, key_groups, window, scale, mask) -> None:
@@ -38,4 +38,4 @@ def check_grouped_contents(q, k, v, groups, key_groups, *_) -> None:
     highest = torch.iinfo(torch.int64).max
     for name, value in (("groups", groups), ("key_groups", key_groups)):
         if name == "groups" or value is not groups:
-            _checks.check_range("grouped_attention", name, value, 0, highest, also=highest)
+            checks.check_range("grouped_attention", name, value, 0, highest, also=highest)

@@ -2,8 +2,8 @@
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import native
+from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `lookup` serves
 
@@ -17,27 +17,27 @@ def refusal_backward(grad_out, q, k, v, out, state, groups, key_groups, window, 
     return refusal(q, k, v, groups, key_groups, window, scale, mask)
 
 
-def configure(q, k, v, *_) -> _config.Choice:
+def configure(q, k, v, *_) -> _tuning.Choice:
     return lookup("grouped_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _config.Choice:
+def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
     return lookup("grouped_attention_backward", q, k, v)
 
 
 def _call(
     kernel: str, name: str, q, k, v, groups, key_groups, window: int, scale: float, mask, **tensors
 ) -> None:
-    _native.run(
+    native.run(
         kernel,
-        q=_native.rows(q),
-        k=_native.rows(k),
-        v=_native.rows(v),
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
         groups=groups.contiguous(),
         key_groups=key_groups.contiguous(),
         window=window,
         scale=scale,
-        threads=_native.threads(),
+        threads=native.threads(),
         **mask_fields(q, k, mask),
         **lookup(name, q, k, v).values,
         **tensors,
@@ -79,8 +79,8 @@ def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups
             window,
             scale,
             mask,
-            grad_out=_native.rows(grad_out),
-            out=_native.rows(out),
+            grad_out=native.rows(grad_out),
+            out=native.rows(out),
             state=state.contiguous(),
             grad_q=grads[0],
             grad_k=grads[1],

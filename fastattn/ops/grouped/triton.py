@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import LOG2E, dot, gather_tile, offset, rows, scatter_tile
 from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
@@ -170,7 +170,7 @@ def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
     return attention_refusal(q, k, v, None)
 
 
-def configure(q, k, v, groups, key_groups, window, scale, mask) -> _config.Choice:
+def configure(q, k, v, groups, key_groups, window, scale, mask) -> tuning.Choice:
     return problem(q, k, v, scale, mask).choose("grouped_attention")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ...runtime.registry import refuse_gradients
 
 PARTS = ("gqkv", "out", "gate_up", "down")  # the weights of a layer
@@ -12,32 +12,32 @@ def check_decode_step(
     z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps
 ) -> None:
     op = "decode_step"
-    _checks.check_floating(op, z_h=z_h, z_l=z_l, k_cache=k_cache, v_cache=v_cache)
+    checks.check_floating(op, z_h=z_h, z_l=z_l, k_cache=k_cache, v_cache=v_cache)
     dtype, device = z_h.dtype, z_h.device
     if not all(isinstance(w, torch.Tensor) and w.dtype is dtype and w.device == device for w in weights):
-        _checks.check_floating(op, z_h=z_h, **{f"weights[{i}]": w for i, w in enumerate(weights)})
-    _checks.check_tensor(op, "z_h", z_h, dims=2)
-    _checks.check_shape(op, "z_l", z_l, z_h.shape, "as z_h")
-    _checks.check_tensor(op, "k_cache", k_cache, dims=6)
-    _checks.check_shape(op, "v_cache", v_cache, k_cache.shape, "as k_cache")
+        checks.check_floating(op, z_h=z_h, **{f"weights[{i}]": w for i, w in enumerate(weights)})
+    checks.check_tensor(op, "z_h", z_h, dims=2)
+    checks.check_shape(op, "z_l", z_l, z_h.shape, "as z_h")
+    checks.check_tensor(op, "k_cache", k_cache, dims=6)
+    checks.check_shape(op, "v_cache", v_cache, k_cache.shape, "as k_cache")
     calls, layers, batch, heads, capacity, head_dim = k_cache.shape
     hidden = z_h.shape[1]
     if 0 in z_h.shape or 0 in k_cache.shape or head_dim % 2:
         raise ValueError(
             f"fastattn.{op}: nothing may be empty and the head dim must be even, given z_h "
-            f"{_checks.describe(z_h)} and k_cache {_checks.describe(k_cache)}"
+            f"{checks.describe(z_h)} and k_cache {checks.describe(k_cache)}"
         )
     if min(h_cycles, l_cycles) < 1 or calls != h_cycles * (l_cycles + 1) or batch != z_h.shape[0]:
         raise ValueError(
             f"fastattn.{op}: k_cache must have h_cycles * (l_cycles + 1) calls and z_h's {z_h.shape[0]} rows, given "
-            f"{_checks.describe(k_cache)} for h_cycles {h_cycles} and l_cycles {l_cycles}"
+            f"{checks.describe(k_cache)} for h_cycles {h_cycles} and l_cycles {l_cycles}"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.check_written(op, name, cache)
+        checks.check_written(op, name, cache)
     if positions is not None:
-        _checks.check_integer(op, "position", positions, dims=1)
-        _checks.check_shape(op, "position", positions, (batch,), "one a row")
-        _checks.check_same_device(op, z_h=z_h, position=positions)
+        checks.check_integer(op, "position", positions, dims=1)
+        checks.check_shape(op, "position", positions, (batch,), "one a row")
+        checks.check_same_device(op, z_h=z_h, position=positions)
     if not 0 <= position < capacity:
         name = "position" if positions is None else "bound"
         raise ValueError(
@@ -47,7 +47,7 @@ def check_decode_step(
         raise ValueError(
             f"fastattn.{op}: weights must be {2 * layers * len(PARTS)} tensors, four a layer, given {len(weights)}"
         )
-    _checks.check_tensor(op, "weights[3]", weights[3], dims=2)
+    checks.check_tensor(op, "weights[3]", weights[3], dims=2)
     inner = weights[3].shape[1]
     shapes = (
         (4 * heads * head_dim, hidden),
@@ -57,12 +57,12 @@ def check_decode_step(
     )
     for i, weight in enumerate(weights):
         if weight.shape != shapes[i % 4]:
-            _checks.check_shape(op, f"weights[{i}]", weight, shapes[i % 4], f"{PARTS[i % 4]} of a layer")
-    _checks.check_positive(op, "theta", theta)
-    _checks.check_positive(op, "eps", eps, zero=True)
+            checks.check_shape(op, f"weights[{i}]", weight, shapes[i % 4], f"{PARTS[i % 4]} of a layer")
+    checks.check_positive(op, "theta", theta)
+    checks.check_positive(op, "eps", eps, zero=True)
     refuse_gradients(op, (z_h, z_l, k_cache, v_cache, weights))
 
 
 def check_decode_step_contents(z_h, z_l, weights, k_cache, v_cache, positions, position, *_) -> None:
     if positions is not None:
-        _checks.check_range("decode_step", "position", positions, 0, position + 1)
+        checks.check_range("decode_step", "position", positions, 0, position + 1)

@@ -2,17 +2,17 @@
 
 import torch
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Choice
 from ..rowwise import cpu as rows
 
-MOST_ROWS = _native.limits.matvec_rows
-_LARGEST_HEAD_DIM = _native.limits.head_dim
+MOST_ROWS = native.limits.matvec_rows
+_LARGEST_HEAD_DIM = native.limits.head_dim
 
 
 def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     """Why the CPU kernel cannot serve these arguments, or None."""
-    if z_h.dtype not in _native.FAST_DTYPES:
+    if z_h.dtype not in native.FAST_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(z_h.dtype).removeprefix('torch.')}"
     if z_h.shape[0] > MOST_ROWS:
         return f"it serves up to {MOST_ROWS} rows, not {z_h.shape[0]}"
@@ -24,7 +24,7 @@ def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
 
 
 def configure(*_) -> Choice:
-    return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
+    return Choice({"isa": native.cpu_isa(), "threads": native.threads()}, "built in")
 
 
 def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycles, l_cycles, theta, eps):
@@ -35,10 +35,10 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
     else:
         positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
     cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
-    _native.run(
+    native.run(
         "decode_step",
-        z_h=_native.rows(z_h),
-        z_l=_native.rows(z_l),
+        z_h=native.rows(z_h),
+        z_l=native.rows(z_l),
         out=out,
         weights=torch.tensor([w.data_ptr() for w in weights]),
         keys=k_cache.view(-1, *k_cache.shape[3:]),
@@ -54,6 +54,6 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         h_cycles=h_cycles,
         l_cycles=l_cycles,
         eps=eps,
-        threads=_native.threads(),
+        threads=native.threads(),
     )
     return out

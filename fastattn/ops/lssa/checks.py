@@ -3,16 +3,16 @@
 import math
 
 from ... import masks
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ..attention.checks import check_qkv, check_results
 
 
 def _check(op: str, q, k, v, power, mask) -> None:
     check_qkv(op, q, k, v)
     if q.shape[3] == 0:
-        raise ValueError(f"fastattn.{op}: q must have a head dim of 1 or more, given {_checks.describe(q)}")
+        raise ValueError(f"fastattn.{op}: q must have a head dim of 1 or more, given {checks.describe(q)}")
     if power is not None:
-        _checks.check_positive(op, "power", power)
+        checks.check_positive(op, "power", power)
         if not 1 <= power < math.inf:
             raise ValueError(
                 f"fastattn.{op}: power must be None or a finite number of at least 1, given {power!r}"

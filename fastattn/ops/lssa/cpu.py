@@ -2,10 +2,10 @@
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
+from ...runtime import native
+from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
-from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
 
 def refusal(q, k, v, power, mask) -> str | None:
@@ -17,23 +17,23 @@ def refusal_backward(grad_out, q, k, v, *_) -> str | None:
     return unserved(q, k, v)
 
 
-def configure(q, k, v, power, mask) -> _config.Choice:
+def configure(q, k, v, power, mask) -> _tuning.Choice:
     return lookup("softplus_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _config.Choice:
+def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
     return lookup("softplus_attention_backward", q, k, v)
 
 
 def _call(kernel: str, name: str, q, k, v, power: float | None, mask, **tensors) -> None:
-    _native.run(
+    native.run(
         kernel,
-        q=_native.rows(q),
-        k=_native.rows(k),
-        v=_native.rows(v),
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
         power=1.0 if power is None else power,
         reweigh=int(power is not None),
-        threads=_native.threads(),
+        threads=native.threads(),
         **mask_fields(q, k, mask),
         **lookup(name, q, k, v).values,
         **tensors,
@@ -60,8 +60,8 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask)
             v,
             power,
             mask,
-            grad_out=_native.rows(grad_out),
-            out=_native.rows(out),
+            grad_out=native.rows(grad_out),
+            out=native.rows(out),
             statistics=statistics.contiguous(),
             grad_q=grads[0],
             grad_k=grads[1],

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime import tuning as _config
+from ...runtime import tuning
 from ...runtime.triton import LOG2E, dot, load_rows, load_tile, offset, rows
 from ..attention.scores import SCORES
 from ..attention.scores_triton import softplus_weight
@@ -124,7 +124,7 @@ def refusal(q, k, v, power, mask) -> str | None:
     return attention_refusal(q, k, v, None)
 
 
-def configure(q, k, v, power, mask) -> _config.Choice:
+def configure(q, k, v, power, mask) -> tuning.Choice:
     return problem(q, k, v, mask).choose("softplus_attention")
 
 

@@ -1,10 +1,10 @@
 """What the kernels of LSSA and LSSAR can be tuned by."""
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
-_DEFAULT = _native.defaults("lssa_forward")
+_DEFAULT = native.defaults("lssa_forward")
 
 _KEY = {
     "structural": ("dtype", "head_dim", "value_dim"),

@@ -1,13 +1,13 @@
 """What matvec asks of its arguments, whoever calls it."""
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 
 
 def check_matvec(x, weight) -> None:
     op = "matvec"
-    _checks.check_floating(op, x=x, weight=weight)
+    checks.check_floating(op, x=x, weight=weight)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"fastattn.{op}: weight must have shape (N, K), K x's last dim, given {_checks.describe(weight)} "
-            f"for x {_checks.describe(x)}"
+            f"fastattn.{op}: weight must have shape (N, K), K x's last dim, given {checks.describe(weight)} "
+            f"for x {checks.describe(x)}"
         )

@@ -1,14 +1,14 @@
 """The few-row product on the CPU: one kernel call."""
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Choice
 
-MOST_ROWS = _native.limits.matvec_rows
+MOST_ROWS = native.limits.matvec_rows
 
 
 def refusal(x, weight) -> str | None:
     """Why the CPU kernel cannot serve these arguments, or None."""
-    if x.dtype not in _native.FAST_DTYPES:
+    if x.dtype not in native.FAST_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     if x.shape[-1] == 0:
         return "it serves a last dim of 1 or more"
@@ -18,18 +18,18 @@ def refusal(x, weight) -> str | None:
 
 
 def configure(x, weight) -> Choice:
-    return Choice({"isa": _native.cpu_isa(), "threads": _native.threads()}, "built in")
+    return Choice({"isa": native.cpu_isa(), "threads": native.threads()}, "built in")
 
 
 def matvec(x, weight):
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel():
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        _native.run(
+        native.run(
             "matvec",
-            x=_native.rows(rows),
-            weight=_native.rows(weight),
+            x=native.rows(rows),
+            weight=native.rows(weight),
             out=out.view(-1, weight.shape[0]),
-            threads=_native.threads(),
+            threads=native.threads(),
         )
     return out

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...runtime import checks as _checks
+from ...runtime import checks
 from ...runtime.registry import refuse_gradients
 
 # --- rms_norm --------------------------------------------------------------------------------------------------------
@@ -11,46 +11,46 @@ from ...runtime.registry import refuse_gradients
 def _check_rows(op: str, name: str, x: torch.Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
-            f"fastattn.{op}: {name} must have a last dim of 1 or more, given {_checks.describe(x)}"
+            f"fastattn.{op}: {name} must have a last dim of 1 or more, given {checks.describe(x)}"
         )
 
 
 def _check_weight(op: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
     if weight is not None:
-        _checks.check_exact(op, "weight", weight, (x.shape[-1],), x.dtype, x.device, "x's last dim")
+        checks.check_exact(op, "weight", weight, (x.shape[-1],), x.dtype, x.device, "x's last dim")
 
 
 def check_rms_norm(x, residual, weight, eps) -> None:
     op = "rms_norm"
-    _checks.check_floating(op, absent=("residual", "weight"), x=x, residual=residual, weight=weight)
+    checks.check_floating(op, absent=("residual", "weight"), x=x, residual=residual, weight=weight)
     _check_rows(op, "x", x)
     if residual is not None:
-        _checks.check_like(op, "residual", residual, "x", x)
+        checks.check_like(op, "residual", residual, "x", x)
     _check_weight(op, weight, x)
-    _checks.check_positive(op, "eps", eps, zero=True)
+    checks.check_positive(op, "eps", eps, zero=True)
 
 
 def check_rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps) -> None:
     op = "rms_norm_backward"
-    _checks.check_floating(op, total=total)
+    checks.check_floating(op, total=total)
     _check_rows(op, "total", total)
-    _checks.check_like(op, "grad_normed", grad_normed, "total", total)
+    checks.check_like(op, "grad_normed", grad_normed, "total", total)
     if grad_total is not None:
-        _checks.check_like(op, "grad_total", grad_total, "total", total)
+        checks.check_like(op, "grad_total", grad_total, "total", total)
     _check_weight(op, weight, total)
-    statistics = _checks.statistics_dtype(total)
-    _checks.check_exact(op, "rstd", rstd, total.shape[:-1], statistics, total.device, "one a row of total")
-    _checks.check_positive(op, "eps", eps, zero=True)
+    statistics = checks.statistics_dtype(total)
+    checks.check_exact(op, "rstd", rstd, total.shape[:-1], statistics, total.device, "one a row of total")
+    checks.check_positive(op, "eps", eps, zero=True)
 
 
 # --- swiglu, gated ---------------------------------------------------------------------------------------------------
 
 
 def _check_gate_up(op: str, gate_up: torch.Tensor) -> None:
-    _checks.check_floating(op, gate_up=gate_up)
+    checks.check_floating(op, gate_up=gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"fastattn.{op}: gate_up must have an even last dim, gate | up, given {_checks.describe(gate_up)}"
+            f"fastattn.{op}: gate_up must have an even last dim, gate | up, given {checks.describe(gate_up)}"
         )
 
 
@@ -62,14 +62,14 @@ def check_swiglu_backward(grad_out, gate_up) -> None:
     op = "swiglu_backward"
     _check_gate_up(op, gate_up)
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    _checks.check_exact(op, "grad_out", grad_out, shape, gate_up.dtype, gate_up.device, "half of gate_up")
+    checks.check_exact(op, "grad_out", grad_out, shape, gate_up.dtype, gate_up.device, "half of gate_up")
 
 
 def _check_gated(op: str, x: torch.Tensor, gate: torch.Tensor) -> None:
-    _checks.check_floating(op, x=x, gate=gate)
+    checks.check_floating(op, x=x, gate=gate)
     if x.dim() == 0:
-        raise ValueError(f"fastattn.{op}: x must have a last dim, given {_checks.describe(x)}")
-    _checks.check_shape(op, "gate", gate, x.shape, "x's")
+        raise ValueError(f"fastattn.{op}: x must have a last dim, given {checks.describe(x)}")
+    checks.check_shape(op, "gate", gate, x.shape, "x's")
 
 
 def check_gated(x, gate) -> None:
@@ -79,7 +79,7 @@ def check_gated(x, gate) -> None:
 def check_gated_backward(grad_out, x, gate) -> None:
     op = "gated_backward"
     _check_gated(op, x, gate)
-    _checks.check_like(op, "grad_out", grad_out, "x", x)
+    checks.check_like(op, "grad_out", grad_out, "x", x)
 
 
 # --- rotary ----------------------------------------------------------------------------------------------------------
@@ -87,10 +87,10 @@ def check_gated_backward(grad_out, x, gate) -> None:
 
 def _check_rotary(op: str, q, k, positions, theta) -> None:
     for name, t in (("q", q), ("k", k)):
-        _checks.check_tensor(op, name, t, dims=4)
-    _checks.check_floating(op, q=q, k=k)
-    _checks.check_integer(op, "positions", positions, dims=(1, 2))
-    _checks.check_same_device(op, q=q, positions=positions)
+        checks.check_tensor(op, name, t, dims=4)
+    checks.check_floating(op, q=q, k=k)
+    checks.check_integer(op, "positions", positions, dims=(1, 2))
+    checks.check_same_device(op, q=q, positions=positions)
     if (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], q.shape[2], q.shape[3]):
         raise ValueError(
             f"fastattn.{op}: k must have q's batch, length and head dim, given q {tuple(q.shape)} and k {tuple(k.shape)}"
@@ -98,8 +98,8 @@ def _check_rotary(op: str, q, k, positions, theta) -> None:
     if q.shape[3] % 2:
         raise ValueError(f"fastattn.{op}: q must have an even head dim, given {q.shape[3]}")
     shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
-    _checks.check_shape(op, "positions", positions, shape, "(L,), (1, L) or (B, L)")
-    _checks.check_positive(op, "theta", theta)
+    checks.check_shape(op, "positions", positions, shape, "(L,), (1, L) or (B, L)")
+    checks.check_positive(op, "theta", theta)
 
 
 def check_rotary(q, k, positions, theta, inverse) -> None:
@@ -109,20 +109,20 @@ def check_rotary(q, k, positions, theta, inverse) -> None:
 def check_rotary_append(q, k, v, positions, slots, keys, values, theta) -> None:
     op = "rotary_append"
     _check_rotary(op, q, k, positions, theta)
-    _checks.check_tensor(op, "v", v, dims=4)
-    _checks.check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "k's heads and tokens")
+    checks.check_tensor(op, "v", v, dims=4)
+    checks.check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "k's heads and tokens")
     for name, cache, new in (("keys", keys, k), ("values", values, v)):
-        _checks.check_tensor(op, name, cache, dims=4)
+        checks.check_tensor(op, name, cache, dims=4)
         shape = (*new.shape[:2], cache.shape[2], new.shape[3])
-        _checks.check_shape(op, name, cache, shape, "batch, heads, capacity and head dim")
-        _checks.check_written(op, name, cache)
-    _checks.check_floating(op, q=q, k=k, v=v, keys=keys, values=values)
-    _checks.check_integer(op, "slots", slots, dims=2)
-    _checks.check_shape(op, "slots", slots, (q.shape[0], q.shape[2]), "(B, L)")
-    _checks.check_same_device(op, q=q, slots=slots)
+        checks.check_shape(op, name, cache, shape, "batch, heads, capacity and head dim")
+        checks.check_written(op, name, cache)
+    checks.check_floating(op, q=q, k=k, v=v, keys=keys, values=values)
+    checks.check_integer(op, "slots", slots, dims=2)
+    checks.check_shape(op, "slots", slots, (q.shape[0], q.shape[2]), "(B, L)")
+    checks.check_same_device(op, q=q, slots=slots)
     refuse_gradients(op, (q, k, v, keys, values))
 
 
 def check_rotary_append_contents(q, k, v, positions, slots, keys, values, theta) -> None:
     capacity = min(keys.shape[2], values.shape[2])
-    _checks.check_range("rotary_append", "slots", slots, 0, capacity)
+    checks.check_range("rotary_append", "slots", slots, 0, capacity)

@@ -2,9 +2,9 @@
 
 import torch
 
-from ...runtime import native as _native
-from ...runtime import tuning as _config
-from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from ...runtime import native
+from ...runtime import tuning as _tuning
+from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
 _LONGEST_TABLE = (
     1 << 18
@@ -17,16 +17,16 @@ _latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
 
 def refusal(first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first member, or None."""
-    return None if first.dtype in _native.FAST_DTYPES else _native.unserved_dtype(first)
+    return None if first.dtype in native.FAST_DTYPES else native.unserved_dtype(first)
 
 
-def configure(first: torch.Tensor, *_) -> _config.Choice:
+def configure(first: torch.Tensor, *_) -> _tuning.Choice:
     return _choose(first)
 
 
-def _choose(t: torch.Tensor) -> _config.Choice:
+def _choose(t: torch.Tensor) -> _tuning.Choice:
     columns = max(1, t.shape[-1])
-    return _config.lookup(
+    return _tuning.lookup(
         "recurrence",
         "cpu",
         structural={"dtype": str(t.dtype).removeprefix("torch.")},
@@ -38,7 +38,7 @@ def _choose(t: torch.Tensor) -> _config.Choice:
 def _call(name: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
     """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
     fields.update(_choose(of).values)
-    _native.run(name, threads=threads or _native.threads(), **fields)
+    native.run(name, threads=threads or native.threads(), **fields)
 
 
 def rms_norm(x, residual, weight, eps):
@@ -49,12 +49,12 @@ def rms_norm(x, residual, weight, eps):
         _call(
             "rms_norm",
             x,
-            x=_native.rows(x),
-            residual=None if residual is None else _native.rows(residual),
+            x=native.rows(x),
+            residual=None if residual is None else native.rows(residual),
             weight=None if weight is None else weight.contiguous(),
-            normed=_native.rows(normed),
-            total=None if residual is None else _native.rows(total),
-            rstd=_native.rows(rstd[..., None]),
+            normed=native.rows(normed),
+            total=None if residual is None else native.rows(total),
+            rstd=native.rows(rstd[..., None]),
             eps=eps,
         )
     return normed, total, rstd
@@ -63,19 +63,19 @@ def rms_norm(x, residual, weight, eps):
 def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
-    threads = _native.threads()  # read once: another thread may set it meanwhile
+    threads = native.threads()  # read once: another thread may set it meanwhile
     partials = None if weight is None else total.new_zeros(threads, columns, dtype=torch.float32)
     if total.numel():
         _call(
             "rms_norm_backward",
             total,
             threads,
-            grad_normed=_native.rows(grad_normed),
-            grad_total=None if grad_total is None else _native.rows(grad_total),
-            total=_native.rows(total),
+            grad_normed=native.rows(grad_normed),
+            grad_total=None if grad_total is None else native.rows(grad_total),
+            total=native.rows(total),
             weight=None if weight is None else weight.contiguous(),
-            rstd=_native.rows(rstd[..., None]),
-            grad=_native.rows(grad),
+            rstd=native.rows(rstd[..., None]),
+            grad=native.rows(grad),
             weight_partials=partials,
         )
     return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
@@ -84,22 +84,22 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
 def swiglu(gate_up):
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     if out.numel():
-        gate, up = _native.rows(gate_up).chunk(2, dim=-1)
-        _call("swiglu", gate_up, a=gate, b=up, out=_native.rows(out))
+        gate, up = native.rows(gate_up).chunk(2, dim=-1)
+        _call("swiglu", gate_up, a=gate, b=up, out=native.rows(out))
     return out
 
 
 def swiglu_backward(grad_out, gate_up):
     grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     if grad_out.numel():
-        gate, up = _native.rows(gate_up).chunk(2, dim=-1)
-        grad_gate, grad_up = _native.rows(grad_gate_up).chunk(2, dim=-1)
+        gate, up = native.rows(gate_up).chunk(2, dim=-1)
+        grad_gate, grad_up = native.rows(grad_gate_up).chunk(2, dim=-1)
         _call(
             "swiglu_backward",
             gate_up,
             a=gate,
             b=up,
-            grad_out=_native.rows(grad_out),
+            grad_out=native.rows(grad_out),
             grad_a=grad_gate,
             grad_b=grad_up,
         )
@@ -109,7 +109,7 @@ def swiglu_backward(grad_out, gate_up):
 def gated(x, gate):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        _call("gated", x, a=_native.rows(gate), b=_native.rows(x), out=_native.rows(out))
+        _call("gated", x, a=native.rows(gate), b=native.rows(x), out=native.rows(out))
     return out
 
 
@@ -120,11 +120,11 @@ def gated_backward(grad_out, x, gate):
         _call(
             "gated_backward",
             x,
-            a=_native.rows(gate),
-            b=_native.rows(x),
-            grad_out=_native.rows(grad_out),
-            grad_a=_native.rows(grad_gate),
-            grad_b=_native.rows(grad_x),
+            a=native.rows(gate),
+            b=native.rows(x),
+            grad_out=native.rows(grad_out),
+            grad_a=native.rows(grad_gate),
+            grad_b=native.rows(grad_x),
         )
     return grad_x, grad_gate
 
@@ -178,7 +178,7 @@ def rotary(q, k, positions, theta, inverse):
                 _call(
                     "rotary",
                     x,
-                    x=_native.rows(x),
+                    x=native.rows(x),
                     out=out,
                     cos=cos,
                     sin=sin,

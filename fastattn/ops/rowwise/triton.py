@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning as _tuning
 from ...runtime.triton import Line, offset, rows
 from . import tuning  # noqa: F401  declares what is looked up
 
@@ -187,13 +187,13 @@ def refusal(*args) -> str | None:
     return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
 
 
-def configure(*args) -> _config.Choice:
+def configure(*args) -> _tuning.Choice:
     first = next(a for a in args if isinstance(a, torch.Tensor))
     return _choose(first)
 
 
-def _choose(t: torch.Tensor) -> _config.Choice:
-    return _config.lookup(
+def _choose(t: torch.Tensor) -> _tuning.Choice:
+    return _tuning.lookup(
         "recurrence",
         "triton",
         structural={"dtype": str(t.dtype).removeprefix("torch.")},

@@ -1,9 +1,9 @@
 """What the recurrence kernels can be tuned by."""
 
-from ...runtime import native as _native
+from ...runtime import native
 from ...runtime.tuning import Parameter, declare
 
-_DEFAULT = _native.defaults("rms_norm")
+_DEFAULT = native.defaults("rms_norm")
 
 declare(
     "recurrence",

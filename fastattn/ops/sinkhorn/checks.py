@@ -4,35 +4,34 @@ import itertools
 
 import torch
 
-from ...runtime import checks as _checks
-from ...runtime import native as _native
+from ...runtime import checks, native
 from ..focus import check_group_count
 
-MAX_ITERATIONS = _native.limits.iterations
+MAX_ITERATIONS = native.limits.iterations
 
 
 def _check_sinkhorn(op: str, scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
-    _checks.check_tensor(op, "scores", scores, dims=3)
-    _checks.check_floating(op, scores=scores)
+    checks.check_tensor(op, "scores", scores, dims=3)
+    checks.check_floating(op, scores=scores)
     check_group_count(op, "scores", scores)
-    _checks.check_positive(op, "temperature", temperature)
+    checks.check_positive(op, "temperature", temperature)
     if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)) or iterations < 1:
         raise ValueError(f"fastattn.{op}: iterations must be an integer of at least 1, given {iterations!r}")
     if iterations > MAX_ITERATIONS:
         raise ValueError(f"fastattn.{op}: iterations must be at most {MAX_ITERATIONS}, given {iterations}")
     sequences = scores.shape[0]
     if cu_seqlens is not None:
-        _checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
-        _checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
+        checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
+        checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
         if sequences != 1:
             raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {sequences}")
         if cu_seqlens.shape[0] == 0:
             raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
         sequences = cu_seqlens.shape[0] - 1
     if lengths is not None:
-        _checks.check_integer(op, "lengths", lengths, dims=1)
-        _checks.check_same_device(op, scores=scores, lengths=lengths)
-        _checks.check_shape(op, "lengths", lengths, (sequences,), "one a sequence")
+        checks.check_integer(op, "lengths", lengths, dims=1)
+        checks.check_same_device(op, scores=scores, lengths=lengths)
+        checks.check_shape(op, "lengths", lengths, (sequences,), "one a sequence")
 
 
 def check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
@@ -42,7 +41,7 @@ def check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
 def check_sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
     op = "sinkhorn_backward"
     _check_sinkhorn(op, scores, lengths, cu_seqlens, temperature, iterations, causal)
-    _checks.check_like(op, "grad_out", grad_out, "scores", scores)
+    checks.check_like(op, "grad_out", grad_out, "scores", scores)
 
 
 def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens) -> None:
@@ -63,7 +62,7 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens) -> None:
                 )
         return
     if lengths is not None:
-        _checks.check_range(op, "lengths", lengths, 0, longest + 1)
+        checks.check_range(op, "lengths", lengths, 0, longest + 1)
 
 
 def check_sinkhorn_contents(scores, lengths, cu_seqlens, *_) -> None:

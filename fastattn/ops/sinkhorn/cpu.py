@@ -2,16 +2,16 @@
 
 import torch
 
-from ...runtime import native as _native
+from ...runtime import native
 
 
 def refusal(scores, *_) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
-    return _native.unserved_dtype(scores)
+    return native.unserved_dtype(scores)
 
 
 def refusal_backward(grad_out, scores, *_) -> str | None:
-    return _native.unserved_dtype(scores)
+    return native.unserved_dtype(scores)
 
 
 def _call(
@@ -22,7 +22,7 @@ def _call(
         begins, counts = torch.arange(batch) * length, torch.full((batch,), length)
     else:
         begins, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    _native.run(
+    native.run(
         kernel,
         scores=scores.contiguous().view(-1, groups),
         begins=begins.contiguous(),
@@ -30,7 +30,7 @@ def _call(
         temperature=temperature,
         iterations=iterations,
         causal=int(causal),
-        threads=_native.threads(),
+        threads=native.threads(),
         **tensors,
     )
 

@@ -1,8 +1,8 @@
 """Sinkhorn in CUDA C++."""
 
-from ...runtime import cuda as _cuda
-from ...runtime import tuning as _config
-from . import tuning  # noqa: F401  declares what `_config.lookup` serves
+from ...runtime import cuda
+from ...runtime import tuning as _tuning
+from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
 
 def refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
@@ -11,14 +11,14 @@ def refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str
         return "it does not serve packed documents"
     if causal:
         return "it serves column sums over the whole sequence, not causal ones"
-    if scores.dtype not in _cuda.DTYPES:
+    if scores.dtype not in cuda.DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
-    return _cuda.missing()
+    return cuda.missing()
 
 
-def configure(scores, *_) -> _config.Choice:
+def configure(scores, *_) -> _tuning.Choice:
     batch, length, groups = scores.shape
-    return _config.lookup(
+    return _tuning.lookup(
         "sinkhorn",
         "cuda",
         structural={"dtype": str(scores.dtype).removeprefix("torch."), "groups": groups},
@@ -28,4 +28,4 @@ def configure(scores, *_) -> _config.Choice:
 
 
 def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
-    return _cuda.sinkhorn(scores, lengths, temperature, iterations, configure(scores).values["threads"])
+    return cuda.sinkhorn(scores, lengths, temperature, iterations, configure(scores).values["threads"])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime import tuning as _config
+from ...runtime import tuning as _tuning
 from ...runtime.triton import LN2, load_tile, offset, store_tile
 from . import tuning  # noqa: F401  declares what is looked up
 
@@ -206,9 +206,9 @@ def refusal(*args) -> str | None:
     return _triton.refusal(scores)
 
 
-def _choose(scores) -> _config.Choice:
+def _choose(scores) -> _tuning.Choice:
     batch, length, groups = scores.shape
-    return _config.lookup(
+    return _tuning.lookup(
         "sinkhorn",
         "triton",
         structural={"dtype": str(scores.dtype).removeprefix("torch."), "groups": groups},
@@ -217,11 +217,11 @@ def _choose(scores) -> _config.Choice:
     )
 
 
-def configure(scores, *_) -> _config.Choice:
+def configure(scores, *_) -> _tuning.Choice:
     return _choose(scores)
 
 
-def configure_backward(grad, scores, *_) -> _config.Choice:
+def configure_backward(grad, scores, *_) -> _tuning.Choice:
     return _choose(scores)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 
 
 class Example(NamedTuple):
@@ -39,14 +39,14 @@ def read_jsonl(path: str | os.PathLike) -> list[Example]:
 
 def write_jsonl(path: str | os.PathLike, examples: Iterable[Example]) -> None:
     """Writes one object a line, whole or not at all."""
-    with _files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for example in examples:
             file.write(json.dumps(example._asdict(), ensure_ascii=False) + "\n")
 
 
 def _parse(line: bytes, where: str) -> Example:
     try:
-        row = _files.parse_json(line.decode("utf-8"))
+        row = files.parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
@@ -64,7 +64,7 @@ def _parse(line: bytes, where: str) -> Example:
             )
         if not row[field].strip():
             raise ValueError(f"{where}: field '{field}' is empty")
-        if not _files.is_unicode(row[field]):
+        if not files.is_unicode(row[field]):
             raise ValueError(f"{where}: field '{field}' holds half of a surrogate pair")
     return Example(row["instruction"], row["response"])
 

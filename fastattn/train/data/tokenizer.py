@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastattn.runtime import files as _files
+from fastattn.runtime import files
 from fastattn.train.data.jsonl import Example
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, folder: str | os.PathLike) -> None:
-        _files.write_text(Path(folder) / FILE_NAME, self._inner.to_str(pretty=True))
+        files.write_text(Path(folder) / FILE_NAME, self._inner.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +83,7 @@ class Tokenizer:
         """The tokens before the response."""
         if not instruction.strip():
             raise ValueError("prompt: is empty")
-        if not _files.is_unicode(instruction):
+        if not files.is_unicode(instruction):
             raise ValueError("prompt: is not UTF-8")
         return [self.start, *self.encode(instruction), self.end_of_prompt]
 
