@@ -443,3 +443,4 @@ def default_scale(head_dim: int) -> float:
 
 
 NO_MASK = Mask()
+NO_MASK_ARGS = NO_MASK._constant

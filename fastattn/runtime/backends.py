@@ -12,8 +12,10 @@ __all__ = ["Lazy", "cpu_backend", "cuda_backend", "reference_backend", "triton_b
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def cpu_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
-    return Backend("cpu", run, refusal, configure, devices=("cpu",))
+def cpu_backend(
+    run: Callable, refusal: Callable, configure: Callable | None = None, leading: Callable | None = None
+) -> Backend:
+    return Backend("cpu", run, refusal, configure, devices=("cpu",), leading=leading)
 
 
 def cuda_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:

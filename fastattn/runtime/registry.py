@@ -33,6 +33,8 @@ class Backend:
     supports: None when it can serve the call, else the reason why not.
     configure: the tile configuration it would use.
     devices: device types it serves; None means every one.
+    leading: `run` for a caller that reads only the first outputs: takes how many, then the members, and returns a tuple of these
+        or more. Where a backward's statistics cost as much as a small call, it leaves them out.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Backend:
     supports: Callable[..., str | None] = lambda *members: None
     configure: Callable[..., Choice] | None = None
     devices: tuple[str, ...] | None = None
+    leading: Callable | None = None
 
     def refusal(self, device: torch.device, members: Sequence[Any]) -> str | None:
         if self.devices is not None and device.type not in self.devices:
@@ -108,8 +111,8 @@ class Op:
                 changed[i] = integer
         return members if changed is None else tuple(changed)
 
-    def run(self, members: Sequence[Any], requested: str) -> Any:
-        """Checked members to the backend that serves them."""
+    def run(self, members: Sequence[Any], requested: str, reads: int | None = None) -> Any:
+        """Checked members to the backend that serves them. reads: how many of the first outputs matter, None for all."""
         if self.check_contents is not None:
             self.check_contents(*members)
         device = _device(members)
@@ -122,6 +125,8 @@ class Op:
                 and (backend.devices is None or device.type in backend.devices)
                 and backend.supports(*members) is None
             ):
+                if reads is not None and backend.leading is not None:
+                    return backend.leading(reads, *members)
                 return backend.run(*members)
         self.select(device, members, requested)
         raise AssertionError(f"fastattn.{self.name}: a backend refused a call and then served it")
@@ -228,11 +233,21 @@ def refuse_gradients(name: str, args: Sequence[Any]) -> None:
 def _unobserved(members: Sequence[Any]) -> bool:
     """Whether the dispatcher would do nothing with the call but run the backend: no gradients, subclasses, modes,
     transforms, tracing or profiler."""
-    if torch_private.observed():
-        return False
-    recording = torch.is_grad_enabled()
-    for t in _tensors(members):
-        if type(t) not in _PLAIN or t.is_meta or (recording and t.requires_grad):
+    return not torch_private.observed() and _all_plain(members, torch.is_grad_enabled())
+
+
+def _all_plain(members: Sequence[Any], recording: bool) -> bool:
+    for member in members:
+        kind = type(member)
+        if kind in _VALUES:
+            continue
+        if kind in _PLAIN:
+            if member.is_meta or (recording and member.requires_grad):
+                return False
+        elif isinstance(member, list | tuple):
+            if not _all_plain(member, recording):
+                return False
+        elif isinstance(member, torch.Tensor):
             return False
     return True
 
@@ -263,9 +278,11 @@ def _refuse_functional_gradients(name: str, members: Sequence[Any]) -> None:
         )
 
 
-def call(name: str, *args: Any) -> Any:
+def call(name: str, *args: Any, reads: int | None = None) -> Any:
     """torch.ops.fastattn.<name> of a call's members and a backend; past the dispatcher, which costs more than a small op, where
     it has no part.
+
+    reads: how many of the first outputs the caller reads, where it is not all: others may be missing from the result.
 
     Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
     torch.func's gradients, and vmap of what writes to an argument, which it refuses with no word of the op.
@@ -276,7 +293,7 @@ def call(name: str, *args: Any) -> Any:
     if torch_private.differentiates_forward():
         _refuse_tangents(name, members)
     if _unobserved(members):
-        return op.run(members, args[-1])
+        return op.run(members, args[-1], reads)
     if torch.compiler.is_dynamo_compiling():
         values = op.values((*members, args[-1]))
         packet = getattr(torch.ops.fastattn, name)

@@ -314,15 +314,16 @@ static void forward_decoded(const AttentionParams& p) {
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t stride = Chunk::partial_floats(problem), pair_floats = round_up(chunks * rows * stride, 16);
   const int64_t chunk_bytes = bytes_of([&](Arena& arena) { Chunk(problem, rows, arena); });
+  const int threads = threads_for(p.threads, pairs * rows * longest_k * (problem.head_dim + problem.value_dim));
   Blocks memory;  // of each thread
   float* partials = nullptr;
   with_scratch(0, [&](Arena& arena) {
-    memory = arena.blocks(p.threads, chunk_bytes);
+    memory = arena.blocks(threads, chunk_bytes);
     partials = arena.take<float>(pairs * pair_floats);
   });
   const float c = exponent_of(problem);
 
-  parallel_items(pairs * chunks, p.threads, [&](int64_t task, int thread) {
+  parallel_items(pairs * chunks, threads, [&](int64_t task, int thread) {
     const int64_t pair = task / chunks, begin = task % chunks * chunk;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (!decodes(problem, s) || (begin > 0 && begin >= s.keys)) return;
@@ -331,7 +332,7 @@ static void forward_decoded(const AttentionParams& p) {
         .run(s, pair % problem.kv_heads, begin, min64(begin + chunk, s.keys),
              partials + pair * pair_floats + task % chunks * rows * stride);
   });
-  parallel_items(pairs, p.threads, [&](int64_t pair, int) {
+  parallel_items(pairs, threads, [&](int64_t pair, int) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
     if (!decodes(problem, s)) return;
     for (int64_t r = 0; r < problem.group * s.q_length; r++) {

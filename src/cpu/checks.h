@@ -115,7 +115,7 @@ inline void check_fields(const Checks& c, const RmsNormParams& p) {
   }
   if (p.weight.data) c.contiguous("weight", p.weight, {1, 1, 1, p.x.size[3]}, p.x.dtype);
   c.like("normed", p.normed, p.x);
-  c.strided("rstd", p.rstd, {p.x.size[0], p.x.size[1], p.x.size[2], 1}, DType::f32);
+  if (p.rstd.data) c.strided("rstd", p.rstd, {p.x.size[0], p.x.size[1], p.x.size[2], 1}, DType::f32);
 }
 
 inline void check_fields(const Checks& c, const RmsNormBackwardParams& p) {
@@ -288,7 +288,9 @@ inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, AnyScores::kCount - 1);
   check_attention(c, p);
   if (!AnyScores::normalised(p.score)) return;
-  check_state(c, p);
+  // a forward whose caller reads neither leaves them out
+  if (c.backward() || p.state.data) check_state(c, p);
+  if (!c.backward() && !p.lse.data) return;
   const Size by_row{1, p.q.size[0], p.q.size[1], p.q.size[2]};
   c.strided("lse", p.lse, by_row, DType::f32);
   if (!c.backward()) c.tensor("lse", p.lse, by_row, DType::f32);

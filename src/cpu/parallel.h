@@ -58,6 +58,9 @@ FASTATTN_INLINE void parallel_items(int64_t count, int threads, const Body& body
 #endif
 }
 
+// Threads that so many multiply-adds of dot products are worth: waking a second one takes as long as 2^16 of them.
+FASTATTN_INLINE int threads_for(int threads, int64_t multiply_adds) { return multiply_adds < (1 << 16) ? 1 : threads; }
+
 // Parts to cut each of `units` equal tasks in, `least` or up to three more, so that nine tenths of the threads' time is
 // used, or as much as can be.
 FASTATTN_INLINE int64_t even_parts(int64_t units, int64_t threads, int64_t least) {

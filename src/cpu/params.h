@@ -34,7 +34,8 @@ struct RowsParams {
   FASTATTN_FIELDS(serial, prefetch, threads)
 };
 
-// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32.
+// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32,
+// which may be absent.
 struct RmsNormParams : RowsParams {
   Tensor x, residual, weight, normed, total, rstd;
   double eps = 1e-6;

@@ -111,7 +111,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
                       }
                       const float sum = reduce_add(squares[0] + squares[1]);
                       const float rstd = 1.0f / __builtin_sqrtf(sum / (float)columns + (float)p.eps);
-                      *row_of<float>(p.rstd, rows, r) = rstd;
+                      if (p.rstd.data) *row_of<float>(p.rstd, rows, r) = rstd;
                       // the row is in L1 by now
                       for_pairs(columns, [&]<int V>(int64_t j, int n) {
                         vf y[V];

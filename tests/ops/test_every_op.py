@@ -3,6 +3,7 @@
 
 import inspect
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastattn as fa
 from fastattn import testing
 from fastattn.runtime import native as _native
+from fastattn.runtime import registry
 from fastattn.runtime.examples import examples
 
 TWICE = {"rotary", "matvec"}  # backwards of differentiable operations
@@ -100,6 +102,34 @@ def test_second_derivatives_are_refused_where_there_are_none(name):
         return
     with pytest.raises(NotImplementedError, match="create_graph is not supported"):
         second(inputs)
+
+
+def test_outputs_that_nobody_reads_change_no_other():
+    """`Backend.leading` gives, bit for bit, the first outputs of `run`."""
+    compared = set()
+
+    def check(op, backend):
+        if backend.leading is None:
+            return backend
+
+        def leading(reads, *members):
+            whole = backend.run(*members)
+            for count in range(1, len(whole) + 1):
+                found = backend.leading(count, *members)
+                assert len(found) >= count
+                for a, b in zip(found, whole, strict=False):
+                    assert torch.equal(a, b)
+            compared.add((op.name, reads < len(whole)))
+            return backend.leading(reads, *members)
+
+        return replace(backend, leading=leading)
+
+    with torch.no_grad(), registry.replaced(check):
+        for fn, inputs in CALLS.values():
+            fn(*inputs)
+        fa.rms_norm(torch.ones(2, 3), residual=torch.ones(2, 3))
+    named = {name for name, op in registry.OPS.items() if any(b.leading is not None for b in op.backends)}
+    assert compared == {(name, True) for name in named}
 
 
 @each

@@ -82,7 +82,7 @@ def attention(
         )
     mask = check_mask(op, mask)
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
-    out, lse, _ = call(
+    results = call(
         "attention",
         q,
         k,
@@ -93,8 +93,9 @@ def attention(
         bias_value,
         mask.args(op, q, k),
         requested(op, backend),
+        reads=2 if return_lse else 1,
     )
-    return (out, lse) if return_lse else out
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 def sigmoid_attention(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...masks import MaskArgs
+from ...masks import NO_MASK_ARGS, MaskArgs
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
@@ -29,21 +29,26 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
 
 def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _tuning.Choice:
     """The configuration of a kernel of attention, of whatever kind; `structural`: what its key has besides."""
+    return _lookup(name, q.dtype, q.shape, k.shape, v.shape, *structural.items())
+
+
+@_tuning.remembered
+def _lookup(name, dtype, of_q, of_k, of_v, *structural) -> _tuning.Choice:
     return _tuning.lookup(
         name,
         "cpu",
         structural={
-            "dtype": str(q.dtype).removeprefix("torch."),
-            **structural,
-            "head_dim": q.shape[3],
-            "value_dim": v.shape[3],
+            "dtype": str(dtype).removeprefix("torch."),
+            **dict(structural),
+            "head_dim": of_q[3],
+            "value_dim": of_v[3],
         },
         sizes={
-            "batch": q.shape[0],
-            "heads": q.shape[1],
-            "kv_heads": k.shape[1],
-            "q_length": q.shape[2],
-            "k_length": k.shape[2],
+            "batch": of_q[0],
+            "heads": of_q[1],
+            "kv_heads": of_k[1],
+            "q_length": of_q[2],
+            "k_length": of_k[2],
         },
         device="cpu",
     )
@@ -105,7 +110,9 @@ def _side_by_side(indices: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
-    """The mask's fields of a kernel's parameters, None where the struct's own default says the same."""
+    """The mask's fields of a kernel's parameters, None or missing where the struct's own default says the same."""
+    if mask is NO_MASK_ARGS:
+        return {}
     return {
         "causal": int(mask.causal) or None,
         "window_left": None if mask.window_left < 0 else mask.window_left,
@@ -133,10 +140,10 @@ def _call(
 ) -> None:
     fields = mask_fields(q, k, mask)
     bias = _plane(bias, (*q.shape[:3], k.shape[2]))
-    by_element = bias if fields["dense"] is None else fields["dense"]
+    by_element = bias if mask.dense is None else fields["dense"]
     few = q.shape[2] < _LEAST_CLASSED_ROWS
     # tiles of packed documents start at each document, not where the mask's would
-    if by_element is not None and fields["cu_seqlens_q"] is None and by_element.numel() and not few:
+    if by_element is not None and mask.cu_seqlens_q is None and by_element.numel() and not few:
         once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = _tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
@@ -157,16 +164,29 @@ def _call(
     )
 
 
-def attention(q, k, v, bias, score, scale, bias_value, mask):
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3] if BY_CODE[score].normalised else (0,), dtype=torch.float32)
-    state = q.new_empty((*q.shape[:3], 2) if BY_CODE[score].normalised else (0,), dtype=torch.float32)
+def attention(*members):
+    return attention_leading(3, *members)
+
+
+def attention_leading(reads, q, k, v, bias, score, scale, bias_value, mask):
+    """(out, lse, state), or the first `reads` of them."""
+    if v.shape[3] == q.shape[3]:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+    outputs, statistics = [out], {}
+    for name, of_row in (("lse", ()), ("state", (2,)))[: reads - 1]:
+        if BY_CODE[score].normalised:
+            statistics[name] = q.new_empty((*q.shape[:3], *of_row), dtype=torch.float32)
+            outputs.append(statistics[name])
+        else:
+            outputs.append(q.new_empty(0, dtype=torch.float32))
     if out.numel():
         config = configure(q, k, v, bias, score)
-        options = (bias, score, scale, bias_value, mask)
-        statistics = {name: t if t.numel() else None for name, t in (("lse", lse), ("state", state))}
-        _call("attention_forward", config, q, k, v, *options, out=out, **statistics)
-    return out, lse, state
+        _call(
+            "attention_forward", config, q, k, v, bias, score, scale, bias_value, mask, out=out, **statistics
+        )
+    return tuple(outputs)
 
 
 def attention_backward(

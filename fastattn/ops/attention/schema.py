@@ -49,7 +49,7 @@ declare(
     fake=_fake,
     check=check_attention,
     backends=(
-        cpu_backend(cpu.attention, cpu.refusal, cpu.configure),
+        cpu_backend(cpu.attention, cpu.refusal, cpu.configure, cpu.attention_leading),
         triton_backend(triton.attention, triton.refusal, triton.configure),
         reference_backend(reference.attention),
     ),

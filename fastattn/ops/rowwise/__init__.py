@@ -44,8 +44,9 @@ def rms_norm(
     Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
     Raises ValueError or TypeError naming the argument.
     """
-    normed, total, _ = call("rms_norm", x, residual, weight, eps, requested("rms_norm", backend))
-    return normed if residual is None else (normed, total)
+    reads = 1 if residual is None else 2
+    results = call("rms_norm", x, residual, weight, eps, requested("rms_norm", backend), reads=reads)
+    return results[0] if residual is None else (results[0], results[1])
 
 
 def swiglu(gate_up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

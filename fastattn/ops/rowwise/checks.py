@@ -1,5 +1,7 @@
 """What the pieces of a recurrence step ask of their arguments, whoever calls them."""
 
+import math
+
 import torch
 
 from ...runtime import checks
@@ -22,6 +24,25 @@ def _check_weight(op: str, weight: torch.Tensor | None, x: torch.Tensor) -> None
 
 def check_rms_norm(x, residual, weight, eps) -> None:
     op = "rms_norm"
+    if (  # what the rest asks of the plainest call
+        residual is None
+        and isinstance(x, torch.Tensor)
+        and x.dtype in checks.FLOATING
+        and x.dim()
+        and x.shape[-1]
+        and (
+            weight is None
+            or (
+                isinstance(weight, torch.Tensor)
+                and weight.dtype is x.dtype
+                and weight.device == x.device
+                and weight.shape == x.shape[-1:]
+            )
+        )
+        and type(eps) is float
+        and 0 <= eps < math.inf
+    ):
+        return
     checks.check_floating(op, absent=("residual", "weight"), x=x, residual=residual, weight=weight)
     _check_rows(op, "x", x)
     if residual is not None:

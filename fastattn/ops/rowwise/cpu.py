@@ -25,39 +25,49 @@ def configure(first: torch.Tensor, *_) -> _tuning.Choice:
 
 
 def _choose(t: torch.Tensor) -> _tuning.Choice:
-    columns = max(1, t.shape[-1])
+    return _lookup(t.dtype, t.shape)
+
+
+@_tuning.remembered
+def _lookup(dtype: torch.dtype, shape: torch.Size) -> _tuning.Choice:
+    columns = max(1, shape[-1])
     return _tuning.lookup(
         "recurrence",
         "cpu",
-        structural={"dtype": str(t.dtype).removeprefix("torch.")},
-        sizes={"rows": max(1, t.numel() // columns), "columns": columns},
+        structural={"dtype": str(dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, shape.numel() // columns), "columns": columns},
         device="cpu",
     )
 
 
 def _call(name: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
     """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
-    fields.update(_choose(of).values)
-    native.run(name, threads=threads or native.threads(), **fields)
+    native.run(name, threads=threads or native.threads(), **_choose(of).values, **fields)
 
 
-def rms_norm(x, residual, weight, eps):
+def rms_norm(*members):
+    return rms_norm_leading(3, *members)
+
+
+def rms_norm_leading(reads, x, residual, weight, eps):
+    """(normed, total, rstd), or the first `reads` of them."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = x.new_empty(0) if residual is None else torch.empty_like(normed)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    outputs, fields = [normed], {}
+    if residual is not None:
+        total = torch.empty_like(normed)
+        outputs.append(total)
+        fields = {"residual": native.rows(residual), "total": native.rows(total)}
+    elif reads > 1:
+        outputs.append(x.new_empty(0))
+    if reads > 2:
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        outputs.append(rstd)
+        fields["rstd"] = native.rows(rstd[..., None])
+    if weight is not None:
+        fields["weight"] = weight.contiguous()
     if x.numel():
-        _call(
-            "rms_norm",
-            x,
-            x=native.rows(x),
-            residual=None if residual is None else native.rows(residual),
-            weight=None if weight is None else weight.contiguous(),
-            normed=native.rows(normed),
-            total=None if residual is None else native.rows(total),
-            rstd=native.rows(rstd[..., None]),
-            eps=eps,
-        )
-    return normed, total, rstd
+        _call("rms_norm", x, x=native.rows(x), normed=native.rows(normed), eps=eps, **fields)
+    return tuple(outputs)
 
 
 def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):

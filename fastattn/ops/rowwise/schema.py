@@ -17,8 +17,8 @@ else:
     triton = Lazy(f"{__package__}.triton")
 
 
-def _on_cpu(run):
-    return cpu_backend(run, cpu.refusal, cpu.configure)
+def _on_cpu(run, leading=None):
+    return cpu_backend(run, cpu.refusal, cpu.configure, leading)
 
 
 def _on_triton(run):
@@ -82,7 +82,11 @@ declare(
     outputs=("normed", "total", "rstd"),
     fake=_rms_norm_fake,
     check=checks.check_rms_norm,
-    backends=(_on_cpu(cpu.rms_norm), _on_triton(triton.rms_norm), reference_backend(reference.rms_norm)),
+    backends=(
+        _on_cpu(cpu.rms_norm, cpu.rms_norm_leading),
+        _on_triton(triton.rms_norm),
+        reference_backend(reference.rms_norm),
+    ),
     gradients=Autograd(_rms_norm_setup, _rms_norm_backward),
 )
 declare(
