@@ -27,7 +27,8 @@ struct PackedQueries {
 
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
-    float* statistic;  // softplus: 1 / row sum, or -1 where the weights are softmax's
+    float* statistic;  // softmax: the shift of x * c, NaN where the row's scores are large; softplus: 1 / row sum, or
+                       // -1 where the weights are softmax's
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
   };
@@ -72,7 +73,11 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
     float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
     if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
     to.delta[first + i] = delta;
-    if (!Score::kMaximum) {
+    if (Score::kMaximum) {
+      const RowState& state = *row_state(p.state, s, head, first + i);
+      const float c = exponent_of(problem);
+      to.statistic[first + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);
+    } else {
       const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
       to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
     }
@@ -85,16 +90,23 @@ struct BackwardBlock {
   using Queries = PackedQueries<Unit>;
   static constexpr int64_t kStep = Unit::kStep;
 
+  static constexpr bool kPairs = kStep == 2;
+
   const Problem& problem;
   const Queries& packed;
-  int64_t block_q, block_k, row;      // row: columns between rows of a tile
-  Word *keys, *key_panels, *values;   // K^T and V^T to contract head dims, K to contract keys
-  float *grad_keys, *grad_values;     // (block_k, head dims)
-  float *weights, *slopes;            // (block_q, row); slopes become dS and are the weights' memory for softmax
-  Word *weights_t, *grads_t, *grads;  // what the products read: the same memory for floats, bf16 pairs otherwise
+  int64_t block_q, block_k, row;     // row: columns between rows of a tile
+  Word *keys, *key_panels, *values;  // K^T and V^T to contract head dims, K to contract keys
+  float *grad_keys, *grad_values;    // (block_k, head dims)
+  Word *weights_t, *grads_t;         // P and dS (block_q / kStep, row), to contract rows
+  Word* grads;                       // dS (block_q, row / kStep), to contract keys: grads_t's memory for floats
+  float* weights;                    // P: weights_t's memory for floats, a strip of kStrip groups otherwise
+  float* slopes;                     // a strip, or the weights' memory where they are the slopes
   RowRanges ranges;
 
   static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
+  // Where weights and slopes have the first row of group g.
+  static int64_t weight_row(int64_t g) { return (kPairs ? g % kStrip : g) * kRows; }
+  static int64_t slope_row(int64_t g) { return (Score::kSlope ? g % kStrip * kRows : weight_row(g)); }
 
   // Takes every buffer from the arena and touches none.
   BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
@@ -108,11 +120,11 @@ struct BackwardBlock {
         values(arena.take<Word>(block_k * packed.o_steps)),
         grad_keys(arena.take<float>(row * packed.q_columns)),
         grad_values(arena.take<float>(row * packed.o_columns)),
-        weights(arena.take<float>(block_q * row)),
-        slopes(Score::kSlope ? arena.take<float>(block_q * row) : weights),
-        weights_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)weights),
-        grads_t(kStep == 2 ? arena.take<Word>(block_q / 2 * row) : (Word*)slopes),
-        grads(kStep == 2 ? arena.take<Word>(block_q * row / 2) : (Word*)slopes),
+        weights_t(arena.take<Word>(block_q / kStep * row)),
+        grads_t(arena.take<Word>(block_q / kStep * row)),
+        grads(kPairs ? arena.take<Word>(block_q / kStep * row) : grads_t),
+        weights(kPairs ? arena.take<float>(kStrip * kRows * row) : (float*)weights_t),
+        slopes(Score::kSlope ? arena.take<float>(kStrip * kRows * row) : weights),
         ranges(block_q, arena) {}
 
   // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
@@ -122,10 +134,7 @@ struct BackwardBlock {
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
     memset(grad_values, 0, size_t(row * packed.o_columns) * 4);
     if (there > 0 && s.q_length > 0) {
-      const Matrix k = matrix(p.k, s.batch, kv_head, s.k_begin + n), v = matrix(p.v, s.batch, kv_head, s.k_begin + n);
-      pack_transposed<Unit>(keys, k, there, problem.head_dim);
-      pack_transposed<Unit>(values, v, there, problem.value_dim);
-      pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
+      pack_keys(matrix(p.k, s.batch, kv_head, s.k_begin + n), matrix(p.v, s.batch, kv_head, s.k_begin + n), there);
       for (int64_t g = 0; g < problem.group; g++) {
         Arena memory = heads[first + g];
         const typename Queries::View queries = packed.view(memory);
@@ -150,6 +159,12 @@ struct BackwardBlock {
     }
   }
 
+  void pack_keys(const Matrix& k, const Matrix& v, int64_t there) {
+    pack_transposed<Unit>(keys, k, there, problem.head_dim);
+    pack_transposed<Unit>(values, v, there, problem.value_dim);
+    pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
+  }
+
   void tile(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there,
             const typename Queries::View& queries, int64_t slice) {
     const AttentionParams& p = problem.p;
@@ -157,103 +172,189 @@ struct BackwardBlock {
     const int kind = classes ? *classes : p.dense.data ? 2 : 1;
     if (kind == 0) return;
     ranges.fill(s, m, rows);
-    const int64_t groups = (rows + kRows - 1) / kRows, used = round_up(there, kPanel);
-
-    const Word* q = queries.rows + m * packed.q_steps;
-    const bool decoded = Score::kMaximum && decodes(problem, s);
-    const auto make_weights = [&](int64_t begin, int64_t end) {
-      if (decoded)
-        decoded_products(s, head, m, begin * kRows, min64(rows, end * kRows), n, there, used);
-      else
-        over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
-          float* to = weights + g * kRows * row + j;
-          product<Unit>(q + g * kRows * packed.q_steps, packed.q_steps, keys + j * packed.q_steps, packed.q_steps,
-                        [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
-        });
-      weigh(s, head, m, begin, end, rows, n, there, used, queries, kind == 2);
-      pair_rows(weights, weights_t, begin, end, used);
-    };
-    const Word* grad = queries.grad_rows + m * packed.o_steps;
-    const auto make_slopes = [&](int64_t begin, int64_t end) {
-      over_panels(begin, end, n, there, [&](int64_t g, int64_t j) {
-        float* to = slopes + g * kRows * row + j;
-        const float* delta = queries.delta + m + g * kRows;
-        product<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
-                      [&](int i, int v, vf x) {
-                        float* at = to + i * row + v * W;
-                        store(at, load(at) * (x - delta[i]));
-                      });
-      });
-      pair_rows(slopes, grads_t, begin, end, used);
-      pair_columns(begin, end, used);
-    };
-    // words of pairs are memory of their own: slopes follow at once, while the weights are in the first cache
-    const int64_t strip = kStep == 2 ? kStrip : groups;
-    for (int64_t g = 0; g < groups; g += strip) {
-      make_weights(g, min64(groups, g + strip));
-      if (kStep == 2) make_slopes(g, min64(groups, g + strip));
+    const Tile tile{s, head, m, rows, n, there, queries, kind == 2, Score::kMaximum && decodes(problem, s)};
+    const int64_t groups = (rows + kRows - 1) / kRows;
+    for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
+      make_weights(tile, g, min64(groups, g + kStrip));
+      make_slopes(tile, g, min64(groups, g + kStrip));
     }
     contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
-    if (kStep == 1) make_slopes(0, groups);
     contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
     float* share = queries.shares + slice * packed.share_words + m * packed.q_columns;
     contract_keys(share, groups, n, there);
   }
 
-  // Products of rows [begin, end), summed in the order of a forward that decodes: weights of products rounded in
-  // another way than those of its row sum do not add up to 1, which in dQ leaves a share of what all keys have in
-  // common.
-  void decoded_products(const Sequence& s, int64_t head, int64_t m, int64_t begin, int64_t end, int64_t n,
-                        int64_t there, int64_t used) {
-    const AttentionParams& p = problem.p;
-    const Matrix q = matrix(p.q, s.batch, head, s.q_begin + m),
-                 k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n);
-    for (int64_t i = begin; i < end; i++) {
-      float* x = weights + i * row;
-      for (int64_t j = 0; j < there; j++) x[j] = dot_rows(q, i, k, j, problem.head_dim) * problem.sign;
-      for (int64_t j = there; j < used; j++) x[j] = 0;
+  // Rows [m, m + rows) of one query head against keys [n, n + there).
+  struct Tile {
+    const Sequence& s;
+    int64_t head, m, rows, n, there;
+    const typename Queries::View& queries;
+    bool mixed;    // the dense mask counts
+    bool decoded;  // the forward was: its order of sums counts
+    int64_t used() const { return round_up(there, kPanel); }
+  };
+
+  // Whether the weights of group g can be made of its scores while they are in registers.
+  bool direct(const Tile& t, int64_t g) const {
+    if (t.mixed || t.decoded || problem.p.bias.data) return false;
+    const float* statistic = t.queries.statistic + t.m + g * kRows;
+    bool result = true;
+    for (int i = 0; i < kRows; i++) {
+      if (Score::kMaximum) result &= statistic[i] == statistic[i];
+      if (Score::kLimit) result &= !(statistic[i] < 0);
+    }
+    return result;
+  }
+
+  // Weights and slopes of groups [begin, end), and the pairs of weights.
+  FASTATTN_NOINLINE_MEMBER void make_weights(const Tile& t, int64_t begin, int64_t end) {
+    const Word* q = t.queries.rows + t.m * packed.q_steps;
+    const ScoreRow constants = Score::constants(t.s.bias);
+    for (int64_t j = 0; j < t.there; j += kPanel)
+      for (int64_t g = begin; g < end; g++) {
+        const bool in_registers = direct(t, g);
+        if (!ranges.meets(g, t.n + j)) {
+          if (in_registers) clear_block(weights_t, g, j);
+          continue;
+        }
+        if (t.decoded) continue;
+        const Word *a = q + g * kRows * packed.q_steps, *b = keys + j * packed.q_steps;
+        const float* statistic = t.queries.statistic + t.m + g * kRows;
+        const auto weigh = [&](auto masked, vf(&x)[kRows][kVecs]) {
+          weigh_block<decltype(masked)::value>(x, g, j, t.n, statistic, constants);
+        };
+        if (!in_registers) {
+          float* to = weights + weight_row(g) * row + j;
+          product<Unit>(a, packed.q_steps, b, packed.q_steps,
+                        [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
+        } else if (ranges.covers(g, t.n + j)) {
+          product_block<Unit>(a, packed.q_steps, b, packed.q_steps,
+                              [&](vf(&x)[kRows][kVecs]) { weigh(std::false_type{}, x); });
+        } else {
+          product_block<Unit>(a, packed.q_steps, b, packed.q_steps,
+                              [&](vf(&x)[kRows][kVecs]) { weigh(std::true_type{}, x); });
+        }
+      }
+    for (int64_t g = begin; g < end; g++)
+      if (!direct(t, g)) weigh_group(t, g);
+  }
+
+  // The scores of a block to weights and slopes, in registers, and to what the products read.
+  template <bool kMasked>
+  FASTATTN_INLINE_MEMBER void weigh_block(vf (&x)[kRows][kVecs], int64_t g, int64_t j, int64_t n,
+                                          const float* statistic, ScoreRow constants) {
+    float *w = weights + weight_row(g) * row + j, *slope = slopes + slope_row(g) * row + j;
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      if (Score::kMaximum) constants.shift = statistic[i];
+      if (Score::kNormalised && !Score::kMaximum) constants.factor = statistic[i];
+      FASTATTN_UNROLL
+      for (int v = 0; v < kVecs; v++) {
+        vf t;
+        x[i][v] = Score::weight_and_slope(x[i][v], problem.c, constants, &t);
+        if (kMasked) {
+          const vi key = iota() + (int32_t)(n + j + v * W);
+          const vi attended = (key >= ranges.low[g * kRows + i]) & (key < ranges.high[g * kRows + i]);
+          x[i][v] = keep(attended, x[i][v]);
+          t = keep(attended, t);
+        }
+        if (!kPairs || !Score::kSlope) store(w + i * row + v * W, x[i][v]);
+        if (Score::kSlope) store(slope + i * row + v * W, t);
+        if (kPairs && i % 2 == 1) store_words(weights_t, g, j, i - 1, v, x[i - 1][v], x[i][v]);
+      }
     }
   }
 
-  // f(group of rows, first column) for every panel of the tile that some row of the group attends.
-  template <class F>
-  void over_panels(int64_t begin, int64_t end, int64_t n, int64_t there, const F& f) {
-    for (int64_t j = 0; j < there; j += kPanel)
-      for (int64_t g = begin; g < end; g++)
-        if (ranges.group_high[g] > n + j && ranges.group_low[g] < n + j + kPanel) f(g, j);
+  // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys.
+  FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
+    const Word* grad = t.queries.grad_rows + t.m * packed.o_steps;
+    for (int64_t j = 0; j < t.there; j += kPanel)
+      for (int64_t g = begin; g < end; g++) {
+        if (!ranges.meets(g, t.n + j)) {
+          clear_block(grads_t, g, j);
+          continue;  // contract_keys does not read it
+        }
+        const float* slope = slopes + slope_row(g) * row + j;
+        const float* delta = t.queries.delta + t.m + g * kRows;
+        product_block<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps,
+                            packed.o_steps, [&](vf(&x)[kRows][kVecs]) {
+                              FASTATTN_UNROLL
+                              for (int i = 0; i < kRows; i++) {
+                                FASTATTN_UNROLL
+                                for (int v = 0; v < kVecs; v++) {
+                                  x[i][v] = load(slope + i * row + v * W) * (x[i][v] - delta[i]);
+                                  if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
+                                  if (kPairs && v % 2 == 1)
+                                    store_factors((bf16*)grads + (g * kRows + i) * row + j + (v - 1) * W, x[i][v - 1],
+                                                  x[i][v]);
+                                  if (kPairs && i % 2 == 1) store_words(grads_t, g, j, i - 1, v, x[i - 1][v], x[i][v]);
+                                }
+                              }
+                            });
+      }
   }
 
-  // Scores of groups [begin, end) to normalised weights and slopes; what no row attends becomes zero.
-  void weigh(const Sequence& s, int64_t head, int64_t m, int64_t begin, int64_t end, int64_t rows, int64_t n,
-             int64_t there, int64_t used, const typename Queries::View& queries, bool mixed) {
+  // Rows i and i + 1 of group g as words of pairs: a tile of pairs has a word a column, (rows / 2, row).
+  FASTATTN_INLINE_MEMBER void store_words(Word* tile, int64_t g, int64_t j, int i, int v, vf low, vf high) {
+    if constexpr (kPairs) {
+      const vu words = bf16_words(low, high);
+      memcpy(tile + (g * kRows + i) / 2 * row + j + v * W, &words, sizeof words);
+    }
+  }
+  // Zeros for a block that no row attends.
+  void clear_block(Word* tile, int64_t g, int64_t j) {
+    for (int64_t i = 0; i < kRows / kStep; i++) memset(tile + (g * kRows / kStep + i) * row + j, 0, kPanel * 4);
+  }
+
+  // Products of rows [begin, end), summed in the order of a forward that decodes: weights of products rounded in
+  // another way than those of its row sum do not add up to 1, which in dQ leaves a share of what all keys have in
+  // common.
+  void decoded_products(const Tile& t, int64_t begin, int64_t end) {
     const AttentionParams& p = problem.p;
+    const Matrix q = matrix(p.q, t.s.batch, t.head, t.s.q_begin + t.m),
+                 k = matrix(p.k, t.s.batch, t.head / problem.group, t.s.k_begin + t.n);
+    for (int64_t i = begin; i < end; i++) {
+      float* x = weights + (weight_row(i / kRows) + i % kRows) * row;
+      for (int64_t j = 0; j < t.there; j++) x[j] = dot_rows(q, i, k, j, problem.head_dim) * problem.sign;
+      for (int64_t j = t.there; j < t.used(); j++) x[j] = 0;
+    }
+  }
+
+  // Scores of a group in memory to normalised weights and slopes; what no row attends becomes zero.
+  void weigh_group(const Tile& t, int64_t g) {
+    const AttentionParams& p = problem.p;
+    const Sequence& s = t.s;
+    const int64_t used = t.used();
     ScoreRow constants = Score::constants(s.bias);
-    for (int64_t i = begin * kRows; i < end * kRows; i++) {
-      float *x = weights + i * row, *slope = slopes + i * row;
-      const Columns columns(ranges, i / kRows, n, there);
-      if (i >= rows || columns.empty()) {
+    if (t.decoded) decoded_products(t, g * kRows, min64(t.rows, (g + 1) * kRows));
+    const Columns columns(ranges, g, t.n, t.there);
+    for (int64_t i = g * kRows; i < (g + 1) * kRows; i++) {
+      float* x = weights + (weight_row(g) + i - g * kRows) * row;
+      float* slope = slopes + (slope_row(g) + i - g * kRows) * row;
+      if (i >= t.rows || columns.empty()) {
         memset(x, 0, size_t(used) * 4);
         if (Score::kSlope) memset(slope, 0, size_t(used) * 4);
         continue;
       }
-      const bool limit = Score::kLimit && queries.statistic[m + i] < 0;
-      if (limit) decoded_products(s, head, m, i, i + 1, n, there, used);
-      for (float* t : {x, slope}) {
-        memset(t, 0, size_t(columns.begin) * 4);
-        memset(t + columns.end, 0, size_t(used - columns.end) * 4);
+      const float statistic = t.queries.statistic[t.m + i];
+      const bool limit = Score::kLimit && statistic < 0;
+      if (limit) decoded_products(t, i, i + 1);
+      for (float* to : {x, slope}) {
+        memset(to, 0, size_t(columns.begin) * 4);
+        memset(to + columns.end, 0, size_t(used - columns.end) * 4);
       }
       float c = problem.c;
       if (p.bias.data) {
         const char* bias =
-            plane(p.bias, s.batch, head, s.q_begin + m + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+            plane(p.bias, s.batch, t.head, s.q_begin + t.m + i, s.k_begin + t.n, p.bias.dtype == DType::f32 ? 4 : 2);
+        add_bias(x, columns, problem.size, bias, p.bias.dtype, t.there);
         c = kLog2E;
       }
-      if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
-      if (Score::kNormalised && !Score::kMaximum) constants.factor = queries.statistic[m + i];
-      const RowMask mask(p, s, ranges, head, m + i, i, n, there, mixed);
+      if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, t.head, t.m + i), c);
+      if (Score::kNormalised && !Score::kMaximum) constants.factor = statistic;
+      const RowMask mask(p, s, ranges, t.head, t.m + i, i, t.n, t.there, t.mixed);
       if (limit) {
-        constants.shift = shift_of(x, columns, *row_state(p.state, s, head, m + i), c);
+        constants.shift = shift_of(x, columns, *row_state(p.state, s, t.head, t.m + i), c);
         for (int64_t j = columns.begin; j < columns.end; j += W) {
           const vf w = keep(mask.at(j), SoftmaxScore<Arithmetic>::weight(load(x + j), c, constants));
           store(x + j, w);
@@ -267,6 +368,12 @@ struct BackwardBlock {
       else
         weigh_row<true>(x, slope, columns, c, constants, mask);
     }
+    if constexpr (kPairs)
+      for (int i = 0; i < kRows; i += 2)
+        for (int64_t j = 0; j < used; j += W) {
+          const float* from = weights + (weight_row(g) + i) * row + j;
+          store_words(weights_t, g, j, i, 0, load(from), load(from + row));
+        }
   }
   template <bool kMasked>
   FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,
@@ -280,29 +387,6 @@ struct BackwardBlock {
       }
       store(x + j, w);
       if (Score::kSlope) store(slope + j, t);
-    }
-  }
-
-  // bf16 pairs of neighbouring rows of groups [begin, end), a word a column: (rows / 2, row).
-  void pair_rows(const float* from, Word* to, int64_t begin, int64_t end, int64_t used) {
-    if constexpr (kStep == 2) {
-      for (int64_t i = begin * kRows; i < end * kRows; i += 2)
-        for (int64_t j = 0; j < used; j += W) {
-          const vu x = bf16_words(load(from + i * row + j), load(from + (i + 1) * row + j));
-          memcpy(to + i / 2 * row + j, &x, sizeof x);
-        }
-    } else {
-      (void)from, (void)to, (void)begin, (void)end, (void)used;
-    }
-  }
-  // dS as bf16, so that neighbouring keys are pairs: (rows, row / 2).
-  void pair_columns(int64_t begin, int64_t end, int64_t used) {
-    if constexpr (kStep == 2) {
-      for (int64_t i = begin * kRows; i < end * kRows; i++)
-        for (int64_t j = 0; j < used; j += 2 * W)
-          store_factors((bf16*)grads + i * row + j, load(slopes + i * row + j), load(slopes + i * row + j + W));
-    } else {
-      (void)begin, (void)end, (void)used;
     }
   }
 

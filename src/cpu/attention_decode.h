@@ -230,7 +230,7 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
   constexpr int64_t kTile = 64;
   const AttentionParams& p = problem.p;
   static_assert(kRows * sizeof(int32_t) <= 64);
-  alignas(64) char memory[4 * (64 + kArenaGap)];  // four pieces
+  alignas(64) char memory[6 * (64 + kArenaGap)];  // six pieces
   Arena arena(memory, sizeof memory);
   RowRanges ranges(kRows, arena);
   ranges.fill(s, row, 1);

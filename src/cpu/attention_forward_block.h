@@ -12,6 +12,10 @@ namespace FASTATTN_ISA {
 template <class Score, class Out>
 constexpr bool kSumsRounded = Score::kNormalised && !Score::kMaximum && std::is_same_v<Out, bf16>;
 
+// How far, as a power of 2, a score may pass the maximum that its row's weights are relative to before that is raised:
+// float32 and bf16 hold weights up to 2^16, and sums of them, as well as those up to 1.
+constexpr float kPassed = 16;
+
 // Weights of one row of scores over the columns, in place of them or as bf16; adds them to the row sum, and as they are
 // rounded to that of rounded weights.
 template <class Score, bool kMasked, class Out>
@@ -37,17 +41,20 @@ template <class Unit, class Score>
 struct ForwardBlock {
   using Word = typename Unit::Word;
   using Weight = std::conditional_t<Unit::kStep == 2, bf16, float>;
+  using Short = std::conditional_t<Unit::kStep == 2, typename Score::template With<ShortArithmetic>, Score>;
   static constexpr bool kRounded = kSumsRounded<Score, Weight>;
 
   const Problem& problem;
   int64_t block_q, block_k, q_steps, out_columns;
-  Word* q;              // (block_q, q_steps)
-  float* scores;        // (block_q, block_k)
-  Weight* weights;      // (block_q, block_k), the scores' own memory when they are floats
-  float* out;           // (block_q, out_columns)
-  float* top;           // (block_q) running maximum of x
-  float* sums;          // (block_q, W) running row sum, by lanes
-  float* rounded_sums;  // (block_q, W) the same of rounded weights, where they are summed
+  Word* q;               // (block_q, q_steps)
+  float* scores;         // (block_q, block_k)
+  Weight* weights;       // (block_q, block_k), the scores' own memory when they are floats
+  float* out;            // (block_q, out_columns)
+  float* top;            // (block_q) what a row's weights are relative to: the maximum of x some keys ago
+  float *shift, *limit;  // (block_q) of the scores x * c: what is taken off them; past it the maximum is raised
+  int64_t* added;        // (block_q / kRows) the key up to which weighted values are in `out`
+  float* sums;           // (block_q, W) running row sum, by lanes
+  float* rounded_sums;   // (block_q, W) the same of rounded weights, where they are summed
   RowRanges ranges;
 
   ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
@@ -61,6 +68,9 @@ struct ForwardBlock {
         weights(Unit::kStep == 2 ? arena.take<Weight>(block_q * block_k) : (Weight*)scores),
         out(arena.take<float>(block_q * out_columns)),
         top(arena.take<float>(block_q)),
+        shift(arena.take<float>(block_q)),
+        limit(arena.take<float>(block_q)),
+        added(arena.take<int64_t>(block_q / kRows)),
         sums(arena.take<float>(block_q * W)),
         rounded_sums(arena.take<float>(kRounded ? block_q * W : 0)),
         ranges(block_q, arena) {}
@@ -73,7 +83,7 @@ struct ForwardBlock {
     memset(out, 0, size_t(groups * kRows * out_columns) * 4);
     memset(sums, 0, size_t(groups * kRows * W) * 4);
     if (kRounded) memset(rounded_sums, 0, size_t(groups * kRows * W) * 4);
-    for (int64_t i = 0; i < groups * kRows; i++) top[i] = -__builtin_inff();
+    for (int64_t i = 0; i < groups * kRows; i++) top[i] = limit[i] = -__builtin_inff(), shift[i] = 0;
     if (ranges.begin < ranges.end)
       pack_rows<Unit>(q, q_steps, matrix(p.q, s.batch, head, s.q_begin + first), rows, problem.head_dim, problem.sign);
     const ScoreRow constants = Score::constants(s.bias);
@@ -81,17 +91,104 @@ struct ForwardBlock {
     for (int64_t n = ranges.begin / block_k * block_k; n < ranges.end; n += block_k) {
       const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
       if (kind == 0) continue;
-      for (int64_t g = 0; g < groups; g += kStrip) {
+      for (int64_t g = 0; g < groups; g++) added[g] = n;
+      const bool direct = kind == 1 && !p.bias.data;
+      for (int64_t g = 0; g < groups && !direct; g += kStrip) {
         const int64_t end = min64(groups, g + kStrip);
         score_tile(n, g, end, packed.keys, s.keys);
         weigh_tile(s, head, first, g * kRows, min64(rows, end * kRows), n, constants, kind == 2);
       }
-      add_values(n, groups, packed.values, packed.capacity, s.keys);
+      if (direct) weigh_directly(s, head, first, rows, n, constants, packed);
+      add_values(n, groups, packed.values, packed.capacity, s.keys, 0, added);
     }
     if (kRounded) undo_common_rounding(rows);
     for (int64_t i = 0; i < rows; i++)
       finish_row_or_limit<Score>(problem, s, head, first + i, out + i * out_columns, reduce_add(load(sums + i * W)),
                                  top[i]);
+  }
+
+  // The weights of a tile without bias and dense mask, made of scores in registers: no scores in memory but those of
+  // blocks that raise a row's maximum, and of rows of large scores.
+  void weigh_directly(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n,
+                      const ScoreRow& constants, const PackedHead<Unit>& packed) {
+    const int64_t groups = (rows + kRows - 1) / kRows;
+    const int64_t end = min64(round_up(min64(ranges.end, s.keys), kPanel), n + block_k);
+    for (int64_t j = n; j < end; j += kPanel)
+      for (int64_t g = 0; g < groups; g++) {
+        if (!ranges.meets(g, j)) continue;
+        if (ranges.covers(g, j) ? weigh_block<false>(g, j, n, constants, packed.keys)
+                                : weigh_block<true>(g, j, n, constants, packed.keys))
+          continue;
+        add_values(n, g + 1, packed.values, packed.capacity, j, g, added);
+        added[g] = j;
+        const Columns columns(j - n, j - n + kPanel);
+        for (int64_t i = g * kRows; i < min64(rows, (g + 1) * kRows); i++)
+          weigh_columns(s, head, first, i, n, columns, constants, false);
+      }
+  }
+
+  // The weights of a panel of keys from j on for the rows of one group. False where some row's maximum has to be raised
+  // first: then the block's scores are in memory and no weight is.
+  template <bool kMasked>
+  FASTATTN_NOINLINE_MEMBER bool weigh_block(int64_t g, int64_t j, int64_t n, const ScoreRow& row, const Word* keys) {
+    ScoreRow constants = row;
+    bool made = true;
+    const int64_t stride = block_k;
+    const float c = problem.c;
+    float* x_to = scores + g * kRows * stride + (j - n);
+    Weight* w_to = weights + g * kRows * stride + (j - n);
+    float *sum = sums + g * kRows * W, *rounded_sum = rounded_sums + g * kRows * W;
+    const float *shifts = shift + g * kRows, *limits = limit + g * kRows;
+    const int32_t *low = ranges.low + g * kRows, *high = ranges.high + g * kRows;
+    product_block<Unit>(q + g * kRows * q_steps, q_steps, keys + j * q_steps, q_steps, [&](vf(&x)[kRows][kVecs]) {
+      const auto attended = [&](int i, int v) {
+        const vi key = iota() + (int32_t)(j + v * W);
+        return (key >= low[i]) & (key < high[i]);
+      };
+      if constexpr (Score::kMaximum) {
+        vf passed = splat(-__builtin_inff());
+        FASTATTN_UNROLL
+        for (int i = 0; i < kRows; i++) {
+          FASTATTN_UNROLL
+          for (int v = 0; v < kVecs; v++)
+            if (kMasked) x[i][v] = select(attended(i, v), x[i][v], splat(-__builtin_inff()));
+          vf most = x[i][0];
+          FASTATTN_UNROLL
+          for (int v = 1; v < kVecs; v++) most = vmax(most, x[i][v]);
+          passed = vmax(most * c - limits[i], passed);  // NaN, for a row of -inf before its first score, is none
+        }
+        if (__builtin_expect(reduce_max(passed) > 0.0f, 0)) {
+          made = false;
+          FASTATTN_UNROLL
+          for (int i = 0; i < kRows; i++) {
+            FASTATTN_UNROLL
+            for (int v = 0; v < kVecs; v++) store(x_to + i * stride + v * W, x[i][v]);
+          }
+          return;
+        }
+      }
+      FASTATTN_UNROLL
+      for (int i = 0; i < kRows; i++) {
+        if (Score::kMaximum) constants.shift = shifts[i];
+        FASTATTN_UNROLL
+        for (int v = 0; v < kVecs; v++) {
+          x[i][v] = Short::weight(x[i][v], c, constants);
+          if (kMasked && !Score::kMaximum) x[i][v] = keep(attended(i, v), x[i][v]);
+        }
+        vf total = x[i][0], rounded{};
+        FASTATTN_UNROLL
+        for (int v = 1; v < kVecs; v++) total += x[i][v];
+        FASTATTN_UNROLL
+        for (int v = 0; v < kVecs; v += 2) {
+          Weight* to = w_to + i * stride + v * W;
+          store_factors(to, x[i][v], x[i][v + 1]);
+          if (kRounded) rounded += load(to) + load(to + W);
+        }
+        if (Score::kNormalised) store(sum + i * W, load(sum + i * W) + total);
+        if (kRounded) store(rounded_sum + i * W, load(rounded_sum + i * W) + rounded);
+      }
+    });
+    return made;
   }
 
   // So that division by a row's sum is division by the sum of its rounded weights.
@@ -118,35 +215,41 @@ struct ForwardBlock {
   }
 
   void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t begin, int64_t rows, int64_t n,
-                  ScoreRow constants, bool mixed) {
-    const AttentionParams& p = problem.p;
+                  const ScoreRow& constants, bool mixed) {
     const int64_t there = min64(block_k, s.keys - n);
     for (int64_t i = begin; i < rows; i++) {
       const Columns columns(ranges, i / kRows, n, there);
-      if (columns.empty()) continue;
-      float* x = scores + i * block_k;
-      Weight* w = weights + i * block_k;
-      float c = problem.c;
-      if (p.bias.data) {
-        const char* bias =
-            plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
-        c = kLog2E;
-      }
-      const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
-      const bool all = mask.all(columns);
-      if constexpr (Score::kMaximum) {
-        if (!all)
-          for (int64_t j = columns.begin; j < columns.end; j += W)
-            store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
-        raise_top(x, columns, c, i);
-        constants.shift = shift_of(x, columns, top[i], c);
-      }
-      if (all || Score::kMaximum)
-        weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
-      else
-        weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
+      if (!columns.empty()) weigh_columns(s, head, first, i, n, columns, constants, mixed);
     }
+  }
+
+  // Weights of row i's scores in memory over some columns of the tile at n.
+  void weigh_columns(const Sequence& s, int64_t head, int64_t first, int64_t i, int64_t n, const Columns& columns,
+                     ScoreRow constants, bool mixed) {
+    const AttentionParams& p = problem.p;
+    const int64_t there = min64(block_k, s.keys - n);
+    float* x = scores + i * block_k;
+    Weight* w = weights + i * block_k;
+    float c = problem.c;
+    if (p.bias.data) {
+      const char* bias =
+          plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
+      add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
+      c = kLog2E;
+    }
+    const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
+    const bool all = mask.all(columns);
+    if constexpr (Score::kMaximum) {
+      if (!all)
+        for (int64_t j = columns.begin; j < columns.end; j += W)
+          store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
+      raise_top(x, columns, c, i);
+      constants.shift = shift_of(x, columns, top[i], c);
+    }
+    if (all || Score::kMaximum)
+      weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
+    else
+      weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
   }
 
   // The running maximum takes the row's scores in; what is summed so far is rescaled to a larger one.
@@ -166,16 +269,22 @@ struct ForwardBlock {
       store(sums + i * W, load(sums + i * W) * factor);
     }
     top[i] = found;
+    // rows of large scores never become weights directly: every score passes the limit
+    const bool large = is_large(found, c);
+    shift[i] = found * c;
+    limit[i] = large ? -__builtin_inff() : found * c + kPassed;
   }
 
-  void add_values(int64_t n, int64_t groups, const Word* values, int64_t capacity, int64_t count) {
+  // Adds the tile's weighted values up to key `count` to groups [first, groups), from key n or from[g] on.
+  void add_values(int64_t n, int64_t groups, const Word* values, int64_t capacity, int64_t count, int64_t first = 0,
+                  const int64_t* from = nullptr) {
     constexpr int64_t kStep = Unit::kStep;
     const int64_t weight_row = block_k / kStep;
     for (int64_t d = 0; d < out_columns; d += kPanel) {
       const int64_t width = min64(kPanel, out_columns - d);
       const Word* panel = values + d * capacity;
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t begin = max64(ranges.group_low[g], n) / kStep;
+      for (int64_t g = first; g < groups; g++) {
+        const int64_t begin = max64(ranges.group_low[g], from ? from[g] : n) / kStep;
         const int64_t end = (min64(min64(ranges.group_high[g], count), n + block_k) + kStep - 1) / kStep;
         if (begin >= end) continue;
         add_product<Unit>(int(width / W), out + g * kRows * out_columns + d, out_columns,

@@ -89,33 +89,47 @@ FASTATTN_INLINE const uint8_t* dense_row(const MaskParams& mask, const Sequence&
   return (const uint8_t*)plane(mask.dense, s.batch, head, s.q_begin + row, s.k_begin + n, 1);
 }
 
-// The keys that the rows of one block attend: [low, high) of each row, and their union for each kRows rows.
+// The keys that the rows of one block attend: [low, high) of each row, and for each kRows rows the union of their keys
+// and the keys that every one of them attends.
 struct RowRanges {
-  int32_t *low, *high;              // (rows)
-  int32_t *group_low, *group_high;  // (rows / kRows)
-  int32_t begin = 0, end = 0;       // union over the block
+  int32_t *low, *high;                // (rows), none for the rows of the last group that do not exist
+  int32_t *group_low, *group_high;    // (rows / kRows)
+  int32_t *common_low, *common_high;  // (rows / kRows)
+  int32_t begin = 0, end = 0;         // union over the block
 
   RowRanges(int64_t capacity, Arena& arena)
       : low(arena.take<int32_t>(capacity)),
         high(arena.take<int32_t>(capacity)),
         group_low(arena.take<int32_t>(capacity / kRows)),
-        group_high(arena.take<int32_t>(capacity / kRows)) {}
+        group_high(arena.take<int32_t>(capacity / kRows)),
+        common_low(arena.take<int32_t>(capacity / kRows)),
+        common_high(arena.take<int32_t>(capacity / kRows)) {}
   void fill(const Sequence& s, int64_t first, int64_t rows) {
     begin = INT32_MAX;
     end = 0;
     for (int64_t g = 0; g * kRows < rows; g++) {
-      int32_t lo = INT32_MAX, hi = 0;
-      for (int64_t i = g * kRows; i < min64(rows, (g + 1) * kRows); i++) {
-        s.interval(first + i, low + i, high + i);
+      int32_t lo = INT32_MAX, hi = 0, common_lo = 0, common_hi = INT32_MAX;
+      for (int64_t i = g * kRows; i < (g + 1) * kRows; i++) {
+        if (i < rows)
+          s.interval(first + i, low + i, high + i);
+        else
+          low[i] = INT32_MAX, high[i] = 0;
         lo = low[i] < lo ? low[i] : lo;
         hi = high[i] > hi ? high[i] : hi;
+        common_lo = low[i] > common_lo ? low[i] : common_lo;
+        common_hi = high[i] < common_hi ? high[i] : common_hi;
       }
       group_low[g] = lo;
       group_high[g] = hi;
+      common_low[g] = common_lo;
+      common_high[g] = common_hi;
       begin = lo < begin ? lo : begin;
       end = hi > end ? hi : end;
     }
   }
+  // Whether the rows of group g attend some, or every one of them all, of the columns of the panel at key `key`.
+  bool meets(int64_t g, int64_t key) const { return group_high[g] > key && group_low[g] < key + kPanel; }
+  bool covers(int64_t g, int64_t key) const { return common_low[g] <= key && common_high[g] >= key + kPanel; }
 };
 
 // Columns [begin, end) of a tile of keys from `first` on that a group of rows needs, in whole panels.

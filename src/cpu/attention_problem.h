@@ -138,13 +138,17 @@ FASTATTN_INLINE RowState row_state(float top, float c, double sum) {
   return {top, (float)(__builtin_log(sum) + (divisor_exponent(top, c) - (double)top * c) * kLn2Double)};
 }
 
+// What a row of normalised weights takes off x * c, unless its scores are large.
+FASTATTN_INLINE float shift_of(const RowState& state, float c) {
+  return (float)((double)state.top * c + state.log_sum / kLn2Double);
+}
 // Prepares a row of scores for its normalised weights: the shift to take off x * c.
 FASTATTN_INLINE float shift_of(float* x, const Columns& columns, const RowState& state, float c) {
   if (is_large(state.top, c)) {
     subtract_top(x, columns, state.top);
     return state.log_sum * kLog2E;
   }
-  return (float)((double)state.top * c + state.log_sum / kLn2Double);
+  return shift_of(state, c);
 }
 
 // The output, log-sum-exp and state of one row of a sequence, from its weighted values, row sum and the maximum they

@@ -19,6 +19,8 @@ struct ScoreRow {
 template <class M>
 struct SoftmaxScore {
   using V = typename M::V;
+  template <class N>
+  using With = SoftmaxScore<N>;
   static constexpr int kCode = 0;
   static constexpr bool kMaximum = true;     // the row maximum is subtracted before the exponential
   static constexpr bool kNormalised = true;  // weights are divided by their row sum
@@ -37,6 +39,8 @@ struct SoftmaxScore {
 template <class M>
 struct SigmoidScore {
   using V = typename M::V;
+  template <class N>
+  using With = SigmoidScore<N>;
   static constexpr int kCode = 1;
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = false;
@@ -73,6 +77,8 @@ struct SigmoidScore {
 template <class M>
 struct SoftplusScore {
   using V = typename M::V;
+  template <class N>
+  using With = SoftplusScore<N>;
   static constexpr int kCode = 2;
   static constexpr bool kMaximum = false;
   static constexpr bool kNormalised = true;

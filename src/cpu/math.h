@@ -84,12 +84,30 @@ FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const T*) {
   FASTATTN_EACH(i, U) d[i] = scale_by_rounded(p[i], t[i]) + 1.0f;
 }
 
-// 2^x for x <= 127, relative error below 2e-7; 0 below -126 (-inf too), NaN stays NaN.
+// 2^f for |f| <= 1/2, relative error 2.6e-6: for what is then rounded to bf16, half a last place being 2^-9.
+FASTATTN_INLINE vf exp2_fraction_short(vf f) {
+  vf p = f * 9.57010221e-3f + 5.59178591e-2f;
+  p = p * f + 2.40247443e-1f;
+  p = p * f + 6.93121791e-1f;
+  return p * f + 9.99999285e-1f;
+}
+
+// 2^x for x <= 127, relative error below 2e-7 from -126 on; 0 below -126.5 (-inf too), NaN stays NaN.
+template <bool kShort = false>
 FASTATTN_INLINE vf exp2_bounded(vf x) {
-  const vf y = at_least(x, -126.0f);
+#if defined(FASTATTN_SCALE_BY_FLOOR)
+  const vf f = above_floor(x);
+  vf p = f * 1.879318617e-3f + 8.990994655e-3f;  // relative error 9.3e-8 before rounding, none at 0 and 1
+  p = p * f + 5.581867322e-2f;
+  p = p * f + 2.401592731e-1f;
+  p = p * f + 6.931517124e-1f;
+  return scale_by_floor(p * f + 1.0f, x);
+#else
+  const vf y = at_least(x, -127.0f);  // 2^-127 is no normal number: the bits of its exponent are 0
   const vf t = y + kRound;
-  const vf p = exp2_fraction(y - (t - kRound));
-  return keep(~(x < splat(-126.0f)), scale_by_rounded(p, t));
+  const vf f = y - (t - kRound);
+  return scale_by_rounded(kShort ? exp2_fraction_short(f) : exp2_fraction(f), t);
+#endif
 }
 
 // 2^x for x <= 127, 2^-126 below -126.
@@ -138,6 +156,11 @@ struct Arithmetic {
   FASTATTN_INLINE vf abs(vf x) { return vabs(x); }
   FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
   FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
+};
+// The same for weights that are rounded to bf16.
+struct ShortArithmetic : Arithmetic {
+  FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded<true>(x); }
+  FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction_short(x); }
 };
 
 }  // namespace FASTATTN_ISA

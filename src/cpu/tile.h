@@ -19,6 +19,7 @@
 #define FASTATTN_UNROLL _Pragma("GCC unroll 16")
 #define FASTATTN_NOINLINE static __attribute__((noinline))
 #define FASTATTN_NOINLINE_MEMBER __attribute__((noinline))
+#define FASTATTN_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -47,10 +48,12 @@ struct Pairs {
   }
 };
 
-// acc += A * B for kRows rows and V vectors of one panel; a_row and a_step are A's strides in words.
+// acc += A * B for kRows rows and V vectors of one panel; a_row and a_step are A's strides in words. At least one step:
+// a loop that may not run has the compiler pass the accumulators through memory.
 template <class Unit, int V>
 FASTATTN_INLINE void accumulate(vf (&acc)[kRows][V], const typename Unit::Word* a, int64_t a_row, int64_t a_step,
                                 const typename Unit::Word* b, int64_t steps) {
+  if (steps < 1) __builtin_unreachable();
   for (int64_t s = 0; s < steps; ++s) {
     decltype(Unit::load_b(b)) column[V];
     FASTATTN_UNROLL
@@ -65,10 +68,10 @@ FASTATTN_INLINE void accumulate(vf (&acc)[kRows][V], const typename Unit::Word* 
   }
 }
 
-// One block of scores: out(i, j) gets row i of kRows and vector j of the panel.
+// One block of scores, kRows rows of a panel: out(acc) gets it while it is in registers.
 template <class Unit, class Out>
-FASTATTN_INLINE void product(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b, int64_t steps,
-                             Out out) {
+FASTATTN_INLINE void product_block(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b,
+                                   int64_t steps, const Out& out) {
   vf acc[kRows][kVecs];
   FASTATTN_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -76,11 +79,19 @@ FASTATTN_INLINE void product(const typename Unit::Word* a, int64_t a_row, const 
     for (int j = 0; j < kVecs; ++j) acc[i][j] = vf{};
   }
   accumulate<Unit, kVecs>(acc, a, a_row, 1, b, steps);
-  FASTATTN_UNROLL
-  for (int i = 0; i < kRows; ++i) {
+  out(acc);
+}
+// The same vector by vector: out(i, j, x) gets row i of kRows and vector j of the panel.
+template <class Unit, class Out>
+FASTATTN_INLINE void product(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b, int64_t steps,
+                             const Out& out) {
+  product_block<Unit>(a, a_row, b, steps, [&](vf(&acc)[kRows][kVecs]) {
     FASTATTN_UNROLL
-    for (int j = 0; j < kVecs; ++j) out(i, j, acc[i][j]);
-  }
+    for (int i = 0; i < kRows; ++i) {
+      FASTATTN_UNROLL
+      for (int j = 0; j < kVecs; ++j) out(i, j, acc[i][j]);
+    }
+  });
 }
 
 template <class Unit, int V>

@@ -74,6 +74,7 @@ constexpr MathCase kMathCases[] = {
     {"exp2_bounded", exp2_of, -126.0f, 127.0f, kExp},  // (2.2)
     {"exp2_clamped", exp2_of, -126.0f, 127.0f, kExp},  // (2.2)
     {"exp2_fraction", exp2_of, -0.5f, 0.5f, kExp},     // (2.1)
+    {"exp2_bounded bf16", exp2_of, -126.0f, 127.0f, 2.6e-6 * 0x1p24 + 2 * kHalf},
     {"log2_positive", log2_of, 0x1p-126f, 3.4028e38f, kHalf, 2e-7},
     // (3.8) m + 1, its reciprocal, u, the polynomial's last sum, u * p
     {"log2_positive", log2_of, 0.70711f, 1.41421f, kReciprocal + 4 * kHalf},
@@ -114,9 +115,10 @@ constexpr MathValue kMathValues[] = {
     {"exp", -kInf, 0},
     {"exp", kNaN, kNaN},
     {"exp2_bounded", 0, 1},
-    {"exp2_bounded", -kSubnormal, 1},
+    {"exp2_bounded", -kSubnormal, 1 - 0x1p-24f, 1},
     {"exp2_bounded", 127, 0x1p127f},
     {"exp2_bounded", -126, 0x1p-126f},
+    {"exp2_bounded", -126.25f, 0, 0x1p-126f},
     {"exp2_bounded", -126.5f, 0},
     {"exp2_bounded", -kMost, 0},
     {"exp2_bounded", -kInf, 0},
