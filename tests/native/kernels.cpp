@@ -1,8 +1,12 @@
 // Every kernel of every instruction set, without Python and torch: `kernel_check [ISA...]`, by default of all that this
 // machine has. Statically linked it runs where there is nothing else, an emulator's initial file system for instance.
-// The result is the exit status and the last line.
+// The result is the exit status and the last line. `kernel_check --phases [ISA...]` checks nothing: it prints what each
+// phase of attention takes.
 #include "attention_checks.h"
 #include "math_checks.h"
+#if defined(FASTATTN_PHASE_TIMES)
+#include "phase_times.h"
+#endif
 #include "row_checks.h"
 #include "subnormal_checks.h"
 
@@ -82,14 +86,29 @@ static void check(const KernelTable& kernels, const KernelTable& baseline, Repor
   check_subnormals(kernels, baseline, report);
 }
 
+static int print_phases([[maybe_unused]] const char** names, [[maybe_unused]] int count) {
+#if defined(FASTATTN_PHASE_TIMES)
+  for (int i = 0; i < count; i++) {
+    if (!cpu::select(names[i])) return std::printf("no %s here\n", names[i]), 2;
+    print_phases(cpu::kernels());
+  }
+  return 0;
+#else
+  return std::printf("a build with sanitizers has no phases to time\n"), 2;
+#endif
+}
+
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a sanitizer's report ends the program
   const char* names[8];
+  const bool phases = argc > 1 && std::strcmp(argv[1], "--phases") == 0;
+  if (phases) argc--, argv++;
   int count = cpu::runnable(names, 8), failed = 0;
   if (argc > 1) {
     count = argc - 1 < 8 ? argc - 1 : 8;
     for (int i = 0; i < count; i++) names[i] = argv[i + 1];
   }
+  if (phases) return print_phases(names, count);
   cpu::select("baseline");
   const KernelTable& baseline = cpu::kernels();
   for (int i = 0; i < count; i++) {
