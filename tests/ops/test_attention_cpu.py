@@ -13,6 +13,7 @@ from fastattn.ops.attention import (
     scores,
     tuning,  # noqa: F401  declares what is overridden
 )
+from fastattn.runtime import device as _device
 from fastattn.runtime import native as _native
 from fastattn.runtime import tuning as _config
 
@@ -181,6 +182,52 @@ def test_a_batch_is_bitwise_its_samples(isa, nan_outputs, score, dtype):
         for found, alone in zip(whole, outputs(rows), strict=True):
             assert torch.equal(found[rows], alone)
             assert alone.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("step", (0.1, 0.4, 3.0))
+def test_scores_may_pass_what_their_weights_are_relative_to(isa, nan_outputs, dtype, causal, step):
+    """Scores that rise along the keys, by up to 3 a key: weights of up to 2^16 of what they are relative to, and rows whose
+    maximum is raised in every panel of keys, with the values of others before it in the same tile."""
+    length = 200
+    rising = torch.arange(length) * step
+    rising[length // 2 :] = rising[length // 2 :].flip(0)  # and falls again
+    q, k, v = (t.squeeze(0) for t in make_qkv(length))
+    q = torch.cat([torch.ones(2, length, 1), 0.1 * q[..., 1:]], -1)
+    k = torch.cat([rising.expand(2, length).unsqueeze(-1), 0.1 * k[..., 1:]], -1)
+    inputs = [t.unsqueeze(0).to(dtype) for t in (q, k, v)]
+    mask = fa.Mask(causal=causal)
+    for tiles in (TILES["attention", "cpu"], {"block_q": 48, "block_k": 256}):
+        with _config.override({("attention", "cpu"): tiles}):
+            actual = run("cpu", "softmax", mask, scale=1.0)(*inputs)
+        expected = run("reference", "softmax", mask, scale=1.0)
+        testing.assert_within_budget(actual, expected, inputs, terms=length + 64)
+
+
+def test_default_tiles_follow_the_caches():
+    """What the rule gives is what was measured best on processors of both kinds of caches."""
+
+    def tiles(op, arch, dtype, l1, l2, heads=32, length=2048, cores=2):
+        target = _device.Target("cpu", "some processor", arch, units=cores, l1=l1 << 10, l2=l2 << 10)
+        key = {"dtype": dtype, "score": "softmax", "head_dim": 64, "value_dim": 64}
+        key |= {"batch": 1, "heads": heads, "kv_heads": heads, "q_length": length, "k_length": length}
+        chosen = _config.declared()[op, "cpu"].defaults(key, target)
+        assert _config.declared()[op, "cpu"].refuses(chosen, key, target) is None
+        return chosen["block_q"], chosen["block_k"]
+
+    assert tiles("attention", "avx512bf16", "bfloat16", 32, 1024) == (192, 256)
+    assert tiles("attention", "avx512bf16", "float32", 32, 1024) == (192, 128)
+    assert tiles("attention", "avx512", "bfloat16", 48, 2048) == (192, 192)
+    assert tiles("attention", "avx2", "float32", 32, 512) == (192, 256)
+    assert tiles("attention", "avx2", "float32", 32, 512, heads=3, length=200) == (96, 256)
+    assert tiles("attention_backward", "avx512bf16", "bfloat16", 32, 1024) == (192, 192)
+    assert tiles("attention_backward", "avx512", "bfloat16", 48, 2048) == (192, 192)
+    assert tiles("attention_backward", "avx2", "float32", 32, 512) == (144, 128)
+    assert tiles("attention_backward", "avx2", "float32", 32, 1024, heads=2, cores=16) == (192, 96)
+    assert tiles("attention", "avx2", "float32", 0, 0) == (192, 256)
+    assert tiles("attention", "baseline", "float32", 32, 512) == (96, 128)
+    assert tiles("attention_backward", "baseline", "float32", 0, 0) == (144, 128)
 
 
 @pytest.mark.parametrize("score", SCORES)
