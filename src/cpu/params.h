@@ -256,7 +256,7 @@ struct LinearParams {
   Tensor x, gate, packed, residual, out, product, rstd;
   double eps = 0;
   int32_t transposed = 0, norm = 0, gated_up = 0;
-  int64_t block_rows = 96, block_columns = 128, block_steps = 512;  // of a task, of its passes over the contraction
+  int64_t block_rows = 192, block_columns = 128, block_steps = 1024;  // of a task, of its passes over the contraction
   int32_t threads = 1;
   FASTATTN_FIELDS(x, gate, packed, residual, out, product, rstd, eps, transposed, norm, gated_up, block_rows,
                   block_columns, block_steps, threads)

@@ -14,6 +14,7 @@ from fastattn.ops.fused_linear import cpu, reference
 from fastattn.runtime import native as _native
 from fastattn.runtime import tuning as _config
 from fastattn.runtime.contents import ContentsCache, digest
+from fastattn.runtime.device import Target
 
 every_isa = pytest.mark.parametrize("isa", testing.isas())
 SMALL = {"product": "native", "block_rows": 24, "block_columns": 64, "block_steps": 128}
@@ -305,6 +306,27 @@ def test_opcheck(product, dtype):
             plain = [None if t is None else t.detach() for t in (x, weight, gate)]
             backward = (out, *plain, rstd, product_, args[4], swiglu, True, True, "")
             torch.library.opcheck(torch.ops.fastattn.fused_linear_backward.default, backward)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "l2", "float32", "bfloat16"),
+    [
+        ("AMD EPYC (family 25 model 1)", "avx2", 1 << 19, "library", (192, 128, 1024)),
+        ("AMD EPYC (family 25 model 17)", "avx512bf16", 1 << 20, (192, 128, 512), (192, 128, 1024)),
+        ("AMD EPYC (family 25 model 17)", "avx512", 0, (192, 128, 512), (192, 128, 512)),
+        ("Intel(R) Xeon(R) (family 6 model 207)", "avx512bf16", 2 << 20, "library", "library"),
+        ("Intel(R) Xeon(R) (family 6 model 85)", "avx512", 1 << 20, "library", (192, 128, 512)),
+    ],
+)
+def test_whose_product_by_default(name, arch, l2, float32, bfloat16):
+    declared = _config.declared()["fused_linear", "cpu"]
+    target = Target("cpu", name, arch, l2=l2)
+    for dtype, expected in (("float32", float32), ("bfloat16", bfloat16)):
+        key = {"dtype": dtype, "rows": 2048, "inputs": 1536, "outputs": 6144}
+        values = declared.defaults(key, target)
+        assert declared.refuses(values, key, target) is None
+        blocks = tuple(values[f"block_{name}"] for name in ("rows", "columns", "steps"))
+        assert expected == (blocks if values["product"] == "native" else "library")
 
 
 def test_explain_names_whose_product_runs():

@@ -10,6 +10,7 @@ from ...runtime.contents import ContentsCache
 from ..rowwise import cpu as rows
 from . import (
     library,
+    packed,
     tuning,  # noqa: F401  declares what `_tuning.lookup` serves
 )
 
@@ -44,31 +45,19 @@ def _lookup(name: str, x: torch.Tensor, weight: torch.Tensor) -> _tuning.Choice:
     )
 
 
-def _pack(source: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
-    """source (columns, steps), or (steps, columns) when transposed, as the kernel reads it."""
-    options = {
-        "source": source,
-        "transposed": int(transposed),
-        "parts": parts,
-        "threads": native.threads(),
-    }
-    size = torch.zeros(1, dtype=torch.int64)
-    native.run("pack", bytes=size, **options)
-    packed = torch.empty(int(size), dtype=torch.uint8)
-    native.run("pack", packed=packed, **options)
-    return packed
-
-
 def _packed_weight(weight: torch.Tensor, *, transposed: bool, parts: int = 1) -> torch.Tensor:
     if not weight.is_contiguous():
-        return _pack(weight.contiguous(), transposed=transposed, parts=parts)
+        return packed.pack(weight.contiguous(), transposed=transposed, parts=parts)
     key = (transposed, parts, native.cpu_isa())
-    return _packed.get(weight, key, lambda: _pack(weight, transposed=transposed, parts=parts))
+    return _packed.get(weight, key, lambda: packed.pack(weight, transposed=transposed, parts=parts))
 
 
-def _run(config: Mapping[str, int | str], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields):
-    blocks = {name: value for name, value in config.items() if name != "product"}
-    native.run("linear", x=x, packed=packed, out=out, threads=native.threads(), **blocks, **fields)
+def _run(
+    config: Mapping[str, int | str], x: torch.Tensor, operand: torch.Tensor, out: torch.Tensor, **fields
+):
+    packed.run(
+        {name: value for name, value in config.items() if name != "product"}, x, operand, out, **fields
+    )
 
 
 def fused_linear(x, weight, gate, residual, eps, swiglu, save):
@@ -108,7 +97,7 @@ def fused_linear_backward(grad, x, weight, *rest):
     config = _lookup("fused_linear_backward", x, weight).values
 
     def weight_gradient(grad, a, out):
-        _run(config, grad, _pack(a, transposed=True), out, transposed=1)
+        _run(config, grad, packed.pack(a, transposed=True), out, transposed=1)
 
     def operand_gradient(grad, weight, out):
         _run(config, grad[:, None], _packed_weight(weight, transposed=True), out)
