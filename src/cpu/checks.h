@@ -384,7 +384,8 @@ inline void check_fields(const Checks& c, const VocabRowsParams& p) {
   }
   if (p.statistics) c.strided("picked", p.picked, by_row, DType::f32);
   if (!p.gradient) return;
-  c.like("out", p.out, p.x);
+  const bool rounded = p.x.dtype == DType::f32 && p.out.dtype == DType::bf16;
+  c.tensor("out", p.out, Checks::size_of(p.x), rounded ? DType::bf16 : p.x.dtype);
   c.strided("grad", p.grad, by_row, DType::f32);
   if (p.temperature.data) c.strided("grad_temperature", p.grad_temperature, by_row, DType::f32);
 }
@@ -485,10 +486,10 @@ inline void check_fields(const Checks& c, const LinearParams& p) {
     c.tensor("x", p.x, {1, 1, p.x.size[2], rows}, p.x.dtype);
   else
     c.require(p.x.size[0] * p.x.size[1] == rows, "x", "must have out's rows");
-  c.tensor("out", p.out, {1, 1, rows, outputs}, p.x.dtype);
+  c.tensor("out", p.out, {1, 1, rows, outputs}, p.out.dtype == DType::f32 ? DType::f32 : p.x.dtype);
   if (p.gate.data) c.like("gate", p.gate, p.x);
   if (p.residual.data) c.like("residual", p.residual, p.out);
-  if (p.product.data) c.tensor("product", p.product, {1, 1, rows, 2 * outputs}, p.x.dtype);
+  if (p.product.data) c.tensor("product", p.product, {1, 1, rows, 2 * outputs}, p.out.dtype);
   if (p.norm) c.contiguous("rstd", p.rstd, {1, 1, 1, rows}, DType::f32);
   c.contiguous("packed", p.packed, {1, 1, 1, p.packed.size[3]}, DType::u8);
   c.in("packed's bytes", p.packed.size[3], 2 * inputs * outputs * (p.gated_up ? 2 : 1), INT64_MAX);

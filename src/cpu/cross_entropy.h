@@ -100,20 +100,25 @@ static float weigh_row(const float* x, float* out, int64_t columns, const Weight
   });
 }
 
-// Statistics and gradient of a whole row of prepared logits, with one exponential an element; the target's share is
-// left in.
-static void softmax_row(const VocabRowsParams& p, int64_t r, const float* x, float* out, int64_t columns) {
+// Statistics and gradient of a whole row of prepared logits, with one exponential an element; `column` is the target's,
+// or -1. Weights stand in out where they are exact there, else in x.
+template <class Out>
+static void softmax_row(const VocabRowsParams& p, int64_t r, float* x, Out* out, int64_t columns, int64_t column) {
+  float* weighed = x;
+  if constexpr (std::is_same_v<Out, float>) weighed = out;
   const float largest = row_maximum(x, columns);
   const auto weights = Weights<false>::make(largest, nullptr, (const float*)p.log_count.data);
-  const float sum = weigh_row(x, out, columns, weights);
+  const float sum = weigh_row(x, weighed, columns, weights);
   *float_at(p.row_max, r) = largest;
   *float_at(p.row_sum, r) = sum;
   const float lse = p.z_loss != 0 ? largest + __builtin_logf(sum) : 0.0f;
-  const vf weight = splat(*float_at(p.grad, r) * (1.0f + 2.0f * (float)p.z_loss * lse) / sum);
-  for_columns(columns, [&](int64_t j, int n) { put(out + j, get(out + j, n) * weight, n); });
+  const float grad = *float_at(p.grad, r), share = grad * (1.0f + 2.0f * (float)p.z_loss * lse) / sum;
+  const float target = column < 0 ? 0.0f : weighed[column] * share - grad;
+  for_columns(columns, [&](int64_t j, int n) { put(out + j, get(weighed + j, n) * splat(share), n); });
+  if (column >= 0) put(out + column, splat(target), 1);
 }
 
-template <class T, bool Stable>
+template <class T, class Out, bool Stable>
 static void vocab_rows_of(const VocabRowsParams& p) {
   const int64_t columns = p.x.size[3];
   const float cap = (float)p.softcap, z_loss = (float)p.z_loss;
@@ -123,7 +128,7 @@ static void vocab_rows_of(const VocabRowsParams& p) {
   parallel_ranges(p.x.size[2], threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
       T* x = (T*)p.x.data + r * p.x.stride[2];
-      T* out = (T*)p.out.data + r * p.out.stride[2];
+      Out* out = (Out*)p.out.data + r * p.out.stride[2];
       const int64_t target = index_at(p.target, r);
       if (target == p.ignore_index) {
         if (p.statistics) *float_at(p.picked, r) = 0;
@@ -140,8 +145,8 @@ static void vocab_rows_of(const VocabRowsParams& p) {
 
       if constexpr (!Stable && std::is_same_v<T, float>) {
         if (p.statistics && p.gradient && cap == 0 && !temperature) {
-          softmax_row(p, r, x, out, columns);
-          if (here) *float_at(p.picked, r) = y, out[column] -= *float_at(p.grad, r);
+          softmax_row(p, r, x, out, columns, here ? column : -1);
+          if (here) *float_at(p.picked, r) = y;
           continue;
         }
       }

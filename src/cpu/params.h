@@ -172,7 +172,7 @@ struct TileClassParams {
 // stablemax: never e^x or e^(x - lse), whose lse is rounded at the size of x. statistics: row_max (the largest prepared
 // logit), row_sum (of the weights) and picked (the target's prepared logit) take these columns in. gradient: out (may
 // be x) becomes the gradient of grad * loss, for x as it came, from row_max and row_sum, which are found first with
-// statistics.
+// statistics. out may be bf16 where x is f32, which is then overwritten.
 struct VocabRowsParams {
   Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
   Tensor log_count;                          // (C,) f32 or absent (0), not with temperature or z_loss
@@ -251,7 +251,7 @@ struct PackParams {
 // out (M, N) = epilogue(prologue(x) B), sums in f32. x (A, B, H, D): M = A * B rows of K = H * D elements; transposed:
 // (K, M). Prologue: * sigmoid(gate) as x, or * rstd of the row, which goes to rstd (M,) f32. Epilogue: gated_up, where
 // B has 2N columns, gate | up: silu(gate) * up, the product itself going to `product` (M, 2N) if that is given; then +
-// residual (M, N).
+// residual (M, N), which may be out. out is of x's dtype or f32, product and residual as out.
 struct LinearParams {
   Tensor x, gate, packed, residual, out, product, rstd;
   double eps = 0;

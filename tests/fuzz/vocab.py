@@ -18,6 +18,7 @@ from _losses import LOST, Loss, U, loss_of, products, within
 import fastattn as fa
 from fastattn import testing
 from fastattn.runtime import native as _native
+from fastattn.runtime import tuning as _config
 
 OPS = (
     "linear_cross_entropy",
@@ -82,6 +83,7 @@ def draw(rng: random.Random) -> dict:
         "reduction": rng.choice(("none", "sum", "mean")),
         "wanted": [rng.random() < 0.7 for _ in range(5)],  # leaves whose gradients are asked for
         "ties": rng.random() < 0.3,  # some rows of weight or codebook are equal
+        "product": rng.choice(("library", "native")),  # of linear_cross_entropy on the CPU in bfloat16
     }
 
 
@@ -94,21 +96,31 @@ def check(case: dict) -> None:
 @contextlib.contextmanager
 def settings(case: dict):
     from fastattn.ops.codes import cpu as codes_cpu
-    from fastattn.ops.cross_entropy import chunked, cpu
+    from fastattn.ops.cross_entropy import chunked, cpu_products
 
-    threads, modules = torch.get_num_threads(), (cpu, codes_cpu, chunked)
+    threads, modules = torch.get_num_threads(), (cpu_products, codes_cpu, chunked)
+    product = {("linear_cross_entropy", "cpu"): {"product": "native" if _native_product(case) else "library"}}
     before = [module._MIB for module in modules]
     isas = testing.isas()
     try:
         torch.set_num_threads(case["threads"])
         for module in modules:
             module._MIB = case["chunk_bytes"]
-        with _native.use_cpu_isa(isas[case["isa"] % len(isas)]), fa.set_backend(case["backend"]):
+        with (
+            _native.use_cpu_isa(isas[case["isa"] % len(isas)]),
+            fa.set_backend(case["backend"]),
+            _config.override(product),
+        ):
             yield
     finally:
         torch.set_num_threads(threads)
         for module, mib in zip(modules, before, strict=True):
             module._MIB = mib
+
+
+def _native_product(case: dict) -> bool:
+    dense = case["op"] == "linear_cross_entropy" and case["backend"] == "cpu"
+    return dense and case["dtype"] == "bfloat16" and case.get("product") == "native"
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -193,7 +205,7 @@ def _problem(case: dict, *, quantised: bool) -> Problem:
 
 def _backward_rounding(case: dict, dz: torch.Tensor) -> torch.Tensor | float:
     """What the gradients of the logits lose where they are rounded to 16 bits before the products, as on a GPU."""
-    if case["backend"] in ("cpu", "reference") or case["dtype"] == "float32":
+    if case["dtype"] == "float32" or (case["backend"] in ("cpu", "reference") and not _native_product(case)):
         return 0.0
     info = torch.finfo(_dtype(case["dtype"]))
     return info.eps / 2 * (dz.abs() + info.smallest_normal)

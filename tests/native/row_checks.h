@@ -143,6 +143,10 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
           if (kind == 4) p.gate = gate;
           p.out = o[0];
           t.linear(p);
+          if (kind != 0 && kind != 3) return;
+          o.push_back(Array::full(f32, {M, N}, 1));  // to which the product is added
+          p.out = p.residual = o[1];
+          t.linear(p);
         });
       }
   {  // one token of each of three rows, at positions of their own
@@ -336,6 +340,20 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
       p.statistics = kind != 1, p.stablemax = kind == 2;
       if (kind > 2 && dtype == DType::f32) p.bias = bias, p.softcap = kind == 3 ? 0 : 3;
       if (kind == 4) p.temperature = temperature, p.grad_temperature = o[5];
+      t.vocab_rows(p);
+    });
+  }
+  for (int kind = 0; kind < 3; kind++) {  // gradients of float32 logits in bf16, of a row at once or not
+    Array wide = Array::random(f32, {R, V}, -4, 4, layout);
+    check("vocabulary rows to bf16", 64 + V, [&, threads = threads, layout = layout](const KernelTable& t, Outputs& o) {
+      const auto zero = [&] { return Array::full(f32, {R}, 0); };
+      o = {Array(DType::bf16, {R, V}, layout), Array::full(f32, {R}, -INFINITY), zero(), zero(), zero()};
+      Array logits = wide;
+      VocabRowsParams p;
+      p.x = logits, p.out = o[0], p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
+      p.grad = gradient, p.ignore_index = -100, p.threads = threads, p.gradient = p.statistics = 1, p.z_loss = 0.01;
+      p.stablemax = kind == 1;
+      if (kind == 2) p.temperature = temperature, p.z_loss = 0, p.grad_temperature = o[4];
       t.vocab_rows(p);
     });
   }

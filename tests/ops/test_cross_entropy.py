@@ -10,15 +10,21 @@ from vocabulary import check_low_precision, compare, dense_problem
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.ops.cross_entropy import cpu
+from fastattn.ops.cross_entropy import cpu_products
+from fastattn.runtime import tuning
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """MiB become KiB, so that a small problem has several chunks and tiles."""
-    monkeypatch.setattr(cpu, "_MIB", 1 << 8)
-    monkeypatch.setattr(cpu, "_TILE_ROWS", 8)
-    monkeypatch.setattr(cpu, "_WIDENED", 1 << 8)
+    monkeypatch.setattr(cpu_products, "_MIB", 1 << 8)
+    for name in ("_TILE_ROWS", "_PAIRS_TILE_ROWS", "_STRIP_ROWS"):
+        monkeypatch.setattr(cpu_products, name, 8)
+    monkeypatch.setattr(cpu_products, "_WIDENED", 1 << 8)
+
+
+def use(product):
+    return tuning.override({("linear_cross_entropy", "cpu"): {"product": product}})
 
 
 @given(
@@ -110,10 +116,13 @@ def test_stablemax_gradient_of_sure_targets(isa, dtype):
     assert float(alone.grad.abs()) <= 8 * testing.EPS32
 
 
-@pytest.mark.parametrize("dtype", testing.LOW_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [*((dtype, "library") for dtype in testing.LOW_DTYPES), (torch.bfloat16, "native")],
+    ids=str,
+)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_low_precision(isa, nan_outputs, small_chunks, dtype, reduction):
-    """Losses are float32 and as exact as float32's; gradients are rounded once to their tensor's dtype."""
+def test_low_precision(isa, nan_outputs, small_chunks, dtype, product, reduction):
     h, weight, bias, tau, target, upstream = dense_problem(23, 150, 17, 5, 0.3, dtype)
     grad = upstream if reduction == "none" else torch.tensor(1.0)
 
@@ -132,8 +141,35 @@ def test_low_precision(isa, nan_outputs, small_chunks, dtype, reduction):
     def stable(logits, backend):
         return fa.stablemax_cross_entropy(logits, target % 17, reduction=reduction, backend=backend)
 
-    for op, leaves in ((linear, (h, weight, bias, tau)), (stable, (h,))):
-        check_low_precision(op, leaves, grad)
+    with use(product):
+        check_low_precision(linear, (h, weight, bias, tau), grad, rounded=product == "native")
+    check_low_precision(stable, (h,), grad)
+
+
+@given(
+    n=st.integers(0, 40),
+    v=st.integers(1, 600),
+    d=st.integers(1, 40),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+    softcap=st.sampled_from([None, 2.0]),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_products_of_bfloat16(
+    isa, nan_outputs, small_chunks, n, v, d, ignored, reduction, softcap, biased, seed
+):
+    h, weight, bias, _, target, upstream = dense_problem(n, v, d, seed, ignored, torch.bfloat16)
+
+    def op(h, weight, bias=None, *, backend):
+        return fa.linear_cross_entropy(
+            h, weight, target, bias=bias, softcap=softcap, z_loss=0.01, reduction=reduction, backend=backend
+        )
+
+    grad = upstream if reduction == "none" else torch.tensor(1.7)
+    with use("native"):
+        gradients = check_low_precision(op, (h, weight, bias) if biased else (h, weight), grad, rounded=True)
+    assert not gradients[0][target == -100].any()
 
 
 def test_infinite_bias_leaves_a_class_out(isa):
@@ -179,6 +215,6 @@ def test_repeats_bitwise():
 def test_explains():
     h, weight, *_ = dense_problem(4, 10, 3, 1, 0)
     found = fa.explain("linear_cross_entropy", h, weight, torch.zeros(4, dtype=torch.int64))
-    assert found.backend == "cpu" and set(found.config) == {"chunk_mib", "tile_mib"}
+    assert found.backend == "cpu" and set(found.config) == {"product", "chunk_mib", "tile_mib"}
     found = fa.explain("linear_cross_entropy", h.double(), weight.double(), torch.zeros(4, dtype=torch.int64))
     assert found.backend == "reference" and "float64" in found.ruled_out["cpu"]

@@ -8,7 +8,8 @@ import torch
 
 import fastattn as fa
 from fastattn.ops.codes import cpu as codes_cpu
-from fastattn.ops.cross_entropy import ONE_PASS_CLASSES, cpu
+from fastattn.ops.cross_entropy import ONE_PASS_CLASSES, cpu_products
+from fastattn.runtime import tuning as _config
 
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,9 +20,14 @@ BACKENDS = ("reference", "cpu")
 def pieces(request, monkeypatch):
     """Several chunks of rows and, where gradients come later, tiles of classes, whose maxima and sums are merged."""
     if request.param == "pieces":
-        monkeypatch.setattr(cpu, "_MIB", 1 << 4)
+        monkeypatch.setattr(cpu_products, "_MIB", 1 << 4)
         monkeypatch.setattr(codes_cpu, "_MIB", 1 << 2)
-        monkeypatch.setattr(cpu, "_TILE_ROWS", 2)
+        for name in ("_TILE_ROWS", "_PAIRS_TILE_ROWS", "_STRIP_ROWS"):
+            monkeypatch.setattr(cpu_products, name, 2)
+
+
+def use(product):
+    return _config.override({("linear_cross_entropy", "cpu"): {"product": product}})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,8 +35,17 @@ def pieces(request, monkeypatch):
 def test_dense(isa, backend, reduction, pieces, nan_outputs):
     for size in large_logits.SIZES:
         for dtype in DTYPES:
-            large_logits.check(large_logits.dense(size, 150, dtype), reduction, backend)
+            with use("library"):
+                large_logits.check(large_logits.dense(size, 150, dtype), reduction, backend)
         large_logits.check(large_logits.dense(size, 150, biased=True), reduction, backend)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_products_of_bfloat16(isa, reduction, pieces, nan_outputs):
+    with use("native"):
+        for size in large_logits.SIZES:
+            problem = large_logits.dense(size, 150, torch.bfloat16)
+            large_logits.check(problem, reduction, "cpu", rounded_gradients=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,7 +5,8 @@ import torch
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
-from ..cross_entropy.cpu import Rows, Statistics, product, run_rows
+from ..cross_entropy.cpu import Rows, Statistics, run_rows
+from ..cross_entropy.cpu_products import product
 from ..vocabulary import inverse
 from . import tuning  # noqa: F401  declares what configure looks up
 

@@ -47,7 +47,9 @@ def linear_cross_entropy(
     temperature: a number or one a row (...), h's dtype or float32, more than zero; default none.
     reduction: "mean" over the rows that are not ignored (0 when there are none, where torch gives nan), "sum" or "none".
 
-    Products of low-precision inputs accumulate in float32, and weight's gradient in float32 over all rows.
+    Products of low-precision inputs accumulate in float32, and weight's gradient in float32 over all rows. On a GPU, and on a CPU
+    that multiplies bfloat16 faster than float32, the gradients of the logits are rounded to the inputs' dtype before the last two
+    products. On such a CPU bfloat16 also holds a packed copy of weight while a product runs.
     Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, weight, bias and a tensor temperature.
     For "mean" and "sum" over at most 65536 classes the forward pass computes the gradients too, from the logits that it has (three
     matrix products instead of four). For "none", whose incoming gradient differs by row, and for more classes, backward computes

@@ -1,11 +1,12 @@
-"""Losses over dense logits on the CPU: library matrix products in chunks, one native row kernel between them.
+"""Losses over dense logits on the CPU: matrix products in chunks, one native row kernel between them.
 
 Gradients in the forward pass (one pass): for a chunk of rows, logits of all classes, then their gradient in place, then
 its products with weight and h. Otherwise (tiles): the forward pass keeps a running maximum and sum a row over tiles of
 classes, and backward finds each tile's gradient from them. A tile of weight's gradient is then one product over
 all rows, so nothing of weight's size is held beside the gradient itself.
 
-Low-precision inputs are widened a block at a time: products are float32, logits and sums never rounded to less.
+Logits and sums are float32, never rounded to less. Products of low-precision inputs are those of float32, widened a block at
+a time; of bfloat16, where the processor multiplies it, those of bfloat16 (`cpu_products`).
 """
 
 import torch
@@ -14,10 +15,8 @@ from ...runtime import native
 from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
+from .cpu_products import Pairs, Widened
 
-_MIB = 1 << 20
-_TILE_ROWS = 8192
-_WIDENED = 1 << 22  # elements of weight widened to float32 at once
 _NEVER = -(2**63)  # an ignore_index that no row left has
 
 
@@ -159,77 +158,75 @@ def run_rows(
     )
 
 
-def blocks(weight: torch.Tensor, columns: int | None = None):
-    """(begin, end, float32 rows of weight): all at once when it is float32 already, else as many as are widened at once."""
-    count, width = weight.shape
-    if columns is None:
-        columns = count if weight.dtype == torch.float32 else max(64, _WIDENED // width)
-    for begin in range(0, count, columns):
-        yield begin, min(count, begin + columns), weight[begin : begin + columns].float()
+def _run_gradients(x, g, target, begin, end, dbias, **fields) -> None:
+    """The row kernel on logits x: their gradients go to g, which may be x, and the gradients' sum over rows to `dbias`."""
+    if dbias is None:
+        run_rows(x, target, begin, end, out=g, **fields)
+        return
+    run_rows(x, target, begin, end, **fields)
+    dbias += x.sum(0)
+    if g is not x:
+        g.copy_(x)
 
 
-def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """out = a b, or out += a b after the first time."""
-    if first:
-        torch.mm(a, b, out=out)
-    else:
-        out.addmm_(a, b)
-
-
-def _one_pass(h, weight, bias, target, temperature, options, scale, wanted, chunk_mib):
+def _one_pass(by: Widened | Pairs, classes, bias, target, temperature, options, scale, wanted, chunk_mib):
     """Statistics and the gradients of h, weight, bias and temperature, from whole rows of logits."""
-    count, width = h.shape
-    classes = weight.shape[0]
+    h = by.h
+    count = h.shape[0]
     statistics = Statistics(h)
-    rows = max(1, min(count, chunk_mib * _MIB // (4 * classes)))
-    logits = h.new_empty(rows, classes)
-    dh = h.new_empty(count, width) if wanted & 1 else None
-    dweight = (h.new_empty if count else h.new_zeros)(classes, width) if wanted & 2 else None
-    dbias = h.new_zeros(classes) if wanted & 4 else None
-    dtemperature = h.new_zeros(count) if wanted & 8 else h.new_empty(count)
-    grad = h.new_full((count,), scale)
+    strip, rows = by.rows(classes, chunk_mib)
+    logits = h.new_empty(strip, classes, dtype=torch.float32)
+    gradients = by.gradients(logits, rows)
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
+    dweight = by.weight_gradient(classes, whole=rows >= count) if wanted & 2 else None
+    if dweight is not None and count == 0:
+        dweight.zero_()
+    dbias = h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
+    dtemperature = h.new_zeros(count, dtype=torch.float32)
+    grad = h.new_full((count,), scale, dtype=torch.float32)
     for begin in range(0, count, rows):
         end = min(count, begin + rows)
-        x, part = logits[: end - begin], h[begin:end]
-        for c0, c1, block in blocks(weight):
-            torch.mm(part, block.T, out=x[:, c0:c1])
-        run_rows(
-            x,
-            target,
-            begin,
-            end,
-            bias=bias,
-            temperature=temperature,
-            statistics=statistics,
-            grad=grad,
-            grad_temperature=dtemperature,
-            **options,
-        )
-        for c0, c1, block in blocks(weight) if dh is not None else ():
-            product(dh[begin:end], x[:, c0:c1], block, first=c0 == 0)
+        forward = by.blocks()
+        for first in range(begin, end, strip):
+            last = min(end, first + strip)
+            x = logits[: last - first]
+            for c0, c1, block in forward:
+                by.logits(x[:, c0:c1], first, last, block)
+            _run_gradients(
+                x,
+                x if gradients is logits else gradients[first - begin : last - begin],
+                target,
+                first,
+                last,
+                dbias,
+                bias=bias,
+                temperature=temperature,
+                statistics=statistics,
+                grad=grad,
+                grad_temperature=dtemperature,
+                **options,
+            )
+        del forward
+        g = gradients[: end - begin]
+        for c0, c1, block in by.blocks() if dh is not None else ():
+            by.toward_h(dh[begin:end], g[:, c0:c1], block, first=c0 == 0)
         if dweight is not None:
-            product(dweight, x.T, part, first=begin == 0)
-        if dbias is not None:
-            dbias += x.sum(0)
+            by.toward_weight(dweight, g, begin, end, first=begin == 0)
     return statistics, (dh, dweight, dbias, dtemperature if wanted & 8 else None)
 
 
-def _tiles(count: int, classes: int, tile_mib: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of logits."""
-    rows = max(1, min(count, _TILE_ROWS))
-    columns = tile_mib * _MIB // (4 * rows) // 64 * 64
-    return rows, max(64, min(classes, columns))
-
-
-def _tile_statistics(h, weight, bias, target, temperature, options, tile_mib) -> Statistics:
-    statistics = Statistics(h)
-    rows, columns = _tiles(h.shape[0], weight.shape[0], tile_mib)
-    buffer = h.new_empty(rows * columns)
-    for c0, c1, block in blocks(weight, columns):
-        for begin in range(0, h.shape[0], rows):
-            end = min(h.shape[0], begin + rows)
+def _tile_statistics(
+    by: Widened | Pairs, classes, bias, target, temperature, options, tile_mib
+) -> Statistics:
+    count = by.h.shape[0]
+    statistics = Statistics(by.h)
+    rows, columns = by.tile(classes, tile_mib)
+    buffer = by.h.new_empty(rows * columns, dtype=torch.float32)
+    for c0, c1, block in by.blocks(columns):
+        for begin in range(0, count, rows):
+            end = min(count, begin + rows)
             x = buffer[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0)
-            torch.mm(h[begin:end], block.T, out=x)
+            by.logits(x, begin, end, block)
             run_rows(
                 x,
                 target,
@@ -244,31 +241,39 @@ def _tile_statistics(h, weight, bias, target, temperature, options, tile_mib) ->
     return statistics
 
 
-def _tile_gradients(h, weight, bias, target, temperature, kept, grad, options, wanted, tile_mib):
+def _tile_gradients(
+    by: Widened | Pairs, weight, bias, target, temperature, kept, grad, options, wanted, tile_mib
+):
     """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` a row."""
-    count, width = h.shape
-    rows, columns = _tiles(count, weight.shape[0], tile_mib)
-    buffer = h.new_empty(rows * columns)
-    dh = h.new_empty(count, width) if wanted & 1 else None
+    count, width = by.h.shape
+    classes = weight.shape[0]
+    rows, columns = by.tile(classes, tile_mib)
+    buffer = by.h.new_empty(rows * columns, dtype=torch.float32)
+    gradients = by.gradients(buffer, rows * columns)
+    dh = by.h.new_empty(count, width, dtype=torch.float32) if wanted & 1 else None
     dweight = None
     if wanted & 2:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         if count == 0:
             dweight.zero_()
-    dbias = h.new_zeros(weight.shape[0]) if wanted & 4 else None
-    dtemperature = h.new_zeros(count) if wanted & 8 else h.new_empty(count)
-    for c0, c1, block in blocks(weight, columns):
+    dbias = by.h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
+    dtemperature = by.h.new_zeros(count, dtype=torch.float32)
+    for c0, c1, block in by.blocks(columns):
         if dweight is not None:
-            tile = dweight[c0:c1] if dweight.dtype == torch.float32 else torch.empty_like(block)
+            tile = dweight[c0:c1]
+            if dweight.dtype != torch.float32:
+                tile = torch.empty_like(tile, dtype=torch.float32)
         for begin in range(0, count, rows):
             end = min(count, begin + rows)
-            x, part = buffer[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0), h[begin:end]
-            torch.mm(part, block.T, out=x)
-            run_rows(
+            x, g = (t[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0) for t in (buffer, gradients))
+            by.logits(x, begin, end, block)
+            _run_gradients(
                 x,
+                x if gradients is buffer else g,
                 target,
                 begin,
                 end,
+                None if dbias is None else dbias[c0:c1],
                 first=c0,
                 bias=None if bias is None else bias[c0:c1],
                 temperature=temperature,
@@ -278,20 +283,19 @@ def _tile_gradients(h, weight, bias, target, temperature, kept, grad, options, w
                 **options,
             )
             if dh is not None:
-                product(dh[begin:end], x, block, first=c0 == 0)
+                by.toward_h(dh[begin:end], g, block, first=c0 == 0)
             if dweight is not None:
-                product(tile, x.T, part, first=begin == 0)
-            if dbias is not None:
-                dbias[c0:c1] += x.sum(0)
+                by.toward_weight(tile, g, begin, end, first=begin == 0)
         if dweight is not None and dweight.dtype != torch.float32 and count:
             dweight[c0:c1] = tile
     return dh, dweight, dbias, dtemperature if wanted & 8 else None
 
 
-def _prepared(h, bias, target, temperature, ignore_index):
+def _prepared(h, weight, bias, target, temperature, ignore_index, product):
     rows = Rows(target, ignore_index)
     bias = None if bias is None else bias.float().contiguous()
-    return rows, rows.of(h).float(), bias, rows.of(target).contiguous(), _contiguous(rows.of(temperature))
+    by = (Pairs if product == "native" else Widened)(rows.of(h), weight)
+    return rows, by, bias, rows.of(target).contiguous(), _contiguous(rows.of(temperature))
 
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -317,12 +321,15 @@ def linear_cross_entropy(
 ):
     config = _choose(h, weight).values
     options = _options(transform, softcap, z_loss)
-    rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
+    rows, by, wide_bias, kept, tau = _prepared(
+        h, weight, bias, target, temperature, ignore_index, config["product"]
+    )
+    classes = weight.shape[0]
     found = (None,) * 4
     if gradients:
         statistics, found = _one_pass(
-            wide,
-            weight,
+            by,
+            classes,
             wide_bias,
             kept,
             tau,
@@ -332,7 +339,7 @@ def linear_cross_entropy(
             config["chunk_mib"],
         )
     else:
-        statistics = _tile_statistics(wide, weight, wide_bias, kept, tau, options, config["tile_mib"])
+        statistics = _tile_statistics(by, classes, wide_bias, kept, tau, options, config["tile_mib"])
     loss = rows.reduced(statistics.losses(tau, options["stablemax"], z_loss), reduction)
     return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, found, h, weight, bias, temperature)
 
@@ -352,10 +359,13 @@ def linear_cross_entropy_backward(
     reduction,
     wanted,
 ):
+    config = _choose(h, weight).values
     options = _options(transform, softcap, z_loss)
-    rows, wide, wide_bias, kept, tau = _prepared(h, bias, target, temperature, ignore_index)
+    rows, by, wide_bias, kept, tau = _prepared(
+        h, weight, bias, target, temperature, ignore_index, config["product"]
+    )
     found = _tile_gradients(
-        wide,
+        by,
         weight,
         wide_bias,
         kept,
@@ -364,7 +374,7 @@ def linear_cross_entropy_backward(
         rows.upstream(grad, reduction),
         options,
         wanted,
-        _choose(h, weight).values["tile_mib"],
+        config["tile_mib"],
     )
     return _returned(rows, found, h, weight, bias, temperature)
 

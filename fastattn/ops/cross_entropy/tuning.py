@@ -1,19 +1,34 @@
-"""What the cross-entropies can be tuned by: on the CPU, how much of the logits is held at once."""
+"""What the cross-entropies can be tuned by: on the CPU, how much of the logits is held at once and whose product runs."""
 
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
 
-# MiB of float32 logits held at once: whole rows when the gradients are found in the forward pass, else a tile of
-# rows and classes.
+
+def _native_refused(values, key, target) -> str | None:
+    if values["product"] == "native" and (key["dtype"] != "bfloat16" or target.arch != "avx512bf16"):
+        return "our product is for bfloat16 where the processor multiplies it"
+    return None
+
+
+def _product(key, target) -> dict[str, str]:
+    native = key.get("dtype") == "bfloat16" and target.fast_bf16
+    return {"product": "native"} if native else {}
+
+
+# MiB of logits and their gradients held at once: whole rows when the gradients are found in the forward pass, else a tile
+# of rows and classes. product: torch's of float32, or ours of bfloat16.
 declare(
     "linear_cross_entropy",
     "cpu",
     parameters={
+        "product": Parameter("library", ("library", "native")),
         "chunk_mib": Parameter(64, (16, 32, 64, 128)),
         "tile_mib": Parameter(4, (2, 4, 8, 16, 32)),
     },
     structural=("dtype",),
     sizes=("rows", "classes", "width"),
+    feasible=_native_refused,
+    default=_product,
 )
 declare(
     "vocab_rows",
