@@ -165,6 +165,7 @@ inline void check_fields(const Checks& c, const MatvecParams& p) {
   c.tensor("x", p.x, {1, 1, rows, inputs}, p.x.dtype == DType::f32 ? DType::f32 : p.weight.dtype);
   c.tensor("out", p.out, {1, 1, rows, p.weight.size[2]}, p.out.dtype == DType::f32 ? DType::f32 : p.weight.dtype);
   c.require(!p.add || p.out.dtype == DType::f32, "out", "must be float32 to be added to");
+  c.in("rows_at_once", p.rows_at_once, 1, 4);
 }
 
 inline void check_fields(const Checks& c, const DecodeStepParams& p) {
@@ -180,6 +181,7 @@ inline void check_fields(const Checks& c, const DecodeStepParams& p) {
   c.in("inner", p.inner, 1, INT64_MAX);
   c.in("h_cycles", p.h_cycles, 1, INT32_MAX);
   c.in("l_cycles", p.l_cycles, 1, INT32_MAX - 1);
+  c.in("rows_at_once", p.rows_at_once, 1, 4);
   c.require(p.keys.size[0] % (p.layers * batch) == 0 &&
                 p.keys.size[0] / (p.layers * batch) == int64_t(p.h_cycles) * (p.l_cycles + 1),
             "keys", "must be those of every call of every layer of every row");

@@ -63,6 +63,7 @@ struct DecodeStep {
                 {0, 0, inputs, 1}};
     q.out = floats(to, rows, outputs, outputs);
     q.add = add;
+    q.rows_at_once = p.rows_at_once;
     q.threads = p.threads;
     matvec_rows<T, float>(q);
   }

@@ -9,41 +9,113 @@ namespace FASTATTN_ISA {
 
 constexpr int64_t kSerialWeights = 1 << 15;  // below this a second thread costs more to start than it saves
 
-constexpr int64_t kAhead = 4096;  // bytes that are fetched before they are read: the rows are too short for the
-                                  // processor to find out by itself how they go on
+constexpr int64_t kAhead = 2048;  // bytes that are fetched before they are read: some processors do not by themselves
+                                  // go on beyond a page
 
-// J outputs of up to M rows from `top` on; x (M, K) float32, zero past the rows there are, in T's pair order, the last
-// incomplete pair of a row in memory's order.
-template <int M, int J, class T>
-FASTATTN_INLINE void matvec_block(const MatvecParams& p, const float* x, int64_t x_row, int64_t top, int64_t first) {
-  const int64_t K = p.x.size[3];
-  const T* weight[J];
-  vf sums[J][M];
-  FASTATTN_EACH(j, J) {
-    weight[j] = (const T*)p.weight.data + (first + j) * p.weight.stride[2];
-    FASTATTN_EACH(m, M) sums[j][m] = vf{};
+// How some neighbouring weights meet those of a row of x, which is kept as `Element`s, zero up to a multiple of kWidth.
+//
+// In float32: 2W of them, x in the pair order of the weight's type T, the last incomplete pair of a row in memory's
+// order.
+template <class T>
+struct Widened {
+  typedef T Weight;
+  typedef float Element;
+  static constexpr int kWidth = 2 * W, kMostRows = 4;
+  vf halves[2];
+
+  FASTATTN_INLINE Widened of(const T* w) {
+    Widened x;
+    load_pair(w, x.halves);
+    return x;
   }
-  int64_t k = 0;
-  for (; k + 2 * W <= K; k += 2 * W) {
-    vf w[J][2];
-    FASTATTN_EACH(j, J) __builtin_prefetch((const char*)(weight[j] + k) + kAhead);
-    FASTATTN_EACH(j, J) load_pair(weight[j] + k, w[j]);
-    FASTATTN_EACH(m, M) {
-      FASTATTN_EACH(i, 2) {
-        const vf at = load(x + (top + m) * x_row + k + i * W);
-        FASTATTN_EACH(j, J) sums[j][m] += w[j][i] * at;
-      }
+  FASTATTN_INLINE Widened of_first(const T* w, int n) {
+    return {{load_n(w, n < W ? n : W), n > W ? load_n(w + W, n - W) : vf{}}};
+  }
+  // What is one sum may be two of halves.
+  inline __attribute__((always_inline)) void add_products(vf& first, vf& second, const float* x) const {
+    first += halves[0] * load(x);
+    second += halves[1] * load(x + W);
+  }
+  template <class X>
+  static void keep_row(const X* from, int64_t K, float* to) {
+    int64_t k = 0;
+    for (; k + kWidth <= K; k += kWidth) {
+      vf two[2];
+      load_pair(from + k, two);
+      if (!std::is_same_v<X, T>) pair((const T*)nullptr, two);  // X is float: in memory's order
+      store(to + k, two[0]);
+      store(to + k + W, two[1]);
     }
+    if (k == K) return;
+    const int n = int(K - k);
+    store(to + k, load_n(from + k, n < W ? n : W));
+    store(to + k + W, n > W ? load_n(from + k + W, n - W) : vf{});
   }
-  for (; k < K; k += W) {
-    const int n = (int)min64(W, K - k);
+};
+
+// By the bf16 dot, 4W of them: x in bf16, in memory's order.
+struct Dotted {
+  typedef bf16 Weight;
+  typedef bf16 Element;
+  static constexpr int kWidth = 4 * W, kMostRows = 8;
+  vu words[2];
+
+  FASTATTN_INLINE Dotted of(const bf16* w) {
+    Dotted x;
+    memcpy(x.words, w, sizeof x.words);
+    return x;
+  }
+  FASTATTN_INLINE Dotted of_first(const bf16* w, int n) {
+    Dotted x{};
+    memcpy(x.words, w, size_t(n) * sizeof *w);
+    return x;
+  }
+  inline __attribute__((always_inline)) void add_products(vf& first, vf& second, const bf16* x) const {
+    const Dotted other = of(x);
+    first = dot_pairs(first, words[0], other.words[0]);
+    second = dot_pairs(second, words[1], other.words[1]);
+  }
+  template <class X>
+  static void keep_row(const X* from, int64_t K, bf16* to) {
+    static_assert(std::is_same_v<X, bf16>);
+    memcpy((void*)to, from, size_t(K) * sizeof *to);
+    memset((void*)(to + K), 0, size_t(round_up(K, kWidth) - K) * sizeof *to);
+  }
+};
+
+// Outputs [first, first + J) of M rows from `top` on. A row's sum is taken in one order for all M <= 2 and for all
+// above, whatever J is.
+template <class Factor, int M, int J>
+FASTATTN_INLINE void matvec_block(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row, int64_t top,
+                                  int64_t first) {
+  using T = typename Factor::Weight;
+  constexpr int kSums = M <= 2 ? 2 : 1;  // of one output of a row: one alone would wait for itself
+  const int64_t K = p.x.size[3], stride = p.weight.stride[2];
+  const T* weight = (const T*)p.weight.data + first * stride;
+  x += top * x_row;
+  vf sums[J][M][kSums];
+  FASTATTN_EACH(j, J) FASTATTN_EACH(m, M) FASTATTN_EACH(c, kSums) sums[j][m][c] = vf{};
+  int64_t k = 0;
+  for (; k + Factor::kWidth <= K; k += Factor::kWidth) {
+    Factor w[J];
     FASTATTN_EACH(j, J) {
-      const vf w = load_n(weight[j] + k, n);
-      FASTATTN_EACH(m, M) sums[j][m] += w * load(x + (top + m) * x_row + k);
+      const T* from = weight + j * stride + k;
+      __builtin_prefetch((const char*)from + kAhead);
+      if constexpr (Factor::kWidth * sizeof(T) > 64) __builtin_prefetch((const char*)from + kAhead + 64);
+      w[j] = Factor::of(from);
+    }
+    FASTATTN_EACH(m, M)
+    FASTATTN_EACH(j, J) w[j].add_products(sums[j][m][0], sums[j][m][kSums - 1], x + m * x_row + k);
+  }
+  if (k < K) {
+    FASTATTN_EACH(j, J) {
+      const Factor w = Factor::of_first(weight + j * stride + k, int(K - k));
+      FASTATTN_EACH(m, M) w.add_products(sums[j][m][0], sums[j][m][kSums - 1], x + m * x_row + k);
     }
   }
   float result[M][J];
-  FASTATTN_EACH(m, M) FASTATTN_EACH(j, J) result[m][j] = reduce_add(sums[j][m]);
+  FASTATTN_EACH(m, M)
+  FASTATTN_EACH(j, J) result[m][j] = reduce_add(kSums == 2 ? sums[j][m][0] + sums[j][m][1] : sums[j][m][0]);
   for (int64_t m = 0; m < min64(M, p.x.size[2] - top); m++) {
     vf row{};
     memcpy(&row, result[m], sizeof result[m]);
@@ -57,48 +129,56 @@ FASTATTN_INLINE void matvec_block(const MatvecParams& p, const float* x, int64_t
   }
 }
 
-// More than four rows in turns: the weights are then in L1, and each that is loaded serves two sums at once.
-template <int M, int J, class T>
-FASTATTN_INLINE void matvec_turns(const MatvecParams& p, const float* x, int64_t x_row, int64_t first) {
-  for (int64_t top = 0; top < p.x.size[2]; top += M) matvec_block<M, J, T>(p, x, x_row, top, first);
-}
-
-template <int M, class T>
-FASTATTN_NOINLINE void matvec_columns(const MatvecParams& p, const float* x, int64_t x_row, int64_t begin,
-                                      int64_t end) {
-  constexpr int J = M <= 2 ? 4 : 2;
+// More rows than M in turns: the weights are then in L1.
+template <class Factor, int M, int J>
+FASTATTN_NOINLINE void matvec_columns(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row,
+                                      int64_t begin, int64_t end) {
   int64_t n = begin;
-  for (; n + J <= end; n += J) matvec_turns<M, J, T>(p, x, x_row, n);
-  for (; n < end; n++) matvec_turns<M, 1, T>(p, x, x_row, n);
+  for (; n + J <= end; n += J)
+    for (int64_t top = 0; top < p.x.size[2]; top += M) matvec_block<Factor, M, J>(p, x, x_row, top, n);
+  if constexpr (J > 1) matvec_columns<Factor, M, 1>(p, x, x_row, n, end);
 }
 
-template <class T, class X>
-static void matvec_rows(const MatvecParams& p) {
-  const int64_t rows = p.x.size[2], K = p.x.size[3], N = p.weight.size[2];
-  const int64_t x_row = round_up(K, 2 * W);
-  const int64_t padded = rows <= 2 ? rows : round_up(rows, 4);
-  float* x = nullptr;
-  with_scratch(0, [&](Arena& arena) { x = arena.take<float>(padded * x_row); });
-  memset(x + rows * x_row, 0, (padded - rows) * x_row * sizeof(float));
-  for (int64_t m = 0; m < rows; m++) {
-    const X* from = (const X*)p.x.data + m * p.x.stride[2];
-    float* to = x + m * x_row;
-    int64_t k = 0;
-    for (; k + 2 * W <= K; k += 2 * W) {
-      vf two[2];
-      load_pair(from + k, two);
-      if (!std::is_same_v<X, T>) pair((const T*)nullptr, two);  // X is float: in memory's order
-      store(to + k, two[0]);
-      store(to + k + W, two[1]);
-    }
-    for (; k < K; k += W) store(to + k, load_n(from + k, (int)min64(W, K - k)));
+// As many rows of weight side by side as are asked for and as half the registers hold sums of.
+template <class Factor, int M>
+static void matvec_range(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row, int64_t begin,
+                         int64_t end) {
+  constexpr int kMost = kRegisters / 2 / (M <= 2 ? 2 * M : M);
+  if constexpr (kMost >= 4) {
+    if (p.rows_at_once >= 4) return matvec_columns<Factor, M, 4>(p, x, x_row, begin, end);
   }
+  if (p.rows_at_once >= 2) return matvec_columns<Factor, M, 2>(p, x, x_row, begin, end);
+  matvec_columns<Factor, M, 1>(p, x, x_row, begin, end);
+}
+
+template <class Factor, class X>
+static void matvec_by(const MatvecParams& p) {
+  using Element = typename Factor::Element;
+  const int64_t rows = p.x.size[2], K = p.x.size[3], N = p.weight.size[2];
+  const int64_t x_row = round_up(K, Factor::kWidth);
+  const int64_t padded = rows <= 2 ? rows : round_up(rows, 4);  // rows <= 8
+  Element* x = nullptr;
+  with_scratch(0, [&](Arena& arena) { x = arena.take<Element>(padded * x_row); });
+  memset((void*)(x + rows * x_row), 0, size_t((padded - rows) * x_row) * sizeof(Element));
+  for (int64_t m = 0; m < rows; m++) Factor::keep_row((const X*)p.x.data + m * p.x.stride[2], K, x + m * x_row);
   const int threads = N * K < kSerialWeights ? 1 : p.threads;
   parallel_ranges(N, threads, [&](int64_t begin, int64_t end, int) {
-    if (rows == 1) return matvec_columns<1, T>(p, x, x_row, begin, end);
-    if (rows == 2) return matvec_columns<2, T>(p, x, x_row, begin, end);
-    matvec_columns<4, T>(p, x, x_row, begin, end);
+    if (rows == 1) return matvec_range<Factor, 1>(p, x, x_row, begin, end);
+    if (rows == 2) return matvec_range<Factor, 2>(p, x, x_row, begin, end);
+    if constexpr (Factor::kMostRows == 8)
+      if (rows > 4) return matvec_range<Factor, 8>(p, x, x_row, begin, end);
+    matvec_range<Factor, 4>(p, x, x_row, begin, end);
   });
+}
+
+// One row is bound by reading weights, whatever multiplies it, and in float32 it keeps subnormals.
+template <class T, class X>
+static void matvec_rows(const MatvecParams& p) {
+#if defined(FASTATTN_BF16_DOT)
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<X, bf16>)
+    if (p.dot && p.x.size[2] > 1) return matvec_by<Dotted, X>(p);
+#endif
+  matvec_by<Widened<T>, X>(p);
 }
 
 }  // namespace FASTATTN_ISA

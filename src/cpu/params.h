@@ -56,27 +56,30 @@ struct GateParams : RowsParams {
   FASTATTN_FIELDS_OF(RowsParams, a, b, out, grad_out, grad_a, grad_b)
 };
 
-// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: += that, out f32.
+// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: += that, out f32. rows_at_once: of weight that a thread
+// reads side by side, 1, 2 or 4. dot: for M > 1, bf16 x and weight are not widened, by an instruction set that has a
+// dot.
 struct MatvecParams {
   Tensor x, weight, out;
-  int32_t add = 0;
+  int32_t add = 0, rows_at_once = 1, dot = 0;
   int32_t threads = 1;
-  FASTATTN_FIELDS(x, weight, out, add, threads)
+  FASTATTN_FIELDS(x, weight, out, add, rows_at_once, dot, threads)
 };
 
 // One token a row through a hierarchical recurrence of pre-norm blocks: H_cycles times (L_cycles L stacks, then the H
 // stack). z_h, z_l, out (B, C), B <= 8; weights (2 * layers, 4) i64, the addresses of each layer's gqkv (4 H D, C),
 // gate | q | k | v, o (C, H D), gate_up (2 I, C) and down (C, I), contiguous and of the states' dtype, first the L
 // stack's. keys, values (calls * layers * B, H, capacity, D), to which row b's token is added at positions[b];
-// positions, lengths = positions + 1 (B,) i32; cos, sin (R, D/2) f32 by position row rows[b], (B, 1) i32.
+// positions, lengths = positions + 1 (B,) i32; cos, sin (R, D/2) f32 by position row rows[b], (B, 1) i32. rows_at_once:
+// of a weight, as in MatvecParams.
 struct DecodeStepParams {
   Tensor z_h, z_l, out, weights, keys, values, positions, lengths, cos, sin, rows;
   int64_t layers = 0, inner = 0, longest = 0;  // of a stack; I; the largest of lengths
-  int32_t h_cycles = 1, l_cycles = 1;
+  int32_t h_cycles = 1, l_cycles = 1, rows_at_once = 1;
   double eps = 1e-6;
   int32_t threads = 1;
   FASTATTN_FIELDS(z_h, z_l, out, weights, keys, values, positions, lengths, cos, sin, rows, layers, inner, longest,
-                  h_cycles, l_cycles, eps, threads)
+                  h_cycles, l_cycles, rows_at_once, eps, threads)
 };
 
 // x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.

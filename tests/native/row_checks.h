@@ -109,8 +109,9 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
         o = {blank({M, N}), sum};
         MatvecParams p;
         p.x = x, p.weight = w, p.out = o[0], p.threads = threads;
+        p.rows_at_once = threads > 1 ? 4 : 2, p.dot = 1;
         t.matvec(p);
-        p.x = wide, p.out = o[1], p.add = 1;
+        p.x = wide, p.out = o[1], p.add = 1, p.rows_at_once = 1;
         t.matvec(p);
       });
     }

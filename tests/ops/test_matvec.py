@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 import fastattn as fa
 from fastattn import testing
 from fastattn.nn.plain import linear
-from fastattn.ops.matvec import matvec, reference
+from fastattn.ops.matvec import cpu, matvec, reference
 from fastattn.runtime import native as _native
+from fastattn.runtime import tuning as _config
+
+
+def use(rows_at_once, dot):
+    return _config.override({("matvec", "cpu"): {"rows_at_once": rows_at_once, "dot": dot}})
+
 
 every_isa = pytest.mark.parametrize("isa", testing.isas())
 
@@ -21,29 +27,50 @@ every_isa = pytest.mark.parametrize("isa", testing.isas())
     outputs=st.integers(0, 13),
     layout=st.sampled_from(("contiguous", "odd")),
     dtype=st.sampled_from(testing.LOW_DTYPES),
+    rows_at_once=st.sampled_from((1, 2, 4)),
+    dot=st.integers(0, 1),
 )
-def test_matvec(isa, rows, width, outputs, layout, dtype):
+def test_matvec(isa, rows, width, outputs, layout, dtype, rows_at_once, dot):
     x = testing.random_tensor(*rows, width, dtype=dtype, seed=1, layout=layout, requires_grad=True)
     weight = testing.random_tensor(
         outputs, width, dtype=dtype, seed=2, layout="odd" if outputs else "contiguous", requires_grad=True
     )
-    with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs(), use(rows_at_once, dot):
         testing.check_op(matvec, reference.matvec, (x, weight), terms=width)
 
 
 @pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
-def test_a_row_does_not_depend_on_the_others_of_its_block_or_on_threads(dtype):
+@pytest.mark.parametrize("dot", (0, 1))
+@every_isa
+def test_a_row_does_not_depend_on_the_others_or_on_threads_or_on_rows_at_once(isa, dtype, dot):
     x, weight = (testing.random_tensor(n, 200, dtype=dtype, seed=n) for n in (8, 301))
-    whole = matvec(x, weight)
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(matvec(x, weight), whole)
-    finally:
-        torch.set_num_threads(before)
-    # blocks of 5 to 8 rows and of 3 and 4 are one kernel each
-    assert torch.equal(matvec(x[:5], weight), whole[:5])
-    assert torch.equal(matvec(x[:3], weight), matvec(x[:4], weight)[:3])
+    with _native.use_cpu_isa(isa):
+        with use(1, dot):
+            whole, two = matvec(x, weight), matvec(x[:2], weight)
+            # one and two rows add up in one order, more in another
+            assert dot or torch.equal(matvec(x[:1], weight), two[:1])
+            for rows in (3, 4, 5):
+                assert torch.equal(matvec(x[:rows], weight), whole[:rows])
+        for rows_at_once in (1, 2, 4):
+            with use(rows_at_once, dot):
+                assert torch.equal(matvec(x, weight), whole)
+                assert torch.equal(matvec(x[:2], weight), two)
+        try:
+            torch.set_num_threads(1)
+            with use(2, dot):
+                assert torch.equal(matvec(x, weight), whole)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_long_rows_of_weight_are_read_one_at_a_time(dtype):
+    """As many as there are rows of x, up to four; four of rows that are under a kilobyte."""
+    long = 1024 // dtype.itemsize
+    shapes = ((1, long), (2, long), (3, long), (8, long), (1, long - 1))
+    found = [cpu.choose(dtype, rows, (5, width)).values["rows_at_once"] for rows, width in shapes]
+    assert found == [1, 2, 4, 4, 4]
 
 
 def test_more_rows_than_the_kernel_has_go_to_the_reference():

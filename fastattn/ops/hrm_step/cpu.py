@@ -4,6 +4,7 @@ import torch
 
 from ...runtime import native
 from ...runtime.tuning import Choice
+from ..matvec import cpu as matvec
 from ..rowwise import cpu as rows
 
 MOST_ROWS = native.limits.matvec_rows
@@ -34,6 +35,8 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         positions = torch.full((batch,), position, dtype=torch.int32)
     else:
         positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
+    # the largest of a layer's weights, beside which the others' shapes do not differ in what counts
+    product = matvec.choose(z_h.dtype, batch, weights[2].shape).values
     cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
     native.run(
         "decode_step",
@@ -54,6 +57,7 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         h_cycles=h_cycles,
         l_cycles=l_cycles,
         eps=eps,
+        rows_at_once=product["rows_at_once"],
         threads=native.threads(),
     )
     return out

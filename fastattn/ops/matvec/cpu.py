@@ -1,7 +1,8 @@
 """The few-row product on the CPU: one kernel call."""
 
 from ...runtime import native
-from ...runtime.tuning import Choice
+from ...runtime import tuning as _tuning
+from . import tuning  # noqa: F401  declares what `rows_at_once` looks up
 
 MOST_ROWS = native.limits.matvec_rows
 
@@ -17,8 +18,19 @@ def refusal(x, weight) -> str | None:
     return None
 
 
-def configure(x, weight) -> Choice:
-    return Choice({"isa": native.cpu_isa(), "threads": native.threads()}, "built in")
+def configure(x, weight) -> _tuning.Choice:
+    return choose(x.dtype, x.numel() // x.shape[-1], weight.shape)
+
+
+def choose(dtype, rows: int, shape: tuple[int, int]) -> _tuning.Choice:
+    """How the kernel reads a weight of this shape, (outputs, inputs)."""
+    return _tuning.lookup(
+        "matvec",
+        "cpu",
+        structural={"dtype": str(dtype).removeprefix("torch.")},
+        sizes={"rows": max(1, rows), "inputs": shape[1], "outputs": max(1, shape[0])},
+        device="cpu",
+    )
 
 
 def matvec(x, weight):
@@ -31,5 +43,6 @@ def matvec(x, weight):
             weight=native.rows(weight),
             out=out.view(-1, weight.shape[0]),
             threads=native.threads(),
+            **configure(x, weight).values,
         )
     return out
