@@ -47,11 +47,15 @@ class Target:
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:120]
 
     @property
+    def intel(self) -> bool:
+        return "Intel" in self.name
+
+    @property
     def fast_bf16(self) -> bool:
         """Whether a CPU multiplies bfloat16 faster than float32. AMD's bf16 dot takes as long as a float32 multiply-add and does
         twice as much (measured on a Zen 4: 470 and 236 GFLOP/s), Intel's takes four times as long (on an Emerald Rapids: 186 and
         369 GFLOP/s)."""
-        return self.arch == "avx512bf16" and "Intel" not in self.name
+        return self.arch == "avx512bf16" and not self.intel
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

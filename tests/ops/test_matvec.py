@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 import fastattn as fa
 from fastattn import testing
 from fastattn.nn.plain import linear
-from fastattn.ops.matvec import cpu, matvec, reference
+from fastattn.ops.matvec import matvec, reference
 from fastattn.runtime import native as _native
 from fastattn.runtime import tuning as _config
+from fastattn.runtime.device import Target
 
 
 def use(rows_at_once, dot):
@@ -64,13 +65,21 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads_or_on_rows_at_once(is
             torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_long_rows_of_weight_are_read_one_at_a_time(dtype):
-    """As many as there are rows of x, up to four; four of rows that are under a kilobyte."""
-    long = 1024 // dtype.itemsize
-    shapes = ((1, long), (2, long), (3, long), (8, long), (1, long - 1))
-    found = [cpu.choose(dtype, rows, (5, width)).values["rows_at_once"] for rows, width in shapes]
-    assert found == [1, 2, 4, 4, 4]
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_how_weights_are_read_by_default(dtype):
+    """Long rows as many at once as there are rows of x, short ones by four; on Intel's processors all by four."""
+    declared = _config.declared()["matvec", "cpu"]
+    long = 1024 // getattr(torch, dtype).itemsize
+    for name, expected in (("AMD EPYC (family 25 model 17)", [1, 2, 4, 4, 4]), ("Intel(R) Xeon(R)", [4] * 5)):
+        target = Target("cpu", name, "avx512bf16")
+        found = []
+        for rows, width in ((1, long), (2, long), (3, long), (8, long), (1, long - 1)):
+            key = {"dtype": dtype, "rows": rows, "inputs": width, "outputs": 5}
+            values = declared.defaults(key, target)
+            assert declared.refuses(values, key, target) is None
+            assert values["dot"] == (dtype == "bfloat16" and rows > 1 and not target.intel)
+            found.append(values["rows_at_once"])
+        assert found == expected
 
 
 def test_more_rows_than_the_kernel_has_go_to_the_reference():

@@ -40,11 +40,11 @@ def _default(key, target) -> dict[str, int | str]:
     Rapids torch's, which is Intel's own, 4 to 20 %. bfloat16: ours, which on a Zen 4 takes from 7 % less time (SwiGLU) to 5 % more (a gate before).
     Only Intel's processors with a bf16 unit have a faster one beside it, for matrices, which torch uses.
     """
-    dtype, arch, intel = key.get("dtype"), target.arch, "Intel" in target.name
+    dtype, arch = key.get("dtype"), target.arch
     if dtype == "float32":
-        library = intel or not arch.startswith("avx512")
+        library = target.intel or not arch.startswith("avx512")
     else:
-        library = dtype == "bfloat16" and arch == "avx512bf16" and intel
+        library = dtype == "bfloat16" and arch == "avx512bf16" and target.intel
     return {"product": "library"} if library else default_blocks(dtype, target)
 
 
