@@ -37,6 +37,7 @@ class Workload:
     plain torch for any float dtype. `timed` says what is measured and compared: the call ("forward"), the
     computation of its gradients ("backward"), or "both" in one, for ops that find gradients while they are at it.
     terms(shape) is the length of the longest sum behind one output element: it scales the error budget.
+    worth: ops of more worth are tuned first, those that a model spends most of its time in.
     check_shape(shape) is a smaller call with the same key, for references that cost far more than the kernel;
     a finalist is still compared with the default's result at the full shape.
     """
@@ -50,6 +51,7 @@ class Workload:
     timed: str = "forward"
     terms: Callable[[Shape], int] = field(default=lambda shape: 1)
     devices: tuple[str, ...] = ("cpu",)  # torch device types
+    worth: int = 0
     check_shape: Callable[[Shape], Shape] = field(default=lambda shape: shape)
 
     @property

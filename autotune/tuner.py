@@ -108,7 +108,8 @@ class Candidates:
 def plan(
     worker: Worker, modules: Sequence[str], ops: Sequence[str], shapes: Sequence[dict], effort: str
 ) -> tuple[list[tuple[str, Bucket]], dict[str, str], _device.Target]:
-    """(module, bucket) of what to tune, one of each op in turn; what could not be planned; the device."""
+    """(module, bucket) of what to tune, one of each op in turn, first of those of most worth; what could not be planned; the
+    device."""
     workloads = space.load_workloads(modules)
     kind = worker.device.partition(":")[0]
     able = {name: found for name, found in workloads.items() if kind in found[1].devices}
@@ -118,7 +119,7 @@ def plan(
             f"tune: nothing to tune for {unknown[0]} on {kind}; there is {', '.join(sorted(able))}"
         )
     target, failures, queues = None, {}, []
-    for name, (module, workload) in able.items():
+    for name, (module, workload) in sorted(able.items(), key=lambda item: -item[1][1].worth):
         if ops and name not in ops and workload.op not in ops:
             continue
         request = {"module": module, "name": name, "effort": effort, "given": list(shapes) or None}

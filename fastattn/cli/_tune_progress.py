@@ -81,8 +81,22 @@ class Progress(Listener):
         return Text(" · ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
 
 
+def outcome(tuned: Sequence[BucketResult]) -> str:
+    """What was gained over the defaults, plainly."""
+    gains = sorted(1 / result.comparison.ratio for result in tuned if not result.kept)
+    if not gains:
+        return f"The defaults were already the fastest of what was tried, in all {len(tuned)} buckets."
+    extent = f"{gains[-1]:.2f}×" if len(gains) == 1 else f"{gains[0]:.2f}× to {gains[-1]:.2f}×"
+    rest = len(tuned) - len(gains)
+    others = f" In the other {rest} the default was already the fastest of what was tried." if rest else ""
+    return (
+        f"{len(gains)} of {len(tuned)} buckets became faster, by {extent}; geometric mean gain over all "
+        f"{gain(tuned):.2f}×.{others}"
+    )
+
+
 def summary(console: Console, run: Run) -> None:
-    """Default against tuned for every bucket, with the gain of all."""
+    """Default against tuned for every bucket, and in a sentence what was gained."""
     tuned = [result for result in run.results if result.comparison is not None]
     table = Table(
         title=f"{run.target.name}, {run.target.arch}", title_justify="left", box=None, pad_edge=False
@@ -116,5 +130,5 @@ def summary(console: Console, run: Run) -> None:
     earlier = f" ({known} more known from before)" if known else ""
     console.print(f"{trials} configurations tried{earlier}{reasons} in {run.seconds:.0f} s")
     if tuned:
-        console.print(f"geometric mean gain over {len(tuned)} buckets: [bold]{gain(tuned):.2f}×[/bold]")
+        console.print(f"[bold]{outcome(tuned)}[/bold]")
         console.print(f"table: {escape(run.path)}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """`fastattn tune` and `fastattn cache` as typed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -10,6 +11,7 @@ from planted import entry, table
 from typer.testing import CliRunner
 
 from fastattn.cli import cache, main, tune
+from fastattn.cli._tune_progress import outcome
 from fastattn.runtime import tables as _tables
 from fastattn.runtime import tuning as _config
 
@@ -93,11 +95,25 @@ def test_export_clear_import(run, filled, target, tmp_path):
         run("cache", "export", path)
 
 
+def test_what_was_gained_is_said_plainly():
+    def result(ratio):
+        kept = "" if ratio < 1 else "not faster"
+        return SimpleNamespace(comparison=SimpleNamespace(ratio=ratio), kept=kept)
+
+    every = outcome([result(1.0)] * 3)
+    assert every == "The defaults were already the fastest of what was tried, in all 3 buckets."
+    some = outcome([result(0.5), result(1.0), result(0.8), result(1.0)])
+    assert some.startswith(
+        "2 of 4 buckets became faster, by 1.25× to 2.00×; geometric mean gain over all 1.26×."
+    )
+    assert some.endswith("In the other 2 the default was already the fastest of what was tried.")
+
+
 def test_tune_and_measure_again(run, target, monkeypatch, tmp_path):
     monkeypatch.setattr(space, "workload_modules", lambda: ["planted"])
     words = ["--ops", "planted", "--shapes", "length=300", "--budget", "10m", "--threads", "1"]
     code, text = run("tune", *words, "--report", tmp_path / "report.html")
-    assert code == 0 and "2.67×" in text and "geometric mean gain over 1 buckets: 2.67×" in text
+    assert code == 0 and "1 of 1 buckets became faster, by 2.67×; geometric mean gain over all 2.67×." in text
     assert "8 configurations tried in" in text and "<svg" in (tmp_path / "report.html").read_text()
     found = _tables.read_table(tables.user_path(target), target)["ops"]["planted"]["cpu"]["entries"]
     assert [one["sizes"] for one in found] == [{"length": 256}]

@@ -23,7 +23,7 @@ def _shape(dtype: str, score: str, length: int, *, causal: bool = True, **fields
 
 
 def _cpu_shapes(effort: str, target) -> list[dict]:
-    kinds = list(itertools.product(("float32", "bfloat16"), _SCORES))
+    kinds = [(dtype, score) for score in _SCORES for dtype in ("float32", "bfloat16")]
     # no mask kind in the key: a winner has to do well with and without one
     near = [((448, True), (640, False))]
     if effort == "quick":
@@ -114,6 +114,7 @@ def _workload(op: str, backend: str, shapes, device: str) -> Workload:
         terms=lambda shape: shape["length"],
         check_shape=_check_shape,
         devices=(device,),
+        worth=3,
     )
 
 

@@ -13,8 +13,10 @@ _CHECKED = 70  # rows at which a candidate is compared with the reference
 
 
 def _linear_shapes(effort: str, target) -> list[dict]:
-    if effort == "quick":  # logits worth chunking take too long for a quick run
-        return []
+    if effort == "quick":  # the least that a table reaches a training step from
+        return [
+            {"rows": 512, "classes": 8192, "width": 512, "dtype": dtype} for dtype in ("bfloat16", "float32")
+        ]
     return [
         {"rows": rows, "classes": classes, "width": 512, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
@@ -62,6 +64,7 @@ def workload(
         terms=lambda shape: max(shape[classes], shape["width"], shape["rows"]),
         check_shape=lambda shape: {**shape, "rows": _CHECKED, classes: min(shape[classes], 500)},
         devices=(device,),
+        worth=1,
     )
 
 

@@ -16,9 +16,12 @@ _CHECKED = 70  # rows at which a candidate is compared with the reference
 
 def _shapes(effort: str, target) -> list[dict]:
     kinds = ("float32", "bfloat16")
-    if effort == "quick":
+    if (
+        effort == "quick"
+    ):  # of a model's largest product, at rows from which a table reaches a training step's
         return [
-            {"rows": 256, "inputs": 256, "outputs": 1536, "swiglu": True, "dtype": dtype} for dtype in kinds
+            {"rows": 512, "inputs": width, "outputs": 6 * width, "swiglu": True, "dtype": dtype}
+            for dtype, width in (("float32", 512), ("bfloat16", 1024))
         ]
     shapes = []
     for dtype, rows, width in itertools.product(kinds, (64, 1024, 2048), (512, 1536)):
@@ -60,6 +63,7 @@ def _workload(op: str, backend: str = "cpu", device: str = "cpu") -> Workload:
         terms=lambda shape: max(shape["rows"], shape["inputs"], shape["outputs"]),
         check_shape=lambda shape: {**shape, "rows": _CHECKED, "inputs": 96, "outputs": 136},
         devices=(device,),
+        worth=2,
     )
 
 

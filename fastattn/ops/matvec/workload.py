@@ -46,5 +46,6 @@ WORKLOADS = (
         reference=_call("reference"),
         terms=lambda shape: shape["inputs"],
         check_shape=lambda shape: {**shape, "outputs": 70},
+        worth=1,
     ),
 )
