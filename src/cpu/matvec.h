@@ -9,9 +9,6 @@ namespace FASTATTN_ISA {
 
 constexpr int64_t kSerialWeights = 1 << 15;  // below this a second thread costs more to start than it saves
 
-constexpr int64_t kAhead = 2048;  // bytes that are fetched before they are read: some processors do not by themselves
-                                  // go on beyond a page
-
 // How some neighbouring weights meet those of a row of x, which is kept as `Element`s, zero up to a multiple of kWidth.
 //
 // In float32: 2W of them, x in the pair order of the weight's type T, the last incomplete pair of a row in memory's
@@ -31,10 +28,8 @@ struct Widened {
   FASTATTN_INLINE Widened of_first(const T* w, int n) {
     return {{load_n(w, n < W ? n : W), n > W ? load_n(w + W, n - W) : vf{}}};
   }
-  // What is one sum may be two of halves.
-  inline __attribute__((always_inline)) void add_products(vf& first, vf& second, const float* x) const {
-    first += halves[0] * load(x);
-    second += halves[1] * load(x + W);
+  inline __attribute__((always_inline)) void add_half(int i, vf& sum, const float* x) const {
+    sum += halves[i] * load(x + i * W);
   }
   template <class X>
   static void keep_row(const X* from, int64_t K, float* to) {
@@ -70,10 +65,10 @@ struct Dotted {
     memcpy(x.words, w, size_t(n) * sizeof *w);
     return x;
   }
-  inline __attribute__((always_inline)) void add_products(vf& first, vf& second, const bf16* x) const {
-    const Dotted other = of(x);
-    first = dot_pairs(first, words[0], other.words[0]);
-    second = dot_pairs(second, words[1], other.words[1]);
+  inline __attribute__((always_inline)) void add_half(int i, vf& sum, const bf16* x) const {
+    vu other;
+    memcpy(&other, x + i * 2 * W, sizeof other);
+    sum = dot_pairs(sum, words[i], other);
   }
   template <class X>
   static void keep_row(const X* from, int64_t K, bf16* to) {
@@ -89,6 +84,8 @@ template <class Factor, int M, int J>
 FASTATTN_INLINE void matvec_block(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row, int64_t top,
                                   int64_t first) {
   using T = typename Factor::Weight;
+  // bytes that are fetched before they are read, over the end of a row: measured, from memory and from a shared cache
+  constexpr int64_t kAhead = J == 1 ? 2048 : 4096;
   constexpr int kSums = M <= 2 ? 2 : 1;  // of one output of a row: one alone would wait for itself
   const int64_t K = p.x.size[3], stride = p.weight.stride[2];
   const T* weight = (const T*)p.weight.data + first * stride;
@@ -105,12 +102,13 @@ FASTATTN_INLINE void matvec_block(const MatvecParams& p, const typename Factor::
       w[j] = Factor::of(from);
     }
     FASTATTN_EACH(m, M)
-    FASTATTN_EACH(j, J) w[j].add_products(sums[j][m][0], sums[j][m][kSums - 1], x + m * x_row + k);
+    FASTATTN_EACH(i, 2)
+    FASTATTN_EACH(j, J) w[j].add_half(i, sums[j][m][i % kSums], x + m * x_row + k);
   }
   if (k < K) {
     FASTATTN_EACH(j, J) {
       const Factor w = Factor::of_first(weight + j * stride + k, int(K - k));
-      FASTATTN_EACH(m, M) w.add_products(sums[j][m][0], sums[j][m][kSums - 1], x + m * x_row + k);
+      FASTATTN_EACH(m, M) FASTATTN_EACH(i, 2) w.add_half(i, sums[j][m][i % kSums], x + m * x_row + k);
     }
   }
   float result[M][J];
