@@ -1,10 +1,13 @@
-"""Small typical calls of every op, from `examples.py` in the op's folder: what lists ops (the `doctor`, the README, the tests of
-every op) is made from them, so an op appears there by existing."""
+"""Typical calls of every op, from `examples` in the op's folder: what lists ops is made from them, so an op appears there by
+existing. That is `doctor`, the README's table, the tests of every op on each backend, the launches that are compiled ahead of
+time, `make gpu-check`, and the tuner's calls of an op that has no `workload.py`."""
 
 import importlib
+import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,19 +29,40 @@ class Example:
     def arguments(self) -> dict[str, Any]:
         return self.tensors | self.options
 
+    def refusal(self, backend: str) -> str | None:
+        """Why the backend of this name would not serve the call on a device of its own, or None."""
+        from .explain import collecting
+
+        with torch.no_grad(), collecting() as calls:
+            self.function(**self.arguments)
+        op, _, _, members = calls[0]
+        found = next((b for b in op.backends if b.name == backend), None)
+        return f"{op.name} has no {backend} backend" if found is None else found.supports(*members)
+
     @property
     def floating(self) -> dict[str, torch.Tensor]:
         return {name: t for name, t in self.tensors.items() if t.is_floating_point()}
 
 
 class Make:
-    """The tensors of examples: of one dtype and device, the same in every process."""
+    """The tensors of examples: of one dtype and device, the same in every process.
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        self.dtype, self.device = dtype, device
-        self._generator = torch.Generator().manual_seed(1)
+    large: of sizes that are worth tuning for, where the examples give one (`size`).
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu", *, large: bool = False, seed: int = 1
+    ) -> None:
+        self.dtype, self.device, self.large = dtype, device, large
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def size(self, small: int, large: int) -> int:
+        return large if self.large else small
 
     def normal(self, *shape: int) -> torch.Tensor:
+        """Of the normal distribution."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
         return torch.randn(shape, generator=self._generator).to(self.device, self.dtype)
 
     def shares(self, *shape: int) -> torch.Tensor:
@@ -54,13 +78,22 @@ class Make:
         return torch.arange(length).to(self.device)
 
 
-def examples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Example]:
-    """{name: example}; a name is the public function's, or it and what the call shows: "attention, decoding"."""
+def modules() -> Iterator[ModuleType]:
+    """Each op's module that has `examples`: `examples.py` in its folder, or the folder's `__init__.py` where there is none."""
     from .. import ops
 
-    found: dict[str, Example] = {}
     for package in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
         if package.ispkg:
-            module = importlib.import_module(f"{package.name}.examples")
-            found |= module.examples(Make(dtype, device))
+            own = f"{package.name}.examples"
+            yield importlib.import_module(own if importlib.util.find_spec(own) else package.name)
+
+
+def examples(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> dict[str, Example]:
+    """{name: example}; a name is the public function's, or it and what the call shows: "attention, decoding".
+
+    options: of `Make`.
+    """
+    found: dict[str, Example] = {}
+    for module in modules():
+        found |= module.examples(Make(dtype, device, **options))
     return found

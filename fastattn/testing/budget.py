@@ -18,13 +18,19 @@ which for float32 and 1024 terms is 37 eps, and for bfloat16 is the one rounding
 bound that needs no eager run.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..runtime.arithmetic import rounding_every_step
+
+if TYPE_CHECKING:
+    from ..runtime.examples import Example
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -233,6 +239,41 @@ def check_op(
         assert a is not None, f"{name} is missing"
         magnitude = magnitudes[i] if i < len(magnitudes) else 0.0
         assert_close_to_truth(a, t, e, factor=gradient_factor, terms=terms, magnitude=magnitude, name=name)
+
+
+def example_call(example: Example, backend: str) -> tuple[Callable, tuple[torch.Tensor, ...]]:
+    """(a function, its floating inputs): one of the ops' examples by this backend.
+
+    What an op without gradients writes to is among its results, and integers are given in float64.
+    """
+    names = tuple(example.floating)
+
+    def call(*floating: torch.Tensor) -> tuple:
+        options = {n: _of_dtype(value, floating[0].dtype) for n, value in example.options.items()}
+        given = example.tensors | options | dict(zip(names, floating, strict=True))
+        written = [] if example.gradients else [t.clone() for t in floating]
+        given |= dict(zip(names, written, strict=False))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            outputs = as_tuple(example.function(**given, backend=backend))
+        return tuple(o if o.is_floating_point() else o.double() for o in (*outputs, *written))
+
+    return call, tuple(t.detach().requires_grad_(example.gradients) for t in example.floating.values())
+
+
+def check_example(example: Example, backend: str) -> None:
+    """Outputs and gradients of one of the ops' examples by this backend, within their budgets of the definition.
+
+    No sum behind a result has more terms than the call's largest tensor has elements.
+    """
+    terms = max(t.numel() for t in example.tensors.values())
+    (call, inputs), (definition, _) = (example_call(example, name) for name in (backend, "reference"))
+    check_op(call, definition, inputs, terms=terms, names=tuple(example.floating))
+
+
+def _of_dtype(value: object, dtype: torch.dtype) -> object:
+    """A list of tensors in this dtype; anything else as it is."""
+    return [t.to(dtype) for t in value] if isinstance(value, list) else value
 
 
 def attention_weights(attend: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
