@@ -1,10 +1,15 @@
 """Launches of every op's Triton kernels, recorded on the meta device for a target."""
 
+from dataclasses import replace
+
 import torch
 
+from fastattn import testing
 from fastattn.masks import MaskArgs
 from fastattn.ops.attention.scores import SCORES
+from fastattn.runtime import registry
 from fastattn.runtime import triton as _triton
+from fastattn.runtime.examples import examples
 
 # What fast tests compile for; the slow ones take every target.
 SAMPLED = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -75,6 +80,20 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     state = empty(*((*q.shape[:3], 2) if normalised else (0,)), dtype=torch.float32)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         attention_backward(out, None, q, k, v, bias, out, lse, state, score, *rest, int(bias is not None))
+    return launches
+
+
+def of_examples(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    """What the typical calls of every op launch, forward and back, each result left as memory was."""
+
+    def on_cpu(op: registry.Op, backend: registry.Backend) -> registry.Backend:
+        return replace(backend, devices=("cpu",)) if backend.name == "triton" else backend
+
+    with registry.replaced(on_cpu), _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        for example in examples(dtype, large=True).values():
+            if example.refusal("triton") is None:
+                call, inputs = testing.example_call(example, "triton")
+                testing.differentiate(call, inputs)
     return launches
 
 

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time, without a driver, within each target's shared memory."""
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -104,26 +105,50 @@ def kernels() -> set[triton.JITFunction]:
     return found
 
 
+@functools.cache
+def of_examples(target: str) -> list[_triton.Launch]:
+    return launches.of_examples(target)
+
+
 def test_kernels_take_few_arguments():
     """Operands come as named tuples, constants as one object."""
-    recorded = launches.attention("sm_90", mask="dense") + launches.attention(
-        "sm_90", mask="full", q_length=1
+    recorded = (
+        of_examples("sm_90") + launches.attention("sm_90", mask="dense") + launches.fused_linear("sm_90")
     )
-    for name in (
-        "attention_backward",
-        "rowwise",
-        "cross_entropy",
-        "codes",
-        "fused_linear",
-        "sinkhorn",
-        "lssa",
-        "grouped",
-        "gated",
-    ):
-        recorded += getattr(launches, name)("sm_90")
     assert {launch.kernel for launch in recorded} == kernels()
     for kernel in kernels():
         assert len(kernel.arg_names) <= 24, kernel.__name__
+
+
+# Functions of launches.py, whose kernels the tests here compile; any other kernel is compiled as its op's examples launch it.
+NAMED = (
+    "attention_backward",
+    "rowwise",
+    "cross_entropy",
+    "codes",
+    "fused_linear",
+    "sinkhorn",
+    "lssa",
+    "grouped",
+    "gated",
+)
+
+
+def of_examples_alone(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    """Launches of kernels that no function of launches.py names, each that differs once."""
+    named = launches.attention("sm_90", mask="dense") + launches.attention("sm_90", mask="full", q_length=1)
+    for name in NAMED:
+        named += getattr(launches, name)("sm_90")
+    known = {launch.kernel for launch in named}
+    recorded = of_examples(target) if dtype == torch.bfloat16 else launches.of_examples(target, dtype)
+    rest = [launch for launch in recorded if launch.kernel not in known]
+    return list(dict(zip(compiled_as(rest), rest, strict=True)).values())
+
+
+@pytest.mark.parametrize("target", ("sm_90", "gfx942"))
+def test_examples(target):
+    for launch in of_examples_alone(target):
+        compile_all(target, [launch])
 
 
 def test_members_of_an_operand_are_specialised():
@@ -155,7 +180,7 @@ def turn(values, *choices) -> object:
 def compiled_as(recorded: list[_triton.Launch]) -> list[tuple]:
     """What the binaries depend on besides the target."""
     options = ("num_warps", "num_stages")
-    return [(_triton.source(one).hash(), [one.meta.get(option) for option in options]) for one in recorded]
+    return [(_triton.source(one).hash(), *(one.meta.get(option) for option in options)) for one in recorded]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -194,6 +219,14 @@ def test_all_grouped_and_gated(target, dtype, head_dim):
     gate = turn((0, 1), (_triton.DTYPES, dtype), ((32, 64, 128, 256), head_dim))
     compile_all(target, launches.grouped(target, dtype, head_dim))
     compile_all(target, launches.gated(target, dtype, head_dim, gate))
+
+
+@pytest.mark.slow
+@every_target
+@every_dtype
+def test_all_examples(target, dtype):
+    for launch in of_examples_alone(target, dtype):
+        compile_all(target, [launch])
 
 
 @pytest.mark.slow
