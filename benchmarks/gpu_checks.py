@@ -14,6 +14,7 @@ from fastattn.ops.hrm_step import workload as decode_workload
 from fastattn.ops.rowwise import reference as recurrence_reference
 from fastattn.ops.rowwise import rotary_append
 from fastattn.runtime import tuning as _config
+from fastattn.runtime.examples import Example, examples
 
 Check = Callable[[], None]
 
@@ -222,6 +223,21 @@ def other_checks(device: str) -> dict[str, Check]:
     }
 
 
+def example_checks(device: str, dtypes) -> dict[str, Check]:
+    """Every op's examples that its Triton kernels serve."""
+    checks: dict[str, Check] = {}
+    for dtype in dtypes:
+        for name, example in examples(dtype, device).items():
+            if example.refusal("triton") is None:
+                checks[f"{name} {str(dtype).removeprefix('torch.')}"] = lambda e=example: one_example(e)
+    return checks
+
+
+def one_example(example: Example) -> None:
+    testing.check_example(example, "triton")
+    assert_repeats(*testing.example_call(example, "triton"))
+
+
 def captures() -> dict[str, Check]:
     """Repeatability at length, and CUDA graphs: what needs a device."""
 
@@ -309,7 +325,7 @@ def cuda_checks() -> dict[str, Check]:
 def all_checks(device: str, small: bool) -> dict[str, Check]:
     """By name. `small`: float32 at small shapes, what compute-sanitizer goes over."""
     dtypes = (torch.float32,) if small else testing.LOW_DTYPES
-    checks = attention_checks(device, 40, 16, dtypes) | other_checks(device)
+    checks = attention_checks(device, 40, 16, dtypes) | other_checks(device) | example_checks(device, dtypes)
     if device.startswith("cuda"):
         checks |= cuda_checks()
         if not small:
