@@ -1,7 +1,8 @@
 """What is tuned: the call an op is timed by, and the points its parameters may take.
 
-An op joins the tuner with `ops/<op>/workload.py`, a module with `WORKLOADS`, a tuple of Workload. Which keys
-a call looks its configuration up by is not repeated there: the tuner runs the call and watches.
+An op joins the tuner by declaring what it can be tuned by (`ops/<op>/tuning.py`). Its examples are what it is timed by, at their
+large sizes, or `ops/<op>/workload.py` says more: a module with `WORKLOADS`, a tuple of Workload. Which keys a call looks its
+configuration up by is not repeated there: the tuner runs the call and watches.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import importlib.util
 import itertools
 import json
 import math
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fastattn.runtime import tuning
 from fastattn.runtime.device import Target
 from fastattn.runtime.tuning import Declaration, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastattn.runtime.examples import Example
 
 MAX_PRODUCT = 1 << 20  # a space larger than this is a mistake in its declaration
 
@@ -60,22 +66,76 @@ class Workload:
 
 
 def workload_modules() -> list[str]:
-    """The modules of installed ops that describe workloads."""
-    from fastattn import ops
+    """The modules of installed ops that describe workloads: `workload.py`, or where an op has none, its examples."""
+    from fastattn.runtime import examples
 
-    folders = [module for module in pkgutil.iter_modules(ops.__path__, "fastattn.ops.") if module.ispkg]
-    names = [f"{folder.name}.workload" for folder in folders]
-    return [name for name in names if importlib.util.find_spec(name) is not None]
+    names = []
+    for module in examples.modules():
+        folder = module.__name__.removesuffix(".examples")
+        own, tuned = (importlib.util.find_spec(f"{folder}.{name}") for name in ("workload", "tuning"))
+        if own or tuned:
+            names.append(f"{folder}.workload" if own else module.__name__)
+    return names
 
 
 def load_workloads(modules: Sequence[str]) -> dict[str, tuple[str, Workload]]:
     """{"op.backend": (module, workload)} of these modules, their declarations made."""
     tuning.tunings()
     found = {}
-    for module in modules:
-        for workload in importlib.import_module(module).WORKLOADS:
-            found[workload.name] = (module, workload)
+    for name in modules:
+        module = importlib.import_module(name)
+        for workload in module.WORKLOADS if hasattr(module, "WORKLOADS") else of_examples(module):
+            found[workload.name] = (name, workload)
     return found
+
+
+def of_examples(module: ModuleType) -> Iterator[Workload]:
+    """A workload for each declaration that is named as an example of this module, or as one's backward."""
+    from fastattn.runtime.examples import Make
+
+    typical = module.examples(Make())
+    for op, backend in tuning.declared():
+        name = op.removesuffix("_backward")
+        if name in typical:
+            yield _of_example(module, name, typical[name], op, backend)
+
+
+def _of_example(module: ModuleType, name: str, example: Example, op: str, backend: str) -> Workload:
+    import torch
+
+    from fastattn.runtime.examples import Make
+
+    def made(shape: Shape, device: Any, seed: int = 1) -> dict[str, torch.Tensor]:
+        make = Make(getattr(torch, shape["dtype"]), str(device), large=shape["large"], seed=seed + 1)
+        return module.examples(make)[name].tensors
+
+    def inputs(shape: Shape, device: Any, seed: int) -> tuple:
+        tensors = made(shape, device, seed).values()
+        return tuple(t.requires_grad_(example.gradients and t.is_floating_point()) for t in tensors)
+
+    def call(backend: str) -> Callable[..., Any]:
+        def run(shape: Shape, *tensors):
+            given = dict(zip(example.tensors, tensors, strict=True))
+            return example.function(**given, **example.options, backend=backend)
+
+        return run
+
+    alone = (
+        "both" if example.gradients and (f"{op}_backward", backend) not in tuning.declared() else "forward"
+    )
+    kinds = {"quick": ("bfloat16",), "full": ("bfloat16", "float16", "float32")}
+    return Workload(
+        op,
+        backend,
+        shapes=lambda effort, target: [{"dtype": kind, "large": True} for kind in kinds[effort]],
+        inputs=inputs,
+        call=call(backend),
+        reference=call("reference"),
+        timed=alone if op == name else "backward",
+        terms=lambda shape: max(t.numel() for t in made(shape, "meta").values()),
+        devices=("cpu" if backend == "cpu" else "cuda",),
+        check_shape=lambda shape: {**shape, "large": False},
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,23 @@ def test_all_cpu_kernels_have_a_workload():
     assert {tuple(name.split(".")) for name in WORKLOADS} <= set(DECLARED)
 
 
+def test_examples_are_workloads_of_an_op_that_has_no_others():
+    from fastattn.ops.gated import examples
+
+    found = {workload.name: workload for workload in space.of_examples(examples)}
+    assert {name for name in found if name.endswith(".cpu")} == {
+        "gated_attention.cpu",
+        "gated_attention_backward.cpu",
+    }
+    for workload in (found["gated_attention.cpu"], found["gated_attention_backward.cpu"]):
+        (shape,) = workload.shapes("quick", _device.target("cpu"))
+        case = measure.Case(workload, workload.check_shape(shape), torch.device("cpu"), 0)
+        with _config.watch() as seen:
+            results = case.run()
+        assert (workload.op, "cpu") in {(look.op, look.backend) for look in seen}
+        case.check(results)
+
+
 @pytest.mark.parametrize("name", CPU)
 def test_default_is_right_and_looked_up(name, monkeypatch):
     workload = WORKLOADS[name][1]
