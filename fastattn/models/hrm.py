@@ -141,8 +141,11 @@ class HrmOutput:
     logits: Tensor  # (B, L, V)
     q_halt: Tensor  # (B,) float32
     q_continue: Tensor  # (B,) float32
-    loss: Tensor  # (), mean over the rows
-    correct: Tensor  # (B,) bool, every counted cell right
+    loss: Tensor  # (), mean over the rows that count; 0 where none does
+    correct: Tensor  # (B,) bool, the row counts and every counted cell of it is right
+    counted: (
+        Tensor  # (B,) bool: the row has a label; one without (padding, an unknown solution) counts nowhere
+    )
 
 
 for _kind in (HrmCarry, HrmOutput):  # as HRM-Text's output is
@@ -274,7 +277,8 @@ class Hrm(nn.Module):
 
         The loss of a row is its StableMax cross-entropy averaged over the counted cells, plus half of the
         binary cross-entropies of q_halt (against "every cell is right") and, with ``q_continue``, of
-        q_continue (against the next segment's value).
+        q_continue (against the next segment's value). A row without labels has no loss and teaches neither q; in
+        training it halts at once, so that the next sample takes its place.
         """
         config = self.config
         inputs, labels, puzzle_ids = self._check(batch, len(carry.halted))
@@ -289,12 +293,13 @@ class Hrm(nn.Module):
 
         zH, zL, logits, q_halt, q_continue = self.segment(zH, zL, inputs, puzzle_ids)
         zH, zL = zH.detach(), zL.detach()
-        counted = labels != IGNORE
-        correct = ((logits.argmax(-1) == labels) | ~counted).all(-1)
+        cells_counted = labels != IGNORE
+        counted = cells_counted.any(-1)
+        correct = ((logits.argmax(-1) == labels) | ~cells_counted).all(-1) & counted
         loss = stablemax_cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
         ).view(labels.shape)
-        loss = loss.sum(-1) / counted.sum(-1).clamp(min=1)
+        loss = loss.sum(-1) / cells_counted.sum(-1).clamp(min=1)
         q_loss = F.binary_cross_entropy_with_logits(q_halt, correct.float(), reduction="none")
 
         last = steps >= config.halt_max_steps
@@ -306,14 +311,15 @@ class Hrm(nn.Module):
                 least = torch.randint(
                     2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=generator
                 )
-                halted = halted & ((explore >= config.halt_exploration) | (steps >= least))
+                halted = halted & ((explore >= config.halt_exploration) | (steps >= least)) | ~counted
                 if config.q_continue:
                     *_, next_halt, next_continue = self.segment(zH, zL, inputs, puzzle_ids)
                     target = torch.where(last, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()
             if config.q_continue:
                 q_loss = q_loss + F.binary_cross_entropy_with_logits(q_continue, target, reduction="none")
         carry = HrmCarry(zH, zL, steps, halted, inputs, labels, puzzle_ids)
-        return carry, HrmOutput(logits, q_halt, q_continue, (loss + 0.5 * q_loss).mean(), correct)
+        loss = torch.where(counted, loss + 0.5 * q_loss, 0.0).sum() / counted.sum().clamp(min=1)
+        return carry, HrmOutput(logits, q_halt, q_continue, loss, correct, counted)
 
     @torch.no_grad()
     def solve(

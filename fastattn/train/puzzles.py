@@ -87,10 +87,10 @@ class HrmTrainer(Run):
         self.model.train()
         self.carry, out = self.model(self.carry, self.order.next())
         out.loss.backward()
-        row = {
-            "tokens": out.logits.shape[0] * out.logits.shape[1],
-            "solved": out.correct.float().mean().item(),
-        }
+        puzzles = int(out.counted.sum())
+        row = {"tokens": puzzles * out.logits.shape[1]}
+        if puzzles:
+            row["solved"] = int(out.correct.sum()) / puzzles
         return out.loss.detach(), row
 
     def _stepped(self) -> None:
@@ -107,10 +107,16 @@ class HrmTrainer(Run):
 
 @torch.no_grad()
 def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
-    """After the last segment, ``cells``: the share of the cells to fill that are right; ``exact``: of the puzzles."""
+    """After the last segment, ``cells``: the share of the cells to fill that are right; ``exact``: of the puzzles.
+
+    Puzzles without labels, whose solution is not known, are left out."""
     model.eval()
     cells = right = solved = count = 0
     for batch in batches:
+        known = (batch["labels"] != IGNORE).any(-1)
+        if not known.any():
+            continue
+        batch = {name: value[known] for name, value in batch.items()}
         *_, (tokens, _) = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
         counted = batch["labels"] != IGNORE
         hit = tokens == batch["labels"]

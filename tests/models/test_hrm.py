@@ -148,6 +148,50 @@ def test_halted_rows_take_the_next_sample_and_fresh_state():
     torch.testing.assert_close(out.logits[1], alone.logits[1], rtol=0, atol=1e-12)
 
 
+def padded(data, rows):
+    """The batch with rows of padding, as puzzle folders fill it up, among its own."""
+    order = [0, *range(3, 3 + rows), 1, 2]
+    fill = {"inputs": 0, "labels": -100, "puzzle_ids": 0}
+    return {
+        name: torch.cat([value, torch.full((rows, *value.shape[1:]), fill[name])])[order]
+        for name, value in data.items()
+    }, torch.tensor(order) < 3
+
+
+@pytest.mark.parametrize("q_continue", [True, False])
+def test_rows_without_labels_count_nowhere(q_continue):
+    results = []
+    for rows in (0, 5):
+        model = make(q_continue=q_continue, halt_exploration=0.0)
+        optimizer = SignSGD(model.puzzle_emb, lr=0.1)
+        data, real = padded(batch(), rows)
+        carry, out = model(model.initial_carry(3 + rows), data)
+        out.loss.backward()
+        assert torch.equal(out.counted, real)
+        assert carry.halted[~real].all() and not out.correct[~real].any()
+        optimizer.step()
+        grads = [p.grad for p in model.parameters()]
+        results.append((out.loss, out.correct[real], *grads, model.puzzle_emb.weights))
+    for alone, among_padding in zip(*results, strict=True):
+        # float64 sums in another order, of q's in float32
+        torch.testing.assert_close(alone, among_padding, rtol=0, atol=1e-7)
+
+
+def test_a_batch_of_padding_teaches_nothing():
+    model = make()
+    nothing = {name: value[~real] for data, real in [padded(batch(), 4)] for name, value in data.items()}
+    _, out = model(model.initial_carry(4), nothing)
+    out.loss.backward()
+    assert out.loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_padding_leaves_its_place_to_the_next_sample():
+    model = make()
+    carry, _ = model(model.initial_carry(5), padded(batch(), 2)[0])
+    carry, out = model(carry, {k: v[[0, 1, 2, 0, 1]] for k, v in batch(seed=2).items()})
+    assert out.counted.all() and carry.steps[1] == 1
+
+
 @pytest.mark.parametrize("q_continue", [True, False])
 def test_halting(q_continue):
     model = make(q_continue=q_continue, halt_exploration=0.0)

@@ -173,6 +173,28 @@ def test_folders_of_puzzles(tmp_path):
         HrmTrainer.resume(tmp_path / "run", FolderData(tmp_path))
 
 
+def test_padding_is_not_solved(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 6, size=(3, 16))
+    for split in ("train", "test"):
+        write_folder(tmp_path, split, tokens, tokens, vocab_size=6)
+    run = start(tmp_path / "run", FolderData(tmp_path), batch_size=16)  # 13 rows of padding
+    row = run.step()
+    assert row["tokens"] == 3 * 16 and row["solved"] == 0
+    assert run.model(run.carry, run.order.next())[1].counted.sum() == 3
+
+
+def test_puzzles_without_labels_are_no_successes(easy, tmp_path):
+    """As the unknown solutions of a competition's test split."""
+    torch.manual_seed(0)
+    model = Hrm(HrmConfig(**easy.config, **TINY))
+    batch = {name: value[:8] for name, value in easy.held_out.items()}
+    expected = evaluate(model, [batch])
+    unknown = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    mixed = {name: torch.cat([unknown[name], batch[name], unknown[name]]) for name in batch}
+    assert evaluate(model, [mixed]) == evaluate(model, [unknown, batch]) == expected
+    assert evaluate(model, [unknown]) == {"cells": 0, "exact": 0}
+
+
 def test_shapes(easy):
     small, trm, published = (model_config(easy, shape) for shape in ("small", "trm", "published"))
     assert not small.shared_stack and trm.shared_stack and small.hidden_size == trm.hidden_size
