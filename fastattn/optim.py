@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_LOW = (torch.bfloat16, torch.float16)
 
 
 class AdamATan2(Optimizer):
@@ -19,6 +22,10 @@ class AdamATan2(Optimizer):
     Each parameter has its own step count t, and one without a gradient is left alone. A parameter in
     bfloat16 or float16 has a float32 master copy: it, the moments and the average are float32, and the
     parameter is rounded from the master after each step.
+
+    A parameter that was frozen when the optimizer was made starts with its first gradient. After ``model.to()`` its
+    state follows in the next step: a parameter that became 16-bit gets a master, one that no longer is loses it.
+    Sparse gradients are refused (NotImplementedError) before any parameter changes.
 
     Args:
         lr, betas, weight_decay: as above.
@@ -54,30 +61,56 @@ class AdamATan2(Optimizer):
     @torch.no_grad()
     def _start(self, p: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[p]
-        low = p.dtype in (torch.bfloat16, torch.float16)
-        full = p.detach().float() if low else p.detach()
+        full = p.detach().float() if p.dtype in _LOW else p.detach()
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(full)
         state["exp_avg_sq"] = torch.zeros_like(full)
-        if low:
+        if p.dtype in _LOW:
             state["master"] = full
         if group["ema"] is not None:
             state["ema"] = full.clone()
 
+    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter's state, in the dtype and on the device that the parameter has now."""
+        if p not in self.state:
+            self._start(p, group)
+        state = self.state[p]
+        full = torch.float32 if p.dtype in _LOW else p.dtype
+        if (state["exp_avg"].dtype, state["exp_avg"].device) != (full, p.device):
+            state |= {k: v.to(p.device, full) for k, v in state.items() if isinstance(v, Tensor)}
+        if p.dtype not in _LOW:
+            state.pop("master", None)
+        elif "master" not in state:
+            state["master"] = p.detach().to(full)
+        return state
+
+    def _check_dense(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"{i} of group {number}" for i in range(len(group["params"]))
+            ]
+            for name, p in zip(names, group["params"], strict=True):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise NotImplementedError(
+                        f"AdamATan2: parameter {name} has a gradient of layout {p.grad.layout}; only dense ones are "
+                        "served (nn.Embedding: sparse=False)"
+                    )
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> NoReturn: ...
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        if closure is not None:
-            raise ValueError("AdamATan2: closure is not supported")
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; ``closure``, as torch's, computes the gradients first, and its loss is returned."""
+        loss = _evaluated(closure)
+        self._check_dense()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
+                state = self._state(p, group)
                 weight = state.get("master", p)
                 grad = p.grad.to(weight.dtype)
                 state["step"] += 1
@@ -92,6 +125,7 @@ class AdamATan2(Optimizer):
                     p.copy_(weight)
                 if "ema" in state:
                     state["ema"].lerp_(weight, 1 - group["ema"])
+        return loss
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,48 +156,115 @@ class AdamATan2(Optimizer):
                     p.copy_(value)
 
 
-class TouchedRows(Protocol):
-    """What `SignSGD` trains."""
+def _evaluated(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class SparseRows(Protocol):
+    """What `SignSGD` trains. Once ``trained`` is True, each backward adds to ``weights.grad``, a sparse tensor."""
 
     weights: Tensor  # (rows, dim)
-    touched: (
-        list[tuple[Tensor, Tensor]] | None
-    )  # each use: identifiers (B,), and a leaf (B, dim) that gets the gradient
+    trained: bool
 
 
-class SignSGD:
+class SignSGD(Optimizer):
     """Sign descent with decoupled weight decay on the rows of a puzzle embedding that were used::
 
         w[id] = (1 - lr * weight_decay) * w[id] - lr * sign(sum of the gradients of id's uses)
 
+    An optimizer like torch's: its param_groups have ``lr`` and ``weight_decay`` for schedulers to change, gradients
+    add up until ``zero_grad``, which may come anywhere before the backward, and each step takes those that are there.
+
+    Where torch.distributed is initialised, every rank has to call :meth:`step`: the identifiers and gradients of all
+    ranks are gathered, so that their copies of the rows stay equal. That is what DistributedDataParallel and FSDP, which
+    know parameters alone, leave to be done.
+
     Args:
-        embedding: a module with ``weights`` (rows, dim) and ``touched``, to which it adds each of its uses:
-            identifiers (B,) and the leaf (B, dim) whose gradient counts.
+        embedding: a module such as ``Hrm.puzzle_emb``.
         lr, weight_decay: as above.
+        process_group: the ranks that share the rows; default: all of them.
     """
 
-    def __init__(self, embedding: TouchedRows, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
-        if not lr >= 0 or not weight_decay >= 0:
-            raise ValueError(f"SignSGD: lr {lr} and weight_decay {weight_decay} must not be negative")
-        embedding.touched = []
+    process_group: Any = None
+
+    def __init__(
+        self, embedding: SparseRows, lr: float = 1e-3, weight_decay: float = 1e-2, process_group: Any = None
+    ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"SignSGD: {name} is {value}; it must not be negative")
+        embedding.trained = True
         self.embedding = embedding
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.process_group = process_group
+        super().__init__([embedding.weights], {"lr": lr, "weight_decay": weight_decay})
 
-    def zero_grad(self) -> None:
-        self.embedding.touched = []
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"embedding": self.embedding, "process_group": self.process_group}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError(
+                "SignSGD: add_param_group is not served; each embedding has an optimizer of its own"
+            )
+        super().add_param_group(param_group)
+
+    def _weights(self) -> Tensor:
+        """The rows as they are now: ``model.to()`` puts a new tensor in a buffer's place."""
+        self.param_groups[0]["params"] = [self.embedding.weights]
+        return self.embedding.weights
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, whatever ``set_to_none``: they name the rows that were used."""
+        self._weights().grad = None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self) -> None:
-        uses, self.embedding.touched = self.embedding.touched or [], []
-        used = [(ids, rows.grad) for ids, rows in uses if rows.grad is not None]
-        if not used:
-            return
-        weights = self.embedding.weights
-        ids, place = torch.cat([ids for ids, _ in used]).unique(return_inverse=True)
-        grad = torch.zeros(len(ids), weights.shape[1], dtype=weights.dtype, device=weights.device)
-        grad.index_add_(0, place, torch.cat([grad for _, grad in used]).to(weights.dtype))
-        weights[ids] = weights[ids] * (1 - self.lr * self.weight_decay) - self.lr * grad.sign()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; ``closure``, as torch's, computes the gradients first, and its loss is returned."""
+        loss = _evaluated(closure)
+        weights, group = self._weights(), self.param_groups[0]
+        if weights.grad is None:
+            ids, grad = torch.empty(0, dtype=torch.int64, device=weights.device), weights[:0]
+        else:
+            sparse = weights.grad.coalesce()
+            ids, grad = sparse.indices()[0], sparse.values()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            ids, grad = _of_all_ranks(ids, grad, self.process_group)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        weights[ids] = weights[ids] * decay - group["lr"] * grad.sign()
+        return loss
+
+
+def _of_all_ranks(ids: Tensor, grad: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """(identifiers, each once, and the sums of their gradients) over the ranks, whose numbers of rows may differ."""
+    from .distributed import _carrier
+
+    device, world = grad.device, dist.get_world_size(group)
+    count = torch.tensor([len(ids)], device=_carrier(group))
+    counts = [torch.empty_like(count) for _ in range(world)]
+    dist.all_gather(counts, count, group=group)
+    longest = max(int(n) for n in counts)
+    gathered = []
+    for rows in (ids, grad):
+        padded = rows.new_zeros(longest, *rows.shape[1:], device=count.device)
+        padded[: len(rows)] = rows
+        every = [torch.empty_like(padded) for _ in range(world)]
+        if longest:
+            dist.all_gather(every, padded, group=group)
+        gathered.append(torch.cat([part[: int(n)] for part, n in zip(every, counts, strict=True)]).to(device))
+    return summed_rows(*gathered)
+
+
+def summed_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(identifiers, each once and rising, and the sum of each one's rows)."""
+    ids, place = ids.unique(return_inverse=True)
+    return ids, rows.new_zeros(len(ids), *rows.shape[1:]).index_add_(0, place, rows)
 
 
 def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn.blocks import PostNormBlock, PostNormStack, Routing
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.cross_entropy import stablemax_cross_entropy
+from ..optim import summed_rows
 from . import checkpoint
 from .hrm_text_config import DERIVED
 
@@ -153,10 +154,10 @@ for _kind in (HrmCarry, HrmOutput):  # as HRM-Text's output is
 
 
 class PuzzleEmbedding(nn.Module):
-    """A vector for each puzzle, trained by :class:`fastattn.optim.SignSGD` on the rows a batch touches.
+    """A vector for each puzzle, trained by :class:`fastattn.optim.SignSGD` on the rows a batch uses.
 
-    ``weights`` (num_puzzles, dim) is a buffer. ``touched`` is None until an optimizer makes it a list. Each use in
-    training then adds its identifiers and the leaf whose gradient the optimizer reads.
+    ``weights`` (num_puzzles, dim) is a buffer. ``trained`` is False until an optimizer sets it; each backward in training
+    then adds the gradients of the rows that were used to ``weights.grad``, a sparse tensor of at most num_puzzles rows.
     """
 
     weights: Tensor
@@ -164,14 +165,24 @@ class PuzzleEmbedding(nn.Module):
     def __init__(self, num_puzzles: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("weights", torch.zeros(num_puzzles, dim))
-        self.touched: list[tuple[Tensor, Tensor]] | None = None
+        self.trained = False
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weights[ids]  # (B, dim)
-        if self.touched is not None and self.training and torch.is_grad_enabled():
+        if self.trained and self.training and torch.is_grad_enabled():
             rows.requires_grad_()
-            self.touched.append((ids, rows))
+            # with the gradient, not with the use: a forward without a backward leaves nothing behind
+            rows.register_hook(lambda grad: self._add(ids, grad))
         return rows
+
+    @torch.no_grad()
+    def _add(self, ids: Tensor, grad: Tensor) -> None:
+        weights = self.weights
+        ids, sums = summed_rows(ids, grad)
+        new = torch.sparse_coo_tensor(
+            ids[None], sums, weights.shape, is_coalesced=True, check_invariants=False
+        )
+        weights.grad = new if weights.grad is None else (weights.grad + new).coalesce()
 
 
 class Hrm(nn.Module):

@@ -95,8 +95,9 @@ class HrmTrainer(Run):
 
     def _stepped(self) -> None:
         if self.puzzle_optimizer is not None:
-            self.puzzle_optimizer.lr = self.optimizer.param_groups[0]["lr"]
+            self.puzzle_optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"]
             self.puzzle_optimizer.step()
+            self.puzzle_optimizer.zero_grad()
 
     def _evaluate(self) -> dict[str, Any]:
         return evaluate(self.model, self.data.evaluation(self.config.batch_size))

@@ -50,6 +50,83 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert (optimizer.state[a]["step"], optimizer.state[b]["step"]) == (1, 0)
 
 
+def test_a_parameter_unfrozen_later_starts_with_its_first_gradient():
+    late, fresh = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    other = nn.Parameter(torch.ones(2))
+    late.requires_grad_(False)
+    optimizer = AdamATan2([other, late], lr=0.1, ema=0.5)
+    other.grad = torch.ones(2)
+    optimizer.step()
+    late.requires_grad_(True)
+    expected = AdamATan2([fresh], lr=0.1, ema=0.5)
+    for _ in range(2):
+        late.grad = fresh.grad = torch.tensor([0.5, -1.0])
+        optimizer.step()
+        expected.step()
+    assert torch.equal(late, fresh) and optimizer.state[late]["step"] == 2
+    with optimizer.averaged(), expected.averaged():
+        assert torch.equal(late, fresh)
+
+
+def test_a_closure_computes_the_gradients():
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(4, 3)
+    losses = []
+    for model, as_closure in zip(models, (True, False), strict=True):
+        optimizer = AdamATan2(model.parameters(), lr=0.1)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        if as_closure:
+            losses.append(optimizer.step(closure))
+        else:
+            losses.append(closure())
+            assert optimizer.step() is None
+    assert losses[0] == losses[1]
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_state_follows_the_model_to_another_dtype(before, after):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).to(before)
+    optimizer = AdamATan2(model.parameters(), lr=0.01, ema=0.5)
+    train(model, optimizer, 2)
+    model.to(after)
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+    train(model, optimizer, 1, seed=1)
+    full = torch.float64 if after == torch.float64 else torch.float32
+    for p, m in zip(model.parameters(), moments, strict=True):
+        state = optimizer.state[p]
+        assert {v.dtype for v in state.values() if isinstance(v, torch.Tensor)} == {full}
+        assert ("master" in state) == (after in (torch.bfloat16, torch.float16))
+        assert state["step"] == 3 and p.dtype == after
+        expected = m.to(full).lerp(p.grad.to(full), 1 - 0.9)
+        torch.testing.assert_close(state["exp_avg"], expected, rtol=1e-6, atol=0)
+    with optimizer.averaged():
+        assert model.weight.isfinite().all()
+
+
+def test_sparse_gradients_are_refused_by_name():
+    table, dense = nn.Embedding(4, 2, sparse=True), nn.Parameter(torch.ones(2))
+    named = [("dense", dense), ("table.weight", table.weight)]
+    for params, name in ((named, "table.weight"), ([p for _, p in named], "1 of group 0")):
+        optimizer = AdamATan2(params)
+        dense.grad = torch.ones(2)
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(
+            NotImplementedError, match=f"parameter {name} has a gradient of layout torch.sparse_coo"
+        ):
+            optimizer.step()
+        assert torch.equal(dense, torch.ones(2))
+
+
 def test_low_precision_parameters_have_masters():
     torch.manual_seed(0)
     low = nn.Linear(3, 2, bias=False).bfloat16()
