@@ -2,126 +2,21 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.blocks import PostNormBlock, PostNormStack, Routing
+from ..nn.blocks import PostNormBlock, PostNormMixerBlock, PostNormStack, Routing
 from ..nn.recurrence import HierarchicalRecurrence
 from ..ops.cross_entropy import stablemax_cross_entropy
 from ..optim import summed_rows
 from . import checkpoint
-from .hrm_text_config import DERIVED
+from .hrm_config import HrmConfig
 
 IGNORE = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class HrmConfig:
-    """Shape of an HRM; the defaults are the published Sudoku model (27,275,266 parameters).
-
-    Args:
-        vocab_size, seq_len: tokens, and cells of a puzzle.
-        num_puzzles, puzzle_emb_dim: a trained vector for each puzzle identifier, put before the cells as
-            ceil(puzzle_emb_dim / hidden_size) positions. Default dim: hidden_size; 0 has none.
-        hidden_size, num_heads, intermediate_size: intermediate_size defaults to 8/3 * hidden_size rounded up
-            to a multiple of 256.
-        H_layers, L_layers, H_cycles, L_cycles: blocks of each stack, and its calls.
-        shared_stack: one stack in both roles (TRM).
-        full_last_cycle: gradients through the whole last H cycle (TRM) in place of its last two calls.
-        halt_max_steps: the largest number of segments, and the number in evaluation.
-        halt_exploration: probability that a sample may not halt before a random number of segments.
-        q_continue: learn the value of another segment, which costs one more forward a step. Without it (TRM) a sample
-            halts when q_halt > 0.
-    """
-
-    vocab_size: int = 11
-    seq_len: int = 81
-    num_puzzles: int = 1
-    puzzle_emb_dim: int = DERIVED
-    hidden_size: int = 512
-    num_heads: int = 8
-    intermediate_size: int = DERIVED
-    H_layers: int = 4
-    L_layers: int = 4
-    H_cycles: int = 2
-    L_cycles: int = 2
-    shared_stack: bool = False
-    full_last_cycle: bool = False
-    halt_max_steps: int = 16
-    halt_exploration: float = 0.1
-    q_continue: bool = True
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        if self.puzzle_emb_dim is None:
-            object.__setattr__(self, "puzzle_emb_dim", self.hidden_size)
-        if self.intermediate_size is None:
-            object.__setattr__(self, "intermediate_size", -(round(self.hidden_size * 8 / 3) // -256) * 256)
-        for name in (
-            *("vocab_size", "seq_len", "num_puzzles", "hidden_size", "num_heads", "intermediate_size"),
-            *("H_layers", "L_layers", "H_cycles", "L_cycles", "halt_max_steps"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"HrmConfig: {name} is {value!r}; it must be an int of at least 1")
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"HrmConfig: hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
-            )
-        if not isinstance(self.puzzle_emb_dim, int) or self.puzzle_emb_dim < 0:
-            raise ValueError(
-                f"HrmConfig: puzzle_emb_dim is {self.puzzle_emb_dim!r}; it must be an int, not negative"
-            )
-        if not isinstance(self.halt_exploration, int | float) or not 0 <= self.halt_exploration <= 1:
-            raise ValueError(
-                f"HrmConfig: halt_exploration is {self.halt_exploration!r}; it must be from 0 to 1"
-            )
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ValueError(f"HrmConfig: {name} is {value!r}; it must be a positive number")
-        for name in ("shared_stack", "full_last_cycle", "q_continue"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"HrmConfig: {name} is {getattr(self, name)!r}; it must be true or false")
-        if self.shared_stack and self.H_layers != self.L_layers:
-            raise ValueError(
-                f"HrmConfig: shared_stack needs as many H_layers ({self.H_layers}) as L_layers ({self.L_layers})"
-            )
-
-    @property
-    def puzzle_len(self) -> int:
-        """Positions that the puzzle's vector takes."""
-        return -(self.puzzle_emb_dim // -self.hidden_size)
-
-    @classmethod
-    def trm(cls, **changes: Any) -> "HrmConfig":
-        """The shape of TRM (arXiv 2510.04871): one stack of two blocks, 3 x 6 cycles, no second forward."""
-        shape = {
-            "H_layers": 2,
-            "L_layers": 2,
-            "H_cycles": 3,
-            "L_cycles": 6,
-            "shared_stack": True,
-            "full_last_cycle": True,
-            "q_continue": False,
-        }
-        return cls(**(shape | changes))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HrmConfig":
-        values = {key: value for key, value in values.items() if key != "model_type"}
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"HrmConfig: unknown key {unknown[0]!r}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "hrm", **asdict(self)}
 
 
 @dataclass
@@ -190,7 +85,7 @@ class Hrm(nn.Module):
 
     ::
 
-        x = sqrt(D) * concat(puzzle_emb[id], tok_emb[inputs])
+        x = sqrt(D) * concat(puzzle_emb[id], tok_emb[inputs])    (learned positions: sqrt(D / 2) * (concat + embed_pos))
         segment: zL = L_stack(zL + zH + x) per L call; zH = H_stack(zH + zL) per H call
         logits = zH @ lm_head.T on the cells; (q_halt, q_continue) = q_head(zH[:, 0])
     """
@@ -210,20 +105,26 @@ class Hrm(nn.Module):
         self.register_buffer("H_init", torch.empty(D))
         self.register_buffer("L_init", torch.empty(D))
 
-        def stack(layers: int) -> PostNormStack:
-            return PostNormStack(
-                [
-                    PostNormBlock(
-                        D,
-                        config.num_heads,
-                        D // config.num_heads,
-                        config.intermediate_size,
-                        rope_theta=config.rope_theta,
-                        eps=config.rms_norm_eps,
-                    )
-                    for _ in range(layers)
-                ]
+        if config.positions == "learned":
+            self.embed_pos = nn.Embedding(config.puzzle_len + config.seq_len, D)
+
+        def block() -> nn.Module:
+            if config.mlp_t:
+                length = config.puzzle_len + config.seq_len
+                return PostNormMixerBlock(
+                    *(length, config.mlp_t_size, D, config.intermediate_size), eps=config.rms_norm_eps
+                )
+            return PostNormBlock(
+                D,
+                config.num_heads,
+                D // config.num_heads,
+                config.intermediate_size,
+                rope_theta=config.rope_theta if config.positions == "rope" else None,
+                eps=config.rms_norm_eps,
             )
+
+        def stack(layers: int) -> PostNormStack:
+            return PostNormStack([block() for _ in range(layers)])
 
         L_stack = stack(config.L_layers)
         H_stack = L_stack if config.shared_stack else stack(config.H_layers)
@@ -243,7 +144,9 @@ class Hrm(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _truncated_normal_(module.weight, module.in_features**-0.5)
-        _truncated_normal_(self.embed_tokens.weight, self.config.hidden_size**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                _truncated_normal_(module.weight, self.config.hidden_size**-0.5)
         _truncated_normal_(self.H_init, 1.0)
         _truncated_normal_(self.L_init, 1.0)
         with torch.no_grad():
@@ -257,6 +160,8 @@ class Hrm(nn.Module):
             B, P, D = len(inputs), self.config.puzzle_len, self.config.hidden_size
             rows = F.pad(self.puzzle_emb(puzzle_ids), (0, P * D - self.config.puzzle_emb_dim))
             x = torch.cat([rows.view(B, P, D).to(x.dtype), x], 1)
+        if self.config.positions == "learned":
+            x = 0.5**0.5 * (x + self.embed_pos.weight)
         return x * self.config.hidden_size**0.5
 
     def segment(self, zH: Tensor, zL: Tensor, inputs: Tensor, puzzle_ids: Tensor) -> tuple[Tensor, ...]:
@@ -286,7 +191,7 @@ class Hrm(nn.Module):
             batch: ``inputs`` (B, L), ``labels`` (B, L) with -100 ignored, and ``puzzle_ids`` (B,), integers.
             generator: for the exploration of halting in training.
 
-        The loss of a row is its StableMax cross-entropy averaged over the counted cells, plus half of the
+        The loss of a row is its cross-entropy (StableMax, or softmax with ``config.loss``) averaged over the counted cells, plus half of the
         binary cross-entropies of q_halt (against "every cell is right") and, with ``q_continue``, of
         q_continue (against the next segment's value). A row without labels has no loss and teaches neither q; in
         training it halts at once, so that the next sample takes its place.
@@ -307,7 +212,8 @@ class Hrm(nn.Module):
         cells_counted = labels != IGNORE
         counted = cells_counted.any(-1)
         correct = ((logits.argmax(-1) == labels) | ~cells_counted).all(-1) & counted
-        loss = stablemax_cross_entropy(
+        cross_entropy = stablemax_cross_entropy if config.loss == "stablemax" else F.cross_entropy
+        loss = cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
         ).view(labels.shape)
         loss = loss.sum(-1) / cells_counted.sum(-1).clamp(min=1)
@@ -411,6 +317,7 @@ def reference_name(name: str, config: HrmConfig) -> str:
         ("recurrence.L_stack", "L_level"),
         ("recurrence.H_stack", H_level),
         ("embed_tokens.weight", "embed_tokens.embedding_weight"),
+        ("embed_pos.weight", "embed_pos.embedding_weight"),
     ):
         name = name.replace(name_here, name_in_file)
     return f"model.inner.{name}"

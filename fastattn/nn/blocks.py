@@ -1,6 +1,6 @@
 """Transformer blocks of the recurrent models: pre-norm with a gate (HRM-Text) and post-norm (HRM)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,7 +58,8 @@ def _fuses(x: Tensor, attention: nn.Module, mlp: nn.Module) -> bool:
 
 @replaceable
 class Attention(nn.Module):
-    """Multi-head softmax attention with rotary positions; one product makes (gate,) query, key and value.
+    """Multi-head softmax attention with rotary positions (none where ``rope_theta`` is None); one product makes (gate,)
+    query, key and value.
 
     ``gate`` multiplies the result by the sigmoid of a fourth projection, elementwise over heads x head_dim.
     ``attend``, called as ``fastattn.attention(q, k, v, mask=...)``, may be another of the attention ops.
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         gate: bool,
-        rope_theta: float,
+        rope_theta: float | None,
         attend: Callable[..., Tensor] = attention,
     ) -> None:
         super().__init__()
@@ -120,7 +121,10 @@ class Attention(nn.Module):
         # one unbind: its backward writes the gradient once, four slices would each pad and add theirs
         *gate, q, k, v = projected.view(B, L, -1, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, D)
-        if cache is None:
+        if self.rope_theta is None:
+            if cache is not None:
+                raise NotImplementedError("Attention: a cache needs rotary positions")
+        elif cache is None:
             q, k = rotary(q, k, routing.positions, theta=self.rope_theta)
         else:
             q, k, v = cache.append_rotated(q, k, v, routing.positions, self.rope_theta)
@@ -235,7 +239,7 @@ class PostNormBlock(nn.Module):
         head_dim: int,
         intermediate_size: int,
         *,
-        rope_theta: float,
+        rope_theta: float | None,
         eps: float,
     ) -> None:
         super().__init__()
@@ -252,10 +256,35 @@ class PostNormBlock(nn.Module):
         return x
 
 
+class PostNormMixerBlock(nn.Module):
+    """TRM's block with a SwiGLU over the positions in place of attention::
+
+        y = rms(x^T + mlp_t(x^T));  x = y^T
+        x = rms(x + mlp(x))
+
+    The first norm is over the positions, of which there are always ``length``.
+    """
+
+    def __init__(
+        self, length: int, length_inner: int, hidden_size: int, intermediate_size: int, *, eps: float
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.mlp_t = SwiGLU(length, length_inner)
+        self.mlp = SwiGLU(hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        y = x.transpose(1, 2).contiguous()  # (B, D, length)
+        y, _ = rms_norm(self.mlp_t(y).to(x.dtype), residual=y, eps=self.eps)
+        x = y.transpose(1, 2).contiguous()
+        x, _ = rms_norm(self.mlp(x).to(x.dtype), residual=x, eps=self.eps)
+        return x
+
+
 class PostNormStack(nn.Module):
     """HRM's stack: the injection is added once, then the blocks; no further norm."""
 
-    def __init__(self, layers: list[PostNormBlock]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False

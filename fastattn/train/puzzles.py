@@ -159,7 +159,7 @@ def model_config(data: SudokuData | FolderData, shape: str = "small") -> HrmConf
     if shape != "published":
         sizes |= {"hidden_size": 64, "num_heads": 4, "intermediate_size": 192, "halt_max_steps": 4}
     if shape == "trm":
-        return HrmConfig.trm(**sizes)
+        return HrmConfig.trm(**sizes, puzzle_emb_len=1)  # 16 would double the work on a small board
     if shape == "small":
         sizes |= {"H_layers": 2, "L_layers": 2, "q_continue": False}
     return HrmConfig(**sizes)
