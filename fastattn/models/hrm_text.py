@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -363,7 +364,8 @@ class HrmText(nn.Module):
         """Loads ``config.json`` and ``model.safetensors`` (or its shards), one tensor at a time.
 
         Reads the released layout, the one with split projections, and the reference's own names; missing
-        or unexpected tensors are an error that lists them.
+        or unexpected tensors are an error that lists them. ``num_hidden_layers`` in config.json may count the layers of one
+        stack, of both, or of all calls: the file has the layers.
 
         Args:
             config: in place of ``config.json``.
@@ -378,6 +380,7 @@ class HrmText(nn.Module):
                 raise
             except (TypeError, ValueError) as error:
                 raise checkpoint.CheckpointError(f"{path}: {error}") from error
+            config = _counted_by_stack(config, checkpoint.TensorFile(directory))
         file = checkpoint.TensorFile(directory)
         model = checkpoint.on_meta(lambda: cls(config), config.num_hidden_layers, file)
         sources = checkpoint.resolve({name: _layouts(name) for name in model.state_dict()}, file, _unused)
@@ -391,6 +394,16 @@ class HrmText(nn.Module):
         tensors = {released_name(name): tensor for name, tensor in self.state_dict().items()}
         checkpoint.save_tensors(os.path.join(directory, checkpoint.WEIGHTS), tensors)
         checkpoint.save_json(os.path.join(directory, checkpoint.CONFIG), self.config.to_dict())
+
+
+def _counted_by_stack(config: HrmTextConfig, file: checkpoint.TensorFile) -> HrmTextConfig:
+    """The config with the layers that a stack has in the file, where it counts those of both stacks or of all calls."""
+    found = [re.search(r"\b[LH]_(?:module|level)\..*?\blayers\.(\d+)\.", name) for name in file]
+    layers = max((int(match[1]) + 1 for match in found if match), default=0)
+    calls = config.H_cycles * (config.L_cycles + 1)
+    if layers and config.num_hidden_layers in (2 * layers, layers * calls):
+        return dataclasses.replace(config, num_hidden_layers=layers)
+    return config
 
 
 def _shift(labels: Tensor, input_ids: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:

@@ -162,7 +162,8 @@ class HrmTextConfig:
         """From a ``config.json``: as released, or as transformers saves it again.
 
         The latter has ``num_hidden_layers`` = layers per stack * H_cycles * (L_cycles + 1), the former in
-        ``num_layers_per_stack``, and ``rope_parameters`` in place of ``rope_theta``.
+        ``num_layers_per_stack``, and ``rope_parameters`` in place of ``rope_theta``. Where ``num_layers_per_stack`` is given,
+        ``num_hidden_layers`` may also be itself or, as HRM-Text's own converter writes it, twice it.
 
         Raises:
             ValueError: an unknown key, or one with a value that the model cannot be.
@@ -196,10 +197,11 @@ class HrmTextConfig:
         per_stack = values.pop("num_layers_per_stack", None)
         if per_stack is not None:
             calls = values.get("H_cycles", cls.H_cycles) * (values.get("L_cycles", cls.L_cycles) + 1)
-            if values.get("num_hidden_layers") != per_stack * calls:
+            if values.get("num_hidden_layers") not in (per_stack * calls, 2 * per_stack, per_stack):
                 raise ValueError(
                     f"HrmTextConfig: num_hidden_layers is {values.get('num_hidden_layers')}; with "
-                    f"num_layers_per_stack {per_stack} and {calls} stack calls it must be {per_stack * calls}"
+                    f"num_layers_per_stack {per_stack} and {calls} stack calls it must be {per_stack * calls} (or {2 * per_stack}, both "
+                    f"stacks' layers, or {per_stack})"
                 )
             values["num_hidden_layers"] = per_stack
         known = {field.name for field in fields(cls)}

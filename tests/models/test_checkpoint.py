@@ -99,6 +99,22 @@ def test_other_layouts(model, layout, tmp_path):
     assert same_weights(model, HrmText.from_pretrained(tmp_path, config=CONFIG))
 
 
+@pytest.mark.parametrize("layout", [dict, split, native])
+@pytest.mark.parametrize("count", [2, 4, 16])
+def test_layers_may_be_counted_by_stack_by_both_or_by_calls(model, layout, count, tmp_path):
+    """2 layers a stack, 8 calls. HRM-Text's own converter writes 4."""
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    save_file(layout(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
+    for per_stack in ({}, {"num_layers_per_stack": 2}):
+        (tmp_path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": count} | per_stack))
+        again = HrmText.from_pretrained(tmp_path)
+        assert again.config == CONFIG and same_weights(again, model)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match="missing: "):
+        HrmText.from_pretrained(tmp_path)
+
+
 def test_shards(model, tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -254,7 +270,7 @@ def test_published_size():
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"num_layers_per_stack": 16}, "num_hidden_layers is 16; .* must be 128"),
+        ({"num_layers_per_stack": 12}, "num_hidden_layers is 16; .* must be 96"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters has type 'yarn'"),
         ({"L_bp_cycles": [0, 4]}, r"L_bp_cycles is \[0, 4\]"),
