@@ -25,7 +25,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Iterable[int] = (),
+    stop_tokens: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
     stream: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -36,9 +36,11 @@ def generate(
         prompt_lengths: (B,), 1 to L, on the model's device or the CPU. Default: all L.
         max_new_tokens: at least 1.
         temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
-        top_k: draw from the k most likely tokens only; all of them when there are fewer.
-        top_p: draw from the smallest set of most likely tokens whose probability reaches p, after top_k.
-        stop_tokens: a row ends with the first of these that it generates; its prompt may hold them. Default: none.
+        top_k: draw from the k most likely tokens only, and those as likely as the last of them; 0 or None: from all.
+        top_p: after top_k, leave out the least likely tokens whose probabilities add up to at most 1 - p; 1 or None leaves
+            out none, 0 all but the most likely. Both cuts are transformers'.
+        stop_tokens: a row ends with the first of these that it generates; its prompt may hold them. Default:
+            config.eos_token_id; () for none.
         generator: of the random draws, on the model's device.
         stream: called after each step with the new tokens (B,). An exception from it ends the call.
 
@@ -55,6 +57,9 @@ def generate(
     device = model.embed_tokens.weight.device
     _check_prompts(input_ids, prompt_lengths, max_new_tokens, config.max_position_embeddings, device)
     _check_sampling(temperature, top_k, top_p, generator, device)
+    if stop_tokens is None:
+        eos = config.eos_token_id
+        stop_tokens = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     stop = _stop_tokens(stop_tokens, config.vocab_size, device)
     B, L = input_ids.shape
     lengths = prompt_lengths
@@ -96,7 +101,7 @@ def _next(
     _check_finite("states", last)
     if isinstance(head, VQHead) and temperature == 0:
         return head.argmax(last)
-    if isinstance(head, VQHead) and top_k is None and top_p is None:
+    if isinstance(head, VQHead) and not top_k and (top_p is None or top_p == 1):
         return head.sample(last, temperature=temperature, generator=generator)
     return sample(linear(last, head), temperature, top_k, top_p, generator)
 
@@ -113,22 +118,20 @@ def sample(
         most, token = logits.max(-1)
         _check_finite("logits", most)
         return token
-    logits = logits.float()
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept, index = logits.topk(top_k)
-    else:
-        kept, index = logits.sort(-1, descending=True)
     # differences from the largest: no division by a small temperature overflows to two infinities
+    logits = logits.float()
+    most = logits.amax(-1, keepdim=True)
+    _check_finite("logits", most)
     limits = torch.finfo(torch.float32)
-    kept = (kept - kept[:, :1]) / min(max(temperature, limits.tiny), limits.max)
-    probabilities = kept.softmax(-1)  # (B, k), most likely first
-    if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
-        before[:, 0] = -1.0  # the most likely stays, whatever top_p is as float32
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    _check_finite("logits", kept[:, 0])
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return index.gather(-1, choice)[:, 0]
+    logits = (logits - most) / min(max(temperature, limits.tiny), limits.max)
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        rising, index = logits.sort(-1)
+        left_out = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+        left_out[:, -1] = False
+        logits = logits.masked_fill(left_out.scatter(-1, index, left_out), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def _check_finite(name: str, values: Tensor) -> None:
@@ -178,11 +181,11 @@ def _check_prompts(
         )
 
 
-def _check_count(name: str, value: int) -> None:
+def _check_count(name: str, value: int, least: int = 1) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"generate: {name} is {value!r}; it must be an int")
-    if value < 1:
-        raise ValueError(f"generate: {name} is {value}; it must be at least 1")
+    if value < least:
+        raise ValueError(f"generate: {name} is {value}; it must be at least {least}")
 
 
 def _check_sampling(
@@ -198,9 +201,9 @@ def _check_sampling(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is {temperature}; it must be 0 or a positive number")
     if top_k is not None:
-        _check_count("top_k", top_k)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p is {top_p}; it must be above 0 and at most 1")
+        _check_count("top_k", top_k, least=0)
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"generate: top_p is {top_p}; it must be from 0 to 1")
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):

@@ -142,6 +142,49 @@ def test_sample_frequencies_and_cuts():
     assert (sample(logits[:3]) == 0).all()
 
 
+def drawn_from(probabilities, **cuts):
+    """Which tokens are drawn at all."""
+    logits = torch.tensor(probabilities).log().expand(500, -1)
+    return sorted(set(sample(logits, 1.0, generator=torch.Generator().manual_seed(0), **cuts).tolist()))
+
+
+def test_cuts_are_those_of_transformers():
+    # the distributions of its own unit tests
+    assert drawn_from([0.3, 0.1, 0.1, 0.5], top_p=0.8) == [0, 3]
+    assert drawn_from([0.15, 0.3, 0.3, 0.25], top_p=0.8) == [1, 2, 3]
+    assert drawn_from([0.3, 0.3, 0.3, 0.1], top_k=2) == [0, 1, 2]  # as likely as the second
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(60):
+        logits = torch.randn(4, 50, generator=generator) * (trial % 4)
+        logits = (4 * logits).round() / 4 if trial % 2 else logits  # ties
+        top_k, top_p = (0, 1, 7, 50, 80)[trial % 5], (0.0, 0.1, 0.5, 0.9, 0.999, 1.0)[trial % 6]
+        scores = logits / 0.7
+        if top_k:
+            scores = processors.TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = processors.TopPLogitsWarper(top_p)(None, scores)
+        kept = scores > -torch.inf
+        chosen = torch.zeros(4, 50, dtype=torch.bool)
+        for seed in range(60):
+            token = sample(logits, 0.7, top_k, top_p, torch.Generator().manual_seed(seed))
+            expected = torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(token, expected[:, 0])
+            chosen[torch.arange(4), token] = True
+        assert not (chosen & ~kept).any()
+
+
+def test_the_end_of_sequence_stops_by_default(model):
+    ids = torch.randint(0, 30, (1, 4), generator=torch.Generator().manual_seed(2))
+    free = model.generate(ids, max_new_tokens=8)[0, 4:].tolist()
+    for eos in (free[2], (29, free[2])):
+        ending = HrmText(dataclasses.replace(CONFIG, eos_token_id=eos)).double()
+        ending.load_state_dict(model.state_dict())
+        first = free.index(free[2])
+        assert ending.generate(ids, max_new_tokens=8)[0, 4:].tolist() == free[: first + 1]
+        assert ending.generate(ids, max_new_tokens=8, stop_tokens=())[0, 4:].tolist() == free
+
+
 @pytest.mark.parametrize("temperature", (1e-3, 1e-30, 1e-40, 5e-324))
 def test_a_small_temperature_takes_the_most_likely(model, temperature):
     ids = torch.randint(0, 30, (3, 4), generator=torch.Generator().manual_seed(0))
@@ -170,6 +213,7 @@ def test_cuts_at_their_ends_change_nothing(model):
     for options in (
         {"top_p": 1.0},
         {"top_p": 1},
+        {"top_k": 0},
         {"top_k": 30},
         {"top_k": 1 << 40},
         {"top_k": 1 << 40, "top_p": 1.0},
@@ -178,6 +222,8 @@ def test_cuts_at_their_ends_change_nothing(model):
     greedy = model.generate(ids, max_new_tokens=5)
     for options in (
         {"top_k": 1},
+        {"top_p": 0.0},
+        {"top_p": 0},
         {"top_p": 1e-30},
         {"top_p": 5e-324},
         {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
@@ -231,8 +277,8 @@ def test_a_stream_that_raises_ends_the_call_alone(model):
         ),
         ({"max_new_tokens": 30}, "exceed max_position_embeddings 32"),
         ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
         ({"prompt_lengths": torch.tensor([0])}, "prompt_lengths is \\[0\\]; each must be from 1 to 4"),
         ({"prompt_lengths": torch.tensor([5])}, "from 1 to 4"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"shape \(1, 0\)"),
@@ -255,7 +301,6 @@ def test_bad_arguments(model, arguments, message):
         {"top_k": 2.0},
         {"top_p": "1"},
         {"stop_tokens": 3},
-        {"stop_tokens": None},
         {"stop_tokens": [1.5]},
         {"stop_tokens": "end"},
         {"generator": 3},
