@@ -41,7 +41,7 @@ def load_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file, see `_files.write_tensors`."""
+    """Writes tensors to one safetensors file, see `files.write_tensors`."""
     write_tensors(path, tensors, {"format": "pt"})
 
 

@@ -56,6 +56,35 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert message in str(caught.value)
 
 
+def test_input_and_condition(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"instruction": "a", "response": "b", "input": "c", "condition": "cot"},
+        {"instruction": "a", "response": "b", "input": "", "condition": ["<|synth|>", "cot "]},
+        {"instruction": "a", "response": "b", "input": None, "condition": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples = read_jsonl(path)
+    assert examples == [
+        Example("a\n\nc", "b", ("cot",)),
+        Example("a", "b", ("<|synth|>", "cot")),
+        Example("a", "b"),
+    ]
+    assert [example.where for example in examples] == [f"{path}:{n}" for n in (1, 2, 3)]
+    write_jsonl(path, examples)
+    assert read_jsonl(path) == examples
+    for field, value, message in (
+        ("input", 3, "'input' holds a JSON number"),
+        ("condition", {"a": 1}, "'condition' must be a tag"),
+        ("condition", ["a", ""], "'condition' must be a tag"),
+        ("input", "\ud800", "'instruction' holds half of a surrogate pair"),
+        ("condition", "\ud800", "'condition' holds half of a surrogate pair"),
+    ):
+        path.write_text(json.dumps({"instruction": "a", "response": "b", field: value}))
+        with pytest.raises(ValueError, match=f":1: field {message}"):
+            read_jsonl(path)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_with_no_example(tmp_path, content):
     path = tmp_path / "data.jsonl"

@@ -17,7 +17,8 @@ def test_size_and_shape(built):
     train, held_out = built
     assert len(train) > 15_000
     assert 0.02 < len(held_out) / len(train) < 0.10
-    for instruction, response in train + held_out:
+    for example in train + held_out:
+        instruction, response = example.instruction, example.response
         assert instruction.strip() and response.strip()
         assert "\n" not in instruction + response
         assert " at 0x" not in response  # an address differs from run to run
@@ -36,7 +37,7 @@ def test_it_is_the_same_every_time(built):
 
 
 def test_it_tells_the_truth(built):
-    answers = dict(built[0] + built[1])
+    answers = {e.instruction: e.response for e in built[0] + built[1]}
 
     def said(phrasings, name):
         return {answers[q] for q in (text.format(name=name) for text in phrasings) if q in answers}

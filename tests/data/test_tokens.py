@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,46 @@ def test_refusals(tokenizer, tmp_path):
         Tokenizer.train(EXAMPLES, vocab_size=100)
     with pytest.raises(ValueError, match="empty"):
         tokenizer.prompt("  ")
+
+
+def test_truncation_and_padding_of_a_saved_tokenizer_are_not_applied(tokenizer, tmp_path):
+    """transformers saves those of its last call into tokenizer.json."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner.enable_truncation(8)
+    inner.enable_padding(length=32)
+    inner.save(str(path))
+    loaded = Tokenizer.load(tmp_path)
+    text = "What does os.path.join do? " * 10
+    assert loaded.prompt(text) == tokenizer.prompt(text) and len(loaded.prompt(text)) > 32
+    assert loaded.encode("a") == tokenizer.encode("a")
+    assert loaded.samples(EXAMPLES) == tokenizer.samples(EXAMPLES)
+
+
+def test_conditions_are_tokens_before_the_instruction():
+    examples = [Example("a", "b", ("cot", "<|synth|>")), Example("a", "b", ("cot",)), Example("a", "b")]
+    tokenizer = Tokenizer.train(examples, vocab_size=280)
+    cot, synth = (tokenizer.tags[f"<|{tag}|>"] for tag in ("cot", "synth"))
+    for example, condition in zip(examples, ([cot, synth], [cot], []), strict=True):
+        (sample,) = tokenizer.samples([example])
+        prompt = [tokenizer.start, *condition, *tokenizer.encode("a"), tokenizer.end_of_prompt]
+        assert sample.tokens[: sample.prefix_length] == prompt
+        assert tokenizer.prompt("a", example.condition) == prompt
+    assert cot not in tokenizer.encode("<|cot|> cot")  # text never makes one
+    for tag in ("noisy", "<|im_start|>", "a"):
+        with pytest.raises(ValueError, match=r"data.jsonl:7: condition: .* it has <\|cot\|>, <\|synth\|>"):
+            tokenizer.samples([Example("a", "b", (tag,), where="data.jsonl:7")])
+
+
+def test_a_sample_that_is_too_long_is_named_by_its_line(tokenizer):
+    rows = [Example("a", "b", where="data.jsonl:1"), Example("a", "b" * 50, where="data.jsonl:30")]
+    length = len(tokenizer.samples(rows)[1].tokens)
+    assert tokenizer.samples(rows, length)
+    with pytest.raises(
+        ValueError, match=f"^data.jsonl:30: has {length} tokens; at most {length - 1} are allowed"
+    ):
+        tokenizer.samples(rows, length - 1)
 
 
 @st.composite

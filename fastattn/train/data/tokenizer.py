@@ -17,28 +17,40 @@ FILE_NAME = "tokenizer.json"
 
 
 class Sample(NamedTuple):
-    """`<|im_start|>` instruction `<|im_end|>` | response `<|box_end|>`, as token ids."""
+    """`<|im_start|>` condition instruction `<|im_end|>` | response `<|box_end|>`, as token ids."""
 
     tokens: list[int]
     prefix_length: int  # tokens before the bar, which see each other both ways
 
 
 class Tokenizer:
-    """Text to ids and back. Text that spells a special token is taken as ordinary text."""
+    """Text to ids and back. Text that spells a special token is taken as ordinary text.
+
+    A condition is a sequence of tags. A tag is a special token of the tokenizer, spelled in full (`<|cot|>`) or without
+    its `<|` and `|>`. Truncation and padding that a tokenizer.json was saved with are not applied.
+    """
 
     def __init__(self, inner: "tokenizers.Tokenizer"):
         missing = [token for token in SPECIAL_TOKENS if inner.token_to_id(token) is None]
         if missing:
             raise ValueError(f"tokenizer: has no token {', '.join(missing)}")
         inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
         self._inner = inner
         self.start, self.end_of_prompt, self.end_of_response = map(inner.token_to_id, SPECIAL_TOKENS)
+        added = {token.content: number for number, token in inner.get_added_tokens_decoder().items()}
+        self.tags = {token: number for token, number in added.items() if token not in SPECIAL_TOKENS}
 
     @classmethod
     def train(cls, examples: Iterable[Example], vocab_size: int) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens (256 bytes and the special ones included) from `examples`."""
+        """Learns at most `vocab_size` tokens (256 bytes and the special ones, tags too, included) from `examples`."""
         tokenizers = _tokenizers()
-        smallest = 256 + len(SPECIAL_TOKENS)
+        examples = list(examples)
+        tags = sorted(
+            {_spelled(tag) for example in examples for tag in example.condition} - {*SPECIAL_TOKENS}
+        )
+        smallest = 256 + len(SPECIAL_TOKENS) + len(tags)
         if vocab_size < smallest:
             raise ValueError(f"tokenizer: vocab_size is {vocab_size}; at least {smallest} are needed")
         inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -46,11 +58,12 @@ class Tokenizer:
         inner.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=[*SPECIAL_TOKENS, *tags],
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        inner.train_from_iterator((text for example in examples for text in example), trainer)
+        texts = (text for example in examples for text in (example.instruction, example.response))
+        inner.train_from_iterator(texts, trainer)
         return cls(inner)
 
     @classmethod
@@ -79,21 +92,45 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         return self._inner.decode(tokens, skip_special_tokens=True)
 
-    def prompt(self, instruction: str) -> list[int]:
+    def condition(self, tags: Iterable[str]) -> list[int]:
+        """The tokens of tags; ValueError naming one that the tokenizer does not have."""
+        ids = []
+        for tag in tags:
+            known = tag if tag in self.tags else _spelled(tag)
+            if known not in self.tags:
+                raise ValueError(
+                    f"condition: {tag!r} is no special token of the tokenizer; it has "
+                    f"{', '.join(sorted(self.tags)) or 'none but those of the format'}"
+                )
+            ids.append(self.tags[known])
+        return ids
+
+    def prompt(self, instruction: str, condition: Iterable[str] = ()) -> list[int]:
         """The tokens before the response."""
         if not instruction.strip():
             raise ValueError("prompt: is empty")
         if not files.is_unicode(instruction):
             raise ValueError("prompt: is not UTF-8")
-        return [self.start, *self.encode(instruction), self.end_of_prompt]
+        return [self.start, *self.condition(condition), *self.encode(instruction), self.end_of_prompt]
 
-    def samples(self, examples: list[Example]) -> list[Sample]:
+    def samples(self, examples: list[Example], longest: int | None = None) -> list[Sample]:
+        """What a model trains on. ValueError naming the file and line of a sample of more than `longest` tokens, or of a tag
+        that the tokenizer does not have."""
         prompts = self._inner.encode_batch([e.instruction for e in examples], add_special_tokens=False)
         responses = self._inner.encode_batch([e.response for e in examples], add_special_tokens=False)
-        return [
-            Sample([self.start, *p.ids, self.end_of_prompt, *r.ids, self.end_of_response], len(p.ids) + 2)
-            for p, r in zip(prompts, responses, strict=True)
-        ]
+        samples = []
+        for number, (example, p, r) in enumerate(zip(examples, prompts, responses, strict=True), 1):
+            where = example.where or f"example {number}"
+            try:
+                condition = self.condition(example.condition)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            prompt = [self.start, *condition, *p.ids, self.end_of_prompt]
+            tokens = [*prompt, *r.ids, self.end_of_response]
+            if longest is not None and len(tokens) > longest:
+                raise ValueError(f"{where}: has {len(tokens)} tokens; at most {longest} are allowed")
+            samples.append(Sample(tokens, len(prompt)))
+        return samples
 
     def text_stream(self) -> "TextStream":
         return TextStream(self)
@@ -120,6 +157,10 @@ class TextStream:
     def _rest(self, text: str) -> str:
         new, self._shown = text[len(self._shown) :], text
         return new
+
+
+def _spelled(tag: str) -> str:
+    return tag if tag.startswith("<|") and tag.endswith("|>") else f"<|{tag}|>"
 
 
 def _tokenizers():
