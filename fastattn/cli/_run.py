@@ -224,19 +224,22 @@ def respond(
     prompt: str,
     *,
     max_new_tokens: int,
+    condition: Sequence[str] = (),
     show: Callable[[str], None] = lambda text: None,
     **sampling: Any,
 ) -> str:
-    """The model's response to `prompt`; `show` gets it piece by piece as it is made."""
+    """The model's response to `prompt` under a condition (see Tokenizer); `show` gets it piece by piece as it is made."""
     import torch
 
-    ids = torch.tensor([tokenizer.prompt(prompt)])
+    ids = torch.tensor([tokenizer.prompt(prompt, condition)])
     room = model.config.max_position_embeddings - ids.shape[1]
     if room < 1:
         raise ValueError(
             f"prompt: has {ids.shape[1]} tokens; this model takes {model.config.max_position_embeddings}, "
             "the response among them"
         )
+    eos = model.config.eos_token_id
+    ends = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     stream = tokenizer.text_stream()
     pieces: list[str] = []
 
@@ -247,7 +250,7 @@ def respond(
     model.generate(
         ids,
         max_new_tokens=min(max_new_tokens, room),
-        stop_tokens=(tokenizer.end_of_response,),
+        stop_tokens=(tokenizer.end_of_response, *ends),
         stream=push,
         **sampling,
     )
@@ -267,7 +270,11 @@ def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: i
 
     with trainer.averaged():
         said = [
-            respond(trainer.model, trainer.tokenizer, e.instruction, max_new_tokens=max_new_tokens)
+            respond(
+                *(trainer.model, trainer.tokenizer, e.instruction),
+                max_new_tokens=max_new_tokens,
+                condition=e.condition,
+            )
             for e in examples
         ]
     return [Answer(e.instruction, s.strip(), e.response) for e, s in zip(examples, said, strict=True)]

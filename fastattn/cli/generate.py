@@ -12,17 +12,33 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     model: Annotated[Path, typer.Option(help="Folder made by `fastattn train`.")],
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="Tag before the instruction, a special token of the tokenizer. May be repeated."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens whose probabilities add up to p.")
+    top_k: Annotated[
+        int | None, typer.Option(help="With --temperature: draw from the k most likely tokens; 0: from all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="With --temperature: draw from the likeliest tokens whose probabilities add up to p."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --temperature: seed of the random draws.")] = 0,
 ) -> None:
     """Answer a prompt with a trained model, token by token as they come."""
+    if temperature == 0:
+        for name in ("top_k", "top_p", "seed"):
+            if context.get_parameter_source(name).name != "DEFAULT":
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for drawing tokens; without --temperature the most likely is taken"
+                )
     import torch
 
     from fastattn.cli import _run
@@ -45,6 +61,7 @@ def generate(
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
+        condition=condition or (),
         show=show,
         temperature=temperature,
         top_k=top_k,

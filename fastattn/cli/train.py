@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+_SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
 _TEXT_ONLY = ("held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
 _HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size")
 _TEXT, _HRM = {"rich_help_panel": "HRM-Text"}, {"rich_help_panel": "HRM"}
@@ -19,7 +20,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="hrm-text: a JSONL file, one object a line with `instruction` and `response`. hrm: sudoku (4 x 4), "
+            help="hrm-text: a JSONL file, one object a line with `instruction` and `response`, and if need be `input` "
+            "and `condition` (a tag or a list). hrm: sudoku (4 x 4), "
             "sudoku-9x9, or a folder in HRM's layout with train and test splits."
         ),
     ],
@@ -28,7 +30,7 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps. Default: what --minutes allows.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Train about this long; not used with --steps.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Train about this long, unless --steps is given.")] = 5.0,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Constant after a short linear warm-up. Default: 4e-3, or 1.5e-3 for hrm."),
@@ -101,6 +103,12 @@ def train(
     for name in _HRM_ONLY if model == "hrm-text" else _TEXT_ONLY:
         if _resume.given_by_user(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
+    if model == "hrm" and data not in _SUDOKU:
+        for name in ("blanks", "puzzles"):
+            if _resume.given_by_user(context, name):
+                raise ValueError(f"--{name} is for Sudoku that is made, not for a folder of puzzles")
+    if steps is not None and not resume and _resume.given_by_user(context, "minutes"):
+        raise ValueError("--steps and --minutes exclude each other; give one")
     import torch
 
     from fastattn.cli import _run
@@ -184,8 +192,12 @@ def train(
             seed=seed,
             **rate,
         )
+        longest = shape.max_position_embeddings
         trainer = _run.start(
-            output, shape, tokenizer, tokenizer.samples(examples), tokenizer.samples(test), options
+            *(output, shape, tokenizer),
+            tokenizer.samples(examples, min(batch_tokens, longest)),
+            tokenizer.samples(test, longest),
+            options,
         )
         if steps is None:
             _run.plan_steps(trainer, minutes)

@@ -65,6 +65,26 @@ def test_a_model_with_a_quantised_head_trains_and_answers(run, data, config, tmp
     assert run("generate", "--model", tmp_path, "--max-new-tokens", 4, "What is list3?")[0] == 0
 
 
+def test_conditions_reach_samples_and_prompts(run, config, tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"instruction": f"n {n}", "response": f"{tag} {n}", "condition": tag}
+        for n in range(30)
+        for tag in ("a", "b")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(*train_args(path, config, tmp_path / "run", "--steps", 11))
+    assert (code, err) == (0, "")
+    answers = [
+        run("generate", "--model", tmp_path / "run", "--max-new-tokens", 3, *options, "n 3")
+        for options in ((), ("--condition", "a"), ("--condition", "<|b|>", "--condition", "a"))
+    ]
+    assert [answer[0] for answer in answers] == [0, 0, 0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"condition": "c"}]))
+    code, _, err = run(*train_args(path, config, tmp_path / "run", "--resume"))
+    assert code == 2 and "data.jsonl:61: condition: 'c' is no special token" in err
+
+
 def test_the_report_needs_no_network(trained):
     page = (trained / "report.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -102,8 +122,12 @@ def test_prompts_that_cannot_be_answered(run, trained, monkeypatch, prompt, mess
     ("options", "message"),
     [
         (("--temperature", -1), "temperature"),
-        (("--top-k", 0, "--temperature", 1), "top_k"),
-        (("--top-p", 0, "--temperature", 1), "top_p"),
+        (("--top-k", -1, "--temperature", 1), "top_k"),
+        (("--top-p", 1.5, "--temperature", 1), "top_p"),
+        (("--top-k", 3), "--top-k is for drawing tokens; without --temperature the most likely is taken"),
+        (("--top-p", 0.5, "--temperature", 0), "--top-p is for drawing tokens"),
+        (("--seed", 1), "--seed is for drawing tokens"),
+        (("--condition", "cot"), "condition: 'cot' is no special token of the tokenizer"),
         (("--max-new-tokens", 0), "max_new_tokens"),
     ],
 )
@@ -177,7 +201,10 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
         (GOOD + GOOD + '{"instruction": "a"}\n', ("bad.jsonl:3:", "'response' is missing")),
         (GOOD + '{"instruction": "a", "response": ""}\n', ("bad.jsonl:2:", "'response' is empty")),
         ("", ("bad.jsonl", "holds no example")),
-        (GOOD + '{"instruction": "a", "response": "' + "word " * 300 + '"}\n', ("example 2", "at most 64")),
+        (
+            GOOD + '{"instruction": "a", "response": "' + "word " * 300 + '"}\n',
+            ("bad.jsonl:2:", "at most 64"),
+        ),
     ],
     ids=["half a line", "no response", "empty response", "empty file", "too long"],
 )

@@ -78,6 +78,9 @@ def test_folder(run, tmp_path):
         (("--model", "hrm", "--blanks", "9-3"), "blanks is (9, 3)"),
         (("--model", "hrm", "--shape", "huge"), "shape is 'huge'"),
         (("--model", "hrm", "--resume"), "no such file; there is no run to resume"),
+        (("--model", "hrm", "--data", "nowhere", "--blanks", 4), "--blanks is for Sudoku that is made"),
+        (("--model", "hrm", "--data", "nowhere", "--puzzles", 4), "--puzzles is for Sudoku that is made"),
+        (("--model", "hrm", "--steps", 4, "--minutes", 1), "--steps and --minutes exclude each other"),
         (
             ("--model", "hrm", "--data", "nowhere"),
             "nowhere/train/dataset.json: no such file; a folder of puzzles has",
@@ -113,7 +116,7 @@ def solved(tmp_path_factory):
         (("--blanks", "4"), "--blanks is 4, but the run in {} has 4-6"),
         (("--shape", "trm"), "--shape is trm, but the run in {} has small"),
         (("--data", "sudoku-9x9"), "--data is sudoku-9x9, but the run in {} has sudoku-4x4"),
-        (("--data", "elsewhere"), "no such file"),
+        (("--data", "elsewhere"), "--puzzles is for Sudoku that is made"),
     ],
 )
 def test_a_resumed_run_keeps_its_options(run, solved, options, message):
