@@ -43,12 +43,14 @@ def generate(
 
     from fastattn.cli import _run
     from fastattn.models import HrmText
+    from fastattn.models.checkpoint import check_converted
     from fastattn.train.data.tokenizer import Tokenizer
 
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder; `fastattn train` makes one")
+    check_converted(model)
     if _run.model_type(model) == "hrm":
         raise ValueError(f"{model}: holds an HRM, which solves puzzles; only HRM-Text answers")
     tokenizer = Tokenizer.load(model)

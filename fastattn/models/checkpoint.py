@@ -16,6 +16,8 @@ from ..runtime.files import read_json, write_tensors, write_text
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+# Names of files that other code saves a model in
+FOREIGN = ("all_config.yaml", "step_*", "*.distcp", "*.pt", "*.pth", "*.bin")
 
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,6 +100,42 @@ class TensorFile(Mapping[str, Tensor]):
                 return read(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: unreadable or only half written: {error}") from error
+
+
+class TensorsInMemory(TensorFile):
+    """Tensors that were read from ``path`` in another way."""
+
+    def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+        self.path = Path(path)
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, name: str, use: Callable[[Tensor], Any]) -> Any:
+        return use(self._tensors[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+
+def check_converted(directory: str | os.PathLike) -> None:
+    """CheckpointError that says what to do with what a model's own training code saved."""
+    path = Path(directory)
+    if path.is_file():
+        found = [path]
+    elif (path / CONFIG).exists():
+        return
+    else:
+        found = [file for pattern in FOREIGN for file in sorted(path.glob(pattern))]
+    if found:
+        raise CheckpointError(
+            f"{path}: is no folder with {CONFIG} and {WEIGHTS}, but holds {found[0].name}: `fastattn convert {path} "
+            "FOLDER` makes one of what HRM's, TRM's and HRM-Text's own code saves"
+        )
 
 
 Model = TypeVar("Model", bound=nn.Module)

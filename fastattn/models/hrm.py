@@ -289,6 +289,7 @@ class Hrm(nn.Module):
     ) -> "Hrm":
         """Loads ``config.json`` and ``model.safetensors``, under the reference's tensor names (with or without
         ``_orig_mod.``); missing or unexpected ones are an error that lists them."""
+        checkpoint.check_converted(directory)
         if config is None:
             path = os.path.join(directory, checkpoint.CONFIG)
             values = checkpoint.load_json(path)
@@ -296,11 +297,25 @@ class Hrm(nn.Module):
                 config = HrmConfig.from_dict(values)
             except (TypeError, ValueError) as error:
                 raise checkpoint.CheckpointError(f"{path}: {error}") from error
-        file = checkpoint.TensorFile(directory)
+        return cls._from_file(config, checkpoint.TensorFile(directory), dtype, device)
+
+    @classmethod
+    def _from_file(
+        cls,
+        config: HrmConfig,
+        file: checkpoint.TensorFile,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Hrm":
         model = checkpoint.on_meta(lambda: cls(config), max(config.H_layers, config.L_layers), file)
         wanted = {name: [(reference_name(name, config),)] for name in model.state_dict()}
         checkpoint.fill(model, file, checkpoint.resolve(wanted, file), dtype=dtype, device=device)
-        checkpoint.check_one_dtype(model, directory)
+        checkpoint.check_one_dtype(model, file.path)
+        for name in (
+            "H_init",
+            "L_init",
+        ):  # theirs are of the dtype they compute in, their weights are float32
+            setattr(model, name, getattr(model, name).to(model.lm_head.weight.dtype))
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:

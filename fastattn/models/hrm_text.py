@@ -372,6 +372,7 @@ class HrmText(nn.Module):
             dtype: default: the file's.
         """
         directory = os.fspath(directory)
+        checkpoint.check_converted(directory)
         if config is None:
             path = os.path.join(directory, checkpoint.CONFIG)
             try:
@@ -381,11 +382,20 @@ class HrmText(nn.Module):
             except (TypeError, ValueError) as error:
                 raise checkpoint.CheckpointError(f"{path}: {error}") from error
             config = _counted_by_stack(config, checkpoint.TensorFile(directory))
-        file = checkpoint.TensorFile(directory)
+        return cls._from_file(config, checkpoint.TensorFile(directory), dtype, device)
+
+    @classmethod
+    def _from_file(
+        cls,
+        config: HrmTextConfig,
+        file: checkpoint.TensorFile,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "HrmText":
         model = checkpoint.on_meta(lambda: cls(config), config.num_hidden_layers, file)
         sources = checkpoint.resolve({name: _layouts(name) for name in model.state_dict()}, file, _unused)
         checkpoint.fill(model, file, sources, dtype=dtype, device=device)
-        checkpoint.check_one_dtype(model, directory)
+        checkpoint.check_one_dtype(model, file.path)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
