@@ -59,7 +59,12 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
     from fastattn.train.puzzles import show_steps
 
     boards, guesses = [], {}
-    summary = f"HRM trained on {data}, evaluated on its test split."
+    count = next((row["puzzles"] for row in reversed(trainer.history) if "puzzles" in row), None)
+    summary = f"HRM trained on {data}, " + (
+        f"evaluated on {count:,} of the {trainer.data.test_size:,} puzzles of its test split."
+        if count
+        else "not evaluated: no puzzle of its test split has a solution."
+    )
     if trainer.config.sudoku is not None:
         source = trainer.data
         with trainer.averaged():
@@ -78,8 +83,9 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
             f"{source.blanks[1]} blanks, shown under random symmetries; {source.options['held_out']} others are held out: "
             f"{apart}."
         )
-    drawing = report.accuracy_picture(trainer.history, guesses)
-    pictures.write(output / "accuracy.svg", drawing, "Held-out accuracy by minutes of training")
+    if any("exact" in row for row in trainer.history):
+        drawing = report.accuracy_picture(trainer.history, guesses)
+        pictures.write(output / "accuracy.svg", drawing, "Held-out accuracy by minutes of training")
     page = report.Report(
         f"fastattn train: HRM on {Path(data).name}",
         summary,
@@ -91,6 +97,15 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
         notes=_run.notes(trainer),
     )
     return report.write(output / "report.html", page)
+
+
+def eval_puzzles(text: str) -> int | None:
+    """Of --eval-puzzles: a number, or None for all."""
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--eval-puzzles is {text!r}; it must be a number of puzzles, or all")
+    return int(text)
 
 
 def blank_cells(text: str | None, box: int) -> tuple[int, int]:

@@ -40,6 +40,10 @@ def check_puzzles(context: typer.Context, run: "HrmTrainer", data: str) -> None:
     from fastattn.train.puzzles import SHAPES, model_config
 
     _check_config(context, run, "batch_size")
+    if given_by_user(context, "eval_puzzles"):
+        asked = _puzzles.eval_puzzles(context.params["eval_puzzles"])
+        if asked != run.config.eval_puzzles:
+            _refuse("eval_puzzles", context.params["eval_puzzles"], run.config.eval_puzzles or "all", run)
     own = next((name for name in SHAPES if model_config(run.data, name) == run.model.config), "another")
     _check(context, run, {"shape": own})
     made = run.config.sudoku

@@ -125,7 +125,7 @@ def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
     seconds_per_step = trainer.seconds_per_step() * trainer.average_cost
     seconds_per_evaluation = trainer.seconds_per_evaluation()
     most = 15 * minutes  # seconds of evaluations: a quarter of the time
-    evaluations = max(1, min(evaluations, math.floor(most / seconds_per_evaluation)))
+    evaluations = max(1, min(evaluations, math.floor(most / max(seconds_per_evaluation, 1e-9))))
     training_seconds = 60 * minutes - min(evaluations * seconds_per_evaluation, most)
     steps = max(10, math.floor(training_seconds / seconds_per_step))
     trainer.replan(
@@ -303,7 +303,9 @@ def notes(trainer: "Run") -> list[tuple[str, str]]:
         first, last = (evaluations[i]["held_out"] for i in (0, -1))
         lines.append((f"{first:.2f} → {last:.2f}", "held-out loss, nats per token"))
     elif evaluations:
-        lines.append((f"{evaluations[-1]['exact']:.1%}", "held-out puzzles solved"))
+        count = evaluations[-1].get("puzzles")
+        of = f"of {count:,} held-out puzzles" if count else "held-out puzzles"
+        lines.append((f"{evaluations[-1]['exact']:.1%}", f"{of} solved"))
         lines.append((f"{evaluations[-1]['cells']:.1%}", "of their blank cells right"))
     if steps:
         seconds, tokens = sum(row["seconds"] for row in steps), sum(row["tokens"] for row in steps)
@@ -317,7 +319,8 @@ def notes(trainer: "Run") -> list[tuple[str, str]]:
 def _evaluation(row: dict[str, Any]) -> str:
     if "held_out" in row:
         return f"held-out loss {row['held_out']:.3f}"
-    return f"held out: blank cells right {row['cells']:.1%}, puzzles solved {row['exact']:.1%}"
+    of = f" of {row['puzzles']:,}" if "puzzles" in row else ""
+    return f"held out: blank cells right {row['cells']:.1%}, puzzles{of} solved {row['exact']:.1%}"
 
 
 def _blend(old: float, new: float) -> float:

@@ -7,7 +7,7 @@ import typer
 
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
 _TEXT_ONLY = ("held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
-_HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size")
+_HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size", "eval_puzzles")
 _TEXT, _HRM = {"rich_help_panel": "HRM-Text"}, {"rich_help_panel": "HRM"}
 
 
@@ -87,6 +87,12 @@ def train(
         ),
     ] = 2000,
     batch_size: Annotated[int, typer.Option(help="Puzzles a step.", **_HRM)] = 64,
+    eval_puzzles: Annotated[
+        str,
+        typer.Option(
+            help="Held-out puzzles that an evaluation solves, the same ones each time; or all.", **_HRM
+        ),
+    ] = "256",
 ) -> None:
     """Train a small HRM-Text on instruction-response text, or HRM on puzzles.
 
@@ -148,6 +154,7 @@ def train(
                 seed=seed,
                 steps=steps or 1,
                 batch_size=batch_size,
+                eval_puzzles=_puzzles.eval_puzzles(eval_puzzles),
                 **rate,
             )
             if steps is None:

@@ -46,7 +46,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in self.at_least_one:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train: {name} is {getattr(self, name)}; it must be at least 1")
         for name in self.not_negative:
             if not 0 <= getattr(self, name) < math.inf:

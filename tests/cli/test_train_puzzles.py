@@ -76,6 +76,10 @@ def test_folder(run, tmp_path):
         (("--batch-size", 3), "--batch-size is not for --model hrm-text"),
         (("--model", "hrm", "--blanks", "many"), "--blanks is 'many'"),
         (("--model", "hrm", "--blanks", "9-3"), "blanks is (9, 3)"),
+        (
+            ("--model", "hrm", "--eval-puzzles", "most"),
+            "--eval-puzzles is 'most'; it must be a number of puzzles, or all",
+        ),
         (("--model", "hrm", "--shape", "huge"), "shape is 'huge'"),
         (("--model", "hrm", "--resume"), "no such file; there is no run to resume"),
         (("--model", "hrm", "--data", "nowhere", "--blanks", 4), "--blanks is for Sudoku that is made"),
@@ -112,6 +116,7 @@ def solved(tmp_path_factory):
         (("--steps", 3), "--steps is 3, but the run"),
         (("--seed", 1), "--seed is 1"),
         (("--batch-size", 4), "--batch-size is 4"),
+        (("--eval-puzzles", "all"), "--eval-puzzles is all, but the run in {} has 256"),
         (("--puzzles", 41), "--puzzles is 41"),
         (("--blanks", "4"), "--blanks is 4, but the run in {} has 4-6"),
         (("--shape", "trm"), "--shape is trm, but the run in {} has small"),

@@ -103,7 +103,11 @@ def test_a_run_learns(easy, tmp_path):
     with run.averaged():
         measured = evaluate(run.model, easy.evaluation(16))
     saved = Hrm.from_pretrained(tmp_path)
-    assert measured == evaluate(saved, easy.evaluation(16)) == {k: after[k] for k in ("cells", "exact")}
+    assert (
+        measured
+        == evaluate(saved, easy.evaluation(16))
+        == {k: after[k] for k in ("cells", "exact", "puzzles")}
+    )
     shown = list(show_steps(saved, easy.held_out))
     assert len(shown) == 17 and shown[0].startswith("puzzle\n") and shown[16].startswith("segment 16: ")
 
@@ -192,7 +196,34 @@ def test_puzzles_without_labels_are_no_successes(easy, tmp_path):
     unknown = batch | {"labels": torch.full_like(batch["labels"], -100)}
     mixed = {name: torch.cat([unknown[name], batch[name], unknown[name]]) for name in batch}
     assert evaluate(model, [mixed]) == evaluate(model, [unknown, batch]) == expected
-    assert evaluate(model, [unknown]) == {"cells": 0, "exact": 0}
+    assert evaluate(model, [unknown]) == {"cells": 0, "exact": 0, "puzzles": 0}
+
+
+def test_an_evaluation_solves_a_sample_and_all_on_demand(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 6, size=(600, 16))
+    for split in ("train", "test"):
+        write_folder(tmp_path, split, tokens, tokens, vocab_size=6)
+    data = FolderData(tmp_path)
+    sample = torch.cat([batch["inputs"] for batch in data.evaluation(64, 100)])
+    assert torch.equal(sample, torch.from_numpy(tokens[::6]))
+    assert torch.equal(torch.cat([b["inputs"] for b in data.evaluation(64, 601)]), torch.from_numpy(tokens))
+    for asked, count in ((None, 600), (100, 100), (256, 256), (10, 10)):
+        run = start(tmp_path / "run", data, eval_puzzles=asked, batch_size=64)
+        assert run.seconds_per_evaluation() > 0
+        # a folder may hold half a million puzzles, and solving some hundred may take longer than a person waits
+        assert run.evaluate()["puzzles"] == min(32, count)
+        run.step()
+        assert run.evaluate()["puzzles"] == count
+    assert HrmTrainConfig(steps=1).eval_puzzles == 256
+
+
+def test_a_test_split_without_labels_is_not_evaluated(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 6, size=(6, 16))
+    write_folder(tmp_path, "train", tokens, tokens, vocab_size=6)
+    write_folder(tmp_path, "test", tokens, np.zeros_like(tokens), vocab_size=6)
+    run = start(tmp_path / "run", FolderData(tmp_path), steps=2, batch_size=4)
+    run.run()
+    assert not any(is_evaluation(row) for row in run.history) and run.seconds_per_evaluation() == 0
 
 
 def test_shapes(easy):

@@ -68,9 +68,17 @@ class SudokuData:
             pairs = [sudoku.shuffle(puzzles[i], grids[i], rng) for i in order[start : start + batch_size]]
             yield _batch(np.stack([p for p, _ in pairs]), np.stack([g for _, g in pairs]))
 
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, len(self.held_out["inputs"]), batch_size):
-            yield {name: value[start : start + batch_size] for name, value in self.held_out.items()}
+    def evaluation(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        """The held-out puzzles, or the first ``count`` of them."""
+        total = self.test_size if count is None else min(count, self.test_size)
+        for start in range(0, total, batch_size):
+            yield {
+                name: value[start : min(start + batch_size, total)] for name, value in self.held_out.items()
+            }
+
+    @property
+    def test_size(self) -> int:
+        return len(self.held_out["inputs"])
 
     def guesses(self) -> dict[str, float]:
         """Share of the held-out blank cells that a guess gets right: any digit, or one that the board still lacks, as
@@ -124,8 +132,13 @@ class FolderData:
     def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
         return self._train.epoch(batch_size, rng)
 
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        return self._test.examples(batch_size)
+    def evaluation(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        """The test split, or ``count`` of its puzzles at even distances."""
+        return self._test.examples(batch_size, count)
+
+    @property
+    def test_size(self) -> int:
+        return len(self._test)
 
     def digest(self) -> str:
         return self._train.digest() + self._test.digest()

@@ -118,13 +118,18 @@ class PuzzleFolder:
             if chosen:
                 yield self._batch(arrays, np.concatenate(chosen), np.concatenate(puzzles), batch_size)
 
-    def examples(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Every example once, in order; the last batch of a set may be short."""
+    def examples(self, batch_size: int, count: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Every example once, in order, or ``count`` of them at even distances; the last batch of a set may be short."""
+        total, before = len(self), 0
+        chosen = np.arange(total) if count is None or count >= total else np.arange(count) * total // count
         for arrays in self._sets.values():
-            for start in range(0, len(arrays["inputs"]), batch_size):
-                index = np.arange(start, min(start + batch_size, len(arrays["inputs"])))
+            end = before + len(arrays["inputs"])
+            own = chosen[(chosen >= before) & (chosen < end)] - before
+            for start in range(0, len(own), batch_size):
+                index = own[start : start + batch_size]
                 puzzle = np.searchsorted(arrays["puzzle_indices"], index, side="right") - 1
                 yield self._batch(arrays, index, puzzle, len(index))
+            before = end
 
     def digest(self) -> str:
         """Of every puzzle and label, in order."""
