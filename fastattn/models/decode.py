@@ -27,7 +27,7 @@ def step(model: "HrmText", zH: Tensor, zL: Tensor, cache: KeyValueCache) -> Tens
         return None
     attends = cache.keys.shape[3], cache.keys.shape[5], config.rope_theta
     weights: list[Tensor] = []
-    for stack in (recurrence.L_stack, recurrence.H_stack):
+    for stack in recurrence.stacks:
         of_stack = _weights(stack, attends, config.rms_norm_eps, zH.dtype)
         if of_stack is None:
             return None

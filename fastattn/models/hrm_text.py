@@ -48,6 +48,9 @@ class HrmText(nn.Module):
             zH = H_stack(zH + zL)
         logits = zH @ lm_head.T
 
+    ``config.cycles`` makes three levels or more (see :class:`fastattn.nn.HierarchicalRecurrence`); the slowest starts with
+    the embeddings, each other one with a vector of its own.
+
     Weights are drawn from a clipped normal with deviation 1/sqrt(fan in); ``z_L_init`` is drawn once and
     never trained.
     """
@@ -85,7 +88,10 @@ class HrmText(nn.Module):
             ]
             return PreNormStack(blocks, eps=config.rms_norm_eps)
 
-        self.recurrence = HierarchicalRecurrence(stack(), stack(), config.H_cycles, config.L_cycles)
+        cycles = config.level_cycles
+        for level in range(1, len(cycles) - 1):
+            self.register_buffer(f"z_{level}_init", torch.empty(config.hidden_size))
+        self.recurrence = HierarchicalRecurrence([stack() for _ in cycles], cycles)
         self.reset_parameters()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -100,11 +106,19 @@ class HrmText(nn.Module):
             self.lm_head.reset_parameters(std)
         else:
             clipped_normal_(self.lm_head.weight, std)
-        clipped_normal_(self.z_L_init, 1.0)
+        for z in self._initial():
+            clipped_normal_(z, 1.0)
         for block in self.recurrence.modules():
             if isinstance(block, PreNormBlock):
                 block.attn.reset_parameters(std, std)
                 block.mlp.reset_parameters(std, self.config.intermediate_size**-0.5)
+
+    def _initial(self) -> list[Tensor]:
+        """The states that a forward starts with, all but the slowest's, in falling order of speed."""
+        return [
+            self.z_L_init,
+            *(getattr(self, f"z_{level}_init") for level in range(1, len(self.config.level_cycles) - 1)),
+        ]
 
     def quantize_head(self, codebook_size: int, *, assignment: str = "fixed", **options: Any) -> None:
         """Replaces the dense output layer by a VQHead fitted to it, in place; see VQHead.from_linear for the options.
@@ -128,7 +142,7 @@ class HrmText(nn.Module):
         self.recurrence.activation_checkpointing(on)
 
     def make_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
-        """An empty cache for ``capacity`` tokens a row: one key/value slot for each (h, l, layer)."""
+        """An empty cache for ``capacity`` tokens a row: one key/value slot for each layer of each stack call."""
         limit = self.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"HrmText: capacity {capacity} exceeds max_position_embeddings {limit}")
@@ -227,15 +241,17 @@ class HrmText(nn.Module):
         self._check_ids(input_ids)
         routing = self._route(input_ids, prefix_lengths, cu_seqlens, lengths, cache)
         zH = self.embed_tokens(input_ids) * self.config.embedding_scale
-        zL = self.z_L_init.to(zH.dtype).expand_as(zH)
-        stepped = None if cache is None or lengths is not None else decode.step(self, zH, zL, cache)
+        *middle, zL = (z.to(zH.dtype).expand_as(zH) for z in reversed(self._initial()))
+        stepped = None
+        if cache is not None and lengths is None and not middle:
+            stepped = decode.step(self, zH, zL, cache)
         if stepped is not None:
             zH = stepped
         else:
             if cache is not None and cache.longest:
                 routing = Routing(self._extension_mask(cache, routing.positions), routing.positions)
             credit = self._credit(bp_steps)
-            zH, _ = self.recurrence(zH, zL, gradient_calls=credit, routing=routing, cache=cache)
+            zH, *_ = self.recurrence(zH, *middle, zL, gradient_calls=credit, routing=routing, cache=cache)
         if cache is not None:
             cache.commit(input_ids.shape[1], lengths, prefix_lengths=prefix_lengths)
         return zH, routing.positions
@@ -243,6 +259,8 @@ class HrmText(nn.Module):
     def _credit(self, bp_steps: int | None) -> tuple[bool, ...]:
         if bp_steps is not None:
             return self.recurrence.gradient_calls(bp_steps)
+        if self.config.cycles is not None:
+            return self.recurrence.gradient_calls(self.recurrence.calls // self.config.cycles[-1])
         L = self.config.L_cycles
         return tuple(
             flag for n in self.config.L_bp_cycles for flag in (*(l >= L - n for l in range(L)), True)
@@ -411,6 +429,8 @@ def _counted_by_stack(config: HrmTextConfig, file: checkpoint.TensorFile) -> Hrm
     found = [re.search(r"\b[LH]_(?:module|level)\..*?\blayers\.(\d+)\.", name) for name in file]
     layers = max((int(match[1]) + 1 for match in found if match), default=0)
     calls = config.H_cycles * (config.L_cycles + 1)
+    if config.cycles is not None:
+        return config
     if layers and config.num_hidden_layers in (2 * layers, layers * calls):
         return dataclasses.replace(config, num_hidden_layers=layers)
     return config
@@ -447,6 +467,8 @@ def _layouts(name: str) -> list[checkpoint.Source]:
         return plain[name]
     if name.startswith("lm_head."):  # of a quantised head
         return [(name,)]
+    if name.startswith(("recurrence.stack_", "z_")):  # of three levels or more, which no other code has
+        return [(f"model.{name}",)]
     _, stack, rest = name.split(".", 2)  # recurrence.L_stack.layers.0.attn.o_proj.weight
     layer, _, projection = rest.rpartition(".")[0].rpartition(".")
     split = {

@@ -39,9 +39,11 @@ class HrmTextConfig:
         num_hidden_layers: blocks in each of the two stacks.
         num_attention_heads, head_dim: head_dim defaults to hidden_size / num_attention_heads.
         H_cycles, L_cycles: H calls, and L calls before each.
+        cycles: for another number of levels than two (a third, slower stack, ...): each level's calls in a cycle of the
+            level above it, the fastest first, in place of L_cycles and H_cycles. Default: two levels.
         L_bp_cycles: how many of the last L calls of each H cycle carry gradients when ``bp_steps`` is not
             given; one entry an H cycle, shorter lists are padded with 1 on the left. Default: all of the
-            last H cycle's, none of the others'.
+            last H cycle's, none of the others'. With ``cycles`` the whole last cycle of the slowest level carries them.
         max_position_embeddings: longest sample, in tokens.
         rope_theta, rms_norm_eps: of the rotary embedding and the norms.
         initializer_range: default 1/sqrt(hidden_size).
@@ -61,6 +63,7 @@ class HrmTextConfig:
     head_dim: int = DERIVED
     H_cycles: int = 2
     L_cycles: int = 3
+    cycles: tuple[int, ...] | None = None
     L_bp_cycles: tuple[int, ...] = DERIVED
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
@@ -126,6 +129,9 @@ class HrmTextConfig:
                     raise ValueError(
                         f"HrmTextConfig: {name} is {value!r}; tokens are from 0 to {self.vocab_size - 1}"
                     )
+        if self.cycles is not None:
+            self._check_cycles()
+            return
         credit = self.L_bp_cycles
         if credit is None:
             credit = (0,) * (self.H_cycles - 1) + (self.L_cycles,)
@@ -139,6 +145,27 @@ class HrmTextConfig:
                 f"from 0 to {self.L_cycles} are allowed"
             )
         self._set("L_bp_cycles", (1,) * (self.H_cycles - len(credit)) + tuple(credit))
+
+    def _check_cycles(self) -> None:
+        cycles = self.cycles
+        if not isinstance(cycles, list | tuple) or len(cycles) < 3:
+            raise ValueError(
+                f"HrmTextConfig: cycles is {cycles!r}; it must be a list of three or more counts (two: L_cycles, H_cycles)"
+            )
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= _MOST_CYCLES for n in cycles):
+            raise ValueError(
+                f"HrmTextConfig: cycles is {cycles!r}; each must be an int from 1 to {_MOST_CYCLES}"
+            )
+        if self.L_bp_cycles is not None:
+            raise ValueError(
+                "HrmTextConfig: L_bp_cycles is for two levels; with cycles give bp_steps in the call"
+            )
+        self._set("cycles", tuple(cycles))
+
+    @property
+    def level_cycles(self) -> tuple[int, ...]:
+        """Of two or more levels, the fastest first."""
+        return (self.L_cycles, self.H_cycles) if self.cycles is None else self.cycles
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -217,9 +244,12 @@ class HrmTextConfig:
     def to_dict(self) -> dict[str, Any]:
         """The released form, which transformers reads too."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("L_bp_cycles", "eos_token_id"):
+        for name in ("L_bp_cycles", "eos_token_id", "cycles"):
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
+        unused = ("cycles",) if self.cycles is None else ("L_bp_cycles",)
+        for name in unused:
+            del values[name]
         if self.head == "dense":  # the released form has no such keys
             for name in ("head", "codebook_size", "codebook_bias", "codebook_assignment"):
                 del values[name]

@@ -143,7 +143,11 @@ class Trainer(Run):
     def _gradients(self) -> tuple[torch.Tensor, dict[str, Any]]:
         shape = self.model.config
         batch = self.order.next()
-        bp_steps = bp_steps_at(self.step_number, self.config, shape.H_cycles + shape.L_cycles)
+        # of two levels the H calls and the last cycle's L calls, of more the whole last cycle
+        longest = shape.H_cycles + shape.L_cycles
+        if shape.cycles is not None:
+            longest = self.model.recurrence.calls // shape.cycles[-1]
+        bp_steps = bp_steps_at(self.step_number, self.config, longest)
         row = {"tokens": batch.tokens, "bp_steps": bp_steps}
         if not self.sharded:
             loss = self._loss(batch, bp_steps)
