@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     from fastattn.train.run import Run
     from fastattn.train.text import Trainer
 
-_CONFIG = ("steps", "learning_rate", "seed")
+_CONFIG = (
+    *(
+        "steps",
+        "learning_rate",
+        "seed",
+        "schedule",
+        "min_learning_rate_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "ema",
+    ),
+)
 
 
 def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]", **changes: Any) -> None:
@@ -39,7 +50,7 @@ def check_puzzles(context: typer.Context, run: "HrmTrainer", data: str) -> None:
     from fastattn.cli import _puzzles
     from fastattn.train.puzzles import SHAPES, model_config
 
-    _check_config(context, run, "batch_size")
+    _check_config(context, run, "batch_size", "puzzle_learning_rate", "puzzle_weight_decay")
     if given_by_user(context, "eval_puzzles"):
         asked = _puzzles.eval_puzzles(context.params["eval_puzzles"])
         if asked != run.config.eval_puzzles:

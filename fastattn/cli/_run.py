@@ -5,7 +5,7 @@ import math
 import signal
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +117,8 @@ def say_resumed(trainer: "Run", minutes: bool = False) -> None:
         )
 
 
-def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
-    """Gives a fresh run as many steps as fit in `minutes` on this machine, after timing a few."""
+def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8, given: Collection[str] = ()) -> None:
+    """Gives a fresh run as many steps as fit in `minutes` on this machine, after timing a few. `given`: options that stay."""
     if not 0 < minutes < math.inf:
         raise ValueError(f"--minutes is {minutes}; it must be positive")
     config = trainer.config
@@ -128,16 +128,26 @@ def plan_steps(trainer: "Run", minutes: float, evaluations: int = 8) -> None:
     evaluations = max(1, min(evaluations, math.floor(most / max(seconds_per_evaluation, 1e-9))))
     training_seconds = 60 * minutes - min(evaluations * seconds_per_evaluation, most)
     steps = max(10, math.floor(training_seconds / seconds_per_step))
+    planned = {
+        "ema": 1 - 1 / max(5.0, steps / 15),  # averages over the last fifteenth or so
+        "warmup_steps": min(config.warmup_steps, max(1, steps // 10)),
+    }
     trainer.replan(
         replace(
             config,
             steps=steps,
-            ema=1 - 1 / max(5.0, steps / 15),  # averages over the last fifteenth or so
             eval_every=max(10, steps // evaluations),
             save_every=max(10, steps // 4),
-            warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+            **{name: value for name, value in planned.items() if name not in given},
         )
     )
+
+
+def plan_epochs(trainer: "Run", epochs: float) -> None:
+    """Gives a fresh run the steps of so many passes over its data."""
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs is {epochs}; it must be positive")
+    trainer.replan(replace(trainer.config, steps=max(1, round(epochs * trainer.steps_per_epoch()))))
 
 
 def train(trainer: "Run", limit_s: float | None = None) -> bool:

@@ -8,6 +8,8 @@ import typer
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
 _TEXT_ONLY = ("held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
 _HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size", "eval_puzzles")
+_PUZZLE_VECTORS = ("puzzle_learning_rate", "puzzle_weight_decay")
+_RATES = ("learning_rate", "schedule", "min_learning_rate_ratio", "warmup_steps", "weight_decay", "ema")
 _TEXT, _HRM = {"rich_help_panel": "HRM-Text"}, {"rich_help_panel": "HRM"}
 
 
@@ -33,7 +35,29 @@ def train(
     minutes: Annotated[float, typer.Option(help="Train about this long, unless --steps is given.")] = 5.0,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Constant after a short linear warm-up. Default: 4e-3, or 1.5e-3 for hrm."),
+        typer.Option(help="After a linear warm-up. Default: 4e-3, or 1.5e-3 for hrm."),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Of the learning rate after the warm-up: constant, the default, or cosine."),
+    ] = None,
+    min_learning_rate_ratio: Annotated[
+        float | None,
+        typer.Option(help="With --schedule cosine: share of the rate at the last step. Default: 0."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(help="Of the learning rate. Default: 20, or 50 for hrm; fewer in a short run."),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of the averaged weights that are evaluated and saved. Default: by the steps; 0: no average."
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data, in place of --steps or --minutes.")
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the weights, of generated puzzles and of the order of the data.")
@@ -87,6 +111,12 @@ def train(
         ),
     ] = 2000,
     batch_size: Annotated[int, typer.Option(help="Puzzles a step.", **_HRM)] = 64,
+    puzzle_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the puzzles' vectors. Default: as of the weights.", **_HRM)
+    ] = None,
+    puzzle_weight_decay: Annotated[
+        float | None, typer.Option(help="Of the puzzles' vectors. Default: as of the weights.", **_HRM)
+    ] = None,
     eval_puzzles: Annotated[
         str,
         typer.Option(
@@ -106,15 +136,20 @@ def train(
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
     from fastattn.cli import _resume
 
-    for name in _HRM_ONLY if model == "hrm-text" else _TEXT_ONLY:
+    for name in (*_HRM_ONLY, *_PUZZLE_VECTORS) if model == "hrm-text" else _TEXT_ONLY:
         if _resume.given_by_user(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
     if model == "hrm" and data not in _SUDOKU:
         for name in ("blanks", "puzzles"):
             if _resume.given_by_user(context, name):
                 raise ValueError(f"--{name} is for Sudoku that is made, not for a folder of puzzles")
-    if steps is not None and not resume and _resume.given_by_user(context, "minutes"):
-        raise ValueError("--steps and --minutes exclude each other; give one")
+    if min_learning_rate_ratio is not None and schedule != "cosine" and not resume:
+        raise ValueError("--min-learning-rate-ratio is for --schedule cosine")
+    lengths = [name for name in ("steps", "epochs", "minutes") if _resume.given_by_user(context, name)]
+    if resume and epochs is not None:
+        raise ValueError("--epochs planned the run's steps when it began: leave the option out with --resume")
+    if len(lengths) > 1 and not resume:
+        raise ValueError(f"--{lengths[0]} and --{lengths[1]} exclude each other; give one")
     import torch
 
     from fastattn.cli import _run
@@ -124,13 +159,14 @@ def train(
     ranks = training_ranks.launched()
     if ranks and model == "hrm":
         raise ValueError("--model hrm is for one process, not for torchrun")
-    if ranks and steps is None and not resume:
-        raise ValueError("give --steps: --minutes is for one process, not for torchrun")
+    if ranks and steps is None and epochs is None and not resume:
+        raise ValueError("give --steps or --epochs: --minutes is for one process, not for torchrun")
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
-    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
+    given = {name: context.params[name] for name in (*_RATES, *_PUZZLE_VECTORS)}
+    given = {name: value for name, value in given.items() if value is not None}
     if resume:
         if not training_ranks.has_state(output):
             raise FileNotFoundError(f"{output / STATE}: no such file; there is no run to resume")
@@ -152,14 +188,16 @@ def train(
                 blanks=blanks,
                 puzzles=puzzles,
                 seed=seed,
-                steps=steps or 1,
+                steps=1 if steps is None else steps,
                 batch_size=batch_size,
                 eval_puzzles=_puzzles.eval_puzzles(eval_puzzles),
-                **rate,
+                **given,
             )
-            if steps is None:
-                _run.plan_steps(run, minutes, _puzzles.EVALUATIONS)
-        if not _run.train(run, limit_s=None if resume or steps else 66 * minutes):
+            if epochs is not None:
+                _run.plan_epochs(run, epochs)
+            elif steps is None:
+                _run.plan_steps(run, minutes, _puzzles.EVALUATIONS, given)
+        if not _run.train(run, limit_s=66 * minutes if not resume and steps is epochs is None else None):
             _run.console.print(f"saved at step {run.step_number:,}; go on with --resume")
             raise typer.Exit(130)
         path = _puzzles.write_report(run, data, output)
@@ -197,7 +235,7 @@ def train(
             steps=1 if steps is None else steps,
             batch_tokens=batch_tokens,
             seed=seed,
-            **rate,
+            **given,
         )
         longest = shape.max_position_embeddings
         trainer = _run.start(
@@ -206,8 +244,10 @@ def train(
             tokenizer.samples(test, longest),
             options,
         )
-        if steps is None:
-            _run.plan_steps(trainer, minutes)
+        if epochs is not None:
+            _run.plan_epochs(trainer, epochs)
+        elif steps is None:
+            _run.plan_steps(trainer, minutes, given=given)
     if ranks:
         trainer.shard()
     finished = _run.train(trainer)

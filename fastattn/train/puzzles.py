@@ -28,7 +28,8 @@ EVAL_PUZZLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class HrmTrainConfig(RunConfig):
-    """How HRM trains, see :class:`RunConfig`; rate and weight decay are those of the puzzle embeddings too.
+    """How HRM trains, see :class:`RunConfig`. ``puzzle_learning_rate`` and ``puzzle_weight_decay``: of the puzzle vectors;
+    None: as of the weights. Their rate follows the same schedule.
 
     One optimizer step a segment of ``batch_size`` puzzles. ``eval_puzzles``: how many of the held-out puzzles an evaluation
     solves, always the same; None for all. ``sudoku``: SudokuData's arguments, None for a folder.
@@ -37,11 +38,14 @@ class HrmTrainConfig(RunConfig):
     learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     ema: float = 0.99
+    puzzle_learning_rate: float | None = None
+    puzzle_weight_decay: float | None = None
     batch_size: int = 64
     eval_puzzles: int | None = EVAL_PUZZLES
     sudoku: dict[str, Any] | None = None
 
     at_least_one: ClassVar = (*RunConfig.at_least_one, "batch_size", "eval_puzzles")
+    not_negative: ClassVar = (*RunConfig.not_negative, "puzzle_learning_rate", "puzzle_weight_decay")
 
 
 class HrmTrainer(Run):
@@ -107,7 +111,7 @@ class HrmTrainer(Run):
         super()._start_optimizers()
         self.puzzle_optimizer = None
         if self.model.config.puzzle_emb_dim:
-            self.puzzle_optimizer = SignSGD(self.model.puzzle_emb, weight_decay=self.config.weight_decay)
+            self.puzzle_optimizer = SignSGD(self.model.puzzle_emb)
 
     def _gradients(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.train()
@@ -121,7 +125,13 @@ class HrmTrainer(Run):
 
     def _stepped(self) -> None:
         if self.puzzle_optimizer is not None:
-            self.puzzle_optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"]
+            group, config = self.optimizer.param_groups[0], self.config
+            rate, decay = group["lr"], group["weight_decay"]
+            if config.puzzle_learning_rate is not None:
+                rate = config.puzzle_learning_rate * config.rate_at(self.step_number - 1)
+            if config.puzzle_weight_decay is not None:
+                decay = config.puzzle_weight_decay
+            self.puzzle_optimizer.param_groups[0] |= {"lr": rate, "weight_decay": decay}
             self.puzzle_optimizer.step()
             self.puzzle_optimizer.zero_grad()
 

@@ -27,14 +27,16 @@ HISTORY = "history.jsonl"
 class RunConfig:
     """How a run trains. Everything a resumed run must share with its start.
 
-    steps: optimizer steps. learning_rate: reached after warmup_steps, then constant. ema: decay of the averaged
-    weights that are evaluated and saved. seed: of the weights and of the order of the data. eval_every, save_every:
-    steps between them.
+    steps: optimizer steps. learning_rate: reached after warmup_steps, then constant, or by schedule "cosine" falling to
+    min_learning_rate_ratio of it at the last step. ema: decay of the averaged weights that are evaluated and saved. seed: of
+    the weights and of the order of the data. eval_every, save_every: steps between them.
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int
+    schedule: str = "constant"
+    min_learning_rate_ratio: float = 0.0
     weight_decay: float = 0.1
     ema: float = 0.98
     seed: int = 0
@@ -49,10 +51,26 @@ class RunConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train: {name} is {getattr(self, name)}; it must be at least 1")
         for name in self.not_negative:
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train: {name} is {getattr(self, name)}; it must not be negative")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"train: schedule is {self.schedule!r}; it must be constant or cosine")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise ValueError(
+                f"train: min_learning_rate_ratio is {self.min_learning_rate_ratio}; it must be from 0 to 1"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train: ema is {self.ema}; it must be at least 0 and under 1")
+
+    def rate_at(self, step: int) -> float:
+        """The share of the learning rate that a step has, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        least = self.min_learning_rate_ratio
+        return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -97,11 +115,20 @@ class Run:
         for group in self.optimizer.param_groups:
             group |= {"weight_decay": config.weight_decay, "ema": config.ema}
 
+    def steps_per_epoch(self) -> int:
+        """Batches of the first epoch; later ones may have a few more or less."""
+        order, count = copy.copy(self.order), 0
+        order.next()
+        while order.epoch == self.order.epoch:
+            count += 1
+            order.next()
+        return count
+
     def step(self) -> dict[str, Any]:
         """One optimizer step; returns its row of the history."""
         start = time.perf_counter()
         config = self.config
-        rate = config.learning_rate * min(1.0, (self.step_number + 1) / max(1, config.warmup_steps))
+        rate = config.learning_rate * config.rate_at(self.step_number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, row = self._gradients()

@@ -9,6 +9,7 @@ import pytest
 
 from fastattn.cli import main
 from fastattn.models import Hrm
+from fastattn.train.data.puzzle_sets import FolderData
 from fastattn.train.data.puzzles import write_folder
 from fastattn.train.puzzles import HrmTrainer
 
@@ -68,9 +69,65 @@ def test_folder(run, tmp_path):
     assert rows[0]["step"] == 0 and "exact" in rows[0]
 
 
+def test_rates_decays_schedule_epochs_and_averages(run, tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 6, size=(10, 9))
+    for split in ("train", "test"):
+        write_folder(tmp_path / "data", split, tokens, tokens, vocab_size=6)
+    options = {
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "min_learning_rate_ratio": 0.1,
+        "warmup_steps": 2,
+        "weight_decay": 1.0,
+        "ema": 0.5,
+        "puzzle_learning_rate": 1e-2,
+        "puzzle_weight_decay": 0.3,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    command = (
+        "train",
+        "--model",
+        "hrm",
+        "--data",
+        tmp_path / "data",
+        "--output",
+        tmp_path / "run",
+        "--threads",
+        1,
+    )
+    code, _, err = run(*command, "--batch-size", 4, "--epochs", 2, *words)
+    assert (code, err) == (0, "")
+    again = HrmTrainer.resume(tmp_path / "run", FolderData(tmp_path / "data"))
+    assert again.config.steps == 6  # three batches of four
+    assert {name: getattr(again.config, name) for name in options} == options
+    # one puzzle is in every batch: the vector's dims all move by the rate a step, and decay
+    weights = again.model.puzzle_emb.weights
+    rates = [1e-2 * again.config.rate_at(step) for step in range(6)]
+    assert 0.05 * sum(rates) < weights.abs().max() <= sum(rates)
+    assert run(*command, "--resume", *words)[0] == 0
+    for name, value in (
+        ("ema", 0.7),
+        ("schedule", "constant"),
+        ("puzzle_learning_rate", 1),
+        ("warmup_steps", 3),
+    ):
+        code, _, err = run(*command, "--resume", f"--{name.replace('_', '-')}", value)
+        assert code == 2 and f"--{name.replace('_', '-')} is {value}" in err
+    code, _, err = run(*command, "--resume", "--epochs", 3)
+    assert code == 2 and "--epochs planned the run's steps" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--model", "hrm", "--schedule", "linear"), "schedule is 'linear'; it must be constant or cosine"),
+        (("--min-learning-rate-ratio", 0.1), "--min-learning-rate-ratio is for --schedule cosine"),
+        (("--puzzle-learning-rate", 0.1), "--puzzle-learning-rate is not for --model hrm-text"),
+        (("--model", "hrm", "--puzzle-weight-decay", -1), "puzzle_weight_decay is -1"),
+        (("--model", "hrm", "--epochs", 0), "--epochs is 0"),
+        (("--model", "hrm", "--epochs", 1, "--steps", 3), "--steps and --epochs exclude each other"),
+        (("--model", "hrm", "--steps", 0), "steps is 0"),
+        (("--model", "hrm", "--ema", 1), "ema is 1"),
         (("--model", "gpt"), "--model is 'gpt'; it must be hrm-text or hrm"),
         (("--model", "hrm", "--head", "vq"), "--head is not for --model hrm"),
         (("--batch-size", 3), "--batch-size is not for --model hrm-text"),

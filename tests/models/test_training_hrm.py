@@ -246,6 +246,20 @@ def test_bad_data(arguments, message):
         SudokuData(**{"box": 2, "blanks": (1, 2), "puzzles": 5} | arguments)
 
 
+def test_the_learning_rate_warms_up_and_falls():
+    def rates(**options):
+        config = HrmTrainConfig(steps=8, warmup_steps=3, **options)
+        return [round(config.rate_at(step), 6) for step in range(8)]
+
+    warm = [round(n / 3, 6) for n in (1, 2, 3)]
+    assert rates() == [*warm, 1, 1, 1, 1, 1]
+    half = [(1 + math.cos(math.pi * n / 4)) / 2 for n in range(5)]
+    assert rates(schedule="cosine") == [*warm, *(round(x, 6) for x in half)]
+    assert rates(schedule="cosine", min_learning_rate_ratio=0.2)[3:] == [
+        round(0.2 + 0.8 * x, 6) for x in half
+    ]
+
+
 def test_bad_options(easy):
     with pytest.raises(ValueError, match="batch_size is 0"):
         HrmTrainConfig(steps=1, batch_size=0)
