@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastattn.models import Hrm
+    from fastattn.train.data.puzzle_sets import FolderData, SudokuData
     from fastattn.train.puzzles import HrmTrainer
 
 BOXES = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}
@@ -20,9 +22,10 @@ def start(
     blanks: str | None,
     puzzles: int,
     seed: int,
+    init: Path | None = None,
     **options: Any,
 ) -> "HrmTrainer":
-    """A fresh run; its puzzles and weights come from the seed."""
+    """A fresh run; its puzzles come from the seed, and so do its weights, unless `init` is a model's folder."""
     import torch
 
     from fastattn.models import Hrm
@@ -38,9 +41,35 @@ def start(
             box, blanks=blank_cells(blanks, box), puzzles=puzzles, held_out=held_out, seed=seed
         )
     torch.manual_seed(seed)
-    model = Hrm(model_config(source, shape))
+    model = Hrm(model_config(source, shape)) if init is None else initial_model(init, source)
     config = HrmTrainConfig(seed=seed, sudoku=source.options, **options)
     return HrmTrainer(output, model, source, config)
+
+
+def initial_model(folder: Path, data: "SudokuData | FolderData") -> "Hrm":
+    """The model of `--init`, in float32, for the puzzles of the data: another number of them starts at the mean."""
+    import dataclasses
+
+    import torch
+
+    from fastattn.cli import _run
+    from fastattn.models import Hrm
+    from fastattn.models.convert import resized
+
+    model = Hrm.from_pretrained(folder, dtype=torch.float32)
+    for name in ("vocab_size", "seq_len"):
+        own, wanted = getattr(model.config, name), data.config[name]
+        if own != wanted:
+            raise ValueError(f"{folder}: its model has {name} {own}, the data {wanted}")
+    count = data.config.get("num_puzzles", 1)
+    if count != model.config.num_puzzles:
+        if model.config.puzzle_emb_dim:
+            _run.console.print(
+                f"{count:,} puzzles in place of {model.config.num_puzzles:,}: each starts at the mean of their vectors"
+            )
+            model.puzzle_emb.weights = resized(model.puzzle_emb.weights, count)
+        model.config = dataclasses.replace(model.config, num_puzzles=count)
+    return model
 
 
 def resume(output: Path, data: str) -> "HrmTrainer":

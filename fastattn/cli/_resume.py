@@ -25,8 +25,20 @@ _CONFIG = (
 )
 
 
-def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]", **changes: Any) -> None:
-    """ValueError naming an option of HRM-Text that is not the run's. `changes`: the head that was asked for."""
+def refuse(context: typer.Context, *names: str) -> None:
+    """ValueError naming an option that only the start of a run has."""
+    for name in names:
+        if given_by_user(context, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for the start of a run: leave it out with --resume"
+            )
+
+
+def check_text(
+    context: typer.Context, run: "Trainer", examples: "list[Example]", tags: list[str], **changes: Any
+) -> None:
+    """ValueError naming an option of HRM-Text that is not the run's. `tags`: of all examples; `changes`: the head that
+    was asked for."""
     from fastattn.cli import _run
     from fastattn.train.data.tokenizer import Tokenizer
 
@@ -35,13 +47,14 @@ def check_text(context: typer.Context, run: "Trainer", examples: "list[Example]"
     _check_config(context, run, "batch_tokens")
     if given_by_user(context, "vocab_size"):
         # the most that was allowed is not kept: fewer tokens are learned where the text has no more
-        learned = Tokenizer.train(examples, given["vocab_size"]).vocab_size
+        learned = Tokenizer.train(examples, given["vocab_size"], tags).vocab_size
         if learned != shape.vocab_size:
             _refuse("vocab_size", given["vocab_size"], shape.vocab_size, run)
     if given["config"] is not None:
         if not given_by_user(context, "head") and shape.head == "vq":
             changes = _run.quantised(shape.codebook_size)
-        if _run.model_config(given["config"], shape.vocab_size, **changes) != shape:
+        asked = _run.model_config(given["config"], shape.vocab_size, **changes)
+        if _run.with_ends(asked, run.tokenizer) != _run.with_ends(shape, run.tokenizer):
             _refuse("config", given["config"], "a model of another shape", run)
 
 

@@ -84,15 +84,37 @@ def start(
     samples: "list[Sample]",
     held_out: "list[Sample]",
     config: "TrainConfig",
+    model: "HrmText | None" = None,
 ) -> "Trainer":
-    """A fresh run; its weights come from the config's seed."""
+    """A fresh run; its weights are the model's, or come from the config's seed."""
     import torch
 
     from fastattn.models import HrmText
     from fastattn.train.text import Trainer
 
     torch.manual_seed(config.seed)
-    return Trainer(folder, HrmText(shape), tokenizer, samples, held_out, config)
+    return Trainer(folder, HrmText(shape) if model is None else model, tokenizer, samples, held_out, config)
+
+
+def with_ends(shape: "HrmTextConfig", tokenizer: "Tokenizer") -> "HrmTextConfig":
+    """The config with the tokenizer's tokens for the start and the end, where it names none."""
+    ids = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end_of_response}
+    return replace(shape, **{name: token for name, token in ids.items() if getattr(shape, name) is None})
+
+
+def initial_model(folder: Path, tokenizer: "Tokenizer") -> "HrmText":
+    """The model of `--init`, in float32."""
+    import torch
+
+    from fastattn.models import HrmText
+
+    model = HrmText.from_pretrained(folder, dtype=torch.float32)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: its model has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: it must be "
+            "the model's own"
+        )
+    return model
 
 
 def model_type(folder: Path) -> str:

@@ -48,7 +48,7 @@ def demo(
     console.print(f"  {tokenizer.vocab_size:,} tokens; the training text is {total / 1e6:.2f} M of them")
 
     _head(3, f"training HRM-Text for about {minutes:g} minutes (Ctrl-C stops and saves)")
-    shape = _run.model_config(None, tokenizer.vocab_size)
+    shape = _run.with_ends(_run.model_config(None, tokenizer.vocab_size), tokenizer)
     trainer = _run.start(
         output / "model",
         shape,

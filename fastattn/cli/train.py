@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
-_TEXT_ONLY = ("held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
+_TEXT_ONLY = ("tokenizer", "held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
 _HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size", "eval_puzzles")
 _PUZZLE_VECTORS = ("puzzle_learning_rate", "puzzle_weight_decay")
 _RATES = ("learning_rate", "schedule", "min_learning_rate_ratio", "warmup_steps", "weight_decay", "ema")
@@ -70,6 +70,13 @@ def train(
             help="Continue the run in --output. It keeps its options: another value is refused, except for --threads.",
         ),
     ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from the weights of a model's folder, a released, converted or own one. Its shape and, for "
+            "hrm-text, its tokenizer are taken; hrm: puzzles in another number start at the mean of its vectors."
+        ),
+    ] = None,
     held_out: Annotated[
         Path | None,
         typer.Option(help="JSONL file to evaluate on. Default: every 20th example of --data.", **_TEXT),
@@ -91,6 +98,14 @@ def train(
     vocab_size: Annotated[
         int, typer.Option(help="Tokens of the tokenizer trained on --data.", **_TEXT)
     ] = 2048,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="tokenizer.json, or a folder with it, in place of one trained on --data. Special tokens that it lacks "
+            "(the format's, and tags) are added.",
+            **_TEXT,
+        ),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a packed batch.", **_TEXT)] = 1024,
     shape: Annotated[
         str,
@@ -146,10 +161,17 @@ def train(
     if min_learning_rate_ratio is not None and schedule != "cosine" and not resume:
         raise ValueError("--min-learning-rate-ratio is for --schedule cosine")
     lengths = [name for name in ("steps", "epochs", "minutes") if _resume.given_by_user(context, name)]
-    if resume and epochs is not None:
-        raise ValueError("--epochs planned the run's steps when it began: leave the option out with --resume")
     if len(lengths) > 1 and not resume:
         raise ValueError(f"--{lengths[0]} and --{lengths[1]} exclude each other; give one")
+    if resume:
+        _resume.refuse(context, "init", "tokenizer", "epochs")
+    for option, value, others in (
+        ("--init", init, ("config", "head", "codebook_size", "vocab_size", "tokenizer", "shape")),
+        ("--tokenizer", tokenizer, ("vocab_size",)),
+    ):
+        for name in others if value is not None else ():
+            if _resume.given_by_user(context, name):
+                raise ValueError(f"--{name.replace('_', '-')} is not for {option}")
     import torch
 
     from fastattn.cli import _run
@@ -188,6 +210,7 @@ def train(
                 blanks=blanks,
                 puzzles=puzzles,
                 seed=seed,
+                init=init,
                 steps=1 if steps is None else steps,
                 batch_size=batch_size,
                 eval_puzzles=_puzzles.eval_puzzles(eval_puzzles),
@@ -211,7 +234,7 @@ def train(
     changes = _run.quantised(codebook_size) if head == "vq" else {}
 
     from fastattn.train.data.jsonl import read_jsonl
-    from fastattn.train.data.tokenizer import Tokenizer
+    from fastattn.train.data.tokenizer import Tokenizer, tags_of
     from fastattn.train.text import TrainConfig, Trainer
 
     if ranks:
@@ -224,13 +247,22 @@ def train(
     else:
         test = read_jsonl(held_out)
     if resume:
-        tokenizer = Tokenizer.load(output)
-        trainer = Trainer.resume(output, tokenizer, tokenizer.samples(examples), tokenizer.samples(test))
-        _resume.check_text(context, trainer, examples, **changes)
+        words = Tokenizer.load(output)
+        trainer = Trainer.resume(output, words, words.samples(examples), words.samples(test))
+        _resume.check_text(context, trainer, examples, tags_of([*examples, *test]), **changes)
         _run.say_resumed(trainer, _resume.given_by_user(context, "minutes"))
     else:
-        tokenizer = Tokenizer.train(examples, vocab_size)
-        shape = _run.model_config(config, tokenizer.vocab_size, **changes)
+        tags, net = tags_of([*examples, *test]), None
+        if init is not None:
+            words = Tokenizer.load(init)
+            net = _run.initial_model(init, words)
+            shape = net.config
+        else:
+            if tokenizer is None:
+                words = Tokenizer.train(examples, vocab_size, tags)
+            else:
+                words = Tokenizer.load(tokenizer, added=tags)
+            shape = _run.with_ends(_run.model_config(config, words.vocab_size, **changes), words)
         options = TrainConfig(
             steps=1 if steps is None else steps,
             batch_tokens=batch_tokens,
@@ -239,10 +271,11 @@ def train(
         )
         longest = shape.max_position_embeddings
         trainer = _run.start(
-            *(output, shape, tokenizer),
-            tokenizer.samples(examples, min(batch_tokens, longest)),
-            tokenizer.samples(test, longest),
+            *(output, shape, words),
+            words.samples(examples, min(batch_tokens, longest)),
+            words.samples(test, longest),
             options,
+            net,
         )
         if epochs is not None:
             _run.plan_epochs(trainer, epochs)
@@ -258,7 +291,7 @@ def train(
         training_ranks.leave()
         if not first or not finished:
             training_ranks.end(0 if finished else 130)
-        trainer = Trainer.resume(output, tokenizer, tokenizer.samples(examples), tokenizer.samples(test))
+        trainer = Trainer.resume(output, words, words.samples(examples), words.samples(test))
     if not finished:
         raise typer.Exit(130)
     path = _run.write_report(

@@ -114,7 +114,7 @@ def test_rates_decays_schedule_epochs_and_averages(run, tmp_path):
         code, _, err = run(*command, "--resume", f"--{name.replace('_', '-')}", value)
         assert code == 2 and f"--{name.replace('_', '-')} is {value}" in err
     code, _, err = run(*command, "--resume", "--epochs", 3)
-    assert code == 2 and "--epochs planned the run's steps" in err
+    assert code == 2 and "--epochs is for the start of a run" in err
 
 
 @pytest.mark.parametrize(

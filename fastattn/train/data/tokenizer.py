@@ -43,13 +43,13 @@ class Tokenizer:
         self.tags = {token: number for token, number in added.items() if token not in SPECIAL_TOKENS}
 
     @classmethod
-    def train(cls, examples: Iterable[Example], vocab_size: int) -> "Tokenizer":
+    def train(
+        cls, examples: Iterable[Example], vocab_size: int, more_tags: Iterable[str] = ()
+    ) -> "Tokenizer":
         """Learns at most `vocab_size` tokens (256 bytes and the special ones, tags too, included) from `examples`."""
         tokenizers = _tokenizers()
         examples = list(examples)
-        tags = sorted(
-            {_spelled(tag) for example in examples for tag in example.condition} - {*SPECIAL_TOKENS}
-        )
+        tags = sorted({_spelled(tag) for tag in (*tags_of(examples), *more_tags)} - {*SPECIAL_TOKENS})
         smallest = 256 + len(SPECIAL_TOKENS) + len(tags)
         if vocab_size < smallest:
             raise ValueError(f"tokenizer: vocab_size is {vocab_size}; at least {smallest} are needed")
@@ -67,9 +67,14 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Reads `tokenizer.json` in `folder`; FileNotFoundError or ValueError if that is no tokenizer."""
-        path = Path(folder) / FILE_NAME
+    def load(cls, folder: str | os.PathLike, added: Iterable[str] | None = None) -> "Tokenizer":
+        """Reads `tokenizer.json` in `folder`, or the file itself; FileNotFoundError or ValueError if that is no tokenizer.
+
+        `added`: special tokens that it gets where it lacks them: these tags, and those of the format. Default: none, and
+        those of the format have to be there.
+        """
+        path = Path(folder)
+        path = path if path.is_file() else path / FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a model folder holds one")
         tokenizers = _tokenizers()
@@ -77,14 +82,22 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        return cls(inner)
+        if added is not None:
+            known = {token.content for token in inner.get_added_tokens_decoder().values()}
+            wanted = [*SPECIAL_TOKENS, *(_spelled(tag) for tag in added if tag not in known)]
+            inner.add_special_tokens([token for token in dict.fromkeys(wanted) if token not in known])
+        try:
+            return cls(inner)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, folder: str | os.PathLike) -> None:
         files.write_text(Path(folder) / FILE_NAME, self._inner.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size()
+        """One more than the largest id: ids may have gaps."""
+        return max(self._inner.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
@@ -157,6 +170,11 @@ class TextStream:
     def _rest(self, text: str) -> str:
         new, self._shown = text[len(self._shown) :], text
         return new
+
+
+def tags_of(examples: Iterable[Example]) -> list[str]:
+    """The tags of their conditions, each once."""
+    return sorted({tag for example in examples for tag in example.condition})
 
 
 def _spelled(tag: str) -> str:
