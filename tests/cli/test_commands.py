@@ -27,7 +27,7 @@ def train_args(data, config, output, *more):
 def test_help_lists_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "generate", "doctor", "demo"):
+    for name in ("train", "generate", "solve", "convert", "doctor", "demo"):
         assert re.search(rf"^\W*{name}\s+\w", out, re.M), name
     assert run("--version")[1] == f"fastattn {fastattn.__version__}\n"
 

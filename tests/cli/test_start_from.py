@@ -111,3 +111,104 @@ def test_puzzles_start_from_a_model_for_others(run, puzzle_model, tmp_path):
     command = ("train", "--model", "hrm", "--data", "sudoku-9x9", "--puzzles", 10, "--init", folder)
     code, _, err = run(*command, "--output", tmp_path / "other", "--steps", 1)
     assert code == 2 and "its model has vocab_size 6, the data 11" in err
+
+
+GIVEN = "1..4 .41. 21.. 4.2."
+GRID = "1234 3412 2143 4321"
+
+
+@pytest.fixture
+def solver(puzzle_model, monkeypatch):
+    """The model's folder; it answers with `answers`, in their order."""
+    answers = []
+
+    def solve(self, inputs, puzzle_ids, segments):
+        for answer in answers:
+            yield torch.tensor([answer]), torch.tensor([2.0])
+
+    monkeypatch.setattr(Hrm, "solve", solve)
+    return puzzle_model[1], answers
+
+
+def cells(text):
+    return [int(digit) + 1 for digit in text.replace(" ", "")]
+
+
+def test_solve_draws_a_sudoku(run, solver, tmp_path, monkeypatch):
+    folder, answers = solver
+    answers += [cells(GRID.replace("3", "1")), cells(GRID)]
+    code, out, err = run("solve", "--model", folder, GIVEN)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:5] == [" 1 . | . 4", " . 4 | 1 .", "-----+-----", " 2 1 | . .", " 4 . | 2 ."]
+    assert "segment 2: 4 cells changed, sure 0.88" in out
+    assert out.splitlines()[-6:] == [
+        " 1 2 | 3 4",
+        " 3 4 | 1 2",
+        "-----+-----",
+        " 2 1 | 4 3",
+        " 4 3 | 2 1",
+        "solved",
+    ]
+    (tmp_path / "puzzle.txt").write_text("\n".join(out.splitlines()[:5]))  # a drawing
+    assert run("solve", "--model", folder, f"@{tmp_path / 'puzzle.txt'}")[1] == out
+    monkeypatch.setattr("sys.stdin", (tmp_path / "puzzle.txt").open())
+    assert run("solve", "--model", folder, "-")[1] == out
+    for answer, reason in (
+        (GRID.replace("3", "1"), "repeat digits"),
+        (GRID.translate(str.maketrans("12", "21")), "givens changed"),
+    ):
+        answers[:] = [cells(answer)]
+        code, out, _ = run("solve", "--model", folder, GIVEN)
+        assert code == 1 and f"not solved: {reason}" in out.replace("rows, columns or boxes ", "")
+
+
+def test_solve_draws_other_puzzles(run, solver):
+    folder, answers = solver
+    answers.append([1] * 4 + [5] * 12)
+    code, out, err = run("solve", "--model", folder, "--alphabet", "#.SGo", "#####S....G.####")
+    assert code == 0 and out == "####\noooo\noooo\noooo\n" and "segment 1: " in err
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "options", "message"),
+    [
+        ("1..4", (), "has 4 cells; this model's have 16"),
+        (GIVEN.replace("2", "5"), (), "'5' is no cell of a Sudoku with digits 1 to 4"),
+        (GIVEN.replace("2", "é"), (), "'é' is no cell"),
+        ("#" * 15 + "x", ("--alphabet", "#.SGo"), "'x' is not in --alphabet"),
+        ("#" * 16, ("--alphabet", ".....+#"), "holds the token 7"),
+        (GIVEN, ("--puzzle-id", 3), "--puzzle-id is 3; this model's are from 0 to 2"),
+        (GIVEN, ("--segments", 0), "--segments is 0"),
+    ],
+)
+def test_puzzles_that_cannot_be_solved(run, puzzle_model, puzzle, options, message):
+    code, _, err = run("solve", "--model", puzzle_model[1], *options, puzzle)
+    assert code == 2 and message in err
+
+
+def test_solving_needs_an_hrm(run, trained, tmp_path):
+    code, _, err = run("solve", "--model", trained, GIVEN)
+    assert code == 2 and "only HRM solves puzzles" in err
+    code, _, err = run("solve", "--model", tmp_path / "none", GIVEN)
+    assert code == 2 and "no such folder" in err
+
+
+def test_a_converted_model_solves(run, puzzle_model, tmp_path):
+    _, folder = puzzle_model
+    state = {f"_orig_mod.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    (tmp_path / "theirs").mkdir()
+    torch.save(state, tmp_path / "theirs" / "step_5")
+    arch = "arch:\n  hidden_size: 16\n  num_heads: 2\n  expansion: 4\n  H_layers: 1\n  L_layers: 1\n  puzzle_emb_ndim: 16\n"
+    (tmp_path / "theirs" / "all_config.yaml").write_text(
+        arch.replace("expansion: 4\n", "intermediate_size: 32\n")
+    )
+    code, _, err = run("solve", "--model", tmp_path / "theirs", GIVEN)
+    assert code == 2 and "`fastattn convert" in err
+    code, _, err = run("convert", tmp_path / "theirs", tmp_path / "ours", "--seq-len", 16)
+    assert (code, err) == (0, "")
+    first, second = (
+        run("solve", "--model", name, "--segments", 2, GIVEN) for name in (folder, tmp_path / "ours")
+    )
+    assert first == second and first[0] in (0, 1)
+    code, _, err = run("convert", tmp_path / "theirs", tmp_path / "ours", "--seq-len", 16)
+    assert code == 2 and "holds a model already" in err

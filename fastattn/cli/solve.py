@@ -1,0 +1,136 @@
+"""`fastattn solve`: one puzzle, solved by a trained HRM and drawn."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(solve)
+
+
+def solve(
+    puzzle: Annotated[
+        str,
+        typer.Argument(
+            help="Sudoku: its digits row by row, 0 or . for a blank; spaces and the lines of a drawing are skipped. "
+            "Others: --alphabet's characters, or token numbers with spaces. - reads standard input, @FILE a file."
+        ),
+    ],
+    model: Annotated[Path, typer.Option(help="Folder made by `fastattn train --model hrm` or `convert`.")],
+    alphabet: Annotated[
+        str | None,
+        typer.Option(help="Characters of the tokens 1, 2, ... in the model's data; mazes of HRM: '# SGo'."),
+    ] = None,
+    puzzle_id: Annotated[int, typer.Option(help="Identifier of the puzzle's vector.")] = 0,
+    segments: Annotated[int, typer.Option(help="Segments to think; each refines the answer.")] = 16,
+) -> None:
+    """Solve one puzzle and draw the answer. Exits with 1 where a Sudoku's answer breaks its rules or its givens."""
+    import torch
+
+    from fastattn.cli import _run
+    from fastattn.models import Hrm
+    from fastattn.train.data import sudoku
+
+    if segments < 1:
+        raise ValueError(f"--segments is {segments}; it must be at least 1")
+    if not model.exists():
+        raise FileNotFoundError(f"{model}: no such folder; `fastattn train --model hrm` makes one")
+    if _run.model_type(model) == "hrm_text":
+        raise ValueError(f"{model}: holds an HRM-Text, which answers text; only HRM solves puzzles")
+    net = Hrm.from_pretrained(model).eval()
+    if puzzle == "-":
+        puzzle = sys.stdin.read()
+    elif puzzle.startswith("@"):
+        puzzle = Path(puzzle[1:]).read_text(encoding="utf-8")
+    config = net.config
+    box = next(
+        (n for n in (2, 3, 4) if config.seq_len == n**4 and config.vocab_size == sudoku.vocab_size(n)), None
+    )
+    is_sudoku = box is not None and alphabet is None
+    tokens = _sudoku_tokens(puzzle, box) if is_sudoku else _tokens(puzzle, alphabet)
+    if len(tokens) != config.seq_len:
+        raise ValueError(f"puzzle: has {len(tokens)} cells; this model's have {config.seq_len}")
+    if not all(0 <= token < config.vocab_size for token in tokens):
+        raise ValueError(
+            f"puzzle: holds the token {max(tokens)}; this model's are from 0 to {config.vocab_size - 1}"
+        )
+    if not 0 <= puzzle_id < config.num_puzzles:
+        raise ValueError(f"--puzzle-id is {puzzle_id}; this model's are from 0 to {config.num_puzzles - 1}")
+    given = torch.tensor([tokens])
+    before, lines = given, []
+    for number, (answer, q_halt) in enumerate(
+        net.solve(given, torch.tensor([puzzle_id]), segments=segments), 1
+    ):
+        changed = int((answer != before).sum())
+        lines.append(f"segment {number}: {changed} cells changed, sure {float(q_halt.sigmoid()):.2f}")
+        before = answer
+    if not is_sudoku:
+        print(_drawn(before[0].tolist(), alphabet))
+        print("\n".join(lines), file=sys.stderr)
+        return
+    start, end = (sudoku.from_tokens(board[0].numpy()) for board in (given, before))
+    kept = ((start == 0) | (start == end)).all()
+    solved = bool(kept and sudoku.is_solution(end))
+    print(sudoku.draw(start), *lines, sudoku.draw(end), sep="\n")
+    print(
+        "solved"
+        if solved
+        else "not solved: " + ("rows, columns or boxes repeat digits" if kept else "givens changed")
+    )
+    if not solved:
+        raise typer.Exit(1)
+
+
+def _sudoku_tokens(text: str, box: int) -> list[int]:
+    """Of digits, and letters from the tenth digit on."""
+    tokens = []
+    for character in text:
+        if character.isspace() or character in "|-+":
+            continue
+        digit = (
+            0
+            if character in ".0_"
+            else int(character, 36)
+            if character.isalnum() and character.isascii()
+            else -1
+        )
+        if not 0 <= digit <= box**2:
+            raise ValueError(
+                f"puzzle: {character!r} is no cell of a Sudoku with digits 1 to {box**2}; 0 or . is a blank"
+            )
+        tokens.append(digit + 1)
+    return tokens
+
+
+def _tokens(text: str, alphabet: str | None) -> list[int]:
+    if alphabet is None:
+        words = text.split()
+        if not all(word.isdigit() for word in words):
+            raise ValueError("puzzle: must be token numbers with spaces between them, or give --alphabet")
+        return [int(word) for word in words]
+    known = {character: token for token, character in enumerate(alphabet, 1)}
+    tokens = []
+    for character in text:
+        if character in known:
+            tokens.append(known[character])
+        elif not character.isspace():
+            raise ValueError(f"puzzle: {character!r} is not in --alphabet {alphabet!r}")
+    return tokens
+
+
+def _drawn(tokens: list[int], alphabet: str | None) -> str:
+    """Square puzzles in rows; the alphabet's characters, or numbers."""
+    side = round(len(tokens) ** 0.5)
+    side = side if side * side == len(tokens) else len(tokens)
+    if alphabet is None:
+        width = len(str(max(tokens)))
+        rows = [
+            " ".join(str(t).rjust(width) for t in tokens[i : i + side]) for i in range(0, len(tokens), side)
+        ]
+    else:
+        cells = [alphabet[t - 1] if 1 <= t <= len(alphabet) else "?" for t in tokens]
+        rows = ["".join(cells[i : i + side]) for i in range(0, len(cells), side)]
+    return "\n".join(rows)
