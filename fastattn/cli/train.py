@@ -142,8 +142,8 @@ def train(
     """Train a small HRM-Text on instruction-response text, or HRM on puzzles.
 
     Ctrl-C ends the current step and saves. **--resume** continues from there, bit for bit where the number of threads
-    is the same. Under **torchrun --nproc-per-node N -m fastattn.cli train ...** N processes share the weights and each
-    batch of HRM-Text (FSDP2), with --threads each. A run may continue with another N; its losses are then close, not
+    is the same. Under **torchrun --nproc-per-node N -m fastattn.cli train ...** N processes share each batch, and
+    HRM-Text's weights (FSDP2), with --threads each. A run may continue with another N; its losses are then close, not
     equal. A trained HRM-Text answers with **fastattn generate --model DIR "prompt"**. A 4 x 4 Sudoku that is held out is
     no image of a training puzzle under Sudoku's symmetries; its solved grid is, as the 288 grids are images of two.
     """
@@ -179,8 +179,6 @@ def train(
     from fastattn.train.state import STATE
 
     ranks = training_ranks.launched()
-    if ranks and model == "hrm":
-        raise ValueError("--model hrm is for one process, not for torchrun")
     if ranks and steps is None and epochs is None and not resume:
         raise ValueError("give --steps or --epochs: --minutes is for one process, not for torchrun")
     if threads is not None:
@@ -196,6 +194,9 @@ def train(
             raise ValueError(f"{output}: is a run of hrm, not of hrm-text; give --model hrm")
     elif training_ranks.has_state(output):
         raise ValueError(f"{output}: holds a run already; give --resume to go on with it, or another folder")
+    if ranks:
+        training_ranks.start()
+        _run.console.quiet = not training_ranks.first()
     if model == "hrm":
         from fastattn.cli import _puzzles
 
@@ -220,11 +221,20 @@ def train(
                 _run.plan_epochs(run, epochs)
             elif steps is None:
                 _run.plan_steps(run, minutes, _puzzles.EVALUATIONS, given)
-        if not _run.train(run, limit_s=66 * minutes if not resume and steps is epochs is None else None):
+        if ranks:
+            run.share()
+        finished = _run.train(run, limit_s=66 * minutes if not resume and steps is epochs is None else None)
+        if not finished:
             _run.console.print(f"saved at step {run.step_number:,}; go on with --resume")
+        if ranks:
+            _leave(finished)
+            run = _puzzles.resume(output, data)
+        if not finished:
             raise typer.Exit(130)
         path = _puzzles.write_report(run, data, output)
         _run.console.print(f"model in {output}, report in {path}")
+        if ranks:
+            training_ranks.end(0)
         return
 
     if head not in ("dense", "vq"):
@@ -237,9 +247,6 @@ def train(
     from fastattn.train.data.tokenizer import Tokenizer, tags_of
     from fastattn.train.text import TrainConfig, Trainer
 
-    if ranks:
-        training_ranks.start()
-        _run.console.quiet = not training_ranks.first()
     examples = read_jsonl(Path(data))
     if held_out is None:
         test = examples[19::20]
@@ -287,10 +294,7 @@ def train(
     if not finished:
         _run.console.print(f"saved at step {trainer.step_number:,}; go on with --resume")
     if ranks:
-        first = training_ranks.first()
-        training_ranks.leave()
-        if not first or not finished:
-            training_ranks.end(0 if finished else 130)
+        _leave(finished)
         trainer = Trainer.resume(output, words, words.samples(examples), words.samples(test))
     if not finished:
         raise typer.Exit(130)
@@ -304,3 +308,13 @@ def train(
     _run.console.print(f"model in {output}, report in {path}")
     if ranks:
         training_ranks.end(0)
+
+
+def _leave(finished: bool) -> None:
+    """Parts from the other processes of torchrun; only the first of a finished run goes on, to write the report."""
+    from fastattn.train import ranks
+
+    first = ranks.first()
+    ranks.leave()
+    if not first or not finished:
+        ranks.end(0 if finished else 130)

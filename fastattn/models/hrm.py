@@ -74,6 +74,8 @@ class PuzzleEmbedding(nn.Module):
     def _add(self, ids: Tensor, grad: Tensor) -> None:
         weights = self.weights
         ids, sums = summed_rows(ids, grad)
+        used = sums.any(-1)  # what only padding used is left alone, by the weight decay too
+        ids, sums = ids[used], sums[used]
         new = torch.sparse_coo_tensor(
             ids[None], sums, weights.shape, is_coalesced=True, check_invariants=False
         )
@@ -181,8 +183,20 @@ class Hrm(nn.Module):
         row = cells[:, 0]
         return HrmCarry(state, state, row, torch.ones_like(row, dtype=torch.bool), cells, cells, row)
 
+    def exploration(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
+        """(rows,) int64: the segments that each row must have before it may halt, drawn anew for each call in training."""
+        config, device = self.config, self.H_init.device
+        explore = torch.rand(rows, device=device, generator=generator)
+        least = torch.randint(2, config.halt_max_steps + 1, (rows,), device=device, generator=generator)
+        return torch.where(explore < config.halt_exploration, least, 0)
+
     def forward(
-        self, carry: HrmCarry, batch: Mapping[str, Tensor], *, generator: torch.Generator | None = None
+        self,
+        carry: HrmCarry,
+        batch: Mapping[str, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        exploration: Tensor | None = None,
     ) -> tuple[HrmCarry, HrmOutput]:
         """One segment on every row. A row that has halted takes the batch's sample first.
 
@@ -190,6 +204,7 @@ class Hrm(nn.Module):
             carry: from :meth:`initial_carry` or the last call.
             batch: ``inputs`` (B, L), ``labels`` (B, L) with -100 ignored, and ``puzzle_ids`` (B,), integers.
             generator: for the exploration of halting in training.
+            exploration: what :meth:`exploration` drew for these rows. Default: drawn here.
 
         The loss of a row is its cross-entropy (StableMax, or softmax with ``config.loss``) averaged over the counted cells, plus half of the
         binary cross-entropies of q_halt (against "every cell is right") and, with ``q_continue``, of
@@ -224,11 +239,9 @@ class Hrm(nn.Module):
         if self.training and config.halt_max_steps > 1:
             with torch.no_grad():
                 halted = last | (q_halt > (q_continue if config.q_continue else 0.0))
-                explore = torch.rand(len(steps), device=steps.device, generator=generator)
-                least = torch.randint(
-                    2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=generator
-                )
-                halted = halted & ((explore >= config.halt_exploration) | (steps >= least)) | ~counted
+                if exploration is None:
+                    exploration = self.exploration(len(steps), generator)
+                halted = halted & (steps >= exploration) | ~counted
                 if config.q_continue:
                     *_, next_halt, next_continue = self.segment(zH, zL, inputs, puzzle_ids)
                     target = torch.where(last, next_halt, torch.maximum(next_halt, next_continue)).sigmoid()

@@ -1,18 +1,21 @@
 """Training HRM on puzzles with deep supervision: the run behind `fastattn train --model hrm`."""
 
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..models import Hrm, HrmConfig
-from ..models.hrm import IGNORE, HrmCarry
+from ..models.hrm import IGNORE, HrmCarry, HrmOutput
 from ..optim import SignSGD
+from . import ranks
 from .data import sudoku
 from .data.puzzle_sets import Batch, FolderData, SudokuData
 from .data.puzzles import PuzzleOrder
@@ -60,6 +63,7 @@ class HrmTrainer(Run):
         super().__init__(folder, model, order, config, data.digest())
         self.data = data
         self._answers: bool | None = None
+        self.shared = False  # among processes
         self.carry = model.initial_carry(config.batch_size)
 
     @classmethod
@@ -113,15 +117,46 @@ class HrmTrainer(Run):
         if self.model.config.puzzle_emb_dim:
             self.puzzle_optimizer = SignSGD(self.model.puzzle_emb)
 
+    def share(self) -> None:
+        """Goes on as one of torchrun's processes: each has the whole model and its part of the rows.
+
+        Every process must have made or resumed the same run. What it computes is what one process would.
+        """
+        if self.config.batch_size < dist.get_world_size():
+            raise ValueError(
+                f"train: batch_size is {self.config.batch_size}; {dist.get_world_size()} processes need a puzzle each"
+            )
+        ranks.check_same(f"{self._data} {self.step_number} {self.config}", "data or options")
+        self.shared = True
+        self.carry = self._mine(self.carry)
+
+    def _rows(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        return {name: value.tensor_split(world)[rank] for name, value in values.items()}
+
+    def _mine(self, carry: HrmCarry) -> HrmCarry:
+        return HrmCarry(**self._rows(vars(carry)))
+
     def _gradients(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.train()
-        self.carry, out = self.model(self.carry, self.order.next())
-        out.loss.backward()
-        puzzles = int(out.counted.sum())
-        row = {"tokens": puzzles * out.logits.shape[1]}
-        if puzzles:
-            row["solved"] = int(out.correct.sum()) / puzzles
-        return out.loss.detach(), row
+        batch = self.order.next()
+        if not self.shared:
+            self.carry, out = self.model(self.carry, batch)
+            out.loss.backward()
+            return out.loss.detach(), _row(out, int(out.counted.sum()), int(out.correct.sum()))
+        # drawn for all rows by each process, so that the draws do not depend on their number
+        exploration = self.model.exploration(self.config.batch_size)
+        mine = self._rows({**batch, "exploration": exploration})
+        self.carry, out = self.model(self.carry, mine, exploration=mine["exploration"])
+        counts = ranks.summed(torch.stack([out.counted.sum(), out.correct.sum()]))
+        loss = out.loss * out.counted.sum() / counts[0].clamp(min=1)
+        loss.backward()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        whole = ranks.summed(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part_of in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part_of.view_as(grad))
+        return ranks.summed(loss), _row(out, *counts.tolist())
 
     def _stepped(self) -> None:
         if self.puzzle_optimizer is not None:
@@ -136,18 +171,59 @@ class HrmTrainer(Run):
             self.puzzle_optimizer.zero_grad()
 
     def _evaluate(self) -> dict[str, Any]:
-        return evaluate(self.model, self._evaluation(first=self.step_number == 0))
+        batches = self._evaluation(first=self.step_number == 0)
+        if not self.shared:
+            return evaluate(self.model, batches)
+        own = itertools.islice(batches, dist.get_rank(), None, dist.get_world_size())
+        return _figures(*ranks.summed(torch.tensor(_counts(self.model, own))).tolist())
 
     def _more_tensors(self) -> dict[str, Tensor]:
-        return {f"carry.{name}": value for name, value in vars(self.carry).items()}
+        carry = vars(self.carry)
+        if self.shared:
+            carry = {name: ranks.all_rows(value) for name, value in carry.items()}
+        return {f"carry.{name}": value for name, value in carry.items()}
+
+    @property
+    def _writes(self) -> bool:
+        return not self.shared or ranks.first()
+
+    def _told_to_stop(self, stop: Callable[[], bool]) -> bool:
+        return ranks.any_rank(stop()) if self.shared else stop()
+
+    def _write_history(self) -> None:
+        if self._writes:
+            super()._write_history()
+
+    def _write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        if self._writes:
+            super()._write_state(tensors, meta)
+
+    def _write_model(self) -> None:
+        if self._writes:
+            super()._write_model()
 
 
-@torch.no_grad()
+def _row(out: HrmOutput, puzzles: int, solved: int) -> dict[str, Any]:
+    """Of the history: rows without labels are no puzzles."""
+    row: dict[str, Any] = {"tokens": puzzles * out.logits.shape[1]}
+    return row | ({"solved": solved / puzzles} if puzzles else {})
+
+
 def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
     """After the last segment, ``cells``: the share of the cells to fill that are right; ``exact``: of the puzzles, of
     which there are ``puzzles``.
 
     Puzzles without labels, whose solution is not known, are left out."""
+    return _figures(*_counts(model, batches))
+
+
+def _figures(cells: int, right: int, solved: int, count: int) -> dict[str, float]:
+    return {"cells": right / max(cells, 1), "exact": solved / max(count, 1), "puzzles": count}
+
+
+@torch.no_grad()
+def _counts(model: Hrm, batches: Iterator[Batch]) -> tuple[int, int, int, int]:
+    """Cells to fill, right ones among them, puzzles solved, puzzles."""
     model.eval()
     cells = right = solved = count = 0
     for batch in batches:
@@ -163,7 +239,7 @@ def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
         right += int((hit & asked).sum())
         solved += int((hit | ~counted).all(-1).sum())
         count += len(hit)
-    return {"cells": right / max(cells, 1), "exact": solved / max(count, 1), "puzzles": count}
+    return cells, right, solved, count
 
 
 def show_steps(model: Hrm, batch: Batch) -> Iterator[str]:

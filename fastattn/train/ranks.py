@@ -100,6 +100,18 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def all_rows(value: Tensor) -> Tensor:
+    """The rows of every rank, which tensor_split gave them; every rank has to call it."""
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(len(value)))
+    longest = max(int(count) for count in counts)
+    padded = value.new_zeros(longest, *value.shape[1:])
+    padded[: len(value)] = value
+    every = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(every, padded)
+    return torch.cat([rows[: int(count)] for rows, count in zip(every, counts, strict=True)])
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it holds on some rank."""
     return bool(summed(torch.tensor(float(flag))) > 0)

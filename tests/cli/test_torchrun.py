@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
+
+from fastattn.train.data.puzzles import write_folder
 
 STEPS, STOP = 4, 2
 
@@ -15,7 +18,7 @@ STEPS, STOP = 4, 2
 SCRIPT = f"""
 import os, signal, sys
 from fastattn.cli import main
-from fastattn.train.text import Trainer
+from fastattn.train.run import Run as Trainer
 
 event, *args = sys.argv[1:]
 step = Trainer.step
@@ -132,6 +135,52 @@ def test_runs_change_hands_between_one_process_and_two(run, args, stop, whole, t
             code, _, err = run(*args(torn, "--resume"))
             assert code == 2 and f"training-{STOP}.dcp: " in err, err
         shard.write_bytes(kept)
+
+
+def test_puzzles_begun_by_two_processes_are_ended_by_one(run, tmp_path):
+    """Vectors of several puzzles, padding, and a batch that two processes cannot halve."""
+    tokens = np.random.default_rng(0).integers(1, 6, size=(8, 9))
+    for split in ("train", "test"):
+        write_folder(tmp_path / "data", split, tokens, tokens, vocab_size=6)
+        metadata = json.loads((tmp_path / "data" / split / "dataset.json").read_text())
+        metadata["num_puzzle_identifiers"] = 5
+        (tmp_path / "data" / split / "dataset.json").write_text(json.dumps(metadata))
+        np.save(tmp_path / "data" / split / "all__puzzle_identifiers.npy", np.arange(8) % 4 + 1)
+
+    def args(folder, *more):
+        command = [
+            "train",
+            "--model",
+            "hrm",
+            "--data",
+            tmp_path / "data",
+            "--output",
+            folder,
+            "--batch-size",
+            5,
+        ]
+        return list(map(str, [*command, "--threads", 1, "--steps", STEPS, *more]))
+
+    assert run(*args(tmp_path / "whole"))[0] == 0
+    folder = tmp_path / "run"
+    two = torchrun(tmp_path, args(folder), "interrupt")
+    assert two.returncode and f"saved at step {STOP}" in two.stdout, two.stderr
+    assert run(*args(folder, "--resume"))[0] == 0
+    rows, expected = (
+        [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+        for path in (folder, tmp_path / "whole")
+    )
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-5), name
+    weights, others = (load_file(path / "training.safetensors") for path in (folder, tmp_path / "whole"))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        difference = (weight.double() - others[name].double()).norm()
+        assert difference <= 1e-4 * others[name].double().norm(), (
+            name
+        )  # moments of gradients near 0 among them
 
 
 def test_an_error_on_one_rank_ends_all(args, tmp_path):
