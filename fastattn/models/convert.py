@@ -211,6 +211,10 @@ def _text(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Hrm
         raise CheckpointError(
             f"{path}: {CONFIG} with HrmTextConfig keys is not beside it; name a file of them (config)"
         )
+    if "arch" in values:
+        raise CheckpointError(
+            f"{path}: HRM-Text's own arch keys are not read; name a file of HrmTextConfig keys (config)"
+        )
     file = TensorsInMemory(path, tensors)
     try:
         shape = HrmTextConfig.from_dict({"vocab_size": len(tensors["lm_head.weight"])} | values)

@@ -199,6 +199,9 @@ def _of_reference(values: Mapping[str, Any]) -> dict[str, Any]:
         if kind not in (_HRM, _TRM) or (kind == _TRM and _variant(str(name)) not in ("", "trm")):
             raise ValueError(f"HrmConfig: name is {name!r}; only {_HRM} and {_TRM} (trm) are served")
         trm = kind == _TRM
+    for key in ("vocab_size", "seq_len"):
+        if key not in values:
+            raise ValueError(f"HrmConfig: {key} is missing: an arch file leaves it to the data")
     values.pop("batch_size", None)
     if values.pop("causal", False):
         raise ValueError("HrmConfig: causal is true; the cells attend each other both ways here")

@@ -148,18 +148,8 @@ def test_puzzles_begun_by_two_processes_are_ended_by_one(run, tmp_path):
         np.save(tmp_path / "data" / split / "all__puzzle_identifiers.npy", np.arange(8) % 4 + 1)
 
     def args(folder, *more):
-        command = [
-            "train",
-            "--model",
-            "hrm",
-            "--data",
-            tmp_path / "data",
-            "--output",
-            folder,
-            "--batch-size",
-            5,
-        ]
-        return list(map(str, [*command, "--threads", 1, "--steps", STEPS, *more]))
+        command = ["train", "--model", "hrm", "--data", tmp_path / "data", "--output", folder]
+        return list(map(str, [*command, "--batch-size", 5, "--threads", 1, "--steps", STEPS, *more]))
 
     assert run(*args(tmp_path / "whole"))[0] == 0
     folder = tmp_path / "run"
@@ -178,9 +168,8 @@ def test_puzzles_begun_by_two_processes_are_ended_by_one(run, tmp_path):
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         difference = (weight.double() - others[name].double()).norm()
-        assert difference <= 1e-4 * others[name].double().norm(), (
-            name
-        )  # moments of gradients near 0 among them
+        # fp32: sums in another order; moments of gradients that nearly cancel are among them
+        assert difference <= 1e-4 * others[name].double().norm(), name
 
 
 def test_an_error_on_one_rank_ends_all(args, tmp_path):
@@ -230,14 +219,18 @@ def test_what_several_processes_cannot_do_is_refused_by_every_rank(args, tmp_pat
         "sudoku",
         "--steps",
         "4",
-        "--output",
-        str(tmp_path / "run"),
+        "--batch-size",
+        "1",
+        "--puzzles",
+        "10",
     ]
-    text = refused(tmp_path, minutes, puzzles, args(tmp_path / "nothing", "--resume"))
+    puzzles += ["--output", str(tmp_path / "run")]
+    # the last has joined the others by then
+    text = refused(tmp_path, minutes, args(tmp_path / "nothing", "--resume"), puzzles)
     for message in (
         "give --steps",
-        "--model hrm is for one process",
         "nothing/training.safetensors: no such file; there is no run to resume",
+        "batch_size is 1; 2 processes need a puzzle each",
     ):
         assert text.count(message) == 2, text
 

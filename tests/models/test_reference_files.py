@@ -116,6 +116,8 @@ def test_the_loss_of_the_arch_file_trains(loss):
 def test_an_arch_that_is_not_served_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         HrmConfig.from_dict(TRM | DATA | change)
+    with pytest.raises(ValueError, match="vocab_size is missing: an arch file leaves it to the data"):
+        HrmConfig.from_dict(TRM)
 
 
 ALL_CONFIG = """\
@@ -249,6 +251,9 @@ def test_hrm_text_from_a_dcp_folder(tmp_path):
     values = config.to_dict() | {"num_hidden_layers": 4}  # both stacks' layers
     (tmp_path / "dcp" / "config.json").write_text(json.dumps(values))
     convert(tmp_path / "dcp", tmp_path / "ours")
+    (tmp_path / "own.yaml").write_text("arch:\n  hidden_size: 16\n")
+    with pytest.raises(CheckpointError, match="arch keys are not read; name a file of HrmTextConfig keys"):
+        convert(tmp_path / "dcp", tmp_path / "other", config=tmp_path / "own.yaml")
     model.save_pretrained(tmp_path / "released")
     wrapped = {
         f"module.{name}": tensor for name, tensor in load_file(tmp_path / "released" / WEIGHTS).items()
