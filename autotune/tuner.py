@@ -18,7 +18,7 @@ from fastattn.runtime import device as _device
 from fastattn.runtime import tables, tuning
 
 BUDGETS = {"quick": 50.0, "full": 1800.0}  # seconds; quick leaves room for starting up within a minute
-LEAST = 1.5  # seconds below which a bucket is not begun
+LEAST = 1.5  # seconds that a bucket has at least; with less left it is not begun
 OPEN_LIMIT = 120.0  # making inputs and running the reference
 TRIAL_LIMITS = {"cpu": 5.0, "cuda": 60.0}  # GPU candidates may have to be compiled
 
@@ -173,8 +173,9 @@ def tune(
             storage = f"journal:{tables.cache_dir() / 'studies' / target.slug}.journal"
             trials_storage = study.open_storage(storage)
         for at, (module, bucket) in enumerate(buckets):
-            share = clock.left() / (len(buckets) - at)
-            if share < LEAST:
+            # where the time is too short for all, the first have enough
+            share = max(LEAST, clock.left() / (len(buckets) - at))
+            if clock.left() < LEAST:
                 skipped = [bucket for _, bucket in buckets[at:]]
                 break
             result = BucketResult(bucket)

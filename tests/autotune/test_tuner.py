@@ -2,9 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
+import planted
 import pytest
 from fastattn.autotune import report, tuner
+from fastattn.autotune.worker import Worker
 from planted import TRAPS
 
 from fastattn.runtime import tables as _tables
@@ -30,6 +33,14 @@ class Recorder(tuner.Listener):
 
 def _no_space(*args):
     raise OSError("No space left on device")
+
+
+def test_ops_of_most_worth_come_first(synthetic, monkeypatch):
+    first = tuple(replace(one, worth=one.op == "trapped") for one in planted.WORKLOADS)
+    monkeypatch.setattr(planted, "WORKLOADS", first)
+    with Worker("cpu", threads=1) as worker:
+        buckets, failures, _ = tuner.plan(worker, ["planted"], (), (), "quick")
+    assert not failures and [bucket.op for _, bucket in buckets] == ["trapped", "planted"]
 
 
 def test_whole_run(synthetic, target, tmp_path, monkeypatch):
