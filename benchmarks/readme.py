@@ -260,7 +260,7 @@ COLUMNS = {
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 TESTED = {
     "reference": "x86-64, Python 3.11, torch 2.13",
-    "cpu": "x86-64: baseline and AVX2",
+    "cpu": "x86-64: baseline, AVX2, AVX-512 and AVX-512 BF16",
     "triton": "the Triton interpreter, compiling ahead of time",
     "cuda": "the host, a fiber a thread; compiling ahead of time",
 }

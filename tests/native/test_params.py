@@ -167,8 +167,8 @@ def _attention_fields():
         ({"k": torch.ones(1, 3, 7, 8)}, "k must have a number of heads that divides q's"),
         ({"v": torch.ones(1, 2, 7, 6).double()}, "v has another dtype"),
         ({"q": torch.ones(1, 4, 5, 8).double()}, "q must be float32, bfloat16 or float16"),
-        ({"lse": None}, "lse is needed"),
-        ({"state": None}, "state is needed"),
+        ({"lse": torch.empty(1, 4, 6)}, "lse must have sizes"),
+        ({"state": torch.empty(1, 4, 5, 3)}, "state must have sizes"),
         (
             {"out": torch.empty(1, 4, 6, 5).mT},
             "out must have the elements of its last dimension side by side",
@@ -185,6 +185,21 @@ def test_attention_that_does_not_fit_is_refused(isa, change, message):
     _native.run("attention_forward", **fields)
     with pytest.raises(ValueError, match=message):
         _native.run("attention_forward", **fields | change)
+
+
+def test_statistics_may_be_left_out_forward_and_not_backward(isa):
+    fields = _attention_fields()
+    _native.run("attention_forward", **fields)
+    out = fields["out"].clone()
+    for absent in ({"lse": None}, {"state": None}, {"lse": None, "state": None}):
+        fields["out"].fill_(float("nan"))
+        _native.run("attention_forward", **fields | absent)
+        assert torch.equal(fields["out"], out)
+    backward = fields | {"grad_out": out} | {f"grad_{n}": torch.empty_like(fields[n]) for n in "qkv"}
+    _native.run("attention_backward", **backward)
+    for name in ("lse", "state"):
+        with pytest.raises(ValueError, match=f"attention_backward: {name} is needed"):
+            _native.run("attention_backward", **backward | {name: None})
 
 
 def test_every_kernel_refuses_parameters_that_are_not_set():
