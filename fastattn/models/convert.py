@@ -120,12 +120,17 @@ def _flat(value: Any, path: Path) -> dict[str, Tensor]:
 
 
 # What the metadata of a DCP folder is made of; pickle imports nothing else.
-_DCP_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _DCP_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
 }
 
 
@@ -133,10 +138,8 @@ class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module in _DCP_MODULES and name.isidentifier()) or (module, name) in _DCP_NAMES:
-            found = super().find_class(module, name)
-            if isinstance(found, type) or (module, name) in _DCP_NAMES or name == "_MEM_FORMAT_ENCODING":
-                return found
+        if name in _DCP_NAMES.get(module, ()):
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
