@@ -44,7 +44,10 @@ def solve(
     if puzzle == "-":
         puzzle = sys.stdin.read()
     elif puzzle.startswith("@"):
-        puzzle = Path(puzzle[1:]).read_text(encoding="utf-8")
+        path = Path(puzzle[1:])
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        puzzle = path.read_text(encoding="utf-8")
     config = net.config
     box = next(
         (n for n in (2, 3, 4) if config.seq_len == n**4 and config.vocab_size == sudoku.vocab_size(n)), None

@@ -173,6 +173,7 @@ def test_solve_draws_other_puzzles(run, solver):
     ("puzzle", "options", "message"),
     [
         ("1..4", (), "has 4 cells; this model's have 16"),
+        ("@none.txt", (), "none.txt: no such file"),
         (GIVEN.replace("2", "5"), (), "'5' is no cell of a Sudoku with digits 1 to 4"),
         (GIVEN.replace("2", "é"), (), "'é' is no cell"),
         ("#" * 15 + "x", ("--alphabet", "#.SGo"), "'x' is not in --alphabet"),
