@@ -25,7 +25,7 @@ def pack(source: torch.Tensor, *, transposed: bool = False, parts: int = 1) -> t
 
 
 def run(
-    blocks: Mapping[str, Value], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields
+    blocks: Mapping[str, Value], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields: object
 ) -> None:
     """The kernel in these blocks; x and `fields` as LinearParams in src/cpu/params.h has them."""
     native.run("linear", x=x, packed=packed, out=out, threads=native.threads(), **blocks, **fields)
