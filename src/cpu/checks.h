@@ -3,6 +3,7 @@
 // microsecond: a compiled graph reaches kernels without the checks of a public function.
 #pragma once
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -130,15 +131,6 @@ inline void check_fields(const Checks& c, const RmsNormBackwardParams& p) {
     c.contiguous("weight_partials", p.weight_partials, {1, 1, p.weight_partials.size[2], p.total.size[3]}, DType::f32);
     c.in("weight_partials' rows", p.weight_partials.size[2], p.threads, INT64_MAX);
   }
-}
-
-inline void check_fields(const Checks& c, const GateParams& p) {
-  c.floating("a", p.a);
-  c.like("b", p.b, p.a);
-  if (!c.backward()) return c.like("out", p.out, p.a);
-  c.like("grad_out", p.grad_out, p.a);
-  c.like("grad_a", p.grad_a, p.a);
-  c.like("grad_b", p.grad_b, p.a);
 }
 
 inline void check_fields(const Checks& c, const RotaryParams& p) {
@@ -506,12 +498,40 @@ inline void check_fields(const Checks& c, const PeakParams& p) {
   c.contiguous("operations", p.operations, {1, 1, 1, 1}, DType::i64);
 }
 
+// The parameters of a row kernel that has no check of its own: its tensors are floating and all of one size and dtype.
+template <class P>
+concept Elementwise =
+    std::is_base_of_v<RowsParams, P> && !requires(const Checks& c, const P& p) { check_fields(c, p); };
+
+// visit(name, tensor) of those that the kernel takes: a forward has no gradients, a backward no `out`.
+template <Elementwise P, class Visit>
+void visit_elementwise(bool backward, P& params, const Visit& visit) {
+  const auto next = [&]<class T>(const char*& names, T& field) {
+    const std::string_view name(names, std::strcspn(names, ","));
+    names += name.size() + std::strspn(names + name.size(), ", ");
+    if constexpr (std::is_same_v<T, Tensor>)
+      if (backward ? name != "out" : name.substr(0, 5) != "grad_") visit(std::string(name), field);
+  };
+  params.fields([&](const char* names, auto&... field) { (next(names, field), ...); });
+}
+template <Elementwise P>
+void check_elementwise(const Checks& c, P p) {
+  const Tensor* first = nullptr;
+  visit_elementwise(c.backward(), p, [&](const std::string& name, const Tensor& t) {
+    first ? c.like(name.c_str(), t, *first) : c.floating(name.c_str(), t);
+    if (!first) first = &t;
+  });
+}
+
 // Throws std::invalid_argument unless the kernel of this name can run on p.
 template <class P>
 void check(const char* kernel, const P& p) {
   const Checks c(kernel);
   if constexpr (requires { p.threads; }) c.in("threads", p.threads, 1, 1 << 16);
-  check_fields(c, p);
+  if constexpr (Elementwise<P>)
+    check_elementwise(c, p);
+  else
+    check_fields(c, p);
 }
 
 }  // namespace fastattn

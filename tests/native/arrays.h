@@ -52,7 +52,7 @@ class Array {
     allocate();
     for (int64_t i = 0; i < count_; i++) memcpy(at(i), other.at(i), size_t(width()));
   }
-  Array(Array&& other) { swap(other); }
+  Array(Array&& other) noexcept { swap(other); }
   Array& operator=(Array other) {
     swap(other);
     return *this;

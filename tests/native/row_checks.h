@@ -7,6 +7,7 @@
 #include <functional>
 #include <string>
 
+#include "../../src/cpu/checks.h"
 #include "arrays.h"
 
 namespace checks {
@@ -35,6 +36,37 @@ struct Variant {
   int threads;
 };
 
+// Any kernel whose tensors are all of one size, on rows of C columns: nothing here names it.
+template <class Params, class Check>
+void check_elementwise_kernel(const Check& check, const char* name, void (*KernelTable::*kernel)(const Params&),
+                              DType dtype, Variant variant, int64_t C) {
+  if constexpr (Elementwise<Params>) {
+    const bool backward = Checks(name).backward();
+    const double half = dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-10 : 0;
+    std::vector<Array> inputs;
+    Params given;
+    given.threads = variant.threads, given.serial = 0;
+    const auto is_result = [&](const std::string& field) {
+      return backward ? field.substr(0, 5) == "grad_" && field != "grad_out" : field == "out";
+    };
+    visit_elementwise(backward, given, [&](const std::string& field, Tensor& t) {
+      if (is_result(field)) return;
+      inputs.push_back(Array::random(dtype, {2, 3, 7, C}, -1, 1, variant.layout));
+      t = inputs.back();
+    });
+    check(name, backward ? 64 : 32, half / (backward ? 4 : 8), [&](const KernelTable& table, Outputs& o) {
+      Params p = given;
+      o.clear();
+      visit_elementwise(backward, p, [&](const std::string& field, Tensor& t) {
+        if (!is_result(field)) return;
+        o.push_back(Array(dtype, {2, 3, 7, C}, variant.layout));
+        t = o.back();
+      });
+      (table.*kernel)(p);
+    });
+  }
+}
+
 inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, Report& report, DType dtype,
                        Variant variant) {
   const auto [layout, threads] = variant;
@@ -51,8 +83,7 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
   for (const int64_t C : {1, 5, 64, 203}) {
     const int64_t R = 7;
     Array x = random({2, 3, R, C}, -1, 1), y = random({2, 3, R, C}, -1, 1), g = random({2, 3, R, C}, -1, 1),
-          both = random({2, 3, R, 2 * C}, -1, 1), w = Array::random(dtype, {C}),
-          rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
+          w = Array::random(dtype, {C}), rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
     for (int residual = 0; residual < 2; residual++) {
       check("rms_norm", 2 * C + 16, 2 * half, [&](const KernelTable& t, Outputs& o) {
         o = {blank({2, 3, R, C}), Array(f32, {2, 3, R, 1})};
@@ -72,21 +103,9 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
         t.rms_norm_backward(p);
       });
     }
-    for (int kind = 0; kind < 2; kind++) {
-      check(kind ? "gated" : "swiglu", 32, half / 8, [&](const KernelTable& t, Outputs& o) {
-        o = {blank({2, 3, R, C})};
-        GateParams p;
-        p.a = kind ? Tensor(x) : both.columns(0, C), p.b = kind ? Tensor(y) : both.columns(C, C), p.out = o[0];
-        p.threads = threads, p.serial = 0;
-        (kind ? t.gated : t.swiglu)(p);
-      });
-      check(kind ? "gated_backward" : "swiglu_backward", 64, half / 4, [&](const KernelTable& t, Outputs& o) {
-        o = {blank({2, 3, R, C}), blank({2, 3, R, C})};
-        GateParams p;
-        p.a = x, p.b = y, p.grad_out = g, p.grad_a = o[0], p.grad_b = o[1], p.threads = threads, p.serial = 0;
-        (kind ? t.gated_backward : t.swiglu_backward)(p);
-      });
-    }
+#define KERNEL(name, Params) check_elementwise_kernel<Params>(check, #name, &KernelTable::name, dtype, variant, C);
+#include "../../src/cpu/kernels.def"
+#undef KERNEL
   }
   for (const int64_t D : {2, 8, 64, 36})
     for (int inverse = 0; inverse < 2; inverse++) {
