@@ -32,6 +32,7 @@ enum class Layout { contiguous, padded, heads_inside };
 
 class Array {
  public:
+  static inline uint64_t random_state = 1;
   Tensor tensor;
 
   Array() {}
@@ -66,11 +67,10 @@ class Array {
 
   static Array random(DType dtype, std::initializer_list<int64_t> shape, double low = -1, double high = 1,
                       Layout layout = Layout::contiguous) {
-    static uint64_t state = 1;
     Array a(dtype, shape, layout);
     for (int64_t i = 0; i < a.count_; i++) {
-      state = state * 6364136223846793005u + 1442695040888963407u;
-      const double x = low + (high - low) * double(state >> 40) * 0x1p-24;
+      random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+      const double x = low + (high - low) * double(random_state >> 40) * 0x1p-24;
       a.set(i, dtype == DType::f32 || dtype == DType::f64 || a.width() == 2 ? x : std::floor(x));
     }
     return a;
