@@ -26,11 +26,13 @@ def compare(op, leaves, grad, tolerance=RELATIVE, allowed=(), **options):
     )
     assert relative(found[0], truth[0]) <= tolerance
     assert len(gradients) == len(true)
-    # a gradient sums over rows what may cancel, a probability of 1 less its target: each is off by a few of float32's roundings
+    # A gradient sums over rows what may cancel, a probability of 1 less its target. Forming such a term costs 4 eps of what it is
+    # made of (`testing.absolute_bound`): two for the exponential, and half of one each for its argument, the division, the
+    # difference and the product. A row's probabilities add up to 1, so its terms to `grad` times the largest factor.
     rows = leaves[0].shape[0] if options.get("reduction") == "sum" else 1
     summed = rows * float(grad.abs().sum()) * max(testing.max_finite(t) for t in leaves)
     for a, b, more in itertools.zip_longest(gradients, true, allowed, fillvalue=0):
-        bound = tolerance * max(testing.max_finite(b), 0.1) + 4 * 2**-24 * summed
+        bound = tolerance * max(testing.max_finite(b), 0.1) + 4 * testing.EPS32 * summed
         assert ((a.double() - b).abs() <= bound + more).all()
     return found, gradients
 
