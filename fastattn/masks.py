@@ -281,6 +281,16 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
         raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
 
 
+def check_causal(op: str, mask: MaskArgs) -> None:
+    """No query attends a key after its own, or NotImplementedError."""
+    if mask.prefix_lengths is not None:
+        raise NotImplementedError(
+            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
+        )
+    if not mask.causal:
+        raise NotImplementedError(f"fastattn.{op}: causal must be True; this op is causal")
+
+
 def _check_indices(op: str, name: str, value: torch.Tensor, q: torch.Tensor) -> None:
     if value.dtype != torch.int32 or value.dim() != 1:
         raise TypeError(f"fastattn.{op}: {name} must be int32 of one dimension, given {describe(value)}")
@@ -375,6 +385,11 @@ def key_length(key_lengths: torch.Tensor) -> torch.Tensor:
     """The lengths that a schema's key_lengths hold, int64."""
     lengths = key_lengths.long()
     return torch.where(lengths < 0, lengths - _ALIGNED, lengths)
+
+
+def token_counts(mask: Mask | None) -> torch.Tensor | None:
+    """How many keys of each sequence are tokens and not padding, (B,) or (documents,) int32; None where all are."""
+    return None if mask is None else mask.key_lengths
 
 
 def diagonal_offset(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:

@@ -68,9 +68,7 @@ def generate(
     cache = model.make_cache(B, L + max_new_tokens - 1 if max_new_tokens > 1 else L)
     uniform = prompt_lengths is None
     prefix = lengths if config.prefix_lm else None
-    hidden, _ = model.hidden_states(
-        input_ids, prefix_lengths=prefix, lengths=None if uniform else lengths, cache=cache
-    )
+    hidden, _ = model.hidden_states(input_ids, prefix, lengths=None if uniform else lengths, cache=cache)
     last = hidden[torch.arange(B, device=hidden.device), lengths.to(hidden.device, torch.int64) - 1]  # (B, D)
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     new_tokens: list[Tensor] = []

@@ -161,8 +161,8 @@ class HrmText(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        *,
         prefix_lengths: Tensor | None = None,
+        *,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         labels: Tensor | None = None,
@@ -205,7 +205,7 @@ class HrmText(nn.Module):
             with torch.no_grad():
                 hidden, _ = self.hidden_states(
                     input_ids,
-                    prefix_lengths=prefix_lengths,
+                    prefix_lengths,
                     cu_seqlens=cu_seqlens,
                     lengths=lengths,
                     cache=cache,
@@ -213,7 +213,7 @@ class HrmText(nn.Module):
         else:
             hidden, positions = self.hidden_states(
                 input_ids,
-                prefix_lengths=prefix_lengths,
+                prefix_lengths,
                 cu_seqlens=cu_seqlens,
                 lengths=lengths,
                 bp_steps=bp_steps,
@@ -230,8 +230,8 @@ class HrmText(nn.Module):
     def hidden_states(
         self,
         input_ids: Tensor,
-        *,
         prefix_lengths: Tensor | None = None,
+        *,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         bp_steps: int | None = None,
@@ -253,7 +253,7 @@ class HrmText(nn.Module):
             credit = self._credit(bp_steps)
             zH, *_ = self.recurrence(zH, *middle, zL, gradient_calls=credit, routing=routing, cache=cache)
         if cache is not None:
-            cache.commit(input_ids.shape[1], lengths, prefix_lengths=prefix_lengths)
+            cache.commit(input_ids.shape[1], lengths, prefix=prefix_lengths)
         return zH, routing.positions
 
     def _credit(self, bp_steps: int | None) -> tuple[bool, ...]:

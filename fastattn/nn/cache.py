@@ -44,7 +44,7 @@ class KeyValueCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0  # an upper bound of lengths, on the host
         self.ragged = False  # rows differ in length
-        self._prefix_lengths: Tensor | None = None
+        self._prefix: Tensor | None = None
         self._positions: Tensor | None = None
         self._rows = torch.arange(batch_size, device=device)[:, None]
         self._slots = self._make_slots()
@@ -86,7 +86,7 @@ class KeyValueCache:
         self.lengths.zero_()
         self.longest = 0
         self.ragged = False
-        self._prefix_lengths = None
+        self._prefix = None
 
     def truncate(self, count: int) -> None:
         """Keeps at most the first ``count`` tokens of each row; 0 forgets everything.
@@ -98,7 +98,7 @@ class KeyValueCache:
             raise ValueError(f"KeyValueCache: count is {count}; it must not be negative")
         if count == 0:
             return self.reset()
-        prefix = self._prefix_lengths
+        prefix = self._prefix
         if prefix is not None and bool((prefix > count).any()):
             raise ValueError(
                 f"KeyValueCache: count is {count}, inside a prompt of {int(prefix.max())} tokens, which see each other "
@@ -120,15 +120,13 @@ class KeyValueCache:
         self._positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
         return self._positions
 
-    def commit(
-        self, count: int, lengths: Tensor | None = None, *, prefix_lengths: Tensor | None = None
-    ) -> None:
+    def commit(self, count: int, lengths: Tensor | None = None, *, prefix: Tensor | None = None) -> None:
         """Keeps the ``count`` tokens just written, or the first ``lengths[b]`` of them in row b.
 
-        prefix_lengths: (B,), how many of these tokens see each other both ways.
+        prefix: (B,), how many of these tokens see each other both ways.
         """
-        if prefix_lengths is not None:
-            self._prefix_lengths = prefix_lengths
+        if prefix is not None:
+            self._prefix = prefix
         if lengths is None:
             self.lengths += count
         else:

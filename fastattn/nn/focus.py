@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..masks import Mask
+from ..masks import Mask, token_counts
 from ..ops.focus import MAX_GROUPS
 from ..ops.gated import gated_attention
 from ..ops.grouped import focus_groups, grouped_attention
@@ -224,7 +224,7 @@ def attention_forward(
     key, value = key[:, :, :keys], value[:, :, :keys]
     router, h = module.focus_router, module.focus_input
     module.focus_input = None
-    lengths = mask.key_lengths if mask is not None and query.shape[2] == keys else None
+    lengths = token_counts(mask) if query.shape[2] == keys else None
     if router.training:
         out = gated_attention(
             query,

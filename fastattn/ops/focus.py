@@ -33,12 +33,7 @@ def check_causal(op: str, q, k, v, window, scale, mask) -> None:
     if window > masks.LONGEST:
         raise ValueError(f"fastattn.{op}: window must be at most {masks.LONGEST}, given {window}")
     check_scale(op, scale)
-    if mask.prefix_lengths is not None:
-        raise NotImplementedError(
-            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
-        )
-    if not mask.causal:
-        raise NotImplementedError(f"fastattn.{op}: causal must be True; this op is causal")
+    masks.check_causal(op, mask)
     masks.check_args(op, q, k, mask)
 
 

@@ -21,7 +21,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-NO_LIMIT = 1 << 30  # a window side without one; with a length added it still fits 32 bits
+NO_LIMIT = (1 << 30) - 2  # a window side without one; with a length added, or doubled, it still fits 32 bits
 LONGEST = 1 << 29
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # --- operands ------------------------------------------------------------------------------------------------------
 #
 # A kernel takes a tensor with its strides as one named tuple, None where it is absent, and what is known when it is compiled as
-# one `Constants`. Triton specialises a tuple's members as it does arguments, but heeds `do_not_specialize` for arguments alone.
+# one `Constants`. Triton specialises a tuple's members as it does arguments, but heeds `do_not_specialize` for arguments alone: a
+# number that must not be compiled for is a member as `encoded_count`.
 
 
 class Rows(NamedTuple):
@@ -67,6 +68,11 @@ def pairs(t: torch.Tensor | None) -> Pairs | None:
     return None if t is None else Pairs(t, *t.stride())
 
 
+def encoded_count(count: int) -> int:
+    """A count, at most NO_LIMIT, as a member of a tuple: odd and never 1, which Triton has no kernel of its own for."""
+    return 2 * count + 3
+
+
 class Constants:
     """Values known when a kernel is compiled, by name. Made by `constants`: equal ones are the same object.
 
@@ -90,6 +96,12 @@ def constants(**values: Any) -> Constants:
 
 
 # --- device functions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def decoded_count(member):
+    """The count that `encoded_count` made `member` of."""
+    return (member - 3) >> 1
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def split(batch: Batch) -> Batch:
         input_ids=batch.input_ids[:, rows],
         labels=labels if mine else torch.full_like(labels, IGNORED),
         cu_seqlens=lengths.cumsum(0).int(),
-        prefix_lengths=batch.prefix_lengths[chosen],
+        prompt_lengths=batch.prompt_lengths[chosen],
     )
 
 

@@ -204,7 +204,7 @@ class Trainer(Run):
     def _loss(self, batch: Batch, bp_steps: int) -> torch.Tensor:
         return self.model(
             batch.input_ids,
-            prefix_lengths=batch.prefix_lengths,
+            batch.prompt_lengths,
             cu_seqlens=batch.cu_seqlens,
             labels=batch.labels,
             bp_steps=bp_steps,
@@ -224,7 +224,7 @@ def held_out_loss(model: HrmText, samples: Sequence[Sample], batch_tokens: int) 
     for batch in batches(list(samples), batch_tokens):
         loss = model(
             batch.input_ids,
-            prefix_lengths=batch.prefix_lengths,
+            batch.prompt_lengths,
             cu_seqlens=batch.cu_seqlens,
             labels=batch.labels,
         ).loss

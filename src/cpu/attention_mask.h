@@ -69,6 +69,9 @@ FASTATTN_INLINE Sequence sequence_of(const MaskParams& mask, int64_t s, int64_t 
   return r;
 }
 
+// Each batch entry's rows attend its first keys, as many as `counts` (B,) says.
+FASTATTN_INLINE void attend_first(MaskParams& mask, const Tensor& counts) { mask.key_lengths = counts; }
+
 // The most keys that `rows` neighbouring rows attend together, of `longest` at most.
 FASTATTN_INLINE int64_t most_keys(const MaskParams& mask, int64_t rows, int64_t longest) {
   const bool bounded = mask.window_right >= 0 || (mask.causal && !mask.prefix_lengths.data);

@@ -114,7 +114,7 @@ struct DecodeStep {
     append(by_head(3), q.v);
     q.out = floats(attended, rows, heads, 1, head_dim, width, head_dim, head_dim);
     q.lse = floats(statistics, 1, rows, heads, 1, 0, heads, 1);
-    q.key_lengths = p.lengths;
+    attend_first(q, p.lengths);
     q.scale = 1 / __builtin_sqrt((double)head_dim);
     q.threads = p.threads;
     forward_decoded<SoftmaxScore<Arithmetic>>(q);

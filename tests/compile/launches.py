@@ -34,9 +34,10 @@ def attention_arguments(
     q_length: int = 4096,
     k_length: int = 4096,
     mask: str = "packed",
+    window: int = 512,
     bias: bool = False,
 ) -> tuple:
-    """The forward op's arguments less the backend."""
+    """The forward op's arguments less the backend. window: of the mask "window", keys before the query's own."""
     packed, dense = mask == "packed", mask == "dense"
     v_dim = head_dim if v_dim is None else v_dim
     return (
@@ -49,7 +50,7 @@ def attention_arguments(
         None if SCORES[score].log_n_bias else 0.0,
         MaskArgs(
             packed or mask == "causal",
-            512 if mask == "window" else -1,
+            window if mask == "window" else -1,
             0 if mask == "window" else -1,
             indices(5) if packed else None,
             indices(6) if packed else None,

@@ -163,6 +163,20 @@ def test_members_of_an_operand_are_specialised():
     assert source.signature["q"].row == "constexpr" and source.constants[first, 3] == 1
 
 
+def test_any_window_has_the_same_binaries():
+    """Also one of 1 key, or of a multiple of 16, which Triton would compile anew for."""
+    for record in (launches.attention, launches.attention_backward):
+        assert (
+            len(
+                {
+                    tuple(compiled_as(record("sm_90", mask="window", window=w)))
+                    for w in (0, 1, 100, 512, 1 << 31)
+                }
+            )
+            == 1
+        )
+
+
 # The slow tests: each kernel with each dtype and score on every target that launches or compiles something of its own.
 # sm_89 and sm_120 launch what sm_86 does (`test_small_cards_launch_alike`) and are compiled for once a dtype.
 DISTINCT = ("sm_90", "gfx942", "sm_80", "sm_100", "sm_86")

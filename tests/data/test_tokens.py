@@ -134,7 +134,7 @@ def test_packing_keeps_every_token_and_labels_only_responses(rows):
     for i, (tokens, prefix) in enumerate(rows):
         ids = batch.input_ids[0, ends[i] : ends[i + 1]].tolist()
         labels = batch.labels[0, ends[i] : ends[i + 1]].tolist()
-        assert ids == tokens and int(batch.prefix_lengths[i]) == prefix
+        assert ids == tokens and int(batch.prompt_lengths[i]) == prefix
         assert labels == [IGNORED] * prefix + tokens[prefix:]
     assert batch.response_tokens == sum(len(tokens) - prefix for tokens, prefix in rows)
 

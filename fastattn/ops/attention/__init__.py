@@ -61,7 +61,7 @@ def attention(
         softmax's weights, their limit, so that underflow never makes a weight 0.
     scale: default 1/sqrt(D).
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
-        -log(n), n the number of keys of the row's sequence (its document when packed, key_lengths when given).
+        -log(n), n the number of keys of the row's sequence (its document when packed, less the mask's padding).
     mask: a fastattn.Mask. By default every query attends every key.
     return_lse: also return the natural log-sum-exp of each row (log of the normaliser), (B, Hq, Lq), float32 (float64 for
         float64), differentiable. Not defined for sigmoid.

@@ -24,12 +24,12 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_forward_kernel(
-    q, k, v, bias, dense, classes, out, lse, state, indices, heads, tiles, length_q, length_k, window_left, window_right,
-    factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, bias, dense, classes, out, lse, state, mask, heads, tiles, length_q, length_k, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_m
     count = extent.queries

@@ -161,12 +161,12 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, g, state, delta, dq, ds, indices, heads, tiles, length_q, length_k, window_left,
-    window_right, factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, bias, dense, classes, g, state, delta, dq, ds, mask, heads, tiles, length_q, length_k, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_m
     count = extent.queries
@@ -256,12 +256,12 @@ def _query_passes(first, extent, dense, META: tl.constexpr):
     return Tiles(begin, full, full_end, end)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, g, state, delta, dk, dv, indices, kv_heads, tiles, length_q, length_k, window_left,
-    window_right, factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, bias, dense, classes, g, state, delta, dk, dv, mask, kv_heads, tiles, length_q, length_k, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = key_tile(tiles, kv_heads, indices, (length_q, length_k, window_left, window_right))
+    work = key_tile(tiles, kv_heads, mask, length_q, length_k)
     tile, kv_head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_n
     if first >= extent.keys:

@@ -23,16 +23,16 @@ from .triton_tiles import (
 _MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_decode_kernel(
-    q, k, v, bias, dense, parts, tops, totals, indices, kv_heads, splits, span, length_q, length_k, window_left, window_right,
-    factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, bias, dense, parts, tops, totals, mask, kv_heads, splits, span, length_q, length_k, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     split = program % splits
     kv_head = (program // splits) % kv_heads
     entry = program // splits // kv_heads
-    _, _, extent = sequence(entry, indices, (length_q, length_k, window_left, window_right))
+    _, _, extent = sequence(entry, mask, length_q, length_k)
     count = extent.queries
     rows = tl.arange(0, META.block_m)  # (query head of the group, query)
     head = kv_head * META.group + rows // count

@@ -9,10 +9,10 @@ import triton
 from ...masks import MaskArgs
 from ...runtime import triton as _triton
 from ...runtime import tuning
-from ...runtime.triton import LOG2E, Constants, constants, pairs, rows
+from ...runtime.triton import LOG2E, Constants, constants, encoded_count, pairs, rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .scores import BY_CODE, SCORES
-from .triton_tiles import Factors, Indices
+from .triton_tiles import Factors, MaskOperand
 
 
 @cache
@@ -28,6 +28,19 @@ def _score_constants(code: int, log_n: bool) -> Constants:
         normalised=score.normalised,
         log_n=log_n,
         limit=_score_constants(SCORES["softmax"].code, False) if limited else None,
+    )
+
+
+def _mask_operand(mask: MaskArgs) -> MaskOperand:
+    def side(keys: int) -> int:
+        return encoded_count(_triton.NO_LIMIT if keys < 0 else min(keys, _triton.LONGEST))
+
+    _, _, *tensors = MaskOperand._fields
+    indices = (getattr(mask, name) for name in tensors)
+    return MaskOperand(
+        side(mask.window_left),
+        side(mask.window_right),
+        *(None if t is None else t.contiguous() for t in indices),
     )
 
 
@@ -54,12 +67,8 @@ class Problem:
         # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
         self.longest_q = self.length_q if mask.max_seqlen_q < 0 else mask.max_seqlen_q
         self.longest_k = self.length_k if mask.max_seqlen_k < 0 else mask.max_seqlen_k
-        indices = (getattr(mask, name) for name in Indices._fields)
-        self.indices = Indices(*(None if t is None else t.contiguous() for t in indices))
-        self.window = tuple(
-            _triton.NO_LIMIT if w < 0 else min(w, _triton.LONGEST)
-            for w in (mask.window_left, mask.window_right)
-        )
+        self.mask = _mask_operand(mask)
+        self.offsets = self.mask.cu_seqlens_q, self.mask.cu_seqlens_k
         factor = self.size if self.score.normalised else scale
         self.scale2 = (1.0 if self.score.shifted and bias is not None else factor) * LOG2E
         self.log_n = self.score.log_n_bias and bias_value is None and bias is None
@@ -103,13 +112,11 @@ class Problem:
             "v": rows(self.v),
             "bias": pairs(self.bias),
             "dense": pairs(self.dense),
-            "indices": self.indices,
+            "mask": self.mask,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "length_q": self.length_q,
             "length_k": self.length_k,
-            "window_left": self.window[0],
-            "window_right": self.window[1],
             "factors": Factors(self.scale, self.size, self.scale2, self.bias2),
             "SCORE": _score_constants(self.score.code, self.log_n),
         }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...runtime.triton import LN2, LOG2E, Line, dot, load_rows, offset, store_tile
+from ...runtime.triton import LN2, LOG2E, Line, decoded_count, dot, load_rows, offset, store_tile
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -18,9 +18,13 @@ _LIMIT_SUM = tl.constexpr(
 )  # softplus: a row whose weights add up to less has softmax's, to which they tend
 
 
-class Indices(NamedTuple):
-    """A mask's index tensors, as a kernel takes them; each may be None."""
+class MaskOperand(NamedTuple):
+    """A mask as a kernel takes it, what is read for every pair aside; each index tensor may be None."""
 
+    window_left: (
+        tl.tensor
+    )  # 2 * keys + 3: odd and not 1, so that Triton compiles nothing anew for one number of keys or another
+    window_right: tl.tensor
     prefix_lengths: tl.tensor
     cu_seqlens_q: tl.tensor
     cu_seqlens_k: tl.tensor
@@ -103,38 +107,34 @@ def query_interval(keys, extent, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def sequence(document, indices, sizes):
-    """(first query, first key, extent) of one document, or of one batch entry.
-
-    sizes: (length_q, length_k, window_left, window_right), arguments of their own in every kernel, which is then compiled once for
-    all of them.
-    """
-    length_q, length_k, window_left, window_right = sizes
+def sequence(document, mask, length_q, length_k):
+    """(first query, first key, extent) of one document, or of one batch entry."""
     start_q = length_q * 0
     start_k = start_q
     lq = length_q
     lk = length_k
-    if indices.cu_seqlens_q is not None:
-        start_q = tl.load(indices.cu_seqlens_q + document)
-        start_k = tl.load(indices.cu_seqlens_k + document)
-        lq = tl.load(indices.cu_seqlens_q + document + 1) - start_q
-        lk = tl.load(indices.cu_seqlens_k + document + 1) - start_k
+    if mask.cu_seqlens_q is not None:
+        start_q = tl.load(mask.cu_seqlens_q + document)
+        start_k = tl.load(mask.cu_seqlens_k + document)
+        lq = tl.load(mask.cu_seqlens_q + document + 1) - start_q
+        lk = tl.load(mask.cu_seqlens_k + document + 1) - start_k
     prefix = length_q * 0
-    if indices.prefix_lengths is not None:
-        prefix = tl.load(indices.prefix_lengths + document)
+    if mask.prefix_lengths is not None:
+        prefix = tl.load(mask.prefix_lengths + document)
     key_length = lk
     shift = lk - lq
-    if indices.key_lengths is not None:
-        entry = tl.load(indices.key_lengths + document)
+    if mask.key_lengths is not None:
+        entry = tl.load(mask.key_lengths + document)
         key_length = tl.minimum(
             entry & 0x7FFFFFFF, lk
         )  # less the sign, which says what the last query is aligned with
         shift = tl.where(entry < 0, key_length - lq, shift)
-    return start_q, start_k, Extent(lq, lk, prefix, key_length, window_left, window_right, shift)
+    before, after = decoded_count(mask.window_left), decoded_count(mask.window_right)
+    return start_q, start_k, Extent(lq, lk, prefix, key_length, before, after, shift)
 
 
 @triton.jit
-def query_tile(tiles, heads, indices, sizes):
+def query_tile(tiles, heads, mask, length_q, length_k):
     """This program's work when there is one a tile of queries, head and sequence."""
     program = tl.program_id(0)
     # Under a causal mask the last tiles have most to do: they start first.
@@ -142,16 +142,16 @@ def query_tile(tiles, heads, indices, sizes):
     head = (program // tiles) % heads
     document = program // tiles // heads  # a batch entry, or a packed document
     entry = document
-    if indices.cu_seqlens_q is not None:
+    if mask.cu_seqlens_q is not None:
         entry = document * 0
-    start_q, start_k, extent = sequence(document, indices, sizes)
+    start_q, start_k, extent = sequence(document, mask, length_q, length_k)
     return Work(tile, head, entry, start_q, start_k, extent)
 
 
 @triton.jit
-def key_tile(tiles, kv_heads, indices, sizes):
+def key_tile(tiles, kv_heads, mask, length_q, length_k):
     """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
-    work = query_tile(tiles, kv_heads, indices, sizes)
+    work = query_tile(tiles, kv_heads, mask, length_q, length_k)
     return Work(tiles - 1 - work.tile, work.head, work.entry, work.start_q, work.start_k, work.extent)
 
 

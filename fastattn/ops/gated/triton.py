@@ -61,12 +61,12 @@ def _gated_scores(s2, agreement, sharpness, far, LOG_GATE: tl.constexpr):
     return tl.where(far, s2 * gate, s2), tl.where(far, gate, 1.0), slope
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _gated_forward_kernel(
-    q, k, v, a, sharpness, dense, out, state, indices, heads, tiles, length_q, length_k, window_left, window_right, near,
-    factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, a, sharpness, dense, out, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_m
     count = extent.queries
@@ -106,12 +106,12 @@ def _gated_forward_kernel(
     store_state(state, statistics, top, log_sum, row < count)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _gated_backward_q_kernel(
-    q, k, v, g, a, sharpness, dense, state, delta, dq, da, dsharp, indices, heads, tiles, length_q, length_k, window_left,
-    window_right, near, factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, a, sharpness, dense, state, delta, dq, da, dsharp, mask, heads, tiles, length_q, length_k, near, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_m
     count = extent.queries
@@ -157,12 +157,12 @@ def _gated_backward_q_kernel(
     tl.store(dsharp + at, acc_sharp, mask=row < count)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _gated_backward_kv_kernel(
-    q, k, v, g, a, sharpness, dense, state, delta, dk, dv, da, indices, kv_heads, tiles, length_q, length_k, window_left,
-    window_right, near, factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, a, sharpness, dense, state, delta, dk, dv, da, mask, kv_heads, tiles, length_q, length_k, near, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = key_tile(tiles, kv_heads, indices, (length_q, length_k, window_left, window_right))
+    work = key_tile(tiles, kv_heads, mask, length_q, length_k)
     kv_head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_n
     if first >= extent.keys:

@@ -58,7 +58,7 @@ def grouped_attention(
     window: keys before the query that it always attends, 0 or more, default 128.
     scale: default 1/sqrt(D).
     mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense); default none. Attention stays
-        causal whatever the mask says. A mask with prefix_lengths is refused.
+        causal whatever the mask says. A mask with a prefix is refused.
 
     Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.

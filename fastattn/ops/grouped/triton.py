@@ -59,12 +59,12 @@ def _fold_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, M
     return fold(state, s, allowed, v_tile, operands.scale2, SCORE, MASKED, META.precision)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _grouped_forward_kernel(
-    q, k, v, groups, part, out, state, indices, heads, tiles, length_q, length_k, window_left, window_right, near, factors,
-    SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, groups, part, out, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_m
     if first >= extent.queries:
@@ -146,7 +146,7 @@ def _summaries(p: Problem, signatures, order, offsets, tiles: int, length: int, 
 def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: str) -> dict:
     """What both passes over tiles of `over` take beside an attention call's values; the summary is of the other side's tiles."""
     groups, key_groups = groups.contiguous(), key_groups.contiguous()
-    _, offsets_q, offsets_k, _ = p.indices
+    offsets_q, offsets_k = p.offsets
     order_q = _order(groups, offsets_q)
     same = (
         key_groups.data_ptr() == groups.data_ptr()

@@ -60,12 +60,12 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _grouped_backward_q_kernel(
-    q, k, v, g, groups, state, delta, part, dq, indices, heads, tiles, length_q, length_k, window_left, window_right, near,
-    factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, groups, state, delta, part, dq, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_m
     if first >= extent.queries:
@@ -160,12 +160,12 @@ def _key_tile_gradients(
     return dot(ds.to(q_tile.dtype), q_tile, dk, META.precision), dv
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right", "near"])
+@triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _grouped_backward_kv_kernel(
-    q, k, v, g, groups, state, delta, part_k, part_v, dk, dv, indices, kv_heads, tiles, length_q, length_k, window_left,
-    window_right, near, factors, SCORE: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, groups, state, delta, part_k, part_v, dk, dv, mask, kv_heads, tiles, length_q, length_k, near, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = key_tile(tiles, kv_heads, indices, (length_q, length_k, window_left, window_right))
+    work = key_tile(tiles, kv_heads, mask, length_q, length_k)
     kv_head, entry, extent = work.head, work.entry, work.extent
     first = work.tile * META.block_n
     if first >= extent.keys:

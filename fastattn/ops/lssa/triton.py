@@ -45,12 +45,11 @@ def _scores(q_tile, k, factor, begin, end, tile, count, META: tl.constexpr):
     return s, allowed_pairs(keys, begin, end, None)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _softplus_attention_forward_kernel(
-    q, k, v, out, statistics, indices, heads, tiles, length_q, length_k, window_left, window_right, log_dim, power,
-    REWEIGH: tl.constexpr, META: tl.constexpr,
+    q, k, v, out, statistics, mask, heads, tiles, length_q, length_k, log_dim, power, REWEIGH: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_m
     lq = extent.queries

@@ -60,13 +60,13 @@ def _gradients(s2, dp, statistics, delta, allowed, power, REWEIGH: tl.constexpr)
     return tl.where(allowed, weight, 0.0), tl.where(allowed, r, 0.0), slope
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _softplus_attention_backward_q_kernel(
-    q, k, v, g, statistics, delta, shift, dq, indices, heads, tiles, length_q, length_k, window_left, window_right, log_dim,
-    power, REWEIGH: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, statistics, delta, shift, dq, mask, heads, tiles, length_q, length_k, log_dim, power, REWEIGH: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
     """dQ of the unit vectors, and each row's mean of r over its keys (`shift`), which its keys' pass takes."""
-    work = query_tile(tiles, heads, indices, (length_q, length_k, window_left, window_right))
+    work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_m
     lq = extent.queries
@@ -106,12 +106,12 @@ def _softplus_attention_backward_q_kernel(
     store_rows(dq_rows, lq - first, acc, META.head_dim, META.block_m, META.block_d)
 
 
-@triton.jit(do_not_specialize=["length_q", "length_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["length_q", "length_k"])
 def _softplus_attention_backward_kv_kernel(
-    q, k, v, g, statistics, delta, shift, dk, dv, indices, kv_heads, tiles, length_q, length_k, window_left, window_right,
-    log_dim, power, REWEIGH: tl.constexpr, META: tl.constexpr,
+    q, k, v, g, statistics, delta, shift, dk, dv, mask, kv_heads, tiles, length_q, length_k, log_dim, power,
+    REWEIGH: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    work = key_tile(tiles, kv_heads, indices, (length_q, length_k, window_left, window_right))
+    work = key_tile(tiles, kv_heads, mask, length_q, length_k)
     tile, kv_head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_n
     lq, lk = extent.queries, extent.keys

@@ -17,7 +17,7 @@ class Batch:
     input_ids: torch.Tensor  # (1, T) int64
     labels: torch.Tensor  # (1, T) int64: response tokens, IGNORED elsewhere
     cu_seqlens: torch.Tensor  # (N + 1,) int32
-    prefix_lengths: torch.Tensor  # (N,) int32
+    prompt_lengths: torch.Tensor  # (N,) int32
 
     @property
     def tokens(self) -> int:
@@ -40,7 +40,7 @@ def pack(samples: list[Sample]) -> Batch:
         input_ids=torch.tensor([ids]),
         labels=torch.tensor([labels]),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        prefix_lengths=torch.tensor(prefixes, dtype=torch.int32),
+        prompt_lengths=torch.tensor(prefixes, dtype=torch.int32),
     )
 
 
