@@ -298,6 +298,9 @@ FASTATTN_INLINE bool decodes(const Problem& problem, const Sequence& s) {
   return problem.group * s.q_length <= problem.p.decode_rows;
 }
 
+// forward_decoded of p's score, compiled apart from the tiled kernels.
+void attention_decode(const AttentionParams& p);
+
 template <class Score>
 static void forward_decoded(const AttentionParams& p) {
   using Chunk = DecodeChunk<Score>;

@@ -1,4 +1,5 @@
-// Tiled attention forward: keys and values are packed once a key head, then blocks of query rows run on their own.
+// Attention forward, but for the sequences that are decoded. Tiled: keys and values are packed once a key head, then
+// blocks of query rows run on their own.
 #pragma once
 
 #include "attention_forward_block.h"
@@ -6,8 +7,43 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-template <class Unit, class Score>
-static void forward_tiled(const AttentionParams& p) {
+// What the loops over blocks know of a score: they are compiled once for all of them.
+template <class Unit>
+struct BlockOf {
+  int64_t (*bytes)(const Problem& problem, int64_t block_q, int64_t block_k);
+  void (*run)(const Problem& problem, int64_t block_q, int64_t block_k, Arena memory, const Sequence& s, int64_t head,
+              int64_t first, int64_t rows, const PackedHead<Unit>& packed);
+
+  template <class Score>
+  static BlockOf of() {
+    using Block = ForwardBlock<Unit, Score>;
+    return {[](const Problem& problem, int64_t block_q, int64_t block_k) {
+              return bytes_of([&](Arena& arena) { Block(problem, block_q, block_k, arena); });
+            },
+            [](const Problem& problem, int64_t block_q, int64_t block_k, Arena memory, const Sequence& s, int64_t head,
+               int64_t first, int64_t rows, const PackedHead<Unit>& packed) {
+              Block(problem, block_q, block_k, memory).run(s, head, first, rows, packed);
+            }};
+  }
+};
+
+constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
+
+// Keys and values [first, first + kPackRows) of one key head of a sequence.
+template <class Unit>
+FASTATTN_NOINLINE void pack_keys(const Problem& problem, const Sequence& s, int64_t head, int64_t first,
+                                 const PackedHead<Unit>& to) {
+  const AttentionParams& p = problem.p;
+  const int64_t rows = min64(kPackRows, s.keys - first);
+  if (rows <= 0) return;
+  pack_transposed<Unit>(to.keys + first * steps_of<Unit>(problem.head_dim),
+                        matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
+  pack_panels<Unit>(to.values, to.capacity, first / Unit::kStep, matrix(p.v, s.batch, head, s.k_begin + first), rows,
+                    problem.value_dim);
+}
+
+template <class Unit>
+static void forward_tiled(const AttentionParams& p, const BlockOf<Unit>& block) {
   const Problem problem(p);
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
   int64_t longest_q = 0, longest_k = 0;
@@ -19,23 +55,16 @@ static void forward_tiled(const AttentionParams& p) {
   }
   if (longest_q == 0) return;
   const int64_t head_bytes = bytes_of([&](Arena& arena) { PackedHead<Unit>(problem, longest_k, arena); });
-  const int64_t block_bytes =
-      bytes_of([&](Arena& arena) { ForwardBlock<Unit, Score>(problem, block_q, block_k, arena); });
+  const int64_t block_bytes = block.bytes(problem, block_q, block_k);
   const int64_t blocks = (longest_q + block_q - 1) / block_q;
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t wave = max64(1, min64(pairs, p.pack_kib * 1024 / max64(head_bytes, 1)));
 
-  constexpr int64_t kPackRows = 4 * kPanel;  // keys packed by one task
   const int64_t pack_tasks = (longest_k + kPackRows - 1) / kPackRows;
   const auto pack = [&](int64_t pair, int64_t first, Arena memory) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
-    const int64_t head = pair % problem.kv_heads, rows = min64(kPackRows, s.keys - first);
-    if (rows <= 0 || decodes(problem, s)) return;
-    const PackedHead<Unit> to(problem, longest_k, memory);
-    pack_transposed<Unit>(to.keys + first * steps_of<Unit>(problem.head_dim),
-                          matrix(p.k, s.batch, head, s.k_begin + first), rows, problem.head_dim);
-    pack_panels<Unit>(to.values, to.capacity, first / Unit::kStep, matrix(p.v, s.batch, head, s.k_begin + first), rows,
-                      problem.value_dim);
+    if (decodes(problem, s)) return;
+    pack_keys(problem, s, pair % problem.kv_heads, first, PackedHead<Unit>(problem, longest_k, memory));
   };
   // block `index` of a pair's query heads; the last rows of a causal sequence have the most keys, so they start first
   const auto run = [&](int64_t pair, int64_t index, Arena packed, Arena memory) {
@@ -43,8 +72,8 @@ static void forward_tiled(const AttentionParams& p) {
     const int64_t first = (blocks - 1 - index % blocks) * block_q;
     if (first >= s.q_length || decodes(problem, s)) return;
     const int64_t head = pair % problem.kv_heads * problem.group + index / blocks;
-    ForwardBlock<Unit, Score> block(problem, block_q, block_k, memory);
-    block.run(s, head, first, min64(block_q, s.q_length - first), PackedHead<Unit>(problem, longest_k, packed));
+    block.run(problem, block_q, block_k, memory, s, head, first, min64(block_q, s.q_length - first),
+              PackedHead<Unit>(problem, longest_k, packed));
   };
 
   const int64_t pair_blocks = problem.group * blocks;
@@ -76,11 +105,10 @@ static void forward_tiled(const AttentionParams& p) {
 
 template <class Score>
 static void forward_scored(const AttentionParams& p) {
-  if (p.decode_rows > 0) forward_decoded<Score>(p);
 #if defined(FASTATTN_BF16_DOT)
-  if (p.q.dtype == DType::bf16) return forward_tiled<Pairs, Score>(p);
+  if (p.q.dtype == DType::bf16) return forward_tiled(p, BlockOf<Pairs>::of<Score>());
 #endif
-  forward_tiled<Singles, Score>(p);
+  forward_tiled(p, BlockOf<Singles>::of<Score>());
 }
 
 }  // namespace FASTATTN_ISA
