@@ -48,16 +48,27 @@ class Make:
     """The tensors of examples: of one dtype and device, the same in every process.
 
     large: of sizes that are worth tuning for, where the examples give one (`size`).
+    longer: added to every size that differs from call to call (`length`).
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: str = "cpu", *, large: bool = False, seed: int = 1
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        large: bool = False,
+        longer: int = 0,
+        seed: int = 1,
     ) -> None:
-        self.dtype, self.device, self.large = dtype, device, large
+        self.dtype, self.device, self.large, self.longer = dtype, device, large, longer
         self._generator = torch.Generator().manual_seed(seed)
 
     def size(self, small: int, large: int) -> int:
         return large if self.large else small
+
+    def length(self, count: int) -> int:
+        """A number of tokens, rows or places in a cache: what a model's calls differ in."""
+        return count + self.longer
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Of the normal distribution."""

@@ -11,6 +11,7 @@ import fastattn as fa
 from fastattn import testing
 from fastattn.ops.matvec import matvec
 from fastattn.ops.rowwise import rotary_append
+from fastattn.runtime.examples import examples
 
 MOST_GRAPHS = 3  # torch's own: one of the first sizes, one of symbols; a third where a size is 0 or 1
 STEPS = range(12)  # more than torch compiles anew (torch._dynamo.config.recompile_limit)
@@ -301,6 +302,22 @@ def test_twelve_numbers(name):
         else map(float, STEPS)
     )
     assert graphs(fn, ([*inputs, n] for n in numbers)) <= MOST_GRAPHS
+
+
+@pytest.mark.parametrize("name", [name for name in examples() if name != "vq_sample"])  # see `sampled`
+def test_five_lengths_of_an_example(name):
+    example = examples()[name]
+
+    def call(*tensors):
+        given = dict(zip(example.tensors, tensors, strict=True)) | example.options
+        if example.gradients:
+            return example.function(**given)
+        with torch.no_grad():  # it may write to what it is given
+            given |= {name: given[name].clone() for name in example.floating}
+            return *testing.as_tuple(example.function(**given)), *(given[name] for name in example.floating)
+
+    calls = [list(examples(longer=step)[name].tensors.values()) for step in range(5)]
+    assert graphs(call, calls) <= MOST_GRAPHS
 
 
 def documents(step):

@@ -7,13 +7,14 @@ from . import attention, sigmoid_attention
 
 
 def examples(make: Make) -> dict[str, Example]:
-    q, k, v = make.normal(1, 4, 21, 12), make.normal(1, 2, 21, 12), make.normal(1, 2, 21, 10)
+    L = make.length(21)
+    q, k, v = make.normal(1, 4, L, 12), make.normal(1, 2, L, 12), make.normal(1, 2, L, 10)
     heads = {"q": q, "k": k, "v": v}
     causal = {"mask": Mask(causal=True)}
     like_torch = {"query": q, "key": k, "value": v}
     return {
         "attention": Example(attention, heads, causal | {"return_lse": True}),
-        "attention, bias": Example(attention, heads | {"bias": make.normal(1, 4, 21, 21)}),
+        "attention, bias": Example(attention, heads | {"bias": make.normal(1, 4, L, L)}),
         "attention, decoding": Example(attention, heads | {"q": q[:, :, -1:].contiguous()}),
         "sigmoid_attention": Example(sigmoid_attention, heads, causal),
         "scaled_dot_product_attention": Example(

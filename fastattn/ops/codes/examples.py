@@ -5,9 +5,10 @@ from . import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
 
 
 def examples(make: Make) -> dict[str, Example]:
-    h, codebook, bias = make.normal(9, 16), make.normal(7, 16), make.normal(30)
+    N = make.length(9)
+    h, codebook, bias = make.normal(N, 16), make.normal(7, 16), make.normal(30)
     head = {"h": h, "codebook": codebook, "codes": make.whole(7, 30)}
-    target = make.whole(30, 9)
+    target = make.whole(30, N)
     return {
         "vq_logits": Example(vq_logits, head),
         "vq_logits, bias": Example(vq_logits, head | {"bias": bias}),

@@ -5,8 +5,9 @@ from . import linear_cross_entropy, stablemax_cross_entropy
 
 
 def examples(make: Make) -> dict[str, Example]:
-    h, weight, bias, target = make.normal(9, 16), make.normal(30, 16), make.normal(30), make.whole(30, 9)
-    temperature = make.shares(9, 2)[:, 0] + 0.5
+    N = make.length(9)
+    h, weight, bias, target = make.normal(N, 16), make.normal(30, 16), make.normal(30), make.whole(30, N)
+    temperature = make.shares(N, 2)[:, 0] + 0.5
     return {
         "linear_cross_entropy": Example(
             linear_cross_entropy,
@@ -19,6 +20,6 @@ def examples(make: Make) -> dict[str, Example]:
             {"transform": "stablemax"},
         ),
         "stablemax_cross_entropy": Example(
-            stablemax_cross_entropy, {"logits": make.normal(9, 30), "target": target}
+            stablemax_cross_entropy, {"logits": make.normal(N, 30), "target": target}
         ),
     }

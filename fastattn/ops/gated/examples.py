@@ -7,9 +7,10 @@ from . import gated_attention
 
 
 def examples(make: Make) -> dict[str, Example]:
-    heads = {"q": make.normal(1, 4, 21, 12), "k": make.normal(1, 2, 21, 12), "v": make.normal(1, 2, 21, 10)}
+    L = make.length(21)
+    heads = {"q": make.normal(1, 4, L, 12), "k": make.normal(1, 2, L, 12), "v": make.normal(1, 2, L, 10)}
     gates = {
-        "assignment": make.shares(1, 21, 4),
+        "assignment": make.shares(1, L, 4),
         "sharpness": torch.ones((), dtype=make.dtype, device=make.device),
     }
     return {"gated_attention": Example(gated_attention, heads | gates, {"window": 4})}

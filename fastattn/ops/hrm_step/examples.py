@@ -10,7 +10,7 @@ def examples(make: Make) -> dict[str, Example]:
     shapes = ((64, 16), (16, 16), (6, 16), (16, 3))  # one layer in each of the two stacks
     state = make.normal(1, 16)
     caches = {
-        name: torch.zeros(2, 1, 1, 2, 4, 8, dtype=make.dtype, device=make.device)
+        name: torch.zeros(2, 1, 1, 2, make.length(4), 8, dtype=make.dtype, device=make.device)
         for name in ("k_cache", "v_cache")
     }
     weights = [make.normal(*shape) for shape in shapes * 2]

@@ -6,7 +6,8 @@ from . import lssa_attention
 
 
 def examples(make: Make) -> dict[str, Example]:
-    heads = {"q": make.normal(1, 4, 21, 12), "k": make.normal(1, 2, 21, 12), "v": make.normal(1, 2, 21, 10)}
+    L = make.length(21)
+    heads = {"q": make.normal(1, 4, L, 12), "k": make.normal(1, 2, L, 12), "v": make.normal(1, 2, L, 10)}
     causal = {"mask": Mask(causal=True)}
     return {
         "lssa_attention": Example(lssa_attention, heads, causal),

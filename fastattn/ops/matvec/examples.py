@@ -5,4 +5,4 @@ from . import matvec
 
 
 def examples(make: Make) -> dict[str, Example]:
-    return {"matvec": Example(matvec, {"x": make.normal(3, 16), "weight": make.normal(30, 16)})}
+    return {"matvec": Example(matvec, {"x": make.normal(make.length(3), 16), "weight": make.normal(30, 16)})}

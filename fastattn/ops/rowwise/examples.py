@@ -7,18 +7,19 @@ from . import gated, rms_norm, rotary, rotary_append, swiglu
 
 
 def examples(make: Make) -> dict[str, Example]:
-    q, k, v = make.normal(1, 4, 21, 12), make.normal(1, 2, 21, 12), make.normal(1, 2, 21, 10)
+    L = make.length(21)
+    q, k, v = make.normal(1, 4, L, 12), make.normal(1, 2, L, 12), make.normal(1, 2, L, 10)
     caches = {
-        name: torch.zeros(1, 2, 30, t.shape[3], dtype=make.dtype, device=make.device)
+        name: torch.zeros(1, 2, L + 9, t.shape[3], dtype=make.dtype, device=make.device)
         for name, t in (("keys", k), ("values", v))
     }
-    positions = make.count(21)
+    positions, N = make.count(L), make.length(9)
     return {
         "rms_norm": Example(
-            rms_norm, {"x": make.normal(9, 16), "residual": make.normal(9, 16), "weight": make.normal(16)}
+            rms_norm, {"x": make.normal(N, 16), "residual": make.normal(N, 16), "weight": make.normal(16)}
         ),
-        "swiglu": Example(swiglu, {"gate_up": make.normal(5, 46)}),
-        "gated": Example(gated, {"x": make.normal(5, 23), "gate": make.normal(5, 23)}),
+        "swiglu": Example(swiglu, {"gate_up": make.normal(N, 46)}),
+        "gated": Example(gated, {"x": make.normal(N, 23), "gate": make.normal(N, 23)}),
         "rotary": Example(rotary, {"q": q, "k": k, "positions": positions}),
         "rotary_append": Example(
             rotary_append,

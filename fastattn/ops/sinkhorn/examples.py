@@ -5,7 +5,7 @@ from . import sinkhorn
 
 
 def examples(make: Make) -> dict[str, Example]:
-    scores = make.normal(1, 21, 4)
+    scores = make.normal(1, make.length(21), 4)
     packed = {"lengths": make.count(2) + 6, "cu_seqlens": make.count(3) * 10}
     return {
         "sinkhorn": Example(sinkhorn, {"scores": scores}),
