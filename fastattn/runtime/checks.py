@@ -11,15 +11,15 @@ INTEGER = (torch.int32, torch.int64)
 
 
 def traced() -> bool:
-    """Whether this call is traced, and tensors have no contents. torch.compiler.is_compiling is true in all threads while
-    one compiles; here it counts only where this thread's own mode is doing it (torch.export without Dynamo)."""
+    """Whether this call is being traced, so that tensors have no contents. torch.compiler.is_compiling is true in every thread
+    while one of them compiles; it counts only where a dispatch mode of this thread traces (torch.export without Dynamo)."""
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 def has_contents(value: torch.Tensor) -> bool:
-    """Whether numbers can be read from a tensor here: not while tracing, from the meta device or under vmap."""
+    """Whether a tensor's values can be read now: not while tracing, not on the meta device and not under vmap."""
     if traced() or value.is_meta or torch._subclasses.fake_tensor.is_fake(value):
         return False
     functorch = torch._C._functorch
@@ -31,7 +31,7 @@ def has_contents(value: torch.Tensor) -> bool:
 
 
 def as_integer(value: Any) -> int | None:
-    """An int of Python, numpy or a compiler; None for what is none."""
+    """value as an int or SymInt; None if it is no integer. A bool is none."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else cast(int, value)
     if isinstance(value, numbers.Integral):
@@ -40,7 +40,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `as_number` may have a float to make of it: of a number but a symbol, which is one, and of tensors."""
+    """Whether `as_number` would convert value: a number or a tensor, but not a bool, nor a SymFloat, which stays as it is."""
     return isinstance(value, (torch.Tensor, numbers.Real)) and not isinstance(value, (bool, torch.SymFloat))
 
 
@@ -127,7 +127,7 @@ def check_exact(
     device: torch.device,
     why: str,
 ) -> None:
-    """A tensor that can only have one shape, dtype and device: an incoming gradient, a result that was kept."""
+    """Check a tensor that has exactly one allowed shape, dtype and device, such as an incoming gradient or a saved result."""
     if (
         isinstance(value, torch.Tensor)
         and value.shape == shape
@@ -158,7 +158,7 @@ def check_written(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def statistics_dtype(t: torch.Tensor) -> torch.dtype:
-    """Of an op's log-sum-exps, losses and norms."""
+    """The dtype of the log-sum-exps, losses and norms that an op computes from t."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -191,13 +191,13 @@ def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...],
 
 
 def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    """Whether a tensor of `shape`, of as many dims, broadcasts to `full`. By ==, which guards a size that is symbolic
-    while tracing; `in` would say that no symbol is the number it stands for."""
+    """Whether a tensor of `shape` broadcasts to `full`, which has as many dims. Sizes are compared by ==, which adds a guard for
+    a symbolic size while tracing; `in` would compare by identity and miss the size that a symbol stands for."""
     return all(a == 1 or a == b for a, b in zip(shape, full, strict=True))
 
 
 def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """What all broadcast to, or None. As torch.broadcast_shapes, whose call a compiler would keep in its graph."""
+    """The shape that all broadcast to, or None: torch.broadcast_shapes without a call that a compiler keeps in its graph."""
     result = [1] * max(len(shape) for shape in shapes)
     for shape in shapes:
         for i, size in enumerate(shape, len(result) - len(shape)):
@@ -231,7 +231,7 @@ def as_positive(op: str, name: str, value: object, *, zero: bool = False) -> flo
 def check_range(
     op: str, name: str, value: torch.Tensor, low: int, high: int, *, also: int | None = None
 ) -> None:
-    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped where there are none to read."""
+    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped where they cannot be read (`has_contents`)."""
     if value.device.type != "cpu" or not has_contents(value) or value.numel() == 0:
         return
     least, most = torch.aminmax(value)

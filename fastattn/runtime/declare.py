@@ -184,12 +184,12 @@ def _differentiable_once(name: str, backward: Callable) -> Callable:
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """Keep tensors for backward. Those of torch.inference_mode are copied: autograd takes only others."""
+    """Save tensors for the backward. Inference tensors are copied, because autograd cannot save them."""
     ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
 
 
 def gradient_like(t: torch.Tensor | None, of: torch.Tensor, wanted: bool = True) -> torch.Tensor:
-    """An empty gradient of t, contiguous; (0,) of `of`'s kind where there is no t or its gradient is not wanted."""
+    """An uninitialised contiguous gradient of t; of shape (0,), like `of`, if t is None or its gradient is not wanted."""
     if t is None or not wanted:
         return of.new_empty(0)
     return torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -200,7 +200,7 @@ def bits(flags: Sequence[bool]) -> int:
 
 
 def _cut(fields: dict[str, Any], of: tuple[str, ...]) -> int:
-    """How many inputs stand before the saved outputs in a backward."""
+    """The number of inputs before the saved outputs in a backward's members."""
     return 1 + max(list(fields).index(name) for name in of)
 
 
@@ -210,7 +210,9 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
     kept = [outputs.index(n) for n in g.saved]
     incoming = [outputs.index(n) for n in g.outputs]
     constant = [i for i in range(len(outputs)) if i not in incoming]
-    cut = _cut(fields, g.of)  # these inputs are no group: values and members agree
+    cut = _cut(
+        fields, g.of
+    )  # none of these inputs is a group, so they are at the same places in values and members
     if len(incoming) > 1 and g.outputs[0] not in g.saved:
         raise ValueError(f"{name}: {g.outputs[0]} must be saved, for its gradient where only others have one")
 
@@ -223,11 +225,11 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        found = [None] * (len(flat) + 1)
+        result = [None] * (len(flat) + 1)
         grads = [grads[i] for i in incoming]
         if all(grad is None for grad in grads):
-            return tuple(found)
-        # read once: a checkpoint recomputes them for one reading
+            return tuple(result)
+        # ctx.saved_tensors is read once: under a checkpoint every read computes them again
         values, tensors = list(ctx.inputs), ctx.saved_tensors
         for i, t in zip(ctx.where, tensors, strict=False):
             values[i] = t
@@ -238,10 +240,10 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         needed = {n: values[i] is not None and ctx.needs_input_grad[i] for n, i in places.items()}
         rest += [bits([needed[n] for n in g.optional])] if g.optional else []
         results = dispatch_values(f"{name}_backward", *grads, *values[:cut], *saved, *rest, backend)
-        for n, result in zip(g.of, results if isinstance(results, tuple) else (results,), strict=True):
+        for n, gradient in zip(g.of, results if isinstance(results, tuple) else (results,), strict=True):
             if needed[n]:
-                found[places[n]] = result
-        return tuple(found)
+                result[places[n]] = gradient
+        return tuple(result)
 
     return Autograd(setup, backward)
 
@@ -263,7 +265,7 @@ def _declare_backward(
     places = {n: list(fields).index(n) for n in g.of}
 
     def inputs_of(args: Sequence[Any]) -> list:
-        """The definition's members, of the backward's."""
+        """The forward's members from the backward's."""
         end = len(args) - bool(g.optional)
         return [*args[before : before + cut], *args[before + cut + saved : end]]
 
@@ -305,14 +307,14 @@ def pull(
         result = definition(*full)
         result = result if isinstance(result, tuple) else (result,)
         pairs = [(r, g) for r, g in zip(result, grads, strict=False) if g is not None and r.requires_grad]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [r for r, _ in pairs],
             [full[i] for i in present],
             [g for _, g in pairs],
             allow_unused=True,
             materialize_grads=True,
         )
-    by_place = {i: g.contiguous() for i, g in zip(present, found, strict=True)}
+    by_place = {i: g.contiguous() for i, g in zip(present, gradients, strict=True)}
     return [by_place.get(i) for i in wrt]
 
 

@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """The folder `path`, made if need be. Raises ValueError where no file can be made in it."""
+    """Make the folder `path` if it does not exist. Raises ValueError if no file can be created in it."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file; a folder is needed")
@@ -53,7 +53,7 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads, of which every failure is a ValueError: that of a text nested too deep as well."""
+    """json.loads, which raises ValueError for every bad text, also for one that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -61,7 +61,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file of UTF-8 holds. FileNotFoundError, or ValueError naming the file."""
+    """The value in a UTF-8 JSON file. Raises FileNotFoundError, or ValueError naming the file."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -74,8 +74,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be written as UTF-8: half of a surrogate pair, which JSON may spell and bytes become that are no
-    UTF-8, cannot."""
+    """Whether text can be written as UTF-8. False for lone surrogates, which come from JSON escapes or undecodable bytes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -84,7 +83,7 @@ def is_unicode(text: str) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8 to `path`, whole or not at all; a file name's bytes that are no UTF-8 are spelled out."""
+    """Writes `text` as UTF-8 to `path`, whole or not at all. Lone surrogates, as in a file name that is no UTF-8, are written as escapes."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -92,8 +91,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, whole or not at all. Equal tensors give equal bytes; those that share memory are each
-    written. Raises OSError where it cannot be written."""
+    """Writes a safetensors file, whole or not at all. Equal tensors give equal bytes; tensors that share memory are written
+    separately. Raises OSError if the file cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

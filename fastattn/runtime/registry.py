@@ -82,7 +82,7 @@ class Op:
     writes: bool = False  # to an argument
 
     def members(self, values: Sequence[Any]) -> Sequence[Any]:
-        """A call's members, of the values of torch's schema."""
+        """The members of a call from its values in the order of torch's schema."""
         if self.group is None:
             return values
         place, kind = self.group
@@ -90,14 +90,14 @@ class Op:
         return (*values[:place], kind(*values[place:end]), *values[end:])
 
     def values(self, members: Sequence[Any]) -> Sequence[Any]:
-        """The values of torch's schema, of a call's members."""
+        """The values in the order of torch's schema from a call's members."""
         if self.group is None:
             return members
         place, _ = self.group
         return (*members[:place], *members[place], *members[place + 1 :])
 
     def plain(self, members: tuple) -> tuple:
-        """members with numbers of numpy and 0-dim tensors as Python's; what is no number stays for `check` to refuse."""
+        """members with numpy numbers and 0-dim tensors as Python numbers. Other types are left for `check` to refuse."""
         changed = None
         for i, name in self.numbers:
             value = members[i]
@@ -112,14 +112,14 @@ class Op:
         return members if changed is None else tuple(changed)
 
     def run(self, members: Sequence[Any], requested: str, reads: int | None = None) -> Any:
-        """Checked members to the backend that serves them. reads: how many of the first outputs matter, None for all."""
+        """Run the first backend that serves these checked members. reads: how many of the first outputs the caller uses, None: all."""
         if self.check_contents is not None:
             self.check_contents(*members)
         device = _device(members)
         if explaining.calls is not None:
             return self._explain(device, members, requested)
         for backend in self.backends:
-            # what `select` does, without the reasons
+            # as `select`, without collecting reasons
             if (
                 (not requested or backend.name == requested)
                 and (backend.devices is None or device.type in backend.devices)
@@ -199,7 +199,7 @@ def dispatch_values(name: str, *values: Any) -> Any:
     values = list(values)
     for i, _ in numbers:
         if values[i] is not None and not isinstance(values[i], torch.Tensor):
-            # a product is what compilers make of tensors in place of symbols
+            # times 1, so that a compiler makes a tensor of the symbol
             values[i] = torch.ones((), dtype=torch.float64, device="cpu") * values[i]
     return getattr(packet, NUMBERS)(*values)
 
@@ -207,7 +207,7 @@ def dispatch_values(name: str, *values: Any) -> Any:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _VALUES = frozenset(
     (type(None), bool, int, float, str)
-)  # the most of an op's arguments, and quicker to know by type
+)  # types of most arguments; a look-up in a set is faster than isinstance
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
@@ -231,8 +231,8 @@ def refuse_gradients(name: str, args: Sequence[Any]) -> None:
 
 
 def _unobserved(members: Sequence[Any]) -> bool:
-    """Whether the dispatcher would do nothing with the call but run the backend: no gradients, subclasses, modes,
-    transforms, tracing or profiler."""
+    """Whether torch's dispatcher would only run the backend: there are no gradients, subclasses, modes, transforms, tracing or
+    profiler."""
     return not torch_private.observed() and _all_plain(members, torch.is_grad_enabled())
 
 
@@ -279,13 +279,13 @@ def _refuse_functional_gradients(name: str, members: Sequence[Any]) -> None:
 
 
 def call(name: str, *args: Any, reads: int | None = None) -> Any:
-    """torch.ops.fastattn.<name> of a call's members and a backend; past the dispatcher, which costs more than a small op, where
-    it has no part.
+    """torch.ops.fastattn.<name> of a call's members and a backend. Where torch's dispatcher has nothing to do it is bypassed,
+    because it takes longer than a small op.
 
-    reads: how many of the first outputs the caller reads, where it is not all: others may be missing from the result.
+    reads: how many of the first outputs the caller uses, None: all. The others may be missing from the result.
 
-    Raises NotImplementedError for tangents of forward-mode differentiation, which the dispatcher would drop, and for
-    torch.func's gradients, and vmap of what writes to an argument, which it refuses with no word of the op.
+    Raises NotImplementedError for forward-mode differentiation, whose tangents the dispatcher would drop, for torch.func's
+    gradients, and for vmap of an op that writes to an argument; torch's own errors for the last two do not name the op.
     """
     op = OPS[name]
     members = op.plain(args[:-1])

@@ -39,7 +39,7 @@ def forget() -> None:
 
 
 def install(target: _device.Target, table: dict | None) -> None:
-    """Stand this table in for every file's on a device (None: the files again)."""
+    """Use this table for a device instead of all files (None: read the files again)."""
     with _lock:
         if table is None:
             _installed.pop(target, None)
@@ -99,18 +99,18 @@ def relatives(target: _device.Target) -> list[tuple[str, dict]]:
         if target in _installed:
             return []
         if target not in _relatives:
-            found = []
+            result = []
             for directory in directories():
                 for path in sorted(directory.glob("*.json"))[:_MOST_RELATIVES]:
-                    if path.stem == target.slug:  # `tables` has looked at it
+                    if path.stem == target.slug:  # `tables` reads this one
                         continue
                     table = read_table(path)
                     if table is None:
                         continue
                     if target.resembles(table.get("device")) and not target.matches(table["device"]):
-                        found.append((str(path), table))
-            found.sort(key=lambda item: _strangeness(item[1]["device"], target))
-            _relatives[target] = found
+                        result.append((str(path), table))
+            result.sort(key=lambda item: _strangeness(item[1]["device"], target))
+            _relatives[target] = result
         return _relatives[target]
 
 
@@ -123,12 +123,12 @@ def _strangeness(described: dict, target: _device.Target) -> tuple[bool, float]:
 
 
 def read_table(path: Path, target: _device.Target | None = None) -> dict | None:
-    """A table's contents, or None with one log line where the file is not one that can be used."""
+    """A table's contents, or None and one log line if the file cannot be used."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
         complain(f"{path}: not a regular file under {MAX_BYTES >> 20} MiB, ignored")
         return None
     try:
@@ -160,8 +160,8 @@ def table_entries(table: dict, op: str, backend: str) -> list[dict]:
     level: Any = table
     for name in ("ops", op, backend):
         level = level.get(name) if isinstance(level, dict) else None
-    found = level.get("entries") if isinstance(level, dict) else None
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    entries = level.get("entries") if isinstance(level, dict) else None
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def brief(value: Any) -> str:

@@ -244,7 +244,7 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
         assert len(cache) == 2  # with its weight, but while a view is left
         del view
         assert len(cache) == 1
-        assert cache.bytes == next(iter(cache._found.values()))[1].nbytes
+        assert cache.bytes == next(iter(cache._results.values()))[1].nbytes
 
 
 def test_cache_is_bounded_and_shared_by_threads():
