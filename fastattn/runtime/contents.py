@@ -14,7 +14,8 @@ from . import native
 def digest(source: torch.Tensor) -> int:
     """A 64-bit hash of a contiguous CPU tensor's bytes, computed at the speed of memory; different contents collide by chance only."""
     result = torch.empty(1, dtype=torch.int64)
-    of_bytes = source.detach().view(-1).view(torch.uint8)
+    # a lone element is contiguous whatever its strides are
+    of_bytes = source.detach().as_strided((source.numel(),), (1,)).view(torch.uint8)
     native.run("digest", source=of_bytes, digest=result, threads=native.threads())
     return int(result)
 

@@ -204,6 +204,18 @@ def test_a_digest_sees_every_element_and_its_place(shape, dtype, isa):
         assert len(seen) >= 5
 
 
+@pytest.mark.parametrize("product", ["native", "library"])
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_a_lone_weight_has_any_strides(dtype, product, isa):
+    """One element is contiguous to torch whatever its strides are."""
+    strided = torch.tensor([[3.0, -1.0]], dtype=dtype)[:, ::2]
+    assert strided.is_contiguous() and strided.stride(1) == 2
+    x = testing.random_tensor(5, 1, dtype=dtype, requires_grad=True)
+    with use(product):
+        testing.check_op(run(None, False), define(None, False), (x, strided.requires_grad_(), None, None))
+    assert digest(strided) == digest(strided.clone(memory_format=torch.contiguous_format))
+
+
 def test_a_digest_does_not_depend_on_the_number_of_threads():
     source = testing.random_tensor(1000, 300, seed=1)
     before = torch.get_num_threads()
