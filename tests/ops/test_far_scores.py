@@ -186,9 +186,31 @@ def test_softplus_with_rows_and_keys_of_both_kinds(isa, nan_outputs, shape):
         testing.check_op(op("cpu"), op("reference"), inputs, terms=200)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("queries", (1, 40))
+def test_softplus_weights_that_are_small_beside_their_row(isa, nan_outputs, queries, backend):
+    """Gradients of a value that one row in float32 weighs by e^(low - high). A weight may lose 2^-123 before it is divided by
+    the row's sum, of which e^high is the most, and from 1e-20 on down is softmax's, divided by 1 and more; the definition
+    takes softmax's from -38 on. Otherwise it is off by its score's roundings, 8 units of 2^-24 of both, and a dozen of its own."""
+    for high in (0.0, -10.0, -30.0, -37.0, -40.0, -45.0, -47.0, -60.0):
+        low = torch.tensor([high - far for far in (5.0, 25.0, 45.0, 60.0, 80.0)])
+        k = torch.cat((torch.tensor([high]), low)).view(1, 1, -1, 1)
+        q, v = torch.ones(1, 1, queries, 1), torch.zeros(1, 1, k.shape[2], 1, requires_grad=True)
+        out = fa.attention(q, k, v, score="softplus", scale=1.0, backend=backend)
+        grad = torch.zeros_like(out)
+        grad[0, 0, 0] = 1.0
+        out.backward(grad)
+        # log1p, where softplus in float64 would be 0
+        raw = torch.log1p(k.double().flatten().exp())
+        true, total = raw / raw.sum(), float(raw.sum())
+        least = 1.0 if total < (1e-20 if backend == "cpu" else math.exp(-38)) else total
+        bound = true * 2.0**-24 * (8 * (k.flatten().abs() + abs(high)) + 24) + 2.0**-123 / min(least, 1.0)
+        assert bool(((v.grad.double().flatten() - true).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_softplus_tends_to_softmax(dtype):
-    """By the definition: weights of scores below -64, or -745 where float64's exponential ends, are those of softmax."""
+    """By the definition: weights of scores below -38, or -745 where float64's exponential ends, are those of softmax."""
     q, k, v = testing.attention_inputs(2, 4, 2, 5, 9, dtype=dtype)
     for bias in (-100.0, -2000.0):
         options = {"bias": bias, "return_lse": True, "backend": "reference"}

@@ -6,9 +6,9 @@ from ... import masks
 from ...runtime.arithmetic import rounded_once
 from .scores import BY_CODE
 
-LIMIT_SCORE = (
-    -64.0
-)  # below it e^s is log(1 + e^s) to a factor of 1 - e^-64 / 2, closer than float64's roundings
+# below it e^s is log(1 + e^s) to a factor of 1 - e^-38 / 2, closer than float64's roundings; not much above it, as float32's
+# subnormals take digits from weights that are small beside a row's others
+LIMIT_SCORE = -38.0
 
 
 @rounded_once
