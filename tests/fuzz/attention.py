@@ -10,8 +10,15 @@ an ulp of float32) and h half an ulp of the inputs' dtype (0 for float32), to fi
     dP = g.v            (Dv + 1) * u * sum |g v|
     delta = g.out       sum |g| * (error of out + h * |out|) + (Dv + 1) * u * sum |g out|
 
-and sums of score gradients times q, k add their own terms likewise. A stored result is rounded once more. Weights under 2^-123 may
-be anything under it. Where a bound says nothing (a relative error of 1 and more), softmax weights still lie between 0 and 1.
+and sums of score gradients times q, k add their own terms likewise. A stored result is rounded once more. Where a bound says
+nothing (a relative error of 1 and more), softmax weights still lie between 0 and 1.
+
+Below the normal numbers: weights under 2^-123 may be anything under it, before they are divided by their row's sum. Softmax's and
+sigmoid's are divided by 1 and more. Softplus' sum may be less, down to the 1e-20 from which on the kernels give a row the weights of
+softmax: so a softplus weight may lose 2^-123 over the sum, 1e-17 at most, and its slope the same.
+
+A product of n pairs of bf16 by AVX512-BF16 loses n * 2^-126 * (2 + the larger factor) at most (src/cpu/tile.h). It counts in dP; in
+the output, which is divided by the row's sum; and in dq, dk (times the scale) and dv. In a score it is nothing beside (n + 16) * u.
 """
 
 from __future__ import annotations
@@ -30,6 +37,8 @@ from fastattn.runtime.native import use_cpu_isa
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNIT = 2.0**-24
 TINY = 2.0**-123
+FLUSHED = 2.0**-126
+LIMIT_SUM = 1e-20  # kLimitSum of src/cpu/attention_decode.h
 SHIFTED = ("softmax", "softplus")
 
 
@@ -260,9 +269,8 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         added = torch.tensor(bias, dtype=torch.float64)
     elif score == "sigmoid":
         added = -count.log()
-    tiny = (
-        TINY * allowed.expand_as(product).double()
-    )  # of keys that a bias of -inf takes out too: sigmoid's weights of it
+    # of keys that a bias of -inf takes out too: sigmoid's weights of it
+    tiny = TINY * allowed.expand_as(product).double()
     allowed = (allowed & (added > -math.inf)).expand_as(product)
     s = (product + added.clamp(min=-1e300)).masked_fill(~allowed, -math.inf)
     lk = max(case["k_length"], 1)
@@ -298,9 +306,15 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         lse = (total.log() + shift).squeeze(-1)
     else:
         weight, shared = raw, 0.0
+    small = torch.ones(())  # what the division by a small sum makes of what was lost before it
+    if score == "softplus":
+        sums = lse.exp()[..., None]  # the kernel's own is within a factor of two
+        small = torch.where(sums < LIMIT_SUM / 2, 1.0, 1 / sums.clamp(LIMIT_SUM / 2, 1.0))
+        tiny = tiny * small
     relative = error + shared + (lk + 16) * UNIT + half
     out = weight @ v64
     out_error = (weight * (relative + lk * UNIT)) @ v64.abs() + tiny @ v64.abs()
+    out_error = out_error + small * (_flushed(case, lk, v64) + _flushed(case, lk))
     if normalised:  # weights between 0 and 1 that add up to 1
         largest = (
             (v64.abs()[:, :, None] * allowed[..., None].double()).amax(-2) if case["k_length"] else 0 * out
@@ -325,7 +339,7 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         grad_score = grad_score + slope * grad_lse.double()[..., None]
     else:
         grad_lse = torch.zeros(q.shape[:3])
-    pulled_error = (value_dim + 1) * UNIT * (g.abs() @ v64.abs().mT)
+    pulled_error = (value_dim + 1) * UNIT * (g.abs() @ v64.abs().mT) + _flushed(case, value_dim, g, v64)
     delta_error = torch.zeros(())
     if normalised:
         delta_error = (g.abs() * (out_error + half * out.abs())).sum(-1, keepdim=True)
@@ -346,15 +360,18 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     results = {
         "dq": (
             scale * grad_score @ k64,
-            abs(scale) * (grad_bound + lk * UNIT * grad_score.abs()) @ k64.abs(),
+            abs(scale)
+            * ((grad_bound + lk * UNIT * grad_score.abs()) @ k64.abs() + _flushed(case, lk, grad_score, k64)),
         ),
         "dk": (
             keys(scale * grad_score.mT @ q64),
-            keys(abs(scale) * (grad_bound + rows * UNIT * grad_score.abs()).mT @ q64.abs()),
+            keys(abs(scale) * (grad_bound + rows * UNIT * grad_score.abs()).mT @ q64.abs())
+            + abs(scale) * _flushed(case, rows, grad_score, q64),
         ),
         "dv": (
             keys(weight.mT @ g),
-            keys((weight * (relative + half + rows * UNIT) + tiny).mT @ g.abs()),
+            keys((weight * (relative + half + rows * UNIT) + tiny).mT @ g.abs())
+            + _flushed(case, rows, weight, g),
         ),
     }
     if isinstance(bias, torch.Tensor):
@@ -367,6 +384,14 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     for name in wanted:
         truth, bound = results["d" + name]
         yield "d" + name, truth, bound + _rounding(truth, dtype)
+
+
+def _flushed(case: dict, terms: int, *factors: torch.Tensor) -> float:
+    """What a product of so many pairs may lose below the normal numbers; a factor of 1 and less may be left out."""
+    names = fa.cpu_isas()
+    if case["dtype"] != "bfloat16" or names[case["isa"] % len(names)] != "avx512bf16":
+        return 0.0
+    return FLUSHED * terms * (2 + max([1.0, *(testing.max_finite(t) for t in factors)]))
 
 
 def _rounding(truth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attention
 import campaign
+
+from fastattn.runtime import native
 
 PARTS = 4  # of a family, each with a seed of its own, so that test processes share them
 CASES = 250
@@ -51,3 +54,97 @@ def test_a_wrong_result_is_found_and_printed_as_a_test(monkeypatch):
     test = next(value for name, value in scope.items() if name.startswith("test_attention_case_"))
     with pytest.raises(AssertionError, match="beyond their bound"):
         test()
+
+
+# A kernel, its output, and what a wrong kernel would store there
+WRONG = {
+    "a thousandth too large": lambda t: t.mul_(1.001),
+    "of the wrong sign": torch.Tensor.neg_,
+    "its first column left out": lambda t: t[..., :1].zero_(),
+}
+OUTPUTS = {
+    "rows": (
+        ("rms_norm", "normed"),
+        ("rms_norm", "rstd"),
+        ("rms_norm_backward", "grad"),
+        ("rms_norm_backward", "weight_partials"),
+        ("swiglu", "out"),
+        ("swiglu_backward", "grad_a"),
+        ("swiglu_backward", "grad_b"),
+        ("gated", "out"),
+        ("gated_backward", "grad_a"),
+        ("gated_backward", "grad_b"),
+        ("rotary", "out"),
+    ),
+    "attention": (
+        ("attention_forward", "out"),
+        ("attention_forward", "lse"),
+        ("attention_backward", "grad_q"),
+        ("attention_backward", "grad_k"),
+        ("attention_backward", "grad_v"),
+    ),
+}
+# A kernel and the term it would forget, by its operand
+FORGOTTEN = {
+    "rows": (
+        ("rms_norm", "weight"),
+        ("rms_norm_backward", "weight"),
+        ("rms_norm_backward", "grad_total"),
+    ),
+    "attention": (
+        ("attention_forward", "bias"),
+        ("attention_backward", "bias"),
+        ("attention_backward", "grad_lse"),
+        ("attention_forward", "dense"),
+    ),
+}
+DRAWN = 1000  # cases until one draws the mutant's kernel, and what is wrong with it is above a rounding
+
+
+def found_wrong(monkeypatch, family, kernel, change):
+    """Whether the campaign finds a failure where this kernel's run is change(run, fields)."""
+    run = native.run
+
+    def mutant(name, /, **fields):
+        return change(run, fields) if name == kernel else run(name, **fields)
+
+    monkeypatch.setattr(native, "run", mutant)
+    _, failures = campaign.run(family, DRAWN, most=1)
+    return bool(failures) and "beyond their bound" in failures[0]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    ("family", "kernel", "output"), [(f, *pair) for f, pairs in OUTPUTS.items() for pair in pairs]
+)
+def test_a_wrong_kernel_is_found(monkeypatch, family, kernel, output, wrong):
+    def change(run, fields):
+        run(kernel, **fields)
+        if fields.get(output) is not None:
+            WRONG[wrong](fields[output])
+
+    assert found_wrong(monkeypatch, family, kernel, change)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "operand"), [(f, *pair) for f, pairs in FORGOTTEN.items() for pair in pairs]
+)
+def test_a_forgotten_term_is_found(monkeypatch, family, kernel, operand):
+    def change(run, fields):
+        run(kernel, **(fields | {operand: None}))
+
+    assert found_wrong(monkeypatch, family, kernel, change)
+
+
+@pytest.mark.parametrize("share", (0.0, 0.999, -1.0))
+def test_a_wrong_projection_is_found(monkeypatch, share):
+    """The term of a norm's gradient that cancels, left out, a thousandth short, or added."""
+
+    def change(run, fields):
+        run("rms_norm_backward", **fields)
+        g, x, rstd = (fields[name].float() for name in ("grad_normed", "total", "rstd"))
+        g = g if fields["weight"] is None else g * fields["weight"].float()
+        term = x * rstd.pow(3) * (g * x).mean(-1, keepdim=True)
+        fields["grad"].add_((1 - share) * term)
+
+    assert found_wrong(monkeypatch, "rows", "rms_norm_backward", change)

@@ -50,6 +50,44 @@ def test_rms_norm(isa, shape, layout, dtype, residual, weight):
         )
 
 
+@pytest.mark.parametrize("eps", (1e-12, 1e-5, 1.0))
+@pytest.mark.parametrize("size", (1e-3, 1.0, 1e4))
+def test_a_norm_of_one_column_is_off_by_roundings_of_its_terms(isa, size, eps):
+    """Its gradient is g * rstd less x^2 rstd^2 of that, which leaves g * rstd^3 * eps.
+
+    With u = 2^-24: rstd is the root of a sum of x^2 and eps, three roundings, taken and divided by, two more: 3.5 u. The second
+    term is x * ((g w x) * rstd * rstd), six roundings and twice rstd's, 13 u, where the first has one. Their difference, and
+    its product with rstd, are off by 1 + 1 + 3.5 u of what is left.
+    """
+    x, grad = (
+        testing.random_tensor(200, 1, scale=size, requires_grad=True),
+        testing.random_tensor(200, 1, seed=2),
+    )
+    w = testing.random_tensor(1, seed=3)
+    fa.rms_norm(x, weight=w, eps=eps).backward(grad)
+    g, rstd = grad.double() * w.double(), (x.detach().double().square() + eps).rsqrt()
+    true = g * rstd.pow(3) * eps
+    bound = 2.0**-24 * (14 * (g * rstd).abs() + 6 * true.abs()) * (1 + 1e-5)
+    assert bool(((x.grad.double() - true).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", testing.LOW_DTYPES)
+def test_gates_far_below_zero_are_right_or_zero(isa, dtype):
+    """1 + e^-x is infinite from -89 on; x / (1 + e^-x) then is 0 where e^x is less than 2^-126. See src/cpu/math.h."""
+    gate = torch.linspace(-104, -80, 400).to(dtype)
+    up = torch.full_like(gate, 1e4)
+    out = fa.swiglu(torch.stack((gate, up), -1)).squeeze(-1).double()
+    sigmoid, factor = gate.double().sigmoid(), (gate.double() * up.double()).abs()
+    limits = torch.finfo(dtype)
+    divisor = {torch.float32: 4e-7, torch.bfloat16: 9e-5, torch.float16: 1.1e-5}[
+        dtype
+    ]  # and the stored result's
+    relative = divisor + 2.0**-22 + (limits.eps / 2 if dtype != torch.float32 else 0)
+    lost = torch.where(sigmoid < 2.0**-126, sigmoid, relative * sigmoid)
+    least = limits.smallest_normal * limits.eps / 2
+    assert bool(((out + factor * sigmoid).abs() <= factor * (lost + 2.0**-149) + least).all())
+
+
 @every_isa
 @given(shape=shapes, layout=layouts, dtype=dtypes, scale=st.sampled_from((1.0, 30.0)))
 def test_swiglu(isa, shape, layout, dtype, scale):
