@@ -84,10 +84,12 @@ def declare(
     check_contents: the same of what index tensors hold, before a call that computes.
     """
     fields = typing.get_type_hints(call, include_extras=True)
+    kept: tuple[str, ...] = ()
     if isinstance(gradients, Gradients):
         _declare_backward(name, fields, fake, outputs, backends, gradients)
+        kept = tuple(n for n in gradients.saved if n not in gradients.outputs)
         gradients = _autograd(name, fields, outputs, gradients)
-    _define(name, fields, len(outputs), fake, check, check_contents, backends, gradients)
+    _define(name, fields, outputs, fake, check, check_contents, backends, gradients, kept)
 
 
 # --- definition -----------------------------------------------------------------------------------------------------
@@ -101,14 +103,15 @@ _FLOAT = re.compile(r"\bfloat(\??) ")
 def _define(
     name: str,
     fields: dict[str, Any],
-    outputs: int,
+    outputs: tuple[str, ...],
     fake: Callable,
     check: Callable,
     check_contents: Callable | None,
     backends: Sequence[Backend],
     autograd: Autograd | None,
+    kept: tuple[str, ...] = (),
 ) -> None:
-    schema = schema_of(fields, outputs)
+    schema = schema_of(fields, len(outputs))
     group = next(((i, kind) for i, kind in enumerate(fields.values()) if is_group(kind)), None)
     kinds = [None if is_group(kind) else type_of(kind).rstrip("?") for kind in fields.values()]
 
@@ -125,6 +128,8 @@ def _define(
         of("int", "SymInt"),
         group,
         writes="!" in schema,
+        outputs=outputs,
+        kept=kept,
     )
     OPS[name] = op
     places = {i for i, _ in op.numbers}
@@ -285,7 +290,16 @@ def _declare_backward(
     given = list(g.backends)
     if not any(b.name == "reference" for b in given):
         given.append(Backend("reference", reference))
-    _define(f"{name}_backward", members, len(g.of), fake_backward, g.check, g.check_contents, given, None)
+    _define(
+        f"{name}_backward",
+        members,
+        tuple(f"grad_{n}" for n in g.of),
+        fake_backward,
+        g.check,
+        g.check_contents,
+        given,
+        None,
+    )
 
 
 def _one_or_all(results: list[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:

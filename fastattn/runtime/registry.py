@@ -80,6 +80,8 @@ class Op:
         None  # (place, its NamedTuple) of the member that stands flat in the schema
     )
     writes: bool = False  # to an argument
+    outputs: tuple[str, ...] = ("out",)
+    kept: tuple[str, ...] = ()  # outputs that a backend makes for its own backward: another's may be others
 
     def members(self, values: Sequence[Any]) -> Sequence[Any]:
         """The members of a call from its values in the order of torch's schema."""

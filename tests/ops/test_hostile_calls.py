@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import fastattn  # noqa: F401  registers the ops
+from fastattn.runtime.registry import OPS
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile
 
 PROGRAM = Path(__file__).with_name("hostile.py")
 
@@ -44,6 +48,18 @@ def _complaints(seed: int, first: int, last: int) -> list[str]:
 def test_a_hostile_call_is_refused_or_served(seed):
     complaints = _complaints(seed, 0, 3000 if seed == 1 else 30000)
     assert not complaints, "\n".join(complaints)
+
+
+def test_results_of_every_op_are_compared():
+    """What a backend keeps for itself is not, nor what is written to."""
+    for name, op in OPS.items():
+        if not op.writes and not name.endswith("_backward"):
+            assert 0 in hostile.followed(name), name
+    assert [hostile.followed(n) for n in ("attention", "attention_backward", "swiglu_backward")] == [
+        (0, 1),
+        (),
+        (0,),
+    ]
 
 
 def _refused():
