@@ -31,13 +31,13 @@ def check(
     isa: int,
     threads: int,
     terms: int = 1,
-    floors: Sequence[float] = (),
+    floors: Sequence[float | torch.Tensor] = (),
     result_floor: float = 0.0,
 ) -> None:
     """op(*inputs) and its gradients of the inputs numbered in `wanted`.
 
     terms: the most that one sum of the op has. floors: for each input, the size of terms whose difference its gradient is, which
-    may cancel; their roundings stay. result_floor: likewise of the results.
+    may cancel, or of each element's; their roundings stay. result_floor: likewise of the results.
     """
     names, before = fa.cpu_isas(), torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def compare(
     truth: torch.Tensor,
     change: torch.Tensor,
     unit: float,
-    floor: float = 0.0,
+    floor: float | torch.Tensor = 0.0,
 ) -> None:
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
     if not truth.numel():

@@ -78,9 +78,10 @@ class Off:
         return Off(value, value * ((1 - share).rsqrt() * (1 + 2 * U) / (1 - 2 * U) - 1))
 
     def sigmoid(self, dtype: torch.dtype) -> Off:
-        """1 / (1 + e^-x). An x that is o off makes it at most e^o times as large, and o / 4 larger."""
+        """1 / (1 + e^-x). An x that is o off makes it, and what is left to 1, at most e^o times as large, and o / 4 larger."""
         value = torch.sigmoid(self.value)
-        moved = torch.minimum(value * self.off.clamp(max=700).expm1(), self.off / 4)
+        times = self.off.clamp(max=700).expm1()
+        moved = torch.minimum(torch.minimum(value, torch.sigmoid(-self.value)) * times, self.off / 4)
         lost = torch.where(self.value - self.off < LOWEST[dtype], value + moved, 0.0)
         return Off(value, moved + DIVISOR[dtype] * (value + moved) * 1.001 + lost).rounded()
 

@@ -38,6 +38,8 @@ def draw(rng: random.Random) -> dict:
     case["iterations"] = rng.randint(1, 8)
     case["causal"] = rng.random() < 0.5
     case["q_size"] = min(max(case["q_size"], 0.01), 5.0)
+    if rng.random() < 0.5:
+        case["grads"] = [*case["grads"], "sharpness"]
     return case
 
 
@@ -128,14 +130,16 @@ def _gated(case: dict) -> None:
     assignment = torch.rand(case["batch"], case["q_length"], case["groups"], generator=generator).softmax(-1)
     mask = _mask(case, dense)
 
-    def op(q, k, v, assignment):
+    sharpness = torch.tensor(3.0)
+
+    def op(q, k, v, assignment, sharpness):
         return fa.gated_attention(
             q,
             k,
             v,
             assignment,
             window=case["near"],
-            sharpness=3.0,
+            sharpness=sharpness,
             gate=case["gate"],
             scale=case.get("scale"),
             mask=mask,
@@ -143,8 +147,33 @@ def _gated(case: dict) -> None:
 
     scale = abs(case.get("scale", case["head_dim"] ** -0.5))
     floors = _floors(case, q, k, v, scale * testing.max_finite(k), scale * testing.max_finite(q))
-    floors[3] = floors[0] * testing.max_finite(q) * 3
-    _run(case, op, [q, k, v, assignment], "q k v bias", max(case["k_length"], case["head_dim"]), floors)
+    floors[3:] = _gate_floors(case, q, k, v, assignment, dense, float(sharpness))
+    inputs, names = [q, k, v, assignment, sharpness], "q k v bias sharpness"
+    _run(case, op, inputs, names, max(case["k_length"], case["head_dim"]), floors)
+
+
+def _gate_floors(case: dict, q, k, v, assignment, dense, sharpness: float) -> list[torch.Tensor]:
+    """Sizes of the terms that cancel in the gradients of the assignment and of the sharpness.
+
+    A score's gradient is w_ij * (m_ij - sum_k w_ik m_ik) with m = g.v, where both parts may be equal, and the scale takes no part
+    in it: sizes are those of the two parts. A gate is a function of c = sharpness * a_i.a_j, by which a score has the slope s * gate *
+    (1 - gate), or 1 - gate where its logarithm is added; c has a_j for a_i, a_i for a_j, and a_i.a_j for the sharpness.
+    """
+    allowed, _ = attention._allowed(case, dense)
+    q, k, v, a = (t.detach().double() for t in (q, k, v, assignment))
+    k, v = (t.repeat_interleave(case["group"], 1) for t in (k, v))
+    far = (_distance(case) > case["near"]).double()
+    agreement = a @ a.mT
+    gate = torch.sigmoid(sharpness * agreement)[:, None]
+    scores = case.get("scale", case["head_dim"] ** -0.5) * (q @ k.mT)
+    if case["gate"] == "log":
+        slope, scores = 1 - gate, scores + far * gate.log()
+    else:
+        slope, scores = scores.abs() * gate * (1 - gate), scores * (1 + far * (gate - 1))
+    weight = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(nan=0.0)
+    size = 3.0 * v.abs().sum(-1)[:, :, None]  # |g| is rarely above 3
+    pairs = (weight * (size + (weight * size).sum(-1, keepdim=True)) * slope * far).sum(1)
+    return [sharpness * (pairs + pairs.mT) @ a.abs(), (pairs * agreement.abs()).sum()]
 
 
 def _reweighted(case: dict) -> None:
