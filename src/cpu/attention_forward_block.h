@@ -269,10 +269,11 @@ struct ForwardBlock {
       store(sums + i * W, load(sums + i * W) * factor);
     }
     top[i] = found;
-    // rows of large scores never become weights directly: every score passes the limit
+    // rows of large scores never become weights directly: every score passes the limit. Nor does a large score of
+    // another row: what large scores are relative to is their maximum, as backward takes it for (subtract_top).
     const bool large = is_large(found, c);
     shift[i] = found * c;
-    limit[i] = large ? -__builtin_inff() : found * c + kPassed;
+    limit[i] = large ? -__builtin_inff() : __builtin_fminf(found * c + kPassed, kLargeScore);
   }
 
   // Adds the tile's weighted values up to key `count` to groups [first, groups), from key n or from[g] on.

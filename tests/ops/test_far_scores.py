@@ -37,6 +37,23 @@ def test_softmax(isa, nan_outputs, shape, size, exact):
     )
 
 
+def test_a_row_that_becomes_large_has_its_maximum(isa, nan_outputs):
+    """A row's weights may be relative to an earlier maximum, 43 here, when 47 comes. When a neighbour's maximum is raised, at a key
+    where this row has 45, large scores begin (64 in units of ln 2, 44.4): they are relative to the true one, as backward takes it."""
+    q, k = torch.zeros(1, 1, 40, 2), torch.zeros(1, 1, 200, 2)
+    q[..., ::2, 0], q[..., 1::2, 1] = 1.0, 1.0
+    k[..., (0, 70, 150), 0] = torch.tensor([43.0, 47.0, 45.0])
+    k[..., 150, 1] = 80.0
+    inputs = [t.requires_grad_() for t in (q, k, testing.random_tensor(1, 1, 200, 8))]
+    testing.check_op(
+        run("cpu", scale=1.0),
+        run("reference", scale=1.0),
+        inputs,
+        terms=200,
+        magnitudes=testing.far_magnitudes(*inputs),
+    )
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_softmax_under_masks(isa, nan_outputs, mask):
     for shape in SHAPES.values():
