@@ -381,6 +381,7 @@ inline void check_fields(const Checks& c, const VocabRowsParams& p) {
   const bool rounded = p.x.dtype == DType::f32 && p.out.dtype == DType::bf16;
   c.tensor("out", p.out, Checks::size_of(p.x), rounded ? DType::bf16 : p.x.dtype);
   c.strided("grad", p.grad, by_row, DType::f32);
+  if (p.mass.data) c.strided("mass", p.mass, by_row, DType::f32);
   if (p.temperature.data) c.strided("grad_temperature", p.grad_temperature, by_row, DType::f32);
 }
 

@@ -112,7 +112,8 @@ static void softmax_row(const VocabRowsParams& p, int64_t r, float* x, Out* out,
   *float_at(p.row_max, r) = largest;
   *float_at(p.row_sum, r) = sum;
   const float lse = p.z_loss != 0 ? largest + __builtin_logf(sum) : 0.0f;
-  const float grad = *float_at(p.grad, r), share = grad * (1.0f + 2.0f * (float)p.z_loss * lse) / sum;
+  const float grad = *float_at(p.grad, r), mass = p.mass.data ? *float_at(p.mass, r) : grad;
+  const float share = mass * (1.0f + 2.0f * (float)p.z_loss * lse) / sum;
   const float target = column < 0 ? 0.0f : weighed[column] * share - grad;
   for_columns(columns, [&](int64_t j, int n) { put(out + j, get(weighed + j, n) * splat(share), n); });
   if (column >= 0) put(out + column, splat(target), 1);
@@ -166,12 +167,12 @@ static void vocab_rows_of(const VocabRowsParams& p) {
       }
 
       if (p.gradient) {
-        const float grad = *float_at(p.grad, r);
+        const float grad = *float_at(p.grad, r), mass = p.mass.data ? *float_at(p.mass, r) : grad;
         const auto weights = Weights<Stable>::make(*largest, temperature, log_count);
-        // d of the loss by the log-sum-exp
+        // `mass` and `spread`: d of the loss by the log-sum-exp
         const float tau = temperature ? *temperature : 1.0f, top = Stable ? symlog(*largest) : *largest / tau;
-        const float spread = z_loss != 0 ? 2.0f * z_loss * (top + __builtin_logf(*sum)) * grad : 0.0f;
-        const vf share = splat((grad + spread) / *sum), over = splat(tau);
+        const float spread = z_loss != 0 ? 2.0f * z_loss * (top + __builtin_logf(*sum)) * mass : 0.0f;
+        const vf share = splat((mass + spread) / *sum), over = splat(tau);
         const vf back = splat((Stable ? tau : 1.0f) / (cap != 0 ? cap : 1.0f));
         vf dots = {};
         // of the normaliser by a prepared logit over its temperature
@@ -184,7 +185,8 @@ static void vocab_rows_of(const VocabRowsParams& p) {
           if (temperature) g /= over;
           return cap != 0 ? g * (splat(1.0f) - (a * back) * (a * back)) : g;
         };
-        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`.
+        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`, and to mass less
+        // grad, which is left to the caller, who has it exactly.
         const auto by_temperature = [&](vf g, vf a) {
           if (temperature) dots += select(g == vf{}, g, g * (Stable ? a : weights.distance(a)));
         };

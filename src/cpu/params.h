@@ -174,19 +174,19 @@ struct TileClassParams {
 // stablemax / temperature. A class weighs e^((x - row_max) / temperature + log_count), or s(x) / s(row_max) for
 // stablemax: never e^x or e^(x - lse), whose lse is rounded at the size of x. statistics: row_max (the largest prepared
 // logit), row_sum (of the weights) and picked (the target's prepared logit) take these columns in. gradient: out (may
-// be x) becomes the gradient of grad * loss, for x as it came, from row_max and row_sum, which are found first with
-// statistics. out may be bf16 where x is f32, which is then overwritten.
+// be x) becomes the gradient of mass * (lse + z_loss * lse^2) - grad * x[target], for x as it came, from row_max and
+// row_sum, which are found first with statistics. out may be bf16 where x is f32, which is then overwritten.
 struct VocabRowsParams {
   Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
   Tensor log_count;                          // (C,) f32 or absent (0), not with temperature or z_loss
   Tensor row_max, row_sum, picked;           // (R,) f32
-  Tensor grad, grad_temperature;             // (R,) f32; the second is added to
+  Tensor grad, mass, grad_temperature;       // (R,) f32; mass may be absent (grad); the last is added to
   int64_t first = 0, ignore_index = 0;       // rows with this target give zeros
   double softcap = 0, z_loss = 0;            // softcap 0: none
   int32_t stablemax = 0, statistics = 0, gradient = 0;
   int32_t threads = 1;
-  FASTATTN_FIELDS(x, out, bias, target, temperature, log_count, row_max, row_sum, picked, grad, grad_temperature, first,
-                  ignore_index, softcap, z_loss, stablemax, statistics, gradient, threads)
+  FASTATTN_FIELDS(x, out, bias, target, temperature, log_count, row_max, row_sum, picked, grad, mass, grad_temperature,
+                  first, ignore_index, softcap, z_loss, stablemax, statistics, gradient, threads)
 };
 
 // The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).

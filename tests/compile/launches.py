@@ -126,8 +126,17 @@ def cross_entropy(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_tri
     labels, rows = empty(100, dtype=torch.int64), empty(100, dtype=torch.float32)
     logits = empty(100, 32000, dtype=dtype)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        kernels.linear_cross_entropy(h, weight, bias, labels, None, 0, 30.0, 0.1, -100, "mean", 7)
-        kernels.linear_cross_entropy(h, weight, None, labels, rows, 1, 0.0, 0.0, -100, "none", 0)
+        kernels.linear_cross_entropy(
+            h, weight, bias, labels, None, None, 0, 30.0, 0.1, 0.0, -100, "mean", False, 7
+        )
+        kernels.linear_cross_entropy(
+            h, weight, None, labels, rows, None, 1, 0.0, 0.0, 0.0, -100, "none", False, 0
+        )
+        weighed = (h, weight, bias, labels, rows, bias)
+        kernels.linear_cross_entropy(*weighed, 0, 0.0, 0.1, 0.1, -100, "mean", True, 15)
+        kernels.linear_cross_entropy_backward(
+            empty(), rows, *weighed, empty(2, 100, dtype=torch.float32), 0, 0.0, 0.1, 0.1, -100, "mean", 15
+        )
         kernels.stablemax_cross_entropy_backward(
             rows, logits, empty(2, 100, dtype=torch.float32), labels, -100
         )

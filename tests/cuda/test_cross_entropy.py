@@ -17,13 +17,13 @@ IGNORED = -100
 
 def defined(stablemax, softcap, z_loss, target, reduction="none"):
     """(loss, largest logit, sum of weights, gradient of the logits, gradient of the temperature): with the identity as weight, h is the logits."""
-    options = (int(stablemax), softcap, z_loss, IGNORED, reduction)
+    options = (None, int(stablemax), softcap, z_loss, 0.0, IGNORED, reduction)
 
     def run(logits, bias, temperature, grad):
         weight = torch.eye(logits.shape[1], dtype=logits.dtype)
         arguments = logits, weight, bias, target, temperature, *options
-        loss, statistics = reference.linear_cross_entropy(*arguments)
-        found = reference.linear_cross_entropy_gradients(grad, *arguments)
+        loss, statistics, _ = reference.linear_cross_entropy(*arguments)
+        found = reference.linear_cross_entropy_gradients(grad, None, *arguments)
         return (loss, *statistics, found[0]) + (() if temperature is None else (found[3],))
 
     return run
@@ -108,21 +108,21 @@ def test_linear_cross_entropy_gradients(host):
 
     h, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(30, 8, seed=2)
     bias, target = testing.random_tensor(30, seed=3), torch.tensor([3, IGNORED, 29, 0, 7])
-    options = (0, 3.0, 0.01, IGNORED, "mean")
+    options = (0, 3.0, 0.01, 0.0, IGNORED, "mean")
 
     def run(h, weight, bias):
-        loss, statistics, *first = cuda.linear_cross_entropy(h, weight, bias, target, None, *options, 7)
-        one = torch.ones(())
+        tensors = (h, weight, bias, target, None, None)
+        loss, statistics, _, *first = cuda.linear_cross_entropy(*tensors, *options, False, 7)
         again = cuda.linear_cross_entropy_backward(
-            one, h, weight, bias, target, None, statistics, *options, 7
+            torch.ones(()), None, *tensors, statistics, *options, 7
         )
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
         return (loss, *first[:3])
 
     def by_definition(h, weight, bias):
-        arguments = (h, weight, bias, target, None, *options)
-        found = reference.linear_cross_entropy_gradients(torch.ones((), dtype=h.dtype), *arguments)
+        arguments = (h, weight, bias, target, None, None, *options)
+        found = reference.linear_cross_entropy_gradients(torch.ones((), dtype=h.dtype), None, *arguments)
         return (reference.linear_cross_entropy(*arguments)[0], *found[:3])
 
     testing.assert_within_budget(run(h, weight, bias), by_definition, (h, weight, bias), terms=30)
@@ -163,5 +163,6 @@ def test_a_target_of_no_class_makes_its_loss_nan(host, target):
 
     h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
     targets = torch.tensor([3, target])
-    loss, *_ = cuda.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, IGNORED, "none", 3)
+    options = (0, 0.0, 0.0, 0.0, IGNORED, "none", False)
+    loss, *_ = cuda.linear_cross_entropy(h, weight, None, targets, None, None, *options, 3)
     assert loss[0].isfinite() and loss[1].isnan()

@@ -132,5 +132,6 @@ def test_a_target_of_no_class_makes_its_loss_nan(target):
 
     h, weight = testing.random_tensor(2, 8, seed=1), testing.random_tensor(30, 8, seed=2)
     targets = torch.tensor([3, target])
-    loss, *_ = triton.linear_cross_entropy(h, weight, None, targets, None, 0, 0.0, 0.0, -100, "none", 3)
+    options = (0, 0.0, 0.0, 0.0, -100, "none", False)
+    loss, *_ = triton.linear_cross_entropy(h, weight, None, targets, None, None, *options, 3)
     assert loss[0].isfinite() and loss[1].isnan()

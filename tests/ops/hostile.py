@@ -129,6 +129,16 @@ def _further_calls():
             (h, codebook, make(20), make(20, 8)),
         )
     yield lambda h, w: fa.linear_cross_entropy(h, w, target), (h.bfloat16(), weight.bfloat16())
+    yield (
+        lambda h, w: fa.linear_cross_entropy(
+            h, w, target, class_weight=make(20).abs(), label_smoothing=0.1, return_lse=True
+        ),
+        (h, weight),
+    )
+    yield (
+        lambda h, w, t: fa.linear_cross_entropy(h, w, t, class_weight=make(20).abs(), label_smoothing=0.1),
+        (h, weight, make(6, 20).softmax(-1)),
+    )
     yield lambda h, c, b: fa.vq_logits(h, c, codes.int(), bias=b), (h[:2], codebook, make(20))
     for rows in (h, h[:2]):
         yield lambda rows=rows: fa.vq_argmax(rows, codebook, codes), ()

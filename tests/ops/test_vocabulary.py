@@ -19,6 +19,8 @@ def head(dtype=torch.float64, requires_grad=False):
         "codebook": torch.randn(K, D, generator=g),
         "bias": torch.randn(V, generator=g),
         "temperature": torch.rand(N, generator=g) + 0.5,
+        "probabilities": torch.rand(N, V, generator=g) / V,
+        "class_weight": torch.rand(V, generator=g) + 0.5,
     }
     t = {k: v.to(dtype).requires_grad_(requires_grad) for k, v in t.items()}
     t["target"] = torch.randint(0, V, (N,), generator=g)
@@ -85,6 +87,18 @@ LOSSES = {
         ("h", "weight", "bias", "temperature"),
         {"transform": "stablemax", "softcap": 2.0, "z_loss": 0.1},
     ),
+    "weighted": (
+        ("h", "weight", "bias", "temperature"),
+        {"label_smoothing": 0.3, "class_weight": "class_weight", "z_loss": 0.1, "return_lse": True},
+    ),
+    "weighted stablemax": (
+        ("h", "weight", "bias", "temperature"),
+        {"label_smoothing": 0.3, "transform": "stablemax", "return_lse": True},
+    ),
+    "probabilities": (
+        ("h", "weight", "bias", "temperature", "probabilities"),
+        {"label_smoothing": 0.3, "class_weight": "class_weight", "z_loss": 0.1, "return_lse": True},
+    ),
     "codes": (("h", "codebook", "bias"), {}),
 }
 
@@ -102,9 +116,9 @@ def test_gradcheck(kind, reduction):
                 a["h"], a["codebook"], a["codes"], a["target"], bias=a["bias"], reduction=reduction
             )
         extra = {k: a[k] for k in ("bias", "temperature") if k in names}
-        return fa.linear_cross_entropy(
-            a["h"], a["weight"], a["target"], reduction=reduction, **extra, **options
-        )
+        extra |= {k: a[v].detach() if isinstance(v, str) and v in a else v for k, v in options.items()}
+        target = a["probabilities" if "probabilities" in names else "target"]
+        return fa.linear_cross_entropy(a["h"], a["weight"], target, reduction=reduction, **extra)
 
     assert torch.autograd.gradcheck(loss, tuple(t[k] for k in names))
 
@@ -134,14 +148,22 @@ def calls(dtype):
     ops = torch.ops.fastattn
     h, weight, bias, temperature = t["h"], t["weight"], t["bias"], t["temperature"]
     target, codes, codebook = t["target"], t["codes"], t["codebook"]
-    options = (1, 2.0, 0.1, -100)
+    options = (1, 2.0, 0.1, 0.2, -100)
     one, row, statistics = (torch.ones(shape, dtype=dtype) for shape in ((), (N,), (2, N)))
-    linear = (h, weight, bias, target, temperature)
-    yield ops.linear_cross_entropy, (*linear, *options, "mean", 15, "")
-    yield ops.linear_cross_entropy, (*linear, *options, "none", 0, "")
-    yield ops.linear_cross_entropy, (h, weight, None, target, None, 0, 0.0, 0.0, -100, "sum", 0, "")
-    detached = tuple(x.detach() for x in linear)
-    yield ops.linear_cross_entropy_backward, (one, *detached, statistics, *options, "mean", 15, "")
+    shares = t["probabilities"]
+    linear = (h, weight, bias, target, temperature, t["class_weight"].detach())
+    soft = (h, weight, bias, shares, temperature, t["class_weight"].detach())
+    plain = (0, 0.0, 0.0, 0.0, -100)
+    yield ops.linear_cross_entropy, (*linear, *options, "mean", False, 15, "")
+    yield ops.linear_cross_entropy, (*soft, *options, "mean", False, 31, "")
+    yield ops.linear_cross_entropy, (*linear, *options, "none", True, 0, "")
+    yield ops.linear_cross_entropy, (*linear, *plain, "none", True, 0, "")
+    yield ops.linear_cross_entropy, (h, weight, None, target, None, None, *plain, "sum", False, 0, "")
+    for call, wanted in ((linear, 15), (soft, 31)):
+        detached = tuple(x.detach() for x in call)
+        for lse in (None, row):
+            arguments = (one, lse, *detached, statistics, *options, "mean", wanted, "")
+            yield ops.linear_cross_entropy_backward, arguments
     logits = (h @ weight.T).detach()
     yield ops.stablemax_cross_entropy, (logits.clone().requires_grad_(), target, -100, "")
     yield ops.stablemax_cross_entropy_backward, (row, logits, statistics, target, -100, "")
@@ -248,13 +270,30 @@ def test_second_order_is_refused():
 
 def refused():
     t = head(torch.float32)
-    h, w, c, b, y, m = (t[k] for k in ("h", "weight", "codebook", "bias", "target", "codes"))
+    h, w, c, b, y, m, p = (
+        t[k] for k in ("h", "weight", "codebook", "bias", "target", "codes", "probabilities")
+    )
     lce, vqce, stable = fa.linear_cross_entropy, fa.vq_cross_entropy, fa.stablemax_cross_entropy
     yield lambda: lce(h, w[:, 1:], y), ValueError, "linear_cross_entropy: h must have a last dim of 4"
     yield lambda: lce(h, w.double(), y), TypeError, "weight is float64 but h is float32"
     yield lambda: lce(h, w, y[1:]), ValueError, r"target must have shape \(7\)"
     yield lambda: lce(h, w, y + V), ValueError, r"target must lie in \[0, 13\) or -100, given"
-    yield lambda: lce(h, w, y.float()), TypeError, "target must be int32 or int64, given a float32"
+    yield lambda: lce(h, w, y.float()), ValueError, r"target must have shape \(7x13\) \(a probability a class"
+    yield lambda: lce(h, w, y > 0), TypeError, "target must be int32 or int64, given a bool"
+    yield lambda: lce(h, w, p.double()), TypeError, "target must be float32, given a float64"
+    yield lambda: lce(h, w, p, ignore_index=-100), ValueError, "ignore_index is of class indices"
+    yield lambda: lce(h, w, y, class_weight=b[1:]), ValueError, r"class_weight must have shape \(13\)"
+    yield lambda: lce(h, w, y, class_weight=b.half()), TypeError, "class_weight must be float32"
+    yield (
+        lambda: lce(h, w, y, class_weight=b.clone().requires_grad_()),
+        NotImplementedError,
+        "class_weight gets no gradient",
+    )
+    yield lambda: lce(h, w, y, label_smoothing=1.5), ValueError, r"label_smoothing must lie in \[0, 1\], given 1.5"
+    yield lambda: lce(h, w, y, label_smoothing=-0.5), ValueError, "label_smoothing must be zero or more"
+    yield lambda: lce(h, w[:, None], y), ValueError, r"target must have shape \(7x1\)"
+    yield lambda: lce(h, w[:, None], y[:, None], bias=b), ValueError, r"bias must have shape \(13x1\)"
+    yield lambda: lce(h, w[:, :0], y), ValueError, r"weight must be \(V, d\) or \(V, d_1, ..., d_K, d\)"
     yield lambda: lce(h, w, y, transform="entmax"), ValueError, "transform must be one of None, 'stablemax'"
     yield lambda: lce(h, w, y, reduction="max"), ValueError, "reduction must be one of 'none', 'sum', 'mean'"
     yield lambda: lce(h, w, y, softcap=0.0), ValueError, "softcap must be more than zero"
@@ -270,7 +309,7 @@ def refused():
         "triton: it serves cuda tensors, not cpu",
     )
     yield lambda: lce(h, w, y, backend="best"), ValueError, "backend must be None or one of"
-    yield lambda: lce(h, w[0], y), ValueError, "weight must have 2 dimensions"
+    yield lambda: lce(h, w[0], y), ValueError, r"weight must be \(V, d\) or"
     yield lambda: lce(h.to("meta"), w, y), ValueError, "weight is on cpu but h is on meta"
     yield lambda: stable(h, y), ValueError, r"target must lie in \[0, 5\) or -100"
     yield lambda: stable(y, y), TypeError, "logits must be one of float32"

@@ -3,11 +3,13 @@
 import torch
 
 from ..cross_entropy.reference import (
+    at_rows,
     counted_rows,
     grad_of_rows,
     reduced,
     row_loss,
     row_loss_gradient,
+    shares,
     spread,
     wide,
 )
@@ -55,8 +57,9 @@ def vq_cross_entropy(
     """(loss () or (N,), statistics (2, N)); shadow has a gradient, as if its rows were those of the codes, and no value."""
     where = counted_rows(target, ignore_index)
     x = dense_logits(wide(h.index_select(0, where)), wide(codebook), codes, bias)
-    loss, statistics = row_loss(x, target.index_select(0, where))
-    return reduced(loss, statistics, where, target.shape[0], reduction)
+    loss, statistics, _ = row_loss(x, shares(target.index_select(0, where), x.shape[1], x.dtype))
+    count = target.shape[0]
+    return reduced(loss, where, count, reduction), at_rows(statistics, where, count)
 
 
 def vq_cross_entropy_gradients(
@@ -66,7 +69,8 @@ def vq_cross_entropy_gradients(
     where = counted_rows(target, ignore_index)
     valid = wide(h.index_select(0, where))
     x = dense_logits(valid, wide(codebook), codes, bias)
-    g, _ = row_loss_gradient(x, target.index_select(0, where), grad_of_rows(grad, where, reduction))
+    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    g, *_ = row_loss_gradient(x, wanted, grad_of_rows(grad, where, reduction))
     rows = g.T @ valid  # (V, d)
     return (
         spread(g @ wide(codebook)[codes.long()], where, h),

@@ -2,6 +2,7 @@
 
 from ...runtime import checks
 from ..vocabulary import (
+    REDUCTIONS,
     check_by_token,
     check_loss,
     check_loss_gradient,
@@ -20,11 +21,17 @@ LEAST_SOFTCAP = 2.0**-100  # kernels take its reciprocal in float32
 
 
 def _check_linear(
-    op: str, h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction
-) -> None:
+    op: str, h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, ignore_index,
+    reduction,
+) -> None:  # fmt: skip
     check_products(op, "h", h, "weight", weight, "V")
     check_by_token(op, "bias", bias, (weight.shape[0],), h, "one a class")
-    check_loss(op, target, h, ignore_index, reduction)
+    check_by_token(op, "class_weight", class_weight, (weight.shape[0],), h, "one a class")
+    if target.is_floating_point():
+        check_by_token(op, "target", target, (h.shape[0], weight.shape[0]), h, "a probability a class")
+        checks.check_choice(op, "reduction", reduction, REDUCTIONS)
+    else:
+        check_loss(op, target, h, ignore_index, reduction)
     if not 0 <= transform < len(TRANSFORMS):
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(TRANSFORMS))
         raise ValueError(f"fastattn.{op}: transform must be one of {known}, given {transform}")
@@ -34,30 +41,40 @@ def _check_linear(
             f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
         )
     checks.check_positive(op, "z_loss", z_loss, zero=True)
+    if not 0 <= checks.as_number(op, "label_smoothing", label_smoothing) <= 1:
+        raise ValueError(f"fastattn.{op}: label_smoothing must lie in [0, 1], given {label_smoothing!r}")
     if temperature is not None:
         statistics = checks.statistics_dtype(h)
         checks.check_exact(op, "temperature", temperature, (h.shape[0],), statistics, h.device, "one a row")
 
 
-def check_linear_cross_entropy(h, weight, bias, target, temperature, *options) -> None:
-    *options, gradients = options
+def check_linear_cross_entropy(h, weight, bias, target, temperature, class_weight, *options) -> None:
+    *options, _, gradients = options
     op = "linear_cross_entropy"
-    _check_linear(op, h, weight, bias, target, temperature, *options)
-    check_wanted(op, "gradients", gradients, (h, weight, bias, temperature))
+    _check_linear(op, h, weight, bias, target, temperature, class_weight, *options)
+    check_wanted(op, "gradients", gradients, _differentiable(h, weight, bias, temperature, target))
 
 
 def check_linear_cross_entropy_backward(
-    grad, h, weight, bias, target, temperature, statistics, *options
+    grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, *options
 ) -> None:
     *options, wanted = options
     op = "linear_cross_entropy_backward"
-    _check_linear(op, h, weight, bias, target, temperature, *options)
+    _check_linear(op, h, weight, bias, target, temperature, class_weight, *options)
     check_loss_gradient(op, grad, statistics, h, options[-1])
-    check_wanted(op, "wanted", wanted, (h, weight, bias, temperature))
+    if grad_lse is not None:
+        dtype = checks.statistics_dtype(h)
+        checks.check_exact(op, "grad_lse", grad_lse, (h.shape[0],), dtype, h.device, "one a row")
+    check_wanted(op, "wanted", wanted, _differentiable(h, weight, bias, temperature, target))
+
+
+def _differentiable(h, weight, bias, temperature, target) -> tuple:
+    return h, weight, bias, temperature, target if target.is_floating_point() else None
 
 
 def _linear_contents(op: str, weight, target, temperature, ignore_index) -> None:
-    check_targets(op, target, weight.shape[0], ignore_index)
+    if not target.is_floating_point():
+        check_targets(op, target, weight.shape[0], ignore_index)
     if temperature is None or temperature.device.type != "cpu" or temperature.numel() == 0:
         return
     if not bool((temperature > 0).all()):
@@ -66,14 +83,14 @@ def _linear_contents(op: str, weight, target, temperature, ignore_index) -> None
         )
 
 
-def check_linear_cross_entropy_contents(h, weight, bias, target, temperature, *options) -> None:
-    _linear_contents("linear_cross_entropy", weight, target, temperature, options[3])
+def check_linear_cross_entropy_contents(h, weight, bias, target, temperature, class_weight, *options) -> None:
+    _linear_contents("linear_cross_entropy", weight, target, temperature, options[4])
 
 
 def check_linear_cross_entropy_backward_contents(
-    grad, h, weight, bias, target, temperature, statistics, *options
+    grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, *options
 ) -> None:
-    _linear_contents("linear_cross_entropy_backward", weight, target, temperature, options[3])
+    _linear_contents("linear_cross_entropy_backward", weight, target, temperature, options[4])
 
 
 # --- stablemax_cross_entropy -----------------------------------------------------------------------------------------

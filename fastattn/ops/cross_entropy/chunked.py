@@ -6,6 +6,8 @@ Products of 16-bit inputs have 16-bit operands and float32 results; logits are n
 
 import torch
 
+from .shares import Shares, Taken
+
 _MIB = 1 << 20
 
 
@@ -34,13 +36,16 @@ def chunked_rows(
     options,
     *,
     log_count=None,
+    shares: Shares | None = None,
+    taken: Taken | None = None,
     grad=None,
+    grad_lse=None,
     loss=None,
     statistics,
     wanted=0,
 ):
     """The row losses and their statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype),
-    weight, bias and temperature (float32) by chunks of rows.
+    weight, bias and temperature (float32) by chunks of rows, less `taken`.
 
     row_kernel(x, target, **rows and options): loss, largest, total, and the loss's gradient in place of the logits x."""
     largest, total = statistics
@@ -50,6 +55,8 @@ def chunked_rows(
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
     dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
+    few = {} if shares is None else {"own": shares.own, "mass": shares.mass}
+    few |= {} if grad_lse is None else {"grad_lse": grad_lse.contiguous()}
     for begin, end in chunks(h.shape[0], weight.shape[0], mib):
         part = h[begin:end]
         x = product(part, weight.T)
@@ -57,18 +64,26 @@ def chunked_rows(
             name: None if t is None else t[begin:end]
             for name, t in (
                 ("temperature", temperature), ("grad", grad), ("loss", loss), ("largest", largest), ("total", total),
-                ("grad_temperature", dtemperature),
+                ("grad_temperature", dtemperature), *few.items(),
             )
         }  # fmt: skip
         row_kernel(x, target[begin:end], **columns, **rows, **options)
         if wanted & 3:
             g = x.to(h.dtype)
         if wanted & 1:
-            dh[begin:end] = product(g, weight).to(h.dtype)
+            part_dh = product(g, weight)
+            if taken is not None:
+                taken.off_h(part_dh, begin, end)
+            dh[begin:end] = part_dh.to(h.dtype)
         if dweight is not None:
             dweight += product(g.T, part)
         if dbias is not None:
             dbias += x.sum(0)
+    if taken is not None:
+        if dweight is not None:
+            taken.off_weight(dweight, 0, weight.shape[0])
+        if dbias is not None:
+            taken.off_bias(dbias)
     return dh, dweight, dbias, dtemperature
 
 
@@ -82,16 +97,23 @@ def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -
     return {"stablemax": transform == 1, "softcap": softcap, "z_loss": z_loss, "ignore_index": ignore_index}
 
 
-def valid_rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """How many rows count, at least 1: on the device."""
-    return (target != ignore_index).sum().clamp(min=1).float()
+def divisor(target: torch.Tensor, ignore_index: int, class_weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Of a mean, on the device: how many rows count, or what their classes weigh, and 1 for 0."""
+    counted = target != ignore_index
+    if class_weight is None:
+        return counted.sum().clamp(min=1).float()
+    weights = class_weight.float()[target.long().clamp(0, class_weight.shape[0] - 1)]
+    total = weights.masked_fill(~counted, 0).sum()
+    return total.masked_fill(total == 0, 1)
 
 
-def upstream(grad, target, ignore_index: int, reduction: str) -> torch.Tensor:
+def upstream(grad, target, ignore_index: int, reduction: str, class_weight=None) -> torch.Tensor:
     """The gradient of each row's loss, (N,) float32."""
     if reduction == "none":
         return grad.float().contiguous()
-    scale = grad.float() / valid_rows(target, ignore_index) if reduction == "mean" else grad.float()
+    scale = grad.float()
+    if reduction == "mean":
+        scale = scale / divisor(target, ignore_index, class_weight)
     return scale.expand(target.shape[0]).contiguous()
 
 
@@ -100,33 +122,74 @@ def empty_statistics(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(h.new_empty(*shape, h.shape[0], dtype=torch.float32) for shape in ((), (2,)))
 
 
+class _Call:
+    """What a call and its backward begin with."""
+
+    def __init__(self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index) -> None:
+        self.h, self.weight, self.temperature = h, weight, temperature
+        self.bias = None if bias is None else bias.contiguous()
+        self.target = target.contiguous()
+        self.shares = Shares.of(h, weight, bias, target, class_weight, label_smoothing)
+        self.smoothing = None if self.shares is None else self.shares.smoothing
+        self.ignored = None if self.smoothing is None else target == ignore_index
+
+    def run(self, row_kernel, mib, options, *, grad, statistics, wanted, **more):
+        """As chunked_rows, with all gradients."""
+        taken = None
+        if self.smoothing is not None and wanted:
+            rows = grad.masked_fill(self.ignored, 0)
+            taken = self.smoothing.taken(rows, self.h, self.temperature)
+        found = chunked_rows(
+            row_kernel, mib, self.h, self.weight, self.bias, self.target, self.temperature, options, shares=self.shares,
+            taken=taken, grad=grad, statistics=statistics, wanted=wanted, **more,
+        )  # fmt: skip
+        if taken is not None and found[3] is not None:
+            self.smoothing.off_temperature(found[3], rows, statistics[0], self.temperature)
+        return found
+
+
+def _lse(statistics, temperature, stablemax: bool, ignored) -> torch.Tensor:
+    largest, total = statistics
+    if stablemax:
+        largest = largest.abs().log1p().copysign(largest)
+    elif temperature is not None:
+        largest = largest / temperature
+    return (largest + total.log()).masked_fill(ignored, 0)
+
+
 def linear_cross_entropy(
-    row_kernel, mib, h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
+    row_kernel, mib, h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing,
+    ignore_index, reduction, return_lse, gradients,
 ):  # fmt: skip
+    c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
     loss, statistics = empty_statistics(h)
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
-    grad = upstream(one, target, ignore_index, reduction) if gradients else None
-    found = chunked_rows(
-        row_kernel, mib, h, weight, None if bias is None else bias.contiguous(), target.contiguous(), temperature,
-        _options(transform, softcap, z_loss, ignore_index), loss=loss, statistics=statistics, grad=grad, wanted=gradients,
-    )  # fmt: skip
-    loss = reduced(loss, target, ignore_index, reduction)
-    return loss, statistics, *returned(found, (h, weight, bias, temperature))
+    grad = upstream(one, target, ignore_index, reduction, class_weight) if gradients else None
+    options = _options(transform, softcap, z_loss, ignore_index)
+    found = c.run(row_kernel, mib, options, grad=grad, loss=loss, statistics=statistics, wanted=gradients)
+    if c.smoothing is not None:
+        loss += c.smoothing.loss(statistics[0], temperature).masked_fill(c.ignored, 0)
+    lse = loss.new_empty(0)
+    if return_lse:
+        lse = _lse(statistics, temperature, transform == 1, target == ignore_index)
+    loss = reduced(loss, target, ignore_index, reduction, class_weight)
+    return loss, statistics, lse, *returned(found, (h, weight, bias, temperature)), h.new_empty(0)
 
 
-def reduced(loss, target, ignore_index: int, reduction: str) -> torch.Tensor:
+def reduced(loss, target, ignore_index: int, reduction: str, class_weight=None) -> torch.Tensor:
     if reduction == "none":
         return loss
-    return loss.sum() / valid_rows(target, ignore_index) if reduction == "mean" else loss.sum()
+    return loss.sum() / divisor(target, ignore_index, class_weight) if reduction == "mean" else loss.sum()
 
 
 def linear_cross_entropy_backward(
-    row_kernel, mib, grad, h, weight, bias, target, temperature, statistics, transform, softcap, z_loss, ignore_index,
-    reduction, wanted,
+    row_kernel, mib, grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, transform, softcap,
+    z_loss, label_smoothing, ignore_index, reduction, wanted,
 ):  # fmt: skip
-    found = chunked_rows(
-        row_kernel, mib, h, weight, None if bias is None else bias.contiguous(), target.contiguous(), temperature,
-        _options(transform, softcap, z_loss, ignore_index), statistics=statistics,
-        grad=upstream(grad, target, ignore_index, reduction), wanted=wanted,
-    )  # fmt: skip
-    return returned(found, (h, weight, bias, temperature))
+    c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
+    grad = upstream(grad, target, ignore_index, reduction, class_weight)
+    options = _options(transform, softcap, z_loss, ignore_index)
+    found = c.run(
+        row_kernel, mib, options, grad=grad, grad_lse=grad_lse, statistics=statistics, wanted=wanted
+    )
+    return *returned(found, (h, weight, bias, temperature)), h.new_empty(0)

@@ -16,6 +16,7 @@ from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 from .cpu_products import Pairs, Widened
+from .shares import Shares, Taken, unserved
 
 _NEVER = -(2**63)  # an ignore_index that no row left has
 
@@ -23,6 +24,18 @@ _NEVER = -(2**63)  # an ignore_index that no row left has
 def refusal(first: torch.Tensor, *_) -> str | None:
     """Why the CPU kernels cannot serve a call with this first member, or None."""
     return native.unserved_dtype(first)
+
+
+def refusal_linear(
+    h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, *_
+) -> str | None:
+    """Why the CPU kernels cannot serve this linear_cross_entropy, or None."""
+    return native.unserved_dtype(h) or unserved(target, transform, softcap, label_smoothing)
+
+
+def refusal_linear_backward(grad, grad_lse, *members) -> str | None:
+    *tensors, _statistics = members[:7]
+    return refusal_linear(*tensors, *members[7:])
 
 
 def configure(h, weight, *_) -> Choice:
@@ -47,6 +60,7 @@ class Rows:
         self.index = None if bool(kept.all()) else kept.nonzero()[:, 0]
         self.total = target.shape[0]
         self.count = self.total if self.index is None else self.index.shape[0]
+        self.divisor: float = max(1, self.count)  # of a mean
 
     def of(self, t: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
         return t if t is None or self.index is None else t.index_select(dim, self.index)
@@ -65,7 +79,7 @@ class Rows:
         return loss.sum() * self.scale(reduction)
 
     def scale(self, reduction: str) -> float:
-        return 1.0 / max(1, self.count) if reduction == "mean" else 1.0
+        return 1.0 / self.divisor if reduction == "mean" else 1.0
 
     def upstream(self, grad: torch.Tensor, reduction: str) -> torch.Tensor:
         """The gradient of each kept row's loss, float32."""
@@ -86,14 +100,26 @@ class Statistics:
         self.total = like.new_zeros(rows, dtype=torch.float32)
         self.picked = like.new_zeros(rows, dtype=torch.float32)
 
-    def losses(self, temperature: torch.Tensor | None, stablemax: int, z_loss: float) -> torch.Tensor:
+    def losses(
+        self,
+        temperature: torch.Tensor | None,
+        stablemax: int,
+        z_loss: float,
+        shares: Shares | None = None,
+    ) -> torch.Tensor:
         largest, picked = self.largest, self.picked
         if stablemax:
             largest, picked, temperature = _symlog(largest), _symlog(picked), None
         over = 1.0 if temperature is None else temperature
         log_total = self.total.log()
-        loss = (largest - picked) / over + log_total
-        return loss + z_loss * (largest / over + log_total).square() if z_loss else loss
+        below = (largest - picked) / over
+        if shares is None:
+            loss = below + log_total
+            return loss + z_loss * (largest / over + log_total).square() if z_loss else loss
+        loss = shares.own * below + shares.mass * log_total
+        if z_loss:
+            loss += shares.mass * z_loss * (largest / over + log_total).square()
+        return loss if shares.smoothing is None else loss + shares.smoothing.loss(largest, temperature)
 
     def kept(self) -> torch.Tensor:
         """(2, rows): what the gradients need."""
@@ -117,6 +143,7 @@ def run_rows(
     statistics: Statistics | None = None,
     kept: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
+    mass: torch.Tensor | None = None,
     grad_temperature: torch.Tensor | None = None,
     ignore_index: int = _NEVER,
     **options,
@@ -148,6 +175,7 @@ def run_rows(
         temperature=part(temperature),
         log_count=log_count,
         grad=part(grad),
+        mass=part(mass),
         grad_temperature=part(grad_temperature),
         statistics=int(statistics is not None),
         gradient=int(grad is not None),
@@ -169,7 +197,9 @@ def _run_gradients(x, g, target, begin, end, dbias, **fields) -> None:
         g.copy_(x)
 
 
-def _one_pass(by: Widened | Pairs, classes, bias, target, temperature, options, scale, wanted, chunk_mib):
+def _one_pass(
+    by: Widened | Pairs, classes, bias, target, temperature, options, grad, mass, taken: Taken | None, wanted, chunk_mib
+):  # fmt: skip
     """Statistics and the gradients of h, weight, bias and temperature, from whole rows of logits."""
     h = by.h
     count = h.shape[0]
@@ -177,13 +207,12 @@ def _one_pass(by: Widened | Pairs, classes, bias, target, temperature, options, 
     strip, rows = by.rows(classes, chunk_mib)
     logits = h.new_empty(strip, classes, dtype=torch.float32)
     gradients = by.gradients(logits, rows)
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted & 1 else None
-    dweight = by.weight_gradient(classes, whole=rows >= count) if wanted & 2 else None
+    dh = h.new_empty(h.shape, dtype=h.dtype if taken is None else torch.float32) if wanted & 1 else None
+    dweight = by.weight_gradient(classes, whole=rows >= count and taken is None) if wanted & 2 else None
     if dweight is not None and count == 0:
         dweight.zero_()
     dbias = h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(count, dtype=torch.float32)
-    grad = h.new_full((count,), scale, dtype=torch.float32)
     for begin in range(0, count, rows):
         end = min(count, begin + rows)
         forward = by.blocks()
@@ -203,6 +232,7 @@ def _one_pass(by: Widened | Pairs, classes, bias, target, temperature, options, 
                 temperature=temperature,
                 statistics=statistics,
                 grad=grad,
+                mass=mass,
                 grad_temperature=dtemperature,
                 **options,
             )
@@ -212,6 +242,13 @@ def _one_pass(by: Widened | Pairs, classes, bias, target, temperature, options, 
             by.toward_h(dh[begin:end], g[:, c0:c1], block, first=c0 == 0)
         if dweight is not None:
             by.toward_weight(dweight, g, begin, end, first=begin == 0)
+    if taken is not None:
+        if dh is not None:
+            taken.off_h(dh, 0, count)
+        if dweight is not None:
+            taken.off_weight(dweight, 0, classes)
+        if dbias is not None:
+            taken.off_bias(dbias)
     return statistics, (dh, dweight, dbias, dtemperature if wanted & 8 else None)
 
 
@@ -242,9 +279,9 @@ def _tile_statistics(
 
 
 def _tile_gradients(
-    by: Widened | Pairs, weight, bias, target, temperature, kept, grad, options, wanted, tile_mib
-):
-    """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` a row."""
+    by: Widened | Pairs, weight, bias, target, temperature, kept, grad, mass, taken: Taken | None, options, wanted, tile_mib
+):  # fmt: skip
+    """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` and `mass` a row."""
     count, width = by.h.shape
     classes = weight.shape[0]
     rows, columns = by.tile(classes, tile_mib)
@@ -279,6 +316,7 @@ def _tile_gradients(
                 temperature=temperature,
                 kept=kept,
                 grad=grad,
+                mass=mass,
                 grad_temperature=dtemperature,
                 **options,
             )
@@ -286,20 +324,46 @@ def _tile_gradients(
                 by.toward_h(dh[begin:end], g, block, first=c0 == 0)
             if dweight is not None:
                 by.toward_weight(tile, g, begin, end, first=begin == 0)
-        if dweight is not None and dweight.dtype != torch.float32 and count:
-            dweight[c0:c1] = tile
+        if dweight is not None and count:
+            if taken is not None:
+                taken.off_weight(tile, c0, c1)
+            if dweight.dtype != torch.float32:
+                dweight[c0:c1] = tile
+    if taken is not None:
+        if dh is not None:
+            taken.off_h(dh, 0, count)
+        if dbias is not None:
+            taken.off_bias(dbias)
     return dh, dweight, dbias, dtemperature if wanted & 8 else None
 
 
-def _prepared(h, weight, bias, target, temperature, ignore_index, product):
-    rows = Rows(target, ignore_index)
-    bias = None if bias is None else bias.float().contiguous()
-    by = (Pairs if product == "native" else Widened)(rows.of(h), weight)
-    return rows, by, bias, rows.of(target).contiguous(), _contiguous(rows.of(temperature))
+class _Call:
+    """What a call and its backward begin with."""
 
+    def __init__(self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index) -> None:
+        self.config = _choose(h, weight).values
+        self.rows = rows = Rows(target, ignore_index)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.by = (Pairs if self.config["product"] == "native" else Widened)(rows.of(h), weight)
+        self.target = rows.of(target).contiguous()
+        self.temperature = None if temperature is None else rows.of(temperature).contiguous()
+        self.shares = Shares.of(self.by.h, weight, self.bias, self.target, class_weight, label_smoothing)
+        if class_weight is not None:
+            rows.divisor = float(class_weight.float().index_select(0, self.target).sum()) or 1.0
 
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
+    def by_row(self, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Taken | None]:
+        """(grad, mass) of the row kernel, and what smoothing takes off, from the gradients of the rows' losses."""
+        shares = self.shares
+        if shares is None:
+            return upstream, None, None
+        taken = None
+        if shares.smoothing is not None:
+            taken = shares.smoothing.taken(upstream, self.by.h, self.temperature)
+        return upstream * shares.own, upstream * shares.mass, taken
+
+    def finish_temperature(self, dtemperature, upstream, largest) -> None:
+        if dtemperature is not None and self.shares is not None and self.shares.smoothing is not None:
+            self.shares.smoothing.off_temperature(dtemperature, upstream, largest, self.temperature)
 
 
 def _options(transform: int, softcap: float, z_loss: float) -> dict:
@@ -313,70 +377,66 @@ def _returned(rows: Rows, found, h, weight, bias, temperature) -> tuple[torch.Te
         h.new_empty(0) if dweight is None else dweight.to(weight.dtype),
         h.new_empty(0) if dbias is None else dbias.to(bias.dtype),
         h.new_empty(0) if dtemperature is None else rows.spread(dtemperature, temperature.dtype),
+        h.new_empty(0),  # class indices
     )
 
 
 def linear_cross_entropy(
-    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
-):
-    config = _choose(h, weight).values
+    h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, ignore_index, reduction,
+    return_lse, gradients,
+):  # fmt: skip
+    c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
     options = _options(transform, softcap, z_loss)
-    rows, by, wide_bias, kept, tau = _prepared(
-        h, weight, bias, target, temperature, ignore_index, config["product"]
-    )
-    classes = weight.shape[0]
-    found = (None,) * 4
+    operands = (c.by, weight.shape[0], c.bias, c.target, c.temperature, options)
+    found: tuple = (None,) * 4
     if gradients:
-        statistics, found = _one_pass(
-            by,
-            classes,
-            wide_bias,
-            kept,
-            tau,
-            options,
-            rows.scale(reduction),
-            gradients,
-            config["chunk_mib"],
-        )
+        upstream = c.by.h.new_full((c.rows.count,), c.rows.scale(reduction), dtype=torch.float32)
+        statistics, found = _one_pass(*operands, *c.by_row(upstream), gradients, c.config["chunk_mib"])
+        c.finish_temperature(found[3], upstream, statistics.largest)
     else:
-        statistics = _tile_statistics(by, classes, wide_bias, kept, tau, options, config["tile_mib"])
-    loss = rows.reduced(statistics.losses(tau, options["stablemax"], z_loss), reduction)
-    return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, found, h, weight, bias, temperature)
+        statistics = _tile_statistics(*operands, c.config["tile_mib"])
+    loss = statistics.losses(c.temperature, options["stablemax"], z_loss, c.shares)
+    kept = statistics.kept()
+    lse = kept.new_empty(0)
+    if return_lse:
+        lse = c.rows.spread(sum(_lse_parts(kept, c.temperature, options["stablemax"])))
+    return (
+        c.rows.reduced(loss, reduction),
+        c.rows.spread(kept, dim=1),
+        lse,
+        *_returned(c.rows, found, h, weight, bias, temperature),
+    )
+
+
+def _lse_parts(kept, temperature, stablemax: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the largest logit as the logarithm of a weight, the logarithm of the sum of the weights beside it)."""
+    largest, total = kept
+    if stablemax:
+        return _symlog(largest), total.log()
+    return largest if temperature is None else largest / temperature, total.log()
 
 
 def linear_cross_entropy_backward(
-    grad,
-    h,
-    weight,
-    bias,
-    target,
-    temperature,
-    statistics,
-    transform,
-    softcap,
-    z_loss,
-    ignore_index,
-    reduction,
-    wanted,
-):
-    config = _choose(h, weight).values
+    grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, transform, softcap, z_loss,
+    label_smoothing, ignore_index, reduction, wanted,
+):  # fmt: skip
+    c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
+    kept = c.rows.of(statistics, dim=1)
+    upstream = c.rows.upstream(grad, reduction)
+    own, mass, taken = c.by_row(upstream)
+    excess = None
+    if grad_lse is not None:  # what the row kernel makes of z_loss is made here, where the other part is added
+        top, log_total = _lse_parts(kept, c.temperature, int(transform == 1))
+        mass = own if mass is None else mass
+        excess = c.rows.of(grad_lse) + mass * (2 * z_loss) * (top + log_total)
+        mass, z_loss = mass + excess, 0.0
     options = _options(transform, softcap, z_loss)
-    rows, by, wide_bias, kept, tau = _prepared(
-        h, weight, bias, target, temperature, ignore_index, config["product"]
-    )
-    found = _tile_gradients(
-        by,
-        weight,
-        wide_bias,
-        kept,
-        tau,
-        rows.of(statistics, dim=1),
-        rows.upstream(grad, reduction),
-        options,
-        wanted,
-        config["tile_mib"],
-    )
-    return _returned(rows, found, h, weight, bias, temperature)
+    operands = (c.by, weight, c.bias, c.target, c.temperature, kept)
+    found = _tile_gradients(*operands, own, mass, taken, options, wanted, c.config["tile_mib"])
+    c.finish_temperature(found[3], upstream, kept[0])
+    if excess is not None and found[3] is not None and transform != 1:
+        found[3].sub_(excess * top / c.temperature)
+    return _returned(c.rows, found, h, weight, bias, temperature)
 
 
 # --- stablemax_cross_entropy -----------------------------------------------------------------------------------------

@@ -18,6 +18,20 @@ def refusal(*args) -> str | None:
     return cuda.missing()
 
 
+def refusal_linear(
+    h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, *_
+) -> str | None:
+    if class_weight is not None or label_smoothing or target.is_floating_point():
+        return "it serves class indices without class_weight and label_smoothing"
+    return refusal(h, weight, bias, temperature)
+
+
+def refusal_linear_backward(grad, grad_lse, *members) -> str | None:
+    if grad_lse is not None:
+        return "it serves no gradient of lse"
+    return refusal_linear(*members[:6], *members[7:])
+
+
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.float().contiguous()
 

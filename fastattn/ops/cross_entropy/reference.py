@@ -17,16 +17,41 @@ def counted_rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
 
 
 def reduced(
-    loss: torch.Tensor, statistics: torch.Tensor, where: torch.Tensor, count: int, reduction: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, statistics) of the rows `where` as the op returns them: zero for the others of `count`; the loss reduced."""
-    rows = torch.zeros(count, dtype=loss.dtype, device=loss.device)
-    loss, statistics = rows.index_copy(0, where, loss), rows.repeat(2, 1).index_copy(1, where, statistics)
-    if reduction == "sum":
-        loss = loss.sum()
-    elif reduction == "mean":
-        loss = loss.sum() / max(1, where.shape[0])
-    return loss, statistics
+    loss: torch.Tensor,
+    where: torch.Tensor,
+    count: int,
+    reduction: str,
+    divisor: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """The losses of the rows `where` as the op returns them: zero for the others of `count`, or their sum, which "mean" divides by
+    `divisor`, which is their number by default."""
+    if reduction == "none":
+        return at_rows(loss, where, count)
+    return loss.sum() / _divisor(where, divisor) if reduction == "mean" else loss.sum()
+
+
+def at_rows(t: torch.Tensor, where: torch.Tensor, count: int) -> torch.Tensor:
+    """t (..., rows) at the places `where` of `count`, zero at the others."""
+    return t.new_zeros(*t.shape[:-1], count).index_copy(t.dim() - 1, where, t)
+
+
+def _divisor(where: torch.Tensor, divisor: torch.Tensor | float | None) -> torch.Tensor | float:
+    return max(1, where.shape[0]) if divisor is None else divisor
+
+
+def shares(
+    target: torch.Tensor,
+    classes: int,
+    dtype: torch.dtype,
+    class_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """What each class counts for in the loss of each row, (rows, V): of class indices (rows,), or of probabilities (rows, V)."""
+    t = target if target.is_floating_point() else torch.nn.functional.one_hot(target.long(), classes)
+    t = t.to(dtype)
+    if label_smoothing:
+        t = (1 - label_smoothing) * t + label_smoothing / classes
+    return t if class_weight is None else t * class_weight.to(dtype)
 
 
 def _weights(x: torch.Tensor, tau: torch.Tensor | None, stablemax: bool) -> tuple[torch.Tensor, ...]:
@@ -45,56 +70,94 @@ def _weights(x: torch.Tensor, tau: torch.Tensor | None, stablemax: bool) -> tupl
 
 def row_loss(
     x: torch.Tensor,
-    target: torch.Tensor,
+    shares: torch.Tensor,
     tau: torch.Tensor | None = None,
     stablemax: bool = False,
     z_loss: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the logits x (rows, V) over tau (rows, 1), and statistics (2, rows): the largest logit (over tau for stablemax), and
-    the sum of the weights, of which the largest logit's is 1."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the logits x (rows, V) over tau (rows, 1), and `shares` (rows, V): the loss; statistics (2, rows), which are the largest
+    logit (over tau for stablemax) and the sum of the weights, of which the largest logit's is 1; the logarithm of the normaliser."""
     distance, weights, top = _weights(x, tau, stablemax)
     total = weights.sum(1)
-    # not logsumexp - x[target], whose terms are rounded at their own size
-    loss = total.log() - distance.gather(1, target.long()[:, None])[:, 0]
+    # not logsumexp - x, whose terms are rounded at their own size
+    own = total.log()[:, None] - distance
+    lse = top[:, 0] + total.log()
     if z_loss:
-        loss = loss + z_loss * (top[:, 0] + total.log()).square()
+        own = own + z_loss * lse.square()[:, None]
+    loss = torch.where(shares == 0, 0.0, shares * own).sum(1)
     largest = (x if tau is None or not stablemax else x / tau).amax(1)
-    return loss, torch.stack((largest, total)).detach()
+    return loss, torch.stack((largest, total)).detach(), lse
 
 
 def row_loss_gradient(
     x: torch.Tensor,
-    target: torch.Tensor,
+    shares: torch.Tensor,
     grad: torch.Tensor,
     tau: torch.Tensor | None = None,
     stablemax: bool = False,
     z_loss: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of sum(grad * loss) with respect to x / tau (rows, V), and the sum of its products with x / tau (rows,)."""
+    grad_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of sum(grad * loss + grad_lse * lse) with respect to x / tau (rows, V); the sum of its products with x / tau (rows,); and
+    with respect to `shares`."""
     distance, weights, top = _weights(x, tau, stablemax)
     total = weights.sum(1, keepdim=True)
-    spread = 2 * z_loss * (top + total.log()) if z_loss else torch.zeros_like(top)
-    g = weights / total * (1 + spread) - torch.nn.functional.one_hot(target.long(), x.shape[1])
-    g = g * grad[:, None]
+    lse = top + total.log()
+    mass = shares.sum(1, keepdim=True)
+    excess = mass * (2 * z_loss * lse) if z_loss else torch.zeros_like(top)
+    g = (weights / total * (mass + excess) - shares) * grad[:, None]
+    own = (total.log() - distance + (z_loss * lse.square() if z_loss else 0.0)) * grad[:, None]
+    excess = excess * grad[:, None]
+    if grad_lse is not None:
+        g, excess = g + weights / total * grad_lse[:, None], excess + grad_lse[:, None]
     if stablemax:
         y = x if tau is None else x / tau
         g = g / (1 + y.abs())
-        return g, torch.where(g == 0, g, g * y).sum(1)
-    # g adds up to grad * spread, and what is far from the largest has next to none of it
+        return g, torch.where(g == 0, g, g * y).sum(1), own
+    # g adds up to the excess, and what is far from the largest has next to none of it
     products = torch.where(g == 0, g, g * distance).sum(1)
-    return g, products + grad * (spread * top)[:, 0] if z_loss else products
+    return g, products + torch.where(excess == 0, 0.0, excess * top)[:, 0], own
 
 
-def grad_of_rows(grad: torch.Tensor, where: torch.Tensor, reduction: str) -> torch.Tensor:
+def grad_of_rows(
+    grad: torch.Tensor,
+    where: torch.Tensor,
+    reduction: str,
+    divisor: torch.Tensor | float | None = None,
+) -> torch.Tensor:
     """The gradient of the loss of each row `where`, from that of the reduced loss."""
     if reduction == "none":
         return grad.index_select(0, where)
-    return grad.expand(where.shape) / (max(1, where.shape[0]) if reduction == "mean" else 1)
+    return grad.expand(where.shape) / (_divisor(where, divisor) if reduction == "mean" else 1)
 
 
 def spread(g: torch.Tensor, where: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows of g at `where` of a gradient of `like`, zero elsewhere."""
     return torch.zeros_like(like).index_copy(0, where, g.to(like.dtype))
+
+
+class _Linear:
+    """The rows of a call that count, and their logits."""
+
+    def __init__(self, h, weight, bias, target, temperature, class_weight, softcap, smoothing, ignore_index):
+        soft = target.is_floating_point()  # probabilities: every row counts
+        self.where = torch.arange(h.shape[0], device=h.device) if soft else counted_rows(target, ignore_index)
+        self.rows = wide(h.index_select(0, self.where))
+        x = self.rows @ wide(weight).T  # (rows, V)
+        if bias is not None:
+            x = x + wide(bias)
+        self.slope: torch.Tensor | float = 1.0
+        if softcap:
+            x = softcap * torch.tanh(x / softcap)
+            self.slope = 1 - (x / softcap).square()
+        self.x = x
+        self.tau = None if temperature is None else temperature.index_select(0, self.where)[:, None]
+        target = target.index_select(0, self.where)
+        self.shares = shares(target, x.shape[1], x.dtype, class_weight, smoothing)
+        self.divisor = None
+        if class_weight is not None and not soft:
+            weights = class_weight.to(x.dtype).index_select(0, target.long()).sum()
+            self.divisor = torch.where(weights == 0, 1.0, weights)
 
 
 def linear_cross_entropy(
@@ -103,52 +166,59 @@ def linear_cross_entropy(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     temperature: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
     transform: int,
     softcap: float,
     z_loss: float,
+    label_smoothing: float,
     ignore_index: int,
     reduction: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss () or (N,), statistics (2, N)); transform 0 is none and 1 stablemax, softcap 0 is none."""
-    where = counted_rows(target, ignore_index)
-    x = wide(h.index_select(0, where)) @ wide(weight).T  # (rows, V)
-    if bias is not None:
-        x = x + wide(bias)
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
-    tau = None if temperature is None else temperature.index_select(0, where)[:, None]
-    loss, statistics = row_loss(x, target.index_select(0, where), tau, transform == 1, z_loss)
-    return reduced(loss, statistics, where, target.shape[0], reduction)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss () or (N,), statistics (2, N), lse (N,)); transform 0 is none and 1 stablemax, softcap 0 is none; target (N,) of
+    classes or (N, V) of probabilities."""
+    c = _Linear(
+        h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index
+    )
+    loss, statistics, lse = row_loss(c.x, c.shares, c.tau, transform == 1, z_loss)
+    count = h.shape[0]
+    loss = reduced(loss, c.where, count, reduction, c.divisor)
+    return loss, at_rows(statistics, c.where, count), at_rows(lse, c.where, count)
 
 
 def linear_cross_entropy_gradients(
-    grad, h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction
-) -> tuple[torch.Tensor | None, ...]:
-    """For h, weight, bias and temperature, from `grad` of the loss: the chain rule through the lines above."""
-    where = counted_rows(target, ignore_index)
-    rows = wide(h.index_select(0, where))
-    x = rows @ wide(weight).T
-    if bias is not None:
-        x = x + wide(bias)
-    slope = 1.0
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
-        slope = 1 - (x / softcap).square()
-    tau = None if temperature is None else temperature.index_select(0, where)[:, None]
-    g, products = row_loss_gradient(
-        x, target.index_select(0, where), grad_of_rows(grad, where, reduction), tau, transform == 1, z_loss
+    grad, grad_lse, h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing,
+    ignore_index, reduction,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """For h, weight, bias, temperature and probabilities, from `grad` of the loss and perhaps that of lse: the chain rule through
+    the lines above."""
+    c = _Linear(
+        h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index
     )
-    dtemperature = None
-    if tau is not None:
-        dtemperature = spread(-products / tau[:, 0], where, temperature)
-        g = g / tau
-    g = g * slope  # (rows, V), of the raw logits
-    dbias = None if bias is None else g.sum(0).to(bias.dtype)
+    g, products, own = row_loss_gradient(
+        c.x,
+        c.shares,
+        grad_of_rows(grad, c.where, reduction, c.divisor),
+        c.tau,
+        transform == 1,
+        z_loss,
+        None if grad_lse is None else grad_lse.index_select(0, c.where),
+    )
+    dtemperature = dtarget = None
+    if c.tau is not None:
+        dtemperature = spread(-products / c.tau[:, 0], c.where, temperature)
+        g = g / c.tau
+    if target.is_floating_point():
+        dtarget = (1 - label_smoothing) * own
+        if class_weight is not None:
+            dtarget = dtarget * class_weight.to(own.dtype)
+        dtarget = dtarget.to(target.dtype)
+    g = g * c.slope  # (rows, V), of the raw logits
     return (
-        spread(g @ wide(weight), where, h),
-        (g.T @ rows).to(weight.dtype),
-        dbias,
+        spread(g @ wide(weight), c.where, h),
+        (g.T @ c.rows).to(weight.dtype),
+        None if bias is None else g.sum(0).to(bias.dtype),
         dtemperature,
+        dtarget,
     )
 
 
@@ -158,8 +228,10 @@ def stablemax_cross_entropy(
     """(loss (N,), statistics (2, N))."""
     where = counted_rows(target, ignore_index)
     x = wide(logits.index_select(0, where))
-    loss, statistics = row_loss(x, target.index_select(0, where), stablemax=True)
-    return reduced(loss, statistics, where, target.shape[0], "none")
+    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    loss, statistics, _ = row_loss(x, wanted, stablemax=True)
+    count = target.shape[0]
+    return reduced(loss, where, count, "none"), at_rows(statistics, where, count)
 
 
 def stablemax_cross_entropy_backward(
@@ -171,7 +243,6 @@ def stablemax_cross_entropy_backward(
 ) -> torch.Tensor:
     where = counted_rows(target, ignore_index)
     x = wide(logits.index_select(0, where))
-    g, _ = row_loss_gradient(
-        x, target.index_select(0, where), grad_out.index_select(0, where), stablemax=True
-    )
+    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    g, *_ = row_loss_gradient(x, wanted, grad_out.index_select(0, where), stablemax=True)
     return spread(g, where, logits)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 else:
     cuda, triton = Lazy(f"{__package__}.cuda"), Lazy(f"{__package__}.triton")
 
-_DIFFERENTIABLE = (0, 1, 2, 4)  # h, weight, bias, temperature
+_GRADIENTS = ("grad_h", "grad_weight", "grad_bias", "grad_temperature", "grad_target")
+_DIFFERENTIABLE = (0, 1, 2, 4, 3)  # h, weight, bias, temperature, target
 
 
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
@@ -26,93 +27,109 @@ class LinearCall(NamedTuple):
     h: torch.Tensor  # (N, d)
     weight: torch.Tensor  # (V, d)
     bias: torch.Tensor | None  # (V,)
-    target: torch.Tensor  # (N,)
+    target: torch.Tensor  # (N,) of classes, or (N, V) of probabilities
     temperature: torch.Tensor | None  # (N,), of StableMax
+    class_weight: torch.Tensor | None  # (V,)
     transform: int
     softcap: float
     z_loss: float
+    label_smoothing: float
     ignore_index: Size
     reduction: str
-    gradients: (
-        int  # a bit for each of h, weight, bias, temperature: found in the forward pass, of a gradient of 1
-    )
+    return_lse: bool
+    # a bit for each of h, weight, bias, temperature, target: found in the forward pass, of a gradient of 1
+    gradients: int
 
 
 class LinearBackwardCall(NamedTuple):
     grad: torch.Tensor
+    grad_lse: torch.Tensor | None  # (N,)
     h: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
     target: torch.Tensor
     temperature: torch.Tensor | None
+    class_weight: torch.Tensor | None
     statistics: torch.Tensor  # (2, N)
     transform: int
     softcap: float
     z_loss: float
+    label_smoothing: float
     ignore_index: Size
     reduction: str
     wanted: int  # bits as in `gradients`
 
 
-def _fake(
-    h, weight, bias, target, temperature, transform, softcap, z_loss, ignore_index, reduction, gradients
-):
-    return *fake_statistics(h, reduction), *gradients_like((h, weight, bias, temperature), gradients)
+def _fake(h, weight, bias, target, temperature, class_weight, *options):
+    *_, reduction, return_lse, gradients = options
+    loss, statistics = fake_statistics(h, reduction)
+    lse = statistics.new_empty(h.shape[0] if return_lse else 0)
+    return loss, statistics, lse, *gradients_like((h, weight, bias, temperature, target), gradients)
 
 
-def _fake_backward(grad, h, weight, bias, target, temperature, *options):
-    return gradients_like((h, weight, bias, temperature), options[-1])
+def _fake_backward(grad, grad_lse, h, weight, bias, target, temperature, *options):
+    return gradients_like((h, weight, bias, temperature, target), options[-1])
 
 
-def _reference(h, weight, bias, target, temperature, *options):
-    *options, gradients = (weight, bias, target, temperature, *options)
-    loss, statistics = reference.linear_cross_entropy(h, *options)
-    found = (None,) * 4
+def _reference(h, *arguments):
+    *arguments, return_lse, gradients = arguments
+    loss, statistics, lse = reference.linear_cross_entropy(h, *arguments)
+    found = (None,) * 5
     if gradients:
-        found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), h, *options)
-    return loss, statistics, *selected(found, gradients, h)
+        found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), None, h, *arguments)
+    return loss, statistics, lse if return_lse else lse.new_empty(0), *selected(found, gradients, h)
 
 
-def _reference_backward(grad, h, weight, bias, target, temperature, statistics, *options):
+def _reference_backward(
+    grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, *options
+):
     *options, wanted = options
-    found = reference.linear_cross_entropy_gradients(grad, h, weight, bias, target, temperature, *options)
+    found = reference.linear_cross_entropy_gradients(
+        grad, grad_lse, h, weight, bias, target, temperature, class_weight, *options
+    )
     return selected(found, wanted, h)
 
 
 def _setup_context(ctx, inputs, output):
-    h, weight, bias, target, temperature, *ctx.options, ctx.gradients, ctx.backend = inputs
-    _, statistics, *found = output
-    ctx.mark_non_differentiable(*output[1:])
-    save(ctx, h, weight, bias, target, temperature, statistics, *found)
+    *tensors, ctx.return_lse, ctx.gradients, ctx.backend = inputs
+    tensors, ctx.options = tensors[:6], tensors[6:]
+    loss, statistics, lse, *found = output
+    ctx.mark_non_differentiable(statistics, *(() if ctx.return_lse else (lse,)), *found)
+    save(ctx, *tensors, statistics, *found)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
-    none = (None,) * (len(ctx.options) + 2)
-    if grad is None:
-        return (None,) * 5 + none
+def _backward(ctx, grad, grad_statistics, grad_lse, *_):
+    none = (None,) * (len(ctx.options) + 3)
+    if grad is None and grad_lse is None:
+        return (None,) * 6 + none
     tensors = ctx.saved_tensors
-    saved, found = tensors[:6], tensors[6:]
+    saved, found = tensors[:7], tensors[7:]
+    if grad is None:
+        grad = grad_lse.new_zeros(grad_lse.shape if ctx.options[-1] == "none" else ())
 
     def recompute(wanted):
-        return dispatch("linear_cross_entropy_backward", grad, *saved, *ctx.options, wanted, ctx.backend)
+        return dispatch(
+            "linear_cross_entropy_backward", grad, grad_lse, *saved, *ctx.options, wanted, ctx.backend
+        )
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
-    dh, dweight, dbias, dtemperature = saved_or_recomputed(wanted, ctx.gradients, grad, found, recompute)
-    return dh, dweight, dbias, None, dtemperature, *none
+    known = ctx.gradients if grad_lse is None else 0
+    dh, dweight, dbias, dtemperature, dtarget = saved_or_recomputed(wanted, known, grad, found, recompute)
+    return dh, dweight, dbias, dtarget, dtemperature, None, *none
 
 
 declare(
     "linear_cross_entropy",
     LinearCall,
-    outputs=("loss", "statistics", "grad_h", "grad_weight", "grad_bias", "grad_temperature"),
+    outputs=("loss", "statistics", "lse", *_GRADIENTS),
     fake=_fake,
     check=checks.check_linear_cross_entropy,
     check_contents=checks.check_linear_cross_entropy_contents,
     backends=(
-        cpu_backend(cpu.linear_cross_entropy, cpu.refusal, cpu.configure),
-        cuda_backend(cuda.linear_cross_entropy, cuda.refusal),
-        triton_backend(triton.linear_cross_entropy, triton.refusal, triton.configure),
+        cpu_backend(cpu.linear_cross_entropy, cpu.refusal_linear, cpu.configure),
+        cuda_backend(cuda.linear_cross_entropy, cuda.refusal_linear),
+        triton_backend(triton.linear_cross_entropy, triton.refusal_linear, triton.configure),
         reference_backend(_reference),
     ),
     gradients=Autograd(_setup_context, _backward),
@@ -120,14 +137,14 @@ declare(
 declare(
     "linear_cross_entropy_backward",
     LinearBackwardCall,
-    outputs=("grad_h", "grad_weight", "grad_bias", "grad_temperature"),
+    outputs=_GRADIENTS,
     fake=_fake_backward,
     check=checks.check_linear_cross_entropy_backward,
     check_contents=checks.check_linear_cross_entropy_backward_contents,
     backends=(
-        cpu_backend(cpu.linear_cross_entropy_backward, cpu.refusal),
-        cuda_backend(cuda.linear_cross_entropy_backward, cuda.refusal),
-        triton_backend(triton.linear_cross_entropy_backward, triton.refusal),
+        cpu_backend(cpu.linear_cross_entropy_backward, cpu.refusal_linear_backward),
+        cuda_backend(cuda.linear_cross_entropy_backward, cuda.refusal_linear_backward),
+        triton_backend(triton.linear_cross_entropy_backward, triton.refusal_linear_backward),
         reference_backend(_reference_backward),
     ),
 )

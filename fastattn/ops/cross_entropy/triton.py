@@ -9,6 +9,7 @@ from ...runtime import tuning
 from ...runtime.triton import offset
 from . import (
     chunked,
+    shares,
     tuning_triton,  # noqa: F401  declares what is looked up
 )
 
@@ -62,13 +63,14 @@ def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
 
 @triton.jit
 def _vocab_rows_kernel(
-    x, out, bias, log_count, target, temperature, grad, loss, largest, total, grad_temperature,
+    x, out, bias, log_count, target, temperature, own, mass, grad, grad_lse, loss, largest, total, grad_temperature,
     x_row, out_row, classes, softcap, z_loss, ignore_index,
     STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, STATISTICS: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the loss's gradient (GRADIENT), perhaps in
-    place. No log-sum-exp: rounded at the size of the logits, it would lose what the target is below the largest."""
+    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the gradient (GRADIENT) of grad times the loss
+    and grad_lse times the log-sum-exp, perhaps in place. own and mass: what the target's logit and the log-sum-exp count for in the
+    loss. No log-sum-exp is formed: rounded at the size of the logits, it would lose what the target is below the largest."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     label = tl.load(target + row)
@@ -77,6 +79,11 @@ def _vocab_rows_kernel(
         tau = tl.load(temperature + row).to(tl.float32)
     x_base = x + offset(row, x_row)
     out_base = out + offset(row, out_row)
+    row_own = 1.0
+    row_mass = 1.0
+    if own is not None:
+        row_own = tl.load(own + row)
+        row_mass = tl.load(mass + row)
     if label == ignore_index:
         if STATISTICS:
             tl.store(loss + row, 0.0)
@@ -116,7 +123,7 @@ def _vocab_rows_kernel(
             below = _symlog(row_top) - _symlog(picked)
         else:
             below = (row_top - picked) / tau
-        row_loss = below + tl.log(row_total)
+        row_loss = row_own * below + row_mass * tl.log(row_total)
     else:
         row_top = tl.load(largest + row)
         row_total = tl.load(total + row)
@@ -126,20 +133,24 @@ def _vocab_rows_kernel(
         row_lse = log_top + tl.log(row_total)
         spread = 2.0 * z_loss * row_lse
         if STATISTICS:
-            row_loss += z_loss * row_lse * row_lse
+            row_loss += row_mass * z_loss * row_lse * row_lse
     if STATISTICS:
         tl.store(loss + row, row_loss)
     if GRADIENT:
         upstream = tl.load(grad + row).to(tl.float32)
-        factor = (1.0 + spread) * upstream / row_total
+        target_part = row_own * upstream
+        excess = spread * row_mass * upstream  # a softmax's gradients add up to it, beside what the mass is more than its own
+        if grad_lse is not None:
+            excess += tl.load(grad_lse + row).to(tl.float32)
+        factor = (row_mass * upstream + excess) / row_total
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
             inside = first + at < classes
             value = tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32)
             value, slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
             g = _weight(value, row_top, log_count, first + at, inside, tau, STABLEMAX) * factor
-            g = tl.where(first + at == label, g - upstream, g)
-            # A softmax's distances to the largest, small where it matters: its gradients add up to spread * upstream.
+            g = tl.where(first + at == label, g - target_part, g)
+            # A softmax's distances to the largest, small where it matters.
             if STABLEMAX:
                 g = g / (1.0 + tl.abs(value))
                 by_tau = value
@@ -149,13 +160,24 @@ def _vocab_rows_kernel(
             tl.store(out_base + first + at, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
         if grad_temperature is not None:
             product = tl.sum(products, 0)
-            if Z_LOSS and not STABLEMAX:
-                product += spread * upstream * log_top
+            if (Z_LOSS or grad_lse is not None) and not STABLEMAX:
+                product += excess * log_top
             tl.store(grad_temperature + row, -product / tau)
 
 
 def refusal(*args) -> str | None:
     return _triton.refusal(*(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()))
+
+
+def refusal_linear(
+    h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, *_
+) -> str | None:
+    unserved = shares.unserved(target, transform, softcap, label_smoothing)
+    return unserved or refusal(h, weight, bias, temperature, class_weight)
+
+
+def refusal_linear_backward(grad, grad_lse, *members) -> str | None:
+    return refusal_linear(*members[:6], *members[7:])
 
 
 def _choose(t: torch.Tensor, classes: int) -> tuning.Choice:
@@ -178,14 +200,14 @@ def configure_rows(*args) -> tuning.Choice:
 
 
 def row_kernel(
-    x, target, *, out=None, bias=None, log_count=None, temperature=None, grad=None, loss=None, largest=None, total=None,
-    grad_temperature=None, stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
+    x, target, *, out=None, bias=None, log_count=None, temperature=None, own=None, mass=None, grad=None, grad_lse=None,
+    loss=None, largest=None, total=None, grad_temperature=None, stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
 ):  # fmt: skip
     config = _choose(x, x.shape[1]).values
     _triton.launch(
         _vocab_rows_kernel, (x.shape[0],),
-        x, x if out is None else out, bias, log_count, target, temperature, grad, loss, largest, total, grad_temperature,
-        x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
+        x, x if out is None else out, bias, log_count, target, temperature, own, mass, grad, grad_lse, loss,
+        largest, total, grad_temperature, x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
         STABLEMAX=stablemax, SOFTCAP=bool(softcap), Z_LOSS=bool(z_loss), STATISTICS=loss is not None,
         GRADIENT=grad is not None, BLOCK=min(config["block"], _triton.block(x.shape[1])), num_warps=config["num_warps"],
     )  # fmt: skip
@@ -197,9 +219,9 @@ def linear_cross_entropy(h, weight, *args):
     )
 
 
-def linear_cross_entropy_backward(grad, h, weight, *args):
+def linear_cross_entropy_backward(grad, grad_lse, h, weight, *args):
     mib = configure(h, weight).values["chunk_mib"]
-    return chunked.linear_cross_entropy_backward(row_kernel, mib, grad, h, weight, *args)
+    return chunked.linear_cross_entropy_backward(row_kernel, mib, grad, grad_lse, h, weight, *args)
 
 
 def stablemax_cross_entropy(logits, target, ignore_index):

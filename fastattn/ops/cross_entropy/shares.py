@@ -1,0 +1,114 @@
+"""What the classes count for in a row's loss where it is not the target's alone: class weights, and label smoothing of a plain
+softmax. For every backend with a row kernel, which takes two factors a row; the rest is vectors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_WIDENED = 1 << 22  # elements widened to float32 at once
+
+
+def unserved(target, transform: int, softcap: float, label_smoothing: float) -> str | None:
+    """Why the row kernels cannot serve a call, or None."""
+    if target.is_floating_point():
+        return "it serves class indices, not probabilities"
+    if label_smoothing and (transform or softcap):
+        return "it serves label_smoothing without softcap and transform"
+    return None
+
+
+def _blocks(matrix: torch.Tensor):
+    step = max(1, _WIDENED // matrix.shape[1])
+    for begin in range(0, matrix.shape[0], step):
+        yield slice(begin, begin + step), matrix[begin : begin + step].float()
+
+
+def _combined(factors: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """factors (rows,) times matrix (rows, d), in float32."""
+    total = factors.new_zeros(matrix.shape[1])
+    for rows, block in _blocks(matrix):
+        total.addmv_(block.T, factors[rows])
+    return total
+
+
+def _products(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """matrix (rows, d) times vector (d,), in float32."""
+    found = vector.new_empty(matrix.shape[0])
+    for rows, block in _blocks(matrix):
+        found[rows] = block @ vector
+    return found
+
+
+class Taken(NamedTuple):
+    """What smoothing takes off gradients, each of rank 1: rows x combined off h's, by_class x sums off weight's, and by_class
+    sum(rows) off bias's."""
+
+    rows: torch.Tensor  # (N,)
+    combined: torch.Tensor  # (d,)
+    by_class: torch.Tensor  # (V,)
+    sums: torch.Tensor  # (d,)
+
+    def off_h(self, dh: torch.Tensor, begin: int, end: int) -> None:
+        dh.addr_(self.rows[begin:end], self.combined, alpha=-1)
+
+    def off_weight(self, dweight: torch.Tensor, begin: int, end: int) -> None:
+        dweight.addr_(self.by_class[begin:end], self.sums, alpha=-1)
+
+    def off_bias(self, dbias: torch.Tensor) -> None:
+        dbias -= self.by_class * self.rows.sum()
+
+
+class Smoothing:
+    """What label smoothing adds to a row's loss: amount * sum_c w_c (largest - x_c) / temperature. The sum of the logits is one
+    product a row, h (weight^T w) + bias w. So it takes no pass over (N, V), forward or backward."""
+
+    def __init__(self, h, weight, bias, class_weight, label_smoothing: float) -> None:
+        classes = weight.shape[0]
+        self.amount = label_smoothing / classes
+        if class_weight is None:
+            self.by_class, self.total = h.new_ones(classes, dtype=torch.float32), float(classes)
+        else:
+            self.by_class = class_weight.float()
+            self.total = self.by_class.sum()
+        self.combined = _combined(self.by_class, weight)
+        self.sums = _products(h, self.combined)
+        if bias is not None:  # a class that counts for nothing may be left out by -inf
+            self.sums += torch.where(self.by_class == 0, 0.0, self.by_class * bias.float()).sum()
+
+    def loss(self, largest: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+        loss = self.amount * (self.total * largest - self.sums)
+        return loss if temperature is None else loss / temperature
+
+    def taken(self, upstream: torch.Tensor, h: torch.Tensor, temperature: torch.Tensor | None) -> Taken:
+        rows = self.amount * upstream
+        if temperature is not None:
+            rows = rows / temperature
+        return Taken(rows, self.combined, self.by_class, _combined(rows, h))
+
+    def off_temperature(self, dtemperature, upstream, largest, temperature) -> None:
+        dtemperature -= upstream * self.loss(largest, temperature) / temperature
+
+
+class Shares(NamedTuple):
+    """What its target, and all classes together, count for in each row's loss, (N,) float32."""
+
+    own: torch.Tensor
+    mass: torch.Tensor
+    smoothing: Smoothing | None
+
+    @staticmethod
+    def of(h, weight, bias, target, class_weight, label_smoothing: float) -> Shares | None:
+        """None where the target is all that counts. What an ignored row has means nothing."""
+        if class_weight is None and not label_smoothing:
+            return None
+        if class_weight is None:
+            own = h.new_ones(h.shape[0], dtype=torch.float32)
+        else:  # a target of no class, which a GPU's host cannot see without waiting, is left to the row kernel
+            own = class_weight.float()[target.long().clamp(0, weight.shape[0] - 1)]
+        if not label_smoothing:
+            return Shares(own, own, None)
+        smoothing = Smoothing(h, weight, bias, class_weight, label_smoothing)
+        own = own * (1 - label_smoothing)
+        return Shares(own, own + smoothing.amount * smoothing.total, smoothing)
