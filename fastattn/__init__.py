@@ -13,6 +13,7 @@ from .ops.gated import gated_attention
 from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
 from .ops.lssa import lssa_attention, softplus_attention
+from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, swiglu
 from .ops.sdpa import scaled_dot_product_attention
 from .ops.sinkhorn import sinkhorn
@@ -39,6 +40,7 @@ __all__ = [
     "integrations",
     "linear_cross_entropy",
     "lssa_attention",
+    "multi_label_cross_entropy",
     "models",
     "nearest_codes",
     "nn",

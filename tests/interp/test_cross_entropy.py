@@ -22,6 +22,51 @@ def labels(rows: int, classes: int) -> torch.Tensor:
     return target
 
 
+SHARES = {
+    "class_weight": {"class_weight": True, "z_loss": 0.01},
+    "smoothing": {"label_smoothing": 0.2},
+    "both": {"class_weight": True, "label_smoothing": 0.2, "z_loss": 0.01},
+    "stablemax": {"class_weight": True, "transform": "stablemax", "softcap": 5.0, "z_loss": 0.01},
+}
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("options", SHARES)
+@pytest.mark.parametrize("with_lse", (False, True))
+def test_class_weights_smoothing_and_lse(options, reduction, with_lse, nan_outputs, monkeypatch):
+    from fastattn.ops.cross_entropy import chunked
+
+    rows, width, classes = 5, 8, 150
+    monkeypatch.setattr(chunked, "_MIB", 4 * classes * 2)  # two rows of logits a chunk
+    h = testing.random_tensor(rows, width, seed=1, requires_grad=True)
+    weight = testing.random_tensor(classes, width, seed=2, requires_grad=True)
+    bias = testing.random_tensor(classes, seed=3, requires_grad=True)
+    temperature = (testing.random_tensor(rows, seed=4).abs() + 0.5).requires_grad_()
+    by_class = testing.random_tensor(classes, seed=6).abs() + 0.1
+    target = labels(rows, classes)
+
+    def run(backend):
+        def fn(h, weight, bias, temperature):
+            given = dict(SHARES[options])
+            if "class_weight" in given:
+                given["class_weight"] = by_class.to(h.dtype)
+            return fa.linear_cross_entropy(
+                h,
+                weight,
+                target,
+                bias=bias,
+                temperature=temperature,
+                reduction=reduction,
+                return_lse=with_lse,
+                backend=backend,
+                **given,
+            )
+
+        return fn
+
+    testing.check_op(run("triton"), run("reference"), (h, weight, bias, temperature), terms=classes)
+
+
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_linear_cross_entropy(options, reduction, nan_outputs):

@@ -340,14 +340,15 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
   const std::string of = " dtype " + std::to_string(int(dtype)) + " layout " + std::to_string(int(layout));
   const int64_t R = 6, C = 211, K = 37, D = 70, V = 16 * 211;  // enough for several threads
   Array target = Array::random(DType::i64, {R}, 0, C), gradient = Array::full(f32, {R}, 0.25),
-        bias = Array::random(f32, {V}), temperature = Array::random(f32, {R}, 0.5, 2);
+        mass = Array::random(f32, {R}, 0.1, 1), bias = Array::random(f32, {V}),
+        temperature = Array::random(f32, {R}, 0.5, 2);
   target.set(2, -100), target.set(3, 5000);
   const auto check = [&](const char* name, double roundings, const Run& run) {
     same(kernels, baseline, report, name + of, roundings, 0, run);
   };
   Array logits = Array::random(dtype, {R, V}, -4, 4, layout);
   // statistics and the gradient at once; the gradient from statistics there are
-  for (int kind = 0; kind < 5; kind++) {
+  for (int kind = 0; kind < 6; kind++) {
     check("vocabulary rows", 64 + V, [&, threads = threads, layout = layout](const KernelTable& t, Outputs& o) {
       const auto zero = [&] { return Array::full(f32, {R}, 0); };
       const bool known = kind == 1;  // of each row, its largest logit and the sum of its weights
@@ -358,7 +359,8 @@ inline void check_vocab(const KernelTable& kernels, const KernelTable& baseline,
       p.x = o[0], p.out = o[6], p.target = target, p.row_max = o[1], p.row_sum = o[2], p.picked = o[3];
       p.grad = gradient, p.ignore_index = -100, p.threads = threads, p.gradient = 1, p.z_loss = 0.01;
       p.statistics = kind != 1, p.stablemax = kind == 2;
-      if (kind > 2 && dtype == DType::f32) p.bias = bias, p.softcap = kind == 3 ? 0 : 3;
+      if (kind > 2 && dtype == DType::f32) p.bias = bias, p.softcap = kind == 4 ? 3 : 0;
+      if (kind == 5) p.mass = mass;
       if (kind == 4) p.temperature = temperature, p.grad_temperature = o[5];
       t.vocab_rows(p);
     });

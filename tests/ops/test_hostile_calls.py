@@ -110,15 +110,33 @@ def _refused():
     yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
     yield (
         "linear_cross_entropy",
-        (h, h, None, target, None, 2, 0.0, 0.0, 4, "mean", 0),
+        (h, h, None, target, None, None, 2, 0.0, 0.0, 0.0, 4, "mean", False, 0),
         ValueError,
         "transform must be",
     )
     yield (
         "linear_cross_entropy",
-        (h, h, None, codes[:3], None, 0, 0.0, 0.0, 4, "mean", 4),
+        (h, h, None, codes[:3], None, None, 0, 0.0, 0.0, 0.0, 4, "mean", False, 4),
         ValueError,
         "gradients must be",
+    )
+    yield (
+        "linear_cross_entropy",
+        (h, h, None, h, None, None, 0, 0.0, 0.0, 0.0, 4, "mean", False, 0),
+        ValueError,
+        r"target must have shape \(3x3\)",
+    )
+    yield (
+        "linear_cross_entropy",
+        (h, h, None, codes[:3], None, h[0], 0, 0.0, 0.0, 2.0, 4, "mean", False, 0),
+        ValueError,
+        "class_weight must have shape",
+    )
+    yield (
+        "linear_cross_entropy",
+        (h, h, None, codes[:3], None, None, 0, 0.0, 0.0, 2.0, 4, "mean", False, 0),
+        ValueError,
+        "label_smoothing must lie",
     )
     yield "rms_norm_backward", (h, None, h, None, torch.ones(2), 0.0), ValueError, "rstd must have shape"
     yield "nearest_codes", (h, h[:, :5]), ValueError, "x must have a last dim of 5"

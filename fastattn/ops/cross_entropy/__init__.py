@@ -9,7 +9,7 @@ from ...runtime import checks as _checks
 from ...runtime.registry import call, requested
 from ..vocabulary import REDUCTIONS, check_rows, check_target, check_wide, needed
 from . import schema  # noqa: F401  registers the ops
-from .checks import TRANSFORMS
+from .checks import TRANSFORMS, check_class_weight
 
 # With this many classes or fewer the forward pass computes the gradients too, from the logits of a few hundred rows at a
 # time: three matrix products in all. With more classes that chunk and the saved (V, d) gradient would be most of the memory
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     (V, d_1, ..., d_K, d) for a loss at each of d_1 ... d_K places, which runs as one call a place.
     target: classes (..., d_1, ..., d_K), int32 or int64, in [0, V) or ignore_index; or probabilities (..., V, d_1, ..., d_K), h's
     dtype or float32, which need not add up to 1.
-    bias: (V, d_1, ..., d_K), h's dtype or float32; -inf leaves a class out. class_weight: (V,), h's dtype or float32; it gets no
+    bias: (V, d_1, ..., d_K), h's dtype or float32; -inf leaves a class out. class_weight: (V,), any floating dtype; it gets no
     gradient. label_smoothing: in [0, 1], default 0.
     transform: None (softmax) or "stablemax". softcap: more than zero, default none. z_loss: factor, default 0.
     temperature: a number or one a row (...), h's dtype or float32, more than zero; default none.
@@ -140,7 +140,7 @@ def linear_cross_entropy(
     if not probabilities:
         check_target(op, target, losses, ignore_index)
     if class_weight is not None:
-        check_wide(op, "class_weight", class_weight, h)
+        check_class_weight(op, class_weight, h, weight.shape[0])
         if class_weight.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"fastattn.{op}: class_weight gets no gradient; give class_weight.detach()")
     _checks.check_choice(op, "transform", transform, TRANSFORMS)

@@ -20,13 +20,20 @@ LEAST_SOFTCAP = 2.0**-100  # kernels take its reciprocal in float32
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
 
 
+def check_class_weight(op: str, class_weight, h, classes: int) -> None:
+    checks.check_floating(op, class_weight=class_weight)
+    checks.check_shape(op, "class_weight", class_weight, (classes,), "one a class")
+    checks.check_same_device(op, h=h, class_weight=class_weight)
+
+
 def _check_linear(
     op: str, h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, ignore_index,
     reduction,
 ) -> None:  # fmt: skip
     check_products(op, "h", h, "weight", weight, "V")
     check_by_token(op, "bias", bias, (weight.shape[0],), h, "one a class")
-    check_by_token(op, "class_weight", class_weight, (weight.shape[0],), h, "one a class")
+    if class_weight is not None:
+        check_class_weight(op, class_weight, h, weight.shape[0])
     if target.is_floating_point():
         check_by_token(op, "target", target, (h.shape[0], weight.shape[0]), h, "a probability a class")
         checks.check_choice(op, "reduction", reduction, REDUCTIONS)

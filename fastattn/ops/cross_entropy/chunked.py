@@ -36,16 +36,15 @@ def chunked_rows(
     options,
     *,
     log_count=None,
-    shares: Shares | None = None,
+    shares=None,
     taken: Taken | None = None,
     grad=None,
-    grad_lse=None,
     loss=None,
     statistics,
     wanted=0,
 ):
     """The row losses and their statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype),
-    weight, bias and temperature (float32) by chunks of rows, less `taken`.
+    weight, bias and temperature (float32) by chunks of rows, less `taken`. shares: (N, 3), what the row kernel takes by this name.
 
     row_kernel(x, target, **rows and options): loss, largest, total, and the loss's gradient in place of the logits x."""
     largest, total = statistics
@@ -55,8 +54,7 @@ def chunked_rows(
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
     dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
-    few = {} if shares is None else {"own": shares.own, "mass": shares.mass}
-    few |= {} if grad_lse is None else {"grad_lse": grad_lse.contiguous()}
+    some = {} if shares is None else {"shares": shares}
     for begin, end in chunks(h.shape[0], weight.shape[0], mib):
         part = h[begin:end]
         x = product(part, weight.T)
@@ -64,7 +62,7 @@ def chunked_rows(
             name: None if t is None else t[begin:end]
             for name, t in (
                 ("temperature", temperature), ("grad", grad), ("loss", loss), ("largest", largest), ("total", total),
-                ("grad_temperature", dtemperature), *few.items(),
+                ("grad_temperature", dtemperature), *some.items(),
             )
         }  # fmt: skip
         row_kernel(x, target[begin:end], **columns, **rows, **options)
@@ -133,19 +131,27 @@ class _Call:
         self.smoothing = None if self.shares is None else self.shares.smoothing
         self.ignored = None if self.smoothing is None else target == ignore_index
 
-    def run(self, row_kernel, mib, options, *, grad, statistics, wanted, **more):
-        """As chunked_rows, with all gradients."""
+    def run(self, row_kernel, mib, options, *, grad, statistics, wanted, grad_lse=None, loss=None):
+        """As chunked_rows."""
         taken = None
         if self.smoothing is not None and wanted:
             rows = grad.masked_fill(self.ignored, 0)
             taken = self.smoothing.taken(rows, self.h, self.temperature)
         found = chunked_rows(
-            row_kernel, mib, self.h, self.weight, self.bias, self.target, self.temperature, options, shares=self.shares,
-            taken=taken, grad=grad, statistics=statistics, wanted=wanted, **more,
+            row_kernel, mib, self.h, self.weight, self.bias, self.target, self.temperature, options,
+            shares=self._columns(grad_lse), taken=taken, grad=grad, loss=loss, statistics=statistics, wanted=wanted,
         )  # fmt: skip
         if taken is not None and found[3] is not None:
             self.smoothing.off_temperature(found[3], rows, statistics[0], self.temperature)
         return found
+
+
+    def _columns(self, grad_lse: torch.Tensor | None) -> torch.Tensor | None:
+        if self.shares is None and grad_lse is None:
+            return None
+        ones = self.h.new_ones(self.h.shape[0], dtype=torch.float32)
+        own, mass = (ones, ones) if self.shares is None else self.shares[:2]
+        return torch.stack((own, mass, torch.zeros_like(ones) if grad_lse is None else grad_lse), 1)
 
 
 def _lse(statistics, temperature, stablemax: bool, ignored) -> torch.Tensor:

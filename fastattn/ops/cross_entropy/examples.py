@@ -19,6 +19,11 @@ def examples(make: Make) -> dict[str, Example]:
             {"h": h, "weight": weight, "target": target, "temperature": temperature},
             {"transform": "stablemax"},
         ),
+        "linear_cross_entropy, weighed": Example(
+            linear_cross_entropy,
+            {"h": h, "weight": weight, "target": target},
+            {"class_weight": make.shares(1, 30)[0] + 0.1, "label_smoothing": 0.1, "return_lse": True},
+        ),
         "stablemax_cross_entropy": Example(
             stablemax_cross_entropy, {"logits": make.normal(N, 30), "target": target}
         ),

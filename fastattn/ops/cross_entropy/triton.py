@@ -9,9 +9,9 @@ from ...runtime import tuning
 from ...runtime.triton import offset
 from . import (
     chunked,
-    shares,
     tuning_triton,  # noqa: F401  declares what is looked up
 )
+from .shares import unserved
 
 
 @triton.jit
@@ -63,14 +63,14 @@ def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
 
 @triton.jit
 def _vocab_rows_kernel(
-    x, out, bias, log_count, target, temperature, own, mass, grad, grad_lse, loss, largest, total, grad_temperature,
+    x, out, bias, log_count, target, temperature, shares, grad, loss, largest, total, grad_temperature,
     x_row, out_row, classes, softcap, z_loss, ignore_index,
     STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, STATISTICS: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the gradient (GRADIENT) of grad times the loss
-    and grad_lse times the log-sum-exp, perhaps in place. own and mass: what the target's logit and the log-sum-exp count for in the
-    loss. No log-sum-exp is formed: rounded at the size of the logits, it would lose what the target is below the largest."""
+    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the loss's gradient (GRADIENT), perhaps in
+    place. shares (rows, 3): what the target's logit and the log-sum-exp count for in the loss, and the gradient of the log-sum-exp
+    itself. No log-sum-exp is formed: rounded at the size of the logits, it would lose what the target is below the largest."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     label = tl.load(target + row)
@@ -81,9 +81,9 @@ def _vocab_rows_kernel(
     out_base = out + offset(row, out_row)
     row_own = 1.0
     row_mass = 1.0
-    if own is not None:
-        row_own = tl.load(own + row)
-        row_mass = tl.load(mass + row)
+    if shares is not None:
+        row_own = tl.load(shares + 3 * row)
+        row_mass = tl.load(shares + 3 * row + 1)
     if label == ignore_index:
         if STATISTICS:
             tl.store(loss + row, 0.0)
@@ -140,8 +140,8 @@ def _vocab_rows_kernel(
         upstream = tl.load(grad + row).to(tl.float32)
         target_part = row_own * upstream
         excess = spread * row_mass * upstream  # a softmax's gradients add up to it, beside what the mass is more than its own
-        if grad_lse is not None:
-            excess += tl.load(grad_lse + row).to(tl.float32)
+        if shares is not None:
+            excess += tl.load(shares + 3 * row + 2)
         factor = (row_mass * upstream + excess) / row_total
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
@@ -160,7 +160,7 @@ def _vocab_rows_kernel(
             tl.store(out_base + first + at, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
         if grad_temperature is not None:
             product = tl.sum(products, 0)
-            if (Z_LOSS or grad_lse is not None) and not STABLEMAX:
+            if (Z_LOSS or shares is not None) and not STABLEMAX:
                 product += excess * log_top
             tl.store(grad_temperature + row, -product / tau)
 
@@ -172,8 +172,8 @@ def refusal(*args) -> str | None:
 def refusal_linear(
     h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing, *_
 ) -> str | None:
-    unserved = shares.unserved(target, transform, softcap, label_smoothing)
-    return unserved or refusal(h, weight, bias, temperature, class_weight)
+    reason = unserved(target, transform, softcap, label_smoothing)
+    return reason or refusal(h, weight, bias, temperature, class_weight)
 
 
 def refusal_linear_backward(grad, grad_lse, *members) -> str | None:
@@ -200,14 +200,14 @@ def configure_rows(*args) -> tuning.Choice:
 
 
 def row_kernel(
-    x, target, *, out=None, bias=None, log_count=None, temperature=None, own=None, mass=None, grad=None, grad_lse=None,
-    loss=None, largest=None, total=None, grad_temperature=None, stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
+    x, target, *, out=None, bias=None, log_count=None, temperature=None, shares=None, grad=None, loss=None,
+    largest=None, total=None, grad_temperature=None, stablemax=False, softcap=0.0, z_loss=0.0, ignore_index=-100,
 ):  # fmt: skip
     config = _choose(x, x.shape[1]).values
     _triton.launch(
         _vocab_rows_kernel, (x.shape[0],),
-        x, x if out is None else out, bias, log_count, target, temperature, own, mass, grad, grad_lse, loss,
-        largest, total, grad_temperature, x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
+        x, x if out is None else out, bias, log_count, target, temperature, shares, grad, loss, largest, total,
+        grad_temperature, x.stride(0), (x if out is None else out).stride(0), x.shape[1], float(softcap), float(z_loss), ignore_index,
         STABLEMAX=stablemax, SOFTCAP=bool(softcap), Z_LOSS=bool(z_loss), STATISTICS=loss is not None,
         GRADIENT=grad is not None, BLOCK=min(config["block"], _triton.block(x.shape[1])), num_warps=config["num_warps"],
     )  # fmt: skip
