@@ -26,7 +26,7 @@ class _Positives:
     def below(self, picked, largest, total) -> torch.Tensor:
         """The log-sum-exp of the negatives less each positive's logit; -inf for padding, and where no class is negative."""
         below = (largest[:, None] - picked) + total.log()[:, None]
-        return below.masked_fill(~self.counted | (largest == -torch.inf)[:, None], -torch.inf)
+        return below.masked_fill(~self.counted | (total == 0)[:, None], -torch.inf)
 
 
 def _parts(mib, h, weight, bias, positives):
@@ -61,7 +61,7 @@ def multi_label_cross_entropy_backward(
     for rows, x, own, picked in _parts(mib, h, weight, bias, positives):
         largest, total = statistics[:, rows]
         share = own.below(picked, largest, total).sigmoid() * grad[rows, None]
-        none = largest == -torch.inf  # no negative: every logit is -inf, and stays without a gradient
+        none = total == 0  # no negative: every logit is -inf, and stays without a gradient
         kept = torch.stack((largest.masked_fill(none, 0), total.masked_fill(none, 1)))
         gradient_of(x, bias, kept, share.sum(1))
         x.scatter_add_(1, own.index, -share)
