@@ -14,7 +14,7 @@ from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
 from .ops.lssa import lssa_attention, softplus_attention
 from .ops.multi_label import multi_label_cross_entropy
-from .ops.rowwise import gated, rms_norm, rotary, swiglu
+from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu
 from .ops.sdpa import scaled_dot_product_attention
 from .ops.sinkhorn import sinkhorn
 from .runtime.explain import explain
@@ -47,6 +47,7 @@ __all__ = [
     "optim",
     "rms_norm",
     "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "set_backend",
     "sigmoid_attention",

@@ -107,6 +107,11 @@ class Checks {
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
+// A norm's weight is of its rows' type or f32.
+inline DType weight_dtype(const Tensor& weight, const Tensor& rows) {
+  return weight.dtype == DType::f32 ? DType::f32 : rows.dtype;
+}
+
 inline void check_fields(const Checks& c, const RmsNormParams& p) {
   c.floating("x", p.x);
   c.in("x's last dimension", p.x.size[3], 1, INT64_MAX);
@@ -114,7 +119,7 @@ inline void check_fields(const Checks& c, const RmsNormParams& p) {
     c.like("residual", p.residual, p.x);
     c.like("total", p.total, p.x);
   }
-  if (p.weight.data) c.contiguous("weight", p.weight, {1, 1, 1, p.x.size[3]}, p.x.dtype);
+  if (p.weight.data) c.contiguous("weight", p.weight, {1, 1, 1, p.x.size[3]}, weight_dtype(p.weight, p.x));
   c.like("normed", p.normed, p.x);
   if (p.rstd.data) c.strided("rstd", p.rstd, {p.x.size[0], p.x.size[1], p.x.size[2], 1}, DType::f32);
 }
@@ -127,7 +132,7 @@ inline void check_fields(const Checks& c, const RmsNormBackwardParams& p) {
   c.like("grad", p.grad, p.total);
   c.strided("rstd", p.rstd, {p.total.size[0], p.total.size[1], p.total.size[2], 1}, DType::f32);
   if (p.weight.data) {
-    c.contiguous("weight", p.weight, {1, 1, 1, p.total.size[3]}, p.total.dtype);
+    c.contiguous("weight", p.weight, {1, 1, 1, p.total.size[3]}, weight_dtype(p.weight, p.total));
     c.contiguous("weight_partials", p.weight_partials, {1, 1, p.weight_partials.size[2], p.total.size[3]}, DType::f32);
     c.in("weight_partials' rows", p.weight_partials.size[2], p.threads, INT64_MAX);
   }
@@ -138,8 +143,9 @@ inline void check_fields(const Checks& c, const RotaryParams& p) {
   c.require(p.x.size[3] % 2 == 0, "x", "must have an even last dimension");
   c.like("out", p.out, p.x);
   const int64_t angles = p.cos.size[2], half = p.x.size[3] / 2;
-  c.contiguous("cos", p.cos, {1, 1, angles, half}, DType::f32);
-  c.contiguous("sin", p.sin, {1, 1, angles, half}, DType::f32);
+  const int64_t width = p.cos.size[3] == 2 * half ? 2 * half : half;
+  c.contiguous("cos", p.cos, {1, 1, angles, width}, DType::f32);
+  c.contiguous("sin", p.sin, {1, 1, angles, width}, DType::f32);
   c.tensor("rows", p.rows, {p.rows.size[0], 1, 1, p.x.size[2]}, DType::i32);
   c.require(p.rows.size[0] == p.x.size[0] || p.rows.stride[0] == 0, "rows", "must be one for each batch, or for all");
   const int64_t lists = p.rows.stride[0] == 0 ? 1 : p.rows.size[0];

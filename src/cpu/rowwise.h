@@ -76,11 +76,22 @@ FASTATTN_INLINE void fetch(int64_t ahead, const T*... p) {
   (__builtin_prefetch((const char*)p + ahead), ...);
 }
 
-template <class T>
+// A weight of type T or float beside values that load_pair of T gave, in their order.
+template <int V, class T, class Weight>
+FASTATTN_INLINE void get_weight(const Weight* p, int n, vf* w) {
+  if constexpr (V == 2 && !std::is_same_v<T, Weight>) {
+    w[0] = load(p), w[1] = load(p + W);
+    pair((const T*)nullptr, w);
+  } else {
+    get_pair<V>(p, n, w);
+  }
+}
+
+template <class T, class Weight = T>
 static void rms_norm_rows(const RmsNormParams& p) {
   const Rows rows(p.x);
   const int64_t columns = p.x.size[3];
-  const T* weight = (const T*)p.weight.data;
+  const Weight* weight = (const Weight*)p.weight.data;
   parallel_ranges(rows.count, row_threads(p.threads, rows.count, columns, p.serial),
                   [&](int64_t begin, int64_t end, int) {
                     for (int64_t r = begin; r < end; r++) {
@@ -119,7 +130,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
                         FASTATTN_EACH(i, V) y[i] *= splat(rstd);
                         if (weight) {
                           vf w[V];
-                          get_pair<V>(weight + j, n, w);
+                          get_weight<V, T>(weight + j, n, w);
                           FASTATTN_EACH(i, V) y[i] *= w[i];
                         }
                         put_product<V>(normed + j, n, y);
@@ -129,11 +140,11 @@ static void rms_norm_rows(const RmsNormParams& p) {
 }
 
 // dx = rstd * (g - x * rstd^2 * mean(g * x)), g = grad_normed * weight; dweight sums grad_normed * x * rstd by thread.
-template <class T>
+template <class T, class Weight = T>
 static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
   const Rows rows(p.total);
   const int64_t columns = p.total.size[3];
-  const T* weight = (const T*)p.weight.data;
+  const Weight* weight = (const Weight*)p.weight.data;
   parallel_ranges(rows.count, p.threads, [&](int64_t begin, int64_t end, int thread) {
     float* partial = weight ? (float*)p.weight_partials.data + thread * columns : nullptr;
     for (int64_t r = begin; r < end; r++) {
@@ -150,7 +161,7 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
         get_pair<V>(grad_normed + j, n, g);
         if (weight) {
           vf w[V], sum[V];  // sums in T's pair order
-          get_pair<V>(weight + j, n, w);
+          get_weight<V, T>(weight + j, n, w);
           get_pair<V>(partial + j, n, sum);
           FASTATTN_EACH(i, V) sum[i] += g[i] * xj[i] * splat(rstd);
           put_pair<V>(partial + j, n, sum);
@@ -166,7 +177,7 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
         get_pair<V>(grad_normed + j, n, g);
         if (weight) {
           vf w[V];
-          get_pair<V>(weight + j, n, w);
+          get_weight<V, T>(weight + j, n, w);
           FASTATTN_EACH(i, V) g[i] *= w[i];
         }
         FASTATTN_EACH(i, V) g[i] = (g[i] - xj[i] * slope) * splat(rstd);
@@ -183,7 +194,7 @@ static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
         if constexpr (V == 2) {
           vf sum[2];
           get_pair<2>(partial + j, n, sum);
-          unpair(weight, sum);
+          unpair((const T*)nullptr, sum);
           put_pair<2>(partial + j, n, sum);
         }
       });
@@ -257,9 +268,10 @@ static void gate_backward_rows(const GateParams& p) {
                   });
 }
 
-// Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1.
-template <class T>
-static void rotary_rows(const RotaryParams& p) {
+// Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1. Two: the row has values
+// of its own for the second half. The transpose of the rotation is its inverse, and takes each half's sines to the other.
+template <class T, bool Two>
+static void rotary_rows_of(const RotaryParams& p) {
   const int64_t heads = p.x.size[1], length = p.x.size[2], half = p.x.size[3] / 2;
   const int64_t tokens = p.x.size[0] * length;
   const vf sign = splat(p.inverse ? -1.0f : 1.0f);
@@ -268,8 +280,10 @@ static void rotary_rows(const RotaryParams& p) {
     for (int64_t t = begin; t < end; t++) {
       const int64_t batch = t / length, i = t % length;
       const int64_t row = ((const int32_t*)p.rows.data)[batch * p.rows.stride[0] + i];
-      const float* cos = (const float*)p.cos.data + row * half;
-      const float* sin = (const float*)p.sin.data + row * half;
+      const float* cos = (const float*)p.cos.data + row * (Two ? 2 : 1) * half;
+      const float* sin = (const float*)p.sin.data + row * (Two ? 2 : 1) * half;
+      const float* to_left = Two && p.inverse ? sin + half : sin;
+      const float* to_right = Two && !p.inverse ? sin + half : sin;
       for (int64_t h = 0; h < heads; h++) {
         const T* x = (const T*)p.x.data + batch * p.x.stride[0] + h * p.x.stride[1] + i * p.x.stride[2];
         T* out = (T*)p.out.data + batch * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
@@ -278,9 +292,12 @@ static void rotary_rows(const RotaryParams& p) {
           FASTATTN_EACH(i, V) {
             const int64_t at = j + i * W;
             const vf first = get(x + at, n), second = get(x + half + at, n);
-            const vf c = get(cos + at, n), s = get(sin + at, n) * sign;
+            const vf c = get(cos + at, n), s = get(to_left + at, n) * sign;
             left[i] = first * c - second * s;
-            right[i] = second * c + first * s;
+            if constexpr (Two)
+              right[i] = second * get(cos + half + at, n) + first * (get(to_right + at, n) * sign);
+            else
+              right[i] = second * c + first * s;
           }
           put_ordered<V>(out + j, n, left);
           put_ordered<V>(out + half + j, n, right);
@@ -288,6 +305,13 @@ static void rotary_rows(const RotaryParams& p) {
       }
     }
   });
+}
+template <class T>
+static void rotary_rows(const RotaryParams& p) {
+  if (p.cos.size[3] == p.x.size[3])
+    rotary_rows_of<T, true>(p);
+  else
+    rotary_rows_of<T, false>(p);
 }
 
 }  // namespace FASTATTN_ISA

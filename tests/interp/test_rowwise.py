@@ -72,7 +72,7 @@ def test_rotary(positions, layout):
     k = made(2, 1, 3, 20, seed=2, layout=layout)
     testing.check_op(
         lambda q, k: fa.rotary(q, k, positions),
-        lambda q, k: reference.rotary(q, k, positions, 10000.0, False),
+        lambda q, k: reference.rotary(q, k, positions, 10000.0, False, False),
         (q, k),
         # Angles are formed in float32: one of 70000 radians is known to eps/2 of itself, 0.004, as in the eager run.
         terms=4,
@@ -145,4 +145,48 @@ def test_empty_tensors():
             0
         ].numel()
         == 0
+    )
+
+
+@pytest.mark.parametrize("types", [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", None, "float32")])
+@pytest.mark.parametrize("columns", (24, 300))
+def test_rms_norm_of_several_dtypes(types, columns, nan_outputs):
+    inputs = [
+        None if name is None else testing.random_tensor(*size, dtype=getattr(torch, name), seed=i, requires_grad=True)
+        for i, (name, size) in enumerate(zip(types, ((5, columns), (5, columns), (columns,)), strict=True))
+    ]
+
+    def ours(x, r, w):
+        return fa.rms_norm(x, residual=r, weight=w, weight_offset=1.0, backend="triton")
+
+    def definition(x, r, w):
+        normed, total, _ = reference.rms_norm(x, r, w, 1e-6, 1.0)
+        return normed if r is None else (normed, total)
+
+    testing.check_op(ours, definition, tuple(inputs), terms=5 * columns)
+
+
+@pytest.mark.parametrize("pairs", (False, True))
+@pytest.mark.parametrize("whole", (False, True))
+@pytest.mark.parametrize("sequences", (1, 2))
+def test_rotary_tables(pairs, whole, sequences, nan_outputs):
+    q, k = (
+        testing.random_tensor(2, h, 5, 12, seed=h, layout="odd", requires_grad=True) for h in (4, 2)
+    )
+    cos, sin = (testing.random_tensor(sequences, 5, 12 if whole else 6, seed=i) for i in (5, 6))
+    testing.check_op(
+        lambda q, k: fa.rotary_tables(q, k, cos, sin, interleaved=pairs, backend="triton"),
+        lambda q, k: reference.rotary_tables(q, k, cos, sin, pairs, False),
+        (q, k),
+    )
+
+
+@pytest.mark.parametrize("pairs", (False, True))
+def test_angles_are_exact_at_long_positions(pairs, nan_outputs):
+    q, k = (testing.random_tensor(1, h, 3, 16, seed=h, requires_grad=True) for h in (4, 2))
+    positions = torch.tensor([4095, 131072, 1 << 24])
+    testing.check_op(
+        lambda q, k: fa.rotary(q, k, positions, interleaved=pairs, backend="triton"),
+        lambda q, k: reference.rotary(q, k, positions, 10000.0, pairs, False),
+        (q, k),
     )

@@ -138,7 +138,7 @@ def _refused():
         ValueError,
         "label_smoothing must lie",
     )
-    yield "rms_norm_backward", (h, None, h, None, torch.ones(2), 0.0), ValueError, "rstd must have shape"
+    yield "rms_norm_backward", (h, None, h, None, torch.ones(2), 0.0, 0.0), ValueError, "rstd must have shape"
     yield "nearest_codes", (h, h[:, :5]), ValueError, "x must have a last dim of 5"
 
 

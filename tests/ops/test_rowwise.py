@@ -30,7 +30,7 @@ def reference_norm(x, residual, weight):
 
 
 def reference_rotary(q, k, positions):
-    return reference.rotary(q, k, positions, 10000.0, False)
+    return reference.rotary(q, k, positions, 10000.0, False, False)
 
 
 @every_isa
@@ -128,8 +128,9 @@ def test_gated(isa, shape, layout, dtype, scale):
     dtype=dtypes,
     farthest=st.sampled_from((10, 5000, 1 << 20)),
     per_batch=st.booleans(),
+    pairs=st.booleans(),
 )
-def test_rotary(isa, batch, heads, length, half, layout, dtype, farthest, per_batch):
+def test_rotary(isa, batch, heads, length, half, layout, dtype, farthest, per_batch, pairs):
     q, k = (
         testing.random_tensor(
             batch, h, length, 2 * half, dtype=dtype, seed=h, layout=layout, requires_grad=True
@@ -139,21 +140,159 @@ def test_rotary(isa, batch, heads, length, half, layout, dtype, farthest, per_ba
     generator = torch.Generator().manual_seed(length)
     positions = torch.randint(0, farthest, (batch, length) if per_batch else (length,), generator=generator)
 
-    def rounded_angles(q, k, positions):
-        # the truth takes the definition's float32 angles: their own rounding is not the kernel's error
-        if q.dtype != torch.float64:
-            return reference_rotary(q, k, positions)
-        angle = reference.angles(positions, q.shape[-1], 10000.0, torch.float32)
-        angle = angle[:, None] if positions.dim() == 2 else angle
-        cos, sin = angle.cos().double(), angle.sin().double()
-        return tuple(
-            torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
-        )
-
     with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
         testing.check_op(
-            lambda q, k: fa.rotary(q, k, positions), lambda q, k: rounded_angles(q, k, positions), (q, k)
+            lambda q, k: fa.rotary(q, k, positions, interleaved=pairs),
+            lambda q, k: reference.rotary(q, k, positions, 10000.0, pairs, False),
+            (q, k),
         )
+
+
+@every_isa
+@given(
+    shape=shapes,
+    layout=layouts,
+    types=st.sampled_from(
+        [
+            (x, r, w)
+            for x in testing.LOW_DTYPES
+            for r in (None, torch.float32, torch.bfloat16, torch.float16)
+            for w in (None, torch.float32, torch.bfloat16)
+        ]
+    ),
+    offset=st.sampled_from((0.0, 1.0)),
+)
+def test_rms_norm_of_several_dtypes(isa, shape, layout, types, offset):
+    """As under autocast: float32 weights, or a float32 residual stream, beside 16-bit rows. Nothing is rounded but the results."""
+    inputs = [
+        None if dtype is None else testing.random_tensor(*size, dtype=dtype, seed=i, layout=layout, requires_grad=True)
+        for i, (dtype, size) in enumerate(zip(types, (shape, shape, shape[-1:]), strict=True))
+    ]
+
+    def ours(x, r, w):
+        return fa.rms_norm(x, residual=r, weight=w, weight_offset=offset)
+
+    def definition(x, r, w):
+        normed, total, _ = reference.rms_norm(x, r, w, 1e-6, offset)
+        return normed if r is None else (normed, total)
+
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
+        testing.check_op(ours, definition, tuple(inputs), terms=max(inputs[0].numel(), 1))
+        found = ours(*inputs)
+    given = [t for t in inputs if t is not None]
+    results = found if isinstance(found, tuple) else (found,)
+    assert results[0].dtype == types[0]
+    if types[1] is not None:
+        assert results[1].dtype == torch.promote_types(*types[:2])
+    gradients = torch.autograd.grad(sum(t.float().sum() for t in results), given)
+    assert [g.dtype for g in gradients] == [t.dtype for t in given]
+
+
+def test_a_float32_weight_of_bfloat16_rows_is_not_rounded():
+    """Of a weight of 1 + 2^-8 bfloat16 keeps 1, which would double the error of the results."""
+    x = testing.random_tensor(64, 512, dtype=torch.bfloat16)
+    weight = torch.full((512,), 1 + 2.0**-8)
+    for backend in ("cpu", "reference"):
+        found = fa.rms_norm(x, weight=weight, backend=backend).double()
+        exact = fa.rms_norm(x.double(), weight=weight.double())
+        # one rounding to bfloat16's 8 bits, and a few of float32
+        assert bool(((found - exact).abs() <= exact.abs() * (2.0**-8 + 8 * testing.EPS32)).all())
+    assert fa.explain("rms_norm", x, weight=weight).backend == "cpu"
+
+
+def test_weight_offset_is_gemmas():
+    x, weight = testing.random_tensor(5, 8, seed=1), testing.random_tensor(8, seed=2)
+    expected = F.rms_norm(x, (8,), eps=1e-6) * (1 + weight)
+    torch.testing.assert_close(fa.rms_norm(x, weight=weight, weight_offset=1), expected)
+
+
+def turned_by_hand(x, cos, sin, pairs):
+    """Each two by a loop."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if pairs else (i, i + half)
+        ca, cb = (a, b) if cos.shape[-1] == x.shape[-1] else (i, i)
+        c, s = cos[:, None], sin[:, None]
+        out[..., a] = x[..., a] * c[..., ca] - x[..., b] * s[..., ca]
+        out[..., b] = x[..., b] * c[..., cb] + x[..., a] * s[..., cb]
+    return out
+
+
+@every_isa
+@given(
+    batch=st.integers(0, 2),
+    length=st.integers(0, 9),
+    half=st.integers(1, 20),
+    layout=st.sampled_from(testing.LAYOUTS),
+    dtype=dtypes,
+    whole=st.booleans(),
+    per_batch=st.booleans(),
+    pairs=st.booleans(),
+)
+def test_rotary_tables(isa, batch, length, half, layout, dtype, whole, per_batch, pairs):
+    q, k = (
+        testing.random_tensor(batch, h, length, 2 * half, dtype=dtype, seed=h, layout=layout, requires_grad=True)
+        for h in (4, 2)
+    )
+    shape = (batch if per_batch else 1, length, 2 * half if whole else half)
+    cos, sin = (testing.random_tensor(*shape, dtype=dtype, seed=i, layout=layout) for i in (5, 6))
+
+    def ours(q, k):
+        return fa.rotary_tables(q, k, cos, sin, interleaved=pairs)
+
+    def definition(q, k):
+        return reference.rotary_tables(q, k, cos, sin, pairs, False)
+
+    with _native.use_cpu_isa(isa), testing.nan_filled_outputs():
+        testing.check_op(ours, definition, (q, k))
+    q64, c64, s64 = (t.detach().double() for t in (q, cos, sin))
+    by_hand = turned_by_hand(q64, c64, s64, pairs)
+    torch.testing.assert_close(fa.rotary_tables(q64, q64, c64, s64, interleaved=pairs)[0], by_hand)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rotary_tables_are_transformers_and_rotarys(pairs):
+    """Tables of cat(angles, angles), as models hand them over, are `rotary` of the same angles."""
+    q, k = testing.random_tensor(2, 4, 7, 16, seed=1), testing.random_tensor(2, 2, 7, 16, seed=2)
+    angle = reference.angles(torch.arange(7)[None], 16, 10000.0).float()
+    double = angle.repeat_interleave(2, -1) if pairs else torch.cat([angle, angle], -1)
+    expected = fa.rotary(q, k, torch.arange(7)[None], interleaved=pairs)
+    for table in (angle, double):
+        found = fa.rotary_tables(q, k, table.cos(), table.sin(), interleaved=pairs)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("position", [4095, 131072, 1 << 20, (1 << 31) - 1])
+def test_angles_are_exact_at_long_positions(backend, position):
+    """Case 20 beside it: positions (1, L) serve a batch."""
+    q = torch.zeros(2, 1, 1, 128)
+    q[..., :64] = 1  # rotated: cosines, then sines
+    found, _ = fa.rotary(q, q, torch.tensor([[position]]), backend=backend)
+    exponent = torch.arange(64, dtype=torch.float64) / 64
+    angle = position * 10000.0**-exponent
+    expected = torch.cat([angle.cos(), angle.sin()])
+    # a rounding of the result; the angle's own in float64
+    assert float((found.double() - expected).abs().max()) <= 2.0**-24 + position * 2.0**-51
+
+
+def test_rotary_tables_refuse_by_name():
+    q = torch.zeros(2, 3, 5, 8)
+    cos = torch.zeros(1, 5, 4)
+    for wrong, error, message in (
+        (lambda: fa.rotary_tables(q, q, cos[:, 1:], cos), ValueError, r"cos must be \(B or 1, L, D or D/2\), here"),
+        (lambda: fa.rotary_tables(q, q, cos, torch.zeros(1, 5, 8)), ValueError, "sin must have shape"),
+        (lambda: fa.rotary_tables(q, q, cos.int(), cos), TypeError, "cos must be one of float32"),
+        (
+            lambda: fa.rotary_tables(q, q, cos.clone().requires_grad_(), cos),
+            NotImplementedError,
+            "cos gets no gradient",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            wrong()
 
 
 def test_negated_views_of_one_column_keep_their_sign():
@@ -194,8 +333,8 @@ def test_tables_of_angles_are_bounded():
 def test_rotary_undoes_itself():
     q, k, _ = testing.attention_inputs(2, 3, 1, 17, head_dim=34, requires_grad=False)
     positions = torch.arange(17)
-    turned = torch.ops.fastattn.rotary(q, k, positions, 1e4, False, "")
-    back = torch.ops.fastattn.rotary(*turned, positions, 1e4, True, "")
+    turned = torch.ops.fastattn.rotary(q, k, positions, 1e4, False, False, "")
+    back = torch.ops.fastattn.rotary(*turned, positions, 1e4, False, True, "")
     # two rotations of two products and a sum each: under 8 roundings of values up to |q| * sqrt(2)
     for x, y in zip((q, k), back, strict=True):
         assert testing.max_error(y, x) <= 8 * testing.EPS32 * float(x.abs().max()) * 2
@@ -281,14 +420,16 @@ def test_opcheck(dtype):
     rstd = torch.ones(3, 5, dtype=torch.promote_types(dtype, torch.float32))
     plain = (x.detach(), r.detach(), w.detach())
     for op, args in (
-        (ops.rms_norm, (x, r, w, 1e-6, "")),
-        (ops.rms_norm, (x, None, None, 1e-6, "")),
-        (ops.rms_norm_backward, (plain[0], plain[1], plain[1], plain[2], rstd, 1e-6, "")),
+        (ops.rms_norm, (x, r, w, 1e-6, 0.0, "")),
+        (ops.rms_norm, (x.detach().bfloat16(), r, w, 1e-6, 1.0, "")),
+        (ops.rms_norm, (x, None, None, 1e-6, 0.0, "")),
+        (ops.rms_norm_backward, (plain[0], plain[1], plain[1], plain[2], rstd, 1e-6, 0.0, "")),
         (ops.swiglu, (x, "")),
         (ops.swiglu_backward, (plain[0][..., :4].contiguous(), plain[1], "")),
         (ops.gated, (x, r, "")),
         (ops.gated_backward, (*plain[:2], plain[0], "")),
-        (ops.rotary, (q, k, torch.arange(5), 1e4, False, "")),
+        (ops.rotary, (q, k, torch.arange(5), 1e4, False, False, "")),
+        (ops.rotary_tables, (q, k, q.detach()[:, 0], q.detach()[:, 0], True, False, "")),
     ):
         torch.library.opcheck(op.default, args)
 
@@ -300,7 +441,9 @@ def test_opcheck(dtype):
         (lambda x: fa.rms_norm([1.0]), TypeError, "rms_norm: x must be a tensor, given list"),
         (lambda x: fa.rms_norm(x[0, 0]), ValueError, "rms_norm: x must have a last dim of 1 or more"),
         (lambda x: fa.rms_norm(x, residual=x[:1]), ValueError, r"residual must have shape \(3x8\)"),
-        (lambda x: fa.rms_norm(x, residual=x.bfloat16()), TypeError, "residual is bfloat16 but x is float32"),
+        (lambda x: fa.rms_norm(x, residual=x.int()), TypeError, "residual must be one of float32"),
+        (lambda x: fa.rms_norm(x, weight=x), ValueError, r"weight must have shape \(8\)"),
+        (lambda x: fa.rms_norm(x, weight=x[0], weight_offset=float("inf")), ValueError, "weight_offset must be finite"),
         (lambda x: fa.rms_norm(x, weight=x[0, :3]), ValueError, r"weight must have shape \(8\)"),
         (lambda x: fa.rms_norm(x, eps=-1.0), ValueError, "eps must be zero or more, given -1.0"),
         (lambda x: fa.rms_norm(x, residual=x.to("meta")), ValueError, "residual is on meta but x is on cpu"),

@@ -16,7 +16,7 @@ def flat(t: torch.Tensor) -> torch.Tensor:
 def operand(rows: ModuleType, x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:
     """The product's operand (M, K) by row kernels, and rstd or (0,)."""
     if eps is not None:
-        x, _, rstd = rows.rms_norm(x, None, None, eps)
+        x, _, rstd = rows.rms_norm(x, None, None, eps, 0.0)
         return flat(x), rstd
     x = flat(x if gate is None else rows.gated(x, gate).flatten(-2))
     return x, x.new_empty(0, dtype=torch.float32)
@@ -70,7 +70,7 @@ def backward(
             operand_gradient(grad, weight, da)
         da = da.view(x.shape)
         if eps is not None:
-            dx, _ = rows.rms_norm_backward(da, None, x, None, rstd, eps)
+            dx, _ = rows.rms_norm_backward(da, None, x, None, rstd, eps, 0.0)
         elif gate is not None:
             dx, dgate = rows.gated_backward(da, x, gate)
         else:

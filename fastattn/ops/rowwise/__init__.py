@@ -15,6 +15,7 @@ def rms_norm(
     residual: None = None,
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    weight_offset: float = 0.0,
     backend: str | None = None,
 ) -> torch.Tensor: ...
 @overload
@@ -24,6 +25,7 @@ def rms_norm(
     residual: torch.Tensor,
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    weight_offset: float = 0.0,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
@@ -32,20 +34,28 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    weight_offset: float = 0.0,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Root-mean-square norm over the last dim, with the residual addition before it.
 
-    x * rsqrt(mean(x^2) + eps) * weight, float32 inside and one rounding ("Root Mean Square Layer Normalization",
+    x * rsqrt(mean(x^2) + eps) * (weight + weight_offset), float32 inside and one rounding ("Root Mean Square Layer Normalization",
     arXiv 1910.07467, equation 4).
 
-    x: (..., D), any strides. residual: shaped as x and added first; the sum is rounded to x's dtype before the norm.
-    weight: (D,), default none.
-    Returns the normed tensor, or (normed, x + residual) when residual is given. Differentiable in x, residual and weight.
+    x: (..., D), any strides. residual: shaped as x, any floating dtype, and added first; the sum is rounded to its dtype, the wider
+    of the two, before the norm. weight: (D,), any floating dtype, default none: float32 weights of bfloat16 rows, as under autocast
+    and FSDP, are not rounded. weight_offset: default 0; 1 for weights that start at 0, as Gemma's; without a weight it has no part.
+    Returns the normed tensor, of x's dtype, or (normed, x + residual) when residual is given. Differentiable in x, residual and
+    weight, each gradient in its tensor's dtype.
+
+    >>> normed, total = fastattn.rms_norm(torch.randn(4, 8), residual=torch.randn(4, 8), weight=torch.zeros(8), weight_offset=1)
+
     Raises ValueError or TypeError naming the argument.
     """
     reads = 1 if residual is None else 2
-    results = call("rms_norm", x, residual, weight, eps, requested("rms_norm", backend), reads=reads)
+    results = call(
+        "rms_norm", x, residual, weight, eps, weight_offset, requested("rms_norm", backend), reads=reads
+    )
     return results[0] if residual is None else (results[0], results[1])
 
 
@@ -73,16 +83,48 @@ def rotary(
     positions: torch.Tensor,
     *,
     theta: float = 10000.0,
+    interleaved: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding in its half-rotation form ("RoFormer", arXiv 2104.09864, equation 34, halves instead of pairs).
+    """Rotary position embedding ("RoFormer", arXiv 2104.09864, equation 34), of halves or of pairs.
 
-    Dim i and i + D/2 are rotated by position * theta^(-2i/D); angles, sines and products in float32 (float64 for float64).
+    Dim i and i + D/2, or 2i and 2i + 1, are rotated by position * theta^(-2i/D). Angles are formed in float64, sines and products
+    are float32 (float64 for float64): at position 131072 an angle in float32 is off by 9e-3.
 
     q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. positions: (L,), (1, L) or (B, L), int32 or int64, any order, zero or more.
+    interleaved: pairs instead of halves, default False. On a CPU pairs cost two copies more.
     Returns rotated q and k, contiguous. Differentiable in q and k. Raises ValueError or TypeError naming the argument.
     """
-    return call("rotary", q, k, _one_row(positions), theta, False, requested("rotary", backend))
+    return call("rotary", q, k, _one_row(positions), theta, interleaved, False, requested("rotary", backend))
+
+
+def rotary_tables(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotary` by cosines and sines that are given, as models have them that scale their angles (YaRN, Llama 3, LongRoPE).
+
+    Of each two dims (a, b), halves or pairs as in `rotary`: a cos_a - b sin_a and b cos_b + a sin_b, in float32 with one rounding.
+
+    q: (B, Hq, L, D); k: (B, Hkv, L, D), D even. cos, sin: (B or 1, L, D), or (B or 1, L, D/2) for both dims of each two; any
+    floating dtype, any strides. interleaved: pairs instead of halves, in q, k and tables of D; default False.
+    Returns rotated q and k, contiguous. Linear and differentiable in q and k; tables get no gradient.
+
+    >>> q, angle = torch.randn(1, 2, 5, 8), torch.arange(5.0)[None, :, None] * torch.rand(4)
+    >>> q, k = fastattn.rotary_tables(q, q, angle.cos(), angle.sin())
+
+    Raises ValueError, TypeError or NotImplementedError naming the argument.
+    """
+    op = "rotary_tables"
+    for name, table in (("cos", cos), ("sin", sin)):
+        if isinstance(table, torch.Tensor) and table.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"fastattn.{op}: {name} gets no gradient; give {name}.detach()")
+    return call(op, q, k, cos, sin, interleaved, False, requested(op, backend))
 
 
 def rotary_append(

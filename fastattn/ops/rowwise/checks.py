@@ -19,10 +19,17 @@ def _check_rows(op: str, name: str, x: torch.Tensor) -> None:
 
 def _check_weight(op: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
     if weight is not None:
-        checks.check_exact(op, "weight", weight, (x.shape[-1],), x.dtype, x.device, "x's last dim")
+        checks.check_floating(op, weight=weight)
+        checks.check_shape(op, "weight", weight, (x.shape[-1],), "x's last dim")
+        checks.check_same_device(op, x=x, weight=weight)
 
 
-def check_rms_norm(x, residual, weight, eps) -> None:
+def _check_number(op: str, name: str, value) -> None:
+    if not math.isfinite(checks.as_number(op, name, value)):
+        raise ValueError(f"fastattn.{op}: {name} must be finite, given {value!r}")
+
+
+def check_rms_norm(x, residual, weight, eps, weight_offset) -> None:
     op = "rms_norm"
     if (  # what the rest asks of the plainest call
         residual is None
@@ -41,27 +48,34 @@ def check_rms_norm(x, residual, weight, eps) -> None:
         )
         and type(eps) is float
         and 0 <= eps < math.inf
+        and weight_offset == 0
     ):
         return
-    checks.check_floating(op, absent=("residual", "weight"), x=x, residual=residual, weight=weight)
+    checks.check_floating(op, x=x)
     _check_rows(op, "x", x)
     if residual is not None:
-        checks.check_like(op, "residual", residual, "x", x)
+        checks.check_floating(op, residual=residual)
+        checks.check_shape(op, "residual", residual, x.shape, "x's")
+        checks.check_same_device(op, x=x, residual=residual)
     _check_weight(op, weight, x)
     checks.check_positive(op, "eps", eps, zero=True)
+    _check_number(op, "weight_offset", weight_offset)
 
 
-def check_rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps) -> None:
+def check_rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps, weight_offset) -> None:
     op = "rms_norm_backward"
     checks.check_floating(op, total=total)
     _check_rows(op, "total", total)
-    checks.check_like(op, "grad_normed", grad_normed, "total", total)
+    checks.check_floating(op, grad_normed=grad_normed)
+    checks.check_shape(op, "grad_normed", grad_normed, total.shape, "total's")
+    checks.check_same_device(op, total=total, grad_normed=grad_normed)
     if grad_total is not None:
         checks.check_like(op, "grad_total", grad_total, "total", total)
     _check_weight(op, weight, total)
     statistics = checks.statistics_dtype(total)
     checks.check_exact(op, "rstd", rstd, total.shape[:-1], statistics, total.device, "one a row of total")
     checks.check_positive(op, "eps", eps, zero=True)
+    _check_number(op, "weight_offset", weight_offset)
 
 
 # --- swiglu, gated ---------------------------------------------------------------------------------------------------
@@ -106,25 +120,45 @@ def check_gated_backward(grad_out, x, gate) -> None:
 # --- rotary ----------------------------------------------------------------------------------------------------------
 
 
-def _check_rotary(op: str, q, k, positions, theta) -> None:
+def _check_rotated(op: str, q, k) -> None:
     for name, t in (("q", q), ("k", k)):
         checks.check_tensor(op, name, t, dims=4)
     checks.check_floating(op, q=q, k=k)
-    checks.check_integer(op, "positions", positions, dims=(1, 2))
-    checks.check_same_device(op, q=q, positions=positions)
     if (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], q.shape[2], q.shape[3]):
         raise ValueError(
             f"fastattn.{op}: k must have q's batch, length and head dim, given q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
     if q.shape[3] % 2:
         raise ValueError(f"fastattn.{op}: q must have an even head dim, given {q.shape[3]}")
+
+
+def _check_rotary(op: str, q, k, positions, theta) -> None:
+    _check_rotated(op, q, k)
+    checks.check_integer(op, "positions", positions, dims=(1, 2))
+    checks.check_same_device(op, q=q, positions=positions)
     shape = (q.shape[2],) if positions.dim() == 1 else (q.shape[0], q.shape[2])
     checks.check_shape(op, "positions", positions, shape, "(L,), (1, L) or (B, L)")
     checks.check_positive(op, "theta", theta)
 
 
-def check_rotary(q, k, positions, theta, inverse) -> None:
+def check_rotary(q, k, positions, theta, interleaved, inverse) -> None:
     _check_rotary("rotary", q, k, positions, theta)
+
+
+def check_rotary_tables(q, k, cos, sin, interleaved, inverse) -> None:
+    op = "rotary_tables"
+    _check_rotated(op, q, k)
+    batch, _, length, head_dim = q.shape
+    for name, t in (("cos", cos), ("sin", sin)):
+        checks.check_tensor(op, name, t, dims=3)
+        checks.check_floating(op, **{name: t})
+        if t.shape[1] != length or t.shape[0] not in (1, batch) or t.shape[2] not in (head_dim // 2, head_dim):
+            raise ValueError(
+                f"fastattn.{op}: {name} must be (B or 1, L, D or D/2), here ({batch} or 1, {length}, {head_dim} or "
+                f"{head_dim // 2}), given {checks.describe(t)}"
+            )
+    checks.check_shape(op, "sin", sin, cos.shape, "cos's")
+    checks.check_same_device(op, q=q, cos=cos, sin=sin)
 
 
 def check_rotary_append(q, k, v, positions, slots, keys, values, theta) -> None:

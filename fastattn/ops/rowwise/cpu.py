@@ -20,6 +20,24 @@ def refusal(first: torch.Tensor, *_) -> str | None:
     return None if first.dtype in native.FAST_DTYPES else native.unserved_dtype(first)
 
 
+def refusal_norm(x, residual, weight, *_) -> str | None:
+    """Why the CPU kernels cannot serve this norm, or None."""
+    if residual is not None and residual.dtype is not x.dtype and (reason := refusal(residual)):
+        return reason
+    if weight is not None and weight.dtype is not x.dtype and (reason := refusal(weight)):
+        return reason
+    return refusal(x)
+
+
+def refusal_norm_backward(grad_normed, grad_total, total, weight, *_) -> str | None:
+    return refusal_norm(grad_normed, total, weight)
+
+
+def refusal_tables(q, k, cos, sin, *_) -> str | None:
+    """Why the CPU kernel cannot serve these rotations, or None."""
+    return refusal(q) or refusal(cos) or refusal(sin)
+
+
 def configure(first: torch.Tensor, *_) -> _tuning.Choice:
     return _choose(first)
 
@@ -49,8 +67,21 @@ def rms_norm(*members):
     return rms_norm_leading(3, *members)
 
 
-def rms_norm_leading(reads, x, residual, weight, eps):
+def _scale(weight: torch.Tensor | None, offset: float, like: torch.Tensor) -> torch.Tensor | None:
+    """weight + offset as the kernels take it: of the rows' dtype or float32."""
+    if weight is None or (offset == 0 and weight.dtype in (like.dtype, torch.float32)):
+        return None if weight is None else weight.contiguous()
+    return weight.float().contiguous() + offset
+
+
+def rms_norm_leading(reads, x, residual, weight, eps, weight_offset):
     """(normed, total, rstd), or the first `reads` of them."""
+    if residual is not None and residual.dtype != x.dtype:  # the kernel adds what has one dtype
+        total = x + residual
+        if total.dtype != x.dtype:
+            normed, _, rstd = rms_norm(total, None, weight, eps, weight_offset)
+            return normed.to(x.dtype), total, rstd
+        residual = residual.to(x.dtype)
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     outputs, fields = [normed], {}
     if residual is not None:
@@ -64,13 +95,14 @@ def rms_norm_leading(reads, x, residual, weight, eps):
         outputs.append(rstd)
         fields["rstd"] = native.rows(rstd[..., None])
     if weight is not None:
-        fields["weight"] = weight.contiguous()
+        fields["weight"] = _scale(weight, weight_offset, x)
     if x.numel():
         _call("rms_norm", x, x=native.rows(x), normed=native.rows(normed), eps=eps, **fields)
     return tuple(outputs)
 
 
-def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
+def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps, weight_offset):
+    grad_normed = grad_normed.to(total.dtype)
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
     threads = native.threads()  # read once: another thread may set it meanwhile
@@ -83,7 +115,7 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
             grad_normed=native.rows(grad_normed),
             grad_total=None if grad_total is None else native.rows(grad_total),
             total=native.rows(total),
-            weight=None if weight is None else weight.contiguous(),
+            weight=_scale(weight, weight_offset, total),
             rstd=native.rows(rstd[..., None]),
             grad=native.rows(grad),
             weight_partials=partials,
@@ -174,15 +206,38 @@ def _table(
 
 
 def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angle = positions.float()[:, None] * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    # in float64: a float32 angle is off by the rounding of itself, 9e-3 at position 131072
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    angle = positions.double()[:, None] * (1.0 / theta**exponent)
+    return angle.cos().float(), angle.sin().float()
 
 
-def rotary(q, k, positions, theta, inverse):
+def rotary(q, k, positions, theta, interleaved, inverse):
+    if not positions.numel() or not q.shape[3] or not q.shape[0]:
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return _rotated(q, k, *placed(positions, q.shape[3], theta, q.shape[0]), interleaved, inverse)
+
+
+def rotary_tables(q, k, cos, sin, interleaved, inverse):
+    batch, _, length, head_dim = q.shape
+    if interleaved and cos.shape[2] == head_dim:
+        cos, sin = _halves(cos), _halves(sin)
+    cos, sin = (t.reshape(-1, t.shape[2]).float().contiguous() for t in (cos, sin))
+    rows = torch.arange(cos.shape[0], dtype=torch.int32).view(-1, length) if length else cos.new_empty(1, 0).int()
+    return _rotated(q, k, cos, sin, rows.expand(batch, -1)[:, None, None], interleaved, inverse)
+
+
+def _halves(x: torch.Tensor) -> torch.Tensor:
+    """Even and odd places of the last dim as its halves."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def _rotated(q, k, cos, sin, rows, interleaved, inverse):
+    if interleaved:  # the kernel rotates halves: one copy before it and one after
+        found = _rotated(_halves(q), _halves(k), cos, sin, rows, False, inverse)
+        return tuple(t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for t in found)
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    if positions.numel() and q.shape[3] and q.shape[0]:
-        cos, sin, rows = placed(positions, q.shape[3], theta, q.shape[0])
+    if q.shape[3]:
         for x, out in zip((q, k), outputs, strict=True):
             if x.numel():
                 _call(

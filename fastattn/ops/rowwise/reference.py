@@ -9,20 +9,29 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(normed (..., D), x + residual or (0,), reciprocal rms (...,)); the norm is of the sum as rounded to x's dtype."""
+    """(normed (..., D), x + residual or (0,), reciprocal rms (...,)); the norm is of the sum as rounded to its dtype, which is the
+    wider of x's and the residual's."""
     total = x if residual is None else x + residual
     wide = _wide(total)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     normed = wide * rstd[..., None]
     if weight is not None:
-        normed = normed * _wide(weight)
+        normed = normed * (_wide(weight) + weight_offset)
     return normed.to(x.dtype), x.new_empty(0) if residual is None else total, rstd
 
 
-def rms_norm_of_sum(total: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    return rms_norm(total, None, weight, eps)[0]
+def rms_norm_of_sum(
+    total: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The normed rows in `dtype`."""
+    normed = total if weight is None else total.to(torch.promote_types(total.dtype, weight.dtype))
+    return rms_norm(normed, None, weight, eps, weight_offset)[0].to(dtype)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -34,26 +43,42 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return (torch.sigmoid(_wide(gate)) * _wide(x)).to(x.dtype)
 
 
-def angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
-    """(..., D/2) rotation angles: position * theta^(-2i/D)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    return positions.to(dtype)[..., None] * (1.0 / theta**exponent)
+def angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """(..., D/2) rotation angles, position * theta^(-2i/D), in float64: at position 131072 one in float32 is off by 9e-3."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    return positions.double()[..., None] * (1.0 / theta**exponent)
 
 
 def rotary(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float, inverse: bool
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float, interleaved: bool, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    angle = angles(
-        positions, q.shape[-1], theta, torch.float64 if q.dtype == torch.float64 else torch.float32
+    angle = angles(positions, q.shape[-1], theta)
+    angle = angle if positions.dim() == 2 else angle[None]  # (B or 1, L, D/2)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return rotary_tables(q, k, angle.cos().to(dtype), angle.sin().to(dtype), interleaved, inverse)
+
+
+def parts(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, ...]:
+    """What is rotated together, of a last dim of D: its halves, or its even and odd places."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def rotary_tables(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (B or 1, L, D or D/2). inverse: the transpose, which takes a rotation back."""
+    cos, sin = (_wide(t)[:, None] for t in (cos, sin))
+    (c1, c2), (s1, s2) = (
+        parts(t, interleaved) if t.shape[-1] == q.shape[-1] else (t, t) for t in (cos, sin)
     )
-    angle = angle[:, None] if positions.dim() == 2 else angle  # (B, 1, L, D/2) or (L, D/2)
-    cos, sin = angle.cos(), angle.sin()
     if inverse:
-        sin = -sin
+        s1, s2 = -s2, -s1
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = _wide(x).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        first, second = parts(_wide(x), interleaved)
+        left, right = first * c1 - second * s1, second * c2 + first * s2
+        whole = torch.stack([left, right], -1).flatten(-2) if interleaved else torch.cat([left, right], -1)
+        return whole.to(x.dtype)
 
     return rotate(q), rotate(k)
 
@@ -63,7 +88,7 @@ def rotary_append(
     keys: torch.Tensor, values: torch.Tensor, theta: float,
 ) -> torch.Tensor:  # fmt: skip
     """q rotated; rotated k and v go to rows `slots` (B, L) of keys and values (B, H, capacity, D), in place."""
-    q, k = rotary(q, k, positions, theta, False)
+    q, k = rotary(q, k, positions, theta, False, False)
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     keys[rows, :, slots.long()] = k.transpose(1, 2)
     values[rows, :, slots.long()] = v.transpose(1, 2)

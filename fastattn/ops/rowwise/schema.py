@@ -30,9 +30,10 @@ def _on_triton(run):
 
 class RmsNormCall(NamedTuple):
     x: torch.Tensor  # (..., D)
-    residual: torch.Tensor | None  # as x
+    residual: torch.Tensor | None  # shaped as x
     weight: torch.Tensor | None  # (D,)
     eps: float
+    weight_offset: float
 
 
 class RmsNormBackwardCall(NamedTuple):
@@ -42,17 +43,21 @@ class RmsNormBackwardCall(NamedTuple):
     weight: torch.Tensor | None
     rstd: torch.Tensor
     eps: float
+    weight_offset: float
 
 
-def _rms_norm_fake(x, residual, weight, eps):
-    total = x.new_empty(0) if residual is None else gradient_like(x, x)
+def _rms_norm_fake(x, residual, weight, eps, weight_offset):
+    total = x.new_empty(0)
+    if residual is not None:
+        total = gradient_like(x, x).to(torch.promote_types(x.dtype, residual.dtype))
     return gradient_like(x, x), total, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    x, residual, weight, ctx.eps, ctx.backend = inputs
+    x, residual, weight, ctx.eps, ctx.weight_offset, ctx.backend = inputs
     _, total, rstd = output
     ctx.has_residual = residual is not None
+    ctx.dtypes = (x.dtype, residual.dtype if ctx.has_residual else x.dtype)
     ctx.mark_non_differentiable(rstd)
     save(ctx, total if ctx.has_residual else x, weight, rstd)
     ctx.set_materialize_grads(False)
@@ -62,16 +67,24 @@ def _rms_norm_backward(ctx, grad_normed, grad_total, grad_rstd):
     total, weight, rstd = ctx.saved_tensors
     if not ctx.has_residual:
         grad_total = None
-    if grad_normed is None:
-        return grad_total, grad_total if ctx.has_residual else None, None, None, None
-    grad, grad_weight = dispatch(
-        "rms_norm_backward", grad_normed, grad_total, total, weight, rstd, ctx.eps, ctx.backend
+    grad, grad_weight = grad_total, None
+    if grad_normed is not None:
+        options = (ctx.eps, ctx.weight_offset, ctx.backend)
+        grad, grad_weight = dispatch(
+            "rms_norm_backward", grad_normed, grad_total, total, weight, rstd, *options
+        )
+    if grad is None:
+        return (None,) * 6
+    of_x, of_residual = (grad.to(dtype) for dtype in ctx.dtypes)
+    weighed = None if weight is None or grad_normed is None else grad_weight
+    return of_x, of_residual if ctx.has_residual else None, weighed, None, None, None
+
+
+def _rms_norm_backward_reference(grad_normed, grad_total, total, weight, rstd, eps, weight_offset):
+    options = (eps, weight_offset, grad_normed.dtype)
+    grad, grad_weight = pull(
+        reference.rms_norm_of_sum, (grad_normed,), (total, weight, *options), (0, 1)
     )
-    return grad, grad if ctx.has_residual else None, None if weight is None else grad_weight, None, None
-
-
-def _rms_norm_backward_reference(grad_normed, grad_total, total, weight, rstd, eps):
-    grad, grad_weight = pull(reference.rms_norm_of_sum, (grad_normed,), (total, weight, eps), (0, 1))
     absent = total.new_empty(0) if grad_weight is None else grad_weight
     return grad if grad_total is None else grad + grad_total, absent
 
@@ -83,7 +96,7 @@ declare(
     fake=_rms_norm_fake,
     check=checks.check_rms_norm,
     backends=(
-        _on_cpu(cpu.rms_norm, cpu.rms_norm_leading),
+        cpu_backend(cpu.rms_norm, cpu.refusal_norm, cpu.configure, cpu.rms_norm_leading),
         _on_triton(triton.rms_norm),
         reference_backend(reference.rms_norm),
     ),
@@ -99,7 +112,7 @@ declare(
     ),
     check=checks.check_rms_norm_backward,
     backends=(
-        _on_cpu(cpu.rms_norm_backward),
+        cpu_backend(cpu.rms_norm_backward, cpu.refusal_norm_backward, cpu.configure),
         _on_triton(triton.rms_norm_backward),
         reference_backend(_rms_norm_backward_reference),
     ),
@@ -154,18 +167,19 @@ class RotaryCall(NamedTuple):
     k: torch.Tensor  # (B, Hkv, L, D)
     positions: torch.Tensor  # (L,) or (B, L)
     theta: float
+    interleaved: bool
     inverse: bool
 
 
 def _rotary_setup(ctx, inputs, output):
-    _, _, positions, ctx.theta, ctx.inverse, ctx.backend = inputs
+    _, _, positions, ctx.theta, ctx.interleaved, ctx.inverse, ctx.backend = inputs
     save(ctx, positions)
 
 
 def _rotary_backward(ctx, grad_q, grad_k):
     (positions,) = ctx.saved_tensors
-    grads = dispatch("rotary", grad_q, grad_k, positions, ctx.theta, not ctx.inverse, ctx.backend)
-    return (*grads, None, None, None, None)
+    options = (ctx.theta, ctx.interleaved, not ctx.inverse, ctx.backend)
+    return *dispatch("rotary", grad_q, grad_k, positions, *options), *(None,) * 5
 
 
 declare(
@@ -176,6 +190,40 @@ declare(
     check=checks.check_rotary,
     backends=(_on_cpu(cpu.rotary), _on_triton(triton.rotary), reference_backend(reference.rotary)),
     gradients=Autograd(_rotary_setup, _rotary_backward, twice=True),
+)
+
+
+class RotaryTablesCall(NamedTuple):
+    q: torch.Tensor  # (B, Hq, L, D)
+    k: torch.Tensor  # (B, Hkv, L, D)
+    cos: torch.Tensor  # (B or 1, L, D or D/2)
+    sin: torch.Tensor  # as cos
+    interleaved: bool
+    inverse: bool
+
+
+def _rotary_tables_setup(ctx, inputs, output):
+    _, _, cos, sin, ctx.interleaved, ctx.inverse, ctx.backend = inputs
+    save(ctx, cos, sin)
+
+
+def _rotary_tables_backward(ctx, grad_q, grad_k):
+    options = (ctx.interleaved, not ctx.inverse, ctx.backend)
+    return *dispatch("rotary_tables", grad_q, grad_k, *ctx.saved_tensors, *options), *(None,) * 5
+
+
+declare(
+    "rotary_tables",
+    RotaryTablesCall,
+    outputs=("q", "k"),
+    fake=lambda q, k, *_: (gradient_like(q, q), gradient_like(k, k)),
+    check=checks.check_rotary_tables,
+    backends=(
+        cpu_backend(cpu.rotary_tables, cpu.refusal_tables, cpu.configure),
+        _on_triton(triton.rotary_tables),
+        reference_backend(reference.rotary_tables),
+    ),
+    gradients=Autograd(_rotary_tables_setup, _rotary_tables_backward, twice=True),
 )
 
 

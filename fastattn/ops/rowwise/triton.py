@@ -1,5 +1,7 @@
 """The recurrence pieces in Triton: one pass over memory each, float32 inside, one rounding at the end."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,8 @@ def _row(t, row, size_b, size_c):
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, normed, total, rstd, size_b, size_c, columns, eps, BLOCK: tl.constexpr, ONE_TILE: tl.constexpr
+    x, residual, weight, normed, total, rstd, size_b, size_c, columns, eps, weight_offset, BLOCK: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     x_row = _row(x, row, size_b, size_c)
@@ -38,7 +41,7 @@ def _rms_norm_kernel(
         if residual is not None:
             r_row = _row(residual, row, size_b, size_c)
             other = tl.load(r_row + first + at, mask=inside, other=0.0)
-            value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
+            value = (value.to(tl.float32) + other.to(tl.float32)).to(total.dtype.element_ty)
             tl.store(total + out_row + first + at, value, mask=inside)
         value = value.to(tl.float32)
         squares += value * value
@@ -53,14 +56,14 @@ def _rms_norm_kernel(
             value = tl.load(source + first + at, mask=inside, other=0.0).to(tl.float32)
         y = value * scale
         if weight is not None:
-            y *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+            y *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
         tl.store(normed + out_row + first + at, y.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rms_norm_backward_kernel(
     grad_normed, grad_total, total, weight, rstd, grad, partials, size_b, size_c, columns, rows, rows_each,
-    BLOCK: tl.constexpr,
+    weight_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d total = rstd * (w g - y * mean(w g y)) + grad_total, y = total * rstd; a program sums its rows' weight gradients."""
     program = tl.program_id(0)
@@ -78,7 +81,7 @@ def _rms_norm_backward_kernel(
             if weight is not None:
                 sums = partials + offset(program, columns) + first + at
                 tl.store(sums, tl.load(sums, mask=inside, other=0.0) + g * y, mask=inside)
-                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
             products += g * y
         mean = tl.sum(products, 0) / columns
         for first in range(0, columns, BLOCK):
@@ -86,7 +89,7 @@ def _rms_norm_backward_kernel(
             g = tl.load(n_row + first + at, mask=inside, other=0.0).to(tl.float32)
             y = tl.load(t_row + first + at, mask=inside, other=0.0).to(tl.float32) * scale
             if weight is not None:
-                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
             value = scale * (g - y * mean)
             if grad_total is not None:
                 g_row = _row(grad_total, row, size_b, size_c)
@@ -139,39 +142,78 @@ def _token(t, batch, row):
 
 
 @triton.jit
-def _rotate(x, out, heads, half, cos, sin, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr):
-    """All heads of one token rotated from x to out."""
+def _rotate(
+    x, out, heads, half, cos, sin, cos2, sin2, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """All heads of one token rotated from x to out: halves, or pairs; cos2 and sin2 are of the second of each two."""
     at = tl.arange(0, BLOCK_D)
+    place, second = at, half
+    if INTERLEAVED:
+        place, second = 2 * at, 1
     for first in range(0, heads, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
         keep = (head < heads)[:, None] & (at < half)[None, :]
-        source = x.base + offset(head, x.stride)[:, None] + at[None, :]
+        source = x.base + offset(head, x.stride)[:, None] + place[None, :]
         left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
-        right = tl.load(source + half, mask=keep, other=0.0).to(tl.float32)
-        to = out.base + offset(head, out.stride)[:, None] + at[None, :]
+        right = tl.load(source + second, mask=keep, other=0.0).to(tl.float32)
+        to = out.base + offset(head, out.stride)[:, None] + place[None, :]
         tl.store(to, (left * cos - right * sin).to(out.base.dtype.element_ty), mask=keep)
-        tl.store(to + half, (right * cos + left * sin).to(out.base.dtype.element_ty), mask=keep)
+        tl.store(to + second, (right * cos2 + left * sin2).to(out.base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rotary_tables_kernel(
+    q, k, q_out, k_out, cos, sin, heads, kv_heads, length, half, INTERLEAVED: tl.constexpr, TWO: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token by its row of cos and sin. TWO: of D values, one for each of what is rotated together. The inverse is
+    the transpose, which takes each one's sine to the other."""
+    token = tl.program_id(0)
+    batch, row = token // length, token % length
+    at = tl.arange(0, BLOCK_D)
+    inside = at < half
+    place, second = at, 0
+    if TWO:
+        second = half
+        if INTERLEAVED:
+            place, second = 2 * at, 1
+    cosines = cos.base + offset(batch, cos.stride) + offset(row, tl.where(TWO, 2 * half, half))
+    sines = sin.base + offset(batch, sin.stride) + offset(row, tl.where(TWO, 2 * half, half))
+    c1 = tl.load(cosines + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+    c2 = tl.load(cosines + place + second, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s1 = tl.load(sines + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s2 = tl.load(sines + place + second, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if INVERSE:
+        s1, s2 = -s2, -s1
+    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, c1, s1, c2, s2, INTERLEAVED, BLOCK_D, BLOCK_H)
+    _rotate(
+        _token(k, batch, row), _token(k_out, batch, row), kv_heads, half, c1, s1, c2, s2, INTERLEAVED, BLOCK_D, BLOCK_H
+    )
 
 
 @triton.jit
 def _rotary_kernel(
     q, k, v, q_out, k_out, v_out, positions, slots, frequencies, heads, kv_heads, length, half, v_dim,
-    INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token: its sines and cosines are formed once. Keys, and values where there are any, go to row slots[token]."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
     at = tl.arange(0, BLOCK_D)
-    position = tl.load(positions.base + offset(batch, positions.stride) + row).to(tl.float32)
-    angle = position * tl.load(frequencies + at, mask=at < half, other=0.0)
+    # in float64 until less than a turn is left: a float32 angle is off by the rounding of itself, 9e-3 at position 131072
+    position = tl.load(positions.base + offset(batch, positions.stride) + row).to(tl.float64)
+    turns = position * tl.load(frequencies + at, mask=at < half, other=0.0)
+    angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if INVERSE:
         sin = -sin
     slot = row
     if slots is not None:
         slot = tl.load(slots + token)
-    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, cos, sin, BLOCK_D, BLOCK_H)
-    _rotate(_token(k, batch, row), _token(k_out, batch, slot), kv_heads, half, cos, sin, BLOCK_D, BLOCK_H)
+    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, cos, sin, cos, sin, INTERLEAVED, BLOCK_D, BLOCK_H)
+    _rotate(
+        _token(k, batch, row), _token(k_out, batch, slot), kv_heads, half, cos, sin, cos, sin, INTERLEAVED, BLOCK_D, BLOCK_H
+    )
     if v is not None:
         v_heads, out_heads = _token(v, batch, row), _token(v_out, batch, slot)
         columns = tl.arange(0, BLOCK_V)
@@ -215,9 +257,11 @@ def _launch_options(t: torch.Tensor) -> tuple[int, dict]:
     return values["block"], {"num_warps": values["num_warps"]}
 
 
-def rms_norm(x, residual, weight, eps):
+def rms_norm(x, residual, weight, eps, weight_offset):
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = x.new_empty(0) if residual is None else torch.empty_like(normed)
+    total = x.new_empty(0)
+    if residual is not None:
+        total = torch.empty_like(normed, dtype=torch.promote_types(x.dtype, residual.dtype))
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     columns = x.shape[-1]
     block = min(_triton.block(columns), _MOST_COLUMNS)
@@ -226,7 +270,7 @@ def rms_norm(x, residual, weight, eps):
     _triton.launch(
         _rms_norm_kernel, (rstd.numel(),),
         rows(source), rows(other), None if weight is None else weight.contiguous(), normed, total, rstd,
-        *source.shape[1:3], columns, eps,
+        *source.shape[1:3], columns, eps, float(weight_offset),
         BLOCK=block, ONE_TILE=block >= columns, num_warps=_warps(block),
     )  # fmt: skip
     return normed, total, rstd
@@ -236,7 +280,7 @@ def _warps(block: int) -> int:
     return max(1, min(8, block // 512))
 
 
-def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
+def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps, weight_offset):
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     count, columns = rstd.numel(), total.shape[-1]
     # As many programs as the device holds at once; each adds its rows' weight gradients in order.
@@ -249,7 +293,7 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps):
     _triton.launch(
         _rms_norm_backward_kernel, (triton.cdiv(count, max(1, each)),),
         rows(n), rows(g), rows(t), None if weight is None else weight.contiguous(), rstd, grad, partials,
-        *t.shape[1:3], columns, count, each, BLOCK=block, num_warps=_warps(block),
+        *t.shape[1:3], columns, count, each, float(weight_offset), BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
 
@@ -311,20 +355,21 @@ def gated_backward(grad, x, gate):
 
 
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(D/2,) float64: turns a position."""
     key = (head_dim, theta, device)
     if key not in _tables:
         # formed on the host: the copy is done when it returns, for every stream
         capturing = _triton.stream(device) is None
         place = device if capturing else "cpu"
-        exponent = torch.arange(0, head_dim, 2, device=place, dtype=torch.float32) / head_dim
-        table = (1.0 / theta**exponent).to(device)
+        exponent = torch.arange(0, head_dim, 2, device=place, dtype=torch.float64) / head_dim
+        table = (1.0 / (2 * math.pi * theta**exponent)).to(device)
         if capturing:
             return table
         _tables[key] = table
     return _tables[key]
 
 
-def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, inverse: bool) -> None:
+def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, interleaved: bool, inverse: bool):
     batch, heads, length, head_dim = q.shape
     positions = positions.contiguous()
     if batch * length == 0 or head_dim == 0:
@@ -347,6 +392,7 @@ def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, 
         "length": length,
         "half": head_dim // 2,
         "v_dim": 0 if v is None else v.shape[3],
+        "INTERLEAVED": interleaved,
         "INVERSE": inverse,
         "BLOCK_D": block,
         "BLOCK_V": block_v,
@@ -355,15 +401,32 @@ def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, 
     _triton.start(_rotary_kernel, (batch * length,), values, num_warps=4)
 
 
-def rotary(q, k, positions, theta, inverse):
+def rotary(q, k, positions, theta, interleaved, inverse):
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    _start_rotary(q, k, None, positions, None, *outputs, None, theta, inverse)
+    _start_rotary(q, k, None, positions, None, *outputs, None, theta, interleaved, inverse)
+    return outputs
+
+
+def rotary_tables(q, k, cos, sin, interleaved, inverse):
+    outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    batch, heads, length, head_dim = q.shape
+    if batch * length == 0 or head_dim == 0:
+        return outputs
+    cos, sin = cos.contiguous(), sin.contiguous()
+    each = cos.stride(0) if cos.shape[0] > 1 else 0
+    block = _triton.block(head_dim // 2)
+    _triton.launch(
+        _rotary_tables_kernel, (batch * length,),
+        *(rows(_triton.last_dim_contiguous(t)) for t in (q, k)), *map(rows, outputs), Line(cos, each), Line(sin, each),
+        heads, k.shape[1], length, head_dim // 2, INTERLEAVED=interleaved, TWO=cos.shape[2] == head_dim, INVERSE=inverse,
+        BLOCK_D=block, BLOCK_H=max(1, min(triton.next_power_of_2(max(1, heads)), 2048 // block)), num_warps=4,
+    )  # fmt: skip
     return outputs
 
 
 def rotary_append(q, k, v, positions, slots, keys, values, theta):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _start_rotary(q, k, v, positions, slots.contiguous(), out, keys, values, theta, False)
+    _start_rotary(q, k, v, positions, slots.contiguous(), out, keys, values, theta, False, False)
     return out
 
 
