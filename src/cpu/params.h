@@ -34,8 +34,8 @@ struct RowsParams {
   FASTATTN_FIELDS(serial, prefetch, threads)
 };
 
-// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D), rstd (A, B, C, 1) f32,
-// which may be absent.
+// normed = total * rsqrt(mean(total^2) + eps) * weight, total = x + residual. All (A, B, C, D) of one type, weight (D,)
+// of it or f32, rstd (A, B, C, 1) f32, which may be absent.
 struct RmsNormParams : RowsParams {
   Tensor x, residual, weight, normed, total, rstd;
   double eps = 1e-6;
@@ -82,7 +82,7 @@ struct DecodeStepParams {
                   h_cycles, l_cycles, rows_at_once, eps, threads)
 };
 
-// x (B, H, L, D) rotated into out by cos/sin rows (R, D/2) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
+// x (B, H, L, D) rotated into out by cos/sin rows (R, D/2 or D) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
 struct RotaryParams : RowsParams {
   Tensor x, out, cos, sin, rows;
   int32_t inverse = 0;

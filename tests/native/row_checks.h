@@ -83,8 +83,9 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
   for (const int64_t C : {1, 5, 64, 203}) {
     const int64_t R = 7;
     Array x = random({2, 3, R, C}, -1, 1), y = random({2, 3, R, C}, -1, 1), g = random({2, 3, R, C}, -1, 1),
-          w = Array::random(dtype, {C}), rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
-    for (int residual = 0; residual < 2; residual++) {
+          own = Array::random(dtype, {C}), wide = Array::random(f32, {C}), rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
+    for (int residual = 0; residual < 3; residual++) {
+      Array& w = residual == 2 ? wide : own;  // the weight's type is the rows' or float32
       check("rms_norm", 2 * C + 16, 2 * half, [&](const KernelTable& t, Outputs& o) {
         o = {blank({2, 3, R, C}), Array(f32, {2, 3, R, 1})};
         RmsNormParams p;
@@ -108,8 +109,10 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
 #undef KERNEL
   }
   for (const int64_t D : {2, 8, 64, 36})
-    for (int inverse = 0; inverse < 2; inverse++) {
-      Array x = random({2, 3, 5, D}, -1, 1), cos = Array::random(f32, {9, D / 2}), sin = Array::random(f32, {9, D / 2}),
+    for (int kind = 0; kind < 4; kind++) {
+      const int64_t width = kind < 2 ? D / 2 : D;  // one angle for both of two dims, or one for each
+      const int inverse = kind % 2;
+      Array x = random({2, 3, 5, D}, -1, 1), cos = Array::random(f32, {9, width}), sin = Array::random(f32, {9, width}),
             rows = Array::random(DType::i32, {2, 1, 1, 5}, 0, 9);
       check("rotary", 8, 0, [&](const KernelTable& t, Outputs& o) {
         o = {blank({2, 3, 5, D})};

@@ -14,7 +14,7 @@ from fastattn.runtime import native as _native
 from fastattn.runtime import registry
 from fastattn.runtime.examples import examples
 
-TWICE = {"rotary", "matvec"}  # backwards of differentiable operations
+TWICE = {"rotary", "rotary, pairs", "rotary_tables", "matvec"}  # backwards of differentiable operations
 
 
 def calls():

@@ -47,10 +47,11 @@ class RmsNormBackwardCall(NamedTuple):
 
 
 def _rms_norm_fake(x, residual, weight, eps, weight_offset):
-    total = x.new_empty(0)
+    total, statistics = x.new_empty(0), statistics_dtype(x)
     if residual is not None:
         total = gradient_like(x, x).to(torch.promote_types(x.dtype, residual.dtype))
-    return gradient_like(x, x), total, x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
+        statistics = statistics_dtype(total)
+    return gradient_like(x, x), total, x.new_empty(x.shape[:-1], dtype=statistics)
 
 
 def _rms_norm_setup(ctx, inputs, output):
