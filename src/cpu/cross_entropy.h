@@ -185,8 +185,8 @@ static void vocab_rows_of(const VocabRowsParams& p) {
           if (temperature) g /= over;
           return cap != 0 ? g * (splat(1.0f) - (a * back) * (a * back)) : g;
         };
-        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`, and to mass less
-        // grad, which is left to the caller, who has it exactly.
+        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`, and to mass
+        // less grad, which is left to the caller, who has it exactly.
         const auto by_temperature = [&](vf g, vf a) {
           if (temperature) dots += select(g == vf{}, g, g * (Stable ? a : weights.distance(a)));
         };

@@ -268,8 +268,9 @@ static void gate_backward_rows(const GateParams& p) {
                   });
 }
 
-// Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1. Two: the row has values
-// of its own for the second half. The transpose of the rotation is its inverse, and takes each half's sines to the other.
+// Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1. Two: the row has
+// values of its own for the second half. The transpose of the rotation is its inverse, and takes each half's sines to
+// the other.
 template <class T, bool Two>
 static void rotary_rows_of(const RotaryParams& p) {
   const int64_t heads = p.x.size[1], length = p.x.size[2], half = p.x.size[3] / 2;

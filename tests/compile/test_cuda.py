@@ -52,7 +52,10 @@ def test_backends_say_why_not():
     cuda = torch.device("cuda")
     h, weight, target = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.int64)
     for op, args in (
-        ("linear_cross_entropy", (h, weight, None, target, *[None] * 2, 0, *[0.0] * 3, -100, "mean", False, 0)),
+        (
+            "linear_cross_entropy",
+            (h, weight, None, target, *[None] * 2, 0, *[0.0] * 3, -100, "mean", False, 0),
+        ),
         ("sinkhorn", (torch.ones(1, 4, 2), None, None, 0.1, 3, False)),
     ):
         backend = next(b for b in OPS[op].backends if b.name == "cuda")

@@ -113,9 +113,7 @@ def test_linear_cross_entropy_gradients(host):
     def run(h, weight, bias):
         tensors = (h, weight, bias, target, None, None)
         loss, statistics, _, *first = cuda.linear_cross_entropy(*tensors, *options, False, 7)
-        again = cuda.linear_cross_entropy_backward(
-            torch.ones(()), None, *tensors, statistics, *options, 7
-        )
+        again = cuda.linear_cross_entropy_backward(torch.ones(()), None, *tensors, statistics, *options, 7)
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
         return (loss, *first[:3])

@@ -148,11 +148,16 @@ def test_empty_tensors():
     )
 
 
-@pytest.mark.parametrize("types", [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", None, "float32")])
+@pytest.mark.parametrize(
+    "types",
+    [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", None, "float32")],
+)
 @pytest.mark.parametrize("columns", (24, 300))
 def test_rms_norm_of_several_dtypes(types, columns, nan_outputs):
     inputs = [
-        None if name is None else testing.random_tensor(*size, dtype=getattr(torch, name), seed=i, requires_grad=True)
+        None
+        if name is None
+        else testing.random_tensor(*size, dtype=getattr(torch, name), seed=i, requires_grad=True)
         for i, (name, size) in enumerate(zip(types, ((5, columns), (5, columns), (columns,)), strict=True))
     ]
 
@@ -170,9 +175,7 @@ def test_rms_norm_of_several_dtypes(types, columns, nan_outputs):
 @pytest.mark.parametrize("whole", (False, True))
 @pytest.mark.parametrize("sequences", (1, 2))
 def test_rotary_tables(pairs, whole, sequences, nan_outputs):
-    q, k = (
-        testing.random_tensor(2, h, 5, 12, seed=h, layout="odd", requires_grad=True) for h in (4, 2)
-    )
+    q, k = (testing.random_tensor(2, h, 5, 12, seed=h, layout="odd", requires_grad=True) for h in (4, 2))
     cos, sin = (testing.random_tensor(sequences, 5, 12 if whole else 6, seed=i) for i in (5, 6))
     testing.check_op(
         lambda q, k: fa.rotary_tables(q, k, cos, sin, interleaved=pairs, backend="triton"),

@@ -23,7 +23,9 @@ EPS = torch.finfo(torch.float32).eps
 
 def samples(info):
     torch.manual_seed(0)
-    return info.sample_inputs("cpu", torch.float32, requires_grad=True)  # one at a time: later ones change the former's arguments
+    return info.sample_inputs(
+        "cpu", torch.float32, requires_grad=True
+    )  # one at a time: later ones change the former's arguments
 
 
 def leaf(t):
@@ -46,7 +48,11 @@ def differentiated(function, tensors):
 
 def verdict(sample, ours, theirs, bound):
     """ "served", or the name of what was raised; a wrong result fails, by more than `bound` of the largest value of each tensor."""
-    tensors = [sample.input, *sample.args, *(v for v in sample.kwargs.values() if isinstance(v, torch.Tensor))]
+    tensors = [
+        sample.input,
+        *sample.args,
+        *(v for v in sample.kwargs.values() if isinstance(v, torch.Tensor)),
+    ]
     names = [k for k, v in sample.kwargs.items() if isinstance(v, torch.Tensor)]
     rest = {k: v for k, v in sample.kwargs.items() if k not in names}
     count = 1 + len(sample.args)

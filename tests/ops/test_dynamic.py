@@ -519,7 +519,7 @@ def test_opcheck_of_symbolic_sizes(overload):
     op = getattr(torch.ops.fastattn.attention, overload)
     torch.library.opcheck(op, (q, k, v, None, *options))
     for other in (torch.ops.fastattn.rms_norm, torch.ops.fastattn.softplus_attention):
-        args = (X.clone().requires_grad_(), None, None, number)
+        args = (X.clone().requires_grad_(), None, None, number, number)
         if other is torch.ops.fastattn.softplus_attention:
             args = (q, k, v, number * 4, *options[3:-1])
         torch.library.opcheck(getattr(other, overload), (*args, ""))

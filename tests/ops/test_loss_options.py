@@ -89,7 +89,8 @@ def test_options_are_torchs(weighted, smoothing, places, soft):
 def test_all_options_by_hand(transform, soft):
     n, v, d = 6, 9, 4
     h, weight, bias = (
-        testing.random_tensor(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(((n, d), (v, d), (v,)))
+        testing.random_tensor(*shape, seed=i, dtype=torch.float64)
+        for i, shape in enumerate(((n, d), (v, d), (v,)))
     )
     tau, by_class = (testing.random_tensor(k, seed=k).abs().double() + 0.5 for k in (n, v))
     g = torch.Generator().manual_seed(3)
@@ -246,7 +247,10 @@ def test_compiles_and_repeats(soft):
         return loss + lse.square().mean()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    runs = [(loss, *torch.autograd.grad(loss, (h, weight))) for loss in (f(h, weight) for f in (step, step, compiled))]
+    runs = [
+        (loss, *torch.autograd.grad(loss, (h, weight)))
+        for loss in (f(h, weight) for f in (step, step, compiled))
+    ]
     for other in runs[1:]:
         for a, b in itertools.zip_longest(runs[0], other):
             assert torch.equal(a, b)

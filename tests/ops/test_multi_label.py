@@ -26,7 +26,9 @@ def lists(n, v, p, seed, dtype=torch.int64):
 
 
 def test_is_the_sum_over_positives_by_hand():
-    h, weight, bias = (testing.random_tensor(*s, seed=len(s), dtype=torch.float64) for s in ((4, 3), (6, 3), (6,)))
+    h, weight, bias = (
+        testing.random_tensor(*s, seed=len(s), dtype=torch.float64) for s in ((4, 3), (6, 3), (6,))
+    )
     positives = torch.tensor([[1, 4, -100], [-100, -100, -100], [5, -100, 0], [2, 2, -100]])
     loss = fa.multi_label_cross_entropy(h, weight, positives, bias=bias, reduction="none")
     for i, row in enumerate(positives.tolist()):
@@ -69,11 +71,13 @@ def test_all_classes_positive_is_a_loss_of_zero(backend):
 
 def test_gradcheck():
     h, weight, bias = (
-        testing.random_tensor(*s, seed=len(s), dtype=torch.float64, requires_grad=True) for s in ((4, 3), (6, 3), (6,))
+        testing.random_tensor(*s, seed=len(s), dtype=torch.float64, requires_grad=True)
+        for s in ((4, 3), (6, 3), (6,))
     )
     positives = torch.tensor([[1, 4, -100], [-100, -100, -100], [5, -100, 0], [2, 2, -100]])
     assert torch.autograd.gradcheck(
-        lambda h, w, b: fa.multi_label_cross_entropy(h, w, positives, bias=b, reduction="none"), (h, weight, bias)
+        lambda h, w, b: fa.multi_label_cross_entropy(h, w, positives, bias=b, reduction="none"),
+        (h, weight, bias),
     )
 
 

@@ -165,7 +165,9 @@ def test_rotary(isa, batch, heads, length, half, layout, dtype, farthest, per_ba
 def test_rms_norm_of_several_dtypes(isa, shape, layout, types, offset):
     """As under autocast: float32 weights, or a float32 residual stream, beside 16-bit rows. Nothing is rounded but the results."""
     inputs = [
-        None if dtype is None else testing.random_tensor(*size, dtype=dtype, seed=i, layout=layout, requires_grad=True)
+        None
+        if dtype is None
+        else testing.random_tensor(*size, dtype=dtype, seed=i, layout=layout, requires_grad=True)
         for i, (dtype, size) in enumerate(zip(types, (shape, shape, shape[-1:]), strict=True))
     ]
 
@@ -232,7 +234,9 @@ def turned_by_hand(x, cos, sin, pairs):
 )
 def test_rotary_tables(isa, batch, length, half, layout, dtype, whole, per_batch, pairs):
     q, k = (
-        testing.random_tensor(batch, h, length, 2 * half, dtype=dtype, seed=h, layout=layout, requires_grad=True)
+        testing.random_tensor(
+            batch, h, length, 2 * half, dtype=dtype, seed=h, layout=layout, requires_grad=True
+        )
         for h in (4, 2)
     )
     shape = (batch if per_batch else 1, length, 2 * half if whole else half)
@@ -282,7 +286,11 @@ def test_rotary_tables_refuse_by_name():
     q = torch.zeros(2, 3, 5, 8)
     cos = torch.zeros(1, 5, 4)
     for wrong, error, message in (
-        (lambda: fa.rotary_tables(q, q, cos[:, 1:], cos), ValueError, r"cos must be \(B or 1, L, D or D/2\), here"),
+        (
+            lambda: fa.rotary_tables(q, q, cos[:, 1:], cos),
+            ValueError,
+            r"cos must be \(B or 1, L, D or D/2\), here",
+        ),
         (lambda: fa.rotary_tables(q, q, cos, torch.zeros(1, 5, 8)), ValueError, "sin must have shape"),
         (lambda: fa.rotary_tables(q, q, cos.int(), cos), TypeError, "cos must be one of float32"),
         (
@@ -443,7 +451,11 @@ def test_opcheck(dtype):
         (lambda x: fa.rms_norm(x, residual=x[:1]), ValueError, r"residual must have shape \(3x8\)"),
         (lambda x: fa.rms_norm(x, residual=x.int()), TypeError, "residual must be one of float32"),
         (lambda x: fa.rms_norm(x, weight=x), ValueError, r"weight must have shape \(8\)"),
-        (lambda x: fa.rms_norm(x, weight=x[0], weight_offset=float("inf")), ValueError, "weight_offset must be finite"),
+        (
+            lambda x: fa.rms_norm(x, weight=x[0], weight_offset=float("inf")),
+            ValueError,
+            "weight_offset must be finite",
+        ),
         (lambda x: fa.rms_norm(x, weight=x[0, :3]), ValueError, r"weight must have shape \(8\)"),
         (lambda x: fa.rms_norm(x, eps=-1.0), ValueError, "eps must be zero or more, given -1.0"),
         (lambda x: fa.rms_norm(x, residual=x.to("meta")), ValueError, "residual is on meta but x is on cpu"),

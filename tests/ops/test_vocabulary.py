@@ -289,7 +289,11 @@ def refused():
         NotImplementedError,
         "class_weight gets no gradient",
     )
-    yield lambda: lce(h, w, y, label_smoothing=1.5), ValueError, r"label_smoothing must lie in \[0, 1\], given 1.5"
+    yield (
+        lambda: lce(h, w, y, label_smoothing=1.5),
+        ValueError,
+        r"label_smoothing must lie in \[0, 1\], given 1.5",
+    )
     yield lambda: lce(h, w, y, label_smoothing=-0.5), ValueError, "label_smoothing must be zero or more"
     yield lambda: lce(h, w[:, None], y), ValueError, r"target must have shape \(7x1\)"
     yield lambda: lce(h, w[:, None], y[:, None], bias=b), ValueError, r"bias must have shape \(13x1\)"

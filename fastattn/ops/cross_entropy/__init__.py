@@ -142,7 +142,9 @@ def linear_cross_entropy(
     if class_weight is not None:
         check_class_weight(op, class_weight, h, weight.shape[0])
         if class_weight.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"fastattn.{op}: class_weight gets no gradient; give class_weight.detach()")
+            raise NotImplementedError(
+                f"fastattn.{op}: class_weight gets no gradient; give class_weight.detach()"
+            )
     _checks.check_choice(op, "transform", transform, TRANSFORMS)
     if softcap is not None:
         _checks.check_positive(op, "softcap", softcap)

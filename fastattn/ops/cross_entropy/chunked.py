@@ -95,7 +95,9 @@ def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -
     return {"stablemax": transform == 1, "softcap": softcap, "z_loss": z_loss, "ignore_index": ignore_index}
 
 
-def divisor(target: torch.Tensor, ignore_index: int, class_weight: torch.Tensor | None = None) -> torch.Tensor:
+def divisor(
+    target: torch.Tensor, ignore_index: int, class_weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Of a mean, on the device: how many rows count, or what their classes weigh, and 1 for 0."""
     counted = target != ignore_index
     if class_weight is None:
@@ -123,7 +125,9 @@ def empty_statistics(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Call:
     """What a call and its backward begin with."""
 
-    def __init__(self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index) -> None:
+    def __init__(
+        self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index
+    ) -> None:
         self.h, self.weight, self.temperature = h, weight, temperature
         self.bias = None if bias is None else bias.contiguous()
         self.target = target.contiguous()
@@ -144,7 +148,6 @@ class _Call:
         if taken is not None and found[3] is not None:
             self.smoothing.off_temperature(found[3], rows, statistics[0], self.temperature)
         return found
-
 
     def _columns(self, grad_lse: torch.Tensor | None) -> torch.Tensor | None:
         if self.shares is None and grad_lse is None:

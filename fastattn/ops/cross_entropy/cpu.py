@@ -340,7 +340,9 @@ def _tile_gradients(
 class _Call:
     """What a call and its backward begin with."""
 
-    def __init__(self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index) -> None:
+    def __init__(
+        self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index
+    ) -> None:
         self.config = _choose(h, weight).values
         self.rows = rows = Rows(target, ignore_index)
         self.bias = None if bias is None else bias.float().contiguous()
@@ -425,7 +427,9 @@ def linear_cross_entropy_backward(
     upstream = c.rows.upstream(grad, reduction)
     own, mass, taken = c.by_row(upstream)
     excess = None
-    if grad_lse is not None:  # what the row kernel makes of z_loss is made here, where the other part is added
+    if (
+        grad_lse is not None
+    ):  # what the row kernel makes of z_loss is made here, where the other part is added
         top, log_total = _lse_parts(kept, c.temperature, int(transform == 1))
         mass = own if mass is None else mass
         excess = c.rows.of(grad_lse) + mass * (2 * z_loss) * (top + log_total)

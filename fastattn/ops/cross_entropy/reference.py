@@ -176,9 +176,7 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss () or (N,), statistics (2, N), lse (N,)); transform 0 is none and 1 stablemax, softcap 0 is none; target (N,) of
     classes or (N, V) of probabilities."""
-    c = _Linear(
-        h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index
-    )
+    c = _Linear(h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index)
     loss, statistics, lse = row_loss(c.x, c.shares, c.tau, transform == 1, z_loss)
     count = h.shape[0]
     loss = reduced(loss, c.where, count, reduction, c.divisor)
@@ -191,9 +189,7 @@ def linear_cross_entropy_gradients(
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """For h, weight, bias, temperature and probabilities, from `grad` of the loss and perhaps that of lse: the chain rule through
     the lines above."""
-    c = _Linear(
-        h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index
-    )
+    c = _Linear(h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index)
     g, products, own = row_loss_gradient(
         c.x,
         c.shares,

@@ -139,7 +139,9 @@ def _vocab_rows_kernel(
     if GRADIENT:
         upstream = tl.load(grad + row).to(tl.float32)
         target_part = row_own * upstream
-        excess = spread * row_mass * upstream  # a softmax's gradients add up to it, beside what the mass is more than its own
+        excess = (
+            spread * row_mass * upstream
+        )  # a softmax's gradients add up to it, beside what the mass is more than its own
         if shares is not None:
             excess += tl.load(shares + 3 * row + 2)
         factor = (row_mass * upstream + excess) / row_total

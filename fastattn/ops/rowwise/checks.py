@@ -152,7 +152,11 @@ def check_rotary_tables(q, k, cos, sin, interleaved, inverse) -> None:
     for name, t in (("cos", cos), ("sin", sin)):
         checks.check_tensor(op, name, t, dims=3)
         checks.check_floating(op, **{name: t})
-        if t.shape[1] != length or t.shape[0] not in (1, batch) or t.shape[2] not in (head_dim // 2, head_dim):
+        if (
+            t.shape[1] != length
+            or t.shape[0] not in (1, batch)
+            or t.shape[2] not in (head_dim // 2, head_dim)
+        ):
             raise ValueError(
                 f"fastattn.{op}: {name} must be (B or 1, L, D or D/2), here ({batch} or 1, {length}, {head_dim} or "
                 f"{head_dim // 2}), given {checks.describe(t)}"

@@ -223,7 +223,11 @@ def rotary_tables(q, k, cos, sin, interleaved, inverse):
     if interleaved and cos.shape[2] == head_dim:
         cos, sin = _halves(cos), _halves(sin)
     cos, sin = (t.reshape(-1, t.shape[2]).float().contiguous() for t in (cos, sin))
-    rows = torch.arange(cos.shape[0], dtype=torch.int32).view(-1, length) if length else cos.new_empty(1, 0).int()
+    rows = (
+        torch.arange(cos.shape[0], dtype=torch.int32).view(-1, length)
+        if length
+        else cos.new_empty(1, 0).int()
+    )
     return _rotated(q, k, cos, sin, rows.expand(batch, -1)[:, None, None], interleaved, inverse)
 
 

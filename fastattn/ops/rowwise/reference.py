@@ -68,9 +68,7 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos, sin (B or 1, L, D or D/2). inverse: the transpose, which takes a rotation back."""
     cos, sin = (_wide(t)[:, None] for t in (cos, sin))
-    (c1, c2), (s1, s2) = (
-        parts(t, interleaved) if t.shape[-1] == q.shape[-1] else (t, t) for t in (cos, sin)
-    )
+    (c1, c2), (s1, s2) = (parts(t, interleaved) if t.shape[-1] == q.shape[-1] else (t, t) for t in (cos, sin))
     if inverse:
         s1, s2 = -s2, -s1
 

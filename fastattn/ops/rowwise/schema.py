@@ -83,9 +83,7 @@ def _rms_norm_backward(ctx, grad_normed, grad_total, grad_rstd):
 
 def _rms_norm_backward_reference(grad_normed, grad_total, total, weight, rstd, eps, weight_offset):
     options = (eps, weight_offset, grad_normed.dtype)
-    grad, grad_weight = pull(
-        reference.rms_norm_of_sum, (grad_normed,), (total, weight, *options), (0, 1)
-    )
+    grad, grad_weight = pull(reference.rms_norm_of_sum, (grad_normed,), (total, weight, *options), (0, 1))
     absent = total.new_empty(0) if grad_weight is None else grad_weight
     return grad if grad_total is None else grad + grad_total, absent
 

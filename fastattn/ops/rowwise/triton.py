@@ -185,9 +185,31 @@ def _rotary_tables_kernel(
     s2 = tl.load(sines + place + second, mask=inside, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
         s1, s2 = -s2, -s1
-    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, c1, s1, c2, s2, INTERLEAVED, BLOCK_D, BLOCK_H)
     _rotate(
-        _token(k, batch, row), _token(k_out, batch, row), kv_heads, half, c1, s1, c2, s2, INTERLEAVED, BLOCK_D, BLOCK_H
+        _token(q, batch, row),
+        _token(q_out, batch, row),
+        heads,
+        half,
+        c1,
+        s1,
+        c2,
+        s2,
+        INTERLEAVED,
+        BLOCK_D,
+        BLOCK_H,
+    )
+    _rotate(
+        _token(k, batch, row),
+        _token(k_out, batch, row),
+        kv_heads,
+        half,
+        c1,
+        s1,
+        c2,
+        s2,
+        INTERLEAVED,
+        BLOCK_D,
+        BLOCK_H,
     )
 
 
@@ -210,9 +232,31 @@ def _rotary_kernel(
     slot = row
     if slots is not None:
         slot = tl.load(slots + token)
-    _rotate(_token(q, batch, row), _token(q_out, batch, row), heads, half, cos, sin, cos, sin, INTERLEAVED, BLOCK_D, BLOCK_H)
     _rotate(
-        _token(k, batch, row), _token(k_out, batch, slot), kv_heads, half, cos, sin, cos, sin, INTERLEAVED, BLOCK_D, BLOCK_H
+        _token(q, batch, row),
+        _token(q_out, batch, row),
+        heads,
+        half,
+        cos,
+        sin,
+        cos,
+        sin,
+        INTERLEAVED,
+        BLOCK_D,
+        BLOCK_H,
+    )
+    _rotate(
+        _token(k, batch, row),
+        _token(k_out, batch, slot),
+        kv_heads,
+        half,
+        cos,
+        sin,
+        cos,
+        sin,
+        INTERLEAVED,
+        BLOCK_D,
+        BLOCK_H,
     )
     if v is not None:
         v_heads, out_heads = _token(v, batch, row), _token(v_out, batch, slot)
@@ -369,7 +413,9 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Ten
     return _tables[key]
 
 
-def _start_rotary(q, k, v, positions, slots, q_out, k_out, v_out, theta: float, interleaved: bool, inverse: bool):
+def _start_rotary(
+    q, k, v, positions, slots, q_out, k_out, v_out, theta: float, interleaved: bool, inverse: bool
+):
     batch, heads, length, head_dim = q.shape
     positions = positions.contiguous()
     if batch * length == 0 or head_dim == 0:
