@@ -93,7 +93,7 @@ def _reference_backward(
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.return_lse, ctx.gradients, ctx.backend = inputs
     tensors, ctx.options = tensors[:6], tensors[6:]
-    loss, statistics, lse, *found = output
+    _, statistics, lse, *found = output
     ctx.mark_non_differentiable(statistics, *(() if ctx.return_lse else (lse,)), *found)
     save(ctx, *tensors, statistics, *found)
     ctx.set_materialize_grads(False)
