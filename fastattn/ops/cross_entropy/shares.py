@@ -3,6 +3,7 @@ softmax. For every backend with a row kernel, which takes two factors a row; the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 _WIDENED = 1 << 22  # elements widened to float32 at once
 
 
-def unserved(target, transform: int, softcap: float, label_smoothing: float) -> str | None:
+def unserved(target: torch.Tensor, transform: int, softcap: float, label_smoothing: float) -> str | None:
     """Why the row kernels cannot serve a call, or None."""
     if target.is_floating_point():
         return "it serves class indices, not probabilities"
@@ -19,7 +20,7 @@ def unserved(target, transform: int, softcap: float, label_smoothing: float) -> 
     return None
 
 
-def _blocks(matrix: torch.Tensor):
+def _blocks(matrix: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     step = max(1, _WIDENED // matrix.shape[1])
     for begin in range(0, matrix.shape[0], step):
         yield slice(begin, begin + step), matrix[begin : begin + step].float()
@@ -64,11 +65,19 @@ class Smoothing:
     """What label smoothing adds to a row's loss: amount * sum_c w_c (largest - x_c) / temperature. The sum of the logits is one
     product a row, h (weight^T w) + bias w. So it takes no pass over (N, V), forward or backward."""
 
-    def __init__(self, h, weight, bias, class_weight, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        class_weight: torch.Tensor | None,
+        label_smoothing: float,
+    ) -> None:
         classes = weight.shape[0]
         self.amount = label_smoothing / classes
+        self.total: torch.Tensor | float = float(classes)
         if class_weight is None:
-            self.by_class, self.total = h.new_ones(classes, dtype=torch.float32), float(classes)
+            self.by_class = h.new_ones(classes, dtype=torch.float32)
         else:
             self.by_class = class_weight.float()
             self.total = self.by_class.sum()
@@ -87,7 +96,13 @@ class Smoothing:
             rows = rows / temperature
         return Taken(rows, self.combined, self.by_class, _combined(rows, h))
 
-    def off_temperature(self, dtemperature, upstream, largest, temperature) -> None:
+    def off_temperature(
+        self,
+        dtemperature: torch.Tensor,
+        upstream: torch.Tensor,
+        largest: torch.Tensor,
+        temperature: torch.Tensor,
+    ) -> None:
         dtemperature -= upstream * self.loss(largest, temperature) / temperature
 
 
@@ -99,7 +114,14 @@ class Shares(NamedTuple):
     smoothing: Smoothing | None
 
     @staticmethod
-    def of(h, weight, bias, target, class_weight, label_smoothing: float) -> Shares | None:
+    def of(
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        class_weight: torch.Tensor | None,
+        label_smoothing: float,
+    ) -> Shares | None:
         """None where the target is all that counts. What an ignored row has means nothing."""
         if class_weight is None and not label_smoothing:
             return None
