@@ -31,10 +31,20 @@ def _check_number(op: str, name: str, value) -> None:
 
 def check_rms_norm(x, residual, weight, eps, weight_offset) -> None:
     op = "rms_norm"
-    if (  # what the rest asks of the plainest call
-        residual is None
-        and isinstance(x, torch.Tensor)
+    if (  # what the rest asks of the plainest calls
+        isinstance(x, torch.Tensor)
         and x.dtype in checks.FLOATING
+        and (
+            residual is None
+            or (
+                isinstance(residual, torch.Tensor)
+                and residual.dtype is x.dtype
+                and residual.layout is torch.strided
+                and not residual.is_nested
+                and residual.device == x.device
+                and residual.shape == x.shape
+            )
+        )
         and x.dim()
         and x.shape[-1]
         and (
