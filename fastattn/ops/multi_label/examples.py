@@ -8,13 +8,14 @@ from .checks import PADDING
 
 
 def examples(make: Make) -> dict[str, Example]:
-    positives = make.whole(30, 9, 3)
-    padding = make.count(3)[None] > make.whole(4, 9, 1)
+    N = make.length(9)
+    positives = make.whole(30, N, 3)
+    padding = make.count(3)[None] > make.whole(4, N, 1)
     return {
         "multi_label_cross_entropy": Example(
             multi_label_cross_entropy,
             {
-                "h": make.normal(9, 16),
+                "h": make.normal(N, 16),
                 "weight": make.normal(30, 16),
                 "positives": torch.where(padding, PADDING, positives),
                 "bias": make.normal(30),
