@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
         `torch.nested.nested_tensor(..., layout=torch.jagged).transpose(1, 2)` gives them, without attn_mask.
     attn_mask: broadcastable to (..., Lq, Lk). bool: True = attend. Floating, of query's dtype or float32:
         added to the scaled scores, in the wider of the two dtypes.
-    dropout_p: only 0.
+    dropout_p: in [0, 1]; draws from torch's generator of the device, not the numbers that torch's own function draws.
     is_causal: query i attends keys up to i, the first query aligned with the first key, whatever the
         lengths. With an attn_mask, both apply.
     scale: default 1/sqrt(D).
@@ -57,8 +57,6 @@ def scaled_dot_product_attention(
     else:
         query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     checks.check_floating(op, query=query, key=key, value=value)
-    if dropout_p != 0:
-        raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"fastattn.{op}: key has head dim {key.shape[-1]}, query has {query.shape[-1]}; they must agree"
@@ -88,7 +86,8 @@ def scaled_dot_product_attention(
             k, v, dense, bias = k[:, :, :lq], v[:, :, :lq], _first_keys(dense, lq), _first_keys(bias, lq)
         window = (None, max(lq - lk, 0))
     mask = Mask(window=window, dense=dense) if window is not None or dense is not None else None
-    out = attention(q, k, v, scale=scale, bias=bias, mask=mask, backend=backend or None)
+    options = {"scale": scale, "dropout_p": dropout_p, "backend": backend or None}
+    out = attention(q, k, v, bias=bias, mask=mask, **options)
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
@@ -124,8 +123,6 @@ def _jagged(
             )
     if attn_mask is not None:
         raise NotImplementedError(f"fastattn.{op}: attn_mask is not served with nested tensors, is_causal is")
-    if dropout_p != 0:
-        raise NotImplementedError(f"fastattn.{op}: dropout_p must be 0, given {dropout_p}")
     offsets_q, offsets_k, offsets_v = query.offsets(), key.offsets(), value.offsets()
     if offsets_k is not offsets_v and not torch.equal(offsets_k, offsets_v):
         raise ValueError(f"fastattn.{op}: key and value must have the same sequence lengths")
@@ -139,7 +136,8 @@ def _jagged(
             f"fastattn.{op}: key has {k.shape[0]} heads, query has {q.shape[0]}; they must agree without enable_gqa"
         )
     mask = Mask(causal=is_causal, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
-    out = attention(q[None], k[None], v[None], scale=scale, mask=mask, backend=backend or None)
+    options = {"scale": scale, "dropout_p": dropout_p, "backend": backend or None}
+    out = attention(q[None], k[None], v[None], mask=mask, **options)
     return torch.nested.nested_tensor_from_jagged(out[0], offsets=offsets_q, jagged_dim=2)
 
 

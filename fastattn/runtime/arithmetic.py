@@ -26,6 +26,12 @@ def rounded_once(definition: Callable) -> Callable:
     return run
 
 
+def residual_of(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What rounding takes from `out`, a definition's first result, where `like` has 16 bits: in its dtype, 0 for what is infinite."""
+    lost = (out - out.to(like.dtype)).to(like.dtype)
+    return torch.where(lost.isfinite(), lost, 0.0)
+
+
 @contextmanager
 def rounding_every_step() -> Iterator[None]:
     """Definitions of attention in their inputs' dtype, every step rounded to it, as eager torch code has it: process-wide."""

@@ -66,13 +66,22 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   const auto statistic = [&](const Tensor& t) {
     return (const float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
   };
+  const auto of_row = [](const Tensor& t, const Sequence& s, int64_t head, int64_t i) {
+    return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + (s.q_begin + i) * t.stride[3];
+  };
   const float* lse = statistic(p.lse);
   for (int64_t i = 0; i < rows; i++) {
     const double z = lse[i * p.lse.stride[3]];
     const bool nothing = z == -__builtin_inf();
     float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
+    if (p.residual.data && !nothing)
+      delta += dot_rows(grad, i, matrix(p.residual, s.batch, head, row), i, problem.value_dim);
     if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
     to.delta[first + i] = delta;
+    if (p.grad_sink.data) {  // -delta is what the sink's score, whose value is 0, has as dS / P
+      const double weight = nothing ? 0 : __builtin_exp(((const float*)p.sink.data)[head * p.sink.stride[3]] - z);
+      *of_row(p.grad_sink, s, head, first + i) = (float)(-weight * delta);
+    }
     if (Score::kMaximum) {
       const RowState& state = *row_state(p.state, s, head, first + i);
       const float c = exponent_of(problem);
@@ -101,12 +110,17 @@ struct BackwardBlock {
   Word* grads;                       // dS (block_q, row / kStep), to contract keys: grads_t's memory for floats
   float* weights;                    // P: weights_t's memory for floats, a strip of kStrip groups otherwise
   float* slopes;                     // a strip, or the weights' memory where they are the slopes
+  float* cap_slopes;                 // (row) of the soft cap, for one row
   RowRanges ranges;
 
   static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
   // Where weights and slopes have the first row of group g.
   static int64_t weight_row(int64_t g) { return (kPairs ? g % kStrip : g) * kRows; }
-  static int64_t slope_row(int64_t g) { return (Score::kSlope ? g % kStrip * kRows : weight_row(g)); }
+  int64_t slope_row(int64_t g) const { return apart(problem) ? g % kStrip * kRows : weight_row(g); }
+  // Whether slopes are other numbers than the weights, or have their sign for what was dropped.
+  static bool apart(const Problem& problem) {
+    return Score::kSlope || problem.p.softcap > 0 || problem.dropout.on();
+  }
 
   // Takes every buffer from the arena and touches none.
   BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
@@ -124,7 +138,8 @@ struct BackwardBlock {
         grads_t(arena.take<Word>(block_q / kStep * row)),
         grads(kPairs ? arena.take<Word>(block_q / kStep * row) : grads_t),
         weights(kPairs ? arena.take<float>(kStrip * kRows * row) : (float*)weights_t),
-        slopes(Score::kSlope ? arena.take<float>(kStrip * kRows * row) : weights),
+        slopes(apart(problem) ? arena.take<float>(kStrip * kRows * row) : weights),
+        cap_slopes(arena.take<float>(problem.p.softcap > 0 ? row : 0)),
         ranges(block_q, arena) {}
 
   // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
@@ -155,7 +170,7 @@ struct BackwardBlock {
                  dv = matrix(p.grad_v, s.batch, kv_head, s.k_begin + n);
     for (int64_t j = 0; j < owned; j++) {
       store_row(dk, j, grad_keys + j * packed.q_columns, problem.head_dim, (float)p.scale);
-      store_row(dv, j, grad_values + j * packed.o_columns, problem.value_dim, 1.0f);
+      store_row(dv, j, grad_values + j * packed.o_columns, problem.value_dim, problem.dropout.scale);
     }
   }
 
@@ -176,7 +191,10 @@ struct BackwardBlock {
     const int64_t groups = (rows + kRows - 1) / kRows;
     for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
       make_weights(tile, g, min64(groups, g + kStrip));
-      make_slopes(tile, g, min64(groups, g + kStrip));
+      if (problem.dropout.on())
+        make_slopes<true>(tile, g, min64(groups, g + kStrip));
+      else
+        make_slopes<false>(tile, g, min64(groups, g + kStrip));
     }
     contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
     contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
@@ -196,7 +214,7 @@ struct BackwardBlock {
 
   // Whether the weights of group g can be made of its scores while they are in registers.
   bool direct(const Tile& t, int64_t g) const {
-    if (t.mixed || t.decoded || problem.p.bias.data) return false;
+    if (t.mixed || t.decoded || !problem.direct()) return false;
     const float* statistic = t.queries.statistic + t.m + g * kRows;
     bool result = true;
     for (int i = 0; i < kRows; i++) {
@@ -265,8 +283,11 @@ struct BackwardBlock {
     }
   }
 
-  // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys.
+  // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys. kDropped: where a slope is
+  // negative its weight was dropped, and the others' share of dP is scaled up.
+  template <bool kDropped>
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
+    const float scale_left = problem.dropout.scale;
     const Word* grad = t.queries.grad_rows + t.m * packed.o_steps;
     for (int64_t j = 0; j < t.there; j += kPanel)
       for (int64_t g = begin; g < end; g++) {
@@ -282,7 +303,11 @@ struct BackwardBlock {
                               for (int i = 0; i < kRows; i++) {
                                 FASTATTN_UNROLL
                                 for (int v = 0; v < kVecs; v++) {
-                                  x[i][v] = load(slope + i * row + v * W) * (x[i][v] - delta[i]);
+                                  const vf slopes = load(slope + i * row + v * W);
+                                  if (kDropped)
+                                    x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
+                                  else
+                                    x[i][v] = slopes * (x[i][v] - delta[i]);
                                   if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
                                   if (kPairs && v % 2 == 1)
                                     store_factors((bf16*)grads + (g * kRows + i) * row + j + (v - 1) * W, x[i][v - 1],
@@ -333,7 +358,7 @@ struct BackwardBlock {
       float* slope = slopes + (slope_row(g) + i - g * kRows) * row;
       if (i >= t.rows || columns.empty()) {
         memset(x, 0, size_t(used) * 4);
-        if (Score::kSlope) memset(slope, 0, size_t(used) * 4);
+        if (slope != x) memset(slope, 0, size_t(used) * 4);
         continue;
       }
       const float statistic = t.queries.statistic[t.m + i];
@@ -343,13 +368,7 @@ struct BackwardBlock {
         memset(to, 0, size_t(columns.begin) * 4);
         memset(to + columns.end, 0, size_t(used - columns.end) * 4);
       }
-      float c = problem.c;
-      if (p.bias.data) {
-        const char* bias =
-            plane(p.bias, s.batch, t.head, s.q_begin + t.m + i, s.k_begin + t.n, p.bias.dtype == DType::f32 ? 4 : 2);
-        add_bias(x, columns, problem.size, bias, p.bias.dtype, t.there);
-        c = kLog2E;
-      }
+      const float c = make_scores(problem, s, t.head, t.m + i, t.n, columns, t.there, x, cap_slopes);
       if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, t.head, t.m + i), c);
       if (Score::kNormalised && !Score::kMaximum) constants.factor = statistic;
       const RowMask mask(p, s, ranges, t.head, t.m + i, i, t.n, t.there, t.mixed);
@@ -361,12 +380,20 @@ struct BackwardBlock {
           store(slope + j, w);
         }
         constants = Score::constants(s.bias);
-        continue;
-      }
-      if (mask.all(columns))
+      } else if (mask.all(columns)) {
         weigh_row<false>(x, slope, columns, c, constants, mask);
-      else
+      } else {
         weigh_row<true>(x, slope, columns, c, constants, mask);
+      }
+      if (slope != x && !Score::kSlope)
+        for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(x + j));
+      if (p.softcap > 0)
+        for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(slope + j) * load(cap_slopes + j));
+      if (problem.dropout.on())
+        for_kept(problem.dropout, drawn_row(problem, s, t.head, t.m + i, t.n), columns, [&](int64_t j, vi kept) {
+          store(x + j, keep(kept, load(x + j)));
+          store(slope + j, select(kept, load(slope + j), -load(slope + j)));
+        });
     }
     if constexpr (kPairs)
       for (int i = 0; i < kRows; i += 2)

@@ -132,12 +132,7 @@ struct DecodeChunk {
     const int64_t head = kv_head * problem.group + r / s.q_length, i = r % s.q_length;
     float* x = scores + r * kTile;
     const Columns columns{0, round_up(keys, W)};
-    float c = problem.c;
-    if (p.bias.data) {
-      const char* bias = plane(p.bias, s.batch, head, s.q_begin + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-      add_bias(x, columns, problem.size, bias, p.bias.dtype, keys);
-      c = kLog2E;
-    }
+    const float c = make_scores(problem, s, head, i, n, columns, keys, x);
     const RowMask mask(p, s, ranges, head, i, r, n, keys, p.dense.data);
     ScoreRow constants = Score::constants(s.bias);
     if (Score::kMaximum) {
@@ -164,6 +159,7 @@ struct DecodeChunk {
       store(x + j, w);
     }
     store(to.sums, total);
+    if (problem.dropout.on()) drop_row(problem.dropout, drawn_row(problem, s, head, i, n), x, columns);
   }
 
   // out (rows, columns) += weights (rows, keys) * v (keys, columns), R rows and two vectors at a time.
@@ -243,10 +239,7 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
     const Matrix k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n),
                  v = matrix(p.v, s.batch, head / problem.group, s.k_begin + n);
     for (int64_t j = 0; j < kTile; j++) x[j] = j < keys ? dot_rows(q, 0, k, j, problem.head_dim) * problem.sign : 0.0f;
-    if (p.bias.data)
-      add_bias(x, columns, problem.size,
-               plane(p.bias, s.batch, head, s.q_begin + row, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2),
-               p.bias.dtype, keys);
+    make_scores(problem, s, head, row, n, columns, keys, x);
     const RowMask mask(p, s, ranges, head, row, 0, n, keys, p.dense.data);
     vf highest = splat(-__builtin_inff());
     for (int64_t j = 0; j < columns.end; j += W) {
@@ -269,6 +262,7 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
       store(x + j, w);
     }
     sum = sum * kept + reduce_add(total);
+    if (problem.dropout.on()) drop_row(problem.dropout, drawn_row(problem, s, head, row, n), x, columns);
     with_dtype(v.dtype, [&](auto* type) {
       const auto* values = (decltype(type))v.data;
       for (int64_t d = 0; d < problem.value_dim; d += W) {

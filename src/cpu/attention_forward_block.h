@@ -37,6 +37,9 @@ FASTATTN_INLINE void weigh_row(const float* x, Out* out, const Columns& columns,
   if (kSumsRounded<Score, Out>) store(rounded_sum, load(rounded_sum) + rounded);
 }
 
+// What a block of weights is in memory as.
+enum class Formed { products, scores, weights };
+
 template <class Unit, class Score>
 struct ForwardBlock {
   using Word = typename Unit::Word;
@@ -92,7 +95,7 @@ struct ForwardBlock {
       const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
       if (kind == 0) continue;
       for (int64_t g = 0; g < groups; g++) added[g] = n;
-      const bool direct = kind == 1 && !p.bias.data;
+      const bool direct = kind == 1 && !p.bias.data && !problem.dropout.on();
       for (int64_t g = 0; g < groups && !direct; g += kStrip) {
         const int64_t end = min64(groups, g + kStrip);
         score_tile(n, g, end, packed.keys, s.keys);
@@ -107,7 +110,7 @@ struct ForwardBlock {
                                  top[i]);
   }
 
-  // The weights of a tile without bias and dense mask, made of scores in registers: no scores in memory but those of
+  // The weights of a tile without dense mask, bias and dropout, made of scores in registers: no scores in memory but those of
   // blocks that raise a row's maximum, and of rows of large scores.
   void weigh_directly(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n,
                       const ScoreRow& constants, const PackedHead<Unit>& packed) {
@@ -116,25 +119,25 @@ struct ForwardBlock {
     for (int64_t j = n; j < end; j += kPanel)
       for (int64_t g = 0; g < groups; g++) {
         if (!ranges.meets(g, j)) continue;
-        if (ranges.covers(g, j) ? weigh_block<false>(g, j, n, constants, packed.keys)
-                                : weigh_block<true>(g, j, n, constants, packed.keys))
-          continue;
+        const Formed formed = ranges.covers(g, j) ? weigh_block<false>(g, j, n, constants, packed.keys)
+                                                  : weigh_block<true>(g, j, n, constants, packed.keys);
+        if (formed == Formed::weights) continue;
         add_values(n, g + 1, packed.values, packed.capacity, j, g, added);
         added[g] = j;
         const Columns columns(j - n, j - n + kPanel);
         for (int64_t i = g * kRows; i < min64(rows, (g + 1) * kRows); i++)
-          weigh_columns(s, head, first, i, n, columns, constants, false);
+          weigh_columns(s, head, first, i, n, columns, constants, false, formed);
       }
   }
 
-  // The weights of a panel of keys from j on for the rows of one group. False where some row's maximum has to be raised
-  // first: then the block's scores are in memory and no weight is.
+  // The weights of a panel of keys from j on for the rows of one group. Where some row's maximum has to be raised first,
+  // the block's scores are in memory instead, and where some score is no small one of the soft cap's, its products.
   template <bool kMasked>
-  FASTATTN_NOINLINE_MEMBER bool weigh_block(int64_t g, int64_t j, int64_t n, const ScoreRow& row, const Word* keys) {
+  FASTATTN_NOINLINE_MEMBER Formed weigh_block(int64_t g, int64_t j, int64_t n, const ScoreRow& row, const Word* keys) {
     ScoreRow constants = row;
-    bool made = true;
+    Formed formed = Formed::weights;
     const int64_t stride = block_k;
-    const float c = problem.c;
+    const float c = exponent_of(problem), cap = (float)problem.p.softcap;
     float* x_to = scores + g * kRows * stride + (j - n);
     Weight* w_to = weights + g * kRows * stride + (j - n);
     float *sum = sums + g * kRows * W, *rounded_sum = rounded_sums + g * kRows * W;
@@ -145,6 +148,15 @@ struct ForwardBlock {
         const vi key = iota() + (int32_t)(j + v * W);
         return (key >= low[i]) & (key < high[i]);
       };
+      const auto leave = [&](Formed instead) {
+        formed = instead;
+        FASTATTN_UNROLL
+        for (int i = 0; i < kRows; i++) {
+          FASTATTN_UNROLL
+          for (int v = 0; v < kVecs; v++) store(x_to + i * stride + v * W, x[i][v]);
+        }
+      };
+      if (cap > 0 && !cap_small_scores(x, problem.size, cap)) return leave(Formed::products);
       if constexpr (Score::kMaximum) {
         vf passed = splat(-__builtin_inff());
         FASTATTN_UNROLL
@@ -157,15 +169,7 @@ struct ForwardBlock {
           for (int v = 1; v < kVecs; v++) most = vmax(most, x[i][v]);
           passed = vmax(most * c - limits[i], passed);  // NaN, for a row of -inf before its first score, is none
         }
-        if (__builtin_expect(reduce_max(passed) > 0.0f, 0)) {
-          made = false;
-          FASTATTN_UNROLL
-          for (int i = 0; i < kRows; i++) {
-            FASTATTN_UNROLL
-            for (int v = 0; v < kVecs; v++) store(x_to + i * stride + v * W, x[i][v]);
-          }
-          return;
-        }
+        if (__builtin_expect(reduce_max(passed) > 0.0f, 0)) return leave(Formed::scores);
       }
       FASTATTN_UNROLL
       for (int i = 0; i < kRows; i++) {
@@ -188,7 +192,26 @@ struct ForwardBlock {
         if (kRounded) store(rounded_sum + i * W, load(rounded_sum + i * W) + rounded);
       }
     });
-    return made;
+    return formed;
+  }
+
+  // Products in registers to capped scores, as cap_scores has them, where every one is small enough for its short
+  // formula; elsewhere they stay as they are.
+  static FASTATTN_INLINE_MEMBER bool cap_small_scores(vf (&x)[kRows][kVecs], float size, float cap) {
+    const float factor = size / cap;
+    vf largest = splat(0.0f);
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      FASTATTN_UNROLL
+      for (int v = 0; v < kVecs; v++) largest = vmax(vabs(x[i][v]), largest);
+    }
+    if (__builtin_expect(!(reduce_max(largest) * factor < kSmallTanh), 0)) return false;
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      FASTATTN_UNROLL
+      for (int v = 0; v < kVecs; v++) x[i][v] = tanh_small(x[i][v] * factor) * cap;
+    }
+    return true;
   }
 
   // So that division by a row's sum is division by the sum of its rounded weights.
@@ -223,20 +246,15 @@ struct ForwardBlock {
     }
   }
 
-  // Weights of row i's scores in memory over some columns of the tile at n.
+  // Weights of row i's products, or scores, in memory over some columns of the tile at n.
   void weigh_columns(const Sequence& s, int64_t head, int64_t first, int64_t i, int64_t n, const Columns& columns,
-                     ScoreRow constants, bool mixed) {
+                     ScoreRow constants, bool mixed, Formed formed = Formed::products) {
     const AttentionParams& p = problem.p;
     const int64_t there = min64(block_k, s.keys - n);
     float* x = scores + i * block_k;
     Weight* w = weights + i * block_k;
-    float c = problem.c;
-    if (p.bias.data) {
-      const char* bias =
-          plane(p.bias, s.batch, head, s.q_begin + first + i, s.k_begin + n, p.bias.dtype == DType::f32 ? 4 : 2);
-      add_bias(x, columns, problem.size, bias, p.bias.dtype, there);
-      c = kLog2E;
-    }
+    const float c = formed == Formed::scores ? exponent_of(problem)
+                                             : make_scores(problem, s, head, first + i, n, columns, there, x);
     const RowMask mask(p, s, ranges, head, first + i, i, n, there, mixed);
     const bool all = mask.all(columns);
     if constexpr (Score::kMaximum) {
@@ -250,6 +268,7 @@ struct ForwardBlock {
       weigh_row<Score, false>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
     else
       weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
+    if (problem.dropout.on()) drop_row(problem.dropout, drawn_row(problem, s, head, first + i, n), w, columns);
   }
 
   // The running maximum takes the row's scores in; what is summed so far is rescaled to a larger one.

@@ -1,6 +1,7 @@
 // What an attention call asks for, sequence by sequence: where its elements are and what becomes of its scores.
 #pragma once
 
+#include "attention_dropout.h"
 #include "attention_mask.h"
 #include "math.h"
 #include "pack.h"
@@ -24,8 +25,9 @@ struct Problem {
   float size;         // |scale|, or 1 for a scale of 0
   float c;            // size * log2(e)
   float sign;         // of the scale, or 0
+  Dropout dropout;
 
-  explicit Problem(const AttentionParams& params) : p(params) {
+  explicit Problem(const AttentionParams& params) : p(params), dropout(params) {
     heads = p.q.size[1];
     kv_heads = p.k.size[1];
     group = heads / kv_heads;
@@ -37,6 +39,11 @@ struct Problem {
     size = p.scale == 0 ? 1.0f : (float)__builtin_fabs(p.scale);
     c = p.scale == 0 ? 1.0f : (float)(__builtin_fabs(p.scale) * 1.4426950408889634);
   }
+
+  // Whether scores are formed in base e before they are weighed: a soft cap or a tensor bias needs them so.
+  bool in_base_e() const { return p.bias.data || p.softcap > 0; }
+  // Whether nothing but the scale stands between products and weights, which may then be formed in registers.
+  bool direct() const { return !in_base_e() && !dropout.on(); }
 
   Sequence sequence(int64_t s) const {
     Sequence r = sequence_of(p, s, documents, p.q.size[2], p.k.size[2]);
@@ -88,6 +95,31 @@ FASTATTN_NOINLINE void add_bias(float* x, const Columns& columns, float size, co
   });
 }
 
+// x = cap * tanh(x * size / cap) over the columns of one row, scores in base e; slope, if given, becomes
+// 1 - tanh^2(x * size / cap), formed without a difference of nearly equal numbers.
+FASTATTN_NOINLINE void cap_scores(float* x, const Columns& columns, float size, float cap, float* slope) {
+  const float factor = size / cap;
+  for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+    vf y[2], t[2], left[2], largest = splat(0.0f);
+    FASTATTN_EACH(i, 2) {
+      y[i] = load(x + j + i * W) * factor;
+      largest = vmax(vabs(y[i]), largest);
+      t[i] = tanh_small(y[i]);
+      left[i] = 1.0f - t[i] * t[i];
+    }
+    // rare: a NaN is not seen by vmax, and stays one in tanh_small
+    if (__builtin_expect(reduce_max(largest) >= kSmallTanh, 0)) FASTATTN_EACH(i, 2) {
+        const vi small = vabs(y[i]) < splat(kSmallTanh);
+        const vf e = exp2_bounded(vabs(y[i]) * (-2.0f * kLog2E)), whole = e + 1.0f;
+        const vf large = (1.0f - e) / whole;
+        t[i] = select(small, t[i], select(y[i] < 0.0f, -large, large));
+        left[i] = select(small, left[i], 4.0f * e / (whole * whole));
+      }
+    FASTATTN_EACH(i, 2) store(x + j + i * W, t[i] * cap);
+    if (slope) FASTATTN_EACH(i, 2) store(slope + j + i * W, left[i]);
+  }
+}
+
 // Weights are 2^(x * c - top * c), `top` the row's maximum of x. Elsewhere one fused operation, whose rounded top * c
 // is a factor of the whole row; a row of large scores, of which that factor would show, takes top off x first, exactly.
 constexpr float kLargeScore = 64;
@@ -122,8 +154,52 @@ FASTATTN_NOINLINE void store_row(Matrix to, int64_t row, const float* from, int6
   });
 }
 
+// What a row that store_row rounds loses by that.
+FASTATTN_NOINLINE void store_residual(Matrix to, const float* from, int64_t columns, float factor) {
+  with_dtype(to.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)to.data;
+    const auto lost = [&](int64_t j) {
+      const vf x = load(from + j) * factor, difference = x - rounded_to(x, out);
+      return select(difference - difference == 0.0f, difference, vf{});  // an infinite output has none
+    };
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) store(out + j, lost(j));
+    if (j < columns) store_n(out + j, lost(j), (int)(columns - j));
+  });
+}
+
 // What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e.
-FASTATTN_INLINE float exponent_of(const Problem& problem) { return problem.p.bias.data ? kLog2E : problem.c; }
+FASTATTN_INLINE float exponent_of(const Problem& problem) { return problem.in_base_e() ? kLog2E : problem.c; }
+
+// Products of row `row` of a sequence, in place, to scores: x has those of the tile's columns, its keys from `n` on.
+// Returns what multiplies them. slope: of the soft cap, as cap_scores gives it.
+FASTATTN_INLINE float make_scores(const Problem& problem, const Sequence& s, int64_t head, int64_t row, int64_t n,
+                                  const Columns& columns, int64_t keys, float* x, float* slope = nullptr) {
+  const AttentionParams& p = problem.p;
+  float size = problem.size;
+  if (p.softcap > 0) {
+    cap_scores(x, columns, size, (float)p.softcap, slope);
+    size = 1;
+  }
+  if (p.bias.data) {
+    const int64_t width = p.bias.dtype == DType::f32 ? 4 : 2;
+    add_bias(x, columns, size, plane(p.bias, s.batch, head, s.q_begin + row, s.k_begin + n, width), p.bias.dtype, keys);
+  }
+  return exponent_of(problem);
+}
+
+// Where the weights of a row stand among all that dropout draws for.
+FASTATTN_INLINE DrawnRow drawn_row(const Problem& problem, const Sequence& s, int64_t head, int64_t row, int64_t n) {
+  return {s.batch * problem.heads + head, s.q_begin + row, s.k_begin + n};
+}
+
+// log(e^a + e^b).
+FASTATTN_INLINE double log_add(double a, double b) {
+  const double top = a > b ? a : b, other = a > b ? b : a;
+  if (top == -__builtin_inf() || top == __builtin_inf()) return top + (other != other ? other : 0);
+  return top + __builtin_log1p(__builtin_exp(other - top));
+}
 
 // A row's log-sum-exp in two numbers, its maximum of x and the logarithm of its sum of weights relative to it.
 struct RowState {
@@ -157,7 +233,7 @@ template <class Score>
 FASTATTN_INLINE void finish_row(const Problem& problem, const Sequence& s, int64_t head, int64_t row, const float* from,
                                 int64_t columns, float sum, float top) {
   const AttentionParams& p = problem.p;
-  float factor = 1;
+  float factor = 1;  // of what is stored: the row's weights are divided by their sum, and those left by their share
   if (Score::kNormalised) {
     factor = sum == 0 ? 0.0f : 1 / sum;
     double lse = __builtin_log((double)sum);  // -inf where nothing is attended
@@ -165,12 +241,23 @@ FASTATTN_INLINE void finish_row(const Problem& problem, const Sequence& s, int64
     if (Score::kMaximum) {
       const float c = exponent_of(problem);
       if (sum != 0) lse += divisor_exponent(top, c) * kLn2Double + s.bias;
-      if (p.state.data) *row_state(p.state, s, head, row) = row_state(top, c, sum);
+      RowState state = row_state(top, c, sum);
+      if (p.sink.data) {
+        const double with_sink = log_add(lse, ((const float*)p.sink.data)[head * p.sink.stride[3]]);
+        if (sum != 0) {
+          factor *= (float)__builtin_exp(lse - with_sink);
+          state.log_sum += (float)(with_sink - lse);
+        }
+        lse = with_sink;
+      }
+      if (p.state.data) *row_state(p.state, s, head, row) = state;
     }
     if (p.lse.data)
       ((float*)p.lse.data)[s.batch * p.lse.stride[1] + head * p.lse.stride[2] + s.q_begin + row] = (float)lse;
   }
+  factor *= problem.dropout.scale;
   store_row(matrix(p.out, s.batch, head, s.q_begin + row), 0, from, columns, factor);
+  if (p.residual.data) store_residual(matrix(p.residual, s.batch, head, s.q_begin + row), from, columns, factor);
 }
 
 }  // namespace FASTATTN_ISA

@@ -279,6 +279,33 @@ inline void check_attention(const Checks& c, const AttentionParams& p) {
   }
 }
 
+// What only attention itself has.
+inline void check_no_options(const Checks& c, const AttentionParams& p) {
+  c.require(!p.residual.data, "residual", "is not served");
+  c.require(!p.sink.data, "sink", "is not served");
+  c.require(p.softcap == 0, "softcap", "is not served");
+  c.require(p.dropped == 0, "dropped", "is not served");
+}
+inline void check_options(const Checks& c, const AttentionParams& p) {
+  const int64_t heads = p.q.size[1];
+  c.require(p.softcap >= 0 && std::isfinite((float)p.softcap), "softcap", "must be finite and 0 at least");
+  c.require(p.softcap == 0 || (float)p.softcap >= 0x1p-100f, "softcap", "must be 0 or 2^-100 at least");
+  if (p.residual.data) {
+    c.require(p.q.dtype != DType::f32, "residual", "is of 16-bit outputs");
+    c.like("residual", p.residual, p.out);
+  }
+  c.in("dropped", p.dropped, 0, 65536);
+  if (p.dropped > 0) c.contiguous("rng", p.rng, {1, 1, 1, 2}, DType::i64);
+  if (p.sink.data) {
+    c.require(p.score == 0, "sink", "goes with softmax");
+    c.strided("sink", p.sink, {1, 1, 1, heads}, DType::f32);
+  }
+  if (p.grad_sink.data) {
+    c.require(p.sink.data, "grad_sink", "goes with sink");
+    c.strided("grad_sink", p.grad_sink, {1, p.q.size[0], heads, p.q.size[2]}, DType::f32);
+  }
+}
+
 // What the forward finds of each row and the backward reads.
 inline void check_state(const Checks& c, const AttentionParams& p) {
   c.contiguous("state", p.state, {p.q.size[0], p.q.size[1], p.q.size[2], 2}, DType::f32);
@@ -287,6 +314,7 @@ inline void check_state(const Checks& c, const AttentionParams& p) {
 inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, AnyScores::kCount - 1);
   check_attention(c, p);
+  check_options(c, p);
   if (!AnyScores::normalised(p.score)) return;
   // a forward whose caller reads neither leaves them out
   if (c.backward() || p.state.data) check_state(c, p);
@@ -298,12 +326,14 @@ inline void check_fields(const Checks& c, const AttentionParams& p) {
 
 inline void check_fields(const Checks& c, const LssaParams& p) {
   check_attention(c, p);
+  check_no_options(c, p);
   c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
   c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");
 }
 
 inline void check_fields(const Checks& c, const GroupedParams& p) {
   check_attention(c, p);
+  check_no_options(c, p);
   check_state(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
@@ -312,6 +342,7 @@ inline void check_fields(const Checks& c, const GroupedParams& p) {
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
   check_attention(c, p);
+  check_no_options(c, p);
   check_state(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
   c.require(p.k.size[2] == rows, "k", "must have q's length");

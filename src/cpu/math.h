@@ -131,17 +131,20 @@ FASTATTN_INLINE vf log2_positive(vf x) {
   return select(x == x, e + u * p, x);
 }
 
-// Below 0.6 a polynomial (relative error 8e-8), so that small values keep their digits.
-FASTATTN_INLINE vf tanh(vf x) {
+// tanh(x) below kSmallTanh: a polynomial (relative error 8e-8), so that small values keep their digits.
+constexpr float kSmallTanh = 0.6f;
+FASTATTN_INLINE vf tanh_small(vf x) {
   const vf z = x * x;
   vf p = splat(-0.005905856844f);
   p = p * z + splat(0.02080537379f);
   p = p * z + splat(-0.0537866801f);
   p = p * z + splat(0.1333195865f);
   p = p * z + splat(-0.3333329856f);
-  const vf small = x + x * (z * p);
+  return x + x * (z * p);
+}
+FASTATTN_INLINE vf tanh(vf x) {
   const vf large = splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f));
-  return select(vabs(x) < splat(0.6f), small, large);
+  return select(vabs(x) < splat(kSmallTanh), tanh_small(x), large);
 }
 
 // The arithmetic of a vector, for attention_score.h.

@@ -6,7 +6,7 @@ import torch
 
 from fastattn import testing
 from fastattn.masks import MaskArgs
-from fastattn.ops.attention.scores import SCORES
+from fastattn.ops.attention.scores import SCORES, has_residual
 from fastattn.runtime import registry
 from fastattn.runtime import triton as _triton
 from fastattn.runtime.examples import examples
@@ -36,6 +36,9 @@ def attention_arguments(
     mask: str = "packed",
     window: int = 512,
     bias: bool = False,
+    sink: bool = False,
+    softcap: float | None = None,
+    dropped: int = 0,
 ) -> tuple:
     """The forward op's arguments less the backend. window: of the mask "window", keys before the query's own."""
     packed, dense = mask == "packed", mask == "dense"
@@ -45,9 +48,13 @@ def attention_arguments(
         empty(1, kv_heads, k_length, head_dim, dtype=dtype),
         empty(1, kv_heads, k_length, v_dim, dtype=dtype),
         empty(1, heads, q_length, k_length, dtype=dtype) if bias else None,
+        empty(heads, dtype=dtype) if sink else None,
         SCORES[score].code,
         0.1,
         None if SCORES[score].log_n_bias else 0.0,
+        softcap,
+        dropped,
+        empty(2, dtype=torch.int64) if dropped else None,
         MaskArgs(
             packed or mask == "causal",
             window if mask == "window" else -1,
@@ -74,13 +81,15 @@ def attention(target: str, **options) -> list[_triton.Launch]:
 def attention_backward(target: str, **options) -> list[_triton.Launch]:
     from fastattn.ops.attention.triton_backward import attention_backward
 
-    q, k, v, bias, score, *rest = attention_arguments(**options)
+    q, k, v, bias, sink, score, *rest = attention_arguments(**options)
     out = empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     normalised = next(row for row in SCORES.values() if row.code == score).normalised
     lse = empty(*(q.shape[:3] if normalised else (0,)), dtype=torch.float32)
     state = empty(*((*q.shape[:3], 2) if normalised else (0,)), dtype=torch.float32)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        attention_backward(out, None, q, k, v, bias, out, lse, state, score, *rest, int(bias is not None))
+        wanted = (bias is not None) + 2 * (sink is not None)
+        residual = out if has_residual(q.dtype, score) else empty(0, dtype=q.dtype)
+        attention_backward(out, None, q, k, v, bias, sink, out, lse, state, residual, score, *rest, wanted)
     return launches
 
 

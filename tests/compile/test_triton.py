@@ -61,6 +61,19 @@ def test_dense_masks_and_bias():
     compile_all("sm_90", launches.attention_backward("sm_90", mask="dense", bias=True, head_dim=64))
 
 
+@pytest.mark.parametrize("mask", ("full", "packed"))
+def test_options(mask):
+    """Aligned keys draw eight numbers at a time, packed ones one."""
+    options = {"mask": mask, "head_dim": 64, "sink": True, "softcap": 30.0, "dropped": 6554}
+    compile_all("sm_90", launches.attention("sm_90", **options))
+    compile_all("sm_90", launches.attention_backward("sm_90", **options))
+
+
+def test_options_of_decoding():
+    options = {"mask": "causal", "q_length": 1, "k_length": 4096, "sink": True, "softcap": 30.0, "dropped": 6554}
+    compile_all("gfx942", launches.attention("gfx942", **options))
+
+
 def test_bias_of_narrow_heads():
     """On AMD a bias goes through shared memory, and narrow heads leave room for the largest tiles."""
     compile_all("gfx942", launches.attention("gfx942", mask="full", bias=True, head_dim=16))

@@ -122,14 +122,16 @@ def test_opcheck(score, backend):
         prefix_lengths=torch.tensor([2, 3]), window=(4, None), dense=torch.ones(5, 6, dtype=torch.bool)
     )
     code = SCORES[score].code
-    options = (code, 0.5, None, *mask.args("attention", q, k))
-    torch.library.opcheck(torch.ops.fastattn.attention.default, (q, k, v, None, *options, backend))
-    detached = [t.detach() for t in (q, k, v)]
-    out, lse, state = torch.ops.fastattn.attention(*detached, None, *options, backend)
-    grad_lse = None if not SCORES[score].normalised else torch.ones_like(lse)
+    sink = torch.tensor([0.5, -1.0, 0.0, 2.0], requires_grad=True) if score == "softmax" else None
+    rng = torch.tensor([7, 1])
+    options = (code, 0.5, None, 3.0, 9000, rng, *mask.args("attention", q, k))
+    torch.library.opcheck(torch.ops.fastattn.attention.default, (q, k, v, None, sink, *options, backend))
+    detached = [t if t is None else t.detach() for t in (q, k, v, None, sink)]
+    out, *saved = torch.ops.fastattn.attention(*detached, *options, backend)
+    grad_lse = None if not SCORES[score].normalised else torch.ones_like(saved[0])
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
-        (torch.ones_like(out), grad_lse, *detached, None, out, lse, state, *options, 0, backend),
+        (torch.ones_like(out), grad_lse, *detached, out, *saved, *options, 2 * (sink is not None), backend),
     )
 
 

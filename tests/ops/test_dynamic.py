@@ -515,13 +515,13 @@ def test_opcheck_of_symbolic_sizes(overload):
     """Each way to take numbers, forward and backward; other ops' are the same code."""
     q, k, v = (t.requires_grad_() for t in qkv(1))
     number = torch.tensor(0.5, dtype=torch.float64) if overload == "numbers" else 0.5
-    options = (0, number, None, *fa.Mask(causal=True, window=(5, None)).args("attention", q, k), "")
+    mask = fa.Mask(causal=True, window=(5, None)).args("attention", q, k)
     op = getattr(torch.ops.fastattn.attention, overload)
-    torch.library.opcheck(op, (q, k, v, None, *options))
+    torch.library.opcheck(op, (q, k, v, None, None, 0, number, None, number * 8, 0, None, *mask, ""))
     for other in (torch.ops.fastattn.rms_norm, torch.ops.fastattn.softplus_attention):
         args = (X.clone().requires_grad_(), None, None, number, number)
         if other is torch.ops.fastattn.softplus_attention:
-            args = (q, k, v, number * 4, *options[3:-1])
+            args = (q, k, v, number * 4, *mask)
         torch.library.opcheck(getattr(other, overload), (*args, ""))
 
 

@@ -120,8 +120,8 @@ def test_low_dtypes(isa, nan_outputs, dtype):
 
 def test_the_state_is_the_log_sum_exp_in_two(isa):
     q, k, v = (t.detach() for t in testing.far_attention_inputs(-44_000.0, head_dim=16, **SHAPES["tiled"]))
-    options = (0, 0.25, 0.0, *fa.Mask().args("attention", q, k))
-    _, lse, state = torch.ops.fastattn.attention(q, k, v, None, *options, "cpu")
+    options = (None, None, 0, 0.25, 0.0, None, 0, None, *fa.Mask().args("attention", q, k))
+    _, lse, state, _ = torch.ops.fastattn.attention(q, k, v, *options, "cpu")
     top, log_sum = state.unbind(-1)
     products = q.double() @ k.double().repeat_interleave(2, 1).mT
     assert (

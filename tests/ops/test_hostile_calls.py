@@ -87,24 +87,34 @@ def _refused():
     cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
     packed = (wide[..., :4], lengths, cuts, 0.1, 3, False)
     yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
+    plain = (None, None, 0, None)
     for score in (-1, 3, 2**40):
         message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"
-        yield "attention", (q, q, q, None, score, 1.0, None, *mask), ValueError, message
-    yield "attention", (q, q[:, :, :3], q, None, 0, 1.0, None, *mask), ValueError, "v must have k's batch"
+        yield "attention", (q, q, q, None, None, score, 1.0, *plain, *mask), ValueError, message
+    softmax = (None, None, 0, 1.0)
+    yield "attention", (q, q[:, :, :3], q, *softmax, *plain, *mask), ValueError, "v must have k's batch"
+    short, rng = torch.ones(3), torch.tensor([1, 2, 3])
+    yield "attention", (q, q, q, None, short, 0, 1.0, *plain, *mask), ValueError, "sink must be float32 of q's 2 heads"
+    yield "attention", (q, q, q, *softmax, None, -1.0, 0, None, *mask), ValueError, "softcap must be a finite number"
+    yield "attention", (q, q, q, *softmax, None, None, 65537, rng[:2], *mask), ValueError, "dropped must lie in"
+    yield "attention", (q, q, q, *softmax, None, None, 1, rng, *mask), ValueError, "rng must be int64 of two numbers"
+    yield "attention", (q, q, q, *softmax, None, None, 1, None, *mask), TypeError, "rng must be a tensor"
     lengths = torch.tensor([4])
     yield (
         "attention",
-        (q, q, q, None, 0, 1.0, None, *mask[:8], lengths, None),
+        (q, q, q, *softmax, *plain, *mask[:8], lengths, None),
         TypeError,
         "key_lengths must be int32",
     )
     state = lse.new_empty(*lse.shape, 2)
-    backward = (q, q, q, None, out, lse, state, 0, 1.0, None, *mask, 0)
+    backward = (q, q, q, None, None, out, lse, state, q.new_empty(0), 0, 1.0, *plain, *mask, 0)
     yield "attention_backward", (out[:, :1], None, *backward), ValueError, "grad_out must have shape"
-    wrong = (*backward[:5], lse[:, :1], *backward[6:])
+    wrong = (*backward[:6], lse[:, :1], *backward[7:])
     yield "attention_backward", (out, None, *wrong), ValueError, "lse must have shape"
-    wrong = (*backward[:6], state[..., :1], *backward[7:])
+    wrong = (*backward[:7], state[..., :1], *backward[8:])
     yield "attention_backward", (out, None, *wrong), ValueError, "state must have shape"
+    wrong = (*backward[:8], out, *backward[9:])
+    yield "attention_backward", (out, None, *wrong), ValueError, "residual must have shape"
     yield "vq_argmax", (h, h, codes, None), ValueError, r"codes must lie in \[0, 3\), given 9 at position 3"
     loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(2, 3), -100, "mean", 3)
     yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
@@ -161,7 +171,7 @@ def test_what_has_no_contents_is_checked_alike(device):
         torch.ops.fastattn.sinkhorn(scores, None, None, 0.1, 3, False, "")
     mask = (False, -1, -1, None, None, None, 4, 4, None, None)
     with pytest.raises(ValueError, match="score must be one of"):
-        torch.ops.fastattn.attention(q, q, q, None, 3, 1.0, None, *mask, "")
+        torch.ops.fastattn.attention(q, q, q, None, None, 3, 1.0, None, None, 0, None, *mask, "")
 
 
 def test_a_backend_that_is_not_there_is_named():

@@ -240,7 +240,7 @@ def test_indices_that_only_a_compiled_call_knows_are_checked(indices, message):
         setattr(mask, name, torch.tensor(values, dtype=torch.int32))
     options = mask.args("attention", q, k)
     with pytest.raises(ValueError, match=message):
-        torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
+        torch.ops.fastattn.attention(q, k, v, None, None, 0, 1.0, 0.0, None, 0, None, *options, "cpu")
 
 
 def test_a_tensor_for_a_mask_is_told_its_place():
@@ -408,7 +408,7 @@ def test_aligned_lengths_that_only_a_compiled_call_knows_are_checked():
         mask.key_lengths = torch.tensor([length], dtype=torch.int32)
         options = mask.args("attention", q, k)
         with pytest.raises(ValueError, match=r"key_lengths must lie in \[0, 7\]"):
-            torch.ops.fastattn.attention(q, k, v, None, 0, 1.0, 0.0, *options, "cpu")
+            torch.ops.fastattn.attention(q, k, v, None, None, 0, 1.0, 0.0, None, 0, None, *options, "cpu")
 
 
 def test_aligned_key_lengths_compile():

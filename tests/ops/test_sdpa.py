@@ -230,7 +230,7 @@ T = torch.zeros
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "message"),
     [
-        ((T(2, 4), T(2, 4), T(2, 4)), {"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0"),
+        ((T(2, 4), T(2, 4), T(2, 4)), {"dropout_p": 1.1}, ValueError, r"dropout_p must lie in \[0, 1\]"),
         ((T(4), T(2, 4), T(2, 4)), {}, ValueError, "query must have 2 or more"),
         ((T(2, 4), T(2, 5), T(2, 4)), {}, ValueError, "key has head dim 5, query has 4"),
         ((T(2, 4), T(3, 4), T(2, 4)), {}, ValueError, "value has length 2, key has 3"),

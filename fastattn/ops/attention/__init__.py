@@ -6,9 +6,10 @@ import torch
 
 from ...masks import Mask, check_broadcast, check_mask, default_scale
 from ...runtime import checks as _checks
+from ...runtime.checks import statistics_dtype
 from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
-from .checks import check_heads, check_qkv
+from .checks import ALL_DROPPED, check_heads, check_qkv
 from .scores import SCORES
 
 
@@ -22,6 +23,10 @@ def attention(
     scale: float | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
+    softcap: float | None = None,
+    sink: float | torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: torch.Tensor | torch.Generator | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> torch.Tensor: ...
@@ -35,6 +40,10 @@ def attention(
     scale: float | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
+    softcap: float | None = None,
+    sink: float | torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: torch.Tensor | torch.Generator | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -47,13 +56,18 @@ def attention(
     scale: float | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
+    softcap: float | None = None,
+    sink: float | torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: torch.Tensor | torch.Generator | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with a softmax, sigmoid or softplus score.
 
     s_ij = scale * q_i.k_j + bias; softmax and softplus weights are divided by their row sum, sigmoid weights are not
-    ("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431).
+    ("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431). The options apply in this order: scale,
+    soft cap, bias, mask, sink, dropout.
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
         (the fast backends copy only what has a strided last dim).
@@ -63,10 +77,20 @@ def attention(
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, less the mask's padding).
     mask: a fastattn.Mask. By default every query attends every key.
+    softcap: a number c above 0: scaled products become c * tanh(product / c) before the bias ("Gemma 2", arXiv 2408.00118).
+    sink: for softmax only. A number or a tensor (Hq,) of q's dtype or float32, with a gradient: a score t that joins each row's
+        normaliser and has no value, weights e^s_ij / (e^t + sum_j e^s_ij) ("gpt-oss", arXiv 2508.10925). 0 is "softmax plus one",
+        -inf no sink. lse has it.
+    dropout_p: in [0, 1]. Each weight becomes 0 with this probability, rounded to a multiple of 1/65536 (of more than 0 to 1/65536
+        at least), and the others are divided by one less it, after the normalisation. lse is without dropout.
+    rng: what dropout draws from. An int64 tensor (2,) on q's device, seed and offset: the same one drops the same weights, which
+        depend on batch entry, head and the positions of query and key in the tensors, but on no device, backend, number of threads
+        or tile size (Philox 4x32-10). Or a torch.Generator of q's device, from which such numbers are drawn; by default that is
+        the device's own, which torch.manual_seed sets.
     return_lse: also return the natural log-sum-exp of each row (log of the normaliser), (B, Hq, Lq), float32 (float64 for
         float64), differentiable. Not defined for sigmoid.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype. A row that attends no key gives 0, lse -inf and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype. A row that attends no key gives 0, lse -inf (its sink, where there is one) and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "attention"
@@ -82,15 +106,22 @@ def attention(
         )
     mask = check_mask(op, mask)
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
+    if sink is not None and not isinstance(sink, torch.Tensor):
+        sink = q.new_full((q.shape[1],), _checks.as_number(op, "sink", sink), dtype=statistics_dtype(q))
+    dropped = _dropped(op, dropout_p) if dropout_p != 0 else 0
     results = call(
         "attention",
         q,
         k,
         v,
         tensor_bias,
+        sink,
         row.code,
         default_scale(q.shape[-1]) if scale is None else _checks.as_number(op, "scale", scale),
         bias_value,
+        None if softcap is None else _checks.as_number(op, "softcap", softcap),
+        dropped,
+        _rng(op, rng, q) if dropped else None,
         mask.args(op, q, k),
         requested(op, backend),
         reads=2 if return_lse else 1,
@@ -113,6 +144,26 @@ def sigmoid_attention(
     `attention` with score="sigmoid": the same arguments, defaults and errors.
     """
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
+
+
+def _dropped(op: str, dropout_p: float) -> int:
+    """How many of 65536 weights are dropped."""
+    share = _checks.as_number(op, "dropout_p", dropout_p)
+    if not 0 <= share <= 1:
+        raise ValueError(f"fastattn.{op}: dropout_p must lie in [0, 1], given {dropout_p}")
+    return max(round(share * ALL_DROPPED), 1) if share > 0 else 0
+
+
+def _rng(op: str, rng: torch.Tensor | torch.Generator | None, q: torch.Tensor) -> torch.Tensor:
+    """Seed and offset for one call, on q's device: nothing is read from it."""
+    if isinstance(rng, torch.Tensor):
+        return rng
+    if rng is not None and not isinstance(rng, torch.Generator):
+        raise TypeError(
+            f"fastattn.{op}: rng must be a torch.Generator, an int64 tensor of two numbers or None, "
+            f"given {_checks.describe(rng)}"
+        )
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device=q.device, generator=rng)
 
 
 def _bias(

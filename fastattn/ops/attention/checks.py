@@ -6,7 +6,9 @@ import torch
 
 from ... import masks
 from ...runtime import checks
-from .scores import BY_CODE
+from .scores import BY_CODE, has_residual
+
+ALL_DROPPED = 1 << 16  # dropout keeps a weight by a number of 16 bits
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -69,7 +71,29 @@ def check_scale(op: str, scale: float) -> None:
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {checks.describe(scale)}")
 
 
-def _check(op: str, q, k, v, bias, score, scale, bias_value, mask) -> None:
+def _check_options(op: str, q, sink, score, softcap, dropped, rng) -> None:
+    if sink is not None:
+        if not BY_CODE[score].shifted:
+            raise ValueError(f"fastattn.{op}: sink goes with softmax, given score={BY_CODE[score].name!r}")
+        checks.check_tensor(op, "sink", sink, dims=1)
+        if sink.shape[0] != q.shape[1] or sink.dtype not in (q.dtype, torch.float32):
+            dtypes = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, torch.float32)))
+            raise ValueError(
+                f"fastattn.{op}: sink must be {dtypes} of q's {q.shape[1]} heads, given {checks.describe(sink)}"
+            )
+        checks.check_same_device(op, q=q, sink=sink)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"fastattn.{op}: softcap must be a finite number above 0, given {softcap}")
+    if not 0 <= dropped <= ALL_DROPPED:
+        raise ValueError(f"fastattn.{op}: dropped must lie in [0, {ALL_DROPPED}], given {dropped}")
+    if dropped:
+        checks.check_tensor(op, "rng", rng, dims=1)
+        if rng.shape[0] != 2 or rng.dtype != torch.int64:
+            raise ValueError(f"fastattn.{op}: rng must be int64 of two numbers, given {checks.describe(rng)}")
+        checks.check_same_device(op, q=q, rng=rng)
+
+
+def _check(op: str, q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask) -> None:
     check_qkv(op, q, k, v)
     if score not in BY_CODE:
         raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
@@ -77,24 +101,29 @@ def _check(op: str, q, k, v, bias, score, scale, bias_value, mask) -> None:
         checks.check_floating(op, q=q, bias=bias)
         checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)
+    if sink is not None or softcap is not None or dropped:
+        _check_options(op, q, sink, score, softcap, dropped, rng)
     masks.check_args(op, q, k, mask)
 
 
-def check_attention(q, k, v, bias, score, scale, bias_value, mask) -> None:
-    _check("attention", q, k, v, bias, score, scale, bias_value, mask)
+def check_attention(*members) -> None:
+    _check("attention", *members)
 
 
 def check_attention_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
-) -> None:
+    grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, scale, bias_value, softcap, dropped, rng, mask, wanted
+) -> None:  # fmt: skip
     op = "attention_backward"
-    _check(op, q, k, v, bias, score, scale, bias_value, mask)
+    _check(op, q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask)
     rows = tuple(q.shape[:3])
     shape, state_shape = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
     check_results(op, grad_out, q, v, out, lse, "lse", shape)
     dtype = checks.statistics_dtype(q)
     checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
+    of_out = out.shape if has_residual(q.dtype, score) else (0,)
+    checks.check_exact(op, "residual", residual, of_out, q.dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
-    if wanted and bias is None:
-        raise ValueError(f"fastattn.{op}: wanted asks for the gradient of bias, given None")
+    for bit, (name, t) in enumerate((("bias", bias), ("sink", sink))):
+        if wanted >> bit & 1 and t is None:
+            raise ValueError(f"fastattn.{op}: wanted asks for the gradient of {name}, given None")

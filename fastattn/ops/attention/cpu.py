@@ -9,9 +9,11 @@ from ...masks import NO_MASK_ARGS, MaskArgs
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
-from .scores import BY_CODE
+from .scores import BY_CODE, has_residual
 
 _LARGEST_HEAD_DIM = native.limits.head_dim
+_WANTS_BIAS, _WANTS_SINK = 1, 2  # bits of `wanted`
+_LEAST_CAP, _MOST_CAP = 1e-30, 1e30  # a quotient by it stays a float32
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 
 
@@ -54,26 +56,31 @@ def _lookup(name, dtype, of_q, of_k, of_v, *structural) -> _tuning.Choice:
     )
 
 
-def refusal(q, k, v, bias, score, scale, bias_value, mask) -> str | None:
+def refusal(
+    q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask
+) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
+    if softcap is not None and not _LEAST_CAP <= softcap <= _MOST_CAP:
+        return f"it serves soft caps from {_LEAST_CAP} to {_MOST_CAP}, not {softcap}"
     if bias_value is not None and not math.isfinite(bias_value):
         return f"it serves finite numbers as bias, not {bias_value}"
     return unserved(q, k, v)
 
 
-def refusal_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
-) -> str | None:
-    if wanted:
+def refusal_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest) -> str | None:
+    *options, wanted = rest
+    if wanted & _WANTS_BIAS:
         return "it does not differentiate a tensor bias"
-    return refusal(q, k, v, bias, score, scale, bias_value, mask)
+    return refusal(q, k, v, bias, sink, *options)
 
 
-def configure(q, k, v, bias, score, *_) -> _tuning.Choice:
+def configure(q, k, v, bias, sink, score, *_) -> _tuning.Choice:
     return lookup("attention", q, k, v, score=BY_CODE[score].name)
 
 
-def configure_backward(grad_out, grad_lse, q, k, v, bias, out, lse, state, score, *_) -> _tuning.Choice:
+def configure_backward(
+    grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, *_
+) -> _tuning.Choice:
     return lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
 
 
@@ -132,9 +139,13 @@ def _call(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
+    sink: torch.Tensor | None,
     score: int,
     scale: float,
     bias_value: float | None,
+    softcap: float | None,
+    dropped: int,
+    rng: torch.Tensor | None,
     mask: MaskArgs,
     **tensors,
 ) -> None:
@@ -153,6 +164,10 @@ def _call(
         k=native.rows(k),
         v=native.rows(v),
         bias=bias,
+        sink=None if sink is None else sink.float(),
+        softcap=softcap,
+        dropped=dropped or None,
+        rng=rng.contiguous() if dropped else None,
         score=score or None,
         scale=scale,
         bias_value=bias_value or None,
@@ -165,37 +180,40 @@ def _call(
 
 
 def attention(*members):
-    return attention_leading(3, *members)
+    return attention_leading(4, *members)
 
 
-def attention_leading(reads, q, k, v, bias, score, scale, bias_value, mask):
-    """(out, lse, state), or the first `reads` of them."""
+def attention_leading(reads, q, k, v, bias, sink, score, *options):
+    """(out, lse, state, residual), or the first `reads` of them."""
     if v.shape[3] == q.shape[3]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         out = q.new_empty(*q.shape[:3], v.shape[3])
     outputs, statistics = [out], {}
-    for name, of_row in (("lse", ()), ("state", (2,)))[: reads - 1]:
+    for name, of_row in (("lse", ()), ("state", (2,)))[: min(reads, 3) - 1]:
         if BY_CODE[score].normalised:
             statistics[name] = q.new_empty((*q.shape[:3], *of_row), dtype=torch.float32)
             outputs.append(statistics[name])
         else:
             outputs.append(q.new_empty(0, dtype=torch.float32))
+    if reads == 4:
+        kept = has_residual(q.dtype, score)
+        outputs.append(torch.empty_like(out) if kept else q.new_empty(0))
+        if kept:
+            statistics["residual"] = outputs[3]
     if out.numel():
-        config = configure(q, k, v, bias, score)
-        _call(
-            "attention_forward", config, q, k, v, bias, score, scale, bias_value, mask, out=out, **statistics
-        )
+        config = configure(q, k, v, bias, sink, score)
+        _call("attention_forward", config, q, k, v, bias, sink, score, *options, out=out, **statistics)
     return tuple(outputs)
 
 
-def attention_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
-):
+def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, *rest):
+    *options, wanted = rest
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     normalised = BY_CODE[score].normalised
     # what the forward decoded has products of other roundings than tiles have
-    decoded = configure(q, k, v, bias, score).values["decode_rows"]
+    decoded = configure(q, k, v, bias, sink, score).values["decode_rows"]
+    of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & _WANTS_SINK else None
     _call(
         "attention_backward",
         lookup("attention_backward", q, k, v, score=BY_CODE[score].name),
@@ -203,11 +221,11 @@ def attention_backward(
         k,
         v,
         bias,
+        sink,
         score,
-        scale,
-        bias_value,
-        mask,
+        *options,
         out=native.rows(out),
+        residual=native.rows(residual) if residual.numel() else None,
         lse=lse if normalised else None,
         state=state.contiguous() if normalised else None,
         decode_rows=decoded,
@@ -216,5 +234,7 @@ def attention_backward(
         grad_q=grads[0],
         grad_k=grads[1],
         grad_v=grads[2],
+        grad_sink=of_rows,
     )
-    return *grads, q.new_empty(0)
+    grad_sink = q.new_empty(0) if of_rows is None else of_rows.double().sum((0, 2)).to(sink.dtype)
+    return *grads, q.new_empty(0), grad_sink

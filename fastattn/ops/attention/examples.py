@@ -16,6 +16,11 @@ def examples(make: Make) -> dict[str, Example]:
         "attention": Example(attention, heads, causal | {"return_lse": True}),
         "attention, bias": Example(attention, heads | {"bias": make.normal(1, 4, L, L)}),
         "attention, decoding": Example(attention, heads | {"q": q[:, :, -1:].contiguous()}),
+        "attention, sink, soft cap and dropout": Example(
+            attention,
+            heads | {"sink": make.normal(4), "rng": make.whole(1 << 32, 2)},
+            causal | {"softcap": 3.0, "dropout_p": 0.25},
+        ),
         "sigmoid_attention": Example(sigmoid_attention, heads, causal),
         "scaled_dot_product_attention": Example(
             scaled_dot_product_attention, like_torch, {"is_causal": True, "enable_gqa": True}

@@ -1,38 +1,58 @@
 """The definition of tiled attention, in plain torch (specification: scores, masks, rows with nothing to attend)."""
 
+import math
+
 import torch
 
 from ... import masks
-from ...runtime.arithmetic import rounded_once
-from .scores import BY_CODE
+from ...runtime.arithmetic import residual_of, widened
+from .scores import BY_CODE, has_residual
 
 # below it e^s is log(1 + e^s) to a factor of 1 - e^-38 / 2, closer than float64's roundings; not much above it, as float32's
 # subnormals take digits from weights that are small beside a row's others
 LIMIT_SCORE = -38.0
 
 
-@rounded_once
-def attention(
+_ALL, _WORD = 1 << 16, (1 << 32) - 1
+
+
+def attention(*members) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser, state, residual).
+
+    Its backward computes the weights anew: state and residual are those of the schema, with maxima of scores.
+    """
+    q, score = members[0], members[5]
+    out, *statistics = _attention(*(widened(a) if isinstance(a, torch.Tensor) else a for a in members))
+    residual = residual_of(out.detach(), q) if has_residual(q.dtype, score) else q.new_empty(0)
+    return out.to(q.dtype), *statistics, residual
+
+
+def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
+    sink: torch.Tensor | None,
     score: int,
     scale: float,
     bias_value: float | None,
+    softcap: float | None,
+    dropped: int,
+    rng: torch.Tensor | None,
     mask: masks.MaskArgs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser, state).
-
-    Its backward computes the weights anew: state is that of the schema, with maxima of scores.
-    """
     row = BY_CODE[score]
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = scale * (q @ k.transpose(-1, -2))  # (B, H, Lq, Lk)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias
-    if bias_value is not None:
+    common = 0.0  # what is added to all of a row's scores alike: the weights of softmax do not have it
+    if bias_value is not None and row.shifted and math.isfinite(bias_value):
+        common = bias_value
+    elif bias_value is not None:
         s = s + bias_value
     elif row.log_n_bias and bias is None:
         n = masks.sequence_keys(lq, lk, q.device, mask)
@@ -40,7 +60,8 @@ def attention(
     allowed = masks.dense_allowed(lq, lk, q.device, mask)
     if not row.normalised:
         nothing = q.new_empty(0, dtype=_statistics(q.dtype))
-        return row.weight(s).masked_fill(~allowed, 0.0) @ v, nothing, nothing.clone()
+        weight = dropout(row.weight(s).masked_fill(~allowed, 0.0), dropped, rng)
+        return weight @ v, nothing, nothing.clone()
     wide = (s if s.dtype == torch.float64 else s.float()).masked_fill(~allowed, -torch.inf)
     top = wide.detach().amax(-1, keepdim=True) if lk else wide.new_zeros(*wide.shape[:-1], 1)
     if not row.shifted:
@@ -54,9 +75,67 @@ def attention(
     total = weight.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    lse = (total.log() + top.masked_fill(~shifted, 0.0)).masked_fill(nothing, -torch.inf).squeeze(-1)
-    out = (weight / total).to(v.dtype) @ v
-    return out, lse.to(_statistics(q.dtype)), row_state(top, total, nothing).to(_statistics(q.dtype))
+    lse = (total.log() + top.masked_fill(~shifted, 0.0) + common).masked_fill(nothing, -torch.inf).squeeze(-1)
+    weight, state = weight / total, row_state(top, total, nothing)
+    if sink is not None:
+        lse, share = with_sink(lse, sink.to(lse.dtype)[None, :, None])
+        weight = weight * share[..., None]
+        state[..., 1] -= share.detach().log()
+    out = dropout(weight, dropped, rng).to(v.dtype) @ v
+    return out, lse.to(_statistics(q.dtype)), state.to(_statistics(q.dtype))
+
+
+def with_sink(lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the log-sum-exp of a row's scores and its sink, the share of the weights that is left to the keys)."""
+    empty = lse == -torch.inf
+    share = torch.sigmoid(lse.masked_fill(empty, 0.0) - sink)
+    # not by logaddexp, whose gradient is NaN where both are -inf
+    low, high = torch.minimum(lse, sink), torch.maximum(lse, sink)
+    difference = (low - high).masked_fill(low == -torch.inf, -torch.inf)
+    return high + torch.log1p(difference.exp()), share.masked_fill(empty, 0.0)
+
+
+def dropout(weight: torch.Tensor, dropped: int, rng: torch.Tensor | None) -> torch.Tensor:
+    """The weights (B, H, Lq, Lk) that `kept` keeps, scaled up by the share of them; the others become 0."""
+    if not dropped:
+        return weight
+    scale = _ALL / (_ALL - dropped) if dropped < _ALL else 0.0
+    return (weight * scale).masked_fill(~kept(weight.shape, dropped, rng), 0.0)
+
+
+def kept(shape: torch.Size, dropped: int, rng: torch.Tensor) -> torch.Tensor:
+    """bool (B, H, Lq, Lk): the weights that dropout keeps. `philox` draws eight numbers of 16 bits for keys 8g to 8g + 7 of a row, of counter (g, row, batch * H + head, lower half of the offset) and key (lower half of the seed,
+    its upper half xor the offset's); key 8g + t has the lower half of word t & 3 for t < 4, else the upper half."""
+    batch, heads, rows, keys = shape
+    groups = -(-keys // 8)
+    seed, offset = rng.unbind()
+    planes = torch.arange(batch * heads, device=rng.device).view(-1, 1, 1)
+    row = torch.arange(rows, device=rng.device).view(1, -1, 1)
+    group = torch.arange(groups, device=rng.device).view(1, 1, -1)
+    counter = [t.expand(batch * heads, rows, groups) for t in (group, row, planes, offset & _WORD)]
+    words = philox(counter, [seed & _WORD, ((seed >> 32) ^ (offset >> 32)) & _WORD])
+    numbers = torch.stack([w & 0xFFFF for w in words] + [w >> 16 for w in words], -1)
+    return (numbers >= dropped).view(batch, heads, rows, groups * 8)[..., :keys]
+
+
+def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Four words of 32 bits, in int64, by Philox 4x32 of ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    2011)."""
+    for _ in range(10):
+        a, b, c, d = counter
+        counter = [
+            _upper_half(c, 0xCD9E8D57) ^ b ^ key[0],
+            (c * 0xCD9E8D57) & _WORD,
+            _upper_half(a, 0xD2511F53) ^ d ^ key[1],
+            (a * 0xD2511F53) & _WORD,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
+    return counter
+
+
+def _upper_half(a: torch.Tensor, b: int) -> torch.Tensor:
+    """Of a product of 64 bits, of which int64 has the lower ones."""
+    return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
 
 
 def row_state(top: torch.Tensor, total: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,11 @@ SCORES: dict[str, Score] = {
 }
 
 
+def has_residual(dtype: torch.dtype, code: int) -> bool:
+    """Whether attention keeps what rounding took from its output: the backward reads the output, and it has 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16) and BY_CODE[code].normalised
+
+
 class _ByCode(dict[int, Score]):
     def __missing__(self, code: int) -> Score:
         raise ValueError(f"fastattn: {self.unknown(code)}")

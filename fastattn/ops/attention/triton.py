@@ -12,11 +12,13 @@ from .triton_problem import Problem, refusal  # noqa: F401  the latter is what t
 from .triton_tiles import (
     Attended,
     attend,
+    drawn_rows,
     exponent_of,
     finish,
     place,
     query_intervals,
     query_tile,
+    rounding_of,
     row_elements,
     store_rows,
     store_state,
@@ -26,8 +28,8 @@ from .triton_tiles import (
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_forward_kernel(
-    q, k, v, bias, dense, classes, out, lse, state, mask, heads, tiles, length_q, length_k, factors, SCORE: tl.constexpr,
-    META: tl.constexpr,
+    q, k, v, bias, dense, classes, sink, drop, out, residual, lse, state, mask, heads, tiles, length_q, length_k, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
@@ -47,34 +49,44 @@ def _attention_forward_kernel(
         q_rows.base, q_rows.stride, count - first, META.head_dim, META.block_m, META.block_d, True
     )
     shifted = with_shift(factors, extent.key_length, SCORE.log_n)
-    operands = Attended(q_tile, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted)
+    drawn = drawn_rows(drop, entry * heads + head, work.start_q + row, work.start_k)
+    operands = Attended(
+        q_tile, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted, drawn
+    )
     acc, top, total = attend(operands, edges, class_row, SCORE, META)
     exponent = exponent_of(bias, factors.scale2)
-    acc, row_lse, top, log_sum = finish(acc, top, total, exponent, factors.bias2, SCORE.normalised)
+    own_sink = sink
+    if sink is not None:
+        own_sink = tl.load(sink + head)
+    acc, row_lse, top, log_sum = finish(
+        acc, top, total, exponent, factors.bias2, SCORE.normalised, own_sink, drop
+    )
     out_rows = place(out, entry, head, work.start_q + first)
     store_rows(out_rows, count - first, acc, META.v_dim, META.block_m, META.block_dv)
+    if residual is not None:
+        lost = place(residual, entry, head, work.start_q + first)
+        store_rows(lost, count - first, rounding_of(acc, out), META.v_dim, META.block_m, META.block_dv)
     statistics = offset(entry * heads + head, length_q) + work.start_q + row
     if SCORE.normalised:
         tl.store(lse + statistics, row_lse, mask=row < count)
         store_state(state, statistics, top, log_sum, row < count)
 
 
-def configure(q, k, v, bias, score, scale, bias_value, mask) -> tuning.Choice:
-    problem = Problem(q, k, v, bias, score, scale, bias_value, mask)
+def configure(*members) -> tuning.Choice:
+    problem = Problem.of(*members)
     return problem.choose("attention_decode" if triton_decode.fits(problem) else "attention")
 
 
-def attention(
-    q, k, v, bias, score, scale, bias_value, mask
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    p = Problem(q, k, v, bias, score, scale, bias_value, mask)
+def attention(*members) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    p = Problem.of(*members)
     if triton_decode.fits(p):
         return triton_decode.attention(p)
-    out, (lse, state) = p.output(*p.q.shape[:3], p.v_dim), p.statistics()
+    out, (lse, state), residual = p.output(*p.q.shape[:3], p.v_dim), p.statistics(), p.residual()
     if out.numel() == 0:
-        return out, lse, state
+        return out, lse, state, residual
     config = p.choose("attention").values
     classes = tile_classes(p, config["block_m"], config["block_n"])
     more = {"classes": pairs(classes), "out": rows(out), "lse": lse, "state": state}
+    more["residual"] = rows(residual) if residual.numel() else None
     p.launch(_attention_forward_kernel, config, over="queries", **more)
-    return out, lse, state
+    return out, lse, state, residual

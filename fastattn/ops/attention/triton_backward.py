@@ -12,12 +12,16 @@ from .triton_classes import tile_classes
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
+    Drawn,
     Factors,
     Tiles,
     address,
     allowed_pairs,
+    cap_slope,
     column_elements,
+    drawn_rows,
     exponent_of,
+    kept_pairs,
     key_passes,
     key_tile,
     load_keys,
@@ -40,9 +44,9 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def _attention_delta_kernel(
-    g, out, grad_lse, delta, heads, length_q, count, V_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr
+    g, out, residual, grad_lse, delta, heads, length_q, count, V_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
-    """delta_i = dO_i.O_i - dlse_i over rows of (B, H, Lq)."""
+    """delta_i = dO_i.O_i - dlse_i over rows of (B, H, Lq), O with the residual of its rounding where there is one."""
     rows = offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_DV)
     inside = rows < count
@@ -52,6 +56,9 @@ def _attention_delta_kernel(
     out_rows = address(out, batch, head, row)
     g_tile = tl.load(g_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
     out_tile = tl.load(out_rows[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+    if residual is not None:
+        lost = address(residual, batch, head, row)
+        out_tile += tl.load(lost[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
     value = tl.sum(g_tile * out_tile, 1)
     if grad_lse is not None:
         value -= tl.load(grad_lse + rows, mask=inside, other=0.0)
@@ -81,9 +88,12 @@ def score_gradient(s, dp, statistics, allowed, scale2, SCORE: tl.constexpr, MASK
 
 @triton.jit
 def _weights_and_gradients(
-    products, dp, statistics, allowed, bias, columns, end, count, factors, SCORE: tl.constexpr, MASKED: tl.constexpr
+    products, dp, statistics, allowed, bias, columns, end, count, factors, scale, kept, SCORE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(weights P, dS) of products q.k."""
+    """(weights P, dS) of products q.k. kept: the weights that dropout keeps, then multiplied by `scale`, or None."""
+    if kept is not None:
+        dp = tl.where(kept, dp * scale, 0.0)
     s = tile_scores(products, bias, columns, end, count, factors, SCORE.shifted)
     weight, ds = score_gradient(s, dp, statistics, allowed, factors.scale2, SCORE, MASKED)
     if SCORE.limit is not None:
@@ -97,7 +107,18 @@ def _weights_and_gradients(
             )
             weight = tl.where(limited, limit_weight, weight)
             ds = tl.where(limited, limit_ds, ds)
+    if kept is not None:
+        weight = tl.where(kept, weight * scale, 0.0)
     return weight, ds
+
+
+@triton.jit
+def _share_of_kept(drawn):
+    """What multiplies the weights that dropout keeps."""
+    scale = 1.0
+    if drawn is not None:
+        scale = drawn.scale
+    return scale
 
 
 @triton.jit
@@ -139,6 +160,7 @@ class _QueryGradient(NamedTuple):
     end: tl.tensor
     count: tl.tensor  # of keys
     factors: Factors
+    drawn: Drawn  # or None
 
 
 @triton.jit
@@ -152,19 +174,25 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, operands.dense)
+    kept = None
+    if operands.drawn is not None:
+        kept = kept_pairs(operands.drawn, first, META.block_n, META.aligned)
     _, ds = _weights_and_gradients(
-        products, dp, along_rows(operands.statistics), allowed, operands.bias, keys, end, count, operands.factors, SCORE, MASKED
+        products, dp, along_rows(operands.statistics), allowed, operands.bias, keys, end, count, operands.factors,
+        _share_of_kept(operands.drawn), kept, SCORE, MASKED,
     )  # fmt: skip
     if operands.ds is not None:
         inside = (end > 0)[:, None] & (keys < count)[None, :]
         tl.store(operands.ds[:, None] + keys[None, :], ds, mask=inside)
+    if operands.factors.cap is not None:
+        ds = ds * cap_slope(products, operands.factors.cap)
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, g, state, delta, dq, ds, mask, heads, tiles, length_q, length_k, factors, SCORE: tl.constexpr,
-    META: tl.constexpr,
+    q, k, v, bias, dense, classes, drop, g, state, delta, dq, ds, mask, heads, tiles, length_q, length_k, factors,
+    SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
@@ -188,7 +216,8 @@ def _attention_backward_q_kernel(
     statistics = _statistics_of(state, delta, at, row < count, SCORE, META)
     shifted = with_shift(factors, extent.key_length, SCORE.log_n)
     operands = _QueryGradient(
-        q_tile, g_tile, statistics, k_rows, v_rows, bias_rows, dense_rows, ds_rows, begin, end, extent.key_length, shifted
+        q_tile, g_tile, statistics, k_rows, v_rows, bias_rows, dense_rows, ds_rows, begin, end, extent.key_length, shifted,
+        drawn_rows(drop, entry * heads + head, work.start_q + row, work.start_k),
     )  # fmt: skip
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
     passes = key_passes(edges, dense, META.block_n)
@@ -212,6 +241,7 @@ class _KeyGradients(NamedTuple):
     end: tl.tensor
     count: tl.tensor  # of queries
     factors: Factors
+    drawn: Drawn  # of the queries, counted from the tile's first one on; or None
 
 
 @triton.jit
@@ -229,9 +259,17 @@ def _key_tile_gradients(
     allowed = None
     if MASKED:
         allowed = allowed_pairs(row, operands.begin, end, operands.dense)
+    kept = None
+    if operands.drawn is not None:
+        of = operands.drawn
+        rows = Drawn(of.seed, of.offset, of.dropped, of.scale, of.plane, of.row + row, of.key)
+        kept = tl.trans(kept_pairs(rows, 0, META.block_n, META.aligned))
     weight, ds = _weights_and_gradients(
-        products, dp, along_columns(statistics), allowed, operands.bias, row, end, count, operands.factors, SCORE, MASKED
+        products, dp, along_columns(statistics), allowed, operands.bias, row, end, count, operands.factors,
+        _share_of_kept(operands.drawn), kept, SCORE, MASKED,
     )  # fmt: skip
+    if operands.factors.cap is not None:
+        ds = ds * cap_slope(products, operands.factors.cap)
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, META.precision)
     dk = dot(ds.to(q_tile.dtype), q_tile, dk, META.precision)
     return dk, dv
@@ -258,7 +296,7 @@ def _query_passes(first, extent, dense, META: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, g, state, delta, dk, dv, mask, kv_heads, tiles, length_q, length_k, factors,
+    q, k, v, bias, dense, classes, drop, g, state, delta, dk, dv, mask, kv_heads, tiles, length_q, length_k, factors,
     SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = key_tile(tiles, kv_heads, mask, length_q, length_k)
@@ -284,9 +322,12 @@ def _attention_backward_kv_kernel(
         bias_keys = column_elements(bias, entry, head, work.start_q, work.start_k + keys)
         dense_keys = column_elements(dense, entry, head, work.start_q, work.start_k + keys)
         class_column = column_elements(classes, entry, head, tile * 0, tile)
+        drawn = drawn_rows(
+            drop, entry * kv_heads * META.group + head, tl.arange(0, META.block_m) * 0 + work.start_q, work.start_k + first
+        )  # fmt: skip
         operands = _KeyGradients(
             k_tile, v_tile, q_rows, g_rows, head_state, delta + statistics, bias_keys, dense_keys, begin, end, extent.queries,
-            shifted,
+            shifted, drawn,
         )  # fmt: skip
         dk_acc, dv_acc = over_tiles(
             (dk_acc, dv_acc), _key_tile_gradients, operands, passes, class_column, SCORE, META
@@ -300,12 +341,13 @@ def _attention_backward_kv_kernel(
     store_rows(dv_rows, count, dv_acc, META.v_dim, META.block_n, META.block_dv)
 
 
-def row_products(p: Problem, grad_out, out, grad_lse=None) -> torch.Tensor:
+def row_products(p: Problem, grad_out, out, grad_lse=None, residual=None) -> torch.Tensor:
     """delta (B, H, Lq) float32: dO_i.O_i - dlse_i."""
     delta = out.new_empty(out.shape[:3], dtype=torch.float32)
     values = {
         "g": rows(grad_out),
         "out": rows(_triton.last_dim_contiguous(out)),
+        "residual": None if residual is None else rows(_triton.last_dim_contiguous(residual)),
         "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
         "delta": delta,
         "heads": p.heads,
@@ -323,27 +365,32 @@ def refusal(grad_out, grad_lse, q, k, v, bias, *_) -> str | None:
     return forward_refusal(q, k, v, bias) or _triton.refusal(grad_out)
 
 
-def configure(grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted):
-    return Problem(q, k, v, bias, score, scale, bias_value, mask).choose("attention_backward")
+def configure(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):
+    *options, wanted = rest
+    return Problem.of(q, k, v, bias, sink, *options).choose("attention_backward")
 
 
-def attention_backward(
-    grad_out, grad_lse, q, k, v, bias, out, lse, state, score, scale, bias_value, mask, wanted
-):
-    p = Problem(q, k, v, bias, score, scale, bias_value, mask)
+def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):
+    *options, wanted = rest
+    wants_bias, wants_sink = wanted & 1, wanted & 2
+    p = Problem.of(q, k, v, bias, sink, *options)
+    grad_out = _triton.last_dim_contiguous(grad_out)
+    delta = state
+    if p.score.normalised:
+        delta = row_products(p, grad_out, out, grad_lse, residual if residual.numel() else None)
+    dsink = q.new_empty(0)
+    if wants_sink:  # its score has the value 0
+        dsink = (torch.exp(p.sink[None, :, None] - lse) * -delta).sum((0, 2)).to(sink.dtype)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     scores = (p.batch, p.heads, p.length_q, p.length_k)
-    ds = q.new_zeros(scores, dtype=torch.float32) if wanted else None
+    ds = q.new_zeros(scores, dtype=torch.float32) if wants_bias else None
     if dk.numel() == 0 or dq.numel() == 0:
         dq, dk, dv = (t.zero_() for t in (dq, dk, dv))
-        return dq, dk, dv, q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
+        return dq, dk, dv, q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype), dsink
     config = p.choose("attention_backward").values
-    grad_out = _triton.last_dim_contiguous(grad_out)
     over_queries = turned(config)
     query_classes = tile_classes(p, over_queries["block_m"], over_queries["block_n"])
-    more = {"g": rows(grad_out), "state": state.contiguous(), "delta": state}
-    if p.score.normalised:
-        more["delta"] = row_products(p, grad_out, out, grad_lse)
+    more = {"g": rows(grad_out), "state": state.contiguous(), "delta": delta}
     classes = pairs(tile_classes(p, config["block_m"], config["block_n"]))
     gradients = {"dk": rows(dk), "dv": rows(dv)}
     p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, **gradients, **more)
@@ -357,4 +404,4 @@ def attention_backward(
         **more,
     )
     dbias = q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, dsink

@@ -11,6 +11,7 @@ from .triton_tiles import (
     Edges,
     address,
     attend,
+    drawn_rows,
     finish,
     key_interval,
     place,
@@ -25,7 +26,7 @@ _MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_decode_kernel(
-    q, k, v, bias, dense, parts, tops, totals, mask, kv_heads, splits, span, length_q, length_k, factors, SCORE: tl.constexpr,
+    q, k, v, bias, dense, drop, parts, tops, totals, mask, kv_heads, splits, span, length_q, length_k, factors, SCORE: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -55,6 +56,7 @@ def _attention_decode_kernel(
         q_tile, place(k, entry, kv_head, count * 0), place(v, entry, kv_head, count * 0),
         row_elements(bias, entry, head, row, count * 0), row_elements(dense, entry, head, row, count * 0), begin, end,
         extent.key_length, with_shift(factors, extent.key_length, SCORE.log_n),
+        drawn_rows(drop, (entry * kv_heads * META.group) + head, row, count * 0),
     )  # fmt: skip
     edges = Edges(first_begin, first_end, last_begin, last_end)
     acc, top, total = attend(operands, edges, None, SCORE, META)
@@ -72,7 +74,7 @@ def _attention_decode_kernel(
 
 @triton.jit
 def _attention_merge_kernel(
-    parts, tops, totals, out, lse, state, splits, count, exponent, bias2, SCORE: tl.constexpr, V_DIM: tl.constexpr,
+    parts, tops, totals, sink, drop, out, residual, lse, state, heads, length_q, splits, count, exponent, bias2, SCORE: tl.constexpr, V_DIM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of out (B, H, Lq, Dv), whose order parts keep
@@ -106,9 +108,16 @@ def _attention_merge_kernel(
         acc += part * factor[:, None]
     if not SCORE.shifted:
         top = tl.where(plain != 0, float("-inf"), top)
-    acc, row_lse, top, log_sum = finish(acc, top, total, exponent, bias2, SCORE.normalised)
+    own_sink = sink
+    if sink is not None:
+        own_sink = tl.load(sink + rows // length_q % heads, mask=inside, other=0.0)
+    acc, row_lse, top, log_sum = finish(acc, top, total, exponent, bias2, SCORE.normalised, own_sink, drop)
     at = out + offset(rows, V_DIM)[:, None] + columns[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=keep)
+    if residual is not None:
+        lost = acc - acc.to(out.dtype.element_ty).to(tl.float32)
+        at = residual + offset(rows, V_DIM)[:, None] + columns[None, :]
+        tl.store(at, tl.where(lost - lost == 0.0, lost, 0.0).to(out.dtype.element_ty), mask=keep)
     if SCORE.normalised:
         tl.store(lse + rows, row_lse, mask=inside)
         store_state(state, rows, top, log_sum, inside)
@@ -120,11 +129,11 @@ def fits(problem) -> bool:
     return not problem.packed and 0 < rows <= _MOST_ROWS and problem.length_k >= 4 * rows
 
 
-def attention(p) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, log-sum-exp and state of a problem that `fits`."""
-    out, (lse, state) = p.output(*p.q.shape[:3], p.v_dim), p.statistics()
+def attention(p) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, log-sum-exp, state and residual of a problem that `fits`."""
+    out, (lse, state), residual = p.output(*p.q.shape[:3], p.v_dim), p.statistics(), p.residual()
     if out.numel() == 0:
-        return out, lse, state
+        return out, lse, state, residual
     config = p.choose("attention_decode").values
     groups = p.batch * p.kv_heads
     wanted = triton.cdiv(config["waves"] * _triton.target(p.q.device).units, groups)
@@ -139,6 +148,7 @@ def attention(p) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "tops": tops,
         "totals": totals,
         "out": out,
+        "residual": residual if residual.numel() else None,
         "lse": lse,
         "state": state,
         "splits": splits,
@@ -154,4 +164,4 @@ def attention(p) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     _triton.start(_attention_decode_kernel, (splits * groups,), values, **options)
     _triton.start(_attention_merge_kernel, (triton.cdiv(count, 4),), values, num_warps=4)
-    return out, lse, state
+    return out, lse, state, residual

@@ -11,8 +11,9 @@ from ...runtime import triton as _triton
 from ...runtime import tuning
 from ...runtime.triton import LOG2E, Constants, constants, encoded_count, pairs, rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
-from .scores import BY_CODE, SCORES
-from .triton_tiles import Factors, MaskOperand
+from .checks import ALL_DROPPED
+from .scores import BY_CODE, SCORES, has_residual
+from .triton_tiles import Cap, Drop, Factors, MaskOperand
 
 
 @cache
@@ -50,7 +51,17 @@ class Problem:
     Of a normalised score q has the scale's sign: what is left of a score below its row's maximum is multiplied by a positive factor.
     """
 
-    def __init__(self, q, k, v, bias, score, scale, bias_value, mask: MaskArgs):
+    @classmethod
+    def of(
+        cls, q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask: MaskArgs
+    ) -> "Problem":
+        """A call of attention itself."""
+        options = {"sink": sink, "softcap": softcap, "dropped": dropped, "rng": rng}
+        return cls(q, k, v, bias, score, scale, bias_value, mask, **options)
+
+    def __init__(
+        self, q, k, v, bias, score, scale, bias_value, mask: MaskArgs, *, sink=None, softcap=None, dropped=0, rng=None
+    ):  # fmt: skip
         self.score = BY_CODE[score]
         self.scale, self.size = scale, abs(scale)
         if self.score.normalised and scale <= 0:
@@ -70,7 +81,16 @@ class Problem:
         self.mask = _mask_operand(mask)
         self.offsets = self.mask.cu_seqlens_q, self.mask.cu_seqlens_k
         factor = self.size if self.score.normalised else scale
-        self.scale2 = (1.0 if self.score.shifted and bias is not None else factor) * LOG2E
+        in_base_e = softcap is not None or (self.score.shifted and bias is not None)
+        self.scale2 = (1.0 if in_base_e else factor) * LOG2E
+        self.cap = None
+        if softcap is not None:
+            self.cap, self.size = Cap(factor / softcap, softcap), 1.0
+        self.sink = None if sink is None else sink.float().contiguous()
+        self.drop = None
+        if dropped:
+            share = dropped / ALL_DROPPED
+            self.drop = Drop(rng.contiguous(), float(dropped), 1 / (1 - share) if share < 1 else 0.0)
         self.log_n = self.score.log_n_bias and bias_value is None and bias is None
         self.bias2 = (bias_value or 0.0) * LOG2E
         self.causal = mask.causal
@@ -117,7 +137,9 @@ class Problem:
             "kv_heads": self.kv_heads,
             "length_q": self.length_q,
             "length_k": self.length_k,
-            "factors": Factors(self.scale, self.size, self.scale2, self.bias2),
+            "sink": self.sink,
+            "drop": self.drop,
+            "factors": Factors(self.scale, self.size, self.scale2, self.bias2, self.cap),
             "SCORE": _score_constants(self.score.code, self.log_n),
         }
 
@@ -132,6 +154,7 @@ class Problem:
             block_dv=_triton.block(self.v_dim),
             group=self.group,
             causal=self.causal,
+            aligned=not self.packed,
             precision=_triton.precision(self.q.dtype),
             **more,
         )
@@ -164,8 +187,14 @@ class Problem:
         if self.packed:
             empty = self.q.new_tensor((0.0, torch.inf), dtype=torch.float32)
             state = empty.expand(state).clone() if self.score.normalised else empty[:0]
-            return self.q.new_full(shape, -torch.inf, dtype=torch.float32), state
+            lse = self.q.new_full(shape, -torch.inf, dtype=torch.float32)
+            return lse if self.sink is None else lse.copy_(self.sink[None, :, None]), state
         return tuple(self.q.new_empty(s, dtype=torch.float32) for s in (shape, state))
+
+    def residual(self) -> torch.Tensor:
+        """Where what rounding takes from the output goes: (0,) where nothing does."""
+        kept = has_residual(self.q.dtype, self.score.code)
+        return self.output(*self.q.shape[:3], self.v_dim) if kept else self.q.new_empty(0)
 
     def output(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An output that a kernel fills; rows past the last packed document stay zero."""

@@ -31,6 +31,33 @@ class MaskOperand(NamedTuple):
     key_lengths: tl.tensor
 
 
+class Cap(NamedTuple):
+    """A soft cap: scores size * tanh(product * inner)."""
+
+    inner: tl.tensor
+    size: tl.tensor
+
+
+class Drop(NamedTuple):
+    """Dropout, as a kernel takes it."""
+
+    rng: tl.tensor  # int64 (2,), seed and offset
+    dropped: tl.tensor  # of 65536 weights, a float
+    scale: tl.tensor  # of those that are kept
+
+
+class Drawn(NamedTuple):
+    """What dropout draws for rows (M,) of one pass over their keys."""
+
+    seed: tl.tensor
+    offset: tl.tensor
+    dropped: tl.tensor
+    scale: tl.tensor
+    plane: tl.tensor  # (M,) batch * heads + head
+    row: tl.tensor  # (M,)
+    key: tl.tensor  # the first one of the sequence
+
+
 class Factors(NamedTuple):
     """What a call multiplies and shifts its scores by."""
 
@@ -38,6 +65,7 @@ class Factors(NamedTuple):
     size: tl.tensor  # the scale's absolute value
     scale2: tl.tensor  # from a product to a score in base 2
     bias2: tl.tensor  # a constant bias in base 2
+    cap: Cap  # or None
 
 
 class Extent(NamedTuple):
@@ -277,6 +305,13 @@ def store_rows(line, count, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def rounding_of(tile, t):
+    """What a float32 tile loses as it is stored to the rows t."""
+    lost = tile - tile.to(t.base.dtype.element_ty).to(tl.float32)
+    return tl.where(lost - lost == 0.0, lost, 0.0)  # an infinite output has none
+
+
+@triton.jit
 def load_state(state, at, inside):
     """Each row's maximum (-inf: none was taken off) and the logarithm of its sum of weights relative to it, base e."""
     at = state + 2 * at
@@ -319,9 +354,75 @@ def add_bias(s, bias, columns, end, count):
 
 
 @triton.jit
+def _tanh_parts(products, cap):
+    """(tanh(y), 1 - tanh(y)^2) of y = products * cap.inner, neither from a difference of nearly equal numbers."""
+    y = products * cap.inner
+    z = y * y
+    small = -0.3333329856 + z * (0.1333195865 + z * (-0.0537866801 + z * (0.02080537379 + z * -0.005905856844)))
+    small = y + y * z * small
+    e = tl.exp2(tl.abs(y) * (-2.0 * _LOG2E))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(y < 0, -large, large)
+    near = tl.abs(y) < 0.6
+    slope = tl.where(near, 1.0 - small * small, 4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return tl.where(near, small, large), slope
+
+
+@triton.jit
+def cap_slope(products, cap):
+    """What the gradient of a capped score is multiplied by."""
+    _, slope = _tanh_parts(products, cap)
+    return slope
+
+
+@triton.jit
+def drawn_rows(drop, plane, row, key):
+    """What dropout draws for rows (M,) of a sequence whose keys start at `key`; None where there is none."""
+    drawn = drop
+    if drop is not None:
+        seed, at = tl.load(drop.rng), tl.load(drop.rng + 1)
+        seed = seed ^ ((at >> 32) << 32)
+        drawn = Drawn(
+            seed, (at & 0xFFFFFFFF).to(tl.uint32), drop.dropped, drop.scale, row * 0 + plane, row, key
+        )
+    return drawn
+
+
+@triton.jit
+def kept_pairs(drawn, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(M, COLUMNS) bool: the weights of keys from `first` on that dropout keeps, as `reference.kept` says it.
+
+    ALIGNED: the first key is a multiple of 8 among all, so that one draw serves eight keys.
+    """
+    if ALIGNED:
+        groups = (drawn.key + first) // 8 + tl.arange(0, COLUMNS // 8)
+    else:
+        keys = drawn.key + first + tl.arange(0, COLUMNS)
+        groups = keys // 8
+    zero = (drawn.row[:, None] * 0 + groups[None, :] * 0).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        drawn.seed, zero + groups[None, :].to(tl.uint32), zero + drawn.row[:, None].to(tl.uint32),
+        zero + drawn.plane[:, None].to(tl.uint32), zero + drawn.offset,
+    )  # fmt: skip
+    if ALIGNED:
+        # key 8g + t has the half t // 4 of word t % 4
+        even = tl.join(tl.join(w0 & 0xFFFF, w0 >> 16), tl.join(w2 & 0xFFFF, w2 >> 16))
+        odd = tl.join(tl.join(w1 & 0xFFFF, w1 >> 16), tl.join(w3 & 0xFFFF, w3 >> 16))
+        number = tl.reshape(tl.join(even, odd), (w0.shape[0], COLUMNS))
+    else:
+        t = (keys % 8)[None, :]
+        word = tl.where(t % 4 == 0, w0, tl.where(t % 4 == 1, w1, tl.where(t % 4 == 2, w2, w3)))
+        number = tl.where(t < 4, word & 0xFFFF, word >> 16)
+    return number.to(tl.float32) >= drawn.dropped
+
+
+@triton.jit
 def tile_scores(products, bias, columns, end, count, factors, SHIFTED: tl.constexpr):
     """Scores of products q.k: in base 2; where the row maximum is to be taken off, the products themselves, or with a tensor bias
     the scores in base e, so that the difference is exact."""
+    if factors.cap is not None:
+        products, _ = _tanh_parts(products, factors.cap)
+        products = products * factors.cap.size
     if SHIFTED:
         if bias is not None:
             at = bias.base[:, None] + offset(columns, bias.stride)[None, :]
@@ -337,7 +438,7 @@ def with_shift(factors, key_length, LOG_N: tl.constexpr):
     bias2 = factors.bias2
     if LOG_N:
         bias2 = -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
-    return Factors(factors.scale, factors.size, factors.scale2, bias2)
+    return Factors(factors.scale, factors.size, factors.scale2, bias2, factors.cap)
 
 
 @triton.jit
@@ -385,6 +486,7 @@ def fold(
     SCORE: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    kept=None,  # (M, N) the weights that dropout keeps; the normaliser has them all
 ):
     """One tile of scores and values added to a query tile's running state."""
     acc, top, total = state
@@ -404,6 +506,8 @@ def fold(
             weight = tl.where(allowed, weight, 0.0)
         if SCORE.normalised:
             total = total + tl.sum(weight, 1)
+    if kept is not None:
+        weight = tl.where(kept, weight, 0.0)
     acc = dot(weight.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, top, total
 
@@ -420,6 +524,7 @@ class Attended(NamedTuple):
     end: tl.tensor
     count: tl.tensor  # of keys: padding after them, which may hold anything, is not read
     factors: Factors
+    drawn: Drawn  # or None
 
 
 @triton.jit
@@ -436,7 +541,10 @@ def _attend_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr,
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, operands.dense)
     v_tile = load_rows(operands.v, first, count, META.v_dim, META.block_n, META.block_dv, MASKED)
-    return fold(state, s, allowed, v_tile, factors.scale2, SCORE, MASKED, META.precision)
+    kept = None
+    if operands.drawn is not None:
+        kept = kept_pairs(operands.drawn, first, META.block_n, META.aligned)
+    return fold(state, s, allowed, v_tile, factors.scale2, SCORE, MASKED, META.precision, kept)
 
 
 @triton.jit
@@ -464,7 +572,7 @@ def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
             exponent = exponent_of(operands.bias, factors.scale2)
             shifted = Attended(
                 operands.q_tile, operands.k, operands.v, operands.bias, operands.dense, operands.begin, operands.end,
-                operands.count, Factors(factors.scale, factors.size, exponent, factors.bias2),
+                operands.count, Factors(factors.scale, factors.size, exponent, factors.bias2, factors.cap), operands.drawn,
             )  # fmt: skip
             limit_acc, limit_top, limit_total = _attend(shifted, tiles, classes, SCORE.limit, META)
             acc = tl.where(limited[:, None], limit_acc, acc)
@@ -474,9 +582,10 @@ def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, top, total, scale2, bias2, NORMALISED: tl.constexpr):
+def finish(acc, top, total, scale2, bias2, NORMALISED: tl.constexpr, sink=None, drop=None):
     """(normalised output, natural log-sum-exp, the state that `load_state` gives back): 0, -inf and weights of 2^-inf for a row
-    with nothing to attend to. bias2: the constant bias, which scores below a maximum are without."""
+    with nothing to attend to. bias2: the constant bias, which scores below a maximum are without. sink: a score in base e that
+    joins the normaliser."""
     lse = total
     log_sum = total
     if NORMALISED:
@@ -488,4 +597,14 @@ def finish(acc, top, total, scale2, bias2, NORMALISED: tl.constexpr):
         lse += tl.where(top == float("-inf"), 0.0, top * (scale2 * _LN2) + bias2 * _LN2)
         log_sum = tl.where(nothing, float("inf"), log_sum)
         lse = tl.where(nothing, float("-inf"), lse)
+        if sink is not None:
+            low = tl.minimum(lse, sink, propagate_nan=tl.PropagateNan.ALL)
+            high = tl.maximum(lse, sink, propagate_nan=tl.PropagateNan.ALL)
+            difference = tl.where(low == float("-inf"), float("-inf"), low - high)
+            both = high + tl.log2(1.0 + tl.exp2(difference * _LOG2E)) * _LN2
+            acc = tl.where(nothing[:, None], acc, acc * tl.exp2((lse - both) * _LOG2E)[:, None])
+            log_sum = tl.where(nothing, log_sum, log_sum + (both - lse))
+            lse = both
+    if drop is not None:
+        acc = acc * drop.scale
     return acc, lse, top, log_sum

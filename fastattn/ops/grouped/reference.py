@@ -21,7 +21,8 @@ def grouped_attention(
     near = distance(q, k, mask) <= window
     rule = (share | near)[:, None]  # (B, 1, Lq, Lk)
     dense = rule if mask.dense is None else rule & mask.dense
-    out, _, state = attention(q, k, v, None, 0, scale, 0.0, mask._replace(dense=dense))
+    options = (None, None, 0, scale, 0.0, None, 0, None)  # softmax, without any
+    out, _, state, _ = attention(q, k, v, *options, mask._replace(dense=dense))
     return out, state
 
 

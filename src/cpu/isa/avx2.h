@@ -57,6 +57,15 @@ FASTATTN_INLINE vu join_halves(vu low, vu high) {
   return (vu)_mm256_blend_epi16((__m256i)(low >> 16), (__m256i)high, 0xaa);
 }
 
+// Products of 64 bits, their upper and lower halves.
+FASTATTN_INLINE void multiply_wide(vu a, uint32_t b, vu* high, vu* low) {
+  const __m256i factor = _mm256_set1_epi32((int)b);
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  *high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+
 FASTATTN_INLINE vf from_f16(vh x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
 FASTATTN_INLINE vh to_f16(vf x) {
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -55,6 +55,15 @@ FASTATTN_INLINE vu join_halves(vu low, vu high) {
   return (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(low >> 16), (__m512i)high);
 }
 
+// Products of 64 bits, their upper and lower halves.
+FASTATTN_INLINE void multiply_wide(vu a, uint32_t b, vu* high, vu* low) {
+  const __m512i factor = _mm512_set1_epi32((int)b);
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  *high = (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  *low = (vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+
 FASTATTN_INLINE vf from_f16(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 FASTATTN_INLINE vh to_f16(vf x) {
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

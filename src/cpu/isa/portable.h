@@ -40,6 +40,12 @@ FASTATTN_INLINE void store_narrow(void* p, vu x, vu y) {
 // low's upper halves in the lower halves of the words, high's in the upper ones.
 FASTATTN_INLINE vu join_halves(vu low, vu high) { return (low >> 16) | (high & splat_u(0xffff0000)); }
 
+// Products of 64 bits, their upper and lower halves.
+FASTATTN_INLINE void multiply_wide(vu a, uint32_t b, vu* high, vu* low) {
+  for (int i = 0; i < W; i++) (*high)[i] = uint32_t(uint64_t(a[i]) * b >> 32);
+  *low = a * b;
+}
+
 FASTATTN_INLINE vf from_f16(vh x) {
   // exponent and fraction moved into place are 2^112 too small; infinity and NaN then need the full exponent
   const vu u = widen(x);
