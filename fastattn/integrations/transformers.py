@@ -23,9 +23,6 @@ from ..runtime import checks
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve
 _REFUSED = {
-    "softcap": "a soft cap on scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "head_mask": "a head mask",
     "cache": "a paged cache",
     "block_table": "a paged cache",
@@ -119,6 +116,9 @@ def attention_forward(
     position_bias: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: query (B, Hq, Lq, D), key and value (B, Hkv, Lk, D) -> ((B, Lq, Hq, D), None).
@@ -126,10 +126,12 @@ def attention_forward(
     attention_mask: None, bool (True = attend) or additive, each broadcastable to (B, Hq, Lq, Lk).
     cu_seq_lens_q, cu_seq_lens_k: token offsets (documents + 1,) of documents packed in a batch of one, as transformers'
         DataCollatorWithFlattening gives them; documents do not attend each other, whatever the mask says.
-    Raises NotImplementedError for dropout, a soft cap, attention sinks, sparse indices, a paged cache,
-    output_attentions, packed documents with a cache, and causal attention without a mask where queries and keys differ in number.
+    dropout, softcap: as `fastattn.attention` has them; dropout draws from torch's generator of the device.
+    s_aux: attention sinks, one a head (Hq,). sinks: one for each query of a head, (B, Hq, Lq, 1).
+    Raises NotImplementedError for sparse indices, a paged cache, a head mask, output_attentions, packed documents with a cache, and
+    causal attention without a mask where queries and keys differ in number.
     """
-    refuse(dropout, kwargs)
+    refuse(kwargs)
     query, key, value = autocast(query, key, value)
     bias, mask, keys, causal = position_bias, None, key.shape[2], False
     documents = _documents(query, key, cu_seq_lens_q, cu_seq_lens_k)
@@ -152,15 +154,32 @@ def attention_forward(
         if bias.dtype != dtype:
             wide = torch.promote_types(dtype, bias.dtype)
             query, key, value, bias = (t.to(wide) for t in (query, key, value, bias))
-    out = attention(
+    out = _attend(
         query,
         key[:, :, :keys],
         value[:, :, :keys],
+        sinks if sinks is not None else s_aux,
         scale=scaling,
         bias=bias,
         mask=Mask(causal=True) if causal else mask,
+        softcap=softcap,
+        dropout_p=dropout,
     )
     return out.transpose(1, 2).contiguous().to(dtype), None
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, **options: Any
+) -> torch.Tensor:
+    """attention with sinks of a head, or of each query: for these the weights that are left to the keys by the log-sum-exp."""
+    if sink is None or sink.numel() == q.shape[1]:
+        if sink is not None:
+            sink = sink.reshape(-1)
+            sink = sink if sink.dtype in (q.dtype, torch.float32) else sink.to(checks.statistics_dtype(q))
+        return attention(q, k, v, sink=sink, **options)
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    share = torch.sigmoid(lse[..., None] - sink.to(lse.dtype))
+    return (out.to(lse.dtype) * share).to(out.dtype)
 
 
 def _documents(
@@ -226,13 +245,8 @@ def cache_name() -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse(kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError for arguments that change the result and are not served."""
-    if dropout:
-        raise NotImplementedError(
-            f"fastattn: attention dropout is {dropout}, only 0 is served; set attention_dropout (attn_pdrop) to 0 "
-            "in the model's config, or use attn_implementation='sdpa'"
-        )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
             "fastattn: output_attentions is not served, the weights are never formed; use attn_implementation='eager'"

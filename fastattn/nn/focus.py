@@ -209,8 +209,10 @@ def attention_forward(
     """transformers' attention function of a retrofitted layer: query (B, Hq, Lq, D) -> ((B, Lq, Hq, D), None)."""
     from ..integrations.transformers import recognise, refuse
 
-    refuse(dropout, kwargs)
-    for name in ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
+    if dropout:
+        raise NotImplementedError(f"fastattn: Focus serves no attention dropout, given {dropout}")
+    refuse(kwargs)
+    for name in ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "softcap", "s_aux", "sinks"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"fastattn: Focus does not serve {name}")
     mask, keys = None, key.shape[2]

@@ -93,6 +93,16 @@ SERVED = {
         text,
     ),
     "deepseek_v3": (hf.DeepseekV3ForCausalLM, lambda: hf.DeepseekV3Config(**DEEPSEEK), text),
+    "gpt_oss": (  # sinks
+        hf.GptOssForCausalLM,
+        lambda: hf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5),
+        text,
+    ),
+    "vaultgemma": (  # a soft cap
+        hf.VaultGemmaForCausalLM,
+        lambda: hf.VaultGemmaConfig(**TEXT, head_dim=8, sliding_window=5, attn_logit_softcapping=1.0),
+        text,
+    ),
     "bert": (hf.BertModel, lambda: hf.BertConfig(**TEXT, attention_probs_dropout_prob=0.0), text),
     "t5": (  # a bias for each distance
         hf.T5ForConditionalGeneration,
@@ -191,17 +201,12 @@ def test_equals_eager_attention(family):
             "mpt models compute",
         ),
         (
-            hf.GptOssForCausalLM,
-            lambda: hf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-            "attention sinks",
-        ),
-        (
             hf.DeepseekV32ForCausalLM,
             lambda: hf.DeepseekV32Config(**DEEPSEEK, index_topk=3, index_n_heads=2, index_head_dim=16),
             "sparse attention by indices",
         ),
     ],
-    ids=["bloom", "mpt", "gpt_oss", "deepseek_v32"],
+    ids=["bloom", "mpt", "deepseek_v32"],
 )
 def test_what_is_not_served_is_refused(model, config, message):
     made = build(model, config(), "fastattn")

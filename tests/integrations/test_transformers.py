@@ -41,7 +41,7 @@ CONFIGS = {
     ),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON),
     "gemma": lambda: transformers.GemmaConfig(**COMMON),
-    "gemma2": lambda: transformers.Gemma2Config(**GEMMA2, attn_logit_softcapping=None),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA2, attn_logit_softcapping=2.0),
     "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA2, sliding_window_pattern=2),
 }  # fmt: skip
 LENGTH = 13  # past gemma's window of 5
@@ -209,18 +209,37 @@ def test_hrm_text_prefix_lm_decodes_from_its_cache():
 
 
 def test_what_is_not_served_is_refused():
-    soft = transformers.Gemma2Config(**GEMMA2, attn_logit_softcapping=20.0)
-    model = transformers.AutoModelForCausalLM.from_config(soft, attn_implementation="fastattn").eval()
-    with pytest.raises(NotImplementedError, match="soft cap"):
-        model(tokens())
-    dropping = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, attn_pdrop=0.1)
-    model = transformers.AutoModelForCausalLM.from_config(dropping, attn_implementation="fastattn")
-    with pytest.raises(NotImplementedError, match=r"dropout is 0\.1"):
-        model.train()(tokens())
     q = torch.zeros(1, 2, 3, 4)
-    for name in ("s_aux", "head_mask", "cache", "block_table", "read_index", "output_attentions"):
+    for name in ("head_mask", "cache", "block_table", "read_index", "output_attentions"):
         with pytest.raises(NotImplementedError, match=name):
             attention_forward(torch.nn.Module(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_dropout_in_training_drops_attention_weights():
+    """Reproduced by torch's seed, gone in evaluation; its mean and its gradients are `fastattn.attention`'s, tested there."""
+    dropping = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.3, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(dropping, attn_implementation="fastattn")
+    with torch.no_grad():
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(model.train()(tokens()).logits)
+        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+        assert not torch.equal(model.eval()(tokens()).logits, runs[0])
+    assert_equal_to_eager(model, tokens())
+
+
+def test_sinks_of_each_query():
+    """inkling2's: a column of scores beside the keys', cut off again."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    sinks = torch.randn(2, 4, 5, 1, generator=generator, dtype=torch.float64)
+    out, _ = attention_forward(torch.nn.Module(), q, k, v, None, scaling=0.3, is_causal=False, sinks=sinks)
+    scores = torch.cat([0.3 * q @ k.mT, sinks], -1)
+    expected = scores.softmax(-1)[..., :-1] @ v
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-14)  # float64 sums of 5
 
 
 def test_a_models_own_cache_is_not_a_paged_one():
