@@ -21,6 +21,11 @@ A product of n pairs of bf16 by AVX512-BF16 loses n * 2^-126 * (2 + the larger f
 the output, which is divided by the row's sum; and in dq, dk (times the scale) and dv. In a score it is nothing beside (n + 16) * u.
 There the forward's exponential is the short one, off by 2.6e-6, which its row's sum and lse have too; and softplus' output is divided by
 the sum of its rounded weights (docs/avx512.md), which is off by h: h * |out| more.
+
+Options. A soft cap has a derivative of at most 1, so a score keeps the product's error, and adds 8 roundings of itself; its slope
+1 - tanh(y)^2 has one of 2 tanh(y) times the error of y, relatively, and 16 roundings, of which the exponential's argument has 4 |y|. A sink
+divides a row's weights once more, by a number that has the error of the row's sum, and the backward finds them from log(sum), a float32
+of its size. Dropout multiplies kept weights and their dP by a number rounded once.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import torch.nn.functional as F
 
 import fastattn as fa
 from fastattn import testing
+from fastattn.ops.attention import reference
 from fastattn.runtime.native import use_cpu_isa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +87,12 @@ def draw(rng: random.Random) -> dict:
         case["mask"] = mask
     if "key_lengths" in mask and not packed and not _by_reference(case) and chance() < 0.5:
         case["nan_padding"] = True
+    if chance() < 0.2:
+        case["softcap"] = pick((0.05, 1.0, 5.0, 50.0, 1e4))
+    if case["score"] == "softmax" and chance() < 0.2:
+        case["sink"] = pick((0.0, 1.0, -20.0, 30.0, 90.0))
+    if chance() < 0.15:
+        case["dropout_p"] = pick((0.001, 0.1, 0.5, 0.9, 1.0))
     return case
 
 
@@ -189,12 +201,15 @@ def _run(case: dict, q, k, v, bias, dense) -> tuple:
     leaves = {"q": q, "k": k, "v": v}
     if isinstance(bias, torch.Tensor):
         leaves["bias"] = bias
-    leaves = {name: t.detach().requires_grad_(name in case["grads"]) for name, t in leaves.items()}
+    if "sink" in case:
+        leaves["sink"] = _sink(case)
+    leaves = {name: t.detach().requires_grad_(name == "sink" or name in case["grads"]) for name, t in leaves.items()}
     normalised = case["score"] in SHIFTED
     with testing.nan_filled_outputs():
         result = fa.attention(
             leaves["q"], leaves["k"], leaves["v"], score=case["score"], scale=case.get("scale"),
-            bias=leaves.get("bias", bias), mask=mask, return_lse=normalised,
+            bias=leaves.get("bias", bias), mask=mask, return_lse=normalised, softcap=case.get("softcap"), sink=leaves.get("sink"),
+            dropout_p=case.get("dropout_p", 0.0), rng=torch.tensor([case["seed"], 7]),
         )  # fmt: skip
         out, lse = result if normalised else (result, None)
         found = {"out": out.detach()}
@@ -204,12 +219,17 @@ def _run(case: dict, q, k, v, bias, dense) -> tuple:
             if case["lse_grad"]:
                 outputs.append(lse)
                 grads.append(_gradient(case, 6, lse))
-        wanted = [name for name in leaves if name in case["grads"]]
+        wanted = [name for name, t in leaves.items() if t.requires_grad]
         if wanted:
             pulled = torch.autograd.grad(outputs, [leaves[name] for name in wanted], grads, allow_unused=True)
             for name, grad in zip(wanted, pulled, strict=True):
                 found["d" + name] = torch.zeros_like(leaves[name]) if grad is None else grad
     return found, grads[0], grads[1] if len(grads) > 1 else None, wanted
+
+
+def _sink(case: dict) -> torch.Tensor:
+    heads = case["kv_heads"] * case["group"]
+    return case["sink"] + testing.random_tensor(heads, seed=case["seed"] * 8 + 7)
 
 
 def _gradient(case: dict, index: int, like: torch.Tensor) -> torch.Tensor:
@@ -275,16 +295,22 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     # of keys that a bias of -inf takes out too: sigmoid's weights of it
     tiny = TINY * allowed.expand_as(product).double()
     allowed = (allowed & (added > -math.inf)).expand_as(product)
-    s = (product + added.clamp(min=-1e300)).masked_fill(~allowed, -math.inf)
+    magnitude = abs(scale) * (q64.abs() @ k64.abs().mT)
+    capped, cap_slope, cap_error = product, torch.ones(()), torch.zeros(())
+    if "softcap" in case:
+        cap = case["softcap"]
+        y, product_error = product / cap, UNIT * ((head_dim + 8) * magnitude + 8 * product.abs())
+        capped, cap_slope = cap * torch.tanh(y), 1 / torch.cosh(y.clamp(-300, 300)) ** 2
+        cap_error = torch.expm1((2 * product_error / cap + (16 + 4 * y.abs()) * UNIT).clamp(max=80.0))
+    s = (capped + added.clamp(min=-1e300)).masked_fill(~allowed, -math.inf)
     lk = max(case["k_length"], 1)
     top = (
         s.amax(-1, keepdim=True).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         if s.shape[-1]
         else s.new_zeros(*s.shape[:3], 1)
     )
-    magnitude = abs(scale) * (q64.abs() @ k64.abs().mT)
     size = added.abs().clamp(max=1e300).expand_as(s).masked_fill(~allowed, 0.0)
-    error = UNIT * ((head_dim + 8) * magnitude + 8 * (product.abs() + size + top.abs()))
+    error = UNIT * ((head_dim + 8) * magnitude + 8 * (product.abs() + capped.abs() + size + top.abs()))
     error = torch.expm1(error.clamp(max=80.0)).masked_fill(~allowed, 0.0)
     if score == "softmax":
         raw = torch.exp(s - top)
@@ -309,6 +335,16 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         lse = (total.log() + shift).squeeze(-1)
     else:
         weight, shared = raw, 0.0
+    sink_weight = None
+    if "sink" in case:
+        sink = _sink(case).double()[None, :, None]
+        both = torch.logaddexp(lse, sink)
+        left = torch.exp(lse - both)[..., None].nan_to_num(nan=0.0)
+        sink_weight = torch.exp(sink - both)
+        weight, slope = weight * left, slope * left
+        apart = (both - top.squeeze(-1)).abs().nan_to_num(posinf=0.0)[..., None]
+        shared = 2 * shared + UNIT * (16 + 4 * apart)
+        lse = both
     small = torch.ones(())  # what the division by a small sum makes of what was lost before it
     if score == "softplus":
         sums = lse.exp()[..., None]  # the kernel's own is within a factor of two
@@ -316,6 +352,14 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         tiny = tiny * small
     short = SHORT if _pairs(case) else 0.0
     relative = error + shared + (lk + 16) * UNIT + half + short
+    kept = torch.ones(())
+    if "dropout_p" in case:
+        dropped = max(round(case["dropout_p"] * 65536), 1)
+        rng = torch.tensor([case["seed"], 7])
+        kept = reference.kept(weight.shape, dropped, rng).double()
+        kept = kept * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
+        relative = relative + 2 * UNIT
+    of_slopes, weight, tiny = tiny, weight * kept, tiny * kept
     out = weight @ v64
     out_error = (weight * (relative + lk * UNIT)) @ v64.abs() + tiny @ v64.abs()
     out_error = out_error + small * (_flushed(case, lk, v64) + _flushed(case, lk))
@@ -325,6 +369,7 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         largest = (
             (v64.abs()[:, :, None] * allowed[..., None].double()).amax(-2) if case["k_length"] else 0 * out
         )
+        largest = largest * (kept.amax() if kept.numel() else 1)
         out_error = torch.minimum(out_error, 2 * largest * (1 + relative.amin() if relative.numel() else 1))
     yield "out", out, out_error + _rounding(out, dtype)
     if normalised:
@@ -338,7 +383,7 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     if not wanted:
         return
     g = grad_out.double()
-    pulled = g @ v64.mT
+    pulled = (g @ v64.mT) * kept
     delta = (g * out).sum(-1, keepdim=True) if normalised else torch.zeros(())
     grad_score = slope * (pulled - delta)
     if grad_lse is not None:
@@ -346,16 +391,21 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         grad_score = grad_score + slope * grad_lse.double()[..., None]
     else:
         grad_lse = torch.zeros(q.shape[:3])
-    pulled_error = (value_dim + 1) * UNIT * (g.abs() @ v64.abs().mT) + _flushed(case, value_dim, g, v64)
+    pulled_error = (value_dim + 3) * UNIT * (g.abs() @ v64.abs().mT) + _flushed(case, value_dim, g, v64)
+    pulled_error = pulled_error * kept
     delta_error = torch.zeros(())
     if normalised:
-        delta_error = (g.abs() * (out_error + half * out.abs())).sum(-1, keepdim=True)
+        # the residual keeps what rounding takes from out, to another rounding of it
+        delta_error = (g.abs() * (out_error + half**2 * out.abs())).sum(-1, keepdim=True)
         delta_error = delta_error + (value_dim + 1) * UNIT * (g * out).abs().sum(-1, keepdim=True)
     parts = pulled.abs() + delta.abs() + grad_lse.double().abs()[..., None]
     rounded = relative + 16 * UNIT + half
-    score_error = slope * (rounded * parts + pulled_error + delta_error) + tiny * parts
+    score_error = slope * (rounded * parts + pulled_error + delta_error) + of_slopes * parts
     if score == "sigmoid" and _by_reference(case):
         score_error = score_error + 2 * UNIT * weight * parts
+    of_bias, bias_bound = grad_score, score_error + half * grad_score.abs()
+    grad_score = grad_score * cap_slope
+    score_error = cap_slope * (score_error * (1 + cap_error)) + cap_error * grad_score.abs()
     grad_bound = score_error + half * grad_score.abs()
     batch, kv = case["batch"], case["kv_heads"]
 
@@ -383,14 +433,20 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     }
     if isinstance(bias, torch.Tensor):
         shape = bias.shape
-        terms = grad_score.numel() // max(bias.numel(), 1)
+        terms = of_bias.numel() // max(bias.numel(), 1)
         results["dbias"] = (
-            grad_score.sum_to_size(shape),
-            (grad_bound + terms * UNIT * grad_score.abs()).sum_to_size(shape),
+            of_bias.sum_to_size(shape),
+            (bias_bound + terms * UNIT * of_bias.abs()).sum_to_size(shape),
         )
+    if sink_weight is not None:
+        incoming = grad_lse.double() - delta.squeeze(-1)
+        off = sink_weight * (delta_error.squeeze(-1) + UNIT * 8 * incoming.abs())
+        places = sink.abs() + lse.abs() + 16 + apart.squeeze(-1)
+        off = off + (sink_weight * incoming).abs() * (shared.squeeze(-1) + (lk + 16) * UNIT + short + 4 * UNIT * places)
+        results["dsink"] = ((sink_weight * incoming).sum((0, 2)), off.sum((0, 2)))
     for name in wanted:
         truth, bound = results["d" + name]
-        yield "d" + name, truth, bound + _rounding(truth, dtype)
+        yield "d" + name, truth, bound + _rounding(truth, torch.float32 if name == "sink" else dtype)
 
 
 def _pairs(case: dict) -> bool:
