@@ -116,7 +116,9 @@ def _vocab_rows_kernel(
             weights += _weight(value, finite, log_count, first + at, inside, tau, STABLEMAX)
             top = new_top
         row_top = tl.max(top, 0)
-        row_total = tl.sum(weights * _weight(top, row_top, None, at, at < classes, tau, STABLEMAX), 0)
+        # of a row of -inf alone the sum is 0, and of one with a NaN it is that
+        finite_top = tl.where(row_top == float("-inf"), 0.0, row_top)
+        row_total = tl.sum(weights * _weight(top, finite_top, None, at, at < classes, tau, STABLEMAX), 0)
         tl.store(largest + row, row_top)
         tl.store(total + row, row_total)
         if STABLEMAX:
