@@ -83,7 +83,8 @@ inline void check_rows(const KernelTable& kernels, const KernelTable& baseline, 
   for (const int64_t C : {1, 5, 64, 203}) {
     const int64_t R = 7;
     Array x = random({2, 3, R, C}, -1, 1), y = random({2, 3, R, C}, -1, 1), g = random({2, 3, R, C}, -1, 1),
-          own = Array::random(dtype, {C}), wide = Array::random(f32, {C}), rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
+          own = Array::random(dtype, {C}), wide = Array::random(f32, {C}),
+          rstd = Array::random(f32, {2, 3, R, 1}, 0.5, 2);
     for (int residual = 0; residual < 3; residual++) {
       Array& w = residual == 2 ? wide : own;  // the weight's type is the rows' or float32
       check("rms_norm", 2 * C + 16, 2 * half, [&](const KernelTable& t, Outputs& o) {
