@@ -314,6 +314,8 @@ def pull(
     grads: of the definition's first outputs, None for one that is zero. None comes back for a member that is None.
     """
     present = [i for i in wrt if members[i] is not None]
+    if not present:
+        return [None] * len(wrt)
     full = list(members)
     with torch_private.autograd_inside_an_op():
         for i in present:

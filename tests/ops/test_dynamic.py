@@ -307,16 +307,20 @@ def test_twelve_numbers(name):
 @pytest.mark.parametrize("name", [name for name in examples() if name != "vq_sample"])  # see `sampled`
 def test_five_lengths_of_an_example(name):
     example = examples()[name]
+    # an option's tensors have no gradient
+    tables = [n for n, value in example.options.items() if isinstance(value, torch.Tensor)]
 
     def call(*tensors):
-        given = dict(zip(example.tensors, tensors, strict=True)) | example.options
+        given = dict(zip([*example.tensors, *tables], tensors, strict=True))
+        given = example.options | given | {n: given[n].detach() for n in tables}
         if example.gradients:
             return example.function(**given)
         with torch.no_grad():  # it may write to what it is given
             given |= {name: given[name].clone() for name in example.floating}
             return *testing.as_tuple(example.function(**given)), *(given[name] for name in example.floating)
 
-    calls = [list(examples(longer=step)[name].tensors.values()) for step in range(5)]
+    made = [examples(longer=step)[name] for step in range(5)]
+    calls = [[*each.tensors.values(), *(each.options[n] for n in tables)] for each in made]
     assert graphs(call, calls) <= MOST_GRAPHS
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ...runtime.arithmetic import widened
-from ..rowwise.reference import gated, rms_norm_of_sum, rotary, swiglu
+from ..rowwise.reference import gated, rms_norm, rotary, swiglu
 
 
 def decode_step(
@@ -30,13 +30,16 @@ def decode_step(
     rows, end = torch.arange(batch, device=z_h.device), position + 1
     unused = (torch.arange(end, device=z_h.device) > positions[:, None])[:, None, None]  # (B, 1, 1, end)
 
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, None, None, eps)[0]
+
     def stack(which: int, call: int, x: torch.Tensor) -> torch.Tensor:
         for layer in range(layers):
             first = 4 * (which * layers + layer)
             gqkv, out, gate_up, down = weights[first : first + 4]
-            projected = rms_norm_of_sum(x, None, eps) @ gqkv.T
+            projected = normed(x) @ gqkv.T
             gate, q, k, v = projected.view(batch, 4, heads, 1, dim).unbind(1)  # (B, H, 1, D)
-            q, k = rotary(q, k, positions[:, None], theta, False)
+            q, k = rotary(q, k, positions[:, None], theta, False, False)
             keys, values = k_cache[call, layer], v_cache[call, layer]  # (B, H, capacity, D)
             keys[rows, :, positions.long()], values[rows, :, positions.long()] = k[:, :, 0], v[:, :, 0]
             scores = (widened(q) @ widened(keys[:, :, :end]).mT).to(wide) * dim**-0.5  # (B, H, 1, end)
@@ -44,8 +47,8 @@ def decode_step(
             known = widened(values[:, :, :end].masked_fill(unused.mT, 0))
             attended = gated((weight.to(known.dtype) @ known).to(x.dtype), gate)
             x = x + attended.reshape(batch, heads * dim) @ out.T
-            x = x + swiglu(rms_norm_of_sum(x, None, eps) @ gate_up.T) @ down.T
-        return rms_norm_of_sum(x, None, eps)
+            x = x + swiglu(normed(x) @ gate_up.T) @ down.T
+        return normed(x)
 
     for h in range(h_cycles):
         call = h * (l_cycles + 1)
