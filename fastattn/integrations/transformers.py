@@ -178,7 +178,7 @@ def _attend(
             sink = sink if sink.dtype in (q.dtype, torch.float32) else sink.to(checks.statistics_dtype(q))
         return attention(q, k, v, sink=sink, **options)
     out, lse = attention(q, k, v, return_lse=True, **options)
-    share = torch.sigmoid(lse[..., None] - sink.to(lse.dtype))
+    share = torch.nn.functional.logsigmoid(lse[..., None] - sink.to(lse.dtype)).exp()
     return (out.to(lse.dtype) * share).to(out.dtype)
 
 

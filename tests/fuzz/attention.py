@@ -395,8 +395,10 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     pulled_error = pulled_error * kept
     delta_error = torch.zeros(())
     if normalised:
-        # the residual keeps what rounding takes from out, to another rounding of it
-        delta_error = (g.abs() * (out_error + half**2 * out.abs())).sum(-1, keepdim=True)
+        # the residual keeps what rounding takes from out, to another rounding of it or a subnormal step
+        limits = torch.finfo(dtype)
+        lost = half**2 * out.abs() + (half > 0) * limits.smallest_normal * limits.eps
+        delta_error = (g.abs() * (out_error + lost)).sum(-1, keepdim=True)
         delta_error = delta_error + (value_dim + 1) * UNIT * (g * out).abs().sum(-1, keepdim=True)
     parts = pulled.abs() + delta.abs() + grad_lse.double().abs()[..., None]
     rounded = relative + 16 * UNIT + half
@@ -406,6 +408,8 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     of_bias, bias_bound = grad_score, score_error + half * grad_score.abs()
     grad_score = grad_score * cap_slope
     score_error = cap_slope * (score_error * (1 + cap_error)) + cap_error * grad_score.abs()
+    if "softcap" in case:  # slopes below the normal numbers
+        score_error = score_error + TINY * of_bias.abs()
     grad_bound = score_error + half * grad_score.abs()
     batch, kv = case["batch"], case["kv_heads"]
 

@@ -46,7 +46,7 @@ def _attention(
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = scale * (q @ k.transpose(-1, -2))  # (B, H, Lq, Lk)
     if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
+        s = softcap * _tanh(s / softcap)
     if bias is not None:
         s = s + bias
     common = 0.0  # what is added to all of a row's scores alike: the weights of softmax do not have it
@@ -85,10 +85,18 @@ def _attention(
     return out, lse.to(_statistics(q.dtype)), state.to(_statistics(q.dtype))
 
 
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    """tanh whose gradient keeps its digits far from 0, where that of torch.tanh, 1 - y * y, has none left."""
+    sign = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    e = torch.exp(-2 * x * sign)
+    return torch.where(x.abs() < 0.6, torch.tanh(x), sign * (1 - 2 * (e / (1 + e))))
+
+
 def with_sink(lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the log-sum-exp of a row's scores and its sink, the share of the weights that is left to the keys)."""
     empty = lse == -torch.inf
-    share = torch.sigmoid(lse.masked_fill(empty, 0.0) - sink)
+    # a sigmoid's own gradient forms 1 - y, which leaves nothing of a far sink's share
+    share = torch.nn.functional.logsigmoid(lse.masked_fill(empty, 0.0) - sink).exp()
     # not by logaddexp, whose gradient is NaN where both are -inf
     low, high = torch.minimum(lse, sink), torch.maximum(lse, sink)
     difference = (low - high).masked_fill(low == -torch.inf, -torch.inf)
