@@ -120,10 +120,26 @@ def their_norm(x, shape, weight=None, eps=None):
     return F.rms_norm(x, shape, weight, EPS if eps is None else eps)
 
 
+# --- scaled_dot_product_attention: what is dropped differs, so those samples are compared without ------------------------------
+
+
+def attend(*tensors, dropout_p=0.0, **rest):
+    dropped = fa.scaled_dot_product_attention(*tensors, dropout_p=dropout_p, **rest)
+    assert dropped.isfinite().all() and (dropout_p > 0 or dropped.numel() == 0 or dropped.any())
+    return fa.scaled_dot_product_attention(*tensors, **rest)
+
+
+def their_attention(*tensors, dropout_p=0.0, **rest):
+    return F.scaled_dot_product_attention(*tensors, **rest)
+
+
+# Samples of attention hold numbers up to 9 in 8 features: scores to 9 * 9 * 8 / sqrt(8) = 230, off by 8 eps of them, and so are weights,
+# relative to 1; outputs are of values up to 9, gradients of sums of 8 products of these, of a scale and of 9.
 # Linear samples have at most 8 features of numbers up to 9: logits to 700, whose float32 sums and differences are off by 8 eps of
 # them, and so are probabilities and the losses' gradients, relative to 1, times an operand of 9. Logits of cross_entropy are given:
 # a few eps of 9. A norm of few numbers is right to some eps; its gradient divides by rms, which is no less than 0.1 here.
 TABLES = {
+    "scaled_dot_product_attention": (attend, their_attention, 8 * 230 * EPS * 9 * 9),
     "linear_cross_entropy": (ours, theirs, 8 * 700 * EPS * 9),
     "cross_entropy": (logits_loss, F.cross_entropy, 8 * 9 * EPS),
     "rms_norm": (norm, their_norm, 8 * 9 * EPS * 10),

@@ -11,6 +11,7 @@ SERVED = {
     "linear_cross_entropy chunked_none": 77,
     "cross_entropy": 21,
     "rms_norm": 5,
+    "scaled_dot_product_attention": 25,
 }
 REFUSED = {"rms_norm": {"refused: fastattn.rms_norm: eps must be zero or more, given -0.5": 1}}
 
