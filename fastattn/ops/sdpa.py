@@ -86,8 +86,7 @@ def scaled_dot_product_attention(
             k, v, dense, bias = k[:, :, :lq], v[:, :, :lq], _first_keys(dense, lq), _first_keys(bias, lq)
         window = (None, max(lq - lk, 0))
     mask = Mask(window=window, dense=dense) if window is not None or dense is not None else None
-    options = {"scale": scale, "dropout_p": dropout_p, "backend": backend or None}
-    out = attention(q, k, v, bias=bias, mask=mask, **options)
+    out = attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p, backend=backend or None)
     return out.reshape(*leading, lq, value.shape[-1]).to(dtype)
 
 
@@ -136,8 +135,8 @@ def _jagged(
             f"fastattn.{op}: key has {k.shape[0]} heads, query has {q.shape[0]}; they must agree without enable_gqa"
         )
     mask = Mask(causal=is_causal, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
-    options = {"scale": scale, "dropout_p": dropout_p, "backend": backend or None}
-    out = attention(q[None], k[None], v[None], mask=mask, **options)
+    packed = q[None], k[None], v[None]
+    out = attention(*packed, scale=scale, mask=mask, dropout_p=dropout_p, backend=backend or None)
     return torch.nested.nested_tensor_from_jagged(out[0], offsets=offsets_q, jagged_dim=2)
 
 

@@ -118,9 +118,7 @@ struct BackwardBlock {
   static int64_t weight_row(int64_t g) { return (kPairs ? g % kStrip : g) * kRows; }
   int64_t slope_row(int64_t g) const { return apart(problem) ? g % kStrip * kRows : weight_row(g); }
   // Whether slopes are other numbers than the weights, or have their sign for what was dropped.
-  static bool apart(const Problem& problem) {
-    return Score::kSlope || problem.p.softcap > 0 || problem.dropout.on();
-  }
+  static bool apart(const Problem& problem) { return Score::kSlope || problem.p.softcap > 0 || problem.dropout.on(); }
 
   // Takes every buffer from the arena and touches none.
   BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
@@ -297,25 +295,25 @@ struct BackwardBlock {
         }
         const float* slope = slopes + slope_row(g) * row + j;
         const float* delta = t.queries.delta + t.m + g * kRows;
-        product_block<Unit>(grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps,
-                            packed.o_steps, [&](vf(&x)[kRows][kVecs]) {
-                              FASTATTN_UNROLL
-                              for (int i = 0; i < kRows; i++) {
-                                FASTATTN_UNROLL
-                                for (int v = 0; v < kVecs; v++) {
-                                  const vf slopes = load(slope + i * row + v * W);
-                                  if (kDropped)
-                                    x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
-                                  else
-                                    x[i][v] = slopes * (x[i][v] - delta[i]);
-                                  if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
-                                  if (kPairs && v % 2 == 1)
-                                    store_factors((bf16*)grads + (g * kRows + i) * row + j + (v - 1) * W, x[i][v - 1],
-                                                  x[i][v]);
-                                  if (kPairs && i % 2 == 1) store_words(grads_t, g, j, i - 1, v, x[i - 1][v], x[i][v]);
-                                }
-                              }
-                            });
+        product_block<Unit>(
+            grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
+            [&](vf(&x)[kRows][kVecs]) {
+              FASTATTN_UNROLL
+              for (int i = 0; i < kRows; i++) {
+                FASTATTN_UNROLL
+                for (int v = 0; v < kVecs; v++) {
+                  const vf slopes = load(slope + i * row + v * W);
+                  if (kDropped)
+                    x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
+                  else
+                    x[i][v] = slopes * (x[i][v] - delta[i]);
+                  if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
+                  if (kPairs && v % 2 == 1)
+                    store_factors((bf16*)grads + (g * kRows + i) * row + j + (v - 1) * W, x[i][v - 1], x[i][v]);
+                  if (kPairs && i % 2 == 1) store_words(grads_t, g, j, i - 1, v, x[i - 1][v], x[i][v]);
+                }
+              }
+            });
       }
   }
 
@@ -388,7 +386,8 @@ struct BackwardBlock {
       if (slope != x && !Score::kSlope)
         for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(x + j));
       if (p.softcap > 0)
-        for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(slope + j) * load(cap_slopes + j));
+        for (int64_t j = columns.begin; j < columns.end; j += W)
+          store(slope + j, load(slope + j) * load(cap_slopes + j));
       if (problem.dropout.on())
         for_kept(problem.dropout, drawn_row(problem, s, t.head, t.m + i, t.n), columns, [&](int64_t j, vi kept) {
           store(x + j, keep(kept, load(x + j)));

@@ -110,8 +110,8 @@ struct ForwardBlock {
                                  top[i]);
   }
 
-  // The weights of a tile without dense mask, bias and dropout, made of scores in registers: no scores in memory but those of
-  // blocks that raise a row's maximum, and of rows of large scores.
+  // The weights of a tile without dense mask, bias and dropout, made of scores in registers: no scores in memory but
+  // those of blocks that raise a row's maximum, and of rows of large scores.
   void weigh_directly(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n,
                       const ScoreRow& constants, const PackedHead<Unit>& packed) {
     const int64_t groups = (rows + kRows - 1) / kRows;
@@ -130,8 +130,9 @@ struct ForwardBlock {
       }
   }
 
-  // The weights of a panel of keys from j on for the rows of one group. Where some row's maximum has to be raised first,
-  // the block's scores are in memory instead, and where some score is no small one of the soft cap's, its products.
+  // The weights of a panel of keys from j on for the rows of one group. Where some row's maximum has to be raised
+  // first, the block's scores are in memory instead, and where some score is no small one of the soft cap's, its
+  // products.
   template <bool kMasked>
   FASTATTN_NOINLINE_MEMBER Formed weigh_block(int64_t g, int64_t j, int64_t n, const ScoreRow& row, const Word* keys) {
     ScoreRow constants = row;

@@ -108,14 +108,14 @@ struct AttentionParams : MaskParams {
                  // below it
   Tensor bias;
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
-  Tensor residual;  // of 16-bit outputs: what rounding took from out, which the backward adds again
-  Tensor sink;  // softmax, (Hq,) f32: a score that takes a share of every row's weights and has no value
-  Tensor rng;   // i64 (2,), seed and offset of what is dropped: attention_dropout.h
+  Tensor residual;    // of 16-bit outputs: what rounding took from out, which the backward adds again
+  Tensor sink;        // softmax, (Hq,) f32: a score that takes a share of every row's weights and has no value
+  Tensor rng;         // i64 (2,), seed and offset of what is dropped: attention_dropout.h
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
   Tensor grad_sink;  // (B, Hq, Lq) f32, of each row: to be summed
   double scale = 1, bias_value = 0;
-  double softcap = 0;     // scores, before the bias, become softcap * tanh(score / softcap); 0: as they are
-  int64_t dropped = 0;    // of 65536 weights, those that become 0; what is left is scaled up
+  double softcap = 0;   // scores, before the bias, become softcap * tanh(score / softcap); 0: as they are
+  int64_t dropped = 0;  // of 65536 weights, those that become 0; what is left is scaled up
   int32_t score = 0;
   int32_t default_bias = 0;             // use -log(keys of the sequence) in place of bias_value
   int64_t block_q = 96, block_k = 128;  // rows and keys of a tile
@@ -123,8 +123,9 @@ struct AttentionParams : MaskParams {
   int64_t decode_rows = 8;              // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;                // decoding: keys of one task
   int32_t threads = 1;
-  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, residual, sink, rng, grad_out, grad_lse, grad_q,
-                     grad_k, grad_v, grad_sink, scale, bias_value, softcap, dropped, score, default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
+  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, residual, sink, rng, grad_out, grad_lse,
+                     grad_q, grad_k, grad_v, grad_sink, scale, bias_value, softcap, dropped, score, default_bias,
+                     block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of

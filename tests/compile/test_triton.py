@@ -70,7 +70,14 @@ def test_options(mask):
 
 
 def test_options_of_decoding():
-    options = {"mask": "causal", "q_length": 1, "k_length": 4096, "sink": True, "softcap": 30.0, "dropped": 6554}
+    options = {
+        "mask": "causal",
+        "q_length": 1,
+        "k_length": 4096,
+        "sink": True,
+        "softcap": 30.0,
+        "dropped": 6554,
+    }
     compile_all("gfx942", launches.attention("gfx942", **options))
 
 

@@ -203,7 +203,9 @@ def _run(case: dict, q, k, v, bias, dense) -> tuple:
         leaves["bias"] = bias
     if "sink" in case:
         leaves["sink"] = _sink(case)
-    leaves = {name: t.detach().requires_grad_(name == "sink" or name in case["grads"]) for name, t in leaves.items()}
+    leaves = {
+        name: t.detach().requires_grad_(name == "sink" or name in case["grads"]) for name, t in leaves.items()
+    }
     normalised = case["score"] in SHIFTED
     with testing.nan_filled_outputs():
         result = fa.attention(
@@ -446,7 +448,9 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
         incoming = grad_lse.double() - delta.squeeze(-1)
         off = sink_weight * (delta_error.squeeze(-1) + UNIT * 8 * incoming.abs())
         places = sink.abs() + lse.abs() + 16 + apart.squeeze(-1)
-        off = off + (sink_weight * incoming).abs() * (shared.squeeze(-1) + (lk + 16) * UNIT + short + 4 * UNIT * places)
+        off = off + (sink_weight * incoming).abs() * (
+            shared.squeeze(-1) + (lk + 16) * UNIT + short + 4 * UNIT * places
+        )
         results["dsink"] = ((sink_weight * incoming).sum((0, 2)), off.sum((0, 2)))
     for name in wanted:
         truth, bound = results["d" + name]

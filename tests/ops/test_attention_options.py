@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from attention_options import RNG, check, options
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import testing
@@ -101,7 +101,9 @@ def test_the_share_that_is_dropped_and_its_independence():
     deviation = (share * (1 - share) / n) ** 0.5
     assert abs(float(kept.mean()) - share) < 5 * deviation
     centred = (kept - share) / (share * (1 - share)) ** 0.5
-    for dim in range(4):  # neighbours in batch, head, query and key; of independent ones the mean product is below 5 / sqrt(n)
+    for dim in range(
+        4
+    ):  # neighbours in batch, head, query and key; of independent ones the mean product is below 5 / sqrt(n)
         a, b = centred.narrow(dim, 0, kept.shape[dim] - 1), centred.narrow(dim, 1, kept.shape[dim] - 1)
         assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
     other = reference.kept((2, 4, 256, 256), 6554, torch.tensor([3, 1])).double()

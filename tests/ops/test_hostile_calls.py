@@ -94,10 +94,30 @@ def _refused():
     softmax = (None, None, 0, 1.0)
     yield "attention", (q, q[:, :, :3], q, *softmax, *plain, *mask), ValueError, "v must have k's batch"
     short, rng = torch.ones(3), torch.tensor([1, 2, 3])
-    yield "attention", (q, q, q, None, short, 0, 1.0, *plain, *mask), ValueError, "sink must be float32 of q's 2 heads"
-    yield "attention", (q, q, q, *softmax, None, -1.0, 0, None, *mask), ValueError, "softcap must be a finite number"
-    yield "attention", (q, q, q, *softmax, None, None, 65537, rng[:2], *mask), ValueError, "dropped must lie in"
-    yield "attention", (q, q, q, *softmax, None, None, 1, rng, *mask), ValueError, "rng must be int64 of two numbers"
+    yield (
+        "attention",
+        (q, q, q, None, short, 0, 1.0, *plain, *mask),
+        ValueError,
+        "sink must be float32 of q's 2 heads",
+    )
+    yield (
+        "attention",
+        (q, q, q, *softmax, None, -1.0, 0, None, *mask),
+        ValueError,
+        "softcap must be a finite number",
+    )
+    yield (
+        "attention",
+        (q, q, q, *softmax, None, None, 65537, rng[:2], *mask),
+        ValueError,
+        "dropped must lie in",
+    )
+    yield (
+        "attention",
+        (q, q, q, *softmax, None, None, 1, rng, *mask),
+        ValueError,
+        "rng must be int64 of two numbers",
+    )
     yield "attention", (q, q, q, *softmax, None, None, 1, None, *mask), TypeError, "rng must be a tensor"
     lengths = torch.tensor([4])
     yield (

@@ -77,7 +77,9 @@ def _check_options(op: str, q, sink, score, softcap, dropped, rng) -> None:
             raise ValueError(f"fastattn.{op}: sink goes with softmax, given score={BY_CODE[score].name!r}")
         checks.check_tensor(op, "sink", sink, dims=1)
         if sink.shape[0] != q.shape[1] or sink.dtype not in (q.dtype, torch.float32):
-            dtypes = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, torch.float32)))
+            dtypes = " or ".join(
+                dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, torch.float32))
+            )
             raise ValueError(
                 f"fastattn.{op}: sink must be {dtypes} of q's {q.shape[1]} heads, given {checks.describe(sink)}"
             )

@@ -56,9 +56,7 @@ def _lookup(name, dtype, of_q, of_k, of_v, *structural) -> _tuning.Choice:
     )
 
 
-def refusal(
-    q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask
-) -> str | None:
+def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng, mask) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
     if softcap is not None and not _LEAST_CAP <= softcap <= _MOST_CAP:
         return f"it serves soft caps from {_LEAST_CAP} to {_MOST_CAP}, not {softcap}"

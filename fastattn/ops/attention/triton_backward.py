@@ -366,8 +366,7 @@ def refusal(grad_out, grad_lse, q, k, v, bias, *_) -> str | None:
 
 
 def configure(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):
-    *options, wanted = rest
-    return Problem.of(q, k, v, bias, sink, *options).choose("attention_backward")
+    return Problem.of(q, k, v, bias, sink, *rest[:-1]).choose("attention_backward")
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):

@@ -358,7 +358,9 @@ def _tanh_parts(products, cap):
     """(tanh(y), 1 - tanh(y)^2) of y = products * cap.inner, neither from a difference of nearly equal numbers."""
     y = products * cap.inner
     z = y * y
-    small = -0.3333329856 + z * (0.1333195865 + z * (-0.0537866801 + z * (0.02080537379 + z * -0.005905856844)))
+    small = -0.3333329856 + z * (
+        0.1333195865 + z * (-0.0537866801 + z * (0.02080537379 + z * -0.005905856844))
+    )
     small = y + y * z * small
     e = tl.exp2(tl.abs(y) * (-2.0 * _LOG2E))
     large = (1.0 - e) / (1.0 + e)
