@@ -127,10 +127,10 @@ gpu-check:
 	if command -v nvcc > /dev/null; then cuda=ON; archs=$$($$python -c '$(GPU_ARCH)'); else \
 		echo "== gpu-check: no nvcc, so without the CUDA C++ kernels"; fi; \
 	install() { rm -rf $(GPU_SITE); $$python -m pip install -q --disable-pip-version-check --no-input --no-compile --no-deps \
-		--no-build-isolation --target $(GPU_SITE) -Cbuild-dir=build/gpu/cmake "$$@" .; }; \
-	install -Ccmake.define.FASTATTN_CUDA=$$cuda -Ccmake.define.FASTATTN_CUDA_ARCHITECTURES="$$archs" || \
+		--no-build-isolation --target $(GPU_SITE) --config-settings=build-dir=build/gpu/cmake "$$@" .; }; \
+	install --config-settings=cmake.define.FASTATTN_CUDA=$$cuda --config-settings=cmake.define.FASTATTN_CUDA_ARCHITECTURES="$$archs" || \
 		{ echo "== gpu-check: the build with src/cuda failed, so without the CUDA C++ kernels"; \
-		rm -rf build/gpu/cmake; install -Ccmake.define.FASTATTN_CUDA=OFF; }; \
+		rm -rf build/gpu/cmake; install --config-settings=cmake.define.FASTATTN_CUDA=OFF; }; \
 	$$python -m benchmarks.gpu_check --budget $$((540 - $$(date +%s) + started)) $(GPU_CHECK_FLAGS)
 
 GPU_SITE := build/gpu/site
@@ -178,7 +178,7 @@ $(PIP) -qq torch; \
 echo "== set-up: build tools and packages for [$(1)]"; \
 $(PIP) -qq $(TOOLS); \
 echo "== set-up: fastattn, compiled from source"; \
-$(PIP) -qq --no-build-isolation -Cbuild-dir=build/$(notdir $(VENV)) ".[$(1)]"; \
+$(PIP) -qq --no-build-isolation --config-settings=build-dir=build/$(notdir $(VENV)) ".[$(1)]"; \
 find $(VENV) -maxdepth 1 -name '.ready-*' -not -name "*-$$contents" -delete; touch "$$stamp"
 endef
 
