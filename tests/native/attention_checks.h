@@ -17,7 +17,28 @@ struct AttentionCase {
   // prefix and key lengths
   int mask;
   Layout layout;
+  bool options = false;  // a soft cap, dropout, of softmax a sink, and of 16-bit outputs the residual
 };
+
+// The options' numbers. kDropped: of 65536 weights.
+constexpr double kCap = 1.5;
+constexpr int64_t kDropped = 20000;
+
+// Whether dropout keeps the weight of a key, of seed 0x123456789abcdef and offset -5: what attention_dropout.h says,
+// one key at a time.
+inline bool keeps(int64_t plane, int64_t row, int64_t key) {
+  const uint64_t seed = 0x123456789abcdef, offset = uint64_t(-5);
+  uint32_t c[4] = {uint32_t(key / 8), uint32_t(row), uint32_t(plane), uint32_t(offset)};
+  uint32_t k[2] = {uint32_t(seed), uint32_t(seed >> 32) ^ uint32_t(offset >> 32)};
+  for (int i = 0; i < 10; i++, k[0] += 0x9e3779b9u, k[1] += 0xbb67ae85u) {
+    const uint64_t a = 0xd2511f53ull * c[0], b = 0xcd9e8d57ull * c[2];
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ k[1],
+                              uint32_t(a)};
+    memcpy(c, next, sizeof c);
+  }
+  const uint32_t word = c[key % 4];
+  return (key % 8 < 4 ? word & 0xffff : word >> 16) >= kDropped;
+}
 
 // How a call is cut in pieces, on which results do not depend.
 struct Cut {
@@ -29,7 +50,7 @@ struct Cut {
 class Attention {
  public:
   explicit Attention(const AttentionCase& c) : c(c) {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout, options] = c;
     q = Array::random(dtype, {B, H, L, D}, -1, 1, layout), k = Array::random(dtype, {B, Hkv, K, D}, -1, 1, layout);
     v = Array::random(dtype, {B, Hkv, K, Dv}, -1, 1, layout);
     grad = Array::random(dtype, {B, H, L, Dv}, -1, 1, layout);
@@ -54,11 +75,14 @@ class Attention {
       if (mask == 3 || mask == 8) d.prefix = d.keys / 3, prefix.set(i, (double)d.prefix);
     }
     scale = 1 / std::sqrt(double(D));
+    if (options && score == 0) sink = Array::random(DType::f32, {H});
+    rng = Array(DType::i64, {2});
+    memcpy(rng.tensor.data, "\xef\xcd\xab\x89\x67\x45\x23\x01\xfb\xff\xff\xff\xff\xff\xff\xff", 16);
     define();
   }
 
   void check(const KernelTable& kernels, Report& report, const Cut& cut) {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout, options] = c;
     AttentionParams p;
     p.q = q, p.k = k, p.v = v, p.scale = scale, p.score = score;
     p.default_bias = score == 1, p.causal = causal();
@@ -66,6 +90,7 @@ class Attention {
     p.prefix_lengths = prefix, p.key_lengths = lengths, p.dense = dense;
     p.cu_seqlens_q = begins_q, p.cu_seqlens_k = begins_k;
     if (mask == 6) p.bias = bias, p.default_bias = 0;
+    if (options) p.softcap = kCap, p.dropped = kDropped, p.rng = rng, p.sink = sink;
     p.block_q = cut.block_q, p.block_k = cut.block_k, p.decode_rows = cut.decode_rows, p.chunk_k = 64;
     p.pack_kib = cut.pack_kib, p.threads = cut.threads;
     // the tiles of block_q and block_k above, whatever they are rounded up to
@@ -79,20 +104,29 @@ class Attention {
     Array out(dtype, {B, H, L, Dv}, layout), lse(DType::f32, {B, H, L}), state(DType::f32, {B, H, L, 2});
     p.out = out;
     if (score != 1) p.lse = lse, p.state = state;
+    const bool rounds = options && score != 1 && dtype != DType::f32;
+    Array residual(dtype, {B, H, L, Dv}, layout);
+    if (rounds) p.residual = residual;
     kernels.attention_forward(p);
+    for (int64_t i = 0; i < out.count() && rounds; i++) residual.set(i, residual[i] + out[i]);  // out again
     const std::string of = name();
     const auto within = [&](const char* what, const Array& got, const Result& r) {
       report.compare((of + what).c_str(), got, [&](int64_t i) { return r.value[i]; },
                      [&](int64_t i) { return r.bound[i]; });
     };
     within(" out", out, out_);
+    if (rounds) within(" out and residual", residual, out_);
     if (score != 1) within(" lse", lse, lse_);
     if (mask == 6) return;  // not differentiated
     Array dq(dtype, {B, H, L, D}, layout), dk(dtype, {B, Hkv, K, D}, layout), dv(dtype, {B, Hkv, K, Dv}, layout);
     p.out = stored_out, p.grad_out = grad;
     if (score != 1) p.lse = stored_lse, p.state = stored_state, p.grad_lse = grad_lse;
     p.grad_q = dq, p.grad_k = dk, p.grad_v = dv;
+    if (rounds) p.residual = stored_residual;
+    Array dsink(DType::f32, {B, H, L});
+    if (options && score == 0) p.grad_sink = dsink;
     kernels.attention_backward(p);
+    if (options && score == 0) within(" grad_sink", dsink, dsink_);
     within(" grad_q", dq, dq_), within(" grad_k", dk, dk_), within(" grad_v", dv, dv_);
   }
 
@@ -111,15 +145,16 @@ class Attention {
   };
   AttentionCase c;
   std::vector<Document> documents;  // of each batch element, or packed
-  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, begins_q, begins_k, stored_out, stored_lse, stored_state;
-  Result out_, lse_, dq_, dk_, dv_;
+  Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, begins_q, begins_k, stored_out, stored_lse, stored_state,
+      stored_residual, sink, rng;
+  Result out_, lse_, dq_, dk_, dv_, dsink_;
   double scale;
 
   std::string name() const {
     char text[160];
-    std::snprintf(text, sizeof text, "attention dtype %d score %d B %d H %d/%d L %d K %d D %d/%d mask %d layout %d",
-                  int(c.dtype), c.score, int(c.batch), int(c.heads), int(c.kv_heads), int(c.rows), int(c.keys),
-                  int(c.head_dim), int(c.value_dim), c.mask, int(c.layout));
+    std::snprintf(text, sizeof text, "attention%s dtype %d score %d B %d H %d/%d L %d K %d D %d/%d mask %d layout %d",
+                  c.options ? " with options" : "", int(c.dtype), c.score, int(c.batch), int(c.heads), int(c.kv_heads),
+                  int(c.rows), int(c.keys), int(c.head_dim), int(c.value_dim), c.mask, int(c.layout));
     return text;
   }
 
@@ -134,18 +169,22 @@ class Attention {
   }
 
   void define() {
-    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout] = c;
+    const auto [dtype, score, B, H, Hkv, L, K, D, Dv, mask, layout, options] = c;
     const double u = 0x1p-24, half = dtype == DType::bf16 ? 0x1p-8 : 0;  // of weights and dS, where they become bf16
     // what each product of bf16 may lose in subnormals (tile.h), its factors being at most 2 Dv (inputs are at most 1,
     // so dP and delta at most Dv); in scores and dP themselves it is nothing beside their other errors
     const double flushed = dtype == DType::bf16 ? (2 + 2 * double(Dv)) * 0x1p-126 : 0;
     out_.reset(B * H * L * Dv), lse_.reset(B * H * L);
     dq_.reset(B * H * L * D), dk_.reset(B * Hkv * K * D), dv_.reset(B * Hkv * K * Dv);
+    dsink_.reset(B * H * L);
+    stored_residual = Array(dtype, {B, H, L, Dv}, layout);
+    for (int64_t i = 0; i < stored_residual.count(); i++) stored_residual.set(i, 0);
     stored_out = Array(dtype, {B, H, L, Dv}, layout), stored_lse = Array::full(DType::f32, {B, H, L}, -INFINITY);
     stored_state = Array::full(DType::f32, {B, H, L, 2}, -INFINITY);
     lse_.value.assign(lse_.value.size(), -INFINITY);  // of rows that attend nothing
     for (int64_t i = 0; i < stored_out.count(); i++) stored_out.set(i, 0);
-    std::vector<double> w(K), e(K), s(K);
+    const double left = 65536.0 / (65536 - kDropped);  // what multiplies kept weights
+    std::vector<double> w(K), e(K), s(K), slope(K, 1.0), kept(K, 1.0);
     const std::vector<double> qs = q.values(), ks = k.values(), vs = v.values(), gs = grad.values();
     for (const Document& d : documents)
       for (int64_t h = 0; h < H; h++)
@@ -162,7 +201,10 @@ class Attention {
               const double t = qs[row * D + n] * ks[(key + j) * D + n];
               x += t, size += std::fabs(t);
             }
-            s[j] = x * scale + own + (mask == 6 ? bias[row * c.keys + j] : 0);
+            const double y = x * scale / kCap, cosh = std::cosh(y);
+            if (options)
+              slope[j] = 1 / (cosh * cosh), kept[j] = keeps(d.batch * H + h, d.row + i, d.key + j) ? left : 0;
+            s[j] = (options ? kCap * std::tanh(y) : x * scale) + own + (mask == 6 ? bias[row * c.keys + j] : 0);
             // of the score in float32: D products summed, two roundings each in a bf16 dot; then of the exponential
             err = std::fmax(err, 2 * (D + 4) * u * size * scale + 4 * u * (std::fabs(s[j]) + std::fabs(own)));
             top = std::fmax(top, s[j]);
@@ -177,25 +219,36 @@ class Attention {
                                 : std::fmax(s[j], 0) + std::log1p(std::exp(-std::fabs(s[j])));
             sum += w[j];
           }
-          const double z = score == 1 ? 1 : sum == 0 ? 1 : sum;
-          lse_.value[row] = std::log(sum) + (score == 0 && sum ? top : 0), lse_.bound[row] = 2 * rw + K * u;
+          const bool has_sink = options && score == 0;
+          const double of_sink = has_sink ? std::exp(sink[h] - (sum ? top : 0)) : 0, all = sum + of_sink;
+          const double z = score == 1 ? 1 : all == 0 ? 1 : all;
+          lse_.value[row] = std::log(all) + (score == 0 && sum ? top : 0), lse_.bound[row] = 2 * rw + K * u;
           for (int64_t j = 0; j < K; j++) {
             w[j] /= z;
             // softmax's and softplus' own derivatives are relative to the row sum; sigmoid's is not
             e[j] = score == 1 ? w[j] * (1 - w[j]) : score == 0 ? w[j] : finite(j) ? sigmoid(s[j]) / z : 0;
             for (int64_t n = 0; n < Dv && w[j]; n++) {
-              const double t = w[j] * vs[(key + j) * Dv + n];
+              const double t = w[j] * kept[j] * vs[(key + j) * Dv + n];
               out_.add(row * Dv + n, t, std::fabs(t) * (rw + (K + 8) * 2 * u + half) + flushed);
             }
           }
-          double delta = score == 1 || !sum ? 0 : -grad_lse[row], delta_size = std::fabs(delta);
+          double delta = score == 1 || !all ? 0 : -grad_lse[row], delta_size = std::fabs(delta);
           for (int64_t n = 0; n < Dv; n++) {
             stored_out.set(row * Dv + n, out_.value[row * Dv + n]);
             if (score == 1) continue;
-            const double t = gs[row * Dv + n] * stored_out[row * Dv + n];
+            double o = stored_out[row * Dv + n];
+            if (options && dtype != DType::f32) {
+              stored_residual.set(row * Dv + n, out_.value[row * Dv + n] - o);
+              o += stored_residual[row * Dv + n];
+            }
+            const double t = gs[row * Dv + n] * o;
             delta += t, delta_size += std::fabs(t);
           }
           stored_lse.set(row, lse_.value[row]);
+          // the kernel's own lse is a float32
+          const double weight = of_sink / z,
+                       off = (Dv + 4) * 2 * u * delta_size + 8 * u * (1 + std::fabs(lse_.value[row]));
+          if (has_sink) dsink_.add(row, -weight * delta, weight * (off + 16 * u * std::fabs(delta)));
           // any number may stand for the maximum, which scores of this size do not need; softplus takes none off
           const double infinite = std::numeric_limits<double>::infinity();
           stored_state.set(2 * row, score == 2 && sum ? -infinite : 0);
@@ -205,12 +258,15 @@ class Attention {
             double dp = 0, dp_size = 0;
             for (int64_t n = 0; n < Dv; n++) {
               const double g = gs[row * Dv + n], t = g * vs[(key + j) * Dv + n];
-              dp += t, dp_size += std::fabs(t);
-              dv_.add((key + j) * Dv + n, w[j] * g, std::fabs(w[j] * g) * (rw + (L * H + 8) * 2 * u + half) + flushed);
+              dp += kept[j] * t, dp_size += std::fabs(kept[j] * t);
+              const double wg = w[j] * kept[j] * g;
+              dv_.add((key + j) * Dv + n, wg, std::fabs(wg) * (rw + (L * H + 8) * 2 * u + half) + flushed);
             }
-            const double ds = scale * e[j] * (dp - delta);
+            const double ds = scale * e[j] * slope[j] * (dp - delta);
+            // rw has err twice, which over the cap is what the slope's argument is off by
             const double ds_error =
-                scale * e[j] * (std::fabs(dp - delta) * rw + (Dv + 4) * 2 * u * (dp_size + delta_size));
+                scale * e[j] * slope[j] *
+                (std::fabs(dp - delta) * (options ? 2 * rw + 20 * u : rw) + (Dv + 4) * 2 * u * (dp_size + delta_size));
             const auto share = [&](double with) {
               return std::fabs(with) * (ds_error + std::fabs(ds) * (half + (K + L * H + 8) * 2 * u)) + scale * flushed;
             };

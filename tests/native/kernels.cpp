@@ -24,11 +24,12 @@ static void check_attention(const KernelTable& kernels, Report& report) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
     for (int score = 0; score < 3; score++)
       for (const Shape& s : shapes)
-        for (int mask = 0; mask < 9; mask++) {
+        for (int variant = 0; variant < 18; variant++) {
+          const int mask = variant % 9;
           if (mask > 1 && s.head_dim != 64 && mask != 4) continue;
           const Layout layout = layouts[number % 3];
-          Attention at(
-              {dtype, score, s.batch, s.heads, s.kv_heads, s.rows, s.keys, s.head_dim, s.value_dim, mask, layout});
+          Attention at({dtype, score, s.batch, s.heads, s.kv_heads, s.rows, s.keys, s.head_dim, s.value_dim, mask,
+                        layout, variant >= 9});
           Cut cut = cuts[number++ % 4 % 3];
           at.check(kernels, report, cut);
           cut.decode_rows = mask > 6 ? 40 : 8;  // of the packed documents some are decoded, some are not

@@ -73,7 +73,9 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
         for (int64_t g = 0; g < groups; g += kStrip) f(g, min64(groups, g + kStrip));
       };
       const auto weigh = [&] { strips([&](int64_t begin, int64_t end) { block.make_weights(tile, begin, end); }); };
-      const auto slopes = [&] { strips([&](int64_t begin, int64_t end) { block.make_slopes(tile, begin, end); }); };
+      const auto slopes = [&] {
+        strips([&](int64_t begin, int64_t end) { block.template make_slopes<false>(tile, begin, end); });
+      };
       result[n++] = {"Q K^T to weights", time(weigh) / tile_vectors, true};
       result[n++] = {"dO V^T to dS", time(slopes) / tile_vectors, true};
       weigh();
