@@ -1,5 +1,6 @@
 """Checkpoints of HRM's, TRM's and HRM-Text's own training code: read without running what they hold, written as safetensors."""
 
+import enum
 import os
 import pickle
 import re
@@ -134,8 +135,17 @@ _DCP_NAMES = {
 }
 
 
+def _enum_member(of: Any, name: Any) -> Any:
+    """Stands for the getattr by which Python 3.11.3 and before pickle a member of an enum: it finds nothing else."""
+    if isinstance(of, type) and issubclass(of, enum.Enum) and name in of.__members__:
+        return of[name]
+    raise pickle.UnpicklingError(f"it holds getattr of {name!r}")
+
+
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name in _DCP_NAMES.get(module, ()):

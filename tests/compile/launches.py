@@ -225,7 +225,7 @@ def lssa(
     from fastattn.ops.lssa.triton import softplus_attention
     from fastattn.ops.lssa.triton_backward import softplus_attention_backward
 
-    q, k, v, _, _, _, _, mask = attention_arguments(dtype=dtype, head_dim=64)
+    q, k, v, *_, mask = attention_arguments(dtype=dtype, head_dim=64)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         out, statistics = softplus_attention(q, k, v, power, mask)
         softplus_attention_backward(out, q, k, v, out, statistics, power, mask)
@@ -235,7 +235,7 @@ def lssa(
 def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[_triton.Launch]:
     from fastattn.ops.grouped import triton, triton_backward
 
-    q, k, v, _, _, scale, _, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    q, k, v, _, _, _, scale, *_, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
     signatures = empty(1, q.shape[2], dtype=torch.int64)
     options = (signatures, signatures, 128, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
@@ -249,7 +249,7 @@ def gated(
 ) -> list[_triton.Launch]:
     from fastattn.ops.gated import triton as kernels
 
-    q, k, v, _, _, scale, _, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
+    q, k, v, _, _, _, scale, *_, mask = attention_arguments(dtype=dtype, head_dim=head_dim)
     assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)
     options = (128, gate, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:

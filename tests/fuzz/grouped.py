@@ -19,6 +19,8 @@ OPS = ("grouped", "grouped", "gated", "reweighted", "sinkhorn", "signatures")
 
 def draw(rng: random.Random) -> dict:
     case = attention.draw(rng)
+    for option in ("softcap", "sink", "dropout_p"):  # of attention alone
+        case.pop(option, None)
     for name in ("score", "bias", "bias_dims", "bias_kind", "nan_padding", "lse_grad"):
         case.pop(name, None)
     case["op"] = rng.choice(OPS)

@@ -228,6 +228,15 @@ def test_nothing_in_a_file_is_run(tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match=r"it holds builtins\.print"):
         convert(folder, tmp_path / "ours")
+    encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+
+    class Reaching:  # older Pythons pickle an enum's member as a getattr, which must find nothing but members
+        def __reduce__(self):
+            return getattr, (encoding, "__subclasses__")
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Reaching()))
+    with pytest.raises(CheckpointError, match="it holds getattr of '__subclasses__'"):
+        convert(folder, tmp_path / "ours")
     (tmp_path / "step_2").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="step_2: "):
         convert(tmp_path, tmp_path / "ours")
