@@ -253,7 +253,7 @@ def example_call(example: Example, backend: str) -> tuple[Callable, tuple[torch.
         given = example.tensors | options | dict(zip(names, floating, strict=True))
         written = [] if example.gradients else [t.clone() for t in floating]
         given |= dict(zip(names, written, strict=False))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # of the CPU; a GPU's generator stays seeded
             torch.manual_seed(0)
             outputs = as_tuple(example.function(**given, backend=backend))
         return tuple(o if o.is_floating_point() else o.double() for o in (*outputs, *written))
