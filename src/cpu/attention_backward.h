@@ -64,10 +64,7 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   if (!Score::kNormalised) return;
   const Matrix out = matrix(p.out, s.batch, head, row);
   const auto statistic = [&](const Tensor& t) {
-    return (const float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
-  };
-  const auto of_row = [](const Tensor& t, const Sequence& s, int64_t head, int64_t i) {
-    return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + (s.q_begin + i) * t.stride[3];
+    return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
   };
   const float* lse = statistic(p.lse);
   for (int64_t i = 0; i < rows; i++) {
@@ -80,7 +77,7 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
     to.delta[first + i] = delta;
     if (p.grad_sink.data) {  // -delta is what the sink's score, whose value is 0, has as dS / P
       const double weight = nothing ? 0 : __builtin_exp(((const float*)p.sink.data)[head * p.sink.stride[3]] - z);
-      *of_row(p.grad_sink, s, head, first + i) = (float)(-weight * delta);
+      statistic(p.grad_sink)[i * p.grad_sink.stride[3]] = (float)(-weight * delta);
     }
     if (Score::kMaximum) {
       const RowState& state = *row_state(p.state, s, head, first + i);
@@ -109,6 +106,7 @@ struct BackwardBlock {
   Word *weights_t, *grads_t;         // P and dS (block_q / kStep, row), to contract rows
   Word* grads;                       // dS (block_q, row / kStep), to contract keys: grads_t's memory for floats
   float* weights;                    // P: weights_t's memory for floats, a strip of kStrip groups otherwise
+  bool apart;                        // whether slopes are not the weights, or have a sign for what was dropped
   float* slopes;                     // a strip, or the weights' memory where they are the slopes
   float* cap_slopes;                 // (row) of the soft cap, for one row
   RowRanges ranges;
@@ -116,9 +114,7 @@ struct BackwardBlock {
   static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
   // Where weights and slopes have the first row of group g.
   static int64_t weight_row(int64_t g) { return (kPairs ? g % kStrip : g) * kRows; }
-  int64_t slope_row(int64_t g) const { return apart(problem) ? g % kStrip * kRows : weight_row(g); }
-  // Whether slopes are other numbers than the weights, or have their sign for what was dropped.
-  static bool apart(const Problem& problem) { return Score::kSlope || problem.p.softcap > 0 || problem.dropout.on(); }
+  int64_t slope_row(int64_t g) const { return apart ? g % kStrip * kRows : weight_row(g); }
 
   // Takes every buffer from the arena and touches none.
   BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
@@ -136,7 +132,8 @@ struct BackwardBlock {
         grads_t(arena.take<Word>(block_q / kStep * row)),
         grads(kPairs ? arena.take<Word>(block_q / kStep * row) : grads_t),
         weights(kPairs ? arena.take<float>(kStrip * kRows * row) : (float*)weights_t),
-        slopes(apart(problem) ? arena.take<float>(kStrip * kRows * row) : weights),
+        apart(Score::kSlope || problem.p.softcap > 0 || problem.dropout.on()),
+        slopes(apart ? arena.take<float>(kStrip * kRows * row) : weights),
         cap_slopes(arena.take<float>(problem.p.softcap > 0 ? row : 0)),
         ranges(block_q, arena) {}
 

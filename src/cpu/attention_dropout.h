@@ -8,6 +8,7 @@
 
 #include "attention_mask.h"
 #include "convert.h"
+#include "limits.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -19,7 +20,7 @@ struct Dropout {
 
   explicit Dropout(const AttentionParams& p) : dropped((uint32_t)p.dropped), scale(1), key{}, offset(0) {
     if (!on()) return;
-    scale = dropped < 65536 ? 65536.0f / (65536 - dropped) : 0.0f;
+    scale = dropped < limits::dropped ? float(limits::dropped) / (limits::dropped - dropped) : 0.0f;
     const uint64_t *state = (const uint64_t*)p.rng.data, seed = state[0], at = state[1];
     key[0] = (uint32_t)seed;
     key[1] = uint32_t(seed >> 32) ^ uint32_t(at >> 32);

@@ -294,7 +294,7 @@ inline void check_options(const Checks& c, const AttentionParams& p) {
     c.require(p.q.dtype != DType::f32, "residual", "is of 16-bit outputs");
     c.like("residual", p.residual, p.out);
   }
-  c.in("dropped", p.dropped, 0, 65536);
+  c.in("dropped", p.dropped, 0, limits::dropped);
   if (p.dropped > 0) c.contiguous("rng", p.rng, {1, 1, 1, 2}, DType::i64);
   if (p.sink.data) {
     c.require(p.score == 0, "sink", "goes with softmax");

@@ -5,10 +5,11 @@ import math
 import torch
 
 from ... import masks
-from ...runtime import checks
+from ...runtime import checks, native
 from .scores import BY_CODE, has_residual
 
-ALL_DROPPED = 1 << 16  # dropout keeps a weight by a number of 16 bits
+ALL_DROPPED = native.limits.dropped  # dropout keeps a weight by a number of 16 bits
+WANTS_BIAS, WANTS_SINK = 1, 2  # bits of `wanted`, the gradients that a backward is asked for
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -9,10 +9,10 @@ from ...masks import NO_MASK_ARGS, MaskArgs
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
+from .checks import WANTS_BIAS, WANTS_SINK
 from .scores import BY_CODE, has_residual
 
 _LARGEST_HEAD_DIM = native.limits.head_dim
-_WANTS_BIAS, _WANTS_SINK = 1, 2  # bits of `wanted`
 _LEAST_CAP, _MOST_CAP = 1e-30, 1e30  # a quotient by it stays a float32
 _LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
 
@@ -67,7 +67,7 @@ def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng
 
 def refusal_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest) -> str | None:
     *options, wanted = rest
-    if wanted & _WANTS_BIAS:
+    if wanted & WANTS_BIAS:
         return "it does not differentiate a tensor bias"
     return refusal(q, k, v, bias, sink, *options)
 
@@ -211,7 +211,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     normalised = BY_CODE[score].normalised
     # what the forward decoded has products of other roundings than tiles have
     decoded = configure(q, k, v, bias, sink, score).values["decode_rows"]
-    of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & _WANTS_SINK else None
+    of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
     _call(
         "attention_backward",
         lookup("attention_backward", q, k, v, score=BY_CODE[score].name),

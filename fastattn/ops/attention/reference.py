@@ -6,6 +6,7 @@ import torch
 
 from ... import masks
 from ...runtime.arithmetic import residual_of, widened
+from .checks import ALL_DROPPED
 from .scores import BY_CODE, has_residual
 
 # below it e^s is log(1 + e^s) to a factor of 1 - e^-38 / 2, closer than float64's roundings; not much above it, as float32's
@@ -13,7 +14,7 @@ from .scores import BY_CODE, has_residual
 LIMIT_SCORE = -38.0
 
 
-_ALL, _WORD = 1 << 16, (1 << 32) - 1
+_WORD = (1 << 32) - 1
 
 
 def attention(*members) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +108,7 @@ def dropout(weight: torch.Tensor, dropped: int, rng: torch.Tensor | None) -> tor
     """The weights (B, H, Lq, Lk) that `kept` keeps, scaled up by the share of them; the others become 0."""
     if not dropped:
         return weight
-    scale = _ALL / (_ALL - dropped) if dropped < _ALL else 0.0
+    scale = ALL_DROPPED / (ALL_DROPPED - dropped) if dropped < ALL_DROPPED else 0.0
     return (weight * scale).masked_fill(~kept(weight.shape, dropped, rng), 0.0)
 
 

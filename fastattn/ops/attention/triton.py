@@ -8,11 +8,11 @@ from ...runtime import tuning
 from ...runtime.triton import load_tile, offset, pairs, rows
 from . import triton_decode
 from .triton_classes import tile_classes
+from .triton_options import drawn_rows
 from .triton_problem import Problem, refusal  # noqa: F401  the latter is what the schema asks
 from .triton_tiles import (
     Attended,
     attend,
-    drawn_rows,
     exponent_of,
     finish,
     place,

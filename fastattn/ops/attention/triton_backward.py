@@ -8,20 +8,18 @@ import triton.language as tl
 
 from ...runtime import triton as _triton
 from ...runtime.triton import LOG2E, Line, dot, offset, pairs, rows
+from .checks import WANTS_BIAS, WANTS_SINK
 from .triton_classes import tile_classes
+from .triton_options import Drawn, cap_slope, drawn_rows, kept_pairs
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
-    Drawn,
     Factors,
     Tiles,
     address,
     allowed_pairs,
-    cap_slope,
     column_elements,
-    drawn_rows,
     exponent_of,
-    kept_pairs,
     key_passes,
     key_tile,
     load_keys,
@@ -371,7 +369,7 @@ def configure(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual
 
 def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):
     *options, wanted = rest
-    wants_bias, wants_sink = wanted & 1, wanted & 2
+    wants_bias, wants_sink = wanted & WANTS_BIAS, wanted & WANTS_SINK
     p = Problem.of(q, k, v, bias, sink, *options)
     grad_out = _triton.last_dim_contiguous(grad_out)
     delta = state

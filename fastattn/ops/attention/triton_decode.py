@@ -6,12 +6,12 @@ import triton.language as tl
 
 from ...runtime import triton as _triton
 from ...runtime.triton import offset
+from .triton_options import drawn_rows
 from .triton_tiles import (
     Attended,
     Edges,
     address,
     attend,
-    drawn_rows,
     finish,
     key_interval,
     place,

@@ -13,7 +13,8 @@ from ...runtime.triton import LOG2E, Constants, constants, encoded_count, pairs,
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .checks import ALL_DROPPED
 from .scores import BY_CODE, SCORES, has_residual
-from .triton_tiles import Cap, Drop, Factors, MaskOperand
+from .triton_options import Cap, Drop
+from .triton_tiles import Factors, MaskOperand
 
 
 @cache

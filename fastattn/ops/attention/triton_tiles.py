@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ...runtime.triton import LN2, LOG2E, Line, decoded_count, dot, load_rows, offset, store_tile
+from .triton_options import Cap, Drawn, kept_pairs, tanh_parts
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -29,33 +30,6 @@ class MaskOperand(NamedTuple):
     cu_seqlens_q: tl.tensor
     cu_seqlens_k: tl.tensor
     key_lengths: tl.tensor
-
-
-class Cap(NamedTuple):
-    """A soft cap: scores size * tanh(product * inner)."""
-
-    inner: tl.tensor
-    size: tl.tensor
-
-
-class Drop(NamedTuple):
-    """Dropout, as a kernel takes it."""
-
-    rng: tl.tensor  # int64 (2,), seed and offset
-    dropped: tl.tensor  # of 65536 weights, a float
-    scale: tl.tensor  # of those that are kept
-
-
-class Drawn(NamedTuple):
-    """What dropout draws for rows (M,) of one pass over their keys."""
-
-    seed: tl.tensor
-    offset: tl.tensor
-    dropped: tl.tensor
-    scale: tl.tensor
-    plane: tl.tensor  # (M,) batch * heads + head
-    row: tl.tensor  # (M,)
-    key: tl.tensor  # the first one of the sequence
 
 
 class Factors(NamedTuple):
@@ -354,76 +328,11 @@ def add_bias(s, bias, columns, end, count):
 
 
 @triton.jit
-def _tanh_parts(products, cap):
-    """(tanh(y), 1 - tanh(y)^2) of y = products * cap.inner, neither from a difference of nearly equal numbers."""
-    y = products * cap.inner
-    z = y * y
-    small = -0.3333329856 + z * (
-        0.1333195865 + z * (-0.0537866801 + z * (0.02080537379 + z * -0.005905856844))
-    )
-    small = y + y * z * small
-    e = tl.exp2(tl.abs(y) * (-2.0 * _LOG2E))
-    large = (1.0 - e) / (1.0 + e)
-    large = tl.where(y < 0, -large, large)
-    near = tl.abs(y) < 0.6
-    slope = tl.where(near, 1.0 - small * small, 4.0 * e / ((1.0 + e) * (1.0 + e)))
-    return tl.where(near, small, large), slope
-
-
-@triton.jit
-def cap_slope(products, cap):
-    """What the gradient of a capped score is multiplied by."""
-    _, slope = _tanh_parts(products, cap)
-    return slope
-
-
-@triton.jit
-def drawn_rows(drop, plane, row, key):
-    """What dropout draws for rows (M,) of a sequence whose keys start at `key`; None where there is none."""
-    drawn = drop
-    if drop is not None:
-        seed, at = tl.load(drop.rng), tl.load(drop.rng + 1)
-        seed = seed ^ ((at >> 32) << 32)
-        drawn = Drawn(
-            seed, (at & 0xFFFFFFFF).to(tl.uint32), drop.dropped, drop.scale, row * 0 + plane, row, key
-        )
-    return drawn
-
-
-@triton.jit
-def kept_pairs(drawn, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """(M, COLUMNS) bool: the weights of keys from `first` on that dropout keeps, as `reference.kept` says it.
-
-    ALIGNED: the first key is a multiple of 8 among all, so that one draw serves eight keys.
-    """
-    if ALIGNED:
-        groups = (drawn.key + first) // 8 + tl.arange(0, COLUMNS // 8)
-    else:
-        keys = drawn.key + first + tl.arange(0, COLUMNS)
-        groups = keys // 8
-    zero = (drawn.row[:, None] * 0 + groups[None, :] * 0).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        drawn.seed, zero + groups[None, :].to(tl.uint32), zero + drawn.row[:, None].to(tl.uint32),
-        zero + drawn.plane[:, None].to(tl.uint32), zero + drawn.offset,
-    )  # fmt: skip
-    if ALIGNED:
-        # key 8g + t has the half t // 4 of word t % 4
-        even = tl.join(tl.join(w0 & 0xFFFF, w0 >> 16), tl.join(w2 & 0xFFFF, w2 >> 16))
-        odd = tl.join(tl.join(w1 & 0xFFFF, w1 >> 16), tl.join(w3 & 0xFFFF, w3 >> 16))
-        number = tl.reshape(tl.join(even, odd), (w0.shape[0], COLUMNS))
-    else:
-        t = (keys % 8)[None, :]
-        word = tl.where(t % 4 == 0, w0, tl.where(t % 4 == 1, w1, tl.where(t % 4 == 2, w2, w3)))
-        number = tl.where(t < 4, word & 0xFFFF, word >> 16)
-    return number.to(tl.float32) >= drawn.dropped
-
-
-@triton.jit
 def tile_scores(products, bias, columns, end, count, factors, SHIFTED: tl.constexpr):
     """Scores of products q.k: in base 2; where the row maximum is to be taken off, the products themselves, or with a tensor bias
     the scores in base e, so that the difference is exact."""
     if factors.cap is not None:
-        products, _ = _tanh_parts(products, factors.cap)
+        products, _ = tanh_parts(products, factors.cap)
         products = products * factors.cap.size
     if SHIFTED:
         if bias is not None:

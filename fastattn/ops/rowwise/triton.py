@@ -143,9 +143,10 @@ def _token(t, batch, row):
 
 @triton.jit
 def _rotate(
-    x, out, heads, half, cos, sin, cos2, sin2, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr
+    x, out, heads, half, left_angle, right_angle, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
-    """All heads of one token rotated from x to out: halves, or pairs; cos2 and sin2 are of the second of each two."""
+    """All heads of one token rotated from x to out: halves, or pairs, whose first has the (cos, sin) of left_angle."""
+    (cos, sin), (cos2, sin2) = left_angle, right_angle
     at = tl.arange(0, BLOCK_D)
     place, second = at, half
     if INTERLEAVED:
@@ -190,10 +191,8 @@ def _rotary_tables_kernel(
         _token(q_out, batch, row),
         heads,
         half,
-        c1,
-        s1,
-        c2,
-        s2,
+        (c1, s1),
+        (c2, s2),
         INTERLEAVED,
         BLOCK_D,
         BLOCK_H,
@@ -203,10 +202,8 @@ def _rotary_tables_kernel(
         _token(k_out, batch, row),
         kv_heads,
         half,
-        c1,
-        s1,
-        c2,
-        s2,
+        (c1, s1),
+        (c2, s2),
         INTERLEAVED,
         BLOCK_D,
         BLOCK_H,
@@ -237,10 +234,8 @@ def _rotary_kernel(
         _token(q_out, batch, row),
         heads,
         half,
-        cos,
-        sin,
-        cos,
-        sin,
+        (cos, sin),
+        (cos, sin),
         INTERLEAVED,
         BLOCK_D,
         BLOCK_H,
@@ -250,10 +245,8 @@ def _rotary_kernel(
         _token(k_out, batch, slot),
         kv_heads,
         half,
-        cos,
-        sin,
-        cos,
-        sin,
+        (cos, sin),
+        (cos, sin),
         INTERLEAVED,
         BLOCK_D,
         BLOCK_H,
