@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ MAX_PRODUCT = 1 << 20  # a space larger than this is a mistake in its declaratio
 
 Shape = Mapping[str, Any]  # what a workload makes inputs from: strings, numbers and bools, nothing else
 Config = dict[str, Value]
+DTYPES = ("float32", "bfloat16", "float16")  # of the calls that are tuned
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,45 @@ def _of_example(module: ModuleType, name: str, example: Example, op: str, backen
         devices=("cpu" if backend == "cpu" else "cuda",),
         check_shape=lambda shape: {**shape, "large": False},
     )
+
+
+def with_fields(workload: Workload, given: Mapping[str, Any], target: Target, command: str = "tune") -> Shape:
+    """The workload's first shape with the given fields in place of its own; key heads are as many as heads where only those are
+    given. ValueError for a field that it has not, or a value of another kind."""
+    shapes = list(workload.shapes("quick", target)) or list(workload.shapes("full", target))
+    first = dict(shapes[0])
+    for name, value in given.items():
+        if name not in first:
+            near = get_close_matches(name, first, n=1)
+            mean = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"{command}: {workload.name} has no field {name!r}; it has {', '.join(first)}{mean}"
+            )
+        check_field(name, value, first[name], command)
+    same = {"kv_heads": given["heads"]} if "heads" in given and "kv_heads" in first else {}
+    return {**first, **same, **given}
+
+
+def lacks(workload: Workload, given: Sequence[Mapping[str, Any]], target: Target) -> str:
+    """The first given field that the workload's shapes do not have, or ""."""
+    shapes = list(workload.shapes("quick", target)) or list(workload.shapes("full", target))
+    return next((name for fields in given for name in fields if name not in shapes[0]), "")
+
+
+def check_field(name: str, value: Any, usual: Any, command: str = "tune") -> None:
+    """ValueError unless a field's value is of the kind that it usually has."""
+    if isinstance(usual, bool):
+        wanted, good = "true or false", isinstance(value, bool)
+    elif isinstance(usual, int):
+        wanted, good = "a whole number from 1 on", type(value) is int and value >= 1
+    elif name == "dtype":
+        wanted, good = ", ".join(DTYPES), value in DTYPES
+    else:
+        wanted, good = f"a name such as {usual}", isinstance(value, str)
+    if not good:
+        near = get_close_matches(str(value), DTYPES, n=1) if name == "dtype" else []
+        mean = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{command}: {name} is {value!r}, expected {wanted}{mean}")
 
 
 @dataclass(frozen=True)

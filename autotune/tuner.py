@@ -119,8 +119,15 @@ def plan(
             f"tune: nothing to tune for {unknown[0]} on {kind}; there is {', '.join(sorted(able))}"
         )
     target, failures, queues = None, {}, []
-    for name, (module, workload) in sorted(able.items(), key=lambda item: -item[1][1].worth):
-        if ops and name not in ops and workload.op not in ops:
+    asked = {name: found for name, found in able.items() if not ops or name in ops or found[1].op in ops}
+    if shapes:
+        _check_shapes(
+            [workload for _, workload in asked.values()], shapes, _device.target(worker.device), bool(ops)
+        )
+    for name, (module, workload) in sorted(asked.items(), key=lambda item: -item[1][1].worth):
+        lacking = space.lacks(workload, shapes, _device.target(worker.device)) if shapes else ""
+        if lacking:
+            failures[name] = f"has no field {lacking}"
             continue
         request = {"module": module, "name": name, "effort": effort, "given": list(shapes) or None}
         try:
@@ -135,6 +142,21 @@ def plan(
     turns = itertools.zip_longest(*queues)
     buckets = [one for turn in turns for one in turn if one is not None]
     return buckets, failures, target or _device.target(worker.device)
+
+
+def _check_shapes(
+    workloads: Sequence[space.Workload], shapes: Sequence[dict], target: _device.Target, named: bool
+) -> None:
+    """ValueError for a value of the wrong kind, or a field that no op has; of ops that were asked for by name, that one has not."""
+    able = [one for one in workloads if not space.lacks(one, shapes, target)]
+    for workload in able or workloads:
+        for fields in shapes:
+            space.with_fields(workload, fields, target)
+    if named and len(able) < len(workloads):
+        other = next(one for one in workloads if one not in able)
+        raise ValueError(
+            f"tune: {other.name} has no field {space.lacks(other, shapes, target)!r}; --ops names it"
+        )
 
 
 def tune(

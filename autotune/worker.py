@@ -166,23 +166,16 @@ class Server:
         from fastattn.autotune import measure, space
 
         from fastattn.runtime import device as _device
-        from fastattn.runtime import tuning
 
         workload = space.load_workloads([module])[name][1]
         target = _device.target(self.device)
         shapes = [dict(shape) for shape in workload.shapes(effort, target)]
         if given:
-            shapes = shapes or list(workload.shapes("full", target))
-            shapes = _replace_fields(shapes, given, name)
+            shapes = [space.with_fields(workload, fields, target) for fields in given]
         calls = []
         for shape in shapes:
-            case = measure.Case(workload, shape, torch.device(self.device), 0)
-            with tuning.watch() as seen:
-                case.run()
-            keys = [look for look in seen if (look.op, look.backend) == (workload.op, workload.backend)]
-            if not keys:
-                raise Failure("error", f"{name}: the call with {shape} never looked its configuration up")
-            calls.append([shape, keys[0].structural, keys[0].sizes])
+            look = measure.looked_up(workload, shape, torch.device(self.device))
+            calls.append([shape, look.structural, look.sizes])
         return {"target": target.describe(), "calls": calls}
 
     def open(self, module: str, name: str, shapes: list[dict], seed: int, default: dict) -> None:
@@ -206,19 +199,6 @@ class Server:
 
     def agree(self, config: dict) -> None:
         self.bench.agree(config)
-
-
-def _replace_fields(shapes: list[dict], given: list[dict], name: str) -> list[dict]:
-    """The first shape with the given fields in place of its own, once for each set of them; key heads are as many as heads
-    where only those are given."""
-    replaced = []
-    for fields in given:
-        unknown = sorted(set(fields) - set(shapes[0]))
-        if unknown:
-            raise Failure("error", f"{name}: shape has no field {unknown[0]}; it has {', '.join(shapes[0])}")
-        same = {"kv_heads": fields["heads"]} if "heads" in fields and "kv_heads" in shapes[0] else {}
-        replaced.append({**shapes[0], **same, **fields})
-    return replaced
 
 
 def reason_of(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import typer
 
+HELP = {"help_option_names": ["-h", "--help"]}  # of every command
+
 # Mistakes a person can mend: shown as one line. Anything else is a bug and keeps its traceback.
 _EXPECTED = (ValueError, NotImplementedError, OSError, ModuleNotFoundError)
 
@@ -19,9 +21,9 @@ def build_app() -> typer.Typer:
         name="fastattn",
         help="Train and run small models on fastattn's ops, tune its kernels, and see what a machine gets.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
+        context_settings=HELP,
     )
     app.callback()(_options)
     for module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
@@ -72,7 +74,12 @@ def _show_version(wanted: bool) -> None:
 
 def _options(
     version: bool = typer.Option(
-        False, "--version", help="Show the version and exit.", is_eager=True, callback=_show_version
+        False,
+        "--version",
+        help="Show the version and exit.",
+        is_eager=True,
+        callback=_show_version,
+        metavar="",
     ),
 ) -> None:
     pass

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fastattn.cli._console import make_console
 from fastattn.runtime import files
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastattn.train.run import Run
     from fastattn.train.text import TrainConfig, Trainer
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console()
 
 # The model `train` makes when no --config is given: two stacks of one block, called eight times a token.
 SMALL_MODEL = {

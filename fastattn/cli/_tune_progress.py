@@ -17,6 +17,7 @@ from fastattn.autotune.report import duration, gain
 from fastattn.autotune.space import Bucket, Config
 from fastattn.autotune.study import Outcome
 from fastattn.autotune.tuner import BucketResult, Listener, Run
+from fastattn.cli._console import join
 
 
 class Progress(Listener):
@@ -95,8 +96,8 @@ def outcome(tuned: Sequence[BucketResult]) -> str:
     )
 
 
-def summary(console: Console, run: Run) -> None:
-    """Default against tuned for every bucket, and in a sentence what was gained."""
+def summary(console: Console, run: Run, load: str = "") -> None:
+    """Default against tuned for every bucket, and in a sentence what was gained. `load`: what was said of a busy machine before the run."""
     tuned = [result for result in run.results if result.comparison is not None]
     table = Table(
         title=f"{run.target.name}, {run.target.arch}", title_justify="left", box=None, pad_edge=False
@@ -117,11 +118,20 @@ def summary(console: Console, run: Run) -> None:
         )
     if tuned:
         console.print(table)
-    for name, reason in run.failures.items():
-        console.print(f"[yellow]{escape(name)} was not tuned: {escape(reason)}[/yellow]")
-    if run.skipped:
+    for reason in dict.fromkeys(run.failures.values()):
+        names = [name for name, other in run.failures.items() if other == reason]
+        console.print(f"[yellow]not tuned: {escape(join(names))}: {escape(reason)}[/yellow]")
+    if run.skipped and run.results:
         console.print(
-            f"[yellow]{len(run.skipped)} buckets were not begun for want of time (--budget)[/yellow]"
+            f"[yellow]{len(run.skipped)} buckets were not begun for want of time: give a longer --budget, or run it again[/yellow]"
+        )
+    elif run.skipped:
+        console.print(
+            f"[yellow]Nothing was tuned: starting up took {run.seconds:.0f} s, all of --budget. Give a minute or more.[/yellow]"
+        )
+    if load:
+        console.print(
+            f"[yellow]{load}: fewer buckets are reached, and small gains cannot be told from noise[/yellow]"
         )
     trials = sum(len(result.trials) for result in run.results)
     known = sum(result.inherited for result in run.results)

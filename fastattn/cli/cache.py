@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fastattn.cli._console import NARROW, flag, join, json_text, make_console
+
+_Json = Annotated[bool, flag("--json", "Print JSON, for programs.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 _File = Annotated[Path, typer.Argument()]
 _Ops = Annotated[list[str] | None, typer.Argument(help="Ops, such as attention; all by default.")]
@@ -25,10 +28,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(cache, name="cache")
 
 
-def show(ops: _Ops = None, device: _Device = "cpu") -> None:
+def show(ops: _Ops = None, device: _Device = "cpu", json: _Json = False) -> None:
     """Show every entry of every table that serves a device, best table first."""
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     from fastattn.autotune.table import every_entry
     from fastattn.runtime import device as _device
@@ -37,11 +42,28 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
     console = _console()
     tuning.tunings()
     target = _device.present(device, "cache")
+    found = (*tables.tables(target), *tables.relatives(target))
+    if json:
+        kept = [
+            {
+                "table": str(source),
+                "made_for": table["device"],
+                "entries": [
+                    {"op": op, "backend": backend, **entry}
+                    for op, backend, entry in every_entry(table)
+                    if not ops or op in ops or f"{op}.{backend}" in ops
+                ],
+            }
+            for source, table in found
+        ]
+        print(json_text({"device": target.describe(), "tables": kept}))
+        return
     console.print(f"{target.name}, {target.arch}, {target.units} units", markup=False)
-    shown = False
-    for source, table in (*tables.tables(target), *tables.relatives(target)):
+    shown, narrow = False, console.width < NARROW
+    for source, table in found:
         made_for = "" if target.matches(table["device"]) else f" (made for {_made_for(table)})"
-        rows = Table(title=escape(_plain(source + made_for)), title_justify="left", box=None, pad_edge=False)
+        rows = Table(box=None, pad_edge=False)
+        heading = _plain(source + made_for)
         for name in ("op", "bucket", "configuration"):
             rows.add_column(name, overflow="fold")
         for name in ("time", "gain", "spread"):
@@ -50,9 +72,17 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
             if not ops or op in ops or f"{op}.{backend}" in ops:
                 bucket = f"{_fields(entry.get('key'))} {_fields(entry.get('sizes'))}"
                 cells = (f"{op}.{backend}", bucket, _fields(entry.get("config")), *_figures(entry))
-                rows.add_row(*(escape(_plain(cell)) for cell in cells))
+                shown = True
+                if heading:
+                    console.print(heading, markup=False, soft_wrap=True)
+                    heading = ""
+                if narrow:
+                    console.print(_plain(f"{cells[0]}  {' '.join(filter(None, cells[3:]))}"), markup=False)
+                    for cell in cells[1:3]:
+                        console.print(Padding(Text(_plain(cell)), (0, 0, 0, 2)))
+                else:
+                    rows.add_row(*(escape(_plain(cell)) for cell in cells))
         if rows.row_count:
-            shown = True
             console.print(rows)
     if not shown:
         console.print("no tuned entries: built-in defaults are in use (fastattn tune makes some)")
@@ -61,7 +91,10 @@ def show(ops: _Ops = None, device: _Device = "cpu") -> None:
 def why(
     op: Annotated[str, typer.Argument(help="op.backend, such as attention.cpu.")],
     key: Annotated[
-        list[str] | None, typer.Argument(help="The key's fields, such as dtype=bfloat16 length=512.")
+        list[str] | None,
+        typer.Argument(
+            help="Fields as `tune --shapes` takes them, such as dtype=bfloat16 length=512; others are tune's."
+        ),
     ] = None,
     device: _Device = "cpu",
 ) -> None:
@@ -83,13 +116,12 @@ def why(
         raise ValueError(f"cache why: no tuned op {op}; there is {', '.join(close)}")
     declaration, target = declared[name, backend], _device.present(device, "cache")
     given = fields_of(" ".join(key), "cache why: the key is") if key else {}
-    wanted = (*declaration.structural, *declaration.sizes)
-    if given.keys() != set(wanted):
-        raise ValueError(
-            f"cache why: {name}.{backend} needs the fields {' '.join(f'{one}=...' for one in wanted)}"
-        )
-    structural = {field: given[field] for field in declaration.structural}
-    sizes = {field: given[field] for field in declaration.sizes}
+    if given.keys() == {*declaration.structural, *declaration.sizes}:
+        structural = {field: given[field] for field in declaration.structural}
+        sizes = {field: given[field] for field in declaration.sizes}
+    else:
+        structural, sizes = _key_of(f"{name}.{backend}", given, target)
+        console.print(f"{_fields(structural)} {_fields(sizes)}", markup=False, soft_wrap=True)
     choice = tuning.lookup(name, backend, structural=structural, sizes=sizes, device=target)
     console.print(f"{_fields(choice.values)}  from {_plain(choice.source)}", markup=False)
     sources = dict(tables.tables(target))
@@ -114,6 +146,23 @@ def why(
             )
 
 
+def _key_of(name: str, given: dict, target: Any) -> tuple[dict, dict]:
+    """The key that a call of tune's has, whose fields are given in part: it is made and asked what it looked up."""
+    import torch
+
+    from fastattn.autotune import measure, space
+
+    found = space.load_workloads(space.workload_modules()).get(name)
+    if found is None or target.kind not in found[1].devices:
+        raise ValueError(
+            f"cache why: {name} has no call to try on {target.kind}; give the key of one, every field of it"
+        )
+    workload = found[1]
+    shape = space.with_fields(workload, given, target, "cache why")
+    look = measure.looked_up(workload, shape, torch.device(target.kind))
+    return look.structural, look.sizes
+
+
 def _made_for(table: dict) -> str:
     device = table["device"]
     return f"{device.get('name')}, {device.get('units')} units"
@@ -122,7 +171,7 @@ def _made_for(table: dict) -> str:
 def verify(
     device: _Device = "cpu",
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time every entry against the default again (20 rounds).")
+        bool, flag("--measure", "Time every entry against the default again (20 rounds).")
     ] = False,
     rounds: Annotated[int, typer.Option(help="Rounds of --measure.")] = 20,
 ) -> None:
@@ -188,20 +237,29 @@ def import_(path: _File) -> None:
 def clear(
     ops: _Ops = None,
     device: _Device = "cpu",
-    trials: Annotated[bool, typer.Option("--trials", help="Forget the measured trials as well.")] = False,
+    trials: Annotated[bool, flag("--trials", "Forget the measured trials as well.")] = False,
+    yes: Annotated[bool, flag("--yes", "Do not ask.")] = False,
 ) -> None:
     """Remove your tuned entries for a device, those of the named ops or all of them; shipped tables stay."""
-    from fastattn.autotune.table import remove, user_path
+    from fastattn.autotune.table import every_entry, remove, user_path
     from fastattn.runtime import device as _device
     from fastattn.runtime import tables
 
     target = _device.present(device, "cache")
-    removed = remove(user_path(target), target, ops or ())
-    if trials:
-        for file in (tables.cache_dir() / "studies").glob(f"{target.slug}.journal*"):
-            removed = True
-            file.unlink()
-    _console().print("removed" if removed else "there was nothing to remove")
+    table = tables.read_table(user_path(target), target)
+    entries = sum(not ops or op in ops for op, *_ in every_entry(table)) if table else 0
+    journals = sorted((tables.cache_dir() / "studies").glob(f"{target.slug}.journal*")) if trials else []
+    of = f" ({join(ops)})" if ops else ""
+    what = join([f"{entries} tuned entries{of}"] * bool(entries) + ["every measured trial"] * bool(journals))
+    if not what:
+        _console().print("there was nothing to remove")
+        return
+    if not yes:
+        typer.confirm(f"Remove {what} for {target.name} from {tables.cache_dir()}?", abort=True)
+    remove(user_path(target), target, ops or ())
+    for file in journals:
+        file.unlink()
+    _console().print(f"removed {what}", markup=False)
 
 
 def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
@@ -228,9 +286,7 @@ def _measure(console: Any, target: Any, device: str, rounds: int) -> int:
 
 
 def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
+    return make_console(soft_wrap=False)
 
 
 def _fields(values: Any) -> str:

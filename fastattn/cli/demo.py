@@ -1,5 +1,6 @@
 """`fastattn demo`: what `make demo` runs once the package is installed."""
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,8 @@ def demo(
     from fastattn.train.data.tokenizer import Tokenizer
     from fastattn.train.text import TrainConfig
 
+    if not 0 < minutes < math.inf:  # before the data is made
+        raise ValueError(f"--minutes is {minutes}; it must be positive, such as --minutes 4")
     console, began = _run.console, time.monotonic()
     _head(1, "data: questions about Python's standard library, answered by its documentation")
     examples, held_out = stdlib.build()

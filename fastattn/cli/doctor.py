@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastattn.cli._console import NARROW, busy, flag, json_text
 
 if TYPE_CHECKING:
     from fastattn.runtime.examples import Example
@@ -17,46 +19,91 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor() -> None:
+def doctor(
+    json: Annotated[bool, flag("--json", "Print JSON, for programs.")] = False,
+) -> None:
     """Show the device, the versions, which backend serves each op, the tuned tables in use, and what is slow.
 
     Nothing is run or changed: each op is only asked which kernel it would take.
     """
     import torch
-    from rich.table import Table
+
+    from fastattn.cli._environment import environment, versions
+
+    devices = {
+        device: _backends(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+    }
+    missing = [name for name, version in versions() if not version]
+    if json:
+        facts = {"environment": dict(environment()), "not_installed": missing, "devices": devices}
+        print(json_text(facts | {"why_not_fast": _hints()}))
+        return
+    _show_facts(environment(), missing)
+    for device, found in devices.items():
+        _show_device(device, found)
+
+
+def _backends(device: str) -> dict[str, Any]:
+    """{"ops": {op: {dtype: backend, "gradients": backend}}, "tables": {file: ops}, "reasons": [...]} of a device."""
+    import torch
 
     import fastattn
-    from fastattn.cli._environment import environment, versions
-    from fastattn.cli._run import console
     from fastattn.runtime.examples import examples
 
-    facts = Table.grid(padding=(0, 3))
-    for name, value in environment():
-        facts.add_row(f"[dim]{name}[/dim]", value)
-    console.print(facts)
-    missing = [name for name, version in versions() if not version]
+    reasons: dict[str, list[str]] = {}
+    calls = {dtype: examples(getattr(torch, dtype), device) for dtype in _DTYPES}
+    ops = {}
+    for name in filter(fastattn.__all__.__contains__, calls[_DTYPES[0]]):
+        served = [_served(name, calls[dtype][name]) for dtype in _DTYPES]
+        ops[name] = dict(zip(_DTYPES, (text for text, _ in served), strict=True))
+        ops[name]["gradients"] = _gradients(name, calls[_DTYPES[0]][name], device)
+        for why in dict.fromkeys(why for _, why in served if why):
+            reasons.setdefault(why, []).append(name)
+    said = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+    return {"ops": ops, "tables": _tables_in_use(device), "reasons": said}
+
+
+def _show_facts(facts: list[tuple[str, str]], missing: list[str]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fastattn.cli._run import console
+
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(escape(name), escape(value))
+    console.print(grid)
     if missing:
         console.print(f"[dim]not installed:[/dim] {', '.join(missing)}")
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        table = Table(title=f"\nbackends on {device}", title_justify="left")
+
+def _show_device(device: str, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from fastattn.cli._run import console
+
+    title = f"\nbackends on {device}"
+    if console.width < NARROW:
+        console.print(f"{title} (float32, bfloat16, float16; gradients)")
+        for name, served in found["ops"].items():
+            *kinds, gradients = served.values()
+            one = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
+            console.print(f"- {name}: {one}; {gradients}", markup=False)
+    else:
+        table = Table(title=title, title_justify="left")
         for column in ("op", *_DTYPES, "gradients"):
             table.add_column(column, overflow="fold")  # whole names on a narrow terminal
-        reasons: dict[str, list[str]] = {}
-        calls = {dtype: examples(getattr(torch, dtype), device) for dtype in _DTYPES}
-        for name in filter(fastattn.__all__.__contains__, calls[_DTYPES[0]]):
-            served = [_served(name, calls[dtype][name]) for dtype in _DTYPES]
-            table.add_row(
-                name, *(text for text, _ in served), _gradients(name, calls[_DTYPES[0]][name], device)
-            )
-            for why in dict.fromkeys(why for _, why in served if why):
-                reasons.setdefault(why, []).append(name)
+        for name, served in found["ops"].items():
+            table.add_row(name, *served.values())
         console.print(table)
-        _print_tables(console, device)
-        console.print("\n[bold]why something is not fast[/bold]")
-        for line in [*_hints(), *(f"{', '.join(names)}: {why}" for why, names in reasons.items())]:
-            console.print(f"- {line}", markup=False)
+    console.print("tuned tables in use:" if found["tables"] else "tuned tables in use: none")
+    for source, ops in found["tables"].items():
+        console.print(f"  {source}: {', '.join(ops)}", markup=False)
+    console.print("\n[bold]why something is not fast[/bold]")
+    for line in (*_hints(), *found["reasons"]):
+        console.print(f"- {line}", markup=False)
 
 
 def _served(name: str, example: Example) -> tuple[str, str]:
@@ -86,16 +133,18 @@ def _gradients(name: str, example: Example, device: str) -> str:
     return next(b.name for b in backends if b.devices is None or device in b.devices)
 
 
-def _print_tables(console: Any, device: str) -> None:
+def _tables_in_use(device: str) -> dict[str, list[str]]:
+    """{file: the ops in it} of the tuned tables that serve a device, best first."""
     from fastattn.runtime import device as _device
     from fastattn.runtime import tables as _tables
 
     target = _device.target(device)
-    tables = _tables.tables(target)
-    relatives = [(f"{source} (another {target.arch} device)", t) for source, t in _tables.relatives(target)]
-    console.print("tuned tables in use:" if tables or relatives else "tuned tables in use: none")
-    for source, table in (*tables, *relatives):
-        console.print(f"  {source}: {', '.join(table.get('ops', ()))}", markup=False)
+    own = {str(source): list(table.get("ops", ())) for source, table in _tables.tables(target)}
+    others = {
+        f"{source} (another {target.arch} device)": list(table.get("ops", ()))
+        for source, table in _tables.relatives(target)
+    }
+    return own | others
 
 
 def _hints() -> list[str]:
@@ -129,7 +178,5 @@ def _hints() -> list[str]:
             else "none is visible"
         )
         hints.append(f"no GPU: {kind}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 1.5 * target.units:
-        hints.append(f"the machine is busy: load {load:.1f} on {target.units} cores")
-    return hints
+    hints.append(busy(target.units))
+    return list(filter(None, hints))

@@ -51,6 +51,9 @@ def generate(
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder; `fastattn train` makes one")
     check_converted(model)
+    inside = [folder.parent for folder in sorted(model.glob("*/config.json"))]
+    if inside and not (model / "config.json").exists():
+        raise ValueError(f"{model}: is no model's folder, but has one in it; give --model {inside[0]}")
     if _run.model_type(model) == "hrm":
         raise ValueError(f"{model}: holds an HRM, which solves puzzles; only HRM-Text answers")
     tokenizer = Tokenizer.load(model)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from fastattn.cli._console import did_you_mean, flag
+
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
 _TEXT_ONLY = ("tokenizer", "held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
 _HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size", "eval_puzzles")
@@ -27,7 +29,9 @@ def train(
             "sudoku-9x9, or a folder in HRM's layout with train and test splits."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the model, its training state and report.html.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the model, its training state and report.html. Needed.")
+    ] = None,
     model: Annotated[str, typer.Option(help="hrm-text, or hrm: puzzles.")] = "hrm-text",
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps. Default: what --minutes allows.")
@@ -65,9 +69,9 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's choice.")] = None,
     resume: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--resume",
-            help="Continue the run in --output. It keeps its options: another value is refused, except for --threads.",
+            "Continue the run in --output. It keeps its options: another value is refused, except for --threads.",
         ),
     ] = False,
     init: Annotated[
@@ -151,6 +155,11 @@ def train(
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
     from fastattn.cli import _resume
 
+    _check_data(data, model)
+    if output is None:
+        raise ValueError(
+            "--output is missing: a folder for the model and its report, such as --output runs/first"
+        )
     for name in (*_HRM_ONLY, *_PUZZLE_VECTORS) if model == "hrm-text" else _TEXT_ONLY:
         if _resume.given_by_user(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
@@ -308,6 +317,17 @@ def train(
     _run.console.print(f"model in {output}, report in {path}")
     if ranks:
         training_ranks.end(0)
+
+
+def _check_data(data: str, model: str) -> None:
+    """Raises where --data is no file or folder, with what was probably meant."""
+    if data in _SUDOKU:
+        if model == "hrm-text":
+            raise ValueError(
+                f"--data {data} is for HRM: fastattn train --model hrm --data {data} --output DIR"
+            )
+    elif not Path(data).exists():
+        raise FileNotFoundError(f"{data}: no such file{did_you_mean(data, _SUDOKU, '--model hrm --data {}')}")
 
 
 def _leave(finished: bool) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastattn.cli._console import busy, make_console
 
 
 def register(app: typer.Typer) -> None:
@@ -75,14 +78,13 @@ def tune(
     for extra in ("optuna", "matplotlib"):  # told before a minute's work rather than after
         if importlib.util.find_spec(extra) is None and (extra == "optuna" or report is not None):
             raise ModuleNotFoundError(f"tune: {extra} is not installed: pip install 'fastattn[tune]'")
-    from rich.console import Console
-
-    console = Console()
+    console = make_console(soft_wrap=False)
     with console.status("starting"):
         from fastattn.autotune import tuner
         from fastattn.runtime import device as _device
 
         _device.present(device, "tune")
+        load = busy(os.cpu_count() or 1)  # before the run itself is the load
         from ._tune_progress import Progress, summary
     with Progress(console, started) as progress:
         run = tuner.tune(
@@ -97,7 +99,7 @@ def tune(
             listener=progress,
             started=started,
         )
-    summary(console, run)
+    summary(console, run, load)
     if report is not None:
         from fastattn.autotune.report import write
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from fastattn.autotune import space, worker
+from fastattn.autotune import space
 from fastattn.autotune import table as tables
 from planted import entry, table
 from typer.testing import CliRunner
@@ -25,9 +25,9 @@ def run(synthetic, monkeypatch):
     tune.register(app)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def command(*words):
+    def command(*words, input=None):
         _config.reload()
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        result = CliRunner().invoke(app, [str(word) for word in words], input=input)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.exit_code, result.output
@@ -67,10 +67,41 @@ def test_why(run, filled, target):
     assert (
         "more than the 2 that a tuned size reaches" in run("cache", "why", "planted.cpu", *KEY, "length=9")[1]
     )
-    with pytest.raises(ValueError, match=r"needs the fields dtype=\.\.\. head_dim=\.\.\. length=\.\.\."):
+    with pytest.raises(ValueError, match=r"planted\.cpu has no call to try on cpu; give the key of one"):
         run("cache", "why", "planted", *KEY)
     with pytest.raises(ValueError, match="no tuned op strange"):
         run("cache", "why", "strange")
+
+
+def test_why_takes_the_words_of_tune_and_its_defaults(run, filled, target, monkeypatch):
+    monkeypatch.setattr(space, "workload_modules", lambda: ["planted"])
+    code, text = run("cache", "why", "planted", "length=600")
+    key, _, rest = text.partition("\n")
+    assert code == 0 and key == "dtype=float32 head_dim=32 length=600"
+    assert rest.startswith(run("cache", "why", "planted", "dtype=float32", "head_dim=32", "length=600")[1])
+    with pytest.raises(
+        ValueError, match=r"cache why: planted\.cpu has no field 'lenght'; .* did you mean length"
+    ):
+        run("cache", "why", "planted", "lenght=600")
+
+
+def test_tables_as_json(run, filled, target):
+    shown = json.loads(run("cache", "show", "--json")[1])
+    assert shown["device"] == target.describe()
+    [one] = shown["tables"]
+    assert one["table"] == str(tables.user_path(target))
+    assert [(found["op"], found["config"]["tile"]) for found in one["entries"]] == [
+        ("planted", 64),
+        ("planted", 128),
+    ]
+    assert json.loads(run("cache", "show", "other", "--json")[1])["tables"][0]["entries"] == []
+
+
+def test_a_narrow_terminal_shows_whole_words(run, filled, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = run("cache", "show")[1]
+    assert "planted.cpu  750 µs 1.33× ± 1.0 %" in text
+    assert all(len(line) <= 40 or "/" in line for line in text.splitlines())
 
 
 def test_verify(run, filled, target):
@@ -86,10 +117,18 @@ def test_verify(run, filled, target):
 def test_export_clear_import(run, filled, target, tmp_path):
     path = tmp_path / "table.json"
     assert run("cache", "export", path)[0] == 0
-    assert run("cache", "clear", "planted")[1] == "removed\n"
+    assert "[y/N]" in run("cache", "clear", "planted")[1]  # nobody says yes
+    assert "tile=64" in run("cache", "show")[1]
+    assert run("cache", "clear", "planted", "--yes")[1] == "removed 2 tuned entries (planted)\n"
     assert "built-in defaults" in run("cache", "show")[1]
     assert "2 entries merged" in run("cache", "import", path)[1]
-    assert run("cache", "clear")[1] == "removed\n" and not tables.user_path(target).exists()
+    code, text = run("cache", "clear", input="y\n")
+    assert (
+        code == 0
+        and text.startswith("Remove 2 tuned entries for ")
+        and text.endswith("removed 2 tuned entries\n")
+    )
+    assert not tables.user_path(target).exists()
     assert run("cache", "clear")[1] == "there was nothing to remove\n"
     with pytest.raises(ValueError, match="there is no table"):
         run("cache", "export", path)
@@ -160,7 +199,19 @@ def test_fields():
         (("tune", "--device", "cuda:99"), "tune: there is no cuda:99"),
         (("tune", "--threads", "0"), "tune: threads is 0"),
         (("cache", "why", "attention"), "no tuned op attention; there is attention.cpu, attention.triton"),
-        (("cache", "why", "attention.cpu"), "attention.cpu needs the fields dtype=..."),
+        (("cache", "why", "attention.cpu", "lenght=4"), "has no field 'lenght'; it has batch, heads"),
+        (("cache", "why", "attention.cpu", "length=x"), "cache why: length is 'x', expected a whole number"),
+        (("tune", "--shapes", "length=abc"), "tune: length is 'abc', expected a whole number from 1 on"),
+        (("tune", "--shapes", "causal=3"), "tune: causal is 3, expected true or false"),
+        (
+            ("tune", "--ops", "attention", "--shapes", "dtype=float61"),
+            "expected float32, bfloat16, float16; did you",
+        ),
+        (
+            ("tune", "--ops", "attention,fused_linear", "--shapes", "heads=4"),
+            "fused_linear.cpu has no field 'heads'; --ops",
+        ),
+        (("tune", "--shapes", "lenght=4"), "did you mean length?"),
         (("cache", "why", "attention.cpu", "dtype"), "cache why: the key is 'dtype', expected fields"),
         (("cache", "import", "nowhere.json"), "nowhere.json: no such file"),
     ],
@@ -173,11 +224,14 @@ def test_mistakes_are_named(capsys, words, message):
 
 
 def test_heads_alone_are_key_heads_too():
+    def found(shape, given):
+        return space.with_fields(SimpleNamespace(name="one", shapes=lambda *_: [shape]), given, None)
+
     shape = {"heads": 8, "kv_heads": 8, "length": 512}
     given = [{"heads": 2}, {"heads": 16, "kv_heads": 4}, {"length": 64}]
-    found = worker._replace_fields([shape], given, "attention.cpu")
-    assert [(one["heads"], one["kv_heads"]) for one in found] == [(2, 2), (16, 4), (8, 8)]
-    assert worker._replace_fields([{"heads": 8}], [{"heads": 2}], "other") == [{"heads": 2}]
+    heads = [found(shape, fields) for fields in given]
+    assert [(one["heads"], one["kv_heads"]) for one in heads] == [(2, 2), (16, 4), (8, 8)]
+    assert found({"heads": 8}, {"heads": 2}) == {"heads": 2}
 
 
 def test_written_tables_are_json(filled, target):

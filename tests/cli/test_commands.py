@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import re
 import shutil
 import sys
@@ -91,6 +92,56 @@ def test_the_report_needs_no_network(trained):
     assert page.count("<svg") == 3  # loss, speed, ops
     assert "What is" in page and "fastattn::" in page
     assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page)
+
+
+@pytest.mark.parametrize("path", ["", *COMMANDS, "cache", "cache show"])
+def test_help_is_asked_for_in_either_way(run, path):
+    short, long = (run(*path.split(), word) for word in ("-h", "--help"))
+    assert short == long and short[0] == 0 and "Usage: fastattn" in short[1]
+    flags = [line for line in short[1].splitlines() if "<bool>" in line]
+    assert all("--help" in line or "completion" in line for line in flags), flags
+
+
+def test_doctor_as_json(run):
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["environment"]["Python"] == platform.python_version()
+    assert found["devices"]["cpu"]["ops"]["attention"]["float32"].startswith("cpu")
+
+
+def test_doctor_on_a_narrow_terminal(run, monkeypatch):
+    from fastattn.cli import _run
+
+    monkeypatch.setattr(_run.console, "width", 40)
+    code, out, _ = run("doctor")
+    assert code == 0 and "- scaled_dot_product_attention: cpu" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--data", "sudoku"),
+            "--data sudoku is for HRM: fastattn train --model hrm --data sudoku --output DIR",
+        ),
+        (("--data", "sudoko", "--output", "x"), "no such file; did you mean --model hrm --data sudoku?"),
+        (("--model", "hrm", "--data", "sudoku"), "--output is missing"),
+    ],
+)
+def test_a_training_that_cannot_be_meant_says_what_to_type(run, words, message):
+    code, _, err = run("train", *words)
+    assert code == 2 and message in err
+
+
+def test_the_folder_around_a_model_is_named(run, trained, tmp_path):
+    (tmp_path / "model").symlink_to(trained)
+    code, _, err = run("generate", "--model", tmp_path, "What is list3?")
+    assert code == 2 and f"give --model {tmp_path / 'model'}" in err
+
+
+def test_the_demo_refuses_no_time_before_it_makes_data(run, tmp_path):
+    code, out, err = run("demo", "--output", tmp_path / "x", "--minutes", 0)
+    assert (code, out) == (2, "") and "--minutes is 0.0; it must be positive" in err
 
 
 def test_doctor(run):
