@@ -1,6 +1,7 @@
 """fastattn: attention and recurrence that FlashAttention cannot express, as torch ops for CPU and GPU."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
@@ -70,4 +71,9 @@ else:  # a type checker would take any name from it
     def __getattr__(name):
         if name in _LAZY:
             return importlib.import_module(f"fastattn.{name}")
-        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'fastattn' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
+
+    def __dir__():
+        return sorted({*globals(), *_LAZY})

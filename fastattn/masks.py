@@ -150,13 +150,15 @@ class Mask:
         return self.cu_seqlens_q is not None
 
     def __repr__(self) -> str:
-        parts = ["causal"] if self.causal else []
+        parts = ["causal=True"] if self.causal else []
         if self.window_left >= 0 or self.window_right >= 0:
-            parts.append(f"window=({self.window_left}, {self.window_right})")
+            left, right = (None if side < 0 else side for side in (self.window_left, self.window_right))
+            parts.append(f"window=({left}, {right})")
         for name in ("prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense"):
             value = getattr(self, name)
             if value is not None:
-                parts.append(f"{name}: {tuple(value.shape)}")
+                dtype = str(value.dtype).removeprefix("torch.")
+                parts.append(f"{name}={dtype}{list(value.shape)}")
         if self.align != "keys":
             parts.append(f"align={self.align!r}")
         return f"Mask({', '.join(parts)})"

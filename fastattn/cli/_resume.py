@@ -44,7 +44,7 @@ def check_text(
 
     shape, given = run.model.config, context.params
     _check(context, run, {"head": shape.head, "codebook_size": shape.codebook_size})
-    _check_config(context, run, "batch_tokens")
+    _check_config(context, run, "batch_tokens", "too_long")
     if given_by_user(context, "vocab_size"):
         # the most that was allowed is not kept: fewer tokens are learned where the text has no more
         learned = Tokenizer.train(examples, given["vocab_size"], tags).vocab_size

@@ -8,7 +8,16 @@ import typer
 from fastattn.cli._console import did_you_mean, flag
 
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
-_TEXT_ONLY = ("tokenizer", "held_out", "config", "head", "codebook_size", "vocab_size", "batch_tokens")
+_TEXT_ONLY = (
+    "tokenizer",
+    "held_out",
+    "config",
+    "head",
+    "codebook_size",
+    "vocab_size",
+    "batch_tokens",
+    "too_long",
+)
 _HRM_ONLY = ("shape", "blanks", "puzzles", "batch_size", "eval_puzzles")
 _PUZZLE_VECTORS = ("puzzle_learning_rate", "puzzle_weight_decay")
 _RATES = ("learning_rate", "schedule", "min_learning_rate_ratio", "warmup_steps", "weight_decay", "ema")
@@ -24,8 +33,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="hrm-text: a JSONL file, one object a line with `instruction` and `response`, and if need be `input` "
-            "and `condition` (a tag or a list). hrm: sudoku (4 x 4), "
+            help="hrm-text: a file of instructions and responses: JSONL, JSON, CSV or parquet, also .gz or .zst, with the usual "
+            "fields (instruction and response or output, prompt and completion, messages, conversations ...). hrm: sudoku (4 x 4), "
             "sudoku-9x9, or a folder in HRM's layout with train and test splits."
         ),
     ],
@@ -111,6 +120,14 @@ def train(
         ),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a packed batch.", **_TEXT)] = 1024,
+    too_long: Annotated[
+        str,
+        typer.Option(
+            help="Examples of more tokens than the model or a batch takes: skip leaves them out, cut shortens their responses, "
+            "refuse names the first.",
+            **_TEXT,
+        ),
+    ] = "skip",
     shape: Annotated[
         str,
         typer.Option(
@@ -246,22 +263,26 @@ def train(
             training_ranks.end(0)
         return
 
+    if too_long not in ("skip", "cut", "refuse"):
+        raise ValueError(f"--too-long is {too_long!r}; it must be skip, cut or refuse")
     if head not in ("dense", "vq"):
         raise ValueError(f"--head is {head!r}; it must be dense or vq")
     if head == "dense" and not resume and _resume.given_by_user(context, "codebook_size"):
         raise ValueError("--codebook-size is for --head vq")
     changes = _run.quantised(codebook_size) if head == "vq" else {}
 
-    from fastattn.train.data.jsonl import read_jsonl
+    from fastattn.train.data.examples import read_examples
     from fastattn.train.data.tokenizer import Tokenizer, tags_of
     from fastattn.train.text import TrainConfig, Trainer
 
-    examples = read_jsonl(Path(data))
+    read = read_examples(Path(data))
+    _run.console.print(f"{data}: {read}", markup=False)
+    examples = read.examples
     if held_out is None:
         test = examples[19::20]
         examples = [example for i, example in enumerate(examples) if i % 20 != 19]
     else:
-        test = read_jsonl(held_out)
+        test = read_examples(held_out).examples
     if resume:
         words = Tokenizer.load(output)
         trainer = Trainer.resume(output, words, words.samples(examples), words.samples(test))
@@ -282,14 +303,16 @@ def train(
         options = TrainConfig(
             steps=1 if steps is None else steps,
             batch_tokens=batch_tokens,
+            too_long=too_long,
             seed=seed,
             **given,
         )
         longest = shape.max_position_embeddings
+        limits = (min(batch_tokens, longest), longest) if too_long == "refuse" else (None, None)
         trainer = _run.start(
             *(output, shape, words),
-            words.samples(examples, min(batch_tokens, longest)),
-            words.samples(test, longest),
+            words.samples(examples, limits[0]),
+            words.samples(test, limits[1]),
             options,
             net,
         )
@@ -297,6 +320,9 @@ def train(
             _run.plan_epochs(trainer, epochs)
         elif steps is None:
             _run.plan_steps(trainer, minutes, given=given)
+    if trainer.too_long:
+        what = "were left out" if trainer.config.too_long == "skip" else "were cut"
+        _run.console.print(f"{trainer.too_long:,} examples of too many tokens {what} (--too-long)")
     if ranks:
         trainer.shard()
     finished = _run.train(trainer)

@@ -72,6 +72,10 @@ def describe(value: object) -> str:
             return f"a {str(value.dtype).removeprefix('torch.')} nested tensor"
         shape = "x".join(map(str, value.shape)) or "a scalar"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape ({shape})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # another library's, named by its shape
+        shape = "x".join(map(str, value.shape)) or "a scalar"
+        kind = type(value)
+        return f"a {kind.__module__.partition('.')[0]} {kind.__name__} of shape ({shape})"
     return f"{type(value).__name__} {value!r}"
 
 

@@ -1,12 +1,13 @@
 """`explain`: which backend would run a call, and why no better one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .hints import near_name
 from .registry import Backend, Op, explaining
 from .tuning import Choice
 
@@ -38,9 +39,10 @@ def collecting() -> Iterator[list[tuple[Op, Backend, dict[str, str], Sequence[An
         explaining.calls = previous
 
 
-def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
+def explain(op_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What `fastattn.<op_name>(*args, **kwargs)` would run, without running it: checks are made, no kernel starts.
 
+    op_name: the op's name, or the public function itself: `explain(fastattn.attention, q, k, v)`.
     Returns an Explanation (printable) with backend, config, source of the config, and the backends ruled out with reasons.
     Raises what the call itself would raise; ValueError when there is no such op.
     """
@@ -50,18 +52,24 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(op.name, backend.name, dict(choice.values), choice.source, ruled_out)
 
 
-def refusals(op_name: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+def refusals(op_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """{backend: why it would refuse the call on a device that it serves, or None} of the op behind a public function."""
     op, _, _, members = _first_call(op_name, args, kwargs)
     return {backend.name: backend.supports(*members) for backend in op.backends}
 
 
-def _first_call(op_name: str, args: Sequence[Any], kwargs: dict) -> tuple[Op, Backend, dict, Sequence[Any]]:
+def _first_call(
+    op_name: str | Callable[..., Any], args: Sequence[Any], kwargs: dict
+) -> tuple[Op, Backend, dict, Sequence[Any]]:
     import fastattn
 
-    function = getattr(fastattn, op_name, None)
+    given = op_name
+    if callable(op_name):
+        op_name = getattr(op_name, "__name__", "")
+    function = getattr(fastattn, op_name, None) if isinstance(op_name, str) else None
     if not callable(function) or op_name.startswith("_") or isinstance(function, type):
-        raise ValueError(f"fastattn.explain: op_name must name a fastattn op, given {op_name!r}")
+        near = near_name(op_name, fastattn.__all__) if isinstance(op_name, str) else ""
+        raise ValueError(f"fastattn.explain: op_name must name a fastattn op, given {given!r}{near}")
     with torch.no_grad(), collecting() as calls:
         function(*args, **kwargs)
     if not calls:

@@ -14,7 +14,7 @@ from fastattn.nn import VQHead
 from fastattn.ops.codes import nearest_codes
 from fastattn.optim import load_state_tensors, state_tensors
 from fastattn.train import ranks
-from fastattn.train.data.packing import Batch, Order, batches, check_lengths
+from fastattn.train.data.packing import Batch, Order, batches, fitted
 from fastattn.train.data.tokenizer import Sample, Tokenizer
 from fastattn.train.run import HISTORY, Run, RunConfig
 from fastattn.train.state import STATE, fingerprint, read_from
@@ -28,7 +28,8 @@ class TrainConfig(RunConfig):
 
     batch_tokens: tokens of a packed batch, at most. credit_warmup: fraction of the steps over which gradients come to
     reach the whole last cycle. eval_tokens: held-out tokens an evaluation looks at. update_codes_every: steps between
-    updates of a quantised head's codes, where they are not fixed.
+    updates of a quantised head's codes, where they are not fixed. too_long: what becomes of samples of more tokens than fit:
+    "refuse" raises, "skip" leaves them out, "cut" shortens their responses.
     """
 
     batch_tokens: int = 1024
@@ -36,6 +37,7 @@ class TrainConfig(RunConfig):
     warmup_steps: int = 20
     credit_warmup: float = 0.2
     eval_tokens: int = 16384
+    too_long: str = "refuse"
     update_codes_every: int = 10
 
     at_least_one: ClassVar = (*RunConfig.at_least_one, "batch_tokens", "eval_tokens", "update_codes_every")
@@ -67,8 +69,11 @@ class Trainer(Run):
         config: TrainConfig,
     ) -> None:
         longest = model.config.max_position_embeddings
-        check_lengths(samples, min(config.batch_tokens, longest), "training data")
-        check_lengths(held_out, longest, "held-out data")
+        samples, self.too_long = fitted(
+            samples, min(config.batch_tokens, longest), config.too_long, "training data"
+        )
+        held_out, _ = fitted(held_out, longest, config.too_long, "held-out data")
+        self._samples = samples
         order = Order(samples, config.batch_tokens, config.seed)
         super().__init__(folder, model, order, config, fingerprint(samples))
         self.tokenizer = tokenizer
@@ -89,7 +94,9 @@ class Trainer(Run):
             config = TrainConfig.from_dict(meta["config"])
             trainer = cls(folder, model, tokenizer, samples, held_out, config)
             trainer._restore(path, tensors, meta)
-            trainer.order = Order(samples, config.batch_tokens, config.seed, meta["epoch"], meta["position"])
+            trainer.order = Order(
+                trainer._samples, config.batch_tokens, config.seed, meta["epoch"], meta["position"]
+            )
         return trainer
 
     def shard(self) -> None:

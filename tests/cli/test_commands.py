@@ -222,6 +222,28 @@ def test_a_model_folder_without_end(run, trained, tmp_path):
         (folder / "whole").replace(folder / name)
 
 
+@pytest.mark.parametrize(("how", "words"), [("skip", "were left out"), ("cut", "were cut")])
+def test_examples_that_are_too_long_are_counted_and_a_resumed_run_knows_them(
+    run, config, tmp_path, how, words
+):
+    path = tmp_path / "data.json"
+    rows = [
+        {"prompt": f"What is {n}?", "completion": f"A number, {n}." * (40 if n % 3 == 2 else 1)}
+        for n in range(30)
+    ]
+    path.write_text(json.dumps([*rows, {"prompt": "a", "completion": ""}]))
+    command = train_args(path, config, tmp_path / "run", "--too-long", how, "--steps", 2)
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert f"{path}: 30 examples (31 with prompt and completion); 1 without a response were left out" in out
+    assert f"10 examples of too many tokens {words} (--too-long)" in out
+    assert run(*command, "--resume")[0] == 0
+    code, _, err = run(
+        "train", "--data", path, "--output", tmp_path / "run", "--resume", "--too-long", "refuse"
+    )
+    assert code == 2 and f"--too-long is refuse, but the run in {tmp_path / 'run'} has {how}" in err
+
+
 def test_weights_that_are_not_numbers(run, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
@@ -250,11 +272,11 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
     [
         (GOOD + '{"instruction": "a"\n', ("bad.jsonl:2:", "not JSON")),
         (GOOD + GOOD + '{"instruction": "a"}\n', ("bad.jsonl:3:", "'response' is missing")),
-        (GOOD + '{"instruction": "a", "response": ""}\n', ("bad.jsonl:2:", "'response' is empty")),
+        ('{"instruction": "a", "response": ""}\n', ("bad.jsonl", "no example with a response")),
         ("", ("bad.jsonl", "holds no example")),
         (
-            GOOD + '{"instruction": "a", "response": "' + "word " * 300 + '"}\n',
-            ("bad.jsonl:2:", "at most 64"),
+            '{"instruction": "a", "response": "' + "word " * 300 + '"}\n',
+            ("no example has at most 64 tokens, the shortest has",),
         ),
     ],
     ids=["half a line", "no response", "empty response", "empty file", "too long"],
@@ -280,7 +302,9 @@ def test_training_data_that_cannot_be_used(run, config, tmp_path, text, words):
         (("--head", "sparse"), "--head is 'sparse'; it must be dense or vq"),
         (("--codebook-size", 8), "--codebook-size is for --head vq"),
         (("--head", "vq", "--codebook-size", 0), "codebook_size"),
-        (("--batch-tokens", 4), "at most 4 are allowed"),
+        (("--batch-tokens", 4), "no example has at most 4 tokens"),
+        (("--batch-tokens", 4, "--too-long", "refuse"), "at most 4 are allowed"),
+        (("--too-long", "trim"), "--too-long is 'trim'; it must be skip, cut or refuse"),
         (("--held-out", "none.jsonl"), "no such file"),
     ],
 )

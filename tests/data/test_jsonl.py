@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattn.runtime import files as _files
-from fastattn.train.data.jsonl import Example, read_jsonl, write_jsonl
+from fastattn.train.data.examples import read_examples
+from fastattn.train.data.jsonl import Example, write_jsonl
+
+
+def read_jsonl(path):
+    return read_examples(path).examples
+
 
 GOOD = '{"instruction": "What is a list?", "response": "A mutable sequence."}\n'
 
@@ -38,10 +44,21 @@ def test_round_trip(tmp_path_factory, examples):
         ("[1, 2]", "a JSON array; an object is needed"),
         ("3", "a JSON number"),
         ('{"instruction": "a"}', "field 'response' is missing"),
-        ('{"instruction": "a", "response": ""}', "field 'response' is empty"),
+        ('{"response": "a"}', "no instruction and response; the row has ['response'], expected"),
+        ('{"prompt": "a"}', "field 'completion' is missing"),
         ('{"instruction": " \\n", "response": "b"}', "field 'instruction' is empty"),
         ('{"instruction": ["a"], "response": "b"}', "field 'instruction' holds a JSON array; text is needed"),
-        ('{"instruction": "a", "response": null}', "field 'response' holds a JSON null"),
+        ('{"instruction": "a", "response": 3}', "field 'response' holds a JSON number"),
+        ('{"messages": "a"}', "field 'messages' holds a JSON string; a list of objects is needed"),
+        (
+            '{"messages": [{"role": "tool", "content": "b"}]}',
+            "messages[0] has role 'tool'; allowed are user, human",
+        ),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', "messages[0] answers nothing"),
+        (
+            '{"conversations": [{"from": "human", "value": 3}]}',
+            "field 'conversations[0].value' holds a JSON number",
+        ),
         ('{"instruction": "a", "response": true}', "field 'response' holds a JSON boolean"),
         (b'{"instruction": "\xff", "response": "b"}', "not UTF-8"),
     ],
@@ -77,7 +94,7 @@ def test_input_and_condition(tmp_path):
         ("input", 3, "'input' holds a JSON number"),
         ("condition", {"a": 1}, "'condition' must be a tag"),
         ("condition", ["a", ""], "'condition' must be a tag"),
-        ("input", "\ud800", "'instruction' holds half of a surrogate pair"),
+        ("input", "\ud800", "'input' holds half of a surrogate pair"),
         ("condition", "\ud800", "'condition' holds half of a surrogate pair"),
     ):
         path.write_text(json.dumps({"instruction": "a", "response": "b", field: value}))

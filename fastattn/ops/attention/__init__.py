@@ -1,11 +1,12 @@
 """Tiled attention with softmax, sigmoid and softplus scores."""
 
-from typing import Literal, overload
+from typing import Any, Literal, Never, overload
 
 import torch
 
 from ...masks import Mask, check_broadcast, check_mask, default_scale
 from ...runtime import checks as _checks
+from ...runtime import hints
 from ...runtime.checks import statistics_dtype
 from ...runtime.registry import call, requested
 from . import schema  # noqa: F401  registers the ops
@@ -51,7 +52,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
+    *positional: Any,
     score: str = "softmax",
     scale: float | None = None,
     bias: float | torch.Tensor | None = None,
@@ -62,6 +63,7 @@ def attention(
     rng: torch.Tensor | torch.Generator | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **other: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with a softmax, sigmoid or softplus score.
 
@@ -94,6 +96,8 @@ def attention(
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "attention"
+    if positional or other:
+        hints.refuse(op, attention, positional, other)
     if mask is None and bias is None:
         check_heads(op, q, k, v)  # the op checks the rest
     else:
@@ -133,16 +137,19 @@ def sigmoid_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
+    *positional: Never,
     scale: float | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> torch.Tensor:
     """Sigmoid attention: out_i = sum_j sigmoid(scale * q_i.k_j + bias) v_j (arXiv 2409.04431).
 
     `attention` with score="sigmoid": the same arguments, defaults and errors.
     """
+    if positional or other:
+        hints.refuse("sigmoid_attention", sigmoid_attention, positional, other)
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
 
 

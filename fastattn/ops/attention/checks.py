@@ -5,7 +5,7 @@ import math
 import torch
 
 from ... import masks
-from ...runtime import checks, native
+from ...runtime import checks, hints, native
 from .scores import BY_CODE, has_residual
 
 ALL_DROPPED = native.limits.dropped  # dropout keeps a weight by a number of 16 bits
@@ -41,6 +41,8 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
             and kv_heads != 0
             and heads % kv_heads == 0
         ):
+            if kv_heads >= hints.MANY_HEADS:
+                hints.check_layout(op, q, k)
             return
     for name, t in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(op, name, t, dims=4)

@@ -53,6 +53,25 @@ def check_lengths(samples: list[Sample], longest: int, what: str) -> None:
             )
 
 
+def fitted(samples: list[Sample], longest: int, too_long: str, what: str) -> tuple[list[Sample], int]:
+    """(samples of at most `longest` tokens, how many others there were). `too_long`: "skip" leaves those out, "cut" shortens
+    their responses and leaves out what has no room for one token of it, "refuse" raises ValueError."""
+    if too_long == "refuse":
+        check_lengths(samples, longest, what)
+    fit = [sample for sample in samples if len(sample.tokens) <= longest]
+    others = len(samples) - len(fit)
+    if too_long == "cut" and others:
+        fit = [
+            Sample(sample.tokens[:longest], sample.prefix_length)
+            for sample in samples
+            if sample.prefix_length < longest
+        ]
+    if samples and not fit:
+        shortest = min(len(sample.tokens) for sample in samples)
+        raise ValueError(f"{what}: no example has at most {longest} tokens, the shortest has {shortest}")
+    return fit, others
+
+
 def batches(samples: list[Sample], batch_tokens: int) -> Iterator[Batch]:
     """Every sample once, in order, at most `batch_tokens` tokens a batch."""
     position = 0
