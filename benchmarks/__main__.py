@@ -19,7 +19,7 @@ def main() -> int:
     )
     parser.add_argument(
         "group",
-        help="readme (writes README.md's tables from the results kept), peak (the machine's limits), all, or: "
+        help="readme (writes the tables and pictures of README.md and docs from the results kept), peak (the machine's limits), all, or: "
         + ", ".join(registry.groups()),
     )
     parser.add_argument("--quick", action="store_true", help="a few rows, few rounds")

@@ -1,4 +1,5 @@
-"""python -m benchmarks readme: write the parts of README.md between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""python -m benchmarks readme: write the parts of pages between `<!-- generated: NAME -->` and `<!-- end -->`, and the README's
+pictures (`pictures.py`).
 
 `support` comes from the registry and from what gpu_check recorded, `speed` from benchmarks/results/<device>/*.json. ROWS says
 which cases of a CPU's results are shown; of a GPU's all are.
@@ -332,14 +333,15 @@ def _checked(check: Mapping) -> str:
     return "\n".join(lines)
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+# --- the files -------------------------------------------------------------------------------------------------------
 
-PARTS = {"support": support, "speed": speed}
+# page -> its parts
+PAGES = {"docs/backends.md": {"support": support}, "docs/performance.md": {"speed": speed}}
 
 
-def generated(text: str, results: Path = RESULTS) -> str:
-    """README's text with each part made anew."""
-    for name, make in PARTS.items():
+def generated(page: str, text: str, results: Path = RESULTS) -> str:
+    """A page's text with each part made anew."""
+    for name, make in PAGES[page].items():
         text, count = re.subn(
             rf"(<!-- generated: {name}\b[^>]*-->\n).*?(\n<!-- end -->)",
             lambda m, make=make: f"{m[1]}\n{make(results)}\n{m[2]}",
@@ -347,7 +349,7 @@ def generated(text: str, results: Path = RESULTS) -> str:
             flags=re.DOTALL,
         )
         if count != 1:
-            raise ValueError(f"benchmarks readme: README.md has {count} parts called {name}, must be one")
+            raise ValueError(f"benchmarks readme: {page} has {count} parts called {name}, must be one")
     return text
 
 
@@ -359,11 +361,16 @@ def missing(results: Path = RESULTS) -> Iterable[str]:
 
 
 def write() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = generated(text)
-    if new != text:
-        path.write_text(new)
-    print(f"{path.name}: {'written' if new != text else 'as it was'}")
+    from benchmarks import pictures
+
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = generated(page, text)
+        if new != text:
+            path.write_text(new)
+        print(f"{page}: {'written' if new != text else 'as it was'}")
+    for path in pictures.write(RESULTS, ROOT / "docs"):
+        print(f"{path.relative_to(ROOT)}: written")
     for name in missing():
         print(f"not measured: {name}")

@@ -59,14 +59,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of what is measured: results and README, which the measurements change, do not make it dirty."""
+    """Of what is measured: results and pages, which the measurements change, do not make it dirty."""
 
     def git(*command: str) -> str:
         where = ["git", "-C", str(Path(__file__).parents[1])]
         return subprocess.run([*where, *command], capture_output=True, text=True, check=False).stdout.strip()
 
     with contextlib.suppress(OSError):
-        others = ("--", ".", ":!benchmarks/results", ":!README.md")
+        others = ("--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
         changed = git("status", "--porcelain", "--untracked-files=no", *others)
         commit = git("rev-parse", "--short", "HEAD")
         return commit + "-dirty" if commit and changed else commit

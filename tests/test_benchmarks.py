@@ -15,7 +15,7 @@ from fastattn import masks, testing
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import gpu_check, limits, readme, registry, report, runner
+from benchmarks import gpu_check, limits, pictures, readme, registry, report, runner
 from benchmarks.cases import attention
 
 ROOT = Path(__file__).parents[1]
@@ -182,13 +182,18 @@ def test_pairs_of_a_mask_are_counted():
             assert attention._pairs(mask, lq, lk) == int(allowed.sum())
 
 
-# --- README -----------------------------------------------------------------------------------------------------------
+# --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_says_what_the_results_say():
-    """`python -m benchmarks readme` writes it."""
-    text = (ROOT / "README.md").read_text()
-    assert readme.generated(text) == text
+def test_the_pages_say_what_the_results_say(tmp_path):
+    """`python -m benchmarks readme` writes them."""
+    for page in readme.PAGES:
+        text = (ROOT / page).read_text()
+        assert readme.generated(page, text) == text
+    for path in pictures.write(readme.RESULTS, tmp_path):
+        assert "<svg" in path.read_text() and "<svg" in (ROOT / "docs" / path.name).read_text()
+    for case in (*pictures.SHARES.values(), *pictures.LENGTHS.values()):
+        assert case in {known.name for known in registry.all_cases()}
     names = {case.name for case in registry.all_cases()}
     assert not [name for row in readme.ROWS.values() for name in row if name not in names]
 
