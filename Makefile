@@ -12,6 +12,7 @@
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
 # make wheel     builds a wheel for each Python of 3.11 to 3.14 on this machine into dist/, and tests each in a new environment
+# make docs      the documentation as a site, into build/site: mkdocs, with warnings as errors
 # make lint      ruff, clang-format and mypy, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
 #
@@ -21,7 +22,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-sanitized test-threads test-arm64 gpu-check wheel lint clean setup-demo setup-test versions
+.PHONY: demo test test-all test-latest lock fuzz test-emulated test-kernels test-sanitized test-threads test-arm64 gpu-check wheel docs lint clean setup-demo setup-test versions
 .NOTPARALLEL:
 
 VENV ?= .venv
@@ -159,6 +160,10 @@ wheel:
 		$$env-clean/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) dist/fastattn-*-$$tag-*.whl; \
 		(cd build/wheel; "$(CURDIR)/$$env-clean/bin/python" -P "$(CURDIR)/tests/wheel_check.py"); \
 	done; ls -l dist
+
+docs: setup-test
+	@$(PIP) install -qq $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@$(BIN)/python -P -m mkdocs build -q --strict; echo "== docs: build/site/index.html"
 
 lint: setup-test
 	@echo "== lint"
