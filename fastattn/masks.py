@@ -284,11 +284,7 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
 
 
 def check_causal(op: str, mask: MaskArgs) -> None:
-    """No query attends a key after its own, or NotImplementedError."""
-    if mask.prefix_lengths is not None:
-        raise NotImplementedError(
-            f"fastattn.{op}: mask.prefix_lengths lets tokens see later ones; this op is causal"
-        )
+    """No query attends a key after its own, but for those of a prefix, or NotImplementedError."""
     if not mask.causal:
         raise NotImplementedError(f"fastattn.{op}: causal must be True; this op is causal")
 

@@ -333,6 +333,7 @@ inline void check_fields(const Checks& c, const LssaParams& p) {
 
 inline void check_fields(const Checks& c, const GroupedParams& p) {
   check_attention(c, p);
+  c.require(p.causal, "causal", "must be set");
   check_no_options(c, p);
   check_state(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
@@ -342,6 +343,7 @@ inline void check_fields(const Checks& c, const GroupedParams& p) {
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
   check_attention(c, p);
+  c.require(p.causal, "causal", "must be set");
   check_no_options(c, p);
   check_state(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];

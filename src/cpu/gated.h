@@ -49,10 +49,10 @@ struct GatedProblem : Problem {
     return low;
   }
 
-  // Where in a tile at key n the window of row i begins.
-  int32_t near_column(const Sequence& s, int64_t i, int64_t n) const {
-    return (int32_t)max64(min64(i + s.offset - g.window - n, INT32_MAX / 2), -INT32_MAX / 2);
-  }
+  // Where in a tile at key n the window of row i begins, and where it ends.
+  int32_t near_column(const Sequence& s, int64_t i, int64_t n) const { return column(i + s.offset - g.window - n); }
+  int32_t near_end(const Sequence& s, int64_t i, int64_t n) const { return column(i + s.offset + g.window + 1 - n); }
+  static int32_t column(int64_t key) { return (int32_t)max64(min64(key, INT32_MAX / 2), -INT32_MAX / 2); }
 };
 
 constexpr int64_t kSharing = 4;  // heads that share a tile of gates, at most: their rows stay in the second-level cache
@@ -76,28 +76,32 @@ struct GateTile {
     pack_rows<Singles>(a, problem.groups, problem.rows(s, s.q_begin + first), rows, problem.groups, 1.0f);
   }
 
-  // Gates of the tile of keys [n, n + there); false where every row's window starts before it.
+  // Gates of the tile of keys [n, n + there); false where every row has all that it sees of it in its window.
   bool fill(const Sequence& s, int64_t sequence, const RowRanges& ranges, int64_t first, int64_t rows, int64_t n,
             int64_t there) {
-    if (problem.near_column(s, first + rows - 1, n) <= 0) return false;
+    // without a prefix no key after a row is seen, whatever its gate
+    const bool after = problem.near_end(s, first, n) < min64(there, min64(s.prefix, ranges.end) - n);
+    if (problem.near_column(s, first + rows - 1, n) <= 0 && !after) return false;
     tile_products<Singles>(gates, stride, a, problem.groups, problem.transposed(sequence) + n * problem.groups, ranges,
                            (rows + kRows - 1) / kRows, n, round_up(min64(there, ranges.end - n), kPanel));
     for (int64_t i = 0; i < rows; i++) {
       const Columns columns(ranges, i / kRows, n, there);
-      const int32_t near = problem.near_column(s, first + i, n);
+      const int32_t near = problem.near_column(s, first + i, n), end = problem.near_end(s, first + i, n);
       float *g = gates + i * stride, *h = closed ? closed + i * stride : nullptr;
       if (problem.g.gate == 0)
-        fill_row<false>(g, h, columns, near);
+        after ? fill_row<false, true>(g, h, columns, near, end) : fill_row<false, false>(g, h, columns, near, end);
       else
-        fill_row<true>(g, h, columns, near);
+        after ? fill_row<true, true>(g, h, columns, near, end) : fill_row<true, false>(g, h, columns, near, end);
     }
     return true;
   }
 
-  template <bool kLogarithm>
-  void fill_row(float* g, float* h, const Columns& columns, int32_t near) const {
+  template <bool kLogarithm, bool kAfter>
+  void fill_row(float* g, float* h, const Columns& columns, int32_t near, int32_t end) const {
     for (int64_t j = columns.begin; j < columns.end; j += W) {
-      const vi distant = iota() + (int32_t)j < near;
+      const vi key = iota() + (int32_t)j;
+      vi distant = key < near;
+      if (kAfter) distant |= key >= end;
       const vf z = FASTATTN_ISA::load(g + j) * (problem.sharpness * -kLog2E);
       const vf odds = exp2_clamped(at_most(z, 124.0f));  // 1 / gate - 1, kept where reciprocal() holds
       const vf gate = reciprocal(1.0f + odds);

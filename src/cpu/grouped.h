@@ -1,6 +1,7 @@
 // Grouped sparse attention. Every pair of tokens is in exactly one list: the local list holds all tokens and counts the
 // pairs at most `window` apart; a group's list holds its members in order and counts the pairs further apart that share
-// no lower group. Within a list the keys of a row are an interval, so a list is attention over gathered rows.
+// no lower group, with the key before the query; of a prefix it has a second list, which counts those with the key
+// after it. Within a list the keys of a row are an interval, so a list is attention over gathered rows.
 #pragma once
 
 #include "attention_forward_block.h"
@@ -24,9 +25,13 @@ struct GroupList {
 
 constexpr int kMostLists = 64;
 
+// Lists 1 to count are of earlier keys; with `later`, lists count + 1 to 2 count are the same groups' of later keys.
 struct SequenceLists {
   GroupList list[kMostLists];
   int count;
+  bool later;
+
+  int total() const { return later ? 2 * count : count; }
 };
 
 FASTATTN_INLINE const int64_t* signatures(const Tensor& t, int64_t batch, int64_t first) {
@@ -58,7 +63,7 @@ FASTATTN_INLINE uint64_t union_of(const Members& m, uint64_t bits) {
 struct GroupedProblem : Problem {
   const GroupedParams& g;
   SequenceLists* lists = nullptr;  // (sequences)
-  int most = 0;                    // lists of any sequence
+  int most = 0;                    // lists of any sequence, the local one aside
 
   GroupedProblem(const GroupedParams& params) : Problem(params), g(params) {
     with_scratch(1, [&](Arena& arena) {
@@ -67,14 +72,21 @@ struct GroupedProblem : Problem {
       for (int64_t s = 0; s < sequences; s++) {
         SequenceLists& to = lists ? lists[s] : measured;
         build(sequence(s), to, arena);
-        most = to.count > most ? to.count : most;
+        most = to.total() > most ? to.total() : most;
       }
     });
   }
 
+  // The first rows, which see keys of a prefix that lie after their window.
+  int64_t later_rows(const Sequence& s) const {
+    if (s.window_right >= 0 && s.window_right <= g.window) return 0;
+    return max64(0, min64(s.q_length, min64(s.prefix, s.keys) - s.offset - g.window - 1));
+  }
+
   void build(const Sequence& s, SequenceLists& to, Arena& arena) const {
     to.count = 0;
-    if (s.k_length <= g.window + 1) return;  // the window reaches everything
+    to.later = later_rows(s) > 0;
+    if (s.k_length <= g.window + 1 && !to.later) return;  // the window reaches everything
     const int64_t *q = signatures(g.groups, s.batch, s.q_begin), *k = signatures(g.key_groups, s.batch, s.k_begin);
     int64_t in_q[64] = {}, in_k[64] = {}, any_q = 0, any_k = 0, pairs = 0;
     const auto tally = [](const int64_t* signature, int64_t length, int64_t* in) {
@@ -115,33 +127,37 @@ struct ListView {
   const GroupedProblem& problem;
   Sequence s;
   const GroupList* list;  // null for the local list
+  bool later;             // of keys after the window, else of those before it
   int64_t rows, first_key, keys;
 
   ListView(const GroupedProblem& problem, int64_t sequence, int number)
       : problem(problem), s(problem.sequence(sequence)) {
-    list = number && number <= problem.lists[sequence].count ? problem.lists[sequence].list + number - 1 : nullptr;
+    const SequenceLists& lists = problem.lists[sequence];
+    list = number && number <= lists.total() ? lists.list + (number - 1) % lists.count : nullptr;
+    later = list && number > lists.count;
     if (list) {
-      rows = list->queries.count;
+      rows = later ? below(list->queries, problem.later_rows(s), 0) : list->queries.count;
       first_key = 0;
-      keys = list->keys.count;
+      keys = later ? below(list->keys, s.prefix, 0) : list->keys.count;
     } else {
       rows = number ? 0 : s.q_length;
       first_key = rows ? local_low(0) : 0;
-      keys = rows ? max64(0, s.end_key(rows - 1) - first_key) : 0;
+      keys = rows ? max64(0, local_end(rows - 1) - first_key) : 0;
     }
   }
   int64_t local_low(int64_t i) const { return max64(s.first_key(i), max64(0, i + s.offset - problem.g.window)); }
+  int64_t local_end(int64_t i) const { return min64(s.end_key(i), i + s.offset + problem.g.window + 1); }
   int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
   int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
 
-  // Keys of the list at positions below `position`, which are `from` or more.
-  int32_t below(int64_t position, int64_t from) const {
+  // Members at positions below `position`, which are `from` or more.
+  static int32_t below(const Members& members, int64_t position, int64_t from) {
     int64_t low = from, step = 1;  // the next row's are mostly one or two more
-    while (low + step <= list->keys.count && list->keys.position[low + step - 1] < position) low += step, step *= 2;
-    int64_t high = min64(low + step - 1, list->keys.count);
+    while (low + step <= members.count && members.position[low + step - 1] < position) low += step, step *= 2;
+    int64_t high = min64(low + step - 1, members.count);
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (list->keys.position[middle] < position)
+      if (members.position[middle] < position)
         low = middle + 1;
       else
         high = middle;
@@ -158,11 +174,12 @@ struct ListView {
       for (int64_t i = g * kRows; i < min64(count, (g + 1) * kRows); i++) {
         const int64_t token = row(first + i), diagonal = token + s.offset;
         if (list) {  // neither bound decreases with the token
-          begin = below(s.first_key(token), begin);
-          end = below(min64(s.end_key(token), diagonal - problem.g.window), end);
+          const int64_t last = s.end_key(token);
+          begin = below(list->keys, later ? diagonal + problem.g.window + 1 : s.first_key(token), begin);
+          end = below(list->keys, later ? last : min64(last, diagonal - problem.g.window), end);
         } else {
           begin = (int32_t)(local_low(token) - first_key);
-          end = (int32_t)(s.end_key(token) - first_key);
+          end = (int32_t)(local_end(token) - first_key);
         }
         r.low[i] = begin < end ? begin : INT32_MAX;
         r.high[i] = begin < end ? end : 0;

@@ -71,7 +71,7 @@ struct GroupedGradients {
       for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, i, out, i, value_dim);
     }
     int64_t blocks = 0;
-    for (int number = 0; number <= problem.lists[sequence].count; number++)
+    for (int number = 0; number <= problem.lists[sequence].total(); number++)
       run_list(ListView(problem, sequence, number), kv_head, part, parts, &blocks);
   }
 

@@ -137,16 +137,17 @@ struct LssaParams : AttentionParams {
   FASTATTN_FIELDS_OF(AttentionParams, statistics, power, reweigh)
 };
 
-// Causal softmax attention to a window and to shared groups. groups (B, Lq), key_groups (B, Lk) i64, contiguous.
+// Causal softmax attention (but for a prefix) to a window on both sides and to shared groups. groups (B, Lq),
+// key_groups (B, Lk) i64, contiguous.
 struct GroupedParams : AttentionParams {
   Tensor groups, key_groups;
   int64_t window = 0;
   FASTATTN_FIELDS_OF(AttentionParams, groups, key_groups, window)
 };
 
-// Causal softmax attention with gated distant scores. assignment (B, L, G) f32, sharpness () f32; gate 0 multiplies, 1
-// adds the logarithm. Gradients to be summed over heads: grad_query_assignment (B, Hq, L, G), grad_key_assignment (B,
-// Hkv, L, G), grad_sharpness (B, Hq, L), all f32.
+// Causal softmax attention (but for a prefix) with gated distant scores. assignment (B, L, G) f32, sharpness () f32;
+// gate 0 multiplies, 1 adds the logarithm. Gradients to be summed over heads: grad_query_assignment (B, Hq, L, G),
+// grad_key_assignment (B, Hkv, L, G), grad_sharpness (B, Hq, L), all f32.
 struct GatedParams : AttentionParams {
   Tensor assignment, sharpness;
   Tensor grad_query_assignment, grad_key_assignment, grad_sharpness;

@@ -26,7 +26,6 @@ def draw(rng: random.Random) -> dict:
     case["op"] = rng.choice(OPS)
     case["dtype"] = rng.choice(tuple(_nearby.DTYPES))
     mask = case.get("mask", {})
-    mask.pop("prefix_lengths", None)
     if case["op"] == "gated":
         case["q_length"] = case["k_length"]
         if "cu_seqlens_k" in mask:
@@ -118,7 +117,7 @@ def _grouped(case: dict) -> None:
                 found.update({"d" + n: g for n, g in zip(wanted, pulled, strict=True)})
     finally:
         torch.set_num_threads(before)
-    near = _distance(case) <= case["near"]
+    near = _distance(case).abs() <= case["near"]
     rule = (((groups[:, :, None] & key_groups[:, None]) != 0) | near)[:, None]
     dense = rule if dense is None else rule & dense
     for name, truth, bound in attention._expected(case, q, k, v, None, dense, grad, None, wanted):
@@ -164,7 +163,7 @@ def _gate_floors(case: dict, q, k, v, assignment, dense, sharpness: float) -> li
     allowed, _ = attention._allowed(case, dense)
     q, k, v, a = (t.detach().double() for t in (q, k, v, assignment))
     k, v = (t.repeat_interleave(case["group"], 1) for t in (k, v))
-    far = (_distance(case) > case["near"]).double()
+    far = (_distance(case).abs() > case["near"]).double()
     agreement = a @ a.mT
     gate = torch.sigmoid(sharpness * agreement)[:, None]
     scores = case.get("scale", case["head_dim"] ** -0.5) * (q @ k.mT)

@@ -11,6 +11,13 @@ MASKS = {
     "none": lambda: None,
     "narrowed": lambda: Mask(window=(25, None), key_lengths=torch.tensor([30])),
     "packed": lambda: Mask(cu_seqlens_q=torch.tensor([0, 9, 9, 35])),
+    "prefix": lambda: Mask(prefix_lengths=torch.tensor([22])),
+    "narrowed_prefix": lambda: Mask(
+        prefix_lengths=torch.tensor([35]), window=(25, 9), key_lengths=torch.tensor([30])
+    ),
+    "packed_prefixes": lambda: Mask(
+        cu_seqlens_q=torch.tensor([0, 9, 9, 35]), prefix_lengths=torch.tensor([9, 0, 20])
+    ),
     "dense": lambda: Mask(dense=torch.rand(1, 1, 37, 37, generator=torch.Generator().manual_seed(3)) > 0.4),
 }
 

@@ -225,10 +225,13 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
   };
   Array q = random({B, H, L, D}, -1), k = random({B, Hkv, K, D}, -1), v = random({B, Hkv, K, Dv}, 0.5),
         g = random({B, H, L, Dv}, 0.5);
-  Array begins_q, begins_k;
+  Array begins_q, begins_k, prefixes;  // prefixes within keys and, where there are as many, within queries
   if (packed) {
     begins_q = Array::of(DType::i32, {0, L / 4, L / 4, L / 2, L - 2});
     begins_k = Array::of(DType::i32, {0, K / 3, K / 3 + 5, K / 3 + 5, K - 3});
+    prefixes = Array::of(DType::i32, {K / 4, 0, 0, K / 3});
+  } else {
+    prefixes = Array::full(DType::i32, {B}, (double)(2 * K / 3));
   }
   const auto base = [&, threads = threads](AttentionParams& p) {
     p.q = q, p.k = k, p.v = v, p.scale = 0.125, p.causal = 1, p.block_q = 20, p.block_k = 64, p.threads = threads;
@@ -266,7 +269,8 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
       t.lssa_backward(p);
     });
   }
-  for (const bool many : {false, true}) {  // lists of each group, or, where they would overlap much, of all at once
+  for (int kind = 0; kind < 4; kind++) {
+    const bool many = kind & 1, prefix = kind & 2;  // lists of each group, or, where they would overlap much, of all
     Array groups(DType::i64, {B, L}), key_groups(DType::i64, {B, K}), out = out_of(), state(f32, {B, H, L, 2});
     const auto fill = [&](Array& a, int64_t step) {
       const int64_t sparse[] = {0, 1, int64_t(1) << 33, int64_t(1) << 62, 3}, dense[] = {0, 15, 30, 29, 27};
@@ -275,6 +279,7 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
     fill(groups, 3), fill(key_groups, 2);
     GroupedParams first;
     base(first), first.groups = groups, first.key_groups = key_groups, first.window = 16;
+    if (prefix) first.prefix_lengths = prefixes;
     first.out = out, first.state = state;
     baseline.grouped_forward(first);
     check("grouped attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
@@ -289,12 +294,14 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
       t.grouped_backward(p);
     });
   }
-  for (int gate = 0; gate < 2 && L == K; gate++) {
+  for (int kind = 0; kind < 4 && L == K; kind++) {
+    const int gate = kind & 1;
     Array a = Array::random(f32, {B, L, G}, 0, 0.5, layout), sharpness = Array::full(f32, {1}, 2), out = out_of(),
           state(f32, {B, H, L, 2});
     GatedParams first;
     base(first), first.assignment = a, first.sharpness = sharpness, first.window = 16, first.gate = gate;
     first.cu_seqlens_k = begins_q, first.out = out, first.state = state;
+    if (kind & 2) first.prefix_lengths = prefixes;
     baseline.gated_attention_forward(first);
     check("gated attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
       o = {out_of(), Array(f32, {B, H, L, 2})};

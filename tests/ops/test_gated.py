@@ -10,17 +10,18 @@ from fastattn import testing
 from fastattn.runtime import native as _native
 
 
-def published(q, k, v, assignment, sharpness, window, gate):
+def published(q, k, v, assignment, sharpness, window, gate, prefix=0):
     """Row by row, without masks or tensor algebra beyond dot products; float64."""
     q, k, v, a = (x.double() for x in (q, k, v, assignment))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]).clone()
     for i in range(q.shape[2]):
-        s = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, : i + 1]) / q.shape[3] ** 0.5
-        g = torch.sigmoid(sharpness * torch.einsum("bg,bjg->bj", a[:, i], a[:, : i + 1]))
-        g = torch.where(i - torch.arange(i + 1) <= window, 1.0, g)[:, None]
+        end = max(i + 1, prefix)
+        s = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, :end]) / q.shape[3] ** 0.5
+        g = torch.sigmoid(sharpness * torch.einsum("bg,bjg->bj", a[:, i], a[:, :end]))
+        g = torch.where((i - torch.arange(end)).abs() <= window, 1.0, g)[:, None]
         s = s * g if gate == "multiply" else s + g.log()
-        out[:, :, i] = torch.einsum("bhj,bhjd->bhd", s.softmax(-1), v[:, :, : i + 1])
+        out[:, :, i] = torch.einsum("bhj,bhjd->bhd", s.softmax(-1), v[:, :, :end])
     return out
 
 
@@ -33,23 +34,27 @@ def inputs(length=20, groups=4, dtype=torch.float64, heads=4, kv_heads=2, head_d
 
 @pytest.mark.parametrize("gate", ["multiply", "log"])
 @pytest.mark.parametrize("window", [0, 3, 50])
-def test_is_the_published_equation(gate, window):
+@pytest.mark.parametrize("prefix", [None, 0, 13, 20])
+def test_is_the_published_equation(gate, window, prefix):
     q, k, v, a, sharpness = inputs()
     with torch.no_grad():
-        expected = published(q, k, v, a, 3.0, window, gate)
-    actual = fa.gated_attention(
-        q, k, v, a, window=window, sharpness=sharpness, gate=gate, backend="reference"
-    )
+        expected = published(q, k, v, a, 3.0, window, gate, prefix or 0)
+    options = {"window": window, "gate": gate, "backend": "reference"}
+    if prefix is not None:
+        options["mask"] = fa.Mask(prefix_lengths=torch.tensor([prefix, prefix]))
+    actual = fa.gated_attention(q, k, v, a, sharpness=sharpness, **options)
     assert testing.max_error(actual, expected) < 1e-13
-    number = fa.gated_attention(q, k, v, a, window=window, sharpness=3.0, gate=gate, backend="reference")
+    number = fa.gated_attention(q, k, v, a, sharpness=3.0, **options)
     assert torch.equal(number, actual)
 
 
 @pytest.mark.parametrize("gate", ["multiply", "log"])
-def test_gradcheck(gate):
+@pytest.mark.parametrize("prefix", [None, 5])
+def test_gradcheck(gate, prefix):
     q, k, v, a, sharpness = inputs(7, 3, heads=2, kv_heads=1, head_dim=4)
+    mask = None if prefix is None else fa.Mask(prefix_lengths=torch.tensor([prefix, 0]))
     assert torch.autograd.gradcheck(
-        lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, window=2, sharpness=s, gate=gate),
+        lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, window=2, sharpness=s, gate=gate, mask=mask),
         (q, k, v, a, sharpness),
         fast_mode=True,
     )
@@ -174,7 +179,11 @@ def test_native_under_every_mask(isa, data):
             [data.draw(st.integers(min(n, 2), n)) for n in (lengths if packed else lengths * batch)]
         )
     if data.draw(st.booleans()):
-        mask["window"] = (data.draw(st.integers(1, 60)), None)
+        mask["prefix_lengths"] = torch.tensor(
+            [data.draw(st.integers(0, n)) for n in (lengths if packed else lengths * batch)]
+        )
+    if data.draw(st.booleans()):
+        mask["window"] = (data.draw(st.integers(1, 60)), data.draw(st.none() | st.integers(0, 60)))
     if data.draw(st.booleans()):
         mask["dense"] = torch.rand(length, length, generator=torch.Generator().manual_seed(0)) < 0.7
     options["mask"] = fa.Mask(**mask) if mask else None
@@ -207,6 +216,29 @@ def test_native_dtypes(isa, nan_outputs, dtype, gate):
     testing.check_op(
         call("cpu", **options), call("reference", **options), (q, k, v, a, sharpness), terms=150 * 4
     )
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_native_prefix_over_several_tiles(isa, nan_outputs, gate):
+    q, k, v = testing.attention_inputs(2, 4, 2, 330, 330, 32)
+    a = fa.sinkhorn(testing.random_tensor(2, 330, 8), temperature=1.0).requires_grad_()
+    sharpness = torch.tensor(3.0, requires_grad=True)
+    options = {"window": 20, "gate": gate, "mask": fa.Mask(prefix_lengths=torch.tensor([170, 330]))}
+    testing.check_op(
+        call("cpu", **options), call("reference", **options), (q, k, v, a, sharpness), terms=330 * 4
+    )
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_native_prefix_of_nothing_changes_nothing(isa, gate):
+    q, k, v = testing.attention_inputs(2, 4, 2, 200, 200, 16)
+    a = fa.sinkhorn(testing.random_tensor(2, 200, 8), temperature=1.0).requires_grad_()
+    inputs = (q, k, v, a, torch.tensor(3.0, requires_grad=True))
+    empty = fa.Mask(prefix_lengths=torch.zeros(2, dtype=torch.int64))
+    options = {"window": 9, "gate": gate}
+    (out,), grads = testing.differentiate(call("cpu", **options), inputs)
+    (same,), alike = testing.differentiate(call("cpu", mask=empty, **options), inputs)
+    assert torch.equal(out, same) and all(torch.equal(x, y) for x, y in zip(grads, alike, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -10,7 +10,7 @@ from fastattn import testing
 from fastattn.runtime import native as _native
 
 
-def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_lengths=None):
+def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_lengths=None, prefixes=None):
     """Row by row in float64: the rule spelled out, no masks module."""
     q, k, v = q.double(), k.double(), v.double()
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -20,14 +20,17 @@ def oracle(q, k, v, groups, key_groups, window, cuts_q=None, cuts_k=None, key_le
     for b in range(q.shape[0]):
         for d in range(len(cuts_q) - 1):
             lq, lk = cuts_q[d + 1] - cuts_q[d], cuts_k[d + 1] - cuts_k[d]
-            limit = lk if key_lengths is None else key_lengths[d if len(cuts_q) > 2 else b]
+            sequence = d if len(cuts_q) > 2 else b
+            limit = lk if key_lengths is None else key_lengths[sequence]
+            prefix = 0 if prefixes is None else prefixes[sequence]
             for i in range(lq):
                 row = cuts_q[d] + i
                 place = i + lk - lq
                 keys = [
                     cuts_k[d] + j
-                    for j in range(min(place + 1, limit))
-                    if place - j <= window or int(groups[b, row]) & int(key_groups[b, cuts_k[d] + j])
+                    for j in range(min(max(place + 1, prefix), limit))
+                    if -window <= place - j <= window
+                    or int(groups[b, row]) & int(key_groups[b, cuts_k[d] + j])
                 ]
                 if keys:
                     s = torch.einsum("hd,hjd->hj", q[b, :, row], k[b][:, keys]) / q.shape[3] ** 0.5
@@ -59,8 +62,11 @@ def test_is_the_rule(data):
     length, window = data.draw(st.integers(0, 24)), data.draw(st.integers(0, 26))
     groups = data.draw(signatures(batch, length))
     q, k, v = testing.attention_inputs(batch, kv_heads * 2, kv_heads, length, length, 8, dtype=torch.float64)
-    actual = fa.grouped_attention(q, k, v, groups, window=window, backend="reference")
-    assert testing.max_error(actual, oracle(q, k, v, groups, groups, window)) < 1e-13
+    prefixes = data.draw(st.none() | st.lists(st.integers(0, length), min_size=batch, max_size=batch))
+    mask = fa.Mask(prefix_lengths=torch.tensor(prefixes)) if prefixes is not None else None
+    actual = fa.grouped_attention(q, k, v, groups, window=window, mask=mask, backend="reference")
+    expected = oracle(q, k, v, groups, groups, window, prefixes=prefixes)
+    assert testing.max_error(actual, expected) < 1e-13
 
 
 def test_packed_documents_and_key_lengths():
@@ -68,11 +74,16 @@ def test_packed_documents_and_key_lengths():
     q, k, v = testing.attention_inputs(1, 2, 1, 22, 22, 8, dtype=torch.float64)
     groups = fa.focus_groups(torch.rand(1, 22, 4, generator=torch.Generator().manual_seed(0)), top_k=2)
     lengths = [4, 0, 12, 3]
-    mask = fa.Mask(cu_seqlens_q=torch.tensor(cuts), key_lengths=torch.tensor(lengths))
-    actual = fa.grouped_attention(q, k, v, groups, window=3, mask=mask, backend="reference")
-    expected = oracle(q, k, v, groups, groups, 3, cuts, cuts, lengths)
-    assert testing.max_error(actual, expected) < 1e-13
-    assert (actual[:, :, 20:] == 0).all()
+    for prefixes in (None, [5, 0, 9, 1]):
+        mask = fa.Mask(
+            cu_seqlens_q=torch.tensor(cuts),
+            key_lengths=torch.tensor(lengths),
+            prefix_lengths=None if prefixes is None else torch.tensor(prefixes),
+        )
+        actual = fa.grouped_attention(q, k, v, groups, window=3, mask=mask, backend="reference")
+        expected = oracle(q, k, v, groups, groups, 3, cuts, cuts, lengths, prefixes)
+        assert testing.max_error(actual, expected) < 1e-13
+        assert (actual[:, :, 20:] == 0).all()
 
 
 def test_decoding_continues_the_prefill():
@@ -146,7 +157,11 @@ def test_opcheck_and_compile():
         ),
         ({"window": -1}, ValueError, "window must be an integer of zero or more, given -1"),
         ({"scale": "big"}, TypeError, "scale must be a finite number"),
-        ({"mask": fa.Mask(prefix_lengths=torch.tensor([2]))}, NotImplementedError, "mask.prefix_lengths"),
+        (
+            {"mask": fa.Mask(prefix_lengths=torch.tensor([5]))},
+            ValueError,
+            "prefix_lengths holds 5, longer than the 4 keys given",
+        ),
     ],
 )
 def test_errors_name_the_argument(options, error, message):
@@ -204,7 +219,11 @@ def test_native_is_the_rule(isa, data):
             [data.draw(st.integers(0, n)) for n in (lengths if packed else lengths * batch)]
         )
     if data.draw(st.booleans()):
-        mask["window"] = (data.draw(st.integers(0, length)), None)
+        mask["prefix_lengths"] = torch.tensor(
+            [data.draw(st.integers(0, n)) for n in (lengths if packed else lengths * batch)]
+        )
+    if data.draw(st.booleans()):
+        mask["window"] = (data.draw(st.integers(0, length)), data.draw(st.none() | st.integers(0, length)))
     options["mask"] = fa.Mask(**mask) if mask else None
     head_dim, value_dim = data.draw(st.sampled_from([(1, 3), (8, 8), (17, 33), (64, 16)]))
     inputs = testing.attention_inputs(
@@ -245,6 +264,76 @@ def test_native_decoding(isa, nan_outputs):
         actual = call(groups[:, 150 - rows :], "cpu", **step)(*last)
         truth = call(groups[:, 150 - rows :], "reference", **step)(*(x.double() for x in last))
         assert testing.max_error(actual, truth) <= testing.rounding_band(truth, torch.float32, 150)
+
+
+def pair_magnitudes(weights, q, k, v, scale) -> tuple[float, float]:
+    """Of the gradients of q and k: dS = P (g.v - sum P g.v), whose two parts cancel in a row of few keys, each taken by its size."""
+    q, k, v = (t.detach().double().abs() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    (grad,) = testing.output_gradients((torch.empty(*q.shape[:3], v.shape[3]),))
+    products = grad.double().abs() @ v.mT
+    pairs = weights * (products + (weights * products).sum(-1, keepdim=True)) * scale
+    by_key = (pairs.mT @ q).sum(1)  # one key head
+    return float((pairs @ k).max()), float(by_key.max())
+
+
+@given(data=st.data())
+def test_native_prefix_wherever_the_last_query_stands(isa, data):
+    """More queries than keys, fewer, and the diagonal on the last key that counts: the first rows may stand before every key."""
+    lq, lk, window = (
+        data.draw(st.integers(1, 90)),
+        data.draw(st.integers(1, 90)),
+        data.draw(st.integers(0, 40)),
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    count, top_k = data.draw(st.sampled_from([(2, 1), (3, 2), (8, 2), (60, 3)]))
+    groups, key_groups = (
+        fa.focus_groups(torch.rand(1, n, count, generator=generator), top_k=top_k) for n in (lq, lk)
+    )
+    mask = {"prefix_lengths": torch.tensor([data.draw(st.integers(0, lk))])}
+    if data.draw(st.booleans()):
+        mask |= {
+            "key_lengths": torch.tensor([data.draw(st.integers(0, lk))]),
+            "align": data.draw(st.sampled_from(["keys", "key_lengths"])),
+        }
+    options = {"key_groups": key_groups, "window": window, "mask": fa.Mask(**mask)}
+    inputs = testing.attention_inputs(1, 2, 1, lq, lk, 8)
+    weights = testing.attention_weights(call(groups, "reference", **options), *inputs)
+    with testing.nan_filled_outputs():
+        testing.check_op(
+            call(groups, "cpu", **options),
+            call(groups, "reference", **options),
+            inputs,
+            terms=lk + 16,
+            magnitudes=pair_magnitudes(weights, *inputs, 8**-0.5),
+        )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *testing.LOW_DTYPES))
+@pytest.mark.parametrize(("count", "top_k"), [(8, 1), (16, 2), (4, 3)])
+def test_native_prefix_over_several_tiles(isa, nan_outputs, dtype, count, top_k):
+    groups = fa.focus_groups(
+        torch.rand(2, 330, count, generator=torch.Generator().manual_seed(0)), top_k=top_k
+    )
+    inputs = testing.attention_inputs(2, 2, 1, 330, 330, 32, dtype=dtype)
+    options = {"window": 20, "mask": fa.Mask(prefix_lengths=torch.tensor([170, 330]))}
+    testing.check_op(call(groups, "cpu", **options), call(groups, "reference", **options), inputs, terms=330)
+
+
+def test_native_prefix_of_nothing_changes_nothing(isa):
+    inputs = testing.attention_inputs(2, 4, 2, 200, 200, 16)
+    groups = fa.focus_groups(torch.rand(2, 200, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    empty = fa.Mask(prefix_lengths=torch.zeros(2, dtype=torch.int64))
+    (out,), grads = testing.differentiate(call(groups, "cpu", window=9), inputs)
+    (same,), alike = testing.differentiate(call(groups, "cpu", window=9, mask=empty), inputs)
+    assert torch.equal(out, same) and all(torch.equal(a, b) for a, b in zip(grads, alike, strict=True))
+
+
+def test_a_prefix_of_everything_and_one_group_is_attention_to_all():
+    q, k, v = testing.attention_inputs(1, 2, 2, 40, 40, 8, dtype=torch.float64)
+    mask = fa.Mask(prefix_lengths=torch.tensor([40]))
+    actual = fa.grouped_attention(q, k, v, torch.ones(1, 40, dtype=torch.int64), window=2, mask=mask)
+    assert testing.max_error(actual, torch.nn.functional.scaled_dot_product_attention(q, k, v)) < 1e-14
 
 
 @pytest.mark.parametrize("threads", [1, 3, 5])

@@ -28,15 +28,16 @@ def gated_attention(
 
     With g_ij = sigmoid(sharpness * a_i.a_j), a the assignment (arXiv 2604.03260):
 
-        gate="multiply"   s_ij = scale * q_i.k_j * (1 if i - j <= window else g_ij)
-        gate="log"        s_ij = scale * q_i.k_j + (0 if i - j <= window else log g_ij)
+        gate="multiply"   s_ij = scale * q_i.k_j * (1 if |i - j| <= window else g_ij)
+        gate="log"        s_ij = scale * q_i.k_j + (0 if |i - j| <= window else log g_ij)
 
     An assignment is not negative, so that the gate lies in [0.5, 1) and never prunes. `multiply` is the published equation and
-    flattens distant scores; `log` scales distant weights.
+    flattens distant scores; `log` scales distant weights. Query i sees keys j <= i, and of a prefix (`mask.prefix_lengths`) those
+    with j < prefix.
 
     q: (B, Hq, L, D); k: (B, Hkv, L, D); v: (B, Hkv, L, Dv), Hq a multiple of Hkv. One floating dtype and device.
     assignment: (B, L, G) floating, its own dtype, shared by all heads (`sinkhorn`).
-    window: keys before the query that are not gated, default 128.
+    window: keys before the query, and in a prefix after it, that are not gated, default 128.
     sharpness: a number, or a floating tensor of one element that gets a gradient.
     scale: default 1/sqrt(D).
     mask: as in `grouped_attention`.

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...masks import Mask
 from ...runtime.examples import Example, Make
 from . import gated_attention
 
@@ -13,4 +14,8 @@ def examples(make: Make) -> dict[str, Example]:
         "assignment": make.shares(1, L, 4),
         "sharpness": torch.ones((), dtype=make.dtype, device=make.device),
     }
-    return {"gated_attention": Example(gated_attention, heads | gates, {"window": 4})}
+    prefix = {"window": 4, "mask": Mask(prefix_lengths=torch.tensor([15]))}
+    return {
+        "gated_attention": Example(gated_attention, heads | gates, {"window": 4}),
+        "gated_attention, prefix": Example(gated_attention, heads | gates, prefix),
+    }

@@ -25,7 +25,7 @@ def gated_attention(
     s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
     a = _wide(assignment)
     agreement = (sharpness.to(a.dtype) * (a @ a.transpose(-1, -2))).to(s.dtype)  # (B, L, L)
-    near = distance(q, k, mask) <= window
+    near = distance(q, k, mask).abs() <= window
     if gate == 0:
         s = s * torch.where(near, 1.0, torch.sigmoid(agreement))[:, None]
     else:

@@ -43,9 +43,12 @@ def _load_assignments(line, start, first, count, BLOCK: tl.constexpr, META: tl.c
 
 
 @triton.jit
-def _far(row, keys, extent, near):
-    """Which pairs the gate is for."""
-    return row + extent.shift - keys > near
+def _far(row, keys, extent, near, prefix_lengths):
+    """Which pairs the gate is for. Without a prefix no later key is attended."""
+    distance = row + extent.shift - keys
+    if prefix_lengths is not None:
+        distance = tl.abs(distance)
+    return distance > near
 
 
 @triton.jit
@@ -95,7 +98,7 @@ def _gated_forward_kernel(
         b_tile = _load_assignments(a_rows, work.start_k, key, extent.key_length, META.block_n, META)
         s = dot(q_tile, tl.trans(k_tile), zero, META.precision)
         agreement = dot(a_tile, tl.trans(b_tile), zero, META.gate_precision)
-        far = _far(row[:, None], keys[None, :], extent, near)
+        far = _far(row[:, None], keys[None, :], extent, near, mask.prefix_lengths)
         s2, _, _ = _gated_scores(s * factors.scale2, agreement, sharp, far, META.log_gate)
         allowed = allowed_pairs(keys, begin, end, dense_rows)
         acc, top, total = fold((acc, top, total), s2, allowed, v_tile, 1.0, SCORE, True, META.precision)
@@ -140,7 +143,7 @@ def _gated_backward_q_kernel(
         b_tile = _load_assignments(a_rows, work.start_k, key, extent.key_length, META.block_n, META)
         s, dp = two_products(q_tile, k_tile, g_tile, v_tile, META.precision)
         agreement = dot(a_tile, tl.trans(b_tile), zero, META.gate_precision)
-        far = _far(row[:, None], keys[None, :], extent, near)
+        far = _far(row[:, None], keys[None, :], extent, near, mask.prefix_lengths)
         s2, slope, slope_gate = _gated_scores(s * factors.scale2, agreement, sharp, far, META.log_gate)
         allowed = allowed_pairs(keys, begin, end, dense_rows)
         _, ds = score_gradient(s2, dp, along_rows(statistics), allowed, 1.0, SCORE, True)
@@ -192,7 +195,7 @@ def _gated_backward_kv_kernel(
             allowed = allowed_pairs(row, low, high, dense_keys)
             s, dp = two_products(k_tile, q_tile, v_tile, g_tile, META.precision)  # (N, M)
             agreement = dot(b_tile, tl.trans(a_tile), zero, META.gate_precision)
-            far = _far(row[None, :], keys[:, None], extent, near)
+            far = _far(row[None, :], keys[:, None], extent, near, mask.prefix_lengths)
             s2, slope, slope_gate = _gated_scores(s * factors.scale2, agreement, sharp, far, META.log_gate)
             weight, ds = score_gradient(s2, dp, along_columns(statistics), allowed, 1.0, SCORE, True)
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, META.precision)

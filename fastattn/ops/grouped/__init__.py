@@ -49,16 +49,17 @@ def grouped_attention(
 
     Query i attends key j when j <= i and (i - j <= window or groups_i & key_groups_j != 0): itself, the `window` keys before it, and
     every earlier key with a group in common. A key counts once, however many groups it shares. Positions are those in the document
-    when packed. The last query is aligned with the last key, as in decoding.
+    when packed. The last query is aligned with the last key, as in decoding. In a prefix (`mask.prefix_lengths`) tokens see later ones
+    too: key j is seen when j < max(i + 1, prefix), and attended when |i - j| <= window or a group is shared.
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device.
     groups: (B, Lq) int32 or int64 signatures, a bit a group, not negative, shared by all heads (`focus_groups`). A token of
         signature 0 attends the keys of its window alone, and is attended within the window alone.
     key_groups: (B, Lk), the keys' signatures; default `groups`, which needs Lq == Lk.
-    window: keys before the query that it always attends, 0 or more, default 128.
+    window: keys before the query, and in a prefix after it, that it always attends, 0 or more, default 128.
     scale: default 1/sqrt(D).
-    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense); default none. Attention stays
-        causal whatever the mask says. A mask with a prefix is refused.
+    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense), or widens what is seen by its
+        prefix_lengths; default none. Beyond a prefix attention stays causal whatever the mask says.
 
     Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.

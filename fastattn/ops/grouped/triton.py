@@ -25,6 +25,7 @@ from .triton_tiles import (
     _tile_summary_kernel,
     keys_of,
     load_keys,
+    near_tiles,
     nearby,
     next_run,
     over_runs,
@@ -44,16 +45,13 @@ class _Attended(NamedTuple):
     keys: Keys
     queries: Queries
     extent: Extent
-    near: tl.tensor
     scale2: tl.tensor
 
 
 @triton.jit
 def _fold_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys added to a query tile's running state."""
-    k_tile, v_tile, allowed = load_keys(
-        operands.keys, operands.queries, operands.extent, operands.near, tile, META, MASKED
-    )
+    k_tile, v_tile, allowed = load_keys(operands.keys, operands.queries, operands.extent, tile, META, MASKED)
     s = tl.zeros([META.block_m, META.block_n], tl.float32)
     s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
     return fold(state, s, allowed, v_tile, operands.scale2, SCORE, MASKED, META.precision)
@@ -77,16 +75,14 @@ def _grouped_forward_kernel(
     q_rows, part_rows = place(q, entry, head, work.start_q), place(part, entry, head, work.start_q)
     statistics = offset(entry * heads + head, length_q) + work.start_q + row
     q_tile = gather_tile(q_rows.base, row, q_rows.stride, inside, META.head_dim, META.block_d)
-    last_end = tl.max(queries.end, 0)
     if META.sorted:
         acc = tl.zeros([META.block_m, META.block_dv], tl.float32)
         top = tl.full([META.block_m], float("-inf"), tl.float32)
         total = tl.zeros([META.block_m], tl.float32)
-        operands = _Attended(q_tile, keys, queries, extent, near, factors.scale2)
+        operands = _Attended(q_tile, keys, queries, extent, factors.scale2)
         document = tl.program_id(0) // tiles // heads
-        run = run_of(
-            groups, document, queries.signature, queries.begin, queries.end, last_end, tl.cdiv(extent.keys, META.block_n)
-        )  # fmt: skip
+        last_end, stop = tl.max(queries.end, 0), tl.cdiv(extent.keys, META.block_n)
+        run = run_of(groups, document, queries.signature, queries.begin, queries.end, last_end, stop)
         run_first = next_run(run, extent.keys * 0, True)
         acc, top, total = over_runs(
             (acc, top, total), _fold_tile, operands, run, run_first, SCORE, META, True
@@ -101,8 +97,9 @@ def _grouped_forward_kernel(
             * total[:, None]
         )
         near_queries = nearby(queries, extent, near)
-        operands = _Attended(q_tile, keys, near_queries, extent, near, factors.scale2)
-        for tile in range(tl.min(near_queries.begin, 0) // META.block_n, tl.cdiv(last_end, META.block_n)):
+        operands = _Attended(q_tile, keys, near_queries, extent, factors.scale2)
+        first_tile, stop = near_tiles(near_queries, META.block_n)
+        for tile in range(first_tile, stop):
             acc, top, total = _fold_tile((acc, top, total), operands, tile, SCORE, META, True)
     acc, _, top, log_sum = finish(acc, top, total, factors.scale2, 0.0, True)
     store_state(state, statistics, top, log_sum, inside)

@@ -26,6 +26,7 @@ from .triton_tiles import (
     counted,
     keys_of,
     load_keys,
+    near_tiles,
     nearby,
     next_run,
     over_runs,
@@ -45,16 +46,13 @@ class _QueryGradient(NamedTuple):
     keys: Keys
     queries: Queries
     extent: Extent
-    near: tl.tensor
     scale2: tl.tensor
 
 
 @triton.jit
 def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys added to a query tile's gradient (M, D)."""
-    k_tile, v_tile, allowed = load_keys(
-        operands.keys, operands.queries, operands.extent, operands.near, tile, META, MASKED
-    )
+    k_tile, v_tile, allowed = load_keys(operands.keys, operands.queries, operands.extent, tile, META, MASKED)
     s, dp = two_products(operands.q_tile, k_tile, operands.g_tile, v_tile, META.precision)
     _, ds = score_gradient(s, dp, along_rows(operands.statistics), allowed, operands.scale2, SCORE, MASKED)
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
@@ -81,24 +79,21 @@ def _grouped_backward_q_kernel(
     q_tile = gather_tile(q_rows.base, row, q_rows.stride, inside, META.head_dim, META.block_d)
     g_tile = gather_tile(g_rows.base, row, g_rows.stride, inside, META.v_dim, META.block_dv)
     statistics = load_statistics(state, delta, at, inside)
-    last_end = tl.max(queries.end, 0)
     if META.sorted:
         acc = tl.zeros([META.block_m, META.block_d], tl.float32)
-        operands = _QueryGradient(q_tile, g_tile, statistics, keys, queries, extent, near, factors.scale2)
+        operands = _QueryGradient(q_tile, g_tile, statistics, keys, queries, extent, factors.scale2)
         document = tl.program_id(0) // tiles // heads
-        run = run_of(
-            groups, document, queries.signature, queries.begin, queries.end, last_end, tl.cdiv(extent.keys, META.block_n)
-        )  # fmt: skip
+        last_end, stop = tl.max(queries.end, 0), tl.cdiv(extent.keys, META.block_n)
+        run = run_of(groups, document, queries.signature, queries.begin, queries.end, last_end, stop)
         run_first = next_run(run, extent.keys * 0, True)
         acc = over_runs(acc, _query_tile_gradient, operands, run, run_first, SCORE, META, True)
         scatter_tile(part_rows.base, row, part_rows.stride, inside, acc, META.head_dim, META.block_d)
     else:
         acc = gather_tile(part_rows.base, row, part_rows.stride, inside, META.head_dim, META.block_d)
         near_queries = nearby(queries, extent, near)
-        operands = _QueryGradient(
-            q_tile, g_tile, statistics, keys, near_queries, extent, near, factors.scale2
-        )
-        for tile in range(tl.min(near_queries.begin, 0) // META.block_n, tl.cdiv(last_end, META.block_n)):
+        operands = _QueryGradient(q_tile, g_tile, statistics, keys, near_queries, extent, factors.scale2)
+        first_tile, stop = near_tiles(near_queries, META.block_n)
+        for tile in range(first_tile, stop):
             acc = _query_tile_gradient(acc, operands, tile, SCORE, META, True)
         dq_rows = place(dq, entry, head, work.start_q)
         scatter_tile(
@@ -139,21 +134,18 @@ def _key_tile_gradients(
     dk, dv = gradients
     q, g, extent = operands.q, operands.g, operands.extent
     queries = query_tokens(operands.order, operands.signatures, tile * META.block_m, extent, META)
+    if not META.sorted:
+        queries = nearby(queries, extent, operands.near)
     q_tile = gather_tile(q.base, queries.position, q.stride, queries.inside, META.head_dim, META.block_d)
     g_tile = gather_tile(g.base, queries.position, g.stride, queries.inside, META.v_dim, META.block_dv)
     statistics = load_statistics(operands.state, operands.delta, offset(queries.position, 1), queries.inside)
     allowed = None
     if MASKED:
         keys = operands.keys
-        columns = (
-            queries.position[None, :],
-            queries.begin[None, :],
-            queries.end[None, :],
-            queries.signature[None, :],
-        )
+        columns = queries.begin[None, :], queries.end[None, :], queries.signature[None, :]
         allowed = counted(
-            columns, keys.position[:, None], keys.signature[:, None], keys.inside[:, None], operands.near, extent.shift, META.sorted
-        )  # fmt: skip
+            columns, keys.position[:, None], keys.signature[:, None], keys.inside[:, None], META.sorted
+        )
     s, dp = two_products(operands.k_tile, q_tile, operands.v_tile, g_tile, META.precision)  # (N, M)
     weight, ds = score_gradient(s, dp, along_columns(statistics), allowed, operands.scale2, SCORE, MASKED)
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, META.precision)
@@ -173,6 +165,9 @@ def _grouped_backward_kv_kernel(
     side = keys_of(k, v, groups, work, kv_head)
     keys, there = tokens_of_tile(side.order, first, extent.keys, META.block_n, META.sorted)
     low, high = query_interval(keys, extent, META.causal)
+    if not META.sorted:  # the queries whose window has the key
+        low = tl.maximum(low, keys - extent.shift - near)
+        high = tl.minimum(high, keys - extent.shift + near + 1)
     high = tl.where(there, high, 0)
     of_keys = _OfKeys(keys, there, tl.load(side.signatures + offset(keys, 1), mask=there, other=0))
     part_k_rows, part_v_rows = (
@@ -193,7 +188,6 @@ def _grouped_backward_kv_kernel(
     else:
         dk_acc = gather_tile(part_k_rows.base, keys, part_k_rows.stride, there, META.head_dim, META.block_d)
         dv_acc = gather_tile(part_v_rows.base, keys, part_v_rows.stride, there, META.v_dim, META.block_dv)
-        high = tl.minimum(high, keys - extent.shift + near + 1)
     order = sequence_tokens(groups.order_q, entry, work.start_q)
     signatures = sequence_tokens(groups.signatures_q, entry, work.start_q)
     for member in range(0, META.group):

@@ -183,17 +183,17 @@ def over_runs(
 
 
 @triton.jit
-def counted(queries, keys, key_signature, key_inside, near, shift, SORTED: tl.constexpr):
-    """Which pairs a pass counts: SORTED those that share a group, else the near ones that share none.
+def counted(queries, keys, key_signature, key_inside, SORTED: tl.constexpr):
+    """Which pairs a pass counts: SORTED those that share a group, else those that share none; of queries' intervals.
 
     All arguments of tokens are broadcast: those of queries along one dim of the result, those of keys along the other.
     """
-    position, begin, end, signature = queries
+    begin, end, signature = queries
     allowed = key_inside & (keys >= begin) & (keys < end)
     shared = signature & key_signature
     if SORTED:
         return allowed & (shared != 0)
-    return allowed & (shared == 0) & (position + shift - keys <= near)
+    return allowed & (shared == 0)
 
 
 @triton.jit
@@ -216,13 +216,21 @@ def run_of(groups, document, signature, low, high, bound, tiles):
 
 @triton.jit
 def nearby(queries, extent, near):
-    """The queries, each with the keys from its window on."""
-    begin = tl.maximum(queries.begin, queries.position + extent.shift - near)
-    return Queries(queries.position, queries.inside, begin, queries.end, queries.signature)
+    """The queries, each with the keys of its window."""
+    diagonal = queries.position + extent.shift
+    begin = tl.maximum(queries.begin, diagonal - near)
+    end = tl.minimum(queries.end, diagonal + near + 1)
+    return Queries(queries.position, queries.inside, begin, end, queries.signature)
 
 
 @triton.jit
-def load_keys(side, queries, extent, near, tile, META: tl.constexpr, MASKED: tl.constexpr):
+def near_tiles(near_queries, BLOCK_N: tl.constexpr):
+    """[begin, end) of the tiles that hold the keys of these intervals."""
+    return tl.min(near_queries.begin, 0) // BLOCK_N, tl.cdiv(tl.max(near_queries.end, 0), BLOCK_N)
+
+
+@triton.jit
+def load_keys(side, queries, extent, tile, META: tl.constexpr, MASKED: tl.constexpr):
     """A tile of a side's keys: (keys (N, D), values (N, Dv), which pairs (M, N) with the queries count when MASKED)."""
     keys, there = tokens_of_tile(side.order, tile * META.block_n, extent.keys, META.block_n, META.sorted)
     there = there & (keys < extent.key_length)  # padding, which may hold anything, is not read
@@ -231,13 +239,6 @@ def load_keys(side, queries, extent, near, tile, META: tl.constexpr, MASKED: tl.
     allowed = there
     if MASKED:
         key_signature = tl.load(side.signatures + offset(keys, 1), mask=there, other=0)
-        rows = (
-            queries.position[:, None],
-            queries.begin[:, None],
-            queries.end[:, None],
-            queries.signature[:, None],
-        )
-        allowed = counted(
-            rows, keys[None, :], key_signature[None, :], there[None, :], near, extent.shift, META.sorted
-        )
+        rows = queries.begin[:, None], queries.end[:, None], queries.signature[:, None]
+        allowed = counted(rows, keys[None, :], key_signature[None, :], there[None, :], META.sorted)
     return k_tile, v_tile, allowed
