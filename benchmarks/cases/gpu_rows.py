@@ -126,7 +126,7 @@ def sinkhorn(dtype, L, groups, causal):
         return lambda scores: fa.sinkhorn(scores, causal=causal, backend=backend)
 
     def eager(scores):
-        return sinkhorn_reference.sinkhorn(scores, None, None, 0.1, 10, causal)[0]
+        return sinkhorn_reference.sinkhorn(scores, None, None, None, 0.1, 10, causal)[0]
 
     scores = _made(1, L, groups, seed=1)
     return Problem(

@@ -84,27 +84,41 @@ class FocusRouter(nn.Module):
             )
         return h.to(self.projection.dtype) @ self.projection.T @ self.centroids.T
 
-    def forward(self, h: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """The assignment (B, L, G) of hidden states (B, L, d_model); rows from `lengths` (B,) on are 0. For training."""
-        return self._balanced(h, lengths)[0]
+    def forward(
+        self,
+        h: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        prefix_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The assignment (B, L, G) of hidden states (B, L, d_model); rows from `lengths` (B,) on are 0. For training.
+
+        prefix_lengths: (B,), of the attention's mask: tokens before it see each other, and are routed by all of them.
+        """
+        return self._balanced(h, lengths, prefix_lengths)[0]
 
     def signature(
         self,
         h: torch.Tensor,
         *,
         lengths: torch.Tensor | None = None,
+        prefix_lengths: torch.Tensor | None = None,
         potentials: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(signatures int64 (B, L), column potentials (B, 1, G)). For inference.
+        """(signatures int64 (B, L), column potentials (B, 1, G)). For inference. lengths, prefix_lengths: as for training.
 
         potentials: those of the prefill, held fixed, when h continues it.
         """
         with torch.no_grad():
-            assignment, potentials = self._balanced(h, lengths, potentials)
+            assignment, potentials = self._balanced(h, lengths, prefix_lengths, potentials)
         return focus_groups(assignment, top_k=self.top_k), potentials
 
     def _balanced(
-        self, h: torch.Tensor, lengths: torch.Tensor | None, potentials: torch.Tensor | None = None
+        self,
+        h: torch.Tensor,
+        lengths: torch.Tensor | None,
+        prefix_lengths: torch.Tensor | None,
+        potentials: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return sinkhorn(
             self.scores(h),
@@ -112,6 +126,7 @@ class FocusRouter(nn.Module):
             iterations=self.iterations,
             causal=self.causal,
             lengths=lengths,
+            prefix_lengths=prefix_lengths if self.causal else None,  # else all tokens are routed by all
             potentials=potentials,
             return_potentials=True,
         )
@@ -223,16 +238,23 @@ def attention_forward(
                 "fastattn: Focus serves masks that forbid keys, not masks that add to scores"
             )
         mask, keys = recognised
+        if query.shape[2] > 1 and (mask is None or not mask.causal):
+            mask = _seeing_later(mask, query, keys)
     key, value = key[:, :, :keys], value[:, :, :keys]
     router, h = module.focus_router, module.focus_input
     module.focus_input = None
-    lengths = token_counts(mask) if query.shape[2] == keys else None
+    whole = query.shape[2] == keys  # not the continuation of what a cache holds
+    counts = {
+        "lengths": token_counts(mask) if whole else None,
+        # a dense mask says of each pair what may be seen: routing takes no later token
+        "prefix_lengths": mask.prefix_lengths if whole and mask is not None and mask.dense is None else None,
+    }
     if router.training:
         out = gated_attention(
             query,
             key,
             value,
-            router(h, lengths=lengths),
+            router(h, **counts),
             window=router.window,
             sharpness=router.sharpness,
             gate=router.gate,
@@ -240,7 +262,7 @@ def attention_forward(
             mask=mask,
         )
     else:
-        groups, key_groups = _signatures(router, h, lengths, keys)
+        groups, key_groups = _signatures(router, h, counts, keys)
         out = grouped_attention(
             query,
             key,
@@ -254,8 +276,20 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _seeing_later(mask: Mask | None, query: torch.Tensor, keys: int) -> Mask:
+    """A mask under which tokens may see later ones, for ops that are causal but for a prefix: that is all the keys."""
+    lengths = token_counts(mask)
+    if lengths is None:
+        lengths = torch.full((query.shape[0],), keys, device=query.device)
+    return Mask(
+        prefix_lengths=lengths,
+        key_lengths=token_counts(mask),
+        dense=None if mask is None else mask.dense,
+    )
+
+
 def _signatures(
-    router: FocusRouter, h: torch.Tensor, lengths: torch.Tensor | None, keys: int
+    router: FocusRouter, h: torch.Tensor, counts: dict[str, torch.Tensor | None], keys: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(signatures of h, signatures of all keys).
 
@@ -264,7 +298,7 @@ def _signatures(
     """
     num_cached = keys - h.shape[1]
     if num_cached == 0:
-        groups, potentials = router.signature(h, lengths=lengths)
+        groups, potentials = router.signature(h, **counts)
         router._caches.append((groups, potentials))
         return groups, groups
     for i, (before, potentials) in enumerate(router._caches):

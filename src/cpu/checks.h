@@ -368,6 +368,8 @@ inline void check_fields(const Checks& c, const SinkhornParams& p) {
   c.contiguous("scores", p.scores, {1, 1, rows, groups}, p.scores.dtype);
   c.contiguous("begins", p.begins, {1, 1, 1, sequences}, DType::i64);
   c.contiguous("counts", p.counts, {1, 1, 1, sequences}, DType::i64);
+  c.require(p.causal || !p.prefixes.data, "prefixes", "go with causal");
+  if (p.prefixes.data) c.contiguous("prefixes", p.prefixes, {1, 1, 1, sequences}, DType::i64);
   c.contiguous("out", p.out, {1, 1, rows, groups}, p.scores.dtype);
   if (c.backward())
     c.contiguous("grad", p.grad, {1, 1, rows, groups}, p.scores.dtype);
@@ -378,7 +380,9 @@ inline void check_fields(const Checks& c, const SinkhornParams& p) {
   for (int64_t i = 0; i < sequences; i++) {
     const int64_t begin = ((const int64_t*)p.begins.data)[i];
     c.index("cu_seqlens", i, begin, 0, rows);
-    c.index("lengths", i, ((const int64_t*)p.counts.data)[i], 0, rows - begin);
+    const int64_t count = ((const int64_t*)p.counts.data)[i];
+    c.index("lengths", i, count, 0, rows - begin);
+    if (p.prefixes.data) c.index("prefix_lengths", i, ((const int64_t*)p.prefixes.data)[i], 0, count);
   }
 }
 

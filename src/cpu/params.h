@@ -158,15 +158,16 @@ struct GatedParams : AttentionParams {
 };
 
 // Sinkhorn's iterations over the rows (T, G) of sequences: rows [begin, begin + count) of each, begins and counts (S,)
-// i64. Forward: out (T, G) the assignment, potentials (S, G) f32. Backward: grad (T, G), out the gradient of scores.
-// Rows of no sequence are left as they are.
+// i64; causal: the first prefix rows of each together, prefixes (S,) i64, or absent (0). Forward: out (T, G) the
+// assignment, potentials (S, G) f32. Backward: grad (T, G), out the gradient of scores. Rows of no sequence are left as
+// they are.
 struct SinkhornParams {
-  Tensor scores, begins, counts, out, potentials, grad;
+  Tensor scores, begins, counts, prefixes, out, potentials, grad;
   double temperature = 0.1;
   int64_t iterations = 10;
   int32_t causal = 0;
   int32_t threads = 1;
-  FASTATTN_FIELDS(scores, begins, counts, out, potentials, grad, temperature, iterations, causal, threads)
+  FASTATTN_FIELDS(scores, begins, counts, prefixes, out, potentials, grad, temperature, iterations, causal, threads)
 };
 
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of

@@ -35,6 +35,16 @@ struct SinkhornProblem {
   SinkhornSequence sequence(int64_t s) const {
     return {((const int64_t*)p.begins.data)[s], ((const int64_t*)p.counts.data)[s]};
   }
+  // The rows of a sequence whose column sums are of all of them; those of the others, after them, run up to each.
+  SinkhornSequence together(int64_t s) const {
+    const SinkhornSequence all = sequence(s);
+    return p.causal ? SinkhornSequence{all.begin, prefix(s)} : all;
+  }
+  SinkhornSequence one_by_one(int64_t s) const {
+    const SinkhornSequence all = sequence(s), first = together(s);
+    return {all.begin + first.count, all.count - first.count};
+  }
+  int64_t prefix(int64_t s) const { return p.prefixes.data ? ((const int64_t*)p.prefixes.data)[s] : 0; }
   // `count` numbers of a contiguous tensor of rows of groups, from row `row` on, times `factor`.
   void read(float* to, const Tensor& from, int64_t row, int64_t count, float factor) const {
     with_dtype(from.dtype, [&](auto* type) {
@@ -58,6 +68,22 @@ struct SinkhornProblem {
     float* to = (float*)p.potentials.data + s * groups;
     for (int64_t g = 0; g < groups; g++) to[g] = (float)(v[g] * 0.693147180559945309);
   }
+};
+
+// (groups) of every iteration, from 1 on, of each sequence's rows together: their potentials v and, in the backward,
+// what the rows after them add to v's gradients. Null where no sequence has such rows.
+struct SinkhornTogether {
+  const SinkhornProblem& problem;
+  float *potentials = nullptr, *slopes = nullptr;  // (sequences, iterations + 1, groups)
+
+  static int64_t floats(const SinkhornProblem& problem) {
+    return problem.sequences * (problem.p.iterations + 1) * problem.groups;
+  }
+  float* potential(int64_t s, int64_t t) const { return potentials + place(s, t); }
+  float* slope(int64_t s, int64_t t) const { return slopes + place(s, t); }
+
+ private:
+  int64_t place(int64_t s, int64_t t) const { return (s * (problem.p.iterations + 1) + t) * problem.groups; }
 };
 
 // --- column sums over the whole sequence: chunks of tokens as (groups, tokens) ---------------------------------------
@@ -171,17 +197,19 @@ struct SinkhornChunk {
   }
 };
 
-template <bool kBackward>
-static void sinkhorn_plain(const SinkhornProblem& problem) {
+// rest(SinkhornTogether): the sequences' other rows, forward and back, once the potentials of these are there.
+template <bool kBackward, class Rest>
+static void sinkhorn_together(const SinkhornProblem& problem, const Rest& rest) {
   const SinkhornParams& p = problem.p;
   const int64_t groups = problem.groups, tile = groups * kSinkhornTokens, iterations = p.iterations;
   int64_t chunks = 0;
   for (int64_t s = 0; s < problem.sequences; s++)
-    chunks += (problem.sequence(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
-  if (chunks == 0) return;
+    chunks += (problem.together(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
+  if (chunks == 0) return rest(SinkhornTogether{problem});
   // first chunk of each sequence, sequence of each chunk; potentials of every iteration; partial results; chunks
   int64_t *first = nullptr, *owner = nullptr;
-  float *v = nullptr, *partial = nullptr;
+  float* partial = nullptr;
+  SinkhornTogether v{problem};
   Blocks tiles, copies;  // of each chunk: x and, backward, the gradient; of each thread
   const auto take_tiles = [&](Arena& arena) {
     float* x = arena.take<float>(tile);
@@ -190,7 +218,8 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   with_scratch(0, [&](Arena& arena) {
     first = arena.take<int64_t>(problem.sequences + 1);
     owner = arena.take<int64_t>(chunks);
-    v = arena.take<float>(problem.sequences * (iterations + 1) * groups);
+    v.potentials = arena.take<float>(SinkhornTogether::floats(problem));
+    if (kBackward && p.causal) v.slopes = arena.take<float>(SinkhornTogether::floats(problem));
     partial = arena.take<float>(chunks * 2 * groups);
     tiles = arena.blocks(chunks, bytes_of(take_tiles), 64);
     copies = arena.blocks(p.threads, bytes_of([&](Arena& measure) { measure.take<float>(tile); }), 64);
@@ -198,19 +227,19 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   const auto copy_of = [&](int thread) { return copies[thread].template take<float>(tile); };
   first[0] = 0;
   for (int64_t s = 0; s < problem.sequences; s++) {
-    first[s + 1] = first[s] + (problem.sequence(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
+    first[s + 1] = first[s] + (problem.together(s).count + kSinkhornTokens - 1) / kSinkhornTokens;
     for (int64_t c = first[s]; c < first[s + 1]; c++) owner[c] = s;
   }
   const auto row_of = [&](int64_t c) {
-    return problem.sequence(owner[c]).begin + (c - first[owner[c]]) * kSinkhornTokens;
+    return problem.together(owner[c]).begin + (c - first[owner[c]]) * kSinkhornTokens;
   };
   const auto chunk = [&](int64_t c) {
-    const int64_t left = problem.sequence(owner[c]).count - (c - first[owner[c]]) * kSinkhornTokens;
+    const int64_t left = problem.together(owner[c]).count - (c - first[owner[c]]) * kSinkhornTokens;
     Arena arena = tiles[c];
     const auto [x, gradient] = take_tiles(arena);
     return SinkhornChunk{problem, x, gradient, min64(left, kSinkhornTokens)};
   };
-  const auto potential = [&](int64_t s, int64_t t) { return v + (s * (iterations + 1) + t) * groups; };
+  const auto potential = [&](int64_t s, int64_t t) { return v.potential(s, t); };
   const auto each = [&](const auto& run) { parallel_items(chunks, p.threads, run); };
 
   each([&](int64_t c, int thread) {
@@ -242,6 +271,8 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
         potential(s, t)[g] = (float)-((double)top + __builtin_log2(sum));
       }
   }
+  if (v.slopes) memset(v.slopes, 0, size_t(SinkhornTogether::floats(problem)) * 4);
+  rest(v);
   if (!kBackward) {
     each([&](int64_t c, int thread) {
       const SinkhornChunk here = chunk(c);
@@ -251,14 +282,15 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
       problem.write(p.out, row_of(c), here.x, here.tokens * groups, 1.0f);
     });
     for (int64_t s = 0; s < problem.sequences; s++)
-      if (first[s] < first[s + 1]) problem.write_potentials(s, potential(s, iterations));
+      if (first[s] < first[s + 1] && problem.one_by_one(s).count == 0)  // the last token's
+        problem.write_potentials(s, potential(s, iterations));
     return;
   }
   for (int64_t t = iterations; t >= 0; t--) {
     // partial holds v's gradient of iteration t + 1, chunk by chunk; it goes where the spare potentials are
     for (int64_t s = 0; s < problem.sequences && t < iterations; s++)
       for (int64_t g = 0; g < groups; g++) {
-        double sum = 0;
+        double sum = v.slopes ? v.slope(s, t + 1)[g] : 0;
         for (int64_t c = first[s]; c < first[s + 1]; c++) sum += partial[c * 2 * groups + g];
         potential(s, 0)[g] = (float)sum;
       }
@@ -279,8 +311,7 @@ static void sinkhorn_plain(const SinkhornProblem& problem) {
   });
 }
 
-// --- column sums up to each token: token by token, groups side by side
-// ------------------------------------------------
+// --- column sums up to each token: token by token, groups side by side -----------------------------------------------
 
 struct SinkhornScan {
   const SinkhornProblem& problem;
@@ -297,8 +328,13 @@ struct SinkhornScan {
         top(memory),
         sum(memory + iterations * columns) {}
 
-  void reset() {
+  // To what the tokens before those of sequence s that go one by one add up to.
+  void reset(int64_t s, const SinkhornTogether& before) {
     for (int64_t i = 0; i < iterations * columns; i++) top[i] = -__builtin_inff(), sum[i] = 0;
+    if (problem.prefix(s) == 0) return;
+    for (int64_t t = 0; t < iterations; t++)
+      for (int64_t g = 0; g < problem.groups; g++)
+        top[t * columns + g] = -before.potential(s, t + 1)[g], sum[t * columns + g] = 1;
   }
   // x (tokens, columns) of `tokens` rows of the sequence.
   void read(float* x, float* copy, const Tensor& from, int64_t row, int64_t tokens, float factor, float missing) const {
@@ -335,7 +371,7 @@ struct SinkhornScan {
   }
 };
 
-static void sinkhorn_causal(const SinkhornProblem& problem) {
+static void sinkhorn_one_by_one(const SinkhornProblem& problem, const SinkhornTogether& before) {
   const SinkhornParams& p = problem.p;
   const int64_t groups = problem.groups, columns = problem.columns, iterations = p.iterations;
   const int64_t tile = kSinkhornBlock * columns;
@@ -348,15 +384,15 @@ static void sinkhorn_causal(const SinkhornProblem& problem) {
                    arena.take<float>(iterations + 1)};
   };
   Blocks memory;  // of each thread
-  with_scratch(0, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
+  with_scratch(1, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
   parallel_items(problem.sequences, p.threads, [&](int64_t s, int thread) {
-    const SinkhornSequence sequence = problem.sequence(s);
+    const SinkhornSequence sequence = problem.one_by_one(s);
     if (sequence.count == 0) return;
     Arena arena = memory[thread];
     const auto [state, x, copy, v, u] = take(arena);
     SinkhornScan scan(problem, state);
     const float* last = v + (iterations - 1) * columns;
-    scan.reset();
+    scan.reset(s, before);
     for (int64_t i = 0; i < sequence.count; i += kSinkhornBlock) {
       const int64_t tokens = min64(kSinkhornBlock, sequence.count - i);
       scan.read(x, copy, p.scores, sequence.begin + i, tokens, problem.scale, kNowhere);
@@ -375,12 +411,12 @@ static void sinkhorn_causal(const SinkhornProblem& problem) {
 // In reverse over the tokens, every iteration at once. v_t(l) = -log sum_{j <= l} 2^(x + u)(j) hands its gradient to
 // all earlier tokens: share (j, l) = 2^((x + u)(j) + v_t(l)), so the sum over l of share * gradient is carried relative
 // to v_t of the token at hand, which grows on the way back and never overflows.
-static void sinkhorn_causal_backward(const SinkhornProblem& problem) {
+static void sinkhorn_one_by_one_backward(const SinkhornProblem& problem, const SinkhornTogether& before) {
   const SinkhornParams& p = problem.p;
   const int64_t groups = problem.groups, columns = problem.columns, iterations = p.iterations;
   const int64_t tile = kSinkhornBlock * columns, state = SinkhornScan::words(problem), steps = iterations * columns;
   int64_t longest = 0;
-  for (int64_t s = 0; s < problem.sequences; s++) longest = max64(longest, problem.sequence(s).count);
+  for (int64_t s = 0; s < problem.sequences; s++) longest = max64(longest, problem.one_by_one(s).count);
   const int64_t blocks = (longest + kSinkhornBlock - 1) / kSinkhornBlock;
   struct Buffers {
     float *running, *states, *x, *gradient, *copy, *v, *carried, *later, *slope, *u;
@@ -398,15 +434,15 @@ static void sinkhorn_causal_backward(const SinkhornProblem& problem) {
                    arena.take<float>(kSinkhornBlock * (iterations + 1))};
   };
   Blocks memory;  // of each thread
-  with_scratch(0, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
+  with_scratch(1, [&](Arena& arena) { memory = arena.blocks(p.threads, bytes_of(take)); });
   parallel_items(problem.sequences, p.threads, [&](int64_t s, int thread) {
-    const SinkhornSequence sequence = problem.sequence(s);
+    const SinkhornSequence sequence = problem.one_by_one(s);
     if (sequence.count == 0) return;
     Arena arena = memory[thread];
     const auto [running, states, x, gradient, copy, v, carried, later, slope, u] = take(arena);
     SinkhornScan scan(problem, running);
     const int64_t used = (sequence.count + kSinkhornBlock - 1) / kSinkhornBlock;
-    scan.reset();
+    scan.reset(s, before);
     for (int64_t b = 0; b < used; b++) {
       memcpy(states + b * state, running, size_t(state) * 4);
       if (b + 1 == used) break;
@@ -454,6 +490,22 @@ static void sinkhorn_causal_backward(const SinkhornProblem& problem) {
       for (int64_t j = 0; j < tokens; j++) memmove(gradient + j * groups, gradient + j * columns, size_t(groups) * 4);
       problem.write(p.out, row, gradient, tokens * groups, problem.back);
     }
+    for (int64_t t = 0; t < iterations && problem.prefix(s); t++)
+      for (int64_t g = 0; g < groups; g++)
+        before.slope(s, t + 1)[g] =
+            carried[t * columns + g] *
+            exp2_bounded(at_most(splat(later[t * columns + g] - before.potential(s, t + 1)[g]), 0.0f))[0];
+  });
+}
+
+template <bool kBackward>
+static void sinkhorn(const SinkhornProblem& problem) {
+  sinkhorn_together<kBackward>(problem, [&](const SinkhornTogether& before) {
+    if (!problem.p.causal) return;
+    if constexpr (kBackward)
+      sinkhorn_one_by_one_backward(problem, before);
+    else
+      sinkhorn_one_by_one(problem, before);
   });
 }
 

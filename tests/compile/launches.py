@@ -211,11 +211,11 @@ def sinkhorn(target: str, dtype: torch.dtype = torch.bfloat16, groups: int = 8) 
     """Every launch that differs: the first, a middle and the last iteration, forward and back."""
     from fastattn.ops.sinkhorn import triton as kernels
 
-    scores, cuts = empty(1, 5000, groups, dtype=dtype), indices(4)
+    scores, cuts, prefixes = empty(1, 5000, groups, dtype=dtype), indices(4), indices(3)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        for causal in (False, True):
-            kernels.sinkhorn(scores, None, cuts, 0.1, 2, causal)
-            kernels.sinkhorn_backward(scores, scores, None, cuts, 0.1, 2, causal)
+        for causal, prefix in ((False, None), (True, None), (True, prefixes)):
+            kernels.sinkhorn(scores, None, cuts, prefix, 0.1, 2, causal)
+            kernels.sinkhorn_backward(scores, scores, None, cuts, prefix, 0.1, 2, causal)
     return launches
 
 

@@ -209,6 +209,8 @@ def _sinkhorn(case: dict) -> None:
         options["cu_seqlens"] = torch.tensor(mask["cu_seqlens_k"], dtype=torch.int32)
     if "key_lengths" in mask:
         options["lengths"] = torch.tensor(mask["key_lengths"], dtype=torch.int32)
+    if "prefix_lengths" in mask and case["causal"]:
+        options["prefix_lengths"] = torch.tensor(mask["prefix_lengths"], dtype=torch.int32)
     # exp(X + u + v) of sums that cancel: off by the rounding of their largest
     largest = 3 * testing.max_finite(scores) / case["temperature"]
     floors = [largest * 3 * case["iterations"] / case["temperature"]]

@@ -20,11 +20,17 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize(("causal", "groups"), ((False, 2), (False, 17), (True, 3)))
-def test_is_the_iteration(causal, groups, kind, nan_outputs):
-    """Chunks of 16 tokens: sequences of none, of part of one, of several."""
+@pytest.mark.parametrize(
+    ("causal", "groups", "prefix"), ((False, 2, 0), (False, 17, 0), (True, 3, 0), (True, 3, 1), (True, 3, 2))
+)
+def test_is_the_iteration(causal, groups, prefix, kind, nan_outputs):
+    """Chunks of 16 tokens: sequences of none, of part of one, of several. Prefixes of half of a sequence and of all of it."""
     shape, options = LENGTHS[kind]
     options = options | {"causal": causal, "temperature": 0.3, "iterations": 2}
+    if prefix:
+        cuts = options.get("cu_seqlens")
+        spans = torch.full((shape[0],), shape[1]) if cuts is None else cuts.diff()
+        options["prefix_lengths"] = spans * prefix // 2
     scores = testing.random_tensor(*shape, groups, requires_grad=True)
     # every iteration adds sums over at most 40 tokens and 17 groups
     testing.check_op(call("triton", **options), call("reference", **options), (scores,), terms=4 * 57)
@@ -65,6 +71,16 @@ def test_documents_are_independent_and_runs_repeat(causal, nan_outputs):
         assert torch.equal(out[:, :20], runs[0][0][0][:, :20])
         assert torch.equal(grad[:, :20], runs[0][1][0][:, :20])
     assert torch.equal(runs[0][0][0], runs[1][0][0]) and torch.equal(runs[0][1][0], runs[1][1][0])
+
+
+def test_a_prefix_of_nothing_changes_nothing(nan_outputs):
+    scores = testing.random_tensor(2, 40, 4, requires_grad=True)
+    none = {"prefix_lengths": torch.zeros(2, dtype=torch.int64)}
+    runs = [
+        testing.differentiate(call("triton", causal=True, iterations=2, **o), (scores,)) for o in ({}, none)
+    ]
+    for (a,), (b,) in zip(*runs, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -323,10 +323,12 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
 inline void check_sinkhorn(const KernelTable& kernels, const KernelTable& baseline, Report& report, DType dtype,
                            int threads) {
   for (const int64_t G : {1, 7, 63})
-    for (int causal = 0; causal < 2; causal++) {
+    for (int kind = 0; kind < 3; kind++) {  // of the whole, causal, causal after a prefix
+      const int causal = kind > 0;
       const int64_t L = 700;  // sequences of more than one chunk, of one, of nothing, and rows of none
       Array scores = Array::random(dtype, {L, G}), gradient = Array::random(dtype, {L, G}),
-            begins = Array::of(DType::i64, {2, 302, 302, 400}), counts = Array::of(DType::i64, {300, 0, 98, 1});
+            begins = Array::of(DType::i64, {2, 302, 302, 400}), counts = Array::of(DType::i64, {300, 0, 98, 1}),
+            prefixes = Array::of(DType::i64, {270, 0, 98, 0});
       for (int backward = 0; backward < 2; backward++)
         same(kernels, baseline, report,
              (backward ? "sinkhorn backward dtype " : "sinkhorn dtype ") + std::to_string(int(dtype)), 64 * 10 * L, 0,
@@ -336,6 +338,7 @@ inline void check_sinkhorn(const KernelTable& kernels, const KernelTable& baseli
                SinkhornParams p;
                p.scores = scores, p.begins = begins, p.counts = counts, p.out = o[0], p.causal = causal;
                p.temperature = 0.5, p.threads = threads;
+               if (kind == 2) p.prefixes = prefixes;
                if (backward)
                  p.grad = gradient, t.sinkhorn_backward(p);
                else

@@ -78,16 +78,20 @@ def test_names_and_numbers_that_are_none_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("begin", "count", "message"),
+    ("begin", "count", "prefix", "message"),
     [
-        (-1, 2, r"cu_seqlens must lie in \[0, 4\], given -1"),
-        (0, -1, r"lengths must lie in \[0, 4\], given -1"),
-        (3, 2, r"lengths must lie in \[0, 1\], given 2"),
+        (-1, 2, None, r"cu_seqlens must lie in \[0, 4\], given -1"),
+        (0, -1, None, r"lengths must lie in \[0, 4\], given -1"),
+        (3, 2, None, r"lengths must lie in \[0, 1\], given 2"),
+        (1, 2, 3, r"prefix_lengths must lie in \[0, 2\], given 3"),
+        (1, 2, -1, r"prefix_lengths must lie in \[0, 2\], given -1"),
     ],
 )
-def test_rows_of_no_scores_are_refused(begin, count, message):
+def test_rows_of_no_scores_are_refused(begin, count, prefix, message):
     fields = {name: torch.zeros(4, 3) for name in ("scores", "out")}
     begins, counts = torch.tensor([begin]), torch.tensor([count])
+    if prefix is not None:
+        fields |= {"prefixes": torch.tensor([prefix]), "causal": 1}
     with pytest.raises(ValueError, match=message):
         _native.run("sinkhorn_forward", begins=begins, counts=counts, potentials=torch.zeros(1, 3), **fields)
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import fastattn as fa
+from fastattn import testing
 from fastattn.integrations.transformers import cache_name
 from fastattn.nn import FocusRouter
 
@@ -148,3 +149,104 @@ def test_errors_name_the_argument(model):
     with pytest.raises(ValueError, match="has routers already"):
         FocusRouter.retrofit(model)
     assert fa.nn.FocusRouter is FocusRouter
+
+
+# --- a PrefixLM -------------------------------------------------------------------------------------------------------
+
+
+def prefix_lm() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS["hrm_text"]())
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+    return made.eval()
+
+
+def test_a_prefix_is_served_in_both_modes():
+    """Everyone in every group is the model itself, at once and token by token after the prefix."""
+    model, ids = prefix_lm(), tokens()
+    types = (torch.arange(20) < 11).long().expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, token_type_ids=types).logits
+        assert (model(ids).logits - expected).abs().max() > 1e-2 * expected.abs().max()
+        FocusRouter.retrofit(model, groups=4, top_k=4, window=WINDOW).eval()
+        assert (model(ids, token_type_ids=types).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+        state = model(ids[:, :11], token_type_ids=types[:, :11], use_cache=True)
+        for i in range(11, 20):
+            state = model(ids[:, i : i + 1], use_cache=True, **{cache_name(): state[cache_name()]})
+            change = (state.logits[:, 0] - expected[:, i]).abs().max()
+            assert change < 1e-4 * expected.abs().max()
+
+
+def test_a_prefix_is_routed_with_itself_and_nothing_after_it():
+    model, ids = prefix_lm(), tokens()
+    types = (torch.arange(20) < 11).long().expand(2, -1)
+    routers = FocusRouter.retrofit(model, groups=4, window=WINDOW)
+    for mode in (True, False):
+        routers.train(mode)
+        for token, unchanged in ((15, 15), (11, 11), (10, 0)):
+            other = ids.clone()
+            other[:, token] = (other[:, token] + 1 - 3) % 58 + 3
+            with torch.no_grad():
+                logits = [model(x, token_type_ids=types).logits for x in (ids, other)]
+            change = (logits[0] - logits[1]).abs().amax(-1)
+            assert (change[:, :unchanged] < 1e-5).all() and change[:, token].min() > 1e-4
+            assert unchanged or change[:, 0].min() > 1e-5
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_a_prefix_of_everything_is_attention_both_ways(gate):
+    """Routing over the whole sequence, a window on both sides, shared groups wherever they are: training form and inference form."""
+    router = FocusRouter(16, groups=4, top_k=2, window=WINDOW, temperature=1.0, dtype=torch.float64)
+    h = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k, v = testing.attention_inputs(2, 4, 2, 20, 20, 8, dtype=torch.float64)
+    everything = torch.tensor([20, 20])
+    mask = fa.Mask(prefix_lengths=everything)
+    assignment = router(h, prefix_lengths=everything)
+    signature, potentials = router.signature(h, prefix_lengths=everything)
+    router.causal = False
+    assert testing.max_error(assignment, router(h)) < 1e-12
+    plain, whole = router.signature(h)
+    assert torch.equal(signature, plain) and testing.max_error(potentials, whole) < 1e-12
+
+    far = (torch.arange(20)[:, None] - torch.arange(20)).abs() > WINDOW
+    shared = (signature[:, :, None] & signature[:, None]) != 0
+    actual = fa.grouped_attention(q, k, v, signature, window=WINDOW, mask=mask)
+    expected = fa.attention(q, k, v, mask=fa.Mask(dense=(shared | ~far)[:, None]))
+    assert testing.max_error(actual, expected) < 1e-13
+
+    agreement = (assignment @ assignment.mT)[:, None]
+    scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    open_ = torch.where(far, agreement.sigmoid(), 1.0)
+    scores = scores * open_ if gate == "multiply" else scores + open_.log()
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    actual = fa.gated_attention(q, k, v, assignment, window=WINDOW, gate=gate, mask=mask)
+    assert testing.max_error(actual, expected) < 1e-13
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_masks_without_order_see_later_tokens(structured):
+    """All keys of a row, or any pairs: nothing that a mask allows is left out."""
+    model, ids = prefix_lm(), tokens()
+    allowed = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+    rows = torch.ones(2, 20, dtype=torch.bool)
+    if structured:
+        allowed[1, ..., 13:] = rows[1, 13:] = False  # padding has no groups
+    else:
+        allowed &= torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.6
+        allowed |= torch.eye(20, dtype=torch.bool)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        additive = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+        expected = model(ids, attention_mask=additive).logits
+        routers = FocusRouter.retrofit(model, groups=4, top_k=4, window=WINDOW).eval()
+        change = (model(ids, attention_mask=allowed).logits - expected)[rows].abs().max()
+        assert change < 1e-4 * expected.abs().max()
+        for router in routers.train():
+            router.sharpness = 50.0  # a gate of log(1) where two tokens share every group
+            router.gate = "log"
+            torch.nn.init.zeros_(router.centroids)
+        change = (model(ids, attention_mask=allowed).logits - expected)[rows].abs().max()
+        assert change < 1e-4 * expected.abs().max()

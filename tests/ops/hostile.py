@@ -465,7 +465,7 @@ class Case:
             # A share is e^(x + u + v). With X the largest |x|, potentials are within 2 X of 0, apart from logarithms of lengths.
             # An iteration rounds x + u and x + v (3 X each), u and v (2 X each); its two log-sum-exps move no further than
             # what they are of, so errors add up. x itself is rounded twice, the last sum twice (3 X, X).
-            scores, _, _, temperature, iterations = self.args[-7:-2]
+            scores, _, _, _, temperature, iterations = self.args[-8:-2]
             relative += (10 * iterations + 6) * 2**-24 * testing.max_finite(scores) / temperature
             if self.name == "sinkhorn_backward":
                 # a gradient is a sum of shares times such sums, two more an iteration, of all the sequence's tokens at most

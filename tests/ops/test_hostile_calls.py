@@ -68,15 +68,17 @@ def _refused():
     mask = (False, -1, -1, None, None, None, 4, 4, None, None)
     out, lse = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4)
     h, codes, target = torch.ones(3, 8), torch.tensor([0, 1, 2, 9]), torch.tensor([0, 3, 4])
-    sinkhorn = (None, None, 0.1, 3, False)
+    sinkhorn = (None, None, None, 0.1, 3, False)
     yield "sinkhorn", (wide, *sinkhorn), ValueError, r"G in \[1, 63\], given G = 65"
     yield "sinkhorn_backward", (wide, wide, *sinkhorn), ValueError, r"G in \[1, 63\], given G = 65"
     yield (
         "sinkhorn",
-        (wide[..., :4], None, None, 0.1, 10**9, False),
+        (wide[..., :4], None, None, None, 0.1, 10**9, False),
         ValueError,
         "iterations must be at most 10000",
     )
+    prefix = (wide[..., :4], None, None, torch.tensor([3]))
+    yield "sinkhorn", (*prefix, 0.1, 3, False), ValueError, "prefix_lengths needs causal to be True"
     cuts = torch.tensor([0, 7, 3])
     yield (
         "sinkhorn",
@@ -188,7 +190,7 @@ def test_what_has_no_contents_is_checked_alike(device):
     """As where a graph is traced."""
     scores, q = torch.ones(1, 9, 65, device=device), torch.ones(1, 2, 4, 8, device=device)
     with pytest.raises(ValueError, match="given G = 65"):
-        torch.ops.fastattn.sinkhorn(scores, None, None, 0.1, 3, False, "")
+        torch.ops.fastattn.sinkhorn(scores, None, None, None, 0.1, 3, False, "")
     mask = (False, -1, -1, None, None, None, 4, 4, None, None)
     with pytest.raises(ValueError, match="score must be one of"):
         torch.ops.fastattn.attention(q, q, q, None, None, 3, 1.0, None, None, 0, None, *mask, "")

@@ -44,6 +44,90 @@ def test_sinkhorn_causal_sees_no_future():
     assert testing.max_error(frozen, whole[:, 19:]) < 1e-12
 
 
+def prefixed_sinkhorn(scores, prefix, temperature, iterations):
+    """Token by token in float64, without logarithms: the tokens before max(l + 1, prefix) are in l's column sums."""
+    x = (scores.double() / temperature).exp()  # (L, G)
+    ends = [max(i + 1, prefix) for i in range(len(x))]
+    row = torch.ones(len(x), 1, dtype=torch.float64)
+    for _ in range(iterations):
+        columns = torch.stack([(x * row)[:end].sum(0) for end in ends])
+        row = 1 / (x / columns).sum(1, keepdim=True)
+    return x * row / columns
+
+
+@given(data=st.data())
+def test_prefix_is_the_rule(data):
+    length = data.draw(st.integers(1, 20))
+    prefixes = data.draw(st.lists(st.integers(0, length), min_size=1, max_size=3))
+    iterations = data.draw(st.integers(1, 4))
+    scores = testing.random_tensor(len(prefixes), length, 4, dtype=torch.float64)
+    options = {"temperature": 0.5, "iterations": iterations, "causal": True}
+    actual = fa.sinkhorn(scores, prefix_lengths=torch.tensor(prefixes), **options)
+    for one, of, prefix in zip(actual, scores, prefixes, strict=True):
+        assert testing.max_error(one, prefixed_sinkhorn(of, prefix, 0.5, iterations)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_prefix_sees_itself_and_no_future(backend):
+    """After it, a token changes none before it; in it, one changes all."""
+    scores = testing.random_tensor(1, 300, 4)
+    options = {"causal": True, "prefix_lengths": torch.tensor([140]), "backend": backend}
+    before = fa.sinkhorn(scores, **options)
+    for token, unchanged in ((299, 299), (200, 200), (140, 140), (139, 0), (70, 0)):
+        other = scores.clone()
+        other[:, token, 0] += 1  # of one group: one of all changes no share
+        changed = (fa.sinkhorn(other, **options) != before).any(-1)[0]
+        assert not changed[:unchanged].any() and changed[token] and changed[0] == (unchanged == 0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "bound"), [("reference", torch.float64, 1e-12), ("cpu", torch.float32, 0.0)]
+)
+def test_a_prefix_of_everything_is_the_plain_form(backend, dtype, bound):
+    scores = testing.random_tensor(2, 300, 5, dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([300, 211])
+    options = {"temperature": 0.5, "lengths": lengths, "return_potentials": True, "backend": backend}
+    for prefixes in (lengths, torch.tensor([300, 300])):  # beyond the tokens there are none
+        runs = [
+            testing.differentiate(lambda s, o=o: fa.sinkhorn(s, **options, **o)[0], (scores,))
+            for o in ({}, {"causal": True, "prefix_lengths": prefixes})
+        ]
+        for (plain,), (prefixed,) in zip(*runs, strict=True):
+            assert testing.max_error(plain, prefixed) <= bound * (1 + testing.max_finite(plain))
+        _, plain = fa.sinkhorn(scores, **options)
+        _, prefixed = fa.sinkhorn(scores, causal=True, prefix_lengths=prefixes, **options)
+        assert testing.max_error(plain, prefixed) <= bound * (1 + testing.max_finite(plain))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_prefix_of_nothing_changes_nothing(backend):
+    scores = testing.random_tensor(2, 300, 5, requires_grad=True)
+    none = torch.zeros(2, dtype=torch.int64)
+    (out,), (grad,) = testing.differentiate(lambda s: fa.sinkhorn(s, causal=True, backend=backend), (scores,))
+    (same,), (alike,) = testing.differentiate(
+        lambda s: fa.sinkhorn(s, causal=True, prefix_lengths=none, backend=backend), (scores,)
+    )
+    assert torch.equal(out, same) and torch.equal(grad, alike)
+
+
+def test_bad_prefixes_are_refused():
+    scores, of = torch.zeros(1, 5, 3), torch.tensor
+    for options, error, message in (
+        ({"prefix_lengths": of([2]), "causal": False}, ValueError, "prefix_lengths needs causal to be True"),
+        ({"prefix_lengths": of([6])}, ValueError, r"prefix_lengths must lie in \[0, 6\)"),
+        ({"prefix_lengths": of([-1])}, ValueError, r"prefix_lengths must lie in \[0, 6\)"),
+        ({"prefix_lengths": of([1, 2])}, ValueError, r"prefix_lengths must have shape"),
+        ({"prefix_lengths": of([1.0])}, TypeError, "prefix_lengths must be int32 or int64"),
+        (
+            {"prefix_lengths": of([3, 1]), "cu_seqlens": of([0, 2, 5])},
+            ValueError,
+            r"prefix_lengths\[0\] must lie in \[0, 2\], its document, given 3",
+        ),
+    ):
+        with pytest.raises(error, match=f"fastattn.sinkhorn: {message}"):
+            fa.sinkhorn(scores, **{"causal": True, **options})
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_sinkhorn_ignores_padding(causal):
     scores = testing.random_tensor(3, 20, 4, dtype=torch.float64, requires_grad=True)
@@ -58,12 +142,14 @@ def test_sinkhorn_ignores_padding(causal):
     assert (fa.focus_groups(out, top_k=2)[1, 13:] == 0).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_sinkhorn_gradcheck(causal):
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "prefix_lengths": torch.tensor([5, 2])}]
+)
+def test_sinkhorn_gradcheck(options):
     scores = testing.random_tensor(2, 7, 3, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([7, 4])
     assert torch.autograd.gradcheck(
-        lambda s: fa.sinkhorn(s, temperature=0.7, iterations=4, causal=causal, lengths=lengths),
+        lambda s: fa.sinkhorn(s, temperature=0.7, iterations=4, lengths=lengths, **options),
         (scores,),
         fast_mode=True,
     )
@@ -109,7 +195,7 @@ def test_opcheck(causal):
     scores = testing.random_tensor(1, 12, 4, requires_grad=True)
     for lengths, cuts in ((torch.tensor([9]), None), (None, torch.tensor([0, 5, 11]))):
         torch.library.opcheck(
-            torch.ops.fastattn.sinkhorn.default, (scores, lengths, cuts, 0.1, 4, causal, "")
+            torch.ops.fastattn.sinkhorn.default, (scores, lengths, cuts, None, 0.1, 4, causal, "")
         )
 
 
@@ -146,6 +232,8 @@ def test_native(isa, data):
         scores = testing.random_tensor(
             len(lengths), max(lengths) + data.draw(st.integers(0, 3)), groups, requires_grad=True
         )
+    if options["causal"] and data.draw(st.booleans()):
+        options["prefix_lengths"] = torch.tensor([data.draw(st.integers(0, n)) for n in lengths])
     # every iteration adds sums over at most 300 tokens and 63 groups
     terms = options["iterations"] ** 2 * (300 + 63)
     with testing.nan_filled_outputs():

@@ -18,6 +18,7 @@ def sinkhorn(
     causal: bool = False,
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     potentials: torch.Tensor | None = None,
     return_potentials: Literal[False] = False,
     backend: str | None = None,
@@ -33,6 +34,7 @@ def sinkhorn(
     causal: bool = False,
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     potentials: torch.Tensor | None = None,
     return_potentials: Literal[True],
     backend: str | None = None,
@@ -47,6 +49,7 @@ def sinkhorn(
     causal: bool = False,
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     potentials: torch.Tensor | None = None,
     return_potentials: bool = False,
     backend: str | None = None,
@@ -64,8 +67,11 @@ def sinkhorn(
         Default L.
     cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
         `lengths` is then one a document; rows after the last one are 0.
+    prefix_lengths: (B,) integers, or one a document when packed, with causal=True: the column sums of token l run over the tokens
+        before max(l + 1, prefix), so that a prefix is routed with all of itself and nothing after it reaches it. Default 0.
     potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
-        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens` and `backend` then play no part.
+        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens`, `prefix_lengths` and
+        `backend` then play no part.
     return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
         carries no gradient.
 
@@ -78,7 +84,7 @@ def sinkhorn(
     backend = requested(op, backend)
     if potentials is not None:
         temperature = _checks.as_positive(op, "temperature", temperature)
-        checks.check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal)
+        checks.check_sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
         _checks.check_tensor(op, "potentials", potentials, dims=3)
         _checks.check_same_device(op, scores=scores, potentials=potentials)
         batch, _, groups = scores.shape
@@ -95,6 +101,7 @@ def sinkhorn(
         scores,
         lengths,
         cu_seqlens,
+        prefix_lengths,
         temperature,
         iterations,
         causal,

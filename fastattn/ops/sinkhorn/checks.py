@@ -10,7 +10,9 @@ from ..focus import check_group_count
 MAX_ITERATIONS = native.limits.iterations
 
 
-def _check_sinkhorn(op: str, scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
+def _check_sinkhorn(
+    op: str, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal
+) -> None:
     checks.check_tensor(op, "scores", scores, dims=3)
     checks.check_floating(op, scores=scores)
     check_group_count(op, "scores", scores)
@@ -28,24 +30,30 @@ def _check_sinkhorn(op: str, scores, lengths, cu_seqlens, temperature, iteration
         if cu_seqlens.shape[0] == 0:
             raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
         sequences = cu_seqlens.shape[0] - 1
-    if lengths is not None:
-        checks.check_integer(op, "lengths", lengths, dims=1)
-        checks.check_same_device(op, scores=scores, lengths=lengths)
-        checks.check_shape(op, "lengths", lengths, (sequences,), "one a sequence")
+    for name, value in (("lengths", lengths), ("prefix_lengths", prefix_lengths)):
+        if value is not None:
+            checks.check_integer(op, name, value, dims=1)
+            checks.check_same_device(op, scores=scores, **{name: value})
+            checks.check_shape(op, name, value, (sequences,), "one a sequence")
+    if prefix_lengths is not None and not causal:
+        raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
 
 
-def check_sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
-    _check_sinkhorn("sinkhorn", scores, lengths, cu_seqlens, temperature, iterations, causal)
+def check_sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal) -> None:
+    _check_sinkhorn("sinkhorn", scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
 
 
-def check_sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterations, causal) -> None:
+def check_sinkhorn_backward(
+    grad_out, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal
+) -> None:
     op = "sinkhorn_backward"
-    _check_sinkhorn(op, scores, lengths, cu_seqlens, temperature, iterations, causal)
+    _check_sinkhorn(op, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
     checks.check_like(op, "grad_out", grad_out, "scores", scores)
 
 
-def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens) -> None:
+def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, prefix_lengths) -> None:
     longest = scores.shape[1]
+    counted = {"lengths": lengths, "prefix_lengths": prefix_lengths}
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         cuts = cu_seqlens.tolist()
         spans = [end - begin for begin, end in itertools.pairwise(cuts)]
@@ -53,21 +61,23 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens) -> None:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {longest}, given {cuts}"
             )
-        for i, (length, span) in enumerate(
-            zip(lengths.tolist() if lengths is not None else (), spans, strict=False)
-        ):
-            if not 0 <= length <= span:
-                raise ValueError(
-                    f"fastattn.{op}: lengths[{i}] must lie in [0, {span}], its document, given {length}"
-                )
+        for name, value in counted.items():
+            for i, (length, span) in enumerate(
+                zip(value.tolist() if value is not None else (), spans, strict=False)
+            ):
+                if not 0 <= length <= span:
+                    raise ValueError(
+                        f"fastattn.{op}: {name}[{i}] must lie in [0, {span}], its document, given {length}"
+                    )
         return
-    if lengths is not None:
-        checks.check_range(op, "lengths", lengths, 0, longest + 1)
+    for name, value in counted.items():
+        if value is not None:
+            checks.check_range(op, name, value, 0, longest + 1)
 
 
-def check_sinkhorn_contents(scores, lengths, cu_seqlens, *_) -> None:
-    _sinkhorn_contents("sinkhorn", scores, lengths, cu_seqlens)
+def check_sinkhorn_contents(scores, lengths, cu_seqlens, prefix_lengths, *_) -> None:
+    _sinkhorn_contents("sinkhorn", scores, lengths, cu_seqlens, prefix_lengths)
 
 
-def check_sinkhorn_backward_contents(grad_out, scores, lengths, cu_seqlens, *_) -> None:
-    _sinkhorn_contents("sinkhorn_backward", scores, lengths, cu_seqlens)
+def check_sinkhorn_backward_contents(grad_out, scores, lengths, cu_seqlens, prefix_lengths, *_) -> None:
+    _sinkhorn_contents("sinkhorn_backward", scores, lengths, cu_seqlens, prefix_lengths)

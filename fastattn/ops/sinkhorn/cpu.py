@@ -15,18 +15,29 @@ def refusal_backward(grad_out, scores, *_) -> str | None:
 
 
 def _call(
-    kernel: str, scores, lengths, cu_seqlens, temperature: float, iterations: int, causal: bool, **tensors
+    kernel: str,
+    scores,
+    lengths,
+    cu_seqlens,
+    prefix_lengths,
+    temperature: float,
+    iterations: int,
+    causal: bool,
+    **tensors,
 ) -> None:
     batch, length, groups = scores.shape
     if cu_seqlens is None:
         begins, counts = torch.arange(batch) * length, torch.full((batch,), length)
     else:
         begins, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    counts = counts if lengths is None else torch.minimum(counts, lengths.long())
+    prefixes = None if prefix_lengths is None else torch.minimum(counts, prefix_lengths.long()).contiguous()
     native.run(
         kernel,
         scores=scores.contiguous().view(-1, groups),
         begins=begins.contiguous(),
-        counts=(counts if lengths is None else torch.minimum(counts, lengths.long())).contiguous(),
+        counts=counts.contiguous(),
+        prefixes=prefixes,
         temperature=temperature,
         iterations=iterations,
         causal=int(causal),
@@ -35,7 +46,7 @@ def _call(
     )
 
 
-def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
+def sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
@@ -45,6 +56,7 @@ def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
             scores,
             lengths,
             cu_seqlens,
+            prefix_lengths,
             temperature,
             iterations,
             causal,
@@ -54,7 +66,7 @@ def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
     return out, potentials
 
 
-def sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterations, causal):
+def sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     if out.numel() and (cu_seqlens is None or cu_seqlens.shape[0] > 1):
         groups = scores.shape[2]
@@ -63,6 +75,7 @@ def sinkhorn_backward(grad_out, scores, lengths, cu_seqlens, temperature, iterat
             scores,
             lengths,
             cu_seqlens,
+            prefix_lengths,
             temperature,
             iterations,
             causal,

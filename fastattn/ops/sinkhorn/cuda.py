@@ -5,7 +5,7 @@ from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
 
-def refusal(scores, lengths, cu_seqlens, temperature, iterations, causal) -> str | None:
+def refusal(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal) -> str | None:
     """Why the kernel cannot serve this call, or None."""
     if cu_seqlens is not None:
         return "it does not serve packed documents"
@@ -27,5 +27,5 @@ def configure(scores, *_) -> _tuning.Choice:
     )
 
 
-def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
+def sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
     return cuda.sinkhorn(scores, lengths, temperature, iterations, configure(scores).values["threads"])

@@ -10,5 +10,8 @@ def examples(make: Make) -> dict[str, Example]:
     return {
         "sinkhorn": Example(sinkhorn, {"scores": scores}),
         "sinkhorn, causal": Example(sinkhorn, {"scores": scores}, {"causal": True}),
+        "sinkhorn, prefix": Example(
+            sinkhorn, {"scores": scores, "prefix_lengths": make.count(1) + 13}, {"causal": True}
+        ),
         "sinkhorn, packed": Example(sinkhorn, {"scores": scores} | packed),
     }

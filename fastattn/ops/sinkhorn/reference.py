@@ -9,6 +9,7 @@ def sinkhorn(
     scores: torch.Tensor,
     lengths: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    prefix_lengths: torch.Tensor | None,
     temperature: float,
     iterations: int,
     causal: bool,
@@ -22,6 +23,7 @@ def sinkhorn(
                 scores[:, begin:end],
                 None if lengths is None else lengths[i : i + 1],
                 None,
+                None if prefix_lengths is None else prefix_lengths[i : i + 1],
                 temperature,
                 iterations,
                 causal,
@@ -37,11 +39,16 @@ def sinkhorn(
     valid = (torch.arange(length, device=scores.device) < lengths[:, None])[..., None]  # (B, L, 1)
     u = torch.zeros_like(x[..., :1])
     v = x.new_zeros(batch, 1, groups)
+    counted = None  # (B, L, G): the last token that a token's column sums have, where that is not itself
+    if prefix_lengths is not None:
+        own = torch.arange(length, device=scores.device)
+        counted = own.maximum(prefix_lengths.long()[:, None] - 1)[..., None].expand(-1, -1, groups)
     for _ in range(iterations if length else 0):
         # padding weighs e^-1e30 = 0 and, unlike -inf, has a gradient of 0 instead of NaN
         shares = torch.where(valid, x + u, -1e30)
         if causal:
             v = -torch.logcumsumexp(shares, dim=1)  # (B, L, G)
+            v = v if counted is None else v.gather(1, counted)
         else:
             v = -torch.logsumexp(shares, dim=1, keepdim=True)  # (B, 1, G)
         u = -torch.logsumexp(x + v, dim=-1, keepdim=True)

@@ -20,6 +20,7 @@ class Call(NamedTuple):
     scores: torch.Tensor  # (B, L, G)
     lengths: torch.Tensor | None  # (B,), or (documents,)
     cu_seqlens: torch.Tensor | None  # (documents + 1,)
+    prefix_lengths: torch.Tensor | None  # (B,), or (documents,)
     temperature: float
     iterations: Size
     causal: bool

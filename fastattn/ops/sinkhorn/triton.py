@@ -5,6 +5,8 @@ result 2^(x + u + v) of the last. A launch combines the chunks' sums of the one 
 scores are kept for the backward, which runs the iterations again, keeps each one's u, and goes back through them.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -60,32 +62,57 @@ def _tile(base, row, tokens, factor, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
     return tile.to(tl.float32) * factor
 
 
+class _Chunk(NamedTuple):
+    """A program's tokens, and the chunks whose sums they take: of sums up to each token [begin, own) and its own tokens."""
+
+    number: tl.tensor
+    owner: tl.tensor  # its sequence, or -1
+    begin: tl.tensor  # of the sequence's chunks
+    end: tl.tensor
+    together: (
+        tl.tensor
+    )  # the end of those of a prefix, whose tokens all take the sums of; begin where there is none
+    row: tl.tensor  # the first
+    tokens: tl.tensor  # from it on
+
+
 @triton.jit
-def _chunk(begins, counts, firsts, owners, TOKENS: tl.constexpr):
-    """This program's (chunk, its sequence or -1, first and end of the sequence's chunks, first row, tokens from it on)."""
-    chunk = tl.program_id(0)
-    owner = tl.load(owners + chunk)
+def _chunk(begins, counts, prefixes, firsts, owners, TOKENS: tl.constexpr):
+    number = tl.program_id(0)
+    owner = tl.load(owners + number)
     there = owner >= 0
     begin = tl.load(firsts + owner, mask=there, other=0)
     end = tl.load(firsts + owner + 1, mask=there, other=0)
-    before = (chunk - begin) * TOKENS
+    count = tl.load(counts + owner, mask=there, other=0)
+    together = begin
+    before = (number - begin) * TOKENS
+    if prefixes is not None:  # its last chunk may be short
+        prefix = tl.load(prefixes + owner, mask=there, other=0)
+        together = begin + tl.cdiv(prefix, TOKENS).to(tl.int32)
+        inside = number < together
+        before = tl.where(inside, before, prefix + (number - together) * TOKENS)
+        count = tl.where(inside, prefix, count)
     row = tl.load(begins + owner, mask=there, other=0) + before
-    return chunk, owner, begin, end, row, tl.load(counts + owner, mask=there, other=0) - before
+    return _Chunk(number, owner, begin, end, together, row, count - before)
 
 
 @triton.jit
 def _column_potentials(
-    x, u_before, valid, sums, chunk, begin, end,
+    x, u_before, valid, sums, chunk,
     CAUSAL: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """v (TOKENS, BLOCK_G), from the chunks' sums of 2^(x + u_before): of the whole sequence, or up to each token."""
+    """v (TOKENS, BLOCK_G), from the chunks' sums of 2^(x + u_before): of the whole sequence, or up to each token and at least of its
+    prefix."""
     if CAUSAL:
-        top, total = _combined(sums, begin, chunk, GROUPS, BLOCK_G)
-        y = tl.where(valid, x + u_before[:, None], _NOWHERE)
-        ahead, within = tl.associative_scan((y, tl.where(valid, 1.0, 0.0)), 0, _joined)
+        apart = chunk.number >= chunk.together
+        stop = tl.where(apart, chunk.number, chunk.together)
+        top, total = _combined(sums, chunk.begin, stop, GROUPS, BLOCK_G)
+        own = valid & apart
+        y = tl.where(own, x + u_before[:, None], _NOWHERE)
+        ahead, within = tl.associative_scan((y, tl.where(own, 1.0, 0.0)), 0, _joined)
         ahead, within = _joined(ahead, within, top[None, :], total[None, :])
         return tl.where(valid, -(ahead + tl.log2(tl.where(valid, within, 1.0))), 0.0)
-    top, total = _combined(sums, begin, end, GROUPS, BLOCK_G)
+    top, total = _combined(sums, chunk.begin, chunk.end, GROUPS, BLOCK_G)
     there = tl.arange(0, BLOCK_G) < GROUPS
     v = tl.where(there, -(top + tl.log2(tl.where(there, total, 1.0))), 0.0)
     return tl.zeros([TOKENS, BLOCK_G], tl.float32) + v[None, :]
@@ -110,11 +137,12 @@ def _share(x, v, u, valid):
 
 @triton.jit
 def _sinkhorn_kernel(
-    scores, out, potentials, u_before, u_after, sums_before, sums_after, begins, counts, firsts, owners, scale,
+    scores, out, potentials, u_before, u_after, sums_before, sums_after, begins, counts, prefixes, firsts, owners, scale,
     CAUSAL: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """One iteration of a chunk: sums_before -> v, u -> sums_after, or `out` at the end. Without sums_before, u is 0."""
-    chunk, owner, begin, end, row, tokens = _chunk(begins, counts, firsts, owners, TOKENS)
+    chunk = _chunk(begins, counts, prefixes, firsts, owners, TOKENS)
+    owner, row, tokens = chunk.owner, chunk.row, chunk.tokens
     if owner < 0:
         return
     token = tl.arange(0, TOKENS)
@@ -124,12 +152,12 @@ def _sinkhorn_kernel(
     if sums_before is not None:
         if CAUSAL:
             u = tl.load(u_before + row + token, mask=token < tokens, other=0.0)
-        v = _column_potentials(x, u, valid, sums_before, chunk, begin, end, CAUSAL, GROUPS, TOKENS, BLOCK_G)
+        v = _column_potentials(x, u, valid, sums_before, chunk, CAUSAL, GROUPS, TOKENS, BLOCK_G)
         u = _row_potentials(x, v, valid)
         if out is not None:
             shares = _share(x, v, u, valid)
             store_tile(out + offset(row, GROUPS), GROUPS, tokens, shares, GROUPS, TOKENS, BLOCK_G)
-            if chunk == end - 1:  # of the last token
+            if chunk.number == chunk.end - 1:  # of the last token
                 at = tl.arange(0, BLOCK_G)
                 last = tl.sum(tl.where((token == tokens - 1)[:, None], v, 0.0), 0)
                 tl.store(potentials + offset(owner, GROUPS) + at, last * _LN2, mask=at < GROUPS)
@@ -139,13 +167,13 @@ def _sinkhorn_kernel(
         y = tl.where(valid, x + u[:, None], _NOWHERE)
         top = tl.maximum(tl.max(y, 0), _NOWHERE)
         total = tl.sum(tl.where(valid, tl.exp2(y - top[None, :]), 0.0), 0)
-        _store_sums(sums_after, chunk, top, total, GROUPS, BLOCK_G)
+        _store_sums(sums_after, chunk.number, top, total, GROUPS, BLOCK_G)
 
 
 @triton.jit
 def _sinkhorn_backward_kernel(
     scores, grad, gradient, out, slopes_before, slopes_after, u_before, u_after, sums, slope_sums,
-    begins, counts, firsts, owners, scale, back,
+    begins, counts, prefixes, firsts, owners, scale, back,
     CAUSAL: tl.constexpr, APPLY: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Back through iteration t: without APPLY the chunk's sums of v_t's gradient, with it what they hand to x and u_t-1.
@@ -154,7 +182,8 @@ def _sinkhorn_backward_kernel(
     v_t of the earliest, which is the largest, it never overflows. `grad` is there at the last iteration, the first gone through;
     `out` at the first.
     """
-    chunk, owner, begin, end, row, tokens = _chunk(begins, counts, firsts, owners, TOKENS)
+    chunk = _chunk(begins, counts, prefixes, firsts, owners, TOKENS)
+    owner, row, tokens = chunk.owner, chunk.row, chunk.tokens
     if owner < 0:
         return
     token = tl.arange(0, TOKENS)
@@ -162,7 +191,7 @@ def _sinkhorn_backward_kernel(
     x = _tile(scores, row, tokens, scale, GROUPS, TOKENS, BLOCK_G)
     u_t = tl.load(u_after + row + token, mask=token < tokens, other=0.0)
     u = tl.load(u_before + row + token, mask=token < tokens, other=0.0)
-    v = _column_potentials(x, u, valid, sums, chunk, begin, end, CAUSAL, GROUPS, TOKENS, BLOCK_G)
+    v = _column_potentials(x, u, valid, sums, chunk, CAUSAL, GROUPS, TOKENS, BLOCK_G)
     shares = _share(x, v, u_t, valid)
     if grad is not None:
         y = _tile(grad, row, tokens, 1.0, GROUPS, TOKENS, BLOCK_G) * shares
@@ -176,13 +205,18 @@ def _sinkhorn_backward_kernel(
         reference = tl.where(valid, 0.0, 0.0)
     if APPLY:
         if CAUSAL:
-            ahead, whole = tl.associative_scan((reference, slope_v), 0, _joined, reverse=True)
-            later, carried = _combined(slope_sums, chunk + 1, end, GROUPS, BLOCK_G)
-            whole = whole * tl.exp2(ahead - reference) + carried[None, :] * tl.exp2(
-                later[None, :] - reference
+            # a prefix's tokens take what all of them have, their own chunk's too
+            apart = chunk.number >= chunk.together
+            start = tl.where(apart, chunk.number + 1, chunk.begin)
+            ahead, whole = tl.associative_scan(
+                (reference, tl.where(apart, slope_v, 0.0)), 0, _joined, reverse=True
             )
+            later, carried = _combined(slope_sums, start, chunk.end, GROUPS, BLOCK_G)
+            ahead = tl.where(valid, ahead - reference, _NOWHERE)
+            later = tl.where(valid, later[None, :] - reference, _NOWHERE)
+            whole = whole * tl.exp2(ahead) + carried[None, :] * tl.exp2(later)
         else:
-            _, whole = _combined(slope_sums, begin, end, GROUPS, BLOCK_G)
+            _, whole = _combined(slope_sums, chunk.begin, chunk.end, GROUPS, BLOCK_G)
             whole = whole[None, :]
         through_v = -_share(x, v, u, valid) * whole
         tl.store(slopes_after + row + token, tl.sum(through_v, 1), mask=token < tokens)
@@ -196,7 +230,7 @@ def _sinkhorn_backward_kernel(
     else:
         top = tl.max(reference, 0)
         total = tl.sum(slope_v * tl.exp2(reference - top[None, :]), 0)
-        _store_sums(slope_sums, chunk, top, total, GROUPS, BLOCK_G)
+        _store_sums(slope_sums, chunk.number, top, total, GROUPS, BLOCK_G)
 
 
 def refusal(*args) -> str | None:
@@ -225,10 +259,14 @@ def configure_backward(grad, scores, *_) -> _tuning.Choice:
     return _choose(scores)
 
 
+def _chunks_of(counts: torch.Tensor, tokens: int) -> torch.Tensor:
+    return torch.div(counts + (tokens - 1), tokens, rounding_mode="floor")
+
+
 class _Chunks:
     """A call's sequences in chunks of tokens: what every launch takes. Nothing here waits for the device."""
 
-    def __init__(self, scores, lengths, cu_seqlens, temperature, iterations, causal):
+    def __init__(self, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
         batch, length, groups = scores.shape
         config = _choose(scores).values
         tokens, device = config["tokens"], scores.device
@@ -246,7 +284,13 @@ class _Chunks:
             )  # at most: each document's last may be short
         if lengths is not None:
             counts = torch.minimum(counts, lengths.long().clamp(min=0))
-        ends = torch.div(counts + (tokens - 1), tokens, rounding_mode="floor").cumsum(0)
+        prefixes = None
+        chunks = _chunks_of(counts, tokens)
+        if prefix_lengths is not None:  # in chunks of their own
+            prefixes = torch.minimum(counts, prefix_lengths.long().clamp(min=0)).contiguous()
+            chunks = _chunks_of(prefixes, tokens) + _chunks_of(counts - prefixes, tokens)
+            self.count += prefixes.numel()
+        ends = chunks.cumsum(0)
         chunk = torch.arange(self.count, device=device)
         owners = torch.searchsorted(ends, chunk, right=True)
         self.iterations = iterations
@@ -256,6 +300,7 @@ class _Chunks:
             "scores": scores.contiguous(),
             "begins": begins.contiguous(),
             "counts": counts.contiguous(),
+            "prefixes": prefixes,
             "firsts": torch.cat([ends.new_zeros(1), ends]).int(),
             "owners": torch.where(owners < ends.numel(), owners, -1).int(),
             "scale": _triton.LOG2E / temperature,
@@ -289,13 +334,13 @@ class _Chunks:
         )
 
 
-def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
+def sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
     if not out.numel() or not sequences:
         return out, potentials
-    chunks = _Chunks(scores, lengths, cu_seqlens, temperature, iterations, causal)
+    chunks = _Chunks(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
     # two of each: none is written in the launch that reads it
     sums, u = chunks.sums(2), chunks.row_potentials(2) if causal else None
     for t in range(iterations):
@@ -304,11 +349,11 @@ def sinkhorn(scores, lengths, cu_seqlens, temperature, iterations, causal):
     return out, potentials
 
 
-def sinkhorn_backward(grad, scores, lengths, cu_seqlens, temperature, iterations, causal):
+def sinkhorn_backward(grad, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     if not out.numel() or (cu_seqlens is not None and cu_seqlens.shape[0] == 1):
         return out
-    chunks = _Chunks(scores, lengths, cu_seqlens, temperature, iterations, causal)
+    chunks = _Chunks(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
     sums, u = chunks.sums(iterations), chunks.row_potentials(iterations + 1)
     for t in range(iterations + 1):
         chunks.iterate(t, sums, u)
