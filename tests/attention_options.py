@@ -1,5 +1,7 @@
 """Attention's options, sinks, soft cap and dropout: the calls that a backend is compared with the definition by."""
 
+import math
+
 import torch
 from hypothesis import strategies as st
 
@@ -19,8 +21,9 @@ def options(draw, score):
     return {"softcap": cap, "dropout_p": share}, sink
 
 
-def check(backend, score, dtype, problem, given, *, bias=False):
-    """Results and gradients of one problem, with a sink among its inputs where there is one."""
+def check(backend, score, dtype, problem, given, *, bias=False, bias_dims=None):
+    """Results and gradients of one problem, with a sink among its inputs where there is one. bias_dims: the dims in which a bias that
+    has a gradient is not 1."""
     choice, with_sink = given
     rng = torch.tensor(RNG)
     inputs = [*problem.inputs(dtype)]
@@ -30,17 +33,24 @@ def check(backend, score, dtype, problem, given, *, bias=False):
         names.append("sink")
     full = (*inputs[0].shape[:3], inputs[1].shape[2])
     added = testing.random_tensor(*full, dtype=dtype, seed=6) if bias else None
+    summed = 1  # elements of dS that are one of the bias's gradient
+    if bias_dims is not None:
+        shape = [n if own else 1 for n, own in zip(full, bias_dims, strict=True)]
+        summed = math.prod(n for n, own in zip(full, bias_dims, strict=True) if not own)
+        inputs.append(testing.random_tensor(*shape, dtype=dtype, seed=6, requires_grad=True))
+        names.append("bias")
 
     def run(backend):
-        def op(q, k, v, sink=None):
+        def op(q, k, v, *more):
+            of = dict(zip(names[3:], more, strict=True))
             return fa.attention(
                 q,
                 k,
                 v,
                 score=score,
-                bias=None if added is None else added.to(q.dtype),
+                bias=of.get("bias") if added is None else added.to(q.dtype),
                 mask=problem.mask(),
-                sink=sink,
+                sink=of.get("sink"),
                 rng=rng,
                 return_lse=SCORES[score].normalised,
                 backend=backend,
@@ -50,5 +60,5 @@ def check(backend, score, dtype, problem, given, *, bias=False):
         return op
 
     group = max(1, problem.heads // problem.kv_heads)
-    terms = problem.k_len * group + problem.q_len * full[0] + problem.head_dim
+    terms = max(problem.k_len * group + problem.q_len * full[0] + problem.head_dim, summed)
     testing.check_op(run(backend), run("reference"), inputs, terms=terms, names=names)

@@ -165,6 +165,33 @@ def attention(
     )
 
 
+def bias_gradient(dtype, *, B, H, L, D):
+    """A bias of every head that all batch entries share and that has a gradient, as T5's and Swin's; "none" leaves it out."""
+    q, k, v = testing.attention_inputs(B, H, H, L, L, D, dtype=dtype)
+    bias = testing.random_tensor(1, H, L, L, dtype=dtype, seed=9, requires_grad=True)
+
+    def none(q, k, v, bias):
+        return (
+            fa.attention(q, k, v) + 0 * bias[0, 0, 0, 0]
+        )  # for the gradient of zeros that the runner asks for
+
+    def definition(q, k, v, bias):
+        return (q @ k.mT / math.sqrt(D) + bias).softmax(-1) @ v
+
+    return Problem(
+        inputs=(q, k, v, bias),
+        contenders={
+            "fastattn": lambda q, k, v, bias: fa.attention(q, k, v, bias=bias),
+            "sdpa": F.scaled_dot_product_attention,
+            "none": none,
+        },
+        reference=definition,
+        yardsticks=("none",),
+        flops=2.5 * 4 * B * H * L * L * D,
+        terms=L + D,
+    )
+
+
 # masks by name, so that FlexAttention's block masks are cached by function
 def _causal(b, h, i, j):
     return i >= j
@@ -229,6 +256,8 @@ def _backward():
                 yield _row(score, dtype, 8, 2048, D, "backward", bars, (D, dtype) == (64, FP32), score)
         yield _row("causal", dtype, 8, 2048, 64, "backward", mask=lambda n: fa.Mask(causal=True),
                    yardsticks=("full",))  # fmt: skip
+        yield Case("attention", "bias gradient", bias_gradient, {"B": 2, "H": 8, "L": 1024, "D": 64}, dtype, "backward",
+                   (time_at_most("none", 1.5),))  # fmt: skip
 
 
 def _small():

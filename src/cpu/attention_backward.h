@@ -4,91 +4,11 @@
 // summed in order.
 #pragma once
 
-#include "attention_decode.h"
+#include "attention_bias.h"
+#include "attention_queries.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
-
-// The query side of one query head, packed: rows as the left operand and as the right one.
-template <class Unit>
-struct PackedQueries {
-  using Word = typename Unit::Word;
-  int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
-  int64_t share_words;  // floats of one slice's dQ
-
-  PackedQueries(const Problem& problem, int64_t rows, int64_t slices)
-      : capacity(rows),
-        q_steps(steps_of<Unit>(problem.head_dim)),
-        o_steps(steps_of<Unit>(problem.value_dim)),
-        q_columns(round_up(problem.head_dim, W)),
-        o_columns(round_up(problem.value_dim, W)),
-        slices(slices),
-        share_words(round_up(rows * q_columns, 16)) {}
-
-  struct View {
-    Word *rows, *grad_rows, *panels, *grad_panels;
-    float* statistic;  // softmax: the shift of x * c, NaN where the row's scores are large; softplus: 1 / row sum, or
-                       // -1 where the weights are softmax's
-    float* delta;      // sum(dO * O) - dlse
-    float* shares;     // (slices, capacity, q_columns) of dQ / scale
-  };
-  View view(Arena& arena) const {
-    View v;
-    v.rows = arena.take<Word>(capacity * q_steps);
-    v.grad_rows = arena.take<Word>(capacity * o_steps);
-    v.panels = arena.take<Word>(steps_of<Unit>(capacity) * q_columns);
-    v.grad_panels = arena.take<Word>(steps_of<Unit>(capacity) * o_columns);
-    v.statistic = arena.take<float>(capacity);
-    v.delta = arena.take<float>(capacity);
-    v.shares = arena.take<float>(slices * share_words);
-    return v;
-  }
-};
-
-// Rows [first, first + rows) of one head to its packed operands and statistics.
-template <class Unit, class Score>
-static void pack_queries(const Problem& problem, const PackedQueries<Unit>& packed,
-                         const typename PackedQueries<Unit>::View& to, const Sequence& s, int64_t head, int64_t first,
-                         int64_t rows) {
-  const AttentionParams& p = problem.p;
-  const int64_t row = s.q_begin + first;
-  const Matrix q = matrix(p.q, s.batch, head, row), grad = matrix(p.grad_out, s.batch, head, row);
-  pack_rows<Unit>(to.rows + first * packed.q_steps, packed.q_steps, q, rows, problem.head_dim, problem.sign);
-  pack_rows<Unit>(to.grad_rows + first * packed.o_steps, packed.o_steps, grad, rows, problem.value_dim, 1.0f);
-  const int64_t capacity = steps_of<Unit>(packed.capacity);
-  pack_panels<Unit>(to.panels, capacity, first / Unit::kStep, q, rows, problem.head_dim);
-  pack_panels<Unit>(to.grad_panels, capacity, first / Unit::kStep, grad, rows, problem.value_dim);
-  const int64_t padded = round_up(rows, kRows);
-  memset(to.statistic + first, 0, size_t(padded) * 4);
-  memset(to.delta + first, 0, size_t(padded) * 4);
-  if (!Score::kNormalised) return;
-  const Matrix out = matrix(p.out, s.batch, head, row);
-  const auto statistic = [&](const Tensor& t) {
-    return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
-  };
-  const float* lse = statistic(p.lse);
-  for (int64_t i = 0; i < rows; i++) {
-    const double z = lse[i * p.lse.stride[3]];
-    const bool nothing = z == -__builtin_inf();
-    float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
-    if (p.residual.data && !nothing)
-      delta += dot_rows(grad, i, matrix(p.residual, s.batch, head, row), i, problem.value_dim);
-    if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
-    to.delta[first + i] = delta;
-    if (p.grad_sink.data) {  // -delta is what the sink's score, whose value is 0, has as dS / P
-      const double weight = nothing ? 0 : __builtin_exp(((const float*)p.sink.data)[head * p.sink.stride[3]] - z);
-      statistic(p.grad_sink)[i * p.grad_sink.stride[3]] = (float)(-weight * delta);
-    }
-    if (Score::kMaximum) {
-      const RowState& state = *row_state(p.state, s, head, first + i);
-      const float c = exponent_of(problem);
-      to.statistic[first + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);
-    } else {
-      const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
-      to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
-    }
-  }
-}
 
 template <class Unit, class Score>
 struct BackwardBlock {
@@ -110,6 +30,7 @@ struct BackwardBlock {
   float* slopes;                     // a strip, or the weights' memory where they are the slopes
   float* cap_slopes;                 // (row) of the soft cap, for one row
   RowRanges ranges;
+  BiasBlock bias;
 
   static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
   // Where weights and slopes have the first row of group g.
@@ -117,7 +38,8 @@ struct BackwardBlock {
   int64_t slope_row(int64_t g) const { return apart ? g % kStrip * kRows : weight_row(g); }
 
   // Takes every buffer from the arena and touches none.
-  BackwardBlock(const Problem& problem, const Queries& packed, int64_t block_q, int64_t block_k, Arena& arena)
+  BackwardBlock(const Problem& problem, const Queries& packed, const BiasUnits& units, int64_t block_q, int64_t block_k,
+                Arena& arena)
       : problem(problem),
         packed(packed),
         block_q(block_q),
@@ -135,10 +57,12 @@ struct BackwardBlock {
         apart(Score::kSlope || problem.p.softcap > 0 || problem.dropout.on()),
         slopes(apart ? arena.take<float>(kStrip * kRows * row) : weights),
         cap_slopes(arena.take<float>(problem.p.softcap > 0 ? row : 0)),
-        ranges(block_q, arena) {}
+        ranges(block_q, arena),
+        bias(problem, units, packed.capacity, row, packed.row_words > 0, arena) {}
 
   // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
-  void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice) {
+  void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice,
+           int64_t part) {
     const AttentionParams& p = problem.p;
     const int64_t owned = min64(block_k, s.k_length - n), there = min64(owned, s.keys - n);
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
@@ -149,10 +73,11 @@ struct BackwardBlock {
         Arena memory = heads[first + g];
         const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
+        const BiasSums sums = bias.sums(s, head, g, n, part);
         for (int64_t m = 0; m < s.q_length; m += block_q) {
           const int64_t rows = min64(block_q, s.q_length - m);
           if (s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) continue;
-          tile(s, head, m, rows, n, there, queries, slice);
+          tile(s, head, m, rows, n, there, queries, slice, sums);
         }
       }
     }
@@ -176,7 +101,7 @@ struct BackwardBlock {
   }
 
   void tile(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there,
-            const typename Queries::View& queries, int64_t slice) {
+            const typename Queries::View& queries, int64_t slice, const BiasSums& sums) {
     const AttentionParams& p = problem.p;
     const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, m / block_q, n / block_k, 1);
     const int kind = classes ? *classes : p.dense.data ? 2 : 1;
@@ -184,13 +109,23 @@ struct BackwardBlock {
     ranges.fill(s, m, rows);
     const Tile tile{s, head, m, rows, n, there, queries, kind == 2, Score::kMaximum && decodes(problem, s)};
     const int64_t groups = (rows + kRows - 1) / kRows;
+    bias.begin_tile();
     for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
-      make_weights(tile, g, min64(groups, g + kStrip));
-      if (problem.dropout.on())
-        make_slopes<true>(tile, g, min64(groups, g + kStrip));
+      const int64_t end = min64(groups, g + kStrip);
+      make_weights(tile, g, end);
+      if (bias.on)
+        make_slopes<true, true>(tile, g, end);
+      else if (problem.dropout.on())
+        make_slopes<true, false>(tile, g, end);
       else
-        make_slopes<false>(tile, g, min64(groups, g + kStrip));
+        make_slopes<false, false>(tile, g, end);
+      for (int64_t i = g; i < end && bias.on; i++) {
+        const Columns columns(ranges, i, n, there);
+        float* row_sums = queries.row_sums + slice * packed.row_words;
+        bias.add(sums, row_sums, i, columns, m + i * kRows, min64(kRows, rows - i * kRows), there);
+      }
     }
+    bias.end_tile(sums, there);
     contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
     contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
     float* share = queries.shares + slice * packed.share_words + m * packed.q_columns;
@@ -279,8 +214,9 @@ struct BackwardBlock {
   }
 
   // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys. kDropped: where a slope is
-  // negative its weight was dropped, and the others' share of dP is scaled up.
-  template <bool kDropped>
+  // negative its weight was dropped, and the others' share of dP is scaled up. kBias: kept for the bias too, before
+  // what is the soft cap's.
+  template <bool kDropped, bool kBias>
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
     const float scale_left = problem.dropout.scale;
     const Word* grad = t.queries.grad_rows + t.m * packed.o_steps;
@@ -292,6 +228,7 @@ struct BackwardBlock {
         }
         const float* slope = slopes + slope_row(g) * row + j;
         const float* delta = t.queries.delta + t.m + g * kRows;
+        const int64_t kept = kBias ? BiasBlock::strip_row(g) * row + j : 0;
         product_block<Unit>(
             grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
             [&](vf(&x)[kRows][kVecs]) {
@@ -304,6 +241,10 @@ struct BackwardBlock {
                     x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
                   else
                     x[i][v] = slopes * (x[i][v] - delta[i]);
+                  if (kBias) {
+                    store(bias.ds + kept + i * row + v * W, x[i][v]);
+                    if (problem.p.softcap > 0) x[i][v] *= load(bias.cap_slopes + kept + i * row + v * W);
+                  }
                   if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
                   if (kPairs && v % 2 == 1)
                     store_factors((bf16*)grads + (g * kRows + i) * row + j + (v - 1) * W, x[i][v - 1], x[i][v]);
@@ -363,7 +304,9 @@ struct BackwardBlock {
         memset(to, 0, size_t(columns.begin) * 4);
         memset(to + columns.end, 0, size_t(used - columns.end) * 4);
       }
-      const float c = make_scores(problem, s, t.head, t.m + i, t.n, columns, t.there, x, cap_slopes);
+      float* const own_slopes =
+          bias.on ? bias.cap_slopes + BiasBlock::strip_row(i / kRows, i % kRows) * row : cap_slopes;
+      const float c = make_scores(problem, s, t.head, t.m + i, t.n, columns, t.there, x, own_slopes);
       if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, t.head, t.m + i), c);
       if (Score::kNormalised && !Score::kMaximum) constants.factor = statistic;
       const RowMask mask(p, s, ranges, t.head, t.m + i, i, t.n, t.there, t.mixed);
@@ -382,7 +325,7 @@ struct BackwardBlock {
       }
       if (slope != x && !Score::kSlope)
         for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(x + j));
-      if (p.softcap > 0)
+      if (p.softcap > 0 && !bias.on)
         for (int64_t j = columns.begin; j < columns.end; j += W)
           store(slope + j, load(slope + j) * load(cap_slopes + j));
       if (problem.dropout.on())
@@ -461,29 +404,35 @@ static void backward_tiled(const AttentionParams& p) {
     longest_k = max64(longest_k, s.k_length);
   }
   const int64_t blocks = (longest_q + block_q - 1) / block_q;
-  const int64_t pairs = problem.sequences * problem.kv_heads;
-  if (pairs == 0) return;
+  const BiasUnits together(problem);
+  const int64_t units = together.units, members = together.members;
+  if (units * members == 0) return;
   // from what does not change with the documents, so that neither do their gradients
-  const int64_t heads = p.k.size[0] * problem.kv_heads;
-  const int64_t slices = even_parts(heads, p.threads, heads >= 2 * p.threads ? 1 : (2 * p.threads + heads - 1) / heads);
+  const int64_t streams = together.streams;
+  const int64_t least = streams >= 2 * p.threads ? 1 : (2 * p.threads + streams - 1) / streams;
+  const int64_t slices = min64(even_parts(streams, p.threads, least), max64(1, (p.k.size[2] + block_k - 1) / block_k));
 
-  const PackedQueries<Unit> packed(problem, blocks * block_q, slices);
+  const bool row_sums = p.grad_row_bias.data && !(Score::kMaximum && !p.sink.data);
+  const PackedQueries<Unit> packed(problem, blocks * block_q, slices, row_sums);
   const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
   const int64_t block_bytes =
-      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, block_q, block_k, arena); });
+      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, together, block_q, block_k, arena); });
   const int64_t pair_bytes = problem.group * head_bytes;
-  // Pairs packed at a time, in whole rounds of the threads: with 3, half of 2 threads would wait for the last one.
-  int64_t wave = max64(1, min64(pairs, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices)));
-  for (int64_t even = wave; wave < pairs && even * slices >= p.threads; even--)
+  // Pairs packed at a time: some members of some units.
+  const int64_t wave = max64(1, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices));
+  const int64_t wave_members = together.rounds ? members : max64(1, min64(members, wave / units));
+  int64_t wave_units = max64(1, min64(units, wave / wave_members));
+  // in whole rounds of the threads: with 3 units, half of 2 threads would wait for the last one
+  for (int64_t even = wave_units; wave_units < units && even * slices >= p.threads; even--)
     if (even * slices % p.threads == 0) {
-      wave = even;
+      wave_units = even;
       break;
     }
-  const bool small = slices == 1 && small_pairs(pairs, pair_bytes, p.threads);
+  const bool small = slices == 1 && members == 1 && small_pairs(units, pair_bytes, p.threads);
   Blocks memory, queries;  // of each thread; packed, of each query head of each thread or of each pair of a wave
   with_scratch(0, [&](Arena& arena) {
     memory = arena.blocks(p.threads, block_bytes);
-    queries = arena.blocks((small ? p.threads : wave) * problem.group, head_bytes, 64);
+    queries = arena.blocks((small ? p.threads : wave_units * wave_members) * problem.group, head_bytes, 64);
   });
   memory.zero();
 
@@ -501,14 +450,26 @@ static void backward_tiled(const AttentionParams& p) {
       for (int64_t i = 0; i < slices; i++)
         memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
                size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+      for (int64_t i = 0; i < slices && packed.row_words; i++)
+        memset(view.row_sums + i * packed.row_words + first, 0, size_t(rows) * 4);
     });
   };
-  const auto run = [&](int64_t pair, int64_t slice, int64_t slot, int thread) {
-    const Sequence s = problem.sequence(pair / problem.kv_heads);
+  // the key blocks of one slice, each against a unit's members [first, first + count), packed from `slot` on
+  const auto run = [&](int64_t unit, int64_t first, int64_t count, int64_t slice, int64_t slot, int thread) {
     Arena arena = memory[thread];
-    BackwardBlock<Unit, Score> block(problem, packed, block_q, block_k, arena);
-    for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k)
-      block.run(s, pair % problem.kv_heads, n, queries, slot * problem.group, slice);
+    BackwardBlock<Unit, Score> block(problem, packed, together, block_q, block_k, arena);
+    const int64_t one = together.pair(unit, 0);
+    const Sequence s = problem.sequence(one / problem.kv_heads);
+    for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k) {
+      block.bias.begin_panel(s);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t pair = together.pair(unit, first + i);
+        if (pair < 0) continue;
+        block.run(problem.sequence(pair / problem.kv_heads), pair % problem.kv_heads, n, queries,
+                  (slot + i) * problem.group, slice, together.part(unit));
+      }
+      block.bias.end_panel(s, one % problem.kv_heads, n, min64(block_k, s.k_length - n));
+    }
   };
   const auto sum_shares = [&](int64_t pair, int64_t index, int64_t slot) {
     with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
@@ -519,33 +480,40 @@ static void backward_tiled(const AttentionParams& p) {
       const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
       for (int64_t i = 0; i < rows; i++)
         store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+      for (int64_t i = 0; i < rows && packed.row_words; i++) {
+        float sum = 0;
+        for (int64_t j = 0; j < slices; j++) sum += view.row_sums[j * packed.row_words + first + i];
+        const Tensor& to = p.grad_row_bias;
+        ((float*)to.data)[s.batch * to.stride[1] + head * to.stride[2] + (s.q_begin + first + i) * to.stride[3]] = sum;
+      }
     });
   };
 
   const int64_t pair_blocks = problem.group * blocks;
   if (small) {
-    parallel_items(pairs, p.threads, [&](int64_t pair, int thread) {
+    parallel_items(units, p.threads, [&](int64_t unit, int thread) {
+      const int64_t pair = together.pair(unit, 0);
       for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, thread);
-      run(pair, 0, thread, thread);
+      run(unit, 0, 1, 0, thread, thread);
       for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, thread);
     });
     return;
   }
-  for (int64_t begin = 0; begin < pairs; begin += wave) {
-    const int64_t count = min64(wave, pairs - begin);
-    const auto over_rows = [&](const auto& f) {
-      parallel_items(count * pair_blocks, p.threads, [&](int64_t task, int) {
-        const int64_t slot = task / pair_blocks;
-        f(begin + slot, task % pair_blocks, slot);
+  for (int64_t first = 0; first < members; first += wave_members)
+    for (int64_t begin = 0; begin < units; begin += wave_units) {
+      const int64_t there = min64(wave_members, members - first), count = min64(wave_units, units - begin);
+      const auto over_rows = [&](const auto& f) {
+        parallel_items(count * there * pair_blocks, p.threads, [&](int64_t task, int) {
+          const int64_t slot = task / pair_blocks, pair = together.pair(begin + slot / there, first + slot % there);
+          if (pair >= 0) f(pair, task % pair_blocks, slot);
+        });
+      };
+      over_rows(pack);
+      parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
+        run(begin + task / slices, first, there, task % slices, task / slices * there, thread);
       });
-    };
-    over_rows(pack);
-    parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
-      const int64_t slot = task / slices;
-      run(begin + slot, task % slices, slot, thread);
-    });
-    over_rows(sum_shares);
-  }
+      over_rows(sum_shares);
+    }
 }
 
 template <class Unit>

@@ -285,6 +285,8 @@ inline void check_no_options(const Checks& c, const AttentionParams& p) {
   c.require(!p.sink.data, "sink", "is not served");
   c.require(p.softcap == 0, "softcap", "is not served");
   c.require(p.dropped == 0, "dropped", "is not served");
+  c.require(!p.grad_bias.data, "grad_bias", "is not served");
+  c.require(!p.grad_row_bias.data, "grad_row_bias", "is not served");
 }
 inline void check_options(const Checks& c, const AttentionParams& p) {
   const int64_t heads = p.q.size[1];
@@ -303,6 +305,18 @@ inline void check_options(const Checks& c, const AttentionParams& p) {
   if (p.grad_sink.data) {
     c.require(p.sink.data, "grad_sink", "goes with sink");
     c.strided("grad_sink", p.grad_sink, {1, p.q.size[0], heads, p.q.size[2]}, DType::f32);
+  }
+  if (p.grad_bias.data) {
+    c.require(p.bias.data, "grad_bias", "goes with bias");
+    const bool summed = p.grad_bias.dtype == DType::f32;
+    c.tensor("grad_bias", p.grad_bias, Checks::size_of(p.bias), summed ? DType::f32 : p.bias.dtype);
+    c.in("bias_parts", p.bias_parts, 1, summed ? INT32_MAX : 1);
+    c.in("bias_part", p.bias_part, p.bias_parts > 1 ? 1 : 0, INT64_MAX);
+  }
+  if (p.grad_row_bias.data) {
+    c.require((p.bias.data || p.k.size[2] == 0) && !p.grad_bias.data, "grad_row_bias",
+              "goes with bias, and without grad_bias");
+    c.strided("grad_row_bias", p.grad_row_bias, {1, p.q.size[0], heads, p.q.size[2]}, DType::f32);
   }
 }
 

@@ -113,6 +113,9 @@ struct AttentionParams : MaskParams {
   Tensor rng;         // i64 (2,), seed and offset of what is dropped: attention_dropout.h
   Tensor grad_out, grad_lse, grad_q, grad_k, grad_v;
   Tensor grad_sink;  // (B, Hq, Lq) f32, of each row: to be summed
+  // the bias's gradient, one of them. grad_bias: of a bias with a number for each key, as bias is broadcast; f32, zero
+  // at first and summed in place, or of bias's dtype. grad_row_bias: (B, Hq, Lq) f32 of each row, to be summed
+  Tensor grad_bias, grad_row_bias;
   double scale = 1, bias_value = 0;
   double softcap = 0;   // scores, before the bias, become softcap * tanh(score / softcap); 0: as they are
   int64_t dropped = 0;  // of 65536 weights, those that become 0; what is left is scaled up
@@ -122,10 +125,12 @@ struct AttentionParams : MaskParams {
   int64_t pack_kib = 16384;             // packed keys and values kept at a time
   int64_t decode_rows = 8;              // rows a key head up to which a sequence is decoded: keys read in place, split
   int64_t chunk_k = 512;                // decoding: keys of one task
+  int64_t bias_parts = 1, bias_part = 0;  // sums of grad_bias, f32, to be added: how many, elements between them
   int32_t threads = 1;
   FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, residual, sink, rng, grad_out, grad_lse,
-                     grad_q, grad_k, grad_v, grad_sink, scale, bias_value, softcap, dropped, score, default_bias,
-                     block_q, block_k, pack_kib, decode_rows, chunk_k, threads)
+                     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, scale, bias_value, softcap, dropped,
+                     score, default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, bias_parts, bias_part,
+                     threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of

@@ -85,7 +85,7 @@ def draw(rng: random.Random) -> dict:
     mask = _draw_mask(rng, case, longest, packed)
     if mask:
         case["mask"] = mask
-    if "key_lengths" in mask and not packed and not _by_reference(case) and chance() < 0.5:
+    if "key_lengths" in mask and not packed and chance() < 0.5:
         case["nan_padding"] = True
     if chance() < 0.2:
         case["softcap"] = pick((0.05, 1.0, 5.0, 50.0, 1e4))
@@ -125,11 +125,6 @@ def _draw_mask(rng: random.Random, case: dict, longest: int, packed: bool) -> di
         mask["dense_dims"] = [chance() < 0.5, chance() < 0.5]
         mask["density"] = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
     return mask
-
-
-def _by_reference(case: dict) -> bool:
-    """Whether the backward is the definition's own, which reads padding and forms sigmoid's slope as w * (1 - w)."""
-    return "bias_dims" in case and "bias" in case["grads"]
 
 
 def check(case: dict) -> None:
@@ -405,8 +400,6 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     parts = pulled.abs() + delta.abs() + grad_lse.double().abs()[..., None]
     rounded = relative + 16 * UNIT + half
     score_error = slope * (rounded * parts + pulled_error + delta_error) + of_slopes * parts
-    if score == "sigmoid" and _by_reference(case):
-        score_error = score_error + 2 * UNIT * weight * parts
     of_bias, bias_bound = grad_score, score_error + half * grad_score.abs()
     grad_score = grad_score * cap_slope
     score_error = cap_slope * (score_error * (1 + cap_error)) + cap_error * grad_score.abs()

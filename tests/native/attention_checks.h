@@ -56,7 +56,8 @@ class Attention {
     grad = Array::random(dtype, {B, H, L, Dv}, -1, 1, layout);
     grad_lse = Array::random(DType::f32, {B, H, L});
     if (mask == 5) dense = Array::random(DType::u8, {B, H, L, K}, 0, 2, layout);
-    if (mask == 6) bias = Array::random(dtype, {B, H, L, K}, -1, 1, layout);
+    if (mask == 6 && shared_bias()) bias = Array::random(dtype, {1, 1, L, K}, -1, 1, layout);
+    if (mask == 6 && !shared_bias()) bias = Array::random(dtype, {B, H, L, K}, -1, 1, layout);
     if (mask < 7) {
       for (int64_t b = 0; b < B; b++) documents.push_back({b, 0, L, 0, K, K, 0});
     } else {  // the second has no rows, the third no keys; then rows and keys of none
@@ -89,7 +90,12 @@ class Attention {
     if (mask == 2) p.window_left = K / 5, p.window_right = 3;
     p.prefix_lengths = prefix, p.key_lengths = lengths, p.dense = dense;
     p.cu_seqlens_q = begins_q, p.cu_seqlens_k = begins_k;
-    if (mask == 6) p.bias = bias, p.default_bias = 0;
+    const auto broadcast = [&](const Array& t) {
+      Tensor to = t.tensor;
+      for (int i = 0; i < 2 && shared_bias(); i++) to.size[i] = i ? H : B, to.stride[i] = 0;
+      return to;
+    };
+    if (mask == 6) p.bias = broadcast(bias), p.default_bias = 0;
     if (options) p.softcap = kCap, p.dropped = kDropped, p.rng = rng, p.sink = sink;
     p.block_q = cut.block_q, p.block_k = cut.block_k, p.decode_rows = cut.decode_rows, p.chunk_k = 64;
     p.pack_kib = cut.pack_kib, p.threads = cut.threads;
@@ -117,7 +123,6 @@ class Attention {
     within(" out", out, out_);
     if (rounds) within(" out and residual", residual, out_);
     if (score != 1) within(" lse", lse, lse_);
-    if (mask == 6) return;  // not differentiated
     Array dq(dtype, {B, H, L, D}, layout), dk(dtype, {B, Hkv, K, D}, layout), dv(dtype, {B, Hkv, K, Dv}, layout);
     p.out = stored_out, p.grad_out = grad;
     if (score != 1) p.lse = stored_lse, p.state = stored_state, p.grad_lse = grad_lse;
@@ -125,7 +130,17 @@ class Attention {
     if (rounds) p.residual = stored_residual;
     Array dsink(DType::f32, {B, H, L});
     if (options && score == 0) p.grad_sink = dsink;
+    // sums in place, or rounded; on their own for two parts of those that share a bias
+    const bool summed = mask == 6 && (dtype == DType::f32 || cut.threads > 1), apart = summed && shared_bias();
+    Array dbias(summed ? DType::f32 : dtype, {apart ? 2 : bias.tensor.size[0], bias.tensor.size[1], L, K});
+    for (int64_t i = 0; i < dbias.count(); i++) dbias.set(i, 0);
+    if (mask == 6) p.grad_bias = broadcast(dbias);
+    if (apart) p.bias_parts = 2, p.bias_part = L * K;
     kernels.attention_backward(p);
+    for (int64_t i = 0; i < L * K && apart; i++) dbias.set(i, dbias[i] + dbias[L * K + i]);
+    for (int64_t i = L * K; i < dbias.count() && apart; i++) dbias.set(i, 0);
+    if (mask == 6) dbias_.round(unit(summed ? DType::f32 : dtype), dtype == DType::f16 ? 0x1p-25 : 0x1p-134);
+    if (mask == 6) within(" grad_bias", dbias, dbias_);
     if (options && score == 0) within(" grad_sink", dsink, dsink_);
     within(" grad_q", dq, dq_), within(" grad_k", dk, dk_), within(" grad_v", dv, dv_);
   }
@@ -147,7 +162,7 @@ class Attention {
   std::vector<Document> documents;  // of each batch element, or packed
   Array q, k, v, grad, grad_lse, prefix, lengths, dense, bias, begins_q, begins_k, stored_out, stored_lse, stored_state,
       stored_residual, sink, rng;
-  Result out_, lse_, dq_, dk_, dv_, dsink_;
+  Result out_, lse_, dq_, dk_, dv_, dsink_, dbias_;
   double scale;
 
   std::string name() const {
@@ -158,6 +173,9 @@ class Attention {
     return text;
   }
 
+  // Whether the bias (mask 6) is one of all batch entries and heads.
+  bool shared_bias() const { return c.layout == Layout::padded; }
+  int64_t bias_row(int64_t row) const { return (shared_bias() ? row % c.rows : row) * c.keys; }
   bool causal() const { return c.mask == 1 || c.mask == 3 || c.mask > 6; }
   // Whether row i of a document attends its key j.
   bool attends(const Document& d, int64_t h, int64_t i, int64_t j) const {
@@ -176,7 +194,7 @@ class Attention {
     const double flushed = dtype == DType::bf16 ? (2 + 2 * double(Dv)) * 0x1p-126 : 0;
     out_.reset(B * H * L * Dv), lse_.reset(B * H * L);
     dq_.reset(B * H * L * D), dk_.reset(B * Hkv * K * D), dv_.reset(B * Hkv * K * Dv);
-    dsink_.reset(B * H * L);
+    dsink_.reset(B * H * L), dbias_.reset(mask == 6 ? std::max<int64_t>(bias.count(), 2 * L * K) : 0);
     stored_residual = Array(dtype, {B, H, L, Dv}, layout);
     for (int64_t i = 0; i < stored_residual.count(); i++) stored_residual.set(i, 0);
     stored_out = Array(dtype, {B, H, L, Dv}, layout), stored_lse = Array::full(DType::f32, {B, H, L}, -INFINITY);
@@ -204,7 +222,7 @@ class Attention {
             const double y = x * scale / kCap, cosh = std::cosh(y);
             if (options)
               slope[j] = 1 / (cosh * cosh), kept[j] = keeps(d.batch * H + h, d.row + i, d.key + j) ? left : 0;
-            s[j] = (options ? kCap * std::tanh(y) : x * scale) + own + (mask == 6 ? bias[row * c.keys + j] : 0);
+            s[j] = (options ? kCap * std::tanh(y) : x * scale) + own + (mask == 6 ? bias[bias_row(row) + j] : 0);
             // of the score in float32: D products summed, two roundings each in a bf16 dot; then of the exponential
             err = std::fmax(err, 2 * (D + 4) * u * size * scale + 4 * u * (std::fabs(s[j]) + std::fabs(own)));
             top = std::fmax(top, s[j]);
@@ -267,6 +285,10 @@ class Attention {
             const double ds_error =
                 scale * e[j] * slope[j] *
                 (std::fabs(dp - delta) * (options ? 2 * rw + 20 * u : rw) + (Dv + 4) * 2 * u * (dp_size + delta_size));
+            if (mask == 6) {  // before the scale and the soft cap; of those that share it, up to B * H are summed
+              const double of_bias = e[j] * (dp - delta), off = ds_error / (scale * slope[j]);
+              dbias_.add(bias_row(row) + j, of_bias, off + std::fabs(of_bias) * (B * H + 8) * u);
+            }
             const auto share = [&](double with) {
               return std::fabs(with) * (ds_error + std::fabs(ds) * (half + (K + L * H + 8) * 2 * u)) + scale * flushed;
             };

@@ -56,12 +56,12 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
   const Sequence s = problem.sequence(0);
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel), groups = block_q / kRows;
   const double tile_vectors = double(block_q * block_k / W);
-  const PackedQueries<Unit> packed(problem, block_q, 1);
+  const PackedQueries<Unit> packed(problem, block_q, 1, false);
   int n = 0;
   with_scratch(kSlot, [&](Arena& query_arena) {
     const auto queries = packed.view(query_arena);
     with_scratch(kSlot + 1, [&](Arena& arena) {
-      Block block(problem, packed, block_q, block_k, arena);
+      Block block(problem, packed, BiasUnits(problem), block_q, block_k, arena);
       if (!block.keys || !queries.rows) return;  // measured
       const double rows = time([&] { pack_queries<Unit, Score>(problem, packed, queries, s, 0, 0, block_q); });
       const double keys = time([&] { block.pack_keys(matrix(p.k, 0, 0, 0), matrix(p.v, 0, 0, 0), block_k); });
@@ -74,7 +74,7 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
       };
       const auto weigh = [&] { strips([&](int64_t begin, int64_t end) { block.make_weights(tile, begin, end); }); };
       const auto slopes = [&] {
-        strips([&](int64_t begin, int64_t end) { block.template make_slopes<false>(tile, begin, end); });
+        strips([&](int64_t begin, int64_t end) { block.template make_slopes<false, false>(tile, begin, end); });
       };
       result[n++] = {"Q K^T to weights", time(weigh) / tile_vectors, true};
       result[n++] = {"dO V^T to dS", time(slopes) / tile_vectors, true};

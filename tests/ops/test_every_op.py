@@ -82,16 +82,12 @@ def test_what_depends_on_a_nan_is_nan(name, bits):
                 assert new[depends].isnan().all(), (isa, i, number)
 
 
-FORWARD_ONLY = {"attention, bias"}  # the CPU kernels do not differentiate a bias tensor
-
-
 @pytest.mark.parametrize("dtype", testing.LOW_DTYPES, ids=str)
 @pytest.mark.parametrize("name", examples())
 def test_kernels_compute_the_definition(name, dtype, nan_outputs):
     example = examples(dtype)[name]
     if example.refusal("cpu") is not None:
         pytest.skip(example.refusal("cpu"))
-    example = replace(example, gradients=example.gradients and name not in FORWARD_ONLY)
     for isa in testing.isas():
         with _native.use_cpu_isa(isa):
             testing.check_example(example, "cpu")

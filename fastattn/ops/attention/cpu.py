@@ -10,6 +10,7 @@ from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 from .checks import WANTS_BIAS, WANTS_SINK
+from .cpu_bias import BiasGradient
 from .scores import BY_CODE, has_residual
 
 _LARGEST_HEAD_DIM = native.limits.head_dim
@@ -66,10 +67,7 @@ def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng
 
 
 def refusal_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest) -> str | None:
-    *options, wanted = rest
-    if wanted & WANTS_BIAS:
-        return "it does not differentiate a tensor bias"
-    return refusal(q, k, v, bias, sink, *options)
+    return refusal(q, k, v, bias, sink, *rest[:-1])
 
 
 def configure(q, k, v, bias, sink, score, *_) -> _tuning.Choice:
@@ -212,9 +210,11 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     # what the forward decoded has products of other roundings than tiles have
     decoded = configure(q, k, v, bias, sink, score).values["decode_rows"]
     of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
+    config = lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
+    of_bias = BiasGradient(q, k, bias, config.values) if wanted & WANTS_BIAS else None
     _call(
         "attention_backward",
-        lookup("attention_backward", q, k, v, score=BY_CODE[score].name),
+        config,
         q,
         k,
         v,
@@ -233,6 +233,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
         grad_k=grads[1],
         grad_v=grads[2],
         grad_sink=of_rows,
+        **({} if of_bias is None else of_bias.fields),
     )
+    grad_bias = q.new_empty(0) if of_bias is None else of_bias.gradient()
     grad_sink = q.new_empty(0) if of_rows is None else of_rows.double().sum((0, 2)).to(sink.dtype)
-    return *grads, q.new_empty(0), grad_sink
+    return *grads, grad_bias, grad_sink

@@ -1,0 +1,47 @@
+"""Where the CPU kernel sums the gradient of a tensor bias (src/cpu/attention_bias.h)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ...runtime import native
+
+
+class BiasGradient:
+    """fields: of the kernel's parameters; gradient(): what to make of them after its call.
+
+    The sums are float32. Where nothing else is, they are the gradient's own memory; several parts, where the entries and heads
+    that share a bias are all there is to share out among threads, and float32 sums of a gradient of 16 bits, take no more memory
+    than what the kernel packs at a time.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, config: Mapping[str, int]):
+        self._bias = bias
+        self._rows: torch.Tensor | None = None  # of each query, of a bias without a number for each key
+        if bias.shape[3] == 1:
+            self._rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+            self.fields: dict = {"grad_row_bias": self._rows}
+            return
+        parts, most = self._parts(q, k, config), config["pack_kib"] << 8
+        summed = bias.dtype == torch.float32 or parts * bias.numel() <= most
+        dtype = torch.float32 if summed else bias.dtype
+        self._sums = bias.new_zeros((parts if summed else 1, *bias.shape), dtype=dtype)
+        self.fields = {
+            "grad_bias": self._sums[0].expand(*q.shape[:3], k.shape[2]),
+            "bias_parts": len(self._sums),
+            "bias_part": bias.numel() or None,
+        }
+
+    def _parts(self, q: torch.Tensor, k: torch.Tensor, config: Mapping[str, int]) -> int:
+        bias, threads = self._bias, native.threads()
+        sharing = (k.shape[0] if bias.shape[0] == 1 else 1) * (k.shape[1] if bias.shape[1] == 1 else 1)
+        tasks = k.shape[0] * k.shape[1] // max(sharing, 1) * -(-k.shape[2] // config["block_k"])
+        wanted = -(-2 * threads // max(tasks, 1)) if threads > 1 else 1
+        return max(1, min(wanted, sharing, (config["pack_kib"] << 8) // max(bias.numel(), 1)))
+
+    def gradient(self) -> torch.Tensor:
+        if self._rows is not None:
+            shared = [dim for dim in range(3) if self._bias.shape[dim] == 1]
+            rows = self._rows.double()
+            return (rows.sum(shared, keepdim=True) if shared else rows)[..., None].to(self._bias.dtype)
+        return (self._sums[0] if len(self._sums) == 1 else self._sums.sum(0)).to(self._bias.dtype)

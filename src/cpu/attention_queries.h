@@ -1,0 +1,98 @@
+// What the backward of tiled attention has of its queries: packed rows of q and dO, and the statistics of each row.
+#pragma once
+
+#include "attention_decode.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// The query side of one query head, packed: rows as the left operand and as the right one.
+template <class Unit>
+struct PackedQueries {
+  using Word = typename Unit::Word;
+  int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
+  int64_t share_words;  // floats of one slice's dQ
+  int64_t row_words;    // floats of one slice's sums of dS along rows, 0: not asked for
+
+  PackedQueries(const Problem& problem, int64_t rows, int64_t slices, bool row_sums)
+      : capacity(rows),
+        q_steps(steps_of<Unit>(problem.head_dim)),
+        o_steps(steps_of<Unit>(problem.value_dim)),
+        q_columns(round_up(problem.head_dim, W)),
+        o_columns(round_up(problem.value_dim, W)),
+        slices(slices),
+        share_words(round_up(rows * q_columns, 16)),
+        row_words(row_sums ? round_up(rows, 16) : 0) {}
+
+  struct View {
+    Word *rows, *grad_rows, *panels, *grad_panels;
+    float* statistic;  // softmax: the shift of x * c, NaN where the row's scores are large; softplus: 1 / row sum, or
+                       // -1 where the weights are softmax's
+    float* delta;      // sum(dO * O) - dlse
+    float* shares;     // (slices, capacity, q_columns) of dQ / scale
+    float* row_sums;   // (slices, capacity) of dS, or nothing
+  };
+  View view(Arena& arena) const {
+    View v;
+    v.rows = arena.take<Word>(capacity * q_steps);
+    v.grad_rows = arena.take<Word>(capacity * o_steps);
+    v.panels = arena.take<Word>(steps_of<Unit>(capacity) * q_columns);
+    v.grad_panels = arena.take<Word>(steps_of<Unit>(capacity) * o_columns);
+    v.statistic = arena.take<float>(capacity);
+    v.delta = arena.take<float>(capacity);
+    v.shares = arena.take<float>(slices * share_words);
+    v.row_sums = arena.take<float>(slices * row_words);
+    return v;
+  }
+};
+
+// Rows [first, first + rows) of one head to its packed operands and statistics.
+template <class Unit, class Score>
+static void pack_queries(const Problem& problem, const PackedQueries<Unit>& packed,
+                         const typename PackedQueries<Unit>::View& to, const Sequence& s, int64_t head, int64_t first,
+                         int64_t rows) {
+  const AttentionParams& p = problem.p;
+  const int64_t row = s.q_begin + first;
+  const Matrix q = matrix(p.q, s.batch, head, row), grad = matrix(p.grad_out, s.batch, head, row);
+  pack_rows<Unit>(to.rows + first * packed.q_steps, packed.q_steps, q, rows, problem.head_dim, problem.sign);
+  pack_rows<Unit>(to.grad_rows + first * packed.o_steps, packed.o_steps, grad, rows, problem.value_dim, 1.0f);
+  const int64_t capacity = steps_of<Unit>(packed.capacity);
+  pack_panels<Unit>(to.panels, capacity, first / Unit::kStep, q, rows, problem.head_dim);
+  pack_panels<Unit>(to.grad_panels, capacity, first / Unit::kStep, grad, rows, problem.value_dim);
+  const int64_t padded = round_up(rows, kRows);
+  memset(to.statistic + first, 0, size_t(padded) * 4);
+  memset(to.delta + first, 0, size_t(padded) * 4);
+  if (!Score::kNormalised) return;
+  const Matrix out = matrix(p.out, s.batch, head, row);
+  const auto statistic = [&](const Tensor& t) {
+    return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + row * t.stride[3];
+  };
+  const float* lse = statistic(p.lse);
+  for (int64_t i = 0; i < rows; i++) {
+    const double z = lse[i * p.lse.stride[3]];
+    const bool nothing = z == -__builtin_inf();
+    float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
+    if (p.residual.data && !nothing)
+      delta += dot_rows(grad, i, matrix(p.residual, s.batch, head, row), i, problem.value_dim);
+    if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
+    to.delta[first + i] = delta;
+    if (p.grad_sink.data) {  // -delta is what the sink's score, whose value is 0, has as dS / P
+      const double weight = nothing ? 0 : __builtin_exp(((const float*)p.sink.data)[head * p.sink.stride[3]] - z);
+      statistic(p.grad_sink)[i * p.grad_sink.stride[3]] = (float)(-weight * delta);
+    }
+    if (p.grad_row_bias.data && packed.row_words == 0)
+      statistic(p.grad_row_bias)[i * p.grad_row_bias.stride[3]] =
+          p.grad_lse.data && !nothing ? statistic(p.grad_lse)[i * p.grad_lse.stride[3]] : 0.0f;
+    if (Score::kMaximum) {
+      const RowState& state = *row_state(p.state, s, head, first + i);
+      const float c = exponent_of(problem);
+      to.statistic[first + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);
+    } else {
+      const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
+      to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
+    }
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
