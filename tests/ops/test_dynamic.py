@@ -495,20 +495,21 @@ def test_numbers_of_numpy_and_torch(number):
 
 
 @pytest.mark.parametrize(
-    ("scale", "message"),
+    ("number", "message"),
     [
-        (torch.ones(1), "scale must be a (finite )?number, given a float32 tensor"),
-        (torch.tensor(1.0, requires_grad=True), "scale gets no gradient; multiply q by it"),
-        (torch.tensor(1.0, device="meta"), r"scale is a tensor on meta, .* give float\(scale\)"),
-        (torch.tensor(True), "scale must be a (finite )?number"),
-        (1j, "scale must be a (finite )?number, given complex"),
-        (True, "scale must be a (finite )?number, given bool"),
+        (torch.ones(1), "NAME must be a (finite )?number, given a float32 tensor"),
+        (torch.tensor(1.0, requires_grad=True), "NAME gets no gradient; multiply q by it"),
+        (torch.tensor(1.0, device="meta"), r"NAME is a tensor on meta, .* give float\(NAME\)"),
+        (torch.tensor(True), "NAME must be a (finite )?number"),
+        (1j, "NAME must be a (finite )?number, given complex"),
+        (True, "NAME must be a (finite )?number, given bool"),
     ],
 )
-def test_numbers_that_are_none(scale, message):
-    for call in (fa.attention, lambda *t, scale: fa.grouped_attention(*t, GROUPS, scale=scale)):
-        with pytest.raises(TypeError, match=message):
-            call(*qkv(0), scale=scale)
+def test_numbers_that_are_none(number, message):
+    with pytest.raises(TypeError, match=message.replace("NAME", "softcap")):
+        fa.attention(*qkv(0), softcap=number)
+    with pytest.raises(TypeError, match=message.replace("NAME", "scale")):
+        fa.grouped_attention(*qkv(0), GROUPS, scale=number)
     for window in ((np.float64(2), None), (np.bool_(True), None), (torch.tensor(2), None), (np.int64(-1), 0)):
         with pytest.raises(ValueError, match="window counts keys"):
             fa.Mask(window=window)

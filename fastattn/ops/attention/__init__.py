@@ -21,7 +21,7 @@ def attention(
     v: torch.Tensor,
     *,
     score: str = "softmax",
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
@@ -38,7 +38,7 @@ def attention(
     v: torch.Tensor,
     *,
     score: str = "softmax",
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
@@ -54,7 +54,7 @@ def attention(
     v: torch.Tensor,
     *positional: Any,
     score: str = "softmax",
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
@@ -75,7 +75,9 @@ def attention(
         (the fast backends copy only what has a strided last dim).
     score: "softmax", "sigmoid" or "softplus". Softplus is log(1 + e^s). A row whose softplus scores are all far below 0 gets
         softmax's weights, their limit, so that underflow never makes a weight 0.
-    scale: default 1/sqrt(D).
+    scale: a number, default 1/sqrt(D), or a tensor of q's dtype or float32 broadcastable to (B, Hq, Lq, 1), with a gradient: a scale of
+        each query, as log-n scaling and the temperatures of Llama 4 have it. q is multiplied by it and rounded to q's dtype before
+        the scores are formed, as a model would do.
     bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, less the mask's padding).
     mask: a fastattn.Mask. By default every query attends every key.
@@ -112,6 +114,8 @@ def attention(
     tensor_bias, bias_value = _bias(op, bias, q, k, None if row.log_n_bias else 0.0)
     if sink is not None and not isinstance(sink, torch.Tensor):
         sink = q.new_full((q.shape[1],), _checks.as_number(op, "sink", sink), dtype=statistics_dtype(q))
+    if isinstance(scale, torch.Tensor) and (scale.dim() or scale.requires_grad or scale.is_cuda):
+        q, scale = _scaled(op, q, scale), 1.0
     dropped = _dropped(op, dropout_p) if dropout_p != 0 else 0
     results = call(
         "attention",
@@ -138,7 +142,7 @@ def sigmoid_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *positional: Never,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | None = None,
     mask: Mask | None = None,
     backend: str | None = None,
@@ -151,6 +155,22 @@ def sigmoid_attention(
     if positional or other:
         hints.refuse("sigmoid_attention", sigmoid_attention, positional, other)
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
+
+
+def _scaled(op: str, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q times a scale of each query: the gradient of the scale, g.q with g that of the product, needs no division."""
+    wide = statistics_dtype(q)
+    if scale.dtype not in (q.dtype, wide) or scale.is_nested:
+        given = _checks.describe(scale)
+        dtypes = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, wide)))
+        raise TypeError(f"fastattn.{op}: scale must be a number or a tensor of {dtypes}, given {given}")
+    _checks.check_same_device(op, q=q, scale=scale)
+    of_queries = (*q.shape[:3], 1)
+    if scale.dim() > 4 or not _checks.broadcasts((1,) * (4 - scale.dim()) + tuple(scale.shape), of_queries):
+        raise ValueError(
+            f"fastattn.{op}: scale of shape {tuple(scale.shape)} does not broadcast to (B, Hq, Lq, 1) = {of_queries}"
+        )
+    return (q * scale.to(wide)).to(q.dtype)
 
 
 def _dropped(op: str, dropout_p: float) -> int:
