@@ -35,19 +35,21 @@ def attention_arguments(
     k_length: int = 4096,
     mask: str = "packed",
     window: int = 512,
-    bias: bool = False,
+    bias: bool | tuple[int, ...] = False,
     sink: bool = False,
     softcap: float | None = None,
     dropped: int = 0,
 ) -> tuple:
-    """The forward op's arguments less the backend. window: of the mask "window", keys before the query's own."""
+    """The forward op's arguments less the backend. bias: its shape, True for that of the scores. window: of the mask "window", keys before the query's own."""
     packed, dense = mask == "packed", mask == "dense"
     v_dim = head_dim if v_dim is None else v_dim
     return (
         empty(1, heads, q_length, head_dim, dtype=dtype),
         empty(1, kv_heads, k_length, head_dim, dtype=dtype),
         empty(1, kv_heads, k_length, v_dim, dtype=dtype),
-        empty(1, heads, q_length, k_length, dtype=dtype) if bias else None,
+        empty(*(bias if isinstance(bias, tuple) else (1, heads, q_length, k_length)), dtype=dtype)
+        if bias
+        else None,
         empty(heads, dtype=dtype) if sink else None,
         SCORES[score].code,
         0.1,

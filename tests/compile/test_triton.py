@@ -81,6 +81,14 @@ def test_options_of_decoding():
     compile_all("gfx942", launches.attention("gfx942", **options))
 
 
+@pytest.mark.parametrize("shape", ((1, 16, 1, 4096), (1, 1, 4096, 1), (1, 16, 1, 1)), ids=str)
+def test_gradients_of_smaller_biases(shape):
+    """A tile's sums over its rows, its keys and both."""
+    compile_all(
+        "sm_80", launches.attention_backward("sm_80", score="sigmoid", head_dim=64, mask="causal", bias=shape)
+    )
+
+
 def test_bias_of_narrow_heads():
     """On AMD a bias goes through shared memory, and narrow heads leave room for the largest tiles."""
     compile_all("gfx942", launches.attention("gfx942", mask="full", bias=True, head_dim=16))

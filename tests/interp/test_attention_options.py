@@ -1,4 +1,6 @@
-"""Sinks, soft cap and dropout in the Triton kernels, against the definition."""
+"""Sinks, soft cap, dropout and biases with a gradient in the Triton kernels, against the definition."""
+
+import itertools
 
 import pytest
 import torch
@@ -21,6 +23,16 @@ def test_options_are_within_the_error_budget(score, data, bias):
     problem = data.draw(testing.attention_problems(max_len=40, head_dims=(1, 8, 17), max_heads=2))
     with testing.nan_filled_outputs():
         check("triton", score, torch.float32, problem, data.draw(options(score)), bias=bias)
+
+
+@pytest.mark.parametrize("dims", itertools.product((False, True), repeat=4))
+@settings(max_examples=2)
+@given(data=st.data(), score=st.sampled_from(SCORES))
+def test_biases_of_every_shape_have_a_gradient(dims, data, score):
+    problem = data.draw(testing.attention_problems(max_len=40, head_dims=(1, 8, 17), max_heads=2))
+    given_options = data.draw(st.just(({}, False)) | options(score))
+    with testing.nan_filled_outputs():
+        check("triton", score, torch.float32, problem, given_options, bias_dims=dims)
 
 
 @pytest.mark.slow

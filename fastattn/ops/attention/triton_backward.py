@@ -7,9 +7,18 @@ import triton
 import triton.language as tl
 
 from ...runtime import triton as _triton
-from ...runtime.triton import LOG2E, Line, dot, offset, pairs, rows
+from ...runtime.triton import Line, dot, offset, pairs, rows
 from .checks import WANTS_BIAS, WANTS_SINK
+from .triton_bias import bias_gradient
 from .triton_classes import tile_classes
+from .triton_gradients import (  # noqa: F401  other ops have the first two, and the third, from here
+    along_columns,
+    along_rows,
+    score_gradient,
+    share_of_kept,
+    statistics_of,
+    weights_and_gradients,
+)
 from .triton_options import Drawn, cap_slope, drawn_rows, kept_pairs
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
@@ -19,12 +28,10 @@ from .triton_tiles import (
     address,
     allowed_pairs,
     column_elements,
-    exponent_of,
     key_passes,
     key_tile,
     load_keys,
     load_queries,
-    load_statistics,
     over_tiles,
     place,
     query_interval,
@@ -32,12 +39,9 @@ from .triton_tiles import (
     query_tile,
     row_elements,
     store_rows,
-    tile_scores,
     two_products,
     with_shift,
 )
-
-_LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -63,86 +67,6 @@ def _attention_delta_kernel(
     tl.store(delta + rows, value, mask=inside)
 
 
-@triton.jit
-def score_gradient(s, dp, statistics, allowed, scale2, SCORE: tl.constexpr, MASKED: tl.constexpr):
-    """(weights P, dS) of scores as `tile_scores` gives them; statistics: (top, log_sum, delta) broadcast along the rows' dim."""
-    top, log_sum, delta = statistics
-    if SCORE.shifted:
-        # products may be rounded another way than the forward's, and of 1e9 the last bit is 64
-        s = tl.minimum(s - top, 0.0, propagate_nan=tl.PropagateNan.ALL) * scale2 - log_sum * _LOG2E
-    weight = SCORE.weight(s)
-    slope = SCORE.derivative(s, weight)
-    if SCORE.normalised and not SCORE.shifted:
-        inverse = tl.where(log_sum == float("-inf"), 0.0, tl.exp2(-log_sum * _LOG2E))
-        weight = weight * inverse
-        slope = slope * inverse
-    if MASKED:
-        weight = tl.where(allowed, weight, 0.0)
-        slope = tl.where(allowed, slope, 0.0)
-    if SCORE.normalised:
-        dp = dp - delta
-    return weight, slope * dp
-
-
-@triton.jit
-def _weights_and_gradients(
-    products, dp, statistics, allowed, bias, columns, end, count, factors, scale, kept, SCORE: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """(weights P, dS) of products q.k. kept: the weights that dropout keeps, then multiplied by `scale`, or None."""
-    if kept is not None:
-        dp = tl.where(kept, dp * scale, 0.0)
-    s = tile_scores(products, bias, columns, end, count, factors, SCORE.shifted)
-    weight, ds = score_gradient(s, dp, statistics, allowed, factors.scale2, SCORE, MASKED)
-    if SCORE.limit is not None:
-        top, log_sum, delta = statistics
-        limited = top > float("-inf")  # rows that the forward gave the limit's weights
-        if tl.max(tl.max(limited.to(tl.int32), 1), 0) > 0:
-            s = tile_scores(products, bias, columns, end, count, factors, True)
-            limit_statistics = (tl.where(limited, top, 0.0), log_sum, delta)
-            limit_weight, limit_ds = score_gradient(
-                s, dp, limit_statistics, allowed, exponent_of(bias, factors.scale2), SCORE.limit, MASKED
-            )
-            weight = tl.where(limited, limit_weight, weight)
-            ds = tl.where(limited, limit_ds, ds)
-    if kept is not None:
-        weight = tl.where(kept, weight * scale, 0.0)
-    return weight, ds
-
-
-@triton.jit
-def _share_of_kept(drawn):
-    """What multiplies the weights that dropout keeps."""
-    scale = 1.0
-    if drawn is not None:
-        scale = drawn.scale
-    return scale
-
-
-@triton.jit
-def along_rows(statistics):
-    """Three values of each row (M,) as (M, 1)."""
-    a, b, c = statistics
-    return a[:, None], b[:, None], c[:, None]
-
-
-@triton.jit
-def along_columns(statistics):
-    """Three values of each row (M,) as (1, M)."""
-    a, b, c = statistics
-    return a[None, :], b[None, :], c[None, :]
-
-
-@triton.jit
-def _statistics_of(state, delta, at, inside, SCORE: tl.constexpr, META: tl.constexpr):
-    """(top, log_sum, delta) of rows: zeros where the score has none."""
-    zero = tl.zeros([META.block_m], tl.float32)
-    statistics = (zero, zero, zero)
-    if SCORE.normalised:
-        statistics = load_statistics(state, delta, at, inside)
-    return statistics
-
-
 class _QueryGradient(NamedTuple):
     """What a query tile's gradient is formed from."""
 
@@ -153,7 +77,6 @@ class _QueryGradient(NamedTuple):
     v: Line
     bias: Line  # of each row (M,), or None
     dense: Line
-    ds: tl.tensor  # (M,) where each row's dS goes, or None
     begin: tl.tensor  # (M,) interval of keys
     end: tl.tensor
     count: tl.tensor  # of keys
@@ -175,13 +98,10 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     kept = None
     if operands.drawn is not None:
         kept = kept_pairs(operands.drawn, first, META.block_n, META.aligned)
-    _, ds = _weights_and_gradients(
+    _, ds = weights_and_gradients(
         products, dp, along_rows(operands.statistics), allowed, operands.bias, keys, end, count, operands.factors,
-        _share_of_kept(operands.drawn), kept, SCORE, MASKED,
+        share_of_kept(operands.drawn), kept, SCORE, MASKED,
     )  # fmt: skip
-    if operands.ds is not None:
-        inside = (end > 0)[:, None] & (keys < count)[None, :]
-        tl.store(operands.ds[:, None] + keys[None, :], ds, mask=inside)
     if operands.factors.cap is not None:
         ds = ds * cap_slope(products, operands.factors.cap)
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
@@ -189,7 +109,7 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, drop, g, state, delta, dq, ds, mask, heads, tiles, length_q, length_k, factors,
+    q, k, v, bias, dense, classes, drop, g, state, delta, dq, mask, heads, tiles, length_q, length_k, factors,
     SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
@@ -206,15 +126,12 @@ def _attention_backward_q_kernel(
     bias_rows = row_elements(bias, entry, head, work.start_q + row, work.start_k)
     dense_rows = row_elements(dense, entry, head, work.start_q + row, work.start_k)
     class_row = row_elements(classes, entry, head, tile, tile * 0)
-    ds_rows = None
-    if ds is not None:
-        ds_rows = ds + offset(at, length_k) + work.start_k
 
     q_tile, g_tile = load_queries(q_rows, g_rows, first, count, META, True)
-    statistics = _statistics_of(state, delta, at, row < count, SCORE, META)
+    statistics = statistics_of(state, delta, at, row < count, SCORE, META)
     shifted = with_shift(factors, extent.key_length, SCORE.log_n)
     operands = _QueryGradient(
-        q_tile, g_tile, statistics, k_rows, v_rows, bias_rows, dense_rows, ds_rows, begin, end, extent.key_length, shifted,
+        q_tile, g_tile, statistics, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted,
         drawn_rows(drop, entry * heads + head, work.start_q + row, work.start_k),
     )  # fmt: skip
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
@@ -252,7 +169,7 @@ def _key_tile_gradients(
     first = tile * META.block_m
     row = first + tl.arange(0, META.block_m)
     q_tile, g_tile = load_queries(operands.q, operands.g, first, count, META, MASKED)
-    statistics = _statistics_of(operands.state, operands.delta, row, row < count, SCORE, META)
+    statistics = statistics_of(operands.state, operands.delta, row, row < count, SCORE, META)
     products, dp = two_products(operands.k_tile, q_tile, operands.v_tile, g_tile, META.precision)  # (N, M)
     allowed = None
     if MASKED:
@@ -262,9 +179,9 @@ def _key_tile_gradients(
         of = operands.drawn
         rows = Drawn(of.seed, of.offset, of.dropped, of.scale, of.plane, of.row + row, of.key)
         kept = tl.trans(kept_pairs(rows, 0, META.block_n, META.aligned))
-    weight, ds = _weights_and_gradients(
+    weight, ds = weights_and_gradients(
         products, dp, along_columns(statistics), allowed, operands.bias, row, end, count, operands.factors,
-        _share_of_kept(operands.drawn), kept, SCORE, MASKED,
+        share_of_kept(operands.drawn), kept, SCORE, MASKED,
     )  # fmt: skip
     if operands.factors.cap is not None:
         ds = ds * cap_slope(products, operands.factors.cap)
@@ -379,11 +296,9 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     if wants_sink:  # its score has the value 0
         dsink = (torch.exp(p.sink[None, :, None] - lse) * -delta).sum((0, 2)).to(sink.dtype)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
-    scores = (p.batch, p.heads, p.length_q, p.length_k)
-    ds = q.new_zeros(scores, dtype=torch.float32) if wants_bias else None
     if dk.numel() == 0 or dq.numel() == 0:
         dq, dk, dv = (t.zero_() for t in (dq, dk, dv))
-        return dq, dk, dv, q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype), dsink
+        return dq, dk, dv, torch.zeros_like(bias) if wants_bias else q.new_empty(0), dsink
     config = p.choose("attention_backward").values
     over_queries = turned(config)
     query_classes = tile_classes(p, over_queries["block_m"], over_queries["block_n"])
@@ -391,14 +306,11 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     classes = pairs(tile_classes(p, config["block_m"], config["block_n"]))
     gradients = {"dk": rows(dk), "dv": rows(dv)}
     p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, **gradients, **more)
-    gradients = {"dq": rows(dq), "ds": ds}
+    query_classes = pairs(query_classes)
     p.launch(
-        _attention_backward_q_kernel,
-        over_queries,
-        over="queries",
-        classes=pairs(query_classes),
-        **gradients,
-        **more,
+        _attention_backward_q_kernel, over_queries, over="queries", classes=query_classes, dq=rows(dq), **more
     )
-    dbias = q.new_empty(0) if ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
+    dbias = q.new_empty(0)
+    if wants_bias:
+        dbias = bias_gradient(p, bias, config, grad_lse, **more)
     return dq, dk, dv, dbias, dsink
