@@ -19,6 +19,9 @@ from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.sdpa import autocast
 from ..runtime import checks
+from ._accelerated import Accelerated, accelerate
+
+__all__ = ["Accelerated", "accelerate", "attention_forward", "register"]
 
 NAME = "fastattn"
 # arguments of attention functions that change the result and that fastattn does not serve
@@ -84,14 +87,20 @@ def _sdpa_family(config: Any) -> bool:
     Raises NotImplementedError for models whose attention cannot be replaced.
     """
     if config not in _sdpa_families:
-        models = [m for m in _model_classes() if m.config_class is config]
-        if models and not any(m._can_set_attn_implementation() for m in models):
+        if not has_interface(config):
             raise NotImplementedError(
                 f"fastattn: {config.model_type} models compute attention themselves, not through transformers' "
                 "AttentionInterface; use attn_implementation='eager'"
             )
+        models = [m for m in _model_classes() if m.config_class is config]
         _sdpa_families[config] = bool(models) and all(m._supports_sdpa for m in models)
     return _sdpa_families[config]
+
+
+def has_interface(config: Any) -> bool:
+    """Whether models of this config class call transformers' AttentionInterface, or there are none that say so."""
+    models = [m for m in _model_classes() if m.config_class is config]
+    return not models or any(m._can_set_attn_implementation() for m in models)
 
 
 def _model_classes() -> Iterator[Any]:

@@ -1,0 +1,636 @@
+"""`accelerate`: an unmodified transformers model computes what it computed, on fastattn's ops, and is itself again afterwards."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import fastattn as fa
+from fastattn import testing
+from fastattn.integrations import _replaced
+from fastattn.integrations.transformers import accelerate
+
+LENGTH = 13
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HRM = {k: v for k, v in TEXT.items() if k not in ("num_hidden_layers", "num_key_value_heads")}
+DROPPED = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "rope_theta": 1e4,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LAYER = {"attention": 1, "rotary": 2, "swiglu": 2}
+
+# (what is replaced, further options of the config); the classes' names begin with the family's
+FAMILIES = {
+    "Llama": (LAYER | {"rms_norm": 5}, {}),
+    "Llama yarn": (LAYER | {"rms_norm": 5}, {"rope_parameters": YARN}),
+    "Llama llama3": (LAYER | {"rms_norm": 5}, {"rope_parameters": LLAMA3}),
+    "Llama bias": (LAYER | {"rms_norm": 5}, {"mlp_bias": True, "attention_bias": True}),
+    "Qwen2": (LAYER | {"rms_norm": 5}, {}),
+    "Qwen3": (LAYER | {"rms_norm": 9}, {}),
+    "Mistral": (LAYER | {"rms_norm": 5}, {"sliding_window": 5}),
+    "Mixtral": ({"attention": 1, "rotary": 2, "rms_norm": 5}, {"num_local_experts": 4}),
+    "Qwen3Moe": (
+        {"attention": 1, "rotary": 2, "rms_norm": 9},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "Gemma": ({"attention": 1, "rotary": 2, "rms_norm": 5}, {}),
+    "Gemma2": ({"attention": 1, "rotary": 2, "rms_norm": 9}, {"sliding_window": 5}),
+    "Gemma3": ({"attention": 1, "rotary": 2, "rms_norm": 13}, {"sliding_window": 5}),
+    "Olmo2": (LAYER | {"rms_norm": 9}, {}),
+    "Phi3": (LAYER | {"rms_norm": 5}, {}),
+    "Granite": (LAYER | {"rms_norm": 5}, {"logits_scaling": 3.0}),
+    "SmolLM3": (LAYER | {"rms_norm": 5}, {}),
+    "Cohere": (LAYER, {}),
+    "Cohere2": (LAYER, {}),
+    "Glm": (LAYER | {"rms_norm": 5}, {}),
+    "Glm4": (LAYER | {"rms_norm": 9}, {}),
+    "GptOss": (
+        {"attention": 1, "rotary": 2, "rms_norm": 5},
+        {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "Llama4Text": (
+        {"attention": 1, "swiglu": 2, "rms_norm": 7},
+        {"num_local_experts": 2, "intermediate_size_mlp": 48},
+    ),
+    "StableLm": (LAYER, {}),
+    "Phi": ({"attention": 1, "rotary": 2}, {}),
+    "GPTNeoX": ({"attention": 1, "rotary": 2}, {"rotary_pct": 0.5}),
+    "Starcoder2": ({"attention": 1, "rotary": 2}, {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    "Helium": (LAYER | {"rms_norm": 5}, {}),
+    "Exaone4": (LAYER | {"rms_norm": 9}, {}),
+    "Lfm2": (LAYER | {"rms_norm": 9}, {"layer_types": ["full_attention"] * 2}),
+    "HunYuanDenseV1": (LAYER | {"rms_norm": 9}, {}),
+    "SeedOss": (LAYER | {"rms_norm": 5}, DROPPED),
+    "Moshi": ({"attention": 1, "rotary": 2, "rms_norm": 5}, {}),
+    "JetMoe": ({"attention": 1, "rotary": 2, "rms_norm": 5}, {}),
+    "HrmText": (
+        {"attention": 1, "rotary": 4, "swiglu": 4, "rms_norm": 10},
+        {"num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 1},
+    ),
+}
+
+
+def build(family="Llama", dtype=torch.float32, **more):
+    """The same weights for every call, large enough to tell a wrong mask or weight."""
+    name = family.split()[0]
+    config = getattr(hf, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = getattr(hf, f"{name.removesuffix('Text') if name == 'Llama4Text' else name}ForCausalLM")
+    options = (HRM if name == "HrmText" else TEXT) | FAMILIES[family][1] | more
+    made = model._from_config(config(**options)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.15 + (0.5 if p.dim() == 1 else 0))
+    return made.to(dtype)
+
+
+def tokens(seed=1, rows=2, length=LENGTH):
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, **more):
+    """(loss, logits, gradients) of a padded batch."""
+    model.zero_grad(set_to_none=True)
+    ids = tokens()
+    keep = torch.ones_like(ids)
+    keep[1, -3:] = 0
+    labels = ids.masked_fill(keep == 0, more.get("ignore_index", -100))
+    out = model(input_ids=ids, attention_mask=keep, labels=labels, **more)
+    out.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    logits = None if out.logits is None else out.logits.detach()[keep.bool()]
+    return out.loss.detach(), logits, gradients
+
+
+class InDouble(TorchFunctionMode):
+    """transformers computes norms, softmax and losses in float32: in a float64 model they stay float64 here."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        if wide and function is torch.Tensor.float:
+            return args[0]
+        if wide and function in (torch.Tensor.to, nn.functional.softmax):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)
+
+
+def truth(model):
+    wide = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")  # torch has no grouped product of float64
+    with InDouble():
+        return run(wide)
+
+
+def assert_as_close(actual, plain, true, terms, labels=1.0):
+    """Each no further from float64 than a factor of what the model's own forward is, and a few roundings. labels: over what the loss is divided by."""
+    (loss, logits, gradients), (_, plain_logits, plain_gradients) = actual, plain
+    if logits is not None:
+        testing.assert_close_to_truth(logits, true[1], plain_logits, factor=2, terms=terms, name="logits")
+    # a log-sum-exp and a logit, each off by what logits are at most; one mean of few numbers says nothing of its own
+    off = 2 * testing.max_error(plain_logits, true[1]) + testing.rounding_band(
+        true[1], plain_logits.dtype, terms
+    )
+    assert testing.max_error(loss, true[0]) <= 2 * off * labels
+    largest = max(testing.max_finite(g) for g in true[2].values())
+    for name, g in gradients.items():
+        expected = true[2][name]
+        allowed = 3 * testing.max_error(plain_gradients[name], expected)
+        allowed += testing.rounding_band(expected, g.dtype, terms)
+        if testing.max_finite(expected) < 1e-9 * largest:
+            # 0: of a key's bias, which moves all scores of a row alike. What is left are roundings of sums as large as the others
+            allowed += 16 * torch.finfo(g.dtype).eps * largest
+        error = testing.max_error(g, expected)
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_computes_the_same_and_is_itself_again_afterwards(family):
+    model = build(family)
+    plain = run(model)
+    before = {n: (p.data_ptr(), p._version) for n, p in model.state_dict(keep_vars=True).items()}
+    implementation = model.config._attn_implementation
+    with accelerate(model) as accelerated:
+        assert accelerated.replaced == FAMILIES[family][0]
+        assert {n: (p.data_ptr(), p._version) for n, p in model.state_dict(keep_vars=True).items()} == before
+        fast = run(model)
+    true = truth(model)
+    assert_as_close(fast, plain, true, terms=1024)
+    again = run(model)
+    assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
+    assert all(torch.equal(again[2][n], g) for n, g in plain[2].items())
+    assert model.config._attn_implementation == implementation
+    assert not any("forward" in vars(m) for m in model.modules()) and "_fastattn_accelerated" not in vars(
+        model
+    )
+
+
+LINEAR = {
+    "Llama": 9,
+    "Qwen3": 9,
+    "Gemma": 15,
+    "Phi3": 5,
+    "Olmo2": 9,
+    "Glm": 9,
+}  # projections of attention, the output layer, MLPs left alone
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_bfloat16_is_as_close_to_float64_as_the_models_own(family):
+    model = build(family, torch.bfloat16)
+    plain, true = run(model), truth(model)
+    with accelerate(model) as accelerated:
+        assert accelerated.replaced == FAMILIES[family][0] | {"linear": LINEAR[family]}
+        assert_as_close(run(model), plain, true, terms=96)
+    again = run(model)
+    assert torch.equal(again[1], plain[1]) and torch.equal(again[0], plain[0])
+
+
+CAPPED = {
+    "Gemma2": {"final_logit_softcapping": 2.0},
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi", *CAPPED])
+def test_the_loss_is_the_models_without_logits(family):
+    model = build(family, **CAPPED.get(family, {}))
+    shifted = tokens(seed=4)
+    for more in (
+        {},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"num_items_in_batch": 5},
+        {"ignore_index": 9},
+        {"shift_labels": shifted},
+    ):
+        plain = run(model, **more)
+        with accelerate(model, loss=True) as accelerated:
+            assert accelerated.replaced["linear_cross_entropy"] == 1
+            fast = run(model, **more)
+            assert fast[1] is None
+            names = ("logits", "loss")
+            given = {"input_ids": tokens(), "labels": tokens(), "logits_to_keep": LENGTH, "return_dict": True}
+            assert all(model(**given)[name] is not None for name in names)  # who asks for logits gets them
+            assert model(input_ids=tokens()).logits.shape == (2, LENGTH, 61)
+        with InDouble():
+            wide = copy.deepcopy(model).double()
+            true = run(wide, **more)
+        assert_as_close(
+            fast, plain, true, terms=1024, labels=2 * LENGTH / float(more.get("num_items_in_batch", 26))
+        )
+
+
+def test_a_loss_that_is_not_the_cross_entropy_of_the_logits_is_left_alone():
+    class Scaled(hf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return type(out)(loss=None if out.loss is None else out.loss * 1.01, logits=out.logits)
+
+    class Shifted(hf.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = super().forward(input_ids, **kwargs).logits + 0.5 * torch.arange(61)
+            return hf.modeling_outputs.CausalLMOutputWithPast(
+                loss=self.loss_function(logits, labels, 61), logits=logits
+            )
+
+    for model, why in (
+        (Scaled, "more than the cross-entropy"),
+        (Shifted, "neither its output layer's product"),
+    ):
+        made = model(hf.LlamaConfig(**TEXT))
+        accelerated = accelerate(made, loss=True)
+        assert "linear_cross_entropy" not in accelerated.replaced
+        assert any(why in reason for _, _, reason in accelerated.left)
+        assert "forward" not in vars(made.lm_head)
+        assert made.training and all(m.training for m in made.modules())
+
+
+def test_generation_is_the_same():
+    model = build()
+    given = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(tokens(length=7), **given)
+    for loss in (False, True):
+        with accelerate(model, loss=loss):
+            assert torch.equal(model.generate(tokens(length=7), **given), plain)
+            assert inspect.signature(model.forward) == inspect.signature(type(model).forward.__get__(model))
+
+
+def test_copies_and_pickles_are_accelerated_too_and_undone_alone():
+    model = build()
+    plain = run(model)
+    state = set(model.state_dict())
+    accelerated = accelerate(model, loss=True)
+    fast = run(model)
+    assert set(model.state_dict()) == state
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = accelerate(copied, loss=True)
+        assert own is not accelerated and own.replaced == accelerated.replaced
+        assert all(vars(m)["forward"].module is m for m in copied.modules() if "forward" in vars(m))
+        with torch.no_grad():
+            copied.lm_head.weight.zero_()  # what a forward of the copy reads is the copy's
+        assert not torch.equal(run(copied)[0], fast[0]) and torch.equal(run(model)[0], fast[0])
+        own.undo()
+        assert run(copied)[1].count_nonzero() == 0 and run(model)[1] is None
+    accelerated.undo()
+    assert torch.equal(run(model)[1], plain[1])
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_torch_compile_takes_the_whole_model(loss):
+    model = build(num_hidden_layers=1)
+    with accelerate(model, loss=loss):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results = []
+        for run_by in (model, compiled):
+            model.zero_grad()
+            out = run_by(input_ids=tokens(), labels=tokens())
+            out.loss.backward()
+            results.append([out.loss.detach(), *(p.grad for p in model.parameters())])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * testing.max_finite(expected))
+
+
+def test_a_second_call_changes_nothing_and_other_options_are_refused():
+    model = build()
+    first = accelerate(model)
+    forwards = {id(m): vars(m).get("forward") for m in model.modules()}
+    assert accelerate(model) is first
+    assert {id(m): vars(m).get("forward") for m in model.modules()} == forwards
+    with pytest.raises(ValueError, match="accelerated with loss=False, exact=False; undo"):
+        accelerate(model, loss=True)
+    first.undo()
+    first.undo()
+    assert accelerate(model, loss=True).replaced["linear_cross_entropy"] == 1
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, given str"):
+        accelerate("llama")
+
+
+def test_parts_of_a_model_can_be_accelerated_alone():
+    model = build()
+    inner = accelerate(model.model.layers[0])
+    outer = accelerate(model)
+    assert inner.replaced == {"rms_norm": 2, "rotary": 1, "swiglu": 1}
+    assert outer.replaced == {"attention": 1, "rms_norm": 3, "rotary": 1, "swiglu": 1}
+    outer.undo()
+    assert sum("forward" in vars(m) for m in model.modules()) == 4
+    inner.undo()
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_exact_refuses_half_precision():
+    with pytest.raises(
+        ValueError, match=r"exact=True serves float32 weights, model.embed_tokens.weight is bfloat16"
+    ):
+        accelerate(build(dtype=torch.bfloat16), exact=True)
+    model = build()
+    assert accelerate(model, exact=True).replaced == FAMILIES["Llama"][0]
+
+
+def test_another_forward_over_ours_is_not_thrown_away():
+    model = build()
+    accelerated = accelerate(model)
+    layer = model.model.layers[1].mlp
+    ours = layer.forward
+    layer.forward = lambda x: ours(x)
+    with pytest.raises(RuntimeError, match=r"another forward was set since on model.layers.1.mlp"):
+        accelerated.undo()
+    del layer.forward
+    layer.forward = ours
+    accelerated.undo()
+
+
+def test_hooks_see_what_they_saw():
+    model = build()
+    seen = []
+    for module in (model.model.norm, model.model.layers[0].mlp, model.model.layers[0].self_attn):
+        module.register_forward_hook(
+            lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+    run(model)
+    plain, seen[:] = list(seen), []
+    with accelerate(model) as accelerated:
+        assert accelerated.replaced == FAMILIES["Llama"][0]
+        run(model)
+    assert len(seen) == len(plain) == 3
+    for a, b in zip(seen, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * testing.max_finite(b))
+
+
+class Adapter(nn.Module):
+    """A layer with a low-rank addition, as LoRA has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down, self.up = (
+            nn.Linear(a, b, bias=False) for a, b in ((base.in_features, 2), (2, base.out_features))
+        )
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_exchanged_or_hooked_later_are_called(dtype):
+    def change(model):
+        torch.manual_seed(5)
+        first, second = (layer.mlp for layer in model.model.layers)
+        first.gate_proj = Adapter(first.gate_proj).to(dtype)
+        attention = model.model.layers[0].self_attn
+        attention.q_proj = Adapter(attention.q_proj).to(dtype)
+        second.up_proj.__class__ = Doubled
+        second.down_proj.register_forward_hook(lambda module, args, out: out - 1)
+
+    plain, fast = build(dtype=dtype), build(dtype=dtype)
+    accelerated = accelerate(fast)
+    for model in (plain, fast):
+        change(model)
+    expected, actual = run(plain), run(fast)
+    bound = (
+        1e-5 if dtype == torch.float32 else 0.05
+    )  # what is compared is that adapters act, whose part is over a tenth
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=bound * testing.max_finite(expected[1]))
+    assert actual[2].keys() == expected[2].keys() and any("base" in n for n in actual[2])
+    accelerated.undo()
+    assert torch.equal(run(fast)[1], expected[1])
+
+
+def test_layers_that_are_not_plain_before_are_left_alone():
+    model = build()
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.up_proj = Adapter(first.up_proj)
+    second.up_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    nn.utils.parametrize.register_parametrization(model.model.norm, "weight", nn.Identity())
+    own = model.model.layers[0].input_layernorm
+    own.forward = lambda x: x
+    expected = run(model)
+    accelerated = accelerate(model)
+    assert accelerated.replaced == {"attention": 1, "rotary": 2, "rms_norm": 3}
+    reasons = {name: why for name, _, why in accelerated.left}
+    assert "one of its layers is Adapter" in reasons["model.layers.0.mlp"]
+    assert "hooks" in reasons["model.layers.1.mlp"]
+    assert "parametrised" in reasons["model.norm"]
+    assert "forward of its own" in reasons["model.layers.0.input_layernorm"]
+    text = accelerated.explain()
+    assert (
+        "3 x rms_norm" in text
+        and "left alone" in text
+        and "1 x LlamaMLP: one of its layers is Adapter" in text
+    )
+    assert (
+        repr(accelerated) == "Accelerated(LlamaForCausalLM: attention 1, rms_norm 3, rotary 2; 4 left alone)"
+    )
+    actual = run(model)
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-5 * testing.max_finite(expected[1]))
+
+
+class Norm(nn.Module):
+    def __init__(self, width=24, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class EpsOutside(Norm):
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class Clamped(Norm):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=self.eps))
+
+
+class Centred(Norm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Sum(Norm):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps)
+
+
+class Noisy(Norm):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.01, self.training)
+
+
+class Absolute(Norm):
+    def forward(self, x):
+        return self.weight.abs() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class Rows(Norm):
+    def forward(self, x):
+        return super().forward(x) * len(x)
+
+
+@pytest.mark.parametrize("kind", [EpsOutside, Clamped, Centred, Sum, Noisy, Absolute, Rows])
+def test_norms_with_another_formula_are_left_alone(kind):
+    assert isinstance(_replaced.norm(Norm()), _replaced.Norm)
+    assert isinstance(_replaced.norm(Norm(eps=1e-2)), _replaced.Norm)
+    with pytest.raises(_replaced.Left, match="not that of rms_norm"):
+        _replaced.norm(kind())
+
+
+class Gated(nn.Module):
+    def __init__(self, act=nn.functional.silu, bias=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(16, 40, bias=bias), nn.Linear(16, 40, bias=bias)
+        self.down_proj, self.act = nn.Linear(40, 16, bias=bias), act
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Limited(Gated):
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
+
+
+class Swapped(Gated):
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Dropping(Gated):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.01, self.training)
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Gated(nn.functional.gelu),
+        lambda: Gated(lambda x: nn.functional.gelu(x, approximate="tanh")),
+        lambda: Gated(lambda x: x * torch.sigmoid(1.02 * x)),
+        lambda: Gated(nn.functional.mish),
+        lambda: Gated(torch.relu),
+        Limited,
+        Swapped,
+        Dropping,
+        Residual,
+    ],
+)
+def test_mlps_with_another_formula_are_left_alone(made):
+    assert isinstance(_replaced.mlp(Gated()), _replaced.GatedMLP)
+    assert isinstance(_replaced.mlp(Gated(bias=True)), _replaced.GatedMLP)
+    with pytest.raises(_replaced.Left, match=r"its output is not down"):
+        _replaced.mlp(made())
+
+
+def test_probing_leaves_the_random_state_and_the_module_alone():
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    made = Dropping()
+    torch.manual_seed(3)
+    with pytest.raises(_replaced.Left):
+        _replaced.mlp(made)
+    assert torch.equal(torch.randn(4), expected) and made.training
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in made.parameters())
+
+
+def test_other_dtypes_and_autocast_run_as_they_did():
+    plain, fast = build(), build()
+    accelerate(fast)
+    for model in (plain, fast):
+        model.double()
+    expected, actual = run(plain), run(fast)
+    # norms of transformers are float32 here too
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-12 * testing.max_finite(expected[1]))
+    for model in (plain, fast):
+        model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = run(plain), run(fast)
+    assert actual[1].dtype == expected[1].dtype
+    torch.testing.assert_close(
+        actual[1].float(), expected[1].float(), rtol=0, atol=0.03 * testing.max_finite(expected[1])
+    )
+
+
+def test_functional_call_uses_the_weights_it_is_given():
+    model = build()
+    given = {n: p.detach() * 0.5 for n, p in model.named_parameters()}
+    expected = torch.func.functional_call(model, given, (tokens(),)).logits
+    with accelerate(model):
+        actual = torch.func.functional_call(model, given, (tokens(),)).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gradient_checkpointing():
+    model = build().train()
+    expected, true = run(model), truth(model)
+    accelerate(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert_as_close(run(model), expected, true, terms=1024)
+
+
+def test_a_modeling_files_functions_stay_as_they_are():
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    with accelerate(build()):
+        assert vars(modeling_llama) == before
+
+
+def test_what_attention_refuses_by_name_is_left_alone():
+    model = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)).eval()
+    expected = model(tokens()).logits
+    accelerated = accelerate(model)
+    assert "attention" not in accelerated.replaced
+    assert any(
+        "does not go through transformers' AttentionInterface" in why for _, _, why in accelerated.left
+    )
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_the_package_named_accelerate_is_not_shadowed():
+    from pathlib import Path
+
+    names = [p.stem for p in Path(fa.__file__).parent.rglob("*.py")]
+    assert "accelerate" not in names and "fastattn" in fa.__name__
