@@ -7,7 +7,7 @@ or tensors than those it was proved for, a layer that was exchanged or got a hoo
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -24,6 +24,9 @@ from ..runtime.registry import needs_grad
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 DEVICES = ("cpu", "cuda")
+# On a CPU, from where our ops are faster than torch's: a call of an op takes longer than that of a small function of torch's.
+FEWEST_PRODUCTS = 1 << 20  # of a few rows of half precision with a weight
+FEWEST_NUMBERS = 1 << 14  # of an MLP's gate and up, of queries
 
 
 class Left(Exception):
@@ -51,9 +54,34 @@ class Replaced:
         raise NotImplementedError
 
 
+class Layer(Replaced):
+    """The forward of a module of one tensor."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not self.serves(x) or self.is_slower(x):
+            return self.original(x)
+        return self.ours(x)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether `ours` is what the module computes of x, as the module is now."""
+        raise NotImplementedError
+
+    def is_slower(self, x: Tensor) -> bool:
+        """Whether the module's own forward is faster."""
+        return False
+
+    def ours(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def is_plain(t: Any) -> bool:
     """Whether t is a tensor and nothing more, of a dtype and device that the kernels serve."""
     return type(t) in (Tensor, nn.Parameter) and t.dtype in DTYPES and t.device.type in DEVICES
+
+
+def is_small(x: Tensor, width: int) -> bool:
+    """Whether rows of this width, as many as x has, are few enough for torch's functions on a CPU."""
+    return x.device.type == "cpu" and x.numel() // max(1, x.shape[-1]) * width < FEWEST_NUMBERS
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
@@ -80,29 +108,30 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if rows >= FUSED_ROWS:
             added = None if bias is None else bias.expand(*x.shape[:-1], -1)
             return fused_linear(x, weight, residual=added)
-        if bias is None and rows <= MOST_ROWS and not needs_grad((x, weight)):
+        few = rows <= MOST_ROWS and rows * weight.numel() >= FEWEST_PRODUCTS
+        if few and bias is None and not needs_grad((x, weight)):
             return matvec(x, weight)
     return nn.functional.linear(x, weight, bias)
 
 
-class Linear(Replaced):
+class Linear(Layer):
     """A linear layer of half-precision weights, whose products on a CPU are ours."""
 
     kind = "linear"
 
-    def __call__(self, input: Tensor) -> Tensor:
-        layer = self.module
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if (
-            torch.compiler.is_compiling()
-            or not is_plain(input)
-            or not is_plain(weight)
-            or weight.dtype != input.dtype
-            or weight.device != input.device
-            or not (bias is None or (is_plain(bias) and bias.dtype == weight.dtype))
-        ):
-            return self.original(input)
-        return product(input, weight, bias)
+    def serves(self, x: Tensor) -> bool:
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        return (
+            is_plain(x)
+            and is_plain(weight)
+            and weight.dtype == x.dtype
+            and weight.device == x.device
+            and (bias is None or (is_plain(bias) and bias.dtype == weight.dtype))
+        )
+
+    def ours(self, x: Tensor) -> Tensor:
+        parameters = self.module._parameters
+        return product(x, parameters["weight"], parameters.get("bias"))
 
 
 def linear(module: Any) -> Linear | None:
@@ -116,7 +145,7 @@ def linear(module: Any) -> Linear | None:
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
 
-class Norm(Replaced):
+class Norm(Layer):
     """x rsqrt(mean(x^2) + eps) (weight + offset) with fastattn.rms_norm."""
 
     kind = "rms_norm"
@@ -125,17 +154,25 @@ class Norm(Replaced):
         super().__init__(module)
         self.eps, self.offset = eps, offset
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def serves(self, x: Tensor) -> bool:
         weight = self.module._parameters.get("weight")
-        if torch.compiler.is_compiling() or not is_plain(x) or x.dim() == 0 or x.shape[-1] == 0:
-            return self.original(x)
-        if weight is not None and not (
-            type(weight) in (nn.Parameter, Tensor)
-            and weight.dtype == x.dtype
-            and weight.device == x.device
-            and weight.shape == x.shape[-1:]
-        ):
-            return self.original(x)
+        return (
+            is_plain(x)
+            and x.dim() > 0
+            and x.shape[-1] > 0
+            and (
+                weight is None
+                or (
+                    type(weight) in (nn.Parameter, Tensor)
+                    and weight.dtype == x.dtype
+                    and weight.device == x.device
+                    and weight.shape == x.shape[-1:]
+                )
+            )
+        )
+
+    def ours(self, x: Tensor) -> Tensor:
+        weight = self.module._parameters.get("weight")
         return rms_norm(x, weight=weight, eps=getattr(self.module, self.eps), weight_offset=self.offset)
 
 
@@ -216,7 +253,7 @@ def _gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return both
 
 
-class GatedMLP(Replaced):
+class GatedMLP(Layer):
     """down(silu(gate(x)) * up(x)) with fastattn.swiglu."""
 
     kind = "swiglu"
@@ -225,23 +262,27 @@ class GatedMLP(Replaced):
         super().__init__(module)
         self.names = names
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def serves(self, x: Tensor) -> bool:
         children = self.module._modules
-        layers = [children.get(name) for name in self.names]
-        if (
-            torch.compiler.is_compiling()
-            or not is_plain(x)
-            or x.dim() == 0
-            or torch.is_autocast_enabled(x.device.type)
-            or not all(plain_layer(layer, x) for layer in layers)
-        ):
-            return self.original(x)
-        *into, down = ((layer.weight, layer.bias) for layer in layers)
+        return (
+            is_plain(x)
+            and x.dim() > 0
+            and not torch.is_autocast_enabled(x.device.type)
+            and all(plain_layer(children.get(name), x) for name in self.names)
+        )
+
+    def is_slower(self, x: Tensor) -> bool:
+        # in half precision the products decide
+        return x.dtype == torch.float32 and is_small(x, self.module._modules[self.names[-1]].in_features)
+
+    def ours(self, x: Tensor) -> Tensor:
+        children = self.module._modules
+        *into, down = ((children[name].weight, children[name].bias) for name in self.names)
         if len(into) == 1:
             gate_up = product(x, *into[0])
-        elif x.dtype is torch.float32 and into[0][1] is None and into[1][1] is None:
-            weights = x.reshape(-1, x.shape[-1]), into[0][0], into[1][0]
-            both = _GateUp.apply(*weights) if needs_grad(weights) else _gate_up(*weights)
+        elif x.dtype == torch.float32 and into[0][1] is None and into[1][1] is None:
+            operands = x.reshape(-1, x.shape[-1]), into[0][0], into[1][0]
+            both = _GateUp.apply(*operands) if needs_grad(operands) else _gate_up(*operands)
             gate_up = both.view(*x.shape[:-1], -1)
         else:
             gate_up = torch.cat([product(x, *layer) for layer in into], -1)
@@ -341,15 +382,17 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def _agrees(
-    replacement: Callable, module: Any, rows: Tensor, relative: float, elementwise: bool = False
+    replacement: Layer, module: Any, rows: Tensor, relative: float, elementwise: bool = False
 ) -> bool:
     """Whether both give the same, in training and in evaluation, within `relative` of each number, or of the row's largest."""
     with _undisturbed(rows.device):
         for training in (False, True):
             module.__dict__["training"] = training
             for x in (rows, rows[None]):
+                if not replacement.serves(x):
+                    return False
                 try:
-                    expected, actual = type(module).forward(module, x), replacement(x)
+                    expected, actual = type(module).forward(module, x), replacement.ours(x)
                 except Exception as error:
                     raise Left(f"its forward does not take rows alone: {type(error).__name__}") from error
                 if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (

@@ -5,7 +5,6 @@ dictionary of globals of its own, in which the one name is ours.
 """
 
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ops.rowwise import rotary_tables
-from ._replaced import DEVICES, DTYPES, Left, Replaced, is_plain
+from ._functions import with_globals
+from ._replaced import DEVICES, DTYPES, Left, Replaced, is_plain, is_small
 
 # what of its tables a function reads: a number for each dim, or for each two dims, of tables of twice the width or of that width
 FULL, FIRST_HALF, COMPACT = "full", "first half", "compact"
@@ -28,8 +28,11 @@ class Rotation:
         self.interleaved, self.tables, self.partial = interleaved, tables, partial
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.serves(q, k, cos, sin) or args or kwargs:
+        if args or kwargs or not self.serves(q, k, cos, sin) or is_small(q, q.shape[-1]):
             return self.function(q, k, cos, sin, *args, **kwargs)
+        return self.ours(q, k, cos, sin)
+
+    def ours(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         width = self._width(cos)
         if self.tables == FIRST_HALF:
             cos, sin = cos[..., : width // 2], sin[..., : width // 2]
@@ -80,28 +83,8 @@ class Rotated(Replaced):
         if torch.compiler.is_compiling():
             return forward(self.module, *args, **kwargs)
         if self.code is None or self.code[0] is not forward:
-            self.code = forward, _with_global(forward, self.name, self.rotation)
+            self.code = forward, with_globals(forward, {self.name: self.rotation})
         return self.code[1](self.module, *args, **kwargs)
-
-
-def _with_global(function: Any, name: str, value: Any) -> Callable:
-    """A copy of a function, and of those it wraps, in whose globals `name` is `value`."""
-    copied = {}
-
-    def copy(f: types.FunctionType) -> types.FunctionType:
-        if f not in copied:
-            inner = inspect.unwrap(f, stop=lambda g: g is not f)
-            closure = f.__closure__
-            if inner is not f and closure is not None:
-                cells = ((c, c.cell_contents) for c in closure)
-                closure = tuple(types.CellType(copy(x)) if x is inner else c for c, x in cells)
-            scope = {**f.__globals__, name: value} if name in f.__code__.co_names else f.__globals__
-            made = types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, closure)
-            made.__kwdefaults__ = f.__kwdefaults__
-            copied[f] = made
-        return copied[f]
-
-    return copy(function)
 
 
 def _rotation(function: Callable, device: torch.device, dtype: torch.dtype) -> Rotation:
@@ -134,7 +117,7 @@ def _agrees(rotation: Rotation, width: int, device: torch.device, dtype: torch.d
             if not rotation.serves(q, k, cos, sin):
                 return False
             with torch.no_grad():
-                expected, actual = rotation.function(q, k, cos, sin), rotation(q, k, cos, sin)
+                expected, actual = rotation.function(q, k, cos, sin), rotation.ours(q, k, cos, sin)
             for a, b, x in zip(actual, expected, (q, k), strict=True):
                 if a.shape != b.shape or a.dtype != b.dtype:
                     return False

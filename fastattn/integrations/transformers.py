@@ -19,6 +19,7 @@ from ..masks import Mask
 from ..ops.attention import attention
 from ..ops.sdpa import autocast
 from ..runtime import checks
+from . import _class_tables
 from ._accelerated import Accelerated, accelerate
 
 __all__ = ["Accelerated", "accelerate", "attention_forward", "register"]
@@ -30,7 +31,6 @@ _REFUSED = {
     "cache": "a paged cache",
     "block_table": "a paged cache",
     "read_index": "a paged cache",
-    "indices": "sparse attention by indices",
     "block_indices": "sparse attention by indices",
 }
 _sdpa_families: dict[Any, bool] = {}
@@ -50,6 +50,7 @@ def register() -> None:
     `model.set_attn_implementation("fastattn")` work. May be called again. Raises ImportError without transformers.
     """
     register_as(NAME, attention_forward, "integrations.transformers.register")
+    _class_tables.extend(NAME)
 
 
 def register_as(name: str, forward: Callable, what: str) -> None:
@@ -98,9 +99,9 @@ def _sdpa_family(config: Any) -> bool:
 
 
 def has_interface(config: Any) -> bool:
-    """Whether models of this config class call transformers' AttentionInterface, or there are none that say so."""
+    """Whether models of this config class call transformers' AttentionInterface, or have our class in a table of their own."""
     models = [m for m in _model_classes() if m.config_class is config]
-    return not models or any(m._can_set_attn_implementation() for m in models)
+    return not models or any(m._can_set_attn_implementation() or _class_tables.extended(m) for m in models)
 
 
 def _model_classes() -> Iterator[Any]:
@@ -128,6 +129,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: query (B, Hq, Lq, D), key and value (B, Hkv, Lk, D) -> ((B, Lq, Hq, D), None).
@@ -137,11 +139,15 @@ def attention_forward(
         DataCollatorWithFlattening gives them; documents do not attend each other, whatever the mask says.
     dropout, softcap: as `fastattn.attention` has them; dropout draws from torch's generator of the device.
     s_aux: attention sinks, one a head (Hq,). sinks: one for each query of a head, (B, Hq, Lq, 1).
-    Raises NotImplementedError for sparse indices, a paged cache, a head mask, output_attentions, packed documents with a cache, and
+    indices: (B, Lq, K), the keys that each query attends, as sparse models choose them; a negative one is none. It is a mask: all
+        scores are computed.
+    Raises NotImplementedError for indices of blocks, a paged cache, a head mask, output_attentions, packed documents with a cache, and
     causal attention without a mask where queries and keys differ in number.
     """
     refuse(kwargs)
     query, key, value = autocast(query, key, value)
+    if indices is not None:
+        attention_mask = _chosen(module, attention_mask, is_causal, query, key, indices)
     bias, mask, keys, causal = position_bias, None, key.shape[2], False
     documents = _documents(query, key, cu_seq_lens_q, cu_seq_lens_k)
     if documents:
@@ -175,6 +181,40 @@ def attention_forward(
         dropout_p=dropout,
     )
     return out.transpose(1, 2).contiguous().to(dtype), None
+
+
+def _chosen(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    indices: torch.Tensor,
+) -> torch.Tensor:
+    """The mask of attention to the keys that indices (B, Lq, K) name, among those that the mask allows."""
+    batch, _, lq, _ = query.shape
+    lk = key.shape[2]
+    if indices.dim() != 3 or indices.shape[:2] != (batch, lq):
+        raise NotImplementedError(
+            f"fastattn: sparse attention by indices (indices) is served for (B, Lq, K), here ({batch}, {lq}, K), given "
+            f"{tuple(indices.shape)}; use attn_implementation='eager'"
+        )
+    columns = indices.long().masked_fill(indices < 0, lk)
+    chosen = columns.new_zeros(batch, lq, lk + 1, dtype=torch.bool).scatter_(-1, columns, True)[
+        :, None, :, :lk
+    ]
+    if attention_mask is None:
+        if lq > 1 and _is_causal(module, is_causal):
+            if lq != lk:
+                raise NotImplementedError(
+                    f"fastattn: causal attention of {lq} queries and {lk} keys came without a mask; use "
+                    "attn_implementation='eager'"
+                )
+            chosen = chosen.tril()
+        return chosen
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & chosen
+    return attention_mask.masked_fill(~chosen, torch.finfo(attention_mask.dtype).min)
 
 
 def _attend(

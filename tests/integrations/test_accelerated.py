@@ -97,6 +97,13 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ours_however_small(monkeypatch):
+    """Small inputs would run the modules' own forwards, which are faster there."""
+    monkeypatch.setattr(_replaced, "FEWEST_NUMBERS", 0)
+    monkeypatch.setattr(_replaced, "FEWEST_PRODUCTS", 0)
+
+
 def build(family="Llama", dtype=torch.float32, **more):
     """The same weights for every call, large enough to tell a wrong mask or weight."""
     name = family.split()[0]
@@ -196,6 +203,8 @@ def test_a_model_computes_the_same_and_is_itself_again_afterwards(family):
 
 LINEAR = {
     "Llama": 9,
+    "Llama bias": 9,
+    "Qwen2": 9,
     "Qwen3": 9,
     "Gemma": 15,
     "Phi3": 5,
@@ -561,6 +570,20 @@ def test_mlps_with_another_formula_are_left_alone(made):
     assert isinstance(_replaced.mlp(Gated(bias=True)), _replaced.GatedMLP)
     with pytest.raises(_replaced.Left, match=r"its output is not down"):
         _replaced.mlp(made())
+
+
+def test_a_probe_is_of_our_forward_and_small_inputs_run_the_modules(monkeypatch):
+    monkeypatch.setattr(_replaced, "FEWEST_NUMBERS", 1 << 14)
+    with pytest.raises(_replaced.Left):
+        _replaced.mlp(Gated(nn.functional.gelu))
+    module = Gated()
+    replaced = _replaced.mlp(module)
+    called = []
+    monkeypatch.setattr(_replaced, "swiglu", lambda x: called.append(len(x)) or fa.swiglu(x))
+    for rows in (409, 410):  # of 40 numbers
+        replaced(torch.randn(rows, 16))
+    assert called == [410]
+    assert accelerate(build()).replaced == FAMILIES["Llama"][0]
 
 
 def test_probing_leaves_the_random_state_and_the_module_alone():

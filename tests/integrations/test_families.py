@@ -1,12 +1,14 @@
 """Model families beyond causal decoders: each equals eager attention on "fastattn", or is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 import transformers as hf
 
 import fastattn as fa
+from fastattn.integrations.transformers import attention_forward
 
 LENGTH = 13
 TEXT = {
@@ -83,6 +85,18 @@ def sound():
     return {"input_features": features, "decoder_input_ids": ids(2)[:, :7]}
 
 
+def falcon(**more):
+    return hf.FalconConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        **more,
+    )
+
+
 SERVED = {
     "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**TEXT, sliding_window=5), text),
     "llama4": (  # attends in chunks of 5
@@ -93,6 +107,11 @@ SERVED = {
         text,
     ),
     "deepseek_v3": (hf.DeepseekV3ForCausalLM, lambda: hf.DeepseekV3Config(**DEEPSEEK), text),
+    "deepseek_v32": (  # each query's keys by their indices
+        hf.DeepseekV32ForCausalLM,
+        lambda: hf.DeepseekV32Config(**DEEPSEEK, index_topk=3, index_n_heads=2, index_head_dim=16),
+        text,
+    ),
     "gpt_oss": (  # sinks
         hf.GptOssForCausalLM,
         lambda: hf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5),
@@ -123,6 +142,18 @@ SERVED = {
             text_config={**TEXT, "eos_token_id": 2}, vision_config=IMAGE, projection_dim=16
         ),
         lambda: text() | image(),
+    ),
+    # tables of attention classes of their own
+    "falcon": (hf.FalconForCausalLM, lambda: falcon(), text),
+    "sam": (
+        hf.SamVisionModel,
+        lambda: hf.SamVisionConfig(**IMAGE, output_channels=8, window_size=3, global_attn_indexes=[1], mlp_dim=48),
+        image,
+    ),
+    "data2vec_vision": (
+        hf.Data2VecVisionModel,
+        lambda: hf.Data2VecVisionConfig(**IMAGE, use_relative_position_bias=True, attention_probs_dropout_prob=0.0),
+        image,
     ),
     # through the attention interface, but not on "sdpa": `is_causal` says nothing
     "nllb_moe": (
@@ -200,13 +231,8 @@ def test_equals_eager_attention(family):
             lambda: hf.MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4),
             "mpt models compute",
         ),
-        (
-            hf.DeepseekV32ForCausalLM,
-            lambda: hf.DeepseekV32Config(**DEEPSEEK, index_topk=3, index_n_heads=2, index_head_dim=16),
-            "sparse attention by indices",
-        ),
     ],
-    ids=["bloom", "mpt", "deepseek_v32"],
+    ids=["bloom", "mpt"],
 )
 def test_what_is_not_served_is_refused(model, config, message):
     made = build(model, config(), "fastattn")
@@ -235,3 +261,79 @@ def test_a_model_that_drops_queries_keeps_its_causal_mask():
     assert torch.equal(*tokens)
     with pytest.raises(NotImplementedError, match="3 queries and 13 keys came without a mask"):
         fast(ids(), logits_to_keep=3)
+
+
+def test_classes_in_tables_refuse_what_sdpa_leaves_out():
+    config = SERVED["sam"][1]()
+    model = build(hf.SamVisionModel, config, "fastattn")
+    layer = model.vision_encoder.layers[0].attn
+    with pytest.raises(NotImplementedError, match="output_attentions is not served"):
+        layer(torch.zeros(1, 3, 3, 32), output_attentions=True)
+    config.attention_dropout = 0.1
+    model = build(hf.SamVisionModel, config, "fastattn")
+    model(**image())
+    with pytest.raises(
+        NotImplementedError, match="FastattnSamVisionSdpaAttention drops no attention weights"
+    ):
+        model.train()(**image())
+
+
+@pytest.mark.parametrize("family", ["sam", "falcon"])
+def test_models_of_class_tables_are_copied_and_pickled(family):
+    kind, config, inputs = SERVED[family]
+    model = build(kind, config(), "fastattn")
+    expected = result(model, inputs())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(result(copied, inputs()), expected)
+
+
+def test_falcon_with_biases_by_distance_equals_sdpa():
+    """transformers' eager attention adds these biases twice, once as a part of the mask."""
+    fast, sdpa = (build(hf.FalconForCausalLM, falcon(alibi=True), name) for name in ("fastattn", "sdpa"))
+    rows = keep().bool()
+    assert_equal(result(fast, text())[rows], result(sdpa, text())[rows])
+
+
+def test_tables_keep_their_own_classes():
+    from transformers.models.sam import modeling_sam
+
+    table = modeling_sam.SAM_VISION_ATTENTION_CLASSES
+    assert set(table) == {"eager", "sdpa", "fastattn"} and issubclass(table["fastattn"], table["sdpa"])
+    before = table["fastattn"]
+    fa.integrations.transformers.register()
+    assert table["fastattn"] is before
+    assert (
+        modeling_sam.torch is torch
+        and torch.nn.functional.scaled_dot_product_attention is not fa.scaled_dot_product_attention
+    )
+
+
+@pytest.mark.parametrize("kind", [None, "bool", "additive"])
+def test_keys_by_their_indices(kind):
+    """Negative indices are none; a query whose keys are all masked attends nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for n in (5, 5, 5))
+    indices = torch.randint(-1, 5, (2, 5, 3), generator=generator, dtype=torch.int32)
+    allowed = (
+        torch.rand(2, 1, 5, 5, generator=generator) < 0.8
+        if kind
+        else torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    )
+    mask = {
+        None: None,
+        "bool": allowed,
+        "additive": torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf),
+    }[kind]
+    chosen = torch.zeros(2, 1, 5, 5, dtype=torch.bool)
+    for b in range(2):
+        for i in range(5):
+            for j in indices[b, i].tolist():
+                if j >= 0:
+                    chosen[b, 0, i, j] = True
+    out, _ = attention_forward(torch.nn.Module(), q, k, v, mask, scaling=0.3, indices=indices)
+    scores = (0.3 * q @ k.mT).masked_fill(~(allowed & chosen), -torch.inf)
+    expected = scores.softmax(-1).nan_to_num() @ v
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-14)  # float64 sums of 5
+    for wrong, message in ((indices[:1], "is served for"), (indices[:, None], "is served for")):
+        with pytest.raises(NotImplementedError, match=message):
+            attention_forward(torch.nn.Module(), q, k, v, mask, indices=wrong)

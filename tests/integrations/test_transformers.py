@@ -359,6 +359,48 @@ def test_packed_documents_by_their_offsets_do_not_attend_each_other(model, mask)
         torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_by_their_positions_are_what_eager_makes_of_them(model, use_cache):
+    """Documents whose positions start at 0 again; transformers reads the boundaries off them where there is no cache."""
+    documents = [tokens(1, n, seed=n) for n in (5, 4, 3)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    given = {"position_ids": positions, "use_cache": use_cache}
+    assert_equal_to_eager(model, torch.cat(documents, 1), **given)
+    if use_cache:
+        return
+    packed = logits(model, "fastattn", torch.cat(documents, 1), **given)
+    for start, document in zip((0, 5, 9), documents, strict=True):
+        alone = logits(model, "eager", document)
+        actual = packed[:, start : start + document.shape[1]]
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("packing", ["positions", "offsets"])
+def test_gradients_of_packed_documents_are_the_sums_of_theirs(model, packing):
+    documents = [tokens(1, n, seed=n) for n in (5, 4, 3)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    given = {"position_ids": positions, "use_cache": False}
+    if packing == "offsets":
+        offsets = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+        given |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    gradients = {}
+    for name, pieces in (("fastattn", [torch.cat(documents, 1)]), ("eager", documents)):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        for piece in pieces:
+            model(piece, **(given if name == "fastattn" else {})).logits.sin().sum().backward()
+        gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for n, expected in gradients["eager"].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(
+            gradients["fastattn"][n],
+            expected,
+            rtol=1e-3,
+            atol=1e-4 * scale + 1e-6,
+            msg=lambda m, n=n: f"{n}: {m}",
+        )
+
+
 @pytest.mark.parametrize(
     ("shapes", "packing", "error", "message"),
     [
