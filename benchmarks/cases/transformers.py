@@ -1,5 +1,6 @@
-"""A whole model: transformers' HRM-Text on "fastattn" against its own "sdpa"."""
+"""Whole models of transformers: HRM-Text on "fastattn", and a Llama with `accelerate`, each against its own "sdpa"."""
 
+import copy
 import functools
 
 import torch
@@ -7,6 +8,7 @@ import torch
 import fastattn as fa
 from benchmarks.registry import Case, Problem, faster_than
 from fastattn import testing
+from fastattn.integrations.transformers import cache_name
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -73,10 +75,73 @@ def training(dtype, tokens):
     )
 
 
+@functools.cache
+def _llamas(dtype):
+    """{contender: model} with the same weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=4096, pad_token_id=0,
+    )  # fmt: skip
+    sdpa = transformers.LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    accelerated = copy.deepcopy(sdpa)
+    fa.integrations.transformers.accelerate(accelerated)
+    return {"fastattn": accelerated, "sdpa": sdpa}
+
+
+def accelerated_prefill(dtype, tokens):
+    ids, _ = _tokens(tokens)
+
+    def run(name):
+        with torch.no_grad():
+            return _llamas(dtype)[name](ids, use_cache=False, logits_to_keep=1).logits
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "sdpa")},
+        compare=lambda logits: _compare(logits["fastattn"], logits["sdpa"], dtype),
+    )
+
+
+def accelerated_decode(dtype, batch, cached):
+    """A token for each sequence, after which the cache is as long as before."""
+    import transformers
+
+    ids = torch.randint(1, 1024, (batch, cached + 1), generator=torch.Generator().manual_seed(0))
+    caches = {}
+
+    def run(name):
+        model = _llamas(dtype)[name]
+        with torch.no_grad():
+            if name not in caches:
+                caches[name] = transformers.DynamicCache(config=model.config)
+                model(ids[:, :-1], use_cache=True, **{cache_name(): caches[name]})
+            logits = model(ids[:, -1:], use_cache=True, **{cache_name(): caches[name]}).logits
+            caches[name].crop(-1)
+        return logits
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "sdpa")},
+        compare=lambda logits: _compare(logits["fastattn"], logits["sdpa"], dtype),
+    )
+
+
 CASES = [
     Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, BF16, "step",
          (faster_than("sdpa", 1.6),), needs={"torch matmul bf16": 100}),  # 2 TFLOP of linear layers a pass
     Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, FP32, "step"),
     Case("attention", "transformers hrm_text training step", training, {"tokens": 1024}, FP32, "step",
          (faster_than("sdpa", 1.3),)),
+    Case("attention", "transformers llama accelerated prefill", accelerated_prefill, {"tokens": 1024}, BF16, "step",
+         (faster_than("sdpa", 1.5),)),
+    Case("attention", "transformers llama accelerated prefill", accelerated_prefill, {"tokens": 1024}, FP32, "step",
+         (faster_than("sdpa", 1.25),)),
+    *(
+        Case("attention", "transformers llama accelerated decode", accelerated_decode, {"batch": batch, "cached": 256}, dtype,
+             "step", (faster_than("sdpa", 2.0),))
+        for dtype in (BF16, FP32) for batch in (1, 8)
+    ),
 ]  # fmt: skip

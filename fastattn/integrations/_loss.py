@@ -28,12 +28,12 @@ class Output(Replaced):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "asked": {}}
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         asked = self.asked.get(_thread())
-        if asked is None:
-            return self.original(hidden) if self.inner is None else self.inner(hidden)
-        asked.append(hidden)
-        return self.original(hidden[..., :0, :])
+        if asked is None or len(args) != 1 or kwargs:
+            return (self.original if self.inner is None else self.inner)(*args, **kwargs)
+        asked.append(args[0])
+        return self.original(args[0][..., :0, :])
 
 
 class Losses(Replaced):

@@ -25,8 +25,8 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 DEVICES = ("cpu", "cuda")
 # On a CPU, from where our ops are faster than torch's: a call of an op takes longer than that of a small function of torch's.
-FEWEST_PRODUCTS = 1 << 20  # of a few rows of half precision with a weight
-FEWEST_NUMBERS = 1 << 14  # of an MLP's gate and up, of queries
+FEWEST_PRODUCTS = 1 << 20  # rows x inputs x outputs of a linear layer of half precision
+FEWEST_NUMBERS = 1 << 14  # of an MLP's gate, of queries
 
 
 class Left(Exception):
@@ -55,19 +55,21 @@ class Replaced:
 
 
 class Layer(Replaced):
-    """The forward of a module of one tensor."""
+    """The forward of a module of one tensor. A call with more than that is the module's own."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not self.serves(x) or self.is_slower(x):
-            return self.original(x)
-        return self.ours(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            x = args[0]
+            if not self.is_slower(x) and self.serves(x):
+                return self.ours(x)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def serves(self, x: Tensor) -> bool:
         """Whether `ours` is what the module computes of x, as the module is now."""
         raise NotImplementedError
 
     def is_slower(self, x: Tensor) -> bool:
-        """Whether the module's own forward is faster."""
+        """Whether the module's own forward is faster, whatever x is."""
         return False
 
     def ours(self, x: Tensor) -> Tensor:
@@ -108,8 +110,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if rows >= FUSED_ROWS:
             added = None if bias is None else bias.expand(*x.shape[:-1], -1)
             return fused_linear(x, weight, residual=added)
-        few = rows <= MOST_ROWS and rows * weight.numel() >= FEWEST_PRODUCTS
-        if few and bias is None and not needs_grad((x, weight)):
+        if rows <= MOST_ROWS and bias is None and not needs_grad((x, weight)):
             return matvec(x, weight)
     return nn.functional.linear(x, weight, bias)
 
@@ -118,6 +119,10 @@ class Linear(Layer):
     """A linear layer of half-precision weights, whose products on a CPU are ours."""
 
     kind = "linear"
+
+    def is_slower(self, x: Tensor) -> bool:
+        weight = self.module._parameters["weight"]
+        return x.numel() * weight.shape[0] < FEWEST_PRODUCTS
 
     def serves(self, x: Tensor) -> bool:
         weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
@@ -272,8 +277,12 @@ class GatedMLP(Layer):
         )
 
     def is_slower(self, x: Tensor) -> bool:
-        # in half precision the products decide
-        return x.dtype == torch.float32 and is_small(x, self.module._modules[self.names[-1]].in_features)
+        if x.device.type != "cpu":
+            return False
+        numbers = x.numel() * getattr(self.module._modules[self.names[-1]], "in_features", 0)
+        if x.dtype in HALF:  # the products decide
+            return numbers < FEWEST_PRODUCTS
+        return numbers < FEWEST_NUMBERS * x.shape[-1]
 
     def ours(self, x: Tensor) -> Tensor:
         children = self.module._modules
@@ -283,7 +292,7 @@ class GatedMLP(Layer):
         elif x.dtype == torch.float32 and into[0][1] is None and into[1][1] is None:
             operands = x.reshape(-1, x.shape[-1]), into[0][0], into[1][0]
             both = _GateUp.apply(*operands) if needs_grad(operands) else _gate_up(*operands)
-            gate_up = both.view(*x.shape[:-1], -1)
+            gate_up = both.view(*x.shape[:-1], both.shape[-1])
         else:
             gate_up = torch.cat([product(x, *layer) for layer in into], -1)
         return product(swiglu(gate_up), *down)

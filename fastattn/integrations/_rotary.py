@@ -28,7 +28,7 @@ class Rotation:
         self.interleaved, self.tables, self.partial = interleaved, tables, partial
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self.serves(q, k, cos, sin) or is_small(q, q.shape[-1]):
+        if args or kwargs or is_small(q, q.shape[-1]) or not self.serves(q, k, cos, sin):
             return self.function(q, k, cos, sin, *args, **kwargs)
         return self.ours(q, k, cos, sin)
 

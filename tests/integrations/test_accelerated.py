@@ -625,6 +625,31 @@ def test_functional_call_uses_the_weights_it_is_given():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+class WithGate(Norm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+def test_a_call_with_more_than_was_proved_is_the_modules_own():
+    module, x = WithGate(), torch.randn(5, 24)
+    expected = module(x, x + 1), module(x, gate=x + 1), module(x=x)
+    module.forward = _replaced.norm(module)
+    actual = module(x, x + 1), module(x, gate=x + 1), module(x=x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not torch.equal(module(x), module(x, x + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_are_no_rows(dtype):
+    for module in (Norm(), Gated(), Gated(bias=True)):
+        module.to(dtype)
+        replaced = (_replaced.norm if isinstance(module, Norm) else _replaced.mlp)(module)
+        x = torch.zeros(2, 0, 24 if isinstance(module, Norm) else 16, dtype=dtype, requires_grad=True)
+        assert replaced.ours(x).shape == module(x).shape
+        replaced.ours(x).sum().backward()
+        assert x.grad.shape == x.shape
+
+
 def test_gradient_checkpointing():
     model = build().train()
     expected, true = run(model), truth(model)
