@@ -99,6 +99,9 @@ def accelerate(model: nn.Module, loss: bool = False, exact: bool = False) -> Acc
     exact: ValueError for a model with 16-bit weights, whose results are rounded in other places than transformers' (once, where
         it rounds twice), so that they differ within one rounding. Default False.
 
+    On a CPU the products of 16-bit layers keep a packed copy of their weights, as large as these (`fastattn.fused_linear`). Calls of few
+    rows on a CPU, where torch's functions are faster, run the modules' own forwards.
+
     The model's weights, state_dict, hooks and config (aside of its attention implementation) are not touched; deep copies and
     pickles of the model are accelerated too. A layer that is exchanged or hooked later (LoRA, quantisation) is called as it is.
     Under torch.compile, which fuses norms, MLPs and rotary embeddings itself, only attention and the loss are ours. A second call

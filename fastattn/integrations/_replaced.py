@@ -289,7 +289,7 @@ class GatedMLP(Layer):
         *into, down = ((children[name].weight, children[name].bias) for name in self.names)
         if len(into) == 1:
             gate_up = product(x, *into[0])
-        elif x.dtype == torch.float32 and into[0][1] is None and into[1][1] is None:
+        elif not (x.device.type == "cpu" and x.dtype in HALF) and into[0][1] is None and into[1][1] is None:
             operands = x.reshape(-1, x.shape[-1]), into[0][0], into[1][0]
             both = _GateUp.apply(*operands) if needs_grad(operands) else _gate_up(*operands)
             gate_up = both.view(*x.shape[:-1], both.shape[-1])

@@ -42,5 +42,9 @@ def modules(h: Tensor) -> None:
     model = fa.models.HrmText(config)
     fa.optim.AdamATan2(model.parameters(), lr=1e-3).step()
 
+    accelerated = fa.integrations.transformers.accelerate(model, loss=True)
+    assert_type(accelerated.replaced, dict[str, int])
+    accelerated.undo()
+
     fa.nn.VQHead(16, 100, 8, assigment="ema")  # type: ignore[call-arg]
     fa.models.HrmTextConfig(vocab="100")  # type: ignore[call-arg]
