@@ -142,6 +142,7 @@ def attention_forward(
     s_aux: attention sinks, one a head (Hq,). sinks: one for each query of a head, (B, Hq, Lq, 1).
     indices: (B, Lq, K), the keys that each query attends, as sparse models choose them; a negative one is none. It is a mask: all
         scores are computed.
+    One query of each sequence in float32 on a CPU, with nothing but its keys, is torch's function, which is faster there.
     Raises NotImplementedError for indices of blocks, a paged cache, a head mask, output_attentions, packed documents with a cache, and
     causal attention without a mask where queries and keys differ in number.
     """
@@ -207,6 +208,7 @@ def _is_faster_by_torch(query: torch.Tensor, key: torch.Tensor) -> bool:
         and query.dtype == key.dtype == torch.float32
         and query.device.type == "cpu"
         and not requested("attention", None)
+        and not torch.compiler.is_compiling()
     )
 
 

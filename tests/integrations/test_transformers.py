@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastattn as fa
-from fastattn import masks
+from fastattn import masks, testing
 from fastattn.integrations import transformers as integration
 from fastattn.integrations.transformers import attention_forward, cache_name, recognise
 
@@ -357,6 +357,33 @@ def test_packed_documents_by_their_offsets_do_not_attend_each_other(model, mask)
         alone = logits(model, "eager", document)
         actual = packed[:, start : start + document.shape[1]]
         torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_one_query_in_float32_is_attention_with_every_backend(key_heads):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, key_heads, 9, 8, generator=generator, requires_grad=True) for _ in range(2))
+
+    def attend(q, k, v):
+        return attention_forward(torch.nn.Module(), q, k, v, None, scaling=0.3)[0]
+
+    results = []
+    for call, backend in (
+        (attend, None),
+        (attend, "cpu"),
+        (torch.compile(attend, fullgraph=True, backend="eager"), None),
+        (attend, "reference"),
+    ):
+        with fa.set_backend(backend):
+            out = call(q, k, v)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+    for found in results[:-1]:
+        for actual, expected in zip(found, results[-1], strict=True):
+            # sums of 9 and of 8, and a handful of operations
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=32 * testing.EPS32 * testing.max_finite(expected)
+            )
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
