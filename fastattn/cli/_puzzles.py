@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastattn.models import Hrm
     from fastattn.train.data.puzzle_sets import FolderData, SudokuData
+    from fastattn.train.data.puzzles import PuzzleMetadata
     from fastattn.train.puzzles import HrmTrainer
 
 BOXES = {"sudoku": 2, "sudoku-4x4": 2, "sudoku-9x9": 3}
@@ -128,13 +129,37 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
     return report.write(output / "report.html", page)
 
 
-def eval_puzzles(text: str) -> int | None:
-    """Of --eval-puzzles: a number, or None for all."""
+def number_or_all(name: str, text: str) -> int | None:
+    """Of an option: a number of puzzles, or None for all."""
     if text == "all":
         return None
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"--eval-puzzles is {text!r}; it must be a number of puzzles, or all")
+        raise ValueError(f"--{name} is {text!r}; it must be a number of puzzles, or all")
     return int(text)
+
+
+def solver(folder: Path) -> "Hrm":
+    """The HRM of a model's folder, to solve with."""
+    from fastattn.cli import _run
+    from fastattn.models import Hrm
+
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder; `fastattn train --model hrm` makes one")
+    if _run.model_type(folder) == "hrm_text":
+        raise ValueError(f"{folder}: holds an HRM-Text, which answers text; only HRM solves puzzles")
+    return Hrm.from_pretrained(folder).eval()
+
+
+def check_fits(folder: Path, net: "Hrm", metadata: "PuzzleMetadata") -> None:
+    """ValueError naming what a model and a folder of puzzles do not have in common."""
+    for name, wanted in (
+        ("vocab_size", metadata.vocab_size),
+        ("seq_len", metadata.seq_len),
+        ("num_puzzles", metadata.num_puzzle_identifiers),
+    ):
+        own = getattr(net.config, name)
+        if own != wanted:
+            raise ValueError(f"{folder}: its model has {name} {own}, the data {wanted}")
 
 
 def blank_cells(text: str | None, box: int) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def check_puzzles(context: typer.Context, run: "HrmTrainer", data: str) -> None:
 
     _check_config(context, run, "batch_size", "puzzle_learning_rate", "puzzle_weight_decay")
     if given_by_user(context, "eval_puzzles"):
-        asked = _puzzles.eval_puzzles(context.params["eval_puzzles"])
+        asked = _puzzles.number_or_all("eval-puzzles", context.params["eval_puzzles"])
         if asked != run.config.eval_puzzles:
             _refuse("eval_puzzles", context.params["eval_puzzles"], run.config.eval_puzzles or "all", run)
     own = next((name for name in SHAPES if model_config(run.data, name) == run.model.config), "another")

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,7 +234,7 @@ class _Display:
 
     def show(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
-            console.print(f"  step {row['step']:>5,}  {_evaluation(row)}")
+            console.print(f"  step {row['step']:>5,}  {evaluation_line(row)}")
             return
         self._loss = _blend(self._loss, row["loss"])
         self._speed = _blend(self._speed, row["tokens"] / row["seconds"])
@@ -348,7 +348,8 @@ def notes(trainer: "Run") -> list[tuple[str, str]]:
     return lines
 
 
-def _evaluation(row: dict[str, Any]) -> str:
+def evaluation_line(row: Mapping[str, Any]) -> str:
+    """An evaluation's figures in words."""
     if "held_out" in row:
         return f"held-out loss {row['held_out']:.3f}"
     of = f" of {row['puzzles']:,}" if "puzzles" in row else ""

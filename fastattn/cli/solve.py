@@ -16,7 +16,8 @@ def solve(
         str,
         typer.Argument(
             help="Sudoku: its digits row by row, 0 or . for a blank; spaces and the lines of a drawing are skipped. "
-            "Others: --alphabet's characters, or token numbers with spaces. - reads standard input, @FILE a file."
+            "Others: --alphabet's characters, or token numbers with spaces. - reads standard input, @FILE a file. "
+            "ARC, with --data: the name of a held-out task, or @FILE, a task's JSON."
         ),
     ],
     model: Annotated[Path, typer.Option(help="Folder made by `fastattn train --model hrm` or `convert`.")],
@@ -26,21 +27,37 @@ def solve(
     ] = None,
     puzzle_id: Annotated[int, typer.Option(help="Identifier of the puzzle's vector.")] = 0,
     segments: Annotated[int, typer.Option(help="Segments to think; each refines the answer.")] = 16,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="ARC: folder of puzzles that the model was trained on (`fastattn build arc`)."),
+    ] = None,
+    augmentations: Annotated[
+        int | None, typer.Option(help="ARC: images of the task beside itself. Default: all in --data.")
+    ] = None,
 ) -> None:
-    """Solve one puzzle and draw the answer. Exits with 1 where a Sudoku's answer breaks its rules or its givens."""
+    """Solve one puzzle and draw the answer. Exits with 1 where a Sudoku's answer breaks its rules or its givens.
+
+    Of an ARC task every test is solved under each of its images, and the answers that most of them agree on are drawn.
+    """
     import torch
 
-    from fastattn.cli import _run
-    from fastattn.models import Hrm
+    from fastattn.cli import _arc, _puzzles
     from fastattn.train.data import sudoku
 
     if segments < 1:
         raise ValueError(f"--segments is {segments}; it must be at least 1")
-    if not model.exists():
-        raise FileNotFoundError(f"{model}: no such folder; `fastattn train --model hrm` makes one")
-    if _run.model_type(model) == "hrm_text":
-        raise ValueError(f"{model}: holds an HRM-Text, which answers text; only HRM solves puzzles")
-    net = Hrm.from_pretrained(model).eval()
+    if augmentations is not None and (augmentations < 0 or data is None):
+        raise ValueError(
+            "--augmentations is for --data"
+            if data is None
+            else f"--augmentations is {augmentations}; it must be at least 0"
+        )
+    net = _puzzles.solver(model)
+    if data is not None:
+        if alphabet is not None or puzzle_id:
+            raise ValueError("--data is for ARC, which takes no --alphabet and no --puzzle-id")
+        _arc.solve(net, puzzle, data, segments, augmentations)
+        return
     if puzzle == "-":
         puzzle = sys.stdin.read()
     elif puzzle.startswith("@"):

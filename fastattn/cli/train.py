@@ -240,7 +240,7 @@ def train(
                 init=init,
                 steps=1 if steps is None else steps,
                 batch_size=batch_size,
-                eval_puzzles=_puzzles.eval_puzzles(eval_puzzles),
+                eval_puzzles=_puzzles.number_or_all("eval-puzzles", eval_puzzles),
                 **given,
             )
             if epochs is not None:

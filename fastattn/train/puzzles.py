@@ -209,12 +209,19 @@ def _row(out: HrmOutput, puzzles: int, solved: int) -> dict[str, Any]:
     return row | ({"solved": solved / puzzles} if puzzles else {})
 
 
-def evaluate(model: Hrm, batches: Iterator[Batch]) -> dict[str, float]:
+def evaluate(
+    model: Hrm,
+    batches: Iterator[Batch],
+    *,
+    segments: int = SEGMENTS,
+    seen: Callable[[Batch, Tensor, Tensor], None] | None = None,
+) -> dict[str, float]:
     """After the last segment, ``cells``: the share of the cells to fill that are right; ``exact``: of the puzzles, of
     which there are ``puzzles``.
 
-    Puzzles without labels, whose solution is not known, are left out."""
-    return _figures(*_counts(model, batches))
+    Puzzles without labels, whose solution is not known, are left out. seen: is given each batch with its answers (B, L) and
+    q_halt (B,); puzzles without labels are then solved too."""
+    return _figures(*_counts(model, batches, segments, seen))
 
 
 def _figures(cells: int, right: int, solved: int, count: int) -> dict[str, float]:
@@ -222,23 +229,32 @@ def _figures(cells: int, right: int, solved: int, count: int) -> dict[str, float
 
 
 @torch.no_grad()
-def _counts(model: Hrm, batches: Iterator[Batch]) -> tuple[int, int, int, int]:
+def _counts(
+    model: Hrm,
+    batches: Iterator[Batch],
+    segments: int = SEGMENTS,
+    seen: Callable[[Batch, Tensor, Tensor], None] | None = None,
+) -> tuple[int, int, int, int]:
     """Cells to fill, right ones among them, puzzles solved, puzzles."""
     model.eval()
     cells = right = solved = count = 0
     for batch in batches:
-        known = (batch["labels"] != IGNORE).any(-1)
-        if not known.any():
-            continue
-        batch = {name: value[known] for name, value in batch.items()}
-        *_, (tokens, _) = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
+        if seen is None:
+            known = (batch["labels"] != IGNORE).any(-1)
+            if not known.any():
+                continue
+            batch = {name: value[known] for name, value in batch.items()}
+        *_, (tokens, q_halt) = model.solve(batch["inputs"], batch["puzzle_ids"], segments=segments)
+        if seen is not None:
+            seen(batch, tokens, q_halt)
         counted = batch["labels"] != IGNORE
+        known = counted.any(-1)
         hit = tokens == batch["labels"]
         asked = counted & (batch["inputs"] != batch["labels"])
         cells += int(asked.sum())
         right += int((hit & asked).sum())
-        solved += int((hit | ~counted).all(-1).sum())
-        count += len(hit)
+        solved += int(((hit | ~counted).all(-1) & known).sum())
+        count += int(known.sum())
     return cells, right, solved, count
 
 

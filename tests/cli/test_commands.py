@@ -17,7 +17,15 @@ from fastattn.cli import build_app, main
 from fastattn.runtime.files import write_tensors
 from fastattn.train import state as training_state
 
-COMMANDS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
+APP = build_app()
+COMMANDS = sorted(
+    [(command.name or command.callback.__name__,) for command in APP.registered_commands]
+    + [
+        (group.name, command.name or command.callback.__name__)
+        for group in APP.registered_groups
+        for command in group.typer_instance.registered_commands
+    ]
+)
 
 
 def train_args(data, config, output, *more):
@@ -28,14 +36,14 @@ def train_args(data, config, output, *more):
 def test_help_lists_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "generate", "solve", "convert", "doctor", "demo"):
+    for name in ("train", "generate", "solve", "evaluate", "build", "convert", "doctor", "demo"):
         assert re.search(rf"^\W*{name}\s+\w", out, re.M), name
     assert run("--version")[1] == f"fastattn {fastattn.__version__}\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself(run, command):
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command, "--help")
     assert code == 0 and "Usage: fastattn" in out
 
 

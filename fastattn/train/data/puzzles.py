@@ -35,6 +35,7 @@ class PuzzleMetadata:
     blank_identifier_id: int = 0
     num_puzzle_identifiers: int = 1
     total_groups: int = 0
+    total_puzzles: int = 0
     mean_puzzle_examples: float = 1.0
     sets: tuple[str, ...] = ("all",)
 
@@ -118,18 +119,39 @@ class PuzzleFolder:
             if chosen:
                 yield self._batch(arrays, np.concatenate(chosen), np.concatenate(puzzles), batch_size)
 
-    def examples(self, batch_size: int, count: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Every example once, in order, or ``count`` of them at even distances; the last batch of a set may be short."""
+    def examples(
+        self, batch_size: int, count: int | None = None, *, index: np.ndarray | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Every example once, in order, or ``count`` of them at even distances, or those of ``index``, rising; the last
+        batch of a set may be short."""
         total, before = len(self), 0
-        chosen = np.arange(total) if count is None or count >= total else np.arange(count) * total // count
+        if index is not None:
+            chosen = index
+        else:
+            chosen = (
+                np.arange(total) if count is None or count >= total else np.arange(count) * total // count
+            )
         for arrays in self._sets.values():
             end = before + len(arrays["inputs"])
             own = chosen[(chosen >= before) & (chosen < end)] - before
             for start in range(0, len(own), batch_size):
-                index = own[start : start + batch_size]
-                puzzle = np.searchsorted(arrays["puzzle_indices"], index, side="right") - 1
-                yield self._batch(arrays, index, puzzle, len(index))
+                rows = own[start : start + batch_size]
+                puzzle = np.searchsorted(arrays["puzzle_indices"], rows, side="right") - 1
+                yield self._batch(arrays, rows, puzzle, len(rows))
             before = end
+
+    def of_groups(self, count: int | None = None, images: int | None = None) -> np.ndarray:
+        """The examples of every group, or of ``count`` at even distances; of each its first ``images`` puzzles alone."""
+        ranges, before = [], 0
+        for arrays in self._sets.values():
+            starts = arrays["group_indices"]
+            ends = starts[1:] if images is None else np.minimum(starts[:-1] + images, starts[1:])
+            examples = arrays["puzzle_indices"].astype(np.int64) + before
+            ranges += list(zip(examples[starts[:-1]], examples[ends], strict=True))
+            before += len(arrays["inputs"])
+        if count is not None and count < len(ranges):
+            ranges = [ranges[n * len(ranges) // count] for n in range(count)]
+        return np.concatenate([np.arange(start, end) for start, end in ranges])
 
     def digest(self) -> str:
         """Of every puzzle and label, in order."""
@@ -205,22 +227,75 @@ def write_folder(
 ) -> None:
     """Writes one split with a single set "all", a puzzle an example and identifier 0; a group an example
     unless ``group_indices`` says otherwise."""
-    folder = Path(directory) / split
-    count = len(inputs)
-    each = np.arange(count + 1, dtype=np.int32)
-    groups = each if group_indices is None else np.asarray(group_indices, dtype=np.int32)
+    each = np.arange(len(inputs) + 1)
+    write_split(
+        *(directory, split, [(inputs, labels)]),
+        vocab_size=vocab_size,
+        seq_len=inputs.shape[1],
+        dtype=inputs.dtype,
+        puzzle_identifiers=np.zeros(len(inputs)),
+        puzzle_indices=each,
+        group_indices=each if group_indices is None else group_indices,
+    )
+
+
+def write_split(
+    directory: str | os.PathLike,
+    split: str,
+    examples: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    vocab_size: int,
+    seq_len: int,
+    puzzle_identifiers: np.ndarray,
+    puzzle_indices: np.ndarray,
+    group_indices: np.ndarray,
+    num_identifiers: int = 1,
+    dtype: Any = np.uint8,
+) -> None:
+    """Writes one split with a single set "all".
+
+    examples: pieces of (inputs, labels), each (n, seq_len), as many rows in all as the last of ``puzzle_indices``; they go
+    to the files as they come, so that a split may be larger than the memory. The other arrays are the layout's.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    folder, count = Path(directory) / split, int(puzzle_indices[-1])
+    with (
+        replacing(folder / "all__inputs.npy") as inputs_file,
+        replacing(folder / "all__labels.npy") as labels_file,
+    ):
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": (count, seq_len),
+        }
+        rows = 0
+        with open(inputs_file, "wb") as inputs, open(labels_file, "wb") as labels:
+            for file in (inputs, labels):
+                np.lib.format.write_array_header_1_0(file, header)
+            for pair in examples:
+                for file, values in zip((inputs, labels), pair, strict=True):
+                    file.write(np.ascontiguousarray(values, dtype=dtype).data)
+                rows += len(pair[0])
+        if rows != count:
+            raise ValueError(f"{folder}: there are {rows} examples; puzzle_indices has {count}")
     arrays = {
-        "inputs": inputs,
-        "labels": labels,
-        "puzzle_identifiers": np.zeros(count, dtype=np.int32),
-        "puzzle_indices": each,
-        "group_indices": groups,
+        "puzzle_identifiers": puzzle_identifiers,
+        "puzzle_indices": puzzle_indices,
+        "group_indices": group_indices,
     }
     for field, array in arrays.items():
         with replacing(folder / f"all__{field}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+            np.save(file, np.asarray(array, dtype=np.int32), allow_pickle=False)
+    puzzles = len(puzzle_identifiers)
     metadata = PuzzleMetadata(
-        seq_len=inputs.shape[1], vocab_size=vocab_size, total_groups=len(groups) - 1, sets=("all",)
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        num_puzzle_identifiers=num_identifiers,
+        total_groups=len(group_indices) - 1,
+        total_puzzles=puzzles,
+        mean_puzzle_examples=count / max(puzzles, 1),
     )
     write_text(folder / "dataset.json", json.dumps(asdict(metadata), indent=2) + "\n")
 
