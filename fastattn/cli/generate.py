@@ -17,7 +17,10 @@ def generate(
     model: Annotated[Path, typer.Option(help="Folder made by `fastattn train`.")],
     condition: Annotated[
         list[str] | None,
-        typer.Option(help="Tag before the instruction, a special token of the tokenizer. May be repeated."),
+        typer.Option(
+            help="Tag before the instruction, a special token of the tokenizer, or some with commas between them. May be "
+            "repeated. HRM-Text's released models know direct, cot, noisy and synth."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
@@ -66,7 +69,7 @@ def generate(
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
-        condition=condition or (),
+        condition=[tag.strip() for text in condition or () for tag in text.split(",")],
         show=show,
         temperature=temperature,
         top_k=top_k,

@@ -79,6 +79,7 @@ def test_input_and_condition(tmp_path):
         {"instruction": "a", "response": "b", "input": "c", "condition": "cot"},
         {"instruction": "a", "response": "b", "input": "", "condition": ["<|synth|>", "cot "]},
         {"instruction": "a", "response": "b", "input": None, "condition": None},
+        {"instruction": "a", "response": "b", "condition": "synth, cot"},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     examples = read_jsonl(path)
@@ -86,8 +87,9 @@ def test_input_and_condition(tmp_path):
         Example("a\n\nc", "b", ("cot",)),
         Example("a", "b", ("<|synth|>", "cot")),
         Example("a", "b"),
+        Example("a", "b", ("synth", "cot")),
     ]
-    assert [example.where for example in examples] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert [example.where for example in examples] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
     write_jsonl(path, examples)
     assert read_jsonl(path) == examples
     for field, value, message in (

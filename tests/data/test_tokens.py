@@ -106,6 +106,30 @@ def test_conditions_are_tokens_before_the_instruction():
             tokenizer.samples([Example("a", "b", (tag,), where="data.jsonl:7")])
 
 
+def test_hrm_text_s_conditions_are_the_tokens_that_its_code_takes(tmp_path):
+    """Names and tokens as scripts/prepare_sft_data.py of HRM-Text has them."""
+    theirs = {
+        "direct": "<|object_ref_start|>",
+        "cot": "<|object_ref_end|>",
+        "noisy": "<|quad_start|>",
+        "synth": "<|quad_end|>",
+    }
+    released = Tokenizer.train(EXAMPLES, 280, theirs.values())
+    for name, token in theirs.items():
+        assert released.condition([name]) == released.condition([token]) == [released.tags[token]]
+    with pytest.raises(ValueError, match="'other' is no special token"):
+        released.condition(["other"])
+    released.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path, added=["direct", "synth", "own"])
+    assert loaded.vocab_size == released.vocab_size + 1  # own alone is new
+    assert loaded.condition(["synth", "own"]) == [released.tags["<|quad_end|>"], loaded.tags["<|own|>"]]
+    named = Tokenizer.load(tmp_path, added=["<|cot|>"])  # a token of that very name comes first
+    assert named.condition(["cot", "direct"]) == [
+        named.tags["<|cot|>"],
+        released.tags["<|object_ref_start|>"],
+    ]
+
+
 def test_a_sample_that_is_too_long_is_named_by_its_line(tokenizer):
     rows = [Example("a", "b", where="data.jsonl:1"), Example("a", "b" * 50, where="data.jsonl:30")]
     length = len(tokenizer.samples(rows)[1].tokens)

@@ -42,7 +42,7 @@ def read_examples(path: str | os.PathLike) -> Read:
 
     A row has `instruction` and `response`; `instruction` and `output` (Alpaca); `prompt` and `completion` or `response`;
     `question` and `answer`; `messages` (OpenAI: role, content) or `conversations` (ShareGPT: from, value). `input` follows the
-    instruction after an empty line. `condition` is a tag or a list of tags. Of a conversation each of the assistant's turns is an
+    instruction after an empty line. `condition` is a tag, some with commas between them, or a list of tags. Of a conversation each of the assistant's turns is an
     example: what came before it, turns apart by an empty line, is its instruction. Other fields are left alone.
 
     A row whose response is empty is left out and counted. Raises ValueError naming file and row: no such fields, not text, an
@@ -120,7 +120,7 @@ def _text(value: Any, name: str, where: str) -> str:
 
 
 def _tags(tags: Any, where: str) -> tuple[str, ...]:
-    tags = [] if tags is None or tags == "" else [tags] if isinstance(tags, str) else tags
+    tags = [] if tags is None or tags == "" else tags.split(",") if isinstance(tags, str) else tags
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
         raise ValueError(f"{where}: field 'condition' must be a tag or a list of tags, as text")
     return tuple(_text(tag, "condition", where).strip() for tag in tags)

@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer of a run, and how an example becomes tokens."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 START, END_OF_PROMPT, END_OF_RESPONSE = "<|im_start|>", "<|im_end|>", "<|box_end|>"
 SPECIAL_TOKENS = (START, END_OF_PROMPT, END_OF_RESPONSE)
 FILE_NAME = "tokenizer.json"
+# HRM-Text's conditions are tokens that its tokenizer had for something else (scripts/prepare_sft_data.py there).
+CONDITIONS = {
+    "direct": "<|object_ref_start|>",
+    "cot": "<|object_ref_end|>",
+    "noisy": "<|quad_start|>",
+    "synth": "<|quad_end|>",
+}
 
 
 class Sample(NamedTuple):
@@ -27,7 +34,8 @@ class Tokenizer:
     """Text to ids and back. Text that spells a special token is taken as ordinary text.
 
     A condition is a sequence of tags. A tag is a special token of the tokenizer, spelled in full (`<|cot|>`) or without
-    its `<|` and `|>`. Truncation and padding that a tokenizer.json was saved with are not applied.
+    its `<|` and `|>`. HRM-Text's conditions, direct, cot, noisy and synth, are the tokens that its own code takes for them
+    (CONDITIONS), unless the tokenizer has one of that name. Truncation and padding that a tokenizer.json was saved with are not applied.
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer"):
@@ -84,7 +92,7 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         if added is not None:
             known = {token.content for token in inner.get_added_tokens_decoder().values()}
-            wanted = [*SPECIAL_TOKENS, *(_spelled(tag) for tag in added if tag not in known)]
+            wanted = [*SPECIAL_TOKENS, *(_token_of(tag, known) for tag in added)]
             inner.add_special_tokens([token for token in dict.fromkeys(wanted) if token not in known])
         try:
             return cls(inner)
@@ -109,7 +117,7 @@ class Tokenizer:
         """The tokens of tags; ValueError naming one that the tokenizer does not have."""
         ids = []
         for tag in tags:
-            known = tag if tag in self.tags else _spelled(tag)
+            known = _token_of(tag, self.tags)
             if known not in self.tags:
                 raise ValueError(
                     f"condition: {tag!r} is no special token of the tokenizer; it has "
@@ -175,6 +183,14 @@ class TextStream:
 def tags_of(examples: Iterable[Example]) -> list[str]:
     """The tags of their conditions, each once."""
     return sorted({tag for example in examples for tag in example.condition})
+
+
+def _token_of(tag: str, known: Container[str]) -> str:
+    """The special token of a tag, where those of `known` are there."""
+    if tag in known:
+        return tag
+    spelled, theirs = _spelled(tag), CONDITIONS.get(tag)
+    return theirs if theirs is not None and spelled not in known and theirs in known else spelled
 
 
 def _spelled(tag: str) -> str:
