@@ -32,7 +32,6 @@ _REFUSED = {
     "cache": "a paged cache",
     "block_table": "a paged cache",
     "read_index": "a paged cache",
-    "block_indices": "sparse attention by indices",
 }
 _sdpa_families: dict[Any, bool] = {}
 
@@ -131,6 +130,7 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: query (B, Hq, Lq, D), key and value (B, Hkv, Lk, D) -> ((B, Lq, Hq, D), None).
@@ -142,13 +142,14 @@ def attention_forward(
     s_aux: attention sinks, one a head (Hq,). sinks: one for each query of a head, (B, Hq, Lq, 1).
     indices: (B, Lq, K), the keys that each query attends, as sparse models choose them; a negative one is none. It is a mask: all
         scores are computed.
+    block_indices: blocks of keys, for layers whose `indexer` makes a mask of them.
     One query of each sequence in float32 on a CPU, with nothing but its keys, is torch's function, which is faster there.
-    Raises NotImplementedError for indices of blocks, a paged cache, a head mask, output_attentions, packed documents with a cache, and
+    Raises NotImplementedError for blocks of other layers, a paged cache, a head mask, output_attentions, packed documents with a cache, and
     causal attention without a mask where queries and keys differ in number.
     """
     refuse(kwargs)
     query, key, value = autocast(query, key, value)
-    others = (position_bias, cu_seq_lens_q, cu_seq_lens_k, softcap, s_aux, sinks, indices)
+    others = (position_bias, cu_seq_lens_q, cu_seq_lens_k, softcap, s_aux, sinks, indices, block_indices)
     if (
         attention_mask is None
         and dropout == 0.0
@@ -162,6 +163,9 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     if indices is not None:
         attention_mask = _chosen(module, attention_mask, is_causal, query, key, indices)
+    if block_indices is not None:
+        positions = kwargs.get("position_ids")
+        attention_mask = _chosen_blocks(module, attention_mask, query, key, block_indices, positions)
     bias, mask, keys, causal = position_bias, None, key.shape[2], False
     documents = _documents(query, key, cu_seq_lens_q, cu_seq_lens_k)
     if documents:
@@ -244,6 +248,27 @@ def _chosen(
     if attention_mask.dtype == torch.bool:
         return attention_mask & chosen
     return attention_mask.masked_fill(~chosen, torch.finfo(attention_mask.dtype).min)
+
+
+def _chosen_blocks(
+    module: Any,
+    attention_mask: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    indices: torch.Tensor,
+    positions: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask that the layer's own indexer makes of blocks of keys, for its eager attention."""
+    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if build is None:
+        raise NotImplementedError(
+            "fastattn: sparse attention by blocks (block_indices) is served for layers whose indexer has build_block_mask, "
+            f"not {type(module).__name__}; use attn_implementation='eager'"
+        )
+    if positions is None:
+        positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+    positions = torch.atleast_2d(positions).expand(query.shape[0], -1)
+    return build(indices, attention_mask, key.shape[2], query.dtype, query.device, positions)
 
 
 def _attend(

@@ -112,6 +112,16 @@ SERVED = {
         lambda: hf.DeepseekV32Config(**DEEPSEEK, index_topk=3, index_n_heads=2, index_head_dim=16),
         text,
     ),
+    "minimax_m3": (  # each query's blocks of keys
+        hf.MiniMaxM3VLForCausalLM,
+        lambda: hf.MiniMaxM3VLTextConfig(
+            **TEXT | {"bos_token_id": 1, "eos_token_id": 2}, head_dim=16, rotary_dim=16, num_local_experts=2,
+            num_experts_per_tok=1, layer_types=["minimax_m3_sparse", "full_attention"], index_n_heads=2, index_head_dim=16,
+            index_block_size=3, index_topk_blocks=1, index_local_blocks=1, dense_intermediate_size=48,
+            shared_intermediate_size=48,
+        ),
+        text,
+    ),
     "gpt_oss": (  # sinks
         hf.GptOssForCausalLM,
         lambda: hf.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5),
@@ -334,6 +344,8 @@ def test_keys_by_their_indices(kind):
     scores = (0.3 * q @ k.mT).masked_fill(~(allowed & chosen), -torch.inf)
     expected = scores.softmax(-1).nan_to_num() @ v
     torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-14)  # float64 sums of 5
+    with pytest.raises(NotImplementedError, match="indexer has build_block_mask, not Module"):
+        attention_forward(torch.nn.Module(), q, k, v, mask, block_indices=indices)
     for wrong, message in ((indices[:1], "is served for"), (indices[:, None], "is served for")):
         with pytest.raises(NotImplementedError, match=message):
             attention_forward(torch.nn.Module(), q, k, v, mask, indices=wrong)
