@@ -403,8 +403,8 @@ def _expected(case, q, k, v, bias, dense, grad_out, grad_lse, wanted):
     of_bias, bias_bound = grad_score, score_error + half * grad_score.abs()
     grad_score = grad_score * cap_slope
     score_error = cap_slope * (score_error * (1 + cap_error)) + cap_error * grad_score.abs()
-    if "softcap" in case:  # slopes below the normal numbers
-        score_error = score_error + TINY * of_bias.abs()
+    if "softcap" in case:  # the cap's slope, and its product with the weight's, below the normal numbers
+        score_error = score_error + TINY * of_bias.abs() + 2.0**-149 * parts
     grad_bound = score_error + half * grad_score.abs()
     batch, kv = case["batch"], case["kv_heads"]
 

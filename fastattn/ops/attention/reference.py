@@ -80,7 +80,10 @@ def _attention(
     weight, state = weight / total, row_state(top, total, nothing)
     if sink is not None:
         lse, share = with_sink(lse, sink.to(lse.dtype)[None, :, None])
-        weight = weight * share[..., None]
+        # the value of that product, with the gradient of exp(s - lse): the product's own is two terms that nearly cancel where
+        # the sink takes nearly all
+        change = wide.masked_fill(~allowed | wide.isinf(), 0.0) - lse.masked_fill(lse.isinf(), 0.0)[..., None]
+        weight = (weight * share[..., None]).detach() * torch.exp(change - change.detach())
         state[..., 1] -= share.detach().log()
     out = dropout(weight, dropped, rng).to(v.dtype) @ v
     return out, lse.to(_statistics(q.dtype)), state.to(_statistics(q.dtype))
