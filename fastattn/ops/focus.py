@@ -37,9 +37,19 @@ def check_causal(op: str, q, k, v, window, scale, mask) -> None:
     masks.check_args(op, q, k, mask)
 
 
+def check_grad_lse(
+    op: str, grad_lse: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, ...] | None = None
+) -> None:
+    """shape: of the lse, (B, Hq, Lq) unless it is given."""
+    if grad_lse is not None:
+        shape = tuple(q.shape[:3]) if shape is None else shape
+        checks.check_exact(op, "grad_lse", grad_lse, shape, statistics_dtype(q), q.device, "as the lse")
+
+
 def attention_fake(q, k, v, *_):
-    """out, and state as in attention's schema, of gated scores where there are gates."""
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 2, dtype=statistics_dtype(q))
+    """out, and lse and state as in attention's schema, of gated scores where there are gates."""
+    rows, dtype = q.shape[:3], statistics_dtype(q)
+    return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=dtype), q.new_empty(*rows, 2, dtype=dtype)
 
 
 def declare_tiles(op: str, rows: int) -> None:

@@ -325,6 +325,11 @@ inline void check_state(const Checks& c, const AttentionParams& p) {
   c.contiguous("state", p.state, {p.q.size[0], p.q.size[1], p.q.size[2], 2}, DType::f32);
 }
 
+// The log-sum-exp that a forward may give.
+inline void check_lse(const Checks& c, const AttentionParams& p) {
+  if (!c.backward() && p.lse.data) c.tensor("lse", p.lse, {1, p.q.size[0], p.q.size[1], p.q.size[2]}, DType::f32);
+}
+
 inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, AnyScores::kCount - 1);
   check_attention(c, p);
@@ -343,6 +348,7 @@ inline void check_fields(const Checks& c, const LssaParams& p) {
   check_no_options(c, p);
   c.contiguous("statistics", p.statistics, {p.q.size[0], p.q.size[1], p.q.size[2], 3}, DType::f32);
   c.require(!p.reweigh || (p.power >= 1 && std::isfinite(p.power)), "power", "must be finite and 1 at least");
+  c.require(!p.reweigh || !p.grad_lse.data, "grad_lse", "is not served with reweigh");
 }
 
 inline void check_fields(const Checks& c, const GroupedParams& p) {
@@ -350,6 +356,7 @@ inline void check_fields(const Checks& c, const GroupedParams& p) {
   c.require(p.causal, "causal", "must be set");
   check_no_options(c, p);
   check_state(c, p);
+  check_lse(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
   c.in("window", p.window, 0, limits::length);
@@ -360,6 +367,7 @@ inline void check_fields(const Checks& c, const GatedParams& p) {
   c.require(p.causal, "causal", "must be set");
   check_no_options(c, p);
   check_state(c, p);
+  check_lse(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
   c.require(p.k.size[2] == rows, "k", "must have q's length");
   c.in("assignment's groups", groups, 1, INT32_MAX);

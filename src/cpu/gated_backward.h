@@ -4,6 +4,7 @@
 
 #include "gated.h"
 #include "attention_gradients.h"
+#include "row_lse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -47,7 +48,9 @@ struct GatedGradientBlock {
     const int64_t row = s.q_begin + rows.first, groups = (count + kRows - 1) / kRows;
     ranges.fill(s, rows.first, count);
     for (int64_t h = 0; h < heads; h++) {
-      of_head(h).load(p, s, BlockRows{rows.head + h, rows.first, count, count});
+      GradientBlock block = of_head(h);
+      block.load(p, s, BlockRows{rows.head + h, rows.first, count, count});
+      take_grad_lse(block.delta, p, s, rows.head + h, rows.first, count);
       for (int64_t i = 0; i < count; i++)
         states[h * block_q + i] = *row_state(p.state, s, rows.head + h, rows.first + i);
     }

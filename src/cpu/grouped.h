@@ -6,6 +6,7 @@
 
 #include "attention_forward_block.h"
 #include "attention_rows.h"
+#include "row_lse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -367,6 +368,7 @@ static void grouped_tiled(const GroupedParams& p) {
         const float top = state.top[i], sum = state.sum[i];
         store_row(out, i, state.values + i * packed.columns, problem.value_dim, sum == 0 ? 0.0f : 1 / sum);
         *row_state(p.state, s, head, i) = row_state(top, problem.c, sum);
+        store_lse(p, s, head, i, top, problem.c, sum);
       }
     });
   }

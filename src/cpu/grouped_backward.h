@@ -69,6 +69,7 @@ struct GroupedGradients {
       const Matrix gradient = matrix(p.grad_out, s.batch, head, s.q_begin),
                    out = matrix(p.out, s.batch, head, s.q_begin);
       for (int64_t i = 0; i < s.q_length; i++) delta[h * queries + i] = dot_rows(gradient, i, out, i, value_dim);
+      take_grad_lse(delta + h * queries, p, s, head, 0, s.q_length);
     }
     int64_t blocks = 0;
     for (int number = 0; number <= problem.lists[sequence].total(); number++)

@@ -6,6 +6,7 @@
 
 #include "attention_gradients.h"
 #include "lssa.h"
+#include "row_lse.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -53,6 +54,7 @@ struct LssaGradientBlock : GradientBlock {
 
   void run(const BlockRows& rows, const Sequence& s, GradientHead& head) {
     load(p, s, rows);
+    take_grad_lse(delta, p, s, rows.head, rows.first, rows.count);
     row_scales(scale, problem, ranges, s, rows);
     const int64_t groups = (rows.count + kRows - 1) / kRows, count = rows.count;
     memset(sums, 0, size_t(count * W) * 4);

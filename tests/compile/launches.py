@@ -229,8 +229,9 @@ def lssa(
 
     q, k, v, *_, mask = attention_arguments(dtype=dtype, head_dim=64)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, statistics = softplus_attention(q, k, v, power, mask)
-        softplus_attention_backward(out, q, k, v, out, statistics, power, mask)
+        out, lse, statistics = softplus_attention(q, k, v, power, mask)
+        grad_lse = lse if power is None else None
+        softplus_attention_backward(out, grad_lse, q, k, v, out, statistics, power, mask)
     return launches
 
 
@@ -241,8 +242,8 @@ def grouped(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64
     signatures = empty(1, q.shape[2], dtype=torch.int64)
     options = (signatures, signatures, 128, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, state = triton.grouped_attention(q, k, v, *options)
-        triton_backward.grouped_attention_backward(out, q, k, v, out, state, *options)
+        out, lse, state = triton.grouped_attention(q, k, v, *options)
+        triton_backward.grouped_attention_backward(out, lse, q, k, v, out, state, *options)
     return launches
 
 
@@ -255,6 +256,6 @@ def gated(
     assignment, sharpness = empty(1, q.shape[2], 8, dtype=torch.float32), empty(dtype=torch.float32)
     options = (128, gate, scale, mask)
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        out, state = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
-        kernels.gated_attention_backward(out, q, k, v, assignment, sharpness, out, state, *options)
+        out, lse, state = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
+        kernels.gated_attention_backward(out, lse, q, k, v, assignment, sharpness, out, state, *options)
     return launches

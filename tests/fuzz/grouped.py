@@ -21,7 +21,7 @@ def draw(rng: random.Random) -> dict:
     case = attention.draw(rng)
     for option in ("softcap", "sink", "dropout_p"):  # of attention alone
         case.pop(option, None)
-    for name in ("score", "bias", "bias_dims", "bias_kind", "nan_padding", "lse_grad"):
+    for name in ("score", "bias", "bias_dims", "bias_kind", "nan_padding"):
         case.pop(name, None)
     case["op"] = rng.choice(OPS)
     case["dtype"] = rng.choice(tuple(_nearby.DTYPES))
@@ -90,7 +90,7 @@ def _distance(case: dict) -> torch.Tensor:
 
 def _grouped(case: dict) -> None:
     """Softmax attention under a dense mask of the rule: `attention`'s evaluation and bounds."""
-    case = {**case, "score": "softmax", "lse_grad": False, "mask": {**case.get("mask", {}), "causal": True}}
+    case = {**case, "score": "softmax", "mask": {**case.get("mask", {}), "causal": True}}
     q, k, v, _, dense = attention._inputs(case)
     generator = torch.Generator().manual_seed(case["seed"])
     groups, key_groups = (
@@ -105,22 +105,26 @@ def _grouped(case: dict) -> None:
     torch.set_num_threads(case["threads"])
     try:
         with use_cpu_isa(names[case["isa"] % len(names)]), testing.nan_filled_outputs():
-            out = fa.grouped_attention(
+            out, lse = fa.grouped_attention(
                 *leaves.values(), groups, key_groups=key_groups, window=case["near"], scale=case.get("scale"),
-                mask=_mask(case, dense),
+                mask=_mask(case, dense), return_lse=True,
             )  # fmt: skip
             wanted = [n for n in leaves if n in case["grads"]]
             grad = attention._gradient(case, 5, out)
-            found = {"out": out.detach()}
+            grad_lse = attention._gradient(case, 6, lse) if case["lse_grad"] else None
+            found = {"out": out.detach(), "lse": lse.detach()}
             if wanted:
-                pulled = torch.autograd.grad(out, [leaves[n] for n in wanted], grad)
+                results = [(out, grad), (lse, grad_lse)][: 2 if case["lse_grad"] else 1]
+                pulled = torch.autograd.grad(
+                    [r for r, _ in results], [leaves[n] for n in wanted], [g for _, g in results]
+                )
                 found.update({"d" + n: g for n, g in zip(wanted, pulled, strict=True)})
     finally:
         torch.set_num_threads(before)
     near = _distance(case).abs() <= case["near"]
     rule = (((groups[:, :, None] & key_groups[:, None]) != 0) | near)[:, None]
     dense = rule if dense is None else rule & dense
-    for name, truth, bound in attention._expected(case, q, k, v, None, dense, grad, None, wanted):
+    for name, truth, bound in attention._expected(case, q, k, v, None, dense, grad, grad_lse, wanted):
         if name in found:
             attention._compare(name, found[name], truth, bound)
 

@@ -45,3 +45,18 @@ def test_is_the_equation(gate, kind, nan_outputs):
 @pytest.mark.parametrize("gate", ("multiply", "log"))
 def test_float16(gate, nan_outputs):
     check(testing.attention_inputs(1, 2, 2, 33, 33, 16, dtype=torch.float16), gate, 0, groups=20)
+
+
+@pytest.mark.parametrize("gate", ("multiply", "log"))
+def test_lse_and_its_gradient(gate, nan_outputs):
+    a = testing.random_tensor(1, 37, 5, seed=4, requires_grad=True)
+    sharpness, mask = torch.tensor(0.7, requires_grad=True), MASKS["narrowed_prefix"]()
+
+    def run(backend):
+        return lambda q, k, v, a, s: fa.gated_attention(
+            q, k, v, a, window=4, sharpness=s, gate=gate, mask=mask, return_lse=True, backend=backend
+        )
+
+    inputs = (*testing.attention_inputs(1, 2, 1, 37, 37, 16), a, sharpness)
+    names = ("q", "k", "v", "assignment", "sharpness")
+    testing.check_op(run("triton"), run("reference"), inputs, terms=1024, names=names)

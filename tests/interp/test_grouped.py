@@ -193,3 +193,16 @@ def test_any_signatures(length, count, top_k, window):
     groups = signatures(length, count, min(top_k, count), seed=length)
     with testing.nan_filled_outputs():
         check(testing.attention_inputs(1, 1, 1, length, length, 8), groups, window)
+
+
+@pytest.mark.parametrize("kind", ("none", "narrowed_prefix", "packed_prefixes"))
+def test_lse_and_its_gradient(kind, nan_outputs):
+    groups, mask = signatures(45, 4, 2), MASKS[kind]()
+
+    def run(backend):
+        return lambda *x: fa.grouped_attention(
+            *x, groups, window=3, mask=mask, return_lse=True, backend=backend
+        )
+
+    inputs = testing.attention_inputs(1, 2, 1, 45, 45, 16)
+    testing.check_op(run("triton"), run("reference"), inputs, terms=64, names=("q", "k", "v"))

@@ -54,3 +54,17 @@ def test_what_is_no_number_stays(power, bad):
             assert torch.equal(found.isnan().all(-1), expected) and torch.equal(
                 found.isnan().any(-1), expected
             )
+
+
+def test_lse_and_its_gradient(nan_outputs):
+    mask = fa.Mask(
+        cu_seqlens_q=torch.tensor([0, 9, 9, 35]), causal=True
+    )  # the last rows belong to no document
+    inputs = testing.attention_inputs(1, 2, 1, 37, 37, 16)
+
+    def run(backend):
+        return lambda *x: fa.lssa_attention(*x, mask=mask, return_lse=True, backend=backend)
+
+    testing.check_op(run("triton"), run("reference"), inputs, terms=64, names=("q", "k", "v"))
+    _, lse = run("triton")(*inputs)
+    assert (lse[..., 35:] == -torch.inf).all()

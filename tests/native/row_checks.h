@@ -225,6 +225,7 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
   };
   Array q = random({B, H, L, D}, -1), k = random({B, Hkv, K, D}, -1), v = random({B, Hkv, K, Dv}, 0.5),
         g = random({B, H, L, Dv}, 0.5);
+  Array grad_lse = Array::random(f32, {B, H, L}, 0, 0.5);
   Array begins_q, begins_k, prefixes;  // prefixes within keys and, where there are as many, within queries
   if (packed) {
     begins_q = Array::of(DType::i32, {0, L / 4, L / 4, L / 2, L - 2});
@@ -266,6 +267,7 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
     check("softplus attention backward", 64 * D * Dv * (1 + power), 8 * half, [&](const KernelTable& t, Outputs& o) {
       LssaParams p = first;
       gradients(p, o);
+      if (!p.reweigh) p.grad_lse = grad_lse;
       t.lssa_backward(p);
     });
   }
@@ -283,14 +285,15 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
     first.out = out, first.state = state;
     baseline.grouped_forward(first);
     check("grouped attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
-      o = {out_of(), Array(f32, {B, H, L, 2})};
+      o = {out_of(), Array(f32, {B, H, L, 2}), Array(f32, {B, H, L})};
       GroupedParams p = first;
-      p.out = o[0], p.state = o[1];
+      p.out = o[0], p.state = o[1], p.lse = o[2];
       t.grouped_forward(p);
     });
     check("grouped attention backward", 64 * D * Dv, half, [&](const KernelTable& t, Outputs& o) {
       GroupedParams p = first;
       gradients(p, o);
+      if (many) p.grad_lse = grad_lse;
       t.grouped_backward(p);
     });
   }
@@ -304,14 +307,15 @@ inline void check_heads(const KernelTable& kernels, const KernelTable& baseline,
     if (kind & 2) first.prefix_lengths = prefixes;
     baseline.gated_attention_forward(first);
     check("gated attention", 64 * D, half, [&](const KernelTable& t, Outputs& o) {
-      o = {out_of(), Array(f32, {B, H, L, 2})};
+      o = {out_of(), Array(f32, {B, H, L, 2}), Array(f32, {B, H, L})};
       GatedParams p = first;
-      p.out = o[0], p.state = o[1];
+      p.out = o[0], p.state = o[1], p.lse = o[2];
       t.gated_attention_forward(p);
     });
     check("gated attention backward", 64 * D * Dv, half, [&](const KernelTable& t, Outputs& o) {
       GatedParams p = first;
       gradients(p, o);
+      if (gate) p.grad_lse = grad_lse;
       Array by_query = Array::full(f32, {B, H, L, G}, 0), by_key = Array::full(f32, {B, Hkv, L, G}, 0),
             by_row = Array::full(f32, {B, H, L}, 0);
       p.grad_query_assignment = by_query, p.grad_key_assignment = by_key, p.grad_sharpness = by_row;

@@ -271,3 +271,43 @@ def test_key_heads_that_serve_no_query_head():
     assert out.shape == q.shape
     for grad, t in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
         assert torch.equal(grad, torch.zeros_like(t))
+
+
+# --- log-sum-exp ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_lse_is_that_of_the_gated_scores(gate):
+    q, k, v, a, sharpness = inputs(9, 3, heads=2, kv_heads=1, head_dim=4)
+    mask = fa.Mask(prefix_lengths=torch.tensor([5, 0]))
+    options = {"window": 2, "gate": gate, "mask": mask, "return_lse": True, "backend": "reference"}
+    _, lse = fa.gated_attention(q, k, v, a, sharpness=sharpness, **options)
+    # a value of 1 at one key only: its weight, e^(score - lse)
+    i, j = 8, 1
+    one = torch.zeros_like(v)
+    one[:, :, j] = 1
+    weight, _ = fa.gated_attention(q, k, one, a, sharpness=sharpness, **options)
+    score = (q[:, :, i] * k[:, :, j]).sum(-1) / 2
+    g = torch.sigmoid(sharpness * (a[:, i] * a[:, j]).sum(-1))[:, None]
+    score = score * g if gate == "multiply" else score + g.log()
+    assert testing.max_error(weight[:, :, i, 0].log(), score - lse[:, :, i]) < 1e-12
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, a, s: fa.gated_attention(q, k, v, a, sharpness=s, **options),
+        (q, k, v, a, sharpness),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *testing.LOW_DTYPES))
+@pytest.mark.parametrize("gate", ["multiply", "log"])
+def test_native_lse_and_its_gradient(isa, nan_outputs, dtype, gate):
+    q, k, v = testing.attention_inputs(2, 4, 2, 150, 150, 32, dtype=dtype)
+    a = fa.sinkhorn(testing.random_tensor(2, 150, 8), temperature=1.0).to(dtype).requires_grad_()
+    sharpness = torch.tensor(3.0, requires_grad=dtype == torch.float32)
+    mask = fa.Mask(prefix_lengths=torch.tensor([90, 0]), key_lengths=torch.tensor([150, 0]))
+    options = {"window": 20, "gate": gate, "mask": mask, "return_lse": True}
+    (_, lse), _ = testing.differentiate(call("cpu", **options), (q, k, v, a, sharpness))
+    assert lse.dtype == torch.float32 and (lse[1] == -torch.inf).all()
+    testing.check_op(
+        call("cpu", **options), call("reference", **options), (q, k, v, a, sharpness), terms=150 * 4
+    )

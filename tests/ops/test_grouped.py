@@ -370,3 +370,39 @@ def test_dense_masks_take_the_definition():
         fa.grouped_attention(q, k, v, groups, mask=mask, backend="cpu")
     assert fa.explain("grouped_attention", q, k, v, groups, mask=mask).backend == "reference"
     assert fa.explain("grouped_attention", q, k, v, groups).backend == "cpu"
+
+
+# --- log-sum-exp ------------------------------------------------------------------------------------------------------
+
+
+def test_lse_is_that_of_all_keys_attended():
+    q, k, v = testing.attention_inputs(1, 2, 1, 30, 30, 8, dtype=torch.float64)
+    groups = fa.focus_groups(torch.rand(1, 30, 4, generator=torch.Generator().manual_seed(0)), top_k=2)
+    mask = fa.Mask(prefix_lengths=torch.tensor([17]), key_lengths=torch.tensor([25]), window=(20, None))
+    options = {"window": 3, "mask": mask, "return_lse": True, "backend": "reference"}
+    out, lse = fa.grouped_attention(q, k, v, groups, **options)
+    place = torch.arange(30)
+    near = (place[:, None] - place).abs() <= 3
+    dense = (near | ((groups[0, :, None] & groups[0]) != 0))[None, None]
+    parts = {"prefix_lengths": torch.tensor([17]), "key_lengths": torch.tensor([25]), "window": (20, None)}
+    same, expected = fa.attention(q, k, v, mask=fa.Mask(dense=dense, **parts), return_lse=True)
+    assert testing.max_error(out, same) < 1e-14 and testing.max_error(lse, expected) < 1e-14
+    assert torch.autograd.gradcheck(
+        lambda *x: fa.grouped_attention(*x, groups, **options), (q, k, v), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *testing.LOW_DTYPES))
+@pytest.mark.parametrize("prefix", (0, 90))
+def test_native_lse_and_its_gradient(isa, nan_outputs, dtype, prefix):
+    groups = fa.focus_groups(torch.rand(2, 150, 8, generator=torch.Generator().manual_seed(0)), top_k=2)
+    inputs = testing.attention_inputs(2, 4, 2, 150, 150, 16, dtype=dtype)
+    mask = fa.Mask(prefix_lengths=torch.tensor([prefix, 0]), key_lengths=torch.tensor([150, 0]))
+    options = {"window": 9, "mask": mask, "return_lse": True}
+    (_, lse), _ = testing.differentiate(call(groups, "cpu", **options), inputs)
+    assert lse.dtype == torch.float32 and (lse[1] == -torch.inf).all()
+    testing.check_op(call(groups, "cpu", **options), call(groups, "reference", **options), inputs, terms=166)
+    (alone,), _ = testing.differentiate(
+        lambda *x: call(groups, "cpu", **options)(*x)[1], inputs
+    )  # of the lse alone
+    assert torch.equal(alone, lse)

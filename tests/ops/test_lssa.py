@@ -1,5 +1,6 @@
 """LSSA and LSSAR against the published equation, its closed-form gradient, and their edges."""
 
+import itertools
 import math
 
 import pytest
@@ -230,8 +231,8 @@ def conditioning(q, k, v, power, mask):
     """
     args = mask.args("test", q, k)
     wide = q.double(), k.double(), v.double()
-    _, statistics = reference.softplus_attention(*wide, power, args)
-    _, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), args)
+    *_, statistics = reference.softplus_attention(*wide, power, args)
+    *_, lower = reference.softplus_attention(*wide, max(power - 1, 1e-9), args)
     n = masks.dense_allowed(q.shape[2], k.shape[2], q.device, args).sum(-1)
     c = math.log(q.shape[3]) * n.clamp(min=1).log()
     ds = (math.sqrt(q.shape[3]) + 4) * testing.EPS32 * (1 + c)
@@ -363,3 +364,52 @@ def test_strided_last_dims(isa):
     assert torch.equal(
         native(3, fa.Mask())(q, k, v), native(3, fa.Mask())(*(x.contiguous() for x in (q, k, v)))
     )
+
+
+# --- log-sum-exp ------------------------------------------------------------------------------------------------------
+
+
+def test_lse_is_the_logarithm_of_the_denominator():
+    q, k, v = testing.attention_inputs(1, 2, 1, 9, 9, 8, dtype=torch.float64)
+    mask = fa.Mask(causal=True, key_lengths=torch.tensor([6]), window=(2, None))
+    out, lse = fa.lssa_attention(q, k, v, mask=mask, return_lse=True, backend="reference")
+    assert torch.equal(out, fa.lssa_attention(q, k, v, mask=mask, backend="reference"))
+    for h, i in itertools.product(range(2), range(9)):
+        keys = range(max(i - 2, 0), min(i + 1, 6))
+        c = math.log(8) * math.log(max(len(keys), 1))
+        cosine = [
+            float(torch.nn.functional.cosine_similarity(q.detach()[0, h, i], k.detach()[0, 0, j], dim=0))
+            for j in keys
+        ]
+        total = sum(math.log1p(math.exp(c * x)) for x in cosine)
+        assert abs(float(lse[0, h, i]) - math.log(total)) < 1e-12 if keys else lse[0, h, i] == -math.inf
+    assert torch.autograd.gradcheck(
+        lambda *x: fa.lssa_attention(*x, mask=fa.Mask(causal=True), return_lse=True, backend="reference"),
+        (q, k, v),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *testing.LOW_DTYPES))
+@pytest.mark.parametrize("lq", (150, 3))
+def test_native_lse_and_its_gradient(isa, nan_outputs, dtype, lq):
+    """Of tiles, and of few rows, whose keys are read as they lie."""
+    inputs = testing.attention_inputs(2, 4, 2, lq, 150, 16, dtype=dtype)
+    mask = fa.Mask(causal=True, key_lengths=torch.tensor([150, 0]))
+
+    def call(backend):
+        return lambda *x: fa.lssa_attention(*x, mask=mask, return_lse=True, backend=backend)
+
+    outputs, _ = testing.differentiate(call("cpu"), inputs)
+    assert outputs[1].dtype == torch.float32 and (outputs[1][1] == -torch.inf).all()
+    testing.check_op(call("cpu"), call("reference"), inputs, terms=150 + 16)
+
+
+def test_lssar_has_no_lse():
+    q, k, v = testing.attention_inputs(1, 2, 2, 4, 4, 8)
+    with pytest.raises(ValueError, match=r"return_lse is not defined for power=3.0: the weights of LSSAR"):
+        fa.lssa_attention(q, k, v, power=3.0, return_lse=True)
+    with pytest.raises(
+        ValueError, match="return_lse is not defined for score='sigmoid', which has no normaliser"
+    ):
+        fa.attention(q, k, v, score="sigmoid", return_lse=True)

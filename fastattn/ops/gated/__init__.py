@@ -1,5 +1,7 @@
 """Gated attention (arXiv 2604.03260): softmax attention that trains the router of grouped attention."""
 
+from typing import Literal, overload
+
 import torch
 
 from ...masks import Mask, check_mask, default_scale
@@ -11,6 +13,7 @@ from . import schema  # noqa: F401  registers the op
 from .checks import GATES
 
 
+@overload
 def gated_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -22,8 +25,38 @@ def gated_attention(
     gate: str = "multiply",
     scale: float | None = None,
     mask: Mask | None = None,
+    return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor: ...
+@overload
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    assignment: torch.Tensor,
+    *,
+    window: int = 128,
+    sharpness: float | torch.Tensor = 1.0,
+    gate: str = "multiply",
+    scale: float | None = None,
+    mask: Mask | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    assignment: torch.Tensor,
+    *,
+    window: int = 128,
+    sharpness: float | torch.Tensor = 1.0,
+    gate: str = "multiply",
+    scale: float | None = None,
+    mask: Mask | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention that trains a router: scores of distant keys are gated by how well two assignments agree.
 
     With g_ij = sigmoid(sharpness * a_i.a_j), a the assignment (arXiv 2604.03260):
@@ -41,6 +74,7 @@ def gated_attention(
     sharpness: a number, or a floating tensor of one element that gets a gradient.
     scale: default 1/sqrt(D).
     mask: as in `grouped_attention`.
+    return_lse: as there, of the gated scores.
 
     Returns (B, Hq, L, Dv) in q's dtype, differentiable in q, k, v, assignment and sharpness. Raises as `grouped_attention`.
     """
@@ -57,7 +91,7 @@ def gated_attention(
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         sharpness = torch.ones((), dtype=wide, device=q.device) * number
     _checks.check_choice(op, "gate", gate, GATES)
-    return call(
+    results = call(
         "gated_attention",
         q,
         k,
@@ -69,4 +103,6 @@ def gated_attention(
         default_scale(q.shape[3]) if scale is None else scale,
         check_mask(op, mask).args(op, q, k)._replace(causal=True),
         requested(op, backend),
-    )[0]
+        reads=2 if return_lse else 1,
+    )
+    return (results[0], results[1]) if return_lse else results[0]

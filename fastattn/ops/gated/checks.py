@@ -2,7 +2,7 @@
 
 from ...runtime import checks
 from ..attention.checks import check_results
-from ..focus import check_causal
+from ..focus import check_causal, check_grad_lse
 
 GATES = ("multiply", "log")  # by code
 
@@ -34,8 +34,9 @@ def check_gated_attention(q, k, v, assignment, sharpness, window, gate, scale, m
 
 
 def check_gated_attention_backward(
-    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+    grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
 ) -> None:
     op = "gated_attention_backward"
     _check_gated(op, q, k, v, assignment, sharpness, window, gate, scale, mask)
     check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
+    check_grad_lse(op, grad_lse, q)

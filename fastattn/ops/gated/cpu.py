@@ -17,7 +17,7 @@ def refusal(q, k, v, assignment, sharpness, *_) -> str | None:
     )
 
 
-def refusal_backward(grad_out, q, k, v, assignment, sharpness, *_) -> str | None:
+def refusal_backward(grad_out, grad_lse, q, k, v, assignment, sharpness, *_) -> str | None:
     return refusal(q, k, v, assignment, sharpness)
 
 
@@ -25,7 +25,7 @@ def configure(q, k, v, *_) -> _tuning.Choice:
     return lookup("gated_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
+def configure_backward(grad_out, grad_lse, q, k, v, *_) -> _tuning.Choice:
     return lookup("gated_attention_backward", q, k, v)
 
 
@@ -60,8 +60,14 @@ def _call(
     )
 
 
-def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, mask):
+def gated_attention(*members):
+    return gated_attention_leading(3, *members)
+
+
+def gated_attention_leading(reads, q, k, v, assignment, sharpness, window, gate, scale, mask):
+    """(out, lse, state), or the first `reads` of them."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if reads > 1 else None
     state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
         _call(
@@ -77,12 +83,15 @@ def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, mask):
             scale,
             mask,
             out=out,
+            lse=lse,
             state=state,
         )
-    return out, state
+    return (out, lse, state)[:reads]
 
 
-def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask):
+def gated_attention_backward(
+    grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+):
     if not q.numel():  # a key head that serves no query head too
         return tuple(
             torch.zeros_like(t, memory_format=torch.contiguous_format)
@@ -107,6 +116,7 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, stat
         scale,
         mask,
         grad_out=native.rows(grad_out),
+        grad_lse=grad_lse,
         out=native.rows(out),
         state=state.contiguous(),
         grad_q=grads[0],

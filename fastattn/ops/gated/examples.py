@@ -17,5 +17,5 @@ def examples(make: Make) -> dict[str, Example]:
     prefix = {"window": 4, "mask": Mask(prefix_lengths=torch.tensor([15]))}
     return {
         "gated_attention": Example(gated_attention, heads | gates, {"window": 4}),
-        "gated_attention, prefix": Example(gated_attention, heads | gates, prefix),
+        "gated_attention, prefix": Example(gated_attention, heads | gates, prefix | {"return_lse": True}),
     }

@@ -19,8 +19,8 @@ def gated_attention(
     gate: int,
     scale: float,
     mask: masks.MaskArgs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, L, Dv), state (B, Hq, L, 2)); gate 0 multiplies distant scores, 1 adds its logarithm."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, L, Dv), lse (B, Hq, L), state (B, Hq, L, 2)); gate 0 multiplies distant scores, 1 adds its logarithm."""
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
     a = _wide(assignment)
@@ -36,7 +36,8 @@ def gated_attention(
     total = weight.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    return (weight / total).to(v.dtype) @ v, row_state(top, total, nothing)
+    lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
+    return (weight / total).to(v.dtype) @ v, lse, row_state(top, total, nothing)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -32,16 +32,17 @@ class Call(NamedTuple):
 declare(
     "gated_attention",
     Call,
-    outputs=("out", "state"),
+    outputs=("out", "lse", "state"),
     fake=attention_fake,
     check=checks.check_gated_attention,
     backends=(
-        cpu_backend(cpu.gated_attention, cpu.refusal, cpu.configure),
+        cpu_backend(cpu.gated_attention, cpu.refusal, cpu.configure, cpu.gated_attention_leading),
         triton_backend(triton.gated_attention, triton.refusal, triton.configure),
         reference_backend(reference.gated_attention),
     ),
     gradients=Gradients(
         of=("q", "k", "v", "assignment", "sharpness"),
+        outputs=("out", "lse"),
         saved=("out", "state"),
         check=checks.check_gated_attention_backward,
         backends=(

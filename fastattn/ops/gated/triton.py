@@ -66,7 +66,7 @@ def _gated_scores(s2, agreement, sharpness, far, LOG_GATE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _gated_forward_kernel(
-    q, k, v, a, sharpness, dense, out, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
+    q, k, v, a, sharpness, dense, out, lse, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
@@ -102,11 +102,12 @@ def _gated_forward_kernel(
         s2, _, _ = _gated_scores(s * factors.scale2, agreement, sharp, far, META.log_gate)
         allowed = allowed_pairs(keys, begin, end, dense_rows)
         acc, top, total = fold((acc, top, total), s2, allowed, v_tile, 1.0, SCORE, True, META.precision)
-    acc, _, top, log_sum = finish(acc, top, total, 1.0, 0.0, True)
+    acc, log_sum_exp, top, log_sum = finish(acc, top, total, 1.0, 0.0, True)
     out_rows = place(out, entry, head, work.start_q + first)
     store_rows(out_rows, count - first, acc, META.v_dim, META.block_m, META.block_dv)
     statistics = offset(entry * heads + head, length_q) + work.start_q + row
     store_state(state, statistics, top, log_sum, row < count)
+    tl.store(lse + statistics, log_sum_exp, mask=row < count)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "near"])
@@ -236,7 +237,7 @@ def refusal(q, k, v, assignment, sharpness, window, gate, scale, mask) -> str | 
 
 
 def refusal_backward(
-    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+    grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
 ) -> str | None:
     return refusal(q, k, v, assignment, sharpness, window, gate, scale, mask) or _triton.refusal(grad_out)
 
@@ -246,22 +247,26 @@ def configure(q, k, v, assignment, sharpness, window, gate, scale, mask) -> tuni
 
 
 def configure_backward(
-    grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+    grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
 ) -> tuning.Choice:
     return _problem(q, k, v, scale, mask).choose("gated_attention_backward")
 
 
 def gated_attention(q, k, v, assignment, sharpness, window, gate, scale, mask):
     p = _problem(q, k, v, scale, mask)
-    out, (_, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
+    out, (lse, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
     if out.numel():
         config = p.choose("gated_attention").values
-        more = {"out": rows(out), "state": state} | _gate_values(assignment, sharpness, window, gate)
+        more = {"out": rows(out), "lse": lse, "state": state} | _gate_values(
+            assignment, sharpness, window, gate
+        )
         p.launch(_gated_forward_kernel, config, over="queries", **more)
-    return out, state
+    return out, lse, state
 
 
-def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask):
+def gated_attention_backward(
+    grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
+):
     p = _problem(q, k, v, scale, mask)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     if not dq.numel() or not dk.numel():
@@ -272,7 +277,11 @@ def gated_attention_backward(grad_out, q, k, v, assignment, sharpness, out, stat
     by_query, by_key = (p.output(*t.shape[:3], groups, dtype=torch.float32) for t in (q, k))
     dsharp = p.output(*q.shape[:3], dtype=torch.float32)
     more = _gate_values(assignment, sharpness, window, gate)
-    more |= {"g": rows(grad_out), "state": state.contiguous(), "delta": row_products(p, grad_out, out)}
+    more |= {
+        "g": rows(grad_out),
+        "state": state.contiguous(),
+        "delta": row_products(p, grad_out, out, grad_lse),
+    }
     by_row = {"dq": rows(dq), "da": rows(by_query), "dsharp": dsharp}
     p.launch(_gated_backward_q_kernel, turned(config), over="queries", **by_row, **more)
     by_column = {"dk": rows(dk), "dv": rows(dv), "da": rows(by_key)}

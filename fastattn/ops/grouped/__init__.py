@@ -1,5 +1,7 @@
 """Grouped sparse attention (arXiv 2604.03260): a local window and the tokens that share a group, and the groups' signatures."""
 
+from typing import Literal, overload
+
 import torch
 
 from ...masks import Mask, check_mask, default_scale
@@ -33,6 +35,7 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
     return signature.masked_fill((assignment == 0).all(-1), 0)
 
 
+@overload
 def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -43,8 +46,36 @@ def grouped_attention(
     window: int = 128,
     scale: float | None = None,
     mask: Mask | None = None,
+    return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor: ...
+@overload
+def grouped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    key_groups: torch.Tensor | None = None,
+    window: int = 128,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def grouped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    key_groups: torch.Tensor | None = None,
+    window: int = 128,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention to a local window and, beyond it, to tokens that share a group (arXiv 2604.03260).
 
     Query i attends key j when j <= i and (i - j <= window or groups_i & key_groups_j != 0): itself, the `window` keys before it, and
@@ -60,8 +91,10 @@ def grouped_attention(
     scale: default 1/sqrt(D).
     mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense), or widens what is seen by its
         prefix_lengths; default none. Beyond a prefix attention stays causal whatever the mask says.
+    return_lse: also return the natural log-sum-exp of each row's scores over all the keys that it attends, (B, Hq, Lq), float32
+        (float64 for float64), differentiable.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0, lse -inf and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
     """
     op = "grouped_attention"
@@ -75,7 +108,7 @@ def grouped_attention(
     for name, value, length in (("groups", groups, q.shape[2]), ("key_groups", key_groups, k.shape[2])):
         checks.check_signatures(op, name, value, q, length)
     signatures = groups.long()
-    return call(
+    results = call(
         "grouped_attention",
         q,
         k,
@@ -86,4 +119,6 @@ def grouped_attention(
         default_scale(q.shape[3]) if scale is None else scale,
         check_mask(op, mask).args(op, q, k)._replace(causal=True),
         requested(op, backend),
-    )[0]
+        reads=2 if return_lse else 1,
+    )
+    return (results[0], results[1]) if return_lse else results[0]

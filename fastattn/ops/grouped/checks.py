@@ -4,7 +4,7 @@ import torch
 
 from ...runtime import checks
 from ..attention.checks import check_results
-from ..focus import check_causal
+from ..focus import check_causal, check_grad_lse
 
 
 def check_signatures(op: str, name: str, value: torch.Tensor, q: torch.Tensor, length: int) -> None:
@@ -27,11 +27,12 @@ def check_grouped_attention(q, k, v, groups, key_groups, window, scale, mask) ->
 
 
 def check_grouped_attention_backward(
-    grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask
+    grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask
 ) -> None:
     op = "grouped_attention_backward"
     _check_grouped(op, q, k, v, groups, key_groups, window, scale, mask)
     check_results(op, grad_out, q, v, out, state, "state", (*q.shape[:3], 2))
+    check_grad_lse(op, grad_lse, q)
 
 
 def check_grouped_contents(q, k, v, groups, key_groups, *_) -> None:

@@ -13,7 +13,9 @@ def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
     return unserved(q, k, v) or ("it does not serve a dense mask" if mask.dense is not None else None)
 
 
-def refusal_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask) -> str | None:
+def refusal_backward(
+    grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask
+) -> str | None:
     return refusal(q, k, v, groups, key_groups, window, scale, mask)
 
 
@@ -21,7 +23,7 @@ def configure(q, k, v, *_) -> _tuning.Choice:
     return lookup("grouped_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
+def configure_backward(grad_out, grad_lse, q, k, v, *_) -> _tuning.Choice:
     return lookup("grouped_attention_backward", q, k, v)
 
 
@@ -44,8 +46,14 @@ def _call(
     )
 
 
-def grouped_attention(q, k, v, groups, key_groups, window, scale, mask):
+def grouped_attention(*members):
+    return grouped_attention_leading(3, *members)
+
+
+def grouped_attention_leading(reads, q, k, v, groups, key_groups, window, scale, mask):
+    """(out, lse, state), or the first `reads` of them."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if reads > 1 else None
     state = q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
     if out.numel():
         _call(
@@ -60,12 +68,15 @@ def grouped_attention(q, k, v, groups, key_groups, window, scale, mask):
             scale,
             mask,
             out=out,
+            lse=lse,
             state=state,
         )
-    return out, state
+    return (out, lse, state)[:reads]
 
 
-def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask):
+def grouped_attention_backward(
+    grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask
+):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         _call(
@@ -80,6 +91,7 @@ def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups
             scale,
             mask,
             grad_out=native.rows(grad_out),
+            grad_lse=grad_lse,
             out=native.rows(out),
             state=state.contiguous(),
             grad_q=grads[0],

@@ -14,5 +14,7 @@ def examples(make: Make) -> dict[str, Example]:
     prefix = {"window": 4, "mask": Mask(prefix_lengths=torch.tensor([15]))}
     return {
         "grouped_attention": Example(grouped_attention, heads | groups, {"window": 4}),
-        "grouped_attention, prefix": Example(grouped_attention, heads | groups, prefix),
+        "grouped_attention, prefix": Example(
+            grouped_attention, heads | groups, prefix | {"return_lse": True}
+        ),
     }

@@ -15,15 +15,15 @@ def grouped_attention(
     window: int,
     scale: float,
     mask: masks.MaskArgs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), state (B, Hq, Lq, 2)): softmax attention over the dense mask of the rule."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), state (B, Hq, Lq, 2)): softmax attention over the dense mask of the rule."""
     share = (groups[:, :, None] & key_groups[:, None, :]) != 0
     near = distance(q, k, mask).abs() <= window
     rule = (share | near)[:, None]  # (B, 1, Lq, Lk)
     dense = rule if mask.dense is None else rule & mask.dense
     options = (None, None, 0, scale, 0.0, None, 0, None)  # softmax, without any
-    out, _, state, _ = attention(q, k, v, *options, mask._replace(dense=dense))
-    return out, state
+    out, lse, state, _ = attention(q, k, v, *options, mask._replace(dense=dense))
+    return out, lse, state
 
 
 def distance(q: torch.Tensor, k: torch.Tensor, mask: masks.MaskArgs) -> torch.Tensor:

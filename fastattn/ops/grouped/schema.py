@@ -31,17 +31,18 @@ class Call(NamedTuple):
 declare(
     "grouped_attention",
     Call,
-    outputs=("out", "state"),
+    outputs=("out", "lse", "state"),
     fake=attention_fake,
     check=checks.check_grouped_attention,
     check_contents=checks.check_grouped_contents,
     backends=(
-        cpu_backend(cpu.grouped_attention, cpu.refusal, cpu.configure),
+        cpu_backend(cpu.grouped_attention, cpu.refusal, cpu.configure, cpu.grouped_attention_leading),
         triton_backend(triton.grouped_attention, triton.refusal, triton.configure),
         reference_backend(reference.grouped_attention),
     ),
     gradients=Gradients(
         of=("q", "k", "v"),
+        outputs=("out", "lse"),
         saved=("out", "state"),
         check=checks.check_grouped_attention_backward,
         backends=(

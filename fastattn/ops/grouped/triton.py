@@ -59,7 +59,7 @@ def _fold_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, M
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "near"])
 def _grouped_forward_kernel(
-    q, k, v, groups, part, out, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
+    q, k, v, groups, part, out, lse, state, mask, heads, tiles, length_q, length_k, near, factors, SCORE: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
@@ -101,11 +101,12 @@ def _grouped_forward_kernel(
         first_tile, stop = near_tiles(near_queries, META.block_n)
         for tile in range(first_tile, stop):
             acc, top, total = _fold_tile((acc, top, total), operands, tile, SCORE, META, True)
-    acc, _, top, log_sum = finish(acc, top, total, factors.scale2, 0.0, True)
+    acc, log_sum_exp, top, log_sum = finish(acc, top, total, factors.scale2, 0.0, True)
     store_state(state, statistics, top, log_sum, inside)
     if META.sorted:
         scatter_tile(part_rows.base, row, part_rows.stride, inside, acc, META.v_dim, META.block_dv)
     else:
+        tl.store(lse + statistics, log_sum_exp, mask=inside)
         out_rows = place(out, entry, head, work.start_q)
         scatter_tile(out_rows.base, row, out_rows.stride, inside, acc, META.v_dim, META.block_dv)
 
@@ -173,13 +174,13 @@ def configure(q, k, v, groups, key_groups, window, scale, mask) -> tuning.Choice
 
 def grouped_attention(q, k, v, groups, key_groups, window, scale, mask):
     p = problem(q, k, v, scale, mask)
-    out, (_, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
+    out, (lse, state) = p.output(*q.shape[:3], p.v_dim), p.statistics()
     if out.numel() == 0 or p.length_k == 0:
-        return out.zero_(), state.copy_(state.new_tensor((0.0, torch.inf)))
+        return out.zero_(), lse.fill_(-torch.inf), state.copy_(state.new_tensor((0.0, torch.inf)))
     config = p.choose("grouped_attention").values
     more = sorted_values(p, groups, key_groups, window, config, over="queries")
     part = torch.empty_like(out, dtype=torch.float32)
-    more |= {"part": rows(part), "out": rows(out), "state": state}
+    more |= {"part": rows(part), "out": rows(out), "lse": lse, "state": state}
     for by_signature in (True, False):
         p.launch(_grouped_forward_kernel, config, over="queries", meta={"sorted": by_signature}, **more)
-    return out, state
+    return out, lse, state

@@ -215,15 +215,17 @@ def _grouped_backward_kv_kernel(
         scatter_tile(dv_rows.base, keys, dv_rows.stride, there, dv_acc, META.v_dim, META.block_dv)
 
 
-def refusal(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask) -> str | None:
+def refusal(grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask) -> str | None:
     return forward_refusal(q, k, v, groups, key_groups, window, scale, mask) or _triton.refusal(grad_out)
 
 
-def configure(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask):
+def configure(grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask):
     return problem(q, k, v, scale, mask).choose("grouped_attention_backward")
 
 
-def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups, window, scale, mask):
+def grouped_attention_backward(
+    grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask
+):
     p = problem(q, k, v, scale, mask)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     if not dq.numel() or not dk.numel():
@@ -233,7 +235,7 @@ def grouped_attention_backward(grad_out, q, k, v, out, state, groups, key_groups
     more = {
         "g": rows(grad_out),
         "state": state.contiguous(),
-        "delta": row_products(p, grad_out, out),
+        "delta": row_products(p, grad_out, out, grad_lse),
         "dq": rows(dq),
         "dk": rows(dk),
         "dv": rows(dv),

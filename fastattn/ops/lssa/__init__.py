@@ -1,5 +1,7 @@
 """Length-scaled softplus attention (LSSA) and its re-weighted form (LSSAR)."""
 
+from typing import Literal, overload
+
 import torch
 
 from ...masks import Mask, check_mask
@@ -8,6 +10,7 @@ from ..attention import check_qkv
 from . import schema  # noqa: F401  registers the ops
 
 
+@overload
 def lssa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -15,8 +18,30 @@ def lssa_attention(
     *,
     power: float | None = None,
     mask: Mask | None = None,
+    return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor: ...
+@overload
+def lssa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    power: float | None = None,
+    mask: Mask | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def lssa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    power: float | None = None,
+    mask: Mask | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softplus attention with a length-dependent scale (LSSA) and, with `power`, re-weighting (LSSAR), arXiv 2501.13428.
 
     With qh = q/|q|, kh = k/|k|, n_i the number of keys that row i attends and c_i = log(D) * log(n_i):
@@ -35,7 +60,10 @@ def lssa_attention(
         overflows: each weight is at most 1 before it is normalised.
     mask: a fastattn.Mask. By default every query attends every key. n_i counts the keys that the mask allows for the row.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0 and gradient 0.
+    return_lse: also return log(sum_j s_ij), the logarithm of LSSA's denominator, (B, Hq, Lq), float32 (float64 for float64),
+        differentiable. LSSAR has none: its weights need the row's mean before they have a sum.
+
+    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0, lse -inf and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
 
     `fastattn.softplus_attention` is its earlier name and the same function. Messages, tuned tables and torch.ops have that name.
@@ -43,8 +71,14 @@ def lssa_attention(
     """
     op = "softplus_attention"
     check_qkv(op, q, k, v)
+    if return_lse and power is not None:
+        raise ValueError(
+            f"fastattn.{op}: return_lse is not defined for power={power!r}: the weights of LSSAR need their row's mean before they "
+            "have a sum"
+        )
     args = check_mask(op, mask).args(op, q, k)
-    return call(op, q, k, v, power, args, requested(op, backend))[0]
+    results = call(op, q, k, v, power, args, requested(op, backend), reads=2 if return_lse else 1)
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 softplus_attention = lssa_attention

@@ -5,6 +5,7 @@ import math
 from ... import masks
 from ...runtime import checks
 from ..attention.checks import check_qkv, check_results
+from ..focus import check_grad_lse
 
 
 def _check(op: str, q, k, v, power, mask) -> None:
@@ -24,7 +25,8 @@ def check_softplus_attention(q, k, v, power, mask) -> None:
     _check("softplus_attention", q, k, v, power, mask)
 
 
-def check_softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask) -> None:
+def check_softplus_attention_backward(grad_out, grad_lse, q, k, v, out, statistics, power, mask) -> None:
     op = "softplus_attention_backward"
     _check(op, q, k, v, power, mask)
     check_results(op, grad_out, q, v, out, statistics, "statistics", (*q.shape[:3], 3))
+    check_grad_lse(op, grad_lse, q, tuple(q.shape[:3]) if power is None else (0,))

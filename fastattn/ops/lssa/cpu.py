@@ -13,7 +13,7 @@ def refusal(q, k, v, power, mask) -> str | None:
     return unserved(q, k, v)
 
 
-def refusal_backward(grad_out, q, k, v, *_) -> str | None:
+def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
     return unserved(q, k, v)
 
 
@@ -21,7 +21,7 @@ def configure(q, k, v, power, mask) -> _tuning.Choice:
     return lookup("softplus_attention", q, k, v)
 
 
-def configure_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
+def configure_backward(grad_out, grad_lse, q, k, v, *_) -> _tuning.Choice:
     return lookup("softplus_attention_backward", q, k, v)
 
 
@@ -40,16 +40,28 @@ def _call(kernel: str, name: str, q, k, v, power: float | None, mask, **tensors)
     )
 
 
-def softplus_attention(q, k, v, power, mask):
+def softplus_attention(*members):
+    return softplus_attention_leading(3, *members)
+
+
+def softplus_attention_leading(reads, q, k, v, power, mask):
+    """(out, lse, statistics), or the first `reads` of them."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     statistics = q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
     if out.numel():
         tensors = {"out": out, "statistics": statistics}
         _call("lssa_forward", "softplus_attention", q, k, v, power, mask, **tensors)
-    return out, statistics
+    if reads == 1:
+        return (out,)
+    return (out, row_lse(statistics, power), statistics)[:reads]
 
 
-def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask):
+def row_lse(statistics: torch.Tensor, power: float | None) -> torch.Tensor:
+    """The logarithm of LSSA's denominators, (B, Hq, Lq); of LSSAR (0,)."""
+    return statistics[..., 2].log() if power is None else statistics.new_empty(0)
+
+
+def softplus_attention_backward(grad_out, grad_lse, q, k, v, out, statistics, power, mask):
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if any(g.numel() for g in grads):
         _call(
@@ -61,6 +73,7 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask)
             power,
             mask,
             grad_out=native.rows(grad_out),
+            grad_lse=grad_lse if power is None else None,
             out=native.rows(out),
             statistics=statistics.contiguous(),
             grad_q=grads[0],

@@ -16,10 +16,11 @@ FEW = 3  # rows with at most this many keys have no offset
 @rounded_once
 def softplus_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, power: float | None, mask: masks.MaskArgs
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, Lq, Dv), statistics (B, Hq, Lq, 3): highest score, 1 / (highest - threshold) or 0, sum of weights).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), statistics (B, Hq, Lq, 3): highest score, 1 / (highest - threshold) or 0, sum of
+    weights).
 
-    LSSA has no threshold: its first two statistics are 0 and 1.
+    LSSA has no threshold: its first two statistics are 0 and 1. LSSAR has no lse: (0,).
     """
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
@@ -47,7 +48,12 @@ def softplus_attention(
     nothing = total == 0
     out = (weight / total.masked_fill(nothing, 1.0)).to(v.dtype) @ v
     reciprocal = (1 / height).masked_fill(height == 0, 0.0)
-    return out, torch.cat([highest, reciprocal, total], dim=-1).detach()
+    lse = total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf).squeeze(-1)
+    return (
+        out,
+        lse if power is None else lse.new_empty(0),
+        torch.cat([highest, reciprocal, total], dim=-1).detach(),
+    )
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -26,22 +26,26 @@ class Call(NamedTuple):
 
 
 def _fake(q, k, v, power, mask):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 3, dtype=statistics_dtype(q))
+    """out; lse, (0,) for LSSAR; statistics."""
+    rows, dtype = tuple(q.shape[:3]), statistics_dtype(q)
+    lse = q.new_empty(rows if power is None else (0,), dtype=dtype)
+    return q.new_empty(*rows, v.shape[3]), lse, q.new_empty(*rows, 3, dtype=dtype)
 
 
 declare(
     "softplus_attention",
     Call,
-    outputs=("out", "statistics"),
+    outputs=("out", "lse", "statistics"),
     fake=_fake,
     check=check_softplus_attention,
     backends=(
-        cpu_backend(cpu.softplus_attention, cpu.refusal, cpu.configure),
+        cpu_backend(cpu.softplus_attention, cpu.refusal, cpu.configure, cpu.softplus_attention_leading),
         triton_backend(triton.softplus_attention, triton.refusal, triton.configure),
         reference_backend(reference.softplus_attention),
     ),
     gradients=Gradients(
         of=("q", "k", "v"),
+        outputs=("out", "lse"),
         saved=("out", "statistics"),
         check=check_softplus_attention_backward,
         backends=(

@@ -14,6 +14,7 @@ from ..attention.triton_problem import Problem
 from ..attention.triton_problem import refusal as attention_refusal
 from ..attention.triton_tiles import allowed_pairs, key_tiles, place, query_intervals, query_tile, store_rows
 from . import tuning_triton  # noqa: F401  declares what is looked up
+from .cpu import row_lse
 
 _LOG2E = tl.constexpr(LOG2E)
 _EQUAL = tl.constexpr(8.0 * 2.0**-23)  # scores of a row within this times 1 + c are all equal
@@ -147,4 +148,4 @@ def softplus_attention(q, k, v, power, mask):
         config = p.choose("softplus_attention").values
         more = {"out": rows(out), "statistics": statistics} | power_values(p, power)
         p.launch(_softplus_attention_forward_kernel, config, over="queries", **more)
-    return out, statistics
+    return out, row_lse(statistics, power), statistics

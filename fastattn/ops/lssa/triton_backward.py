@@ -153,11 +153,11 @@ def _softplus_attention_backward_kv_kernel(
     store_rows(dv_rows, lk - first, dv_acc, META.v_dim, META.block_n, META.block_dv)
 
 
-def refusal(grad_out, q, k, v, out, statistics, power, mask) -> str | None:
+def refusal(grad_out, grad_lse, q, k, v, out, statistics, power, mask) -> str | None:
     return forward_refusal(q, k, v, power, mask) or _triton.refusal(grad_out)
 
 
-def configure(grad_out, q, k, v, out, statistics, power, mask):
+def configure(grad_out, grad_lse, q, k, v, out, statistics, power, mask):
     return problem(q, k, v, mask).choose("softplus_attention_backward")
 
 
@@ -168,7 +168,7 @@ def _through_norm(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return ((gradient - along * ahead) * reciprocal).to(x.dtype)
 
 
-def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask):
+def softplus_attention_backward(grad_out, grad_lse, q, k, v, out, statistics, power, mask):
     p = problem(unit(q), unit(k), v, mask)
     dq, dk = (p.output(*x.shape, dtype=torch.float32) for x in (q, k))
     dv = p.output(*v.shape)
@@ -179,7 +179,7 @@ def softplus_attention_backward(grad_out, q, k, v, out, statistics, power, mask)
     more = power_values(p, power) | {
         "g": rows(grad_out),
         "statistics": statistics.contiguous(),
-        "delta": row_products(p, grad_out, out),
+        "delta": row_products(p, grad_out, out, grad_lse if power is None else None),
         "shift": torch.empty_like(statistics[..., 0], memory_format=torch.contiguous_format),
     }
     p.launch(_softplus_attention_backward_q_kernel, turned(config), over="queries", dq=rows(dq), **more)
