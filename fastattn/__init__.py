@@ -4,7 +4,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from . import _source  # noqa: F401  before the rest: it decides where the rest comes from
+from . import (
+    _source,  # noqa: F401  before the rest: it decides where the rest comes from
+    bias,
+)
+from .bias import DistanceBias
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
 from .ops.codes import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
@@ -27,8 +31,10 @@ __version__ = "0.1.0"
 _LAZY = ("distributed", "integrations", "models", "nn", "optim", "testing")
 
 __all__ = [
+    "DistanceBias",
     "Mask",
     "attention",
+    "bias",
     "cpu_isas",
     "decode_step",
     "distributed",

@@ -73,7 +73,7 @@ struct BackwardBlock {
         Arena memory = heads[first + g];
         const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
-        const BiasSums sums = bias.sums(s, head, g, n, part);
+        const BiasSums sums = bias.sums(s, head, g, n, part, queries.distances + slice * packed.distances);
         for (int64_t m = 0; m < s.q_length; m += block_q) {
           const int64_t rows = min64(block_q, s.q_length - m);
           if (s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) continue;
@@ -413,7 +413,8 @@ static void backward_tiled(const AttentionParams& p) {
   const int64_t slices = min64(even_parts(streams, p.threads, least), max64(1, (p.k.size[2] + block_k - 1) / block_k));
 
   const bool row_sums = p.grad_row_bias.data && !(Score::kMaximum && !p.sink.data);
-  const PackedQueries<Unit> packed(problem, blocks * block_q, slices, row_sums);
+  const PackedQueries<Unit> packed(problem, blocks * block_q, slices, row_sums,
+                                   p.grad_distances.data ? longest_q + longest_k : 0);
   const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
   const int64_t block_bytes =
       bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, together, block_q, block_k, arena); });
@@ -428,7 +429,7 @@ static void backward_tiled(const AttentionParams& p) {
       wave_units = even;
       break;
     }
-  const bool small = slices == 1 && members == 1 && small_pairs(units, pair_bytes, p.threads);
+  const bool small = slices == 1 && members == 1 && packed.distances == 0 && small_pairs(units, pair_bytes, p.threads);
   Blocks memory, queries;  // of each thread; packed, of each query head of each thread or of each pair of a wave
   with_scratch(0, [&](Arena& arena) {
     memory = arena.blocks(p.threads, block_bytes);
@@ -450,6 +451,7 @@ static void backward_tiled(const AttentionParams& p) {
       for (int64_t i = 0; i < slices; i++)
         memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
                size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+      if (first == 0) memset(view.distances, 0, size_t(slices * packed.distances) * 4);
       for (int64_t i = 0; i < slices && packed.row_words; i++)
         memset(view.row_sums + i * packed.row_words + first, 0, size_t(rows) * 4);
     });
@@ -513,6 +515,20 @@ static void backward_tiled(const AttentionParams& p) {
         run(begin + task / slices, first, there, task % slices, task / slices * there, thread);
       });
       over_rows(sum_shares);
+      // a head's sums along diagonals, sequence by sequence
+      parallel_items(packed.distances ? problem.heads : 0, p.threads, [&](int64_t head, int) {
+        for (int64_t slot = 0; slot < count * there; slot++) {
+          const int64_t pair = together.pair(begin + slot / there, first + slot % there);
+          if (pair < 0 || pair % problem.kv_heads != head / problem.group) continue;
+          const Sequence s = problem.sequence(pair / problem.kv_heads);
+          if (s.q_length == 0) continue;
+          Arena arena = queries[slot * problem.group + head % problem.group];
+          const float* from = packed.view(arena).distances;
+          float* to = (float*)p.grad_distances.data + head * p.grad_distances.stride[2] + p.k.size[2] - s.k_length;
+          for (int64_t i = 0; i < slices; i++)
+            add_columns(to, from + i * packed.distances, 0, s.q_length + s.k_length - 1);
+        }
+      });
     }
 }
 

@@ -6,6 +6,9 @@
 // bits, for which a unit's pairs come together. `bias_parts` of a unit's pairs have sums of their own, to be added by
 // the caller.
 //
+// A distance table: a row of dS is added to the row before's sums, shifted by one. Each slice of a head has sums of its
+// own, as it has of dQ.
+//
 // A bias without: dS is summed along the row, as the shares of dQ are. Softmax's without a sink needs no sum: the
 // weights of a row add up to 1, so that its dS adds up to dlse.
 #pragma once
@@ -77,8 +80,9 @@ struct BiasBlock {
   BiasBlock(const Problem& problem, const BiasUnits& units, int64_t capacity, int64_t row, bool row_sums, Arena& arena)
       : problem(problem), row(row) {
     const Tensor& to = problem.p.grad_bias;
-    by_key = to.data;
-    by_row = by_key && (to.stride[2] != 0 || to.size[2] == 1);
+    const bool by_distance = problem.p.grad_distances.data;
+    by_key = to.data || by_distance;
+    by_row = by_distance || (by_key && (to.stride[2] != 0 || to.size[2] == 1));
     on = by_key || row_sums;
     heads = units.by_head ? problem.group : 1;
     rows = by_row ? capacity : 1;
@@ -89,7 +93,7 @@ struct BiasBlock {
   }
   static int64_t strip_row(int64_t g, int64_t i = 0) { return g % kStrip * kRows + i; }
 
-  bool rounds() const { return by_key && problem.p.grad_bias.dtype != DType::f32; }
+  bool rounds() const { return problem.p.grad_bias.data && problem.p.grad_bias.dtype != DType::f32; }
   void begin_panel(const Sequence& s) const {
     if (!rounds()) return;
     for (int64_t h = 0; h < heads; h++) memset(panel + h * rows * row, 0, size_t((by_row ? s.q_length : 1) * row) * 4);
@@ -104,9 +108,10 @@ struct BiasBlock {
         store_row({to, t.stride[2], t.dtype}, i, panel + (h * rows + i) * row, owned, 1.0f);
     }
   }
-  // The sums of one head, `member` of its key head's.
-  BiasSums sums(const Sequence& s, int64_t head, int64_t member, int64_t n, int64_t part) const {
+  // The sums of one head, `member` of its key head's. distances: those of a distance table, of the head's own.
+  BiasSums sums(const Sequence& s, int64_t head, int64_t member, int64_t n, int64_t part, float* distances) const {
     if (!by_key) return {};
+    if (problem.p.grad_distances.data) return {distances + (n - s.offset + s.k_length - 1), -1};
     const Tensor& t = problem.p.grad_bias;
     if (rounds()) return {panel + (heads > 1 ? member : 0) * rows * row, by_row ? row : 0};
     float* to = (float*)plane(t, s.batch, head, s.q_begin, s.k_begin + n, 4) + part * problem.p.bias_part;

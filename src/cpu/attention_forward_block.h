@@ -95,7 +95,7 @@ struct ForwardBlock {
       const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
       if (kind == 0) continue;
       for (int64_t g = 0; g < groups; g++) added[g] = n;
-      const bool direct = kind == 1 && !p.bias.data && !problem.dropout.on();
+      const bool direct = kind == 1 && !problem.has_bias() && !problem.dropout.on();
       for (int64_t g = 0; g < groups && !direct; g += kStrip) {
         const int64_t end = min64(groups, g + kStrip);
         score_tile(n, g, end, packed.keys, s.keys);

@@ -40,8 +40,9 @@ struct Problem {
     c = p.scale == 0 ? 1.0f : (float)(__builtin_fabs(p.scale) * 1.4426950408889634);
   }
 
+  bool has_bias() const { return p.bias.data || p.distances.data; }
   // Whether scores are formed in base e before they are weighed: a soft cap or a tensor bias needs them so.
-  bool in_base_e() const { return p.bias.data || p.softcap > 0; }
+  bool in_base_e() const { return has_bias() || p.softcap > 0; }
   // Whether nothing but the scale stands between products and weights, which may then be formed in registers.
   bool direct() const { return !in_base_e() && !dropout.on(); }
 
@@ -185,6 +186,11 @@ FASTATTN_INLINE float make_scores(const Problem& problem, const Sequence& s, int
   if (p.bias.data) {
     const int64_t width = p.bias.dtype == DType::f32 ? 4 : 2;
     add_bias(x, columns, size, plane(p.bias, s.batch, head, s.q_begin + row, s.k_begin + n, width), p.bias.dtype, keys);
+  }
+  if (p.distances.data) {  // the same numbers for the next row, shifted by one
+    const float* of_head = (const float*)p.distances.data + head * p.distances.stride[2];
+    const float* first = of_head + (n - row - s.offset + p.k.size[2] - 1);
+    add_bias(x, columns, size, (const char*)first, DType::f32, keys);
   }
   return exponent_of(problem);
 }

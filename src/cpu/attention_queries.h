@@ -13,8 +13,9 @@ struct PackedQueries {
   int64_t capacity, q_steps, o_steps, q_columns, o_columns, slices;
   int64_t share_words;  // floats of one slice's dQ
   int64_t row_words;    // floats of one slice's sums of dS along rows, 0: not asked for
+  int64_t distances;    // and along diagonals
 
-  PackedQueries(const Problem& problem, int64_t rows, int64_t slices, bool row_sums)
+  PackedQueries(const Problem& problem, int64_t rows, int64_t slices, bool row_sums, int64_t distances)
       : capacity(rows),
         q_steps(steps_of<Unit>(problem.head_dim)),
         o_steps(steps_of<Unit>(problem.value_dim)),
@@ -22,7 +23,8 @@ struct PackedQueries {
         o_columns(round_up(problem.value_dim, W)),
         slices(slices),
         share_words(round_up(rows * q_columns, 16)),
-        row_words(row_sums ? round_up(rows, 16) : 0) {}
+        row_words(row_sums ? round_up(rows, 16) : 0),
+        distances(round_up(distances, 16)) {}
 
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
@@ -31,6 +33,7 @@ struct PackedQueries {
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
     float* row_sums;   // (slices, capacity) of dS, or nothing
+    float* distances;  // (slices, distances) of dS, or nothing
   };
   View view(Arena& arena) const {
     View v;
@@ -42,6 +45,7 @@ struct PackedQueries {
     v.delta = arena.take<float>(capacity);
     v.shares = arena.take<float>(slices * share_words);
     v.row_sums = arena.take<float>(slices * row_words);
+    v.distances = arena.take<float>(slices * distances);
     return v;
   }
 };

@@ -287,6 +287,7 @@ inline void check_no_options(const Checks& c, const AttentionParams& p) {
   c.require(p.dropped == 0, "dropped", "is not served");
   c.require(!p.grad_bias.data, "grad_bias", "is not served");
   c.require(!p.grad_row_bias.data, "grad_row_bias", "is not served");
+  c.require(!p.distances.data, "distances", "is not served");
 }
 inline void check_options(const Checks& c, const AttentionParams& p) {
   const int64_t heads = p.q.size[1];
@@ -306,6 +307,13 @@ inline void check_options(const Checks& c, const AttentionParams& p) {
     c.require(p.sink.data, "grad_sink", "goes with sink");
     c.strided("grad_sink", p.grad_sink, {1, p.q.size[0], heads, p.q.size[2]}, DType::f32);
   }
+  if (p.distances.data) {
+    const Size by_distance{1, 1, heads, p.q.size[2] + p.k.size[2] - 1};
+    c.require(!p.bias.data, "distances", "go without bias");
+    c.tensor("distances", p.distances, by_distance, DType::f32);
+    if (p.grad_distances.data) c.contiguous("grad_distances", p.grad_distances, by_distance, DType::f32);
+  }
+  c.require(p.distances.data || !p.grad_distances.data, "grad_distances", "goes with distances");
   if (p.grad_bias.data) {
     c.require(p.bias.data, "grad_bias", "goes with bias");
     const bool summed = p.grad_bias.dtype == DType::f32;

@@ -107,6 +107,8 @@ struct AttentionParams : MaskParams {
   Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
                  // below it
   Tensor bias;
+  Tensor distances;   // (Hq, Lq + Lk - 1) f32 in place of a bias: what key j of a sequence adds for row i at
+                      // j - (i + offset) + Lk - 1, offset from a row to the key on its diagonal
   Tensor tile_class;  // u8 by (block_q, block_k) tiles of dense, or of bias: 0 nothing attends, 1 everything, 2 mixed
   Tensor residual;    // of 16-bit outputs: what rounding took from out, which the backward adds again
   Tensor sink;        // softmax, (Hq,) f32: a score that takes a share of every row's weights and has no value
@@ -116,6 +118,7 @@ struct AttentionParams : MaskParams {
   // the bias's gradient, one of them. grad_bias: of a bias with a number for each key, as bias is broadcast; f32, zero
   // at first and summed in place, or of bias's dtype. grad_row_bias: (B, Hq, Lq) f32 of each row, to be summed
   Tensor grad_bias, grad_row_bias;
+  Tensor grad_distances;  // as distances, zero at first, each head apart
   double scale = 1, bias_value = 0;
   double softcap = 0;   // scores, before the bias, become softcap * tanh(score / softcap); 0: as they are
   int64_t dropped = 0;  // of 65536 weights, those that become 0; what is left is scaled up
@@ -127,10 +130,10 @@ struct AttentionParams : MaskParams {
   int64_t chunk_k = 512;                // decoding: keys of one task
   int64_t bias_parts = 1, bias_part = 0;  // sums of grad_bias, f32, to be added: how many, elements between them
   int32_t threads = 1;
-  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, tile_class, residual, sink, rng, grad_out, grad_lse,
-                     grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, scale, bias_value, softcap, dropped,
-                     score, default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, bias_parts, bias_part,
-                     threads)
+  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, distances, tile_class, residual, sink, rng, grad_out,
+                     grad_lse, grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, grad_distances, scale,
+                     bias_value, softcap, dropped, score, default_bias, block_q, block_k, pack_kib, decode_rows,
+                     chunk_k, bias_parts, bias_part, threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of

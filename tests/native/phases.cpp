@@ -56,7 +56,7 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
   const Sequence s = problem.sequence(0);
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel), groups = block_q / kRows;
   const double tile_vectors = double(block_q * block_k / W);
-  const PackedQueries<Unit> packed(problem, block_q, 1, false);
+  const PackedQueries<Unit> packed(problem, block_q, 1, false, 0);
   int n = 0;
   with_scratch(kSlot, [&](Arena& query_arena) {
     const auto queries = packed.view(query_arena);

@@ -4,6 +4,7 @@ from typing import Any, Literal, Never, overload
 
 import torch
 
+from ...bias import DistanceBias
 from ...masks import Mask, check_broadcast, check_mask, default_scale
 from ...runtime import checks as _checks
 from ...runtime import hints
@@ -22,7 +23,7 @@ def attention(
     *,
     score: str = "softmax",
     scale: float | torch.Tensor | None = None,
-    bias: float | torch.Tensor | None = None,
+    bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
     sink: float | torch.Tensor | None = None,
@@ -39,7 +40,7 @@ def attention(
     *,
     score: str = "softmax",
     scale: float | torch.Tensor | None = None,
-    bias: float | torch.Tensor | None = None,
+    bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
     sink: float | torch.Tensor | None = None,
@@ -55,7 +56,7 @@ def attention(
     *positional: Any,
     score: str = "softmax",
     scale: float | torch.Tensor | None = None,
-    bias: float | torch.Tensor | None = None,
+    bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
     sink: float | torch.Tensor | None = None,
@@ -78,7 +79,8 @@ def attention(
     scale: a number, default 1/sqrt(D), or a tensor of q's dtype or float32 broadcastable to (B, Hq, Lq, 1), with a gradient: a scale of
         each query, as log-n scaling and the temperatures of Llama 4 have it. q is multiplied by it and rounded to q's dtype before
         the scores are formed, as a model would do.
-    bias: added to the scaled scores: a number, or a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk). Default 0; for sigmoid
+    bias: added to the scaled scores: a number, a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk), or a `fastattn.DistanceBias`, a
+        table by distance (T5, ALiBi: `fastattn.bias`); tables and tensors may have a gradient. Default 0; for sigmoid
         -log(n), n the number of keys of the row's sequence (its document when packed, less the mask's padding).
     mask: a fastattn.Mask. By default every query attends every key.
     softcap: a number c above 0: scaled products become c * tanh(product / c) before the bias ("Gemma 2", arXiv 2408.00118).
@@ -143,7 +145,7 @@ def sigmoid_attention(
     v: torch.Tensor,
     *positional: Never,
     scale: float | torch.Tensor | None = None,
-    bias: float | torch.Tensor | None = None,
+    bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
     backend: str | None = None,
     **other: Never,
@@ -194,11 +196,26 @@ def _rng(op: str, rng: torch.Tensor | torch.Generator | None, q: torch.Tensor) -
 
 
 def _bias(
-    op: str, bias: float | torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, default: float | None
+    op: str,
+    bias: float | torch.Tensor | DistanceBias | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    default: float | None,
 ) -> tuple[torch.Tensor | None, float | None]:
-    """(tensor bias as (B or 1, H or 1, Lq or 1, Lk or 1), number). A number of None means the score's own default."""
+    """(tensor bias as (B or 1, H or 1, Lq or 1, Lk or 1) or of each distance, number). A number of None means the score's own default."""
     if bias is None:
         return None, default
+    if isinstance(bias, DistanceBias):
+        _checks.check_same_device(op, q=q, bias=bias.table)
+        if bias.table.dtype not in (q.dtype, statistics_dtype(q)) or bias.table.shape[0] not in (
+            1,
+            q.shape[1],
+        ):
+            given = _checks.describe(bias.table)
+            raise ValueError(
+                f"fastattn.{op}: a DistanceBias must have a table of q's dtype or float32 and of {q.shape[1]} heads or one, given {given}"
+            )
+        return bias.values(q.shape[2], k.shape[2]), 0.0
     if not isinstance(bias, torch.Tensor):
         return None, _checks.as_number(op, "bias", bias)
     _checks.check_floating(op, q=q, bias=bias)

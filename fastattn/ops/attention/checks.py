@@ -74,6 +74,19 @@ def check_scale(op: str, scale: float) -> None:
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {checks.describe(scale)}")
 
 
+def check_distances(op: str, bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+    """A bias of each distance, (Hq or 1, Lq + Lk - 1) of q's dtype or float32."""
+    shape = (q.shape[1], max(q.shape[2] + k.shape[2] - 1, 0))
+    dtypes = dict.fromkeys((q.dtype, checks.statistics_dtype(q)))
+    if bias.dtype not in dtypes or bias.shape[1] != shape[1] or bias.shape[0] not in (1, shape[0]):
+        allowed = " or ".join(str(t).removeprefix("torch.") for t in dtypes)
+        raise ValueError(
+            f"fastattn.{op}: a bias of each distance must be {allowed} of shape (Hq or 1, Lq + Lk - 1) = {shape}, "
+            f"given {checks.describe(bias)}"
+        )
+    checks.check_same_device(op, q=q, bias=bias)
+
+
 def _check_options(op: str, q, sink, score, softcap, dropped, rng) -> None:
     if sink is not None:
         if not BY_CODE[score].shifted:
@@ -102,7 +115,9 @@ def _check(op: str, q, k, v, bias, sink, score, scale, bias_value, softcap, drop
     check_qkv(op, q, k, v)
     if score not in BY_CODE:
         raise ValueError(f"fastattn.{op}: {BY_CODE.unknown(score)}")
-    if bias is not None:
+    if bias is not None and bias.dim() == 2:
+        check_distances(op, bias, q, k)
+    elif bias is not None:
         checks.check_floating(op, q=q, bias=bias)
         checks.check_tensor(op, "bias", bias, dims=4)
         masks.check_broadcast(op, "bias", bias, q, k)

@@ -146,6 +146,10 @@ def _call(
     **tensors,
 ) -> None:
     fields = mask_fields(q, k, mask)
+    own_default = BY_CODE[score].log_n_bias and bias_value is None and bias is None
+    if bias is not None and bias.dim() == 2:
+        fields["distances"] = bias.float().contiguous().expand(q.shape[1], -1) if bias.numel() else None
+        bias = None
     bias = _plane(bias, (*q.shape[:3], k.shape[2]))
     by_element = bias if mask.dense is None else fields["dense"]
     few = q.shape[2] < _LEAST_CLASSED_ROWS
@@ -167,7 +171,7 @@ def _call(
         score=score or None,
         scale=scale,
         bias_value=bias_value or None,
-        default_bias=int(BY_CODE[score].log_n_bias and bias_value is None and bias is None) or None,
+        default_bias=int(own_default) or None,
         threads=native.threads(),
         **fields,
         **config.values,

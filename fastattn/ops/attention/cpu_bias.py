@@ -18,9 +18,13 @@ class BiasGradient:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, config: Mapping[str, int]):
         self._bias = bias
         self._rows: torch.Tensor | None = None  # of each query, of a bias without a number for each key
+        if bias.dim() == 2:
+            self._sums = bias.new_zeros((q.shape[1], bias.shape[1]), dtype=torch.float32)
+            self.fields: dict = {"grad_distances": self._sums if bias.numel() else None}
+            return
         if bias.shape[3] == 1:
             self._rows = q.new_empty(q.shape[:3], dtype=torch.float32)
-            self.fields: dict = {"grad_row_bias": self._rows}
+            self.fields = {"grad_row_bias": self._rows}
             return
         parts, most = self._parts(q, k, config), config["pack_kib"] << 8
         summed = bias.dtype == torch.float32 or parts * bias.numel() <= most
@@ -40,6 +44,9 @@ class BiasGradient:
         return max(1, min(wanted, sharing, (config["pack_kib"] << 8) // max(bias.numel(), 1)))
 
     def gradient(self) -> torch.Tensor:
+        if self._bias.dim() == 2:
+            sums = self._sums if self._bias.shape[0] != 1 else self._sums.double().sum(0, keepdim=True)
+            return sums.to(self._bias.dtype)
         if self._rows is not None:
             shared = [dim for dim in range(3) if self._bias.shape[dim] == 1]
             rows = self._rows.double()

@@ -1,9 +1,15 @@
 """Typical calls of these ops."""
 
+from ...bias import DistanceBias
 from ...masks import Mask
 from ...runtime.examples import Example, Make
 from ..sdpa import scaled_dot_product_attention
 from . import attention, sigmoid_attention
+
+
+def by_distance(q, k, v, table, **options):
+    """attention with a bias by distance."""
+    return attention(q, k, v, bias=DistanceBias(table, 6), **options)
 
 
 def examples(make: Make) -> dict[str, Example]:
@@ -15,6 +21,7 @@ def examples(make: Make) -> dict[str, Example]:
     return {
         "attention": Example(attention, heads, causal | {"return_lse": True}),
         "attention, bias": Example(attention, heads | {"bias": make.normal(1, 4, L, L)}),
+        "attention, distances": Example(by_distance, heads | {"table": make.normal(4, 9)}, causal),
         "attention, decoding": Example(attention, heads | {"q": q[:, :, -1:].contiguous()}),
         "attention, sink, soft cap and dropout": Example(
             attention,

@@ -49,7 +49,7 @@ def _attention(
     if softcap is not None:
         s = softcap * _tanh(s / softcap)
     if bias is not None:
-        s = s + bias
+        s = s + (bias if bias.dim() == 4 else of_pairs(bias, lq, lk, mask).to(s.dtype))
     common = 0.0  # what is added to all of a row's scores alike: the weights of softmax do not have it
     if bias_value is not None and row.shifted and math.isfinite(bias_value):
         common = bias_value
@@ -87,6 +87,17 @@ def _attention(
         state[..., 1] -= share.detach().log()
     out = dropout(weight, dropped, rng).to(v.dtype) @ v
     return out, lse.to(_statistics(q.dtype)), state.to(_statistics(q.dtype))
+
+
+def of_pairs(bias: torch.Tensor, lq: int, lk: int, mask: masks.MaskArgs) -> torch.Tensor:
+    """A bias of each distance (Hq or 1, Lq + Lk - 1) as (B or 1, Hq or 1, Lq, Lk): that of key j for row i at j - diagonal + Lk - 1,
+    the diagonal as a causal mask has it, in their document when packed."""
+    _, i = masks.positions(mask.cu_seqlens_q, lq, bias.device)
+    _, j = masks.positions(mask.cu_seqlens_k, lk, bias.device)
+    diagonal = i + masks.diagonal_offset(lq, lk, bias.device, mask)  # (B or 1, Lq)
+    place = j - diagonal[..., None] + lk - 1
+    # pairs of two documents are beyond, and nobody's
+    return bias[:, place.clamp(0, max(bias.shape[1] - 1, 0))].movedim(0, 1)
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ class Call(NamedTuple):
     q: torch.Tensor  # (B, Hq, Lq, D)
     k: torch.Tensor  # (B, Hkv, Lk, D)
     v: torch.Tensor  # (B, Hkv, Lk, Dv)
-    bias: torch.Tensor | None  # (B or 1, Hq or 1, Lq or 1, Lk or 1)
+    bias: (
+        torch.Tensor | None
+    )  # (B or 1, Hq or 1, Lq or 1, Lk or 1), or of each distance (Hq or 1, Lq + Lk - 1): reference.of_pairs
     sink: torch.Tensor | None  # (Hq,) of q's dtype or float32
     score: int  # a code of scores.py
     scale: float

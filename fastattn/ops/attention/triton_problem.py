@@ -217,4 +217,6 @@ def refusal(q, k, v, bias=None, *_) -> str | None:
         return f"it serves head dims 1 to 256, not {q.shape[3]} and {v.shape[3]}"
     if max(q.shape[2], k.shape[2]) > _triton.LONGEST:
         return f"it serves at most {_triton.LONGEST} tokens"
+    if bias is not None and bias.dim() == 2:
+        return "it serves no distance table as bias"
     return _triton.refusal(q, k, v, bias)
