@@ -11,7 +11,9 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))  # not installed
 
 import _common
 import focus_retrofit
+import hierarchy
 import length_extrapolation
+import versatile_ffn
 import vq_head
 
 from fastattn.train.data import stdlib
@@ -29,6 +31,11 @@ STUDIES = {
     "vq_head": (vq_head, HRM_TEXT, {"vq_head_loss"}),
     "length_extrapolation": (length_extrapolation, DECODER, {"length_extrapolation"}),
     "focus_retrofit": (focus_retrofit, DECODER, {"focus_retrofit"}),
+    "hierarchy": (
+        hierarchy,
+        {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16},
+        {"hierarchy", "hierarchy_time"},
+    ),
 }
 
 
@@ -46,6 +53,8 @@ def small_text(monkeypatch):
     monkeypatch.setattr(length_extrapolation, "LENGTHS", (32, 64))
     monkeypatch.setattr(focus_retrofit, "LENGTH", 64)
     monkeypatch.setattr(focus_retrofit, "WINDOW", 4)
+    for name, value in {"PUZZLES": 8, "HELD_OUT": 4, "BATCH": 4, "SEEDS": 2, "POINTS": 2}.items():
+        monkeypatch.setattr(hierarchy, name, value)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -73,6 +82,13 @@ def test_the_kinds_of_attention_differ(tmp_path):
     torch.set_num_threads(threads)
     losses = [run["64"] for run in study.runs.values()]
     assert len(set(losses)) == len(losses) == 5
+
+
+def test_the_versatile_layer_trains(capsys):
+    threads = torch.get_num_threads()
+    losses = versatile_ffn.main(["--steps", "2", "--threads", "1"], {"width": 16, "heads": 2, "layers": 1})
+    torch.set_num_threads(threads)
+    assert set(losses) == {"Plain", "VersatileFFN"} and "after 2 steps" in capsys.readouterr().out
 
 
 def test_kept_pairs_are_those_that_grouped_attention_attends():
