@@ -82,12 +82,12 @@ def _refused():
     cuts = torch.tensor([0, 7, 3])
     yield (
         "sinkhorn",
-        (wide[..., :4], None, cuts, 0.1, 3, False),
+        (wide[..., :4], None, cuts, None, 0.1, 3, False),
         ValueError,
         "cu_seqlens must start at 0, not decrease",
     )
     cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
-    packed = (wide[..., :4], lengths, cuts, 0.1, 3, False)
+    packed = (wide[..., :4], lengths, cuts, None, 0.1, 3, False)
     yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
     plain = (None, None, 0, None)
     for score in (-1, 3, 2**40):
@@ -137,6 +137,16 @@ def _refused():
     yield "attention_backward", (out, None, *wrong), ValueError, "state must have shape"
     wrong = (*backward[:8], out, *backward[9:])
     yield "attention_backward", (out, None, *wrong), ValueError, "residual must have shape"
+    statistics = lse.new_ones(*lse.shape, 3)
+    lssar = (out, lse, q, q, q, out, statistics, 3.0, *mask)
+    yield "softplus_attention_backward", lssar, ValueError, "grad_lse must have shape"
+    groups = torch.ones(1, 4, dtype=torch.int64)
+    causal = (True, *mask[1:])
+    grouped = (out, lse[:, :1], q, q, q, out, state, groups, groups, 2, 1.0, *causal)
+    yield "grouped_attention_backward", grouped, ValueError, "grad_lse must have shape"
+    gates = (torch.ones(1, 4, 3), torch.tensor(1.0))
+    gated = (out, lse[:, :1], q, q, q, *gates, out, state, 2, 0, 1.0, *causal)
+    yield "gated_attention_backward", gated, ValueError, "grad_lse must have shape"
     yield "vq_argmax", (h, h, codes, None), ValueError, r"codes must lie in \[0, 3\), given 9 at position 3"
     loss = (torch.ones(()), h, h, codes[:3], None, None, target, torch.ones(2, 3), -100, "mean", 3)
     yield "vq_cross_entropy_backward", loss, ValueError, r"target must lie in \[0, 3\) or -100, given 3"
