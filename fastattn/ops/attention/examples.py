@@ -1,5 +1,7 @@
 """Typical calls of these ops."""
 
+import torch
+
 from ...bias import DistanceBias
 from ...masks import Mask
 from ...runtime.examples import Example, Make
@@ -7,9 +9,17 @@ from ..sdpa import scaled_dot_product_attention
 from . import attention, sigmoid_attention
 
 
-def by_distance(q, k, v, table, **options):
+def by_distance(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    mask: Mask | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """attention with a bias by distance."""
-    return attention(q, k, v, bias=DistanceBias(table, 6), **options)
+    return attention(q, k, v, bias=DistanceBias(table, 6), mask=mask, backend=backend)
 
 
 def examples(make: Make) -> dict[str, Example]:
