@@ -26,6 +26,7 @@ PAGES = {
         "fastattn",
         (
             *("attention", "sigmoid_attention", "lssa_attention", "scaled_dot_product_attention", "Mask"),
+            "DistanceBias",
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),
         ),
     ),
@@ -46,6 +47,7 @@ PAGES = {
 }
 # every public name of these modules
 WHOLE = {
+    "api/bias.md": ("Biases by distance", ("fastattn.bias",)),
     "api/modules.md": ("Modules and models", ("fastattn.nn", "fastattn.models")),
     "api/more.md": (
         "Optimizers, processes, integrations",

@@ -1,6 +1,7 @@
 """Files of instructions and responses as people have them."""
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ ROWS = [
     {"instruction": "What is a list?", "response": "A mutable\nsequence, é."},
     {"instruction": "a", "response": "b"},
 ]
+zipped = functools.partial(gzip.compress, mtime=0)  # the same bytes in every process, which names the tests
 EXAMPLES = [Example(row["instruction"], row["response"]) for row in ROWS]
 
 
@@ -42,9 +44,9 @@ def table(delimiter):
         ("data.csv", table(",")),
         ("bom.csv", b"\xef\xbb\xbf" + table(",")),
         ("data.tsv", table("\t")),
-        ("data.jsonl.gz", gzip.compress(lines())),
-        ("data.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
-        ("data.csv.gz", gzip.compress(table(","))),
+        ("data.jsonl.gz", zipped(lines())),
+        ("data.JSON.GZ", zipped(json.dumps(ROWS).encode())),
+        ("data.csv.gz", zipped(table(","))),
     ],
 )
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, name, content):
@@ -159,7 +161,7 @@ def test_empty_responses_are_counted(tmp_path):
             b"[{},\n{]",
             "not JSON: Expecting property name enclosed in double quotes (line 2, column 2)",
         ),
-        ("data.jsonl.gz", gzip.compress(lines())[:-9], "data.jsonl.gz: not whole or not gzip"),
+        ("data.jsonl.gz", zipped(lines())[:-9], "data.jsonl.gz: not whole or not gzip"),
         ("data.jsonl.gz", lines(), "data.jsonl.gz: not whole or not gzip"),
     ],
 )
