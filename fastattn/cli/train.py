@@ -172,11 +172,6 @@ def train(
         raise ValueError(f"--model is {model!r}; it must be hrm-text or hrm")
     from fastattn.cli import _resume
 
-    _check_data(data, model)
-    if output is None:
-        raise ValueError(
-            "--output is missing: a folder for the model and its report, such as --output runs/first"
-        )
     for name in (*_HRM_ONLY, *_PUZZLE_VECTORS) if model == "hrm-text" else _TEXT_ONLY:
         if _resume.given_by_user(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --model {model}")
@@ -198,6 +193,11 @@ def train(
         for name in others if value is not None else ():
             if _resume.given_by_user(context, name):
                 raise ValueError(f"--{name.replace('_', '-')} is not for {option}")
+    _check_data(data, model)
+    if output is None:
+        raise ValueError(
+            "--output is missing: a folder for the model and its report, such as --output runs/first"
+        )
     import torch
 
     from fastattn.cli import _run
@@ -353,7 +353,9 @@ def _check_data(data: str, model: str) -> None:
                 f"--data {data} is for HRM: fastattn train --model hrm --data {data} --output DIR"
             )
     elif not Path(data).exists():
-        raise FileNotFoundError(f"{data}: no such file{did_you_mean(data, _SUDOKU, '--model hrm --data {}')}")
+        meant = did_you_mean(data, _SUDOKU, "--model hrm --data {}")
+        if meant or model == "hrm-text":  # what a folder of puzzles lacks is said where it is read
+            raise FileNotFoundError(f"{data}: no such file{meant}")
 
 
 def _leave(finished: bool) -> None:

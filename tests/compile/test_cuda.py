@@ -56,7 +56,7 @@ def test_backends_say_why_not():
             "linear_cross_entropy",
             (h, weight, None, target, *[None] * 2, 0, *[0.0] * 3, -100, "mean", False, 0),
         ),
-        ("sinkhorn", (torch.ones(1, 4, 2), None, None, 0.1, 3, False)),
+        ("sinkhorn", (torch.ones(1, 4, 2), None, None, None, 0.1, 3, False)),
     ):
         backend = next(b for b in OPS[op].backends if b.name == "cuda")
         if not torch.cuda.is_available():

@@ -25,7 +25,7 @@ def test_options_are_within_the_error_budget(score, data, bias):
         check("triton", score, torch.float32, problem, data.draw(options(score)), bias=bias)
 
 
-@pytest.mark.parametrize("dims", itertools.product((False, True), repeat=4))
+@pytest.mark.parametrize("dims", tuple(itertools.product((False, True), repeat=4)))
 @settings(max_examples=2)
 @given(data=st.data(), score=st.sampled_from(SCORES))
 def test_biases_of_every_shape_have_a_gradient(dims, data, score):

@@ -146,7 +146,8 @@ def _rotate(
     x, out, heads, half, left_angle, right_angle, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
     """All heads of one token rotated from x to out: halves, or pairs, whose first has the (cos, sin) of left_angle."""
-    (cos, sin), (cos2, sin2) = left_angle, right_angle
+    cos, sin = left_angle
+    cos2, sin2 = right_angle
     at = tl.arange(0, BLOCK_D)
     place, second = at, half
     if INTERLEAVED:
