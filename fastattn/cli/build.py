@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from fastattn.cli._console import flag
+
 _OUTPUT = typer.Option(help="Folder to write, for `fastattn train --model hrm --data`.")
 _CSV = typer.Argument(help="Folder of train.csv and test.csv.")
 _SAMPLE = typer.Option(help="Training puzzles to draw. Default: all.")
@@ -56,9 +58,7 @@ def maze(
     source: Annotated[Path, _CSV],
     output: Annotated[Path, _OUTPUT],
     sample: Annotated[int | None, _SAMPLE] = None,
-    symmetries: Annotated[
-        bool, typer.Option("--symmetries", help="All eight images of each training maze.")
-    ] = False,
+    symmetries: Annotated[bool, flag("--symmetries", "All eight images of each training maze.")] = False,
     seed: Annotated[int, _SEED] = 0,
 ) -> None:
     """Mazes: # for a wall, a space, S, G, and o for the answer's path."""
