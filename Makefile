@@ -163,7 +163,7 @@ wheel:
 
 docs: setup-test
 	@$(PIP) install -qq $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
-	@$(BIN)/python -P -m mkdocs build -q --strict; echo "== docs: build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -P -m mkdocs build -q --strict; echo "== docs: build/site/index.html"
 
 lint: setup-test
 	@echo "== lint"
