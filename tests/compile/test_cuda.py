@@ -92,8 +92,11 @@ def run_time_options() -> list[str]:
 
 
 NVRTC = packages("lib*/libnvrtc.so*")
+# cooperative_groups.h includes it; PyPI's torch comes with NVRTC and without CCCL
+CCCL = [option for option in run_time_options() if Path(option.removeprefix("-I"), "nv/target").exists()]
 needs_nvrtc = pytest.mark.skipif(
-    not NVRTC or not packages("include/cooperative_groups.h"), reason="NVRTC or its headers are not installed"
+    not NVRTC or not packages("include/cooperative_groups.h") or not CCCL,
+    reason="NVRTC, its headers or CCCL's are not installed",
 )
 
 
