@@ -19,6 +19,7 @@ from .runtime.checks import (
     traced,
 )
 from .runtime.schema import Size
+from .runtime.torch_private import transformed
 
 
 class MaskArgs(NamedTuple):
@@ -198,7 +199,8 @@ class Mask:
                     None if t is None else t.to(q.device)
                     for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
                 )
-            if not traced() and _lasting(tensors):
+            # a tensor made inside a transform of torch.func is that transform's, and has no storage after it
+            if not traced() and not transformed() and _lasting(tensors):
                 self._on_device[q.device] = tensors
         prefix, offsets_q, offsets_k, lengths = tensors
         dense = self.dense

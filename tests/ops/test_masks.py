@@ -421,3 +421,18 @@ def test_aligned_key_lengths_compile():
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for lengths in (ints(12, 5), ints(7, 0)):
         assert torch.equal(compiled(q, k, v, lengths), call(q, k, v, lengths))
+
+
+def test_a_mask_first_used_inside_a_transform_serves_calls_after_it():
+    q = torch.randn(1, 2, 5, 4)
+    for mask in (
+        fa.Mask(prefix_lengths=ints(3)),
+        fa.Mask(causal=True, key_lengths=ints(4), align="key_lengths"),
+        fa.Mask(cu_seqlens_q=ints(0, 2, 5)),
+    ):
+        inside = torch.func.grad(lambda t, mask=mask: fa.attention(q, q, q, mask=mask).sum() * t)(
+            torch.tensor(1.0)
+        )
+        vmapped = torch.vmap(lambda x, mask=mask: fa.attention(x, x, x, mask=mask))(q[None])
+        out = fa.attention(q, q, q, mask=mask)
+        assert torch.equal(vmapped[0], out) and torch.equal(inside, out.sum())
