@@ -15,12 +15,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastattn.runtime import tuning
 from fastattn.runtime.device import Target
+from fastattn.runtime.hints import did_you_mean
 from fastattn.runtime.tuning import Declaration, Value
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def with_fields(workload: Workload, given: Mapping[str, Any], target: Target, co
     first = dict(shapes[0])
     for name, value in given.items():
         if name not in first:
-            near = get_close_matches(name, first, n=1)
-            mean = f"; did you mean {near[0]}?" if near else ""
+            mean = did_you_mean(name, first)
             raise ValueError(
                 f"{command}: {workload.name} has no field {name!r}; it has {', '.join(first)}{mean}"
             )
@@ -174,8 +173,7 @@ def check_field(name: str, value: Any, usual: Any, command: str = "tune") -> Non
     else:
         wanted, good = f"a name such as {usual}", isinstance(value, str)
     if not good:
-        near = get_close_matches(str(value), DTYPES, n=1) if name == "dtype" else []
-        mean = f"; did you mean {near[0]}?" if near else ""
+        mean = did_you_mean(str(value), DTYPES) if name == "dtype" else ""
         raise ValueError(f"{command}: {name} is {value!r}, expected {wanted}{mean}")
 
 

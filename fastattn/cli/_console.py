@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -26,12 +25,6 @@ def flag(name: str, help: str, **options: object) -> Any:
     import typer
 
     return typer.Option(name, help=help, metavar="", **options)
-
-
-def did_you_mean(given: str, known: Iterable[str], how: str = "{}") -> str:
-    """ "; did you mean X?", X as `how` writes it, where a known name is near; else ""."""
-    near = get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {how.format(near[0])}?" if near else ""
 
 
 def busy(cores: int) -> str:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fastattn.cli._console import did_you_mean, flag
+from fastattn.cli._console import flag
+from fastattn.runtime.hints import did_you_mean
 
 _SUDOKU = ("sudoku", "sudoku-4x4", "sudoku-9x9")
 _TEXT_ONLY = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .hints import near_name
+from .hints import did_you_mean
 from .registry import Backend, Op, explaining
 from .tuning import Choice
 
@@ -68,7 +68,7 @@ def _first_call(
         op_name = getattr(op_name, "__name__", "")
     function = getattr(fastattn, op_name, None) if isinstance(op_name, str) else None
     if not callable(function) or op_name.startswith("_") or isinstance(function, type):
-        near = near_name(op_name, fastattn.__all__) if isinstance(op_name, str) else ""
+        near = did_you_mean(op_name, fastattn.__all__, "{!r}") if isinstance(op_name, str) else ""
         raise ValueError(f"fastattn.explain: op_name must name a fastattn op, given {given!r}{near}")
     with torch.no_grad(), collecting() as calls:
         function(*args, **kwargs)

@@ -58,10 +58,10 @@ def refuse(op: str, function: Callable[..., Any], positional: tuple, keywords: M
     raise TypeError(f"fastattn.{op}: no argument {name!r}; {advice}")
 
 
-def near_name(given: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" where a known name is near, else ""."""
+def did_you_mean(given: str, known: Iterable[str], how: str = "{}") -> str:
+    """ "; did you mean X?", X as `how` writes it, where a known name is near; else ""."""
     near = get_close_matches(given, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {how.format(near[0])}?" if near else ""
 
 
 MANY_HEADS = 256  # no model has so many
