@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <string>
 #include <type_traits>
@@ -232,6 +233,9 @@ PYBIND11_MODULE(_core, m) {
 #define LIMIT(name, value) limits.attr(#name) = value;
   FASTATTN_LIMITS
 #undef LIMIT
+  py::tuple score_ops(std::size(kScoreOps));  // names, in the order of their codes
+  for (size_t i = 0; i < std::size(kScoreOps); i++) score_ops[i] = py::str(kScoreOps[i].name);
+  m.attr("score_ops") = score_ops;
 
   static PyMethodDef run = {"run", (PyCFunction)(void (*)(void))run_kernel, METH_VARARGS | METH_KEYWORDS,
                             "run(kernel, /, **fields): tensors by reference, None left absent."};

@@ -4,8 +4,8 @@
 // summed in order.
 #pragma once
 
-#include "attention_bias.h"
 #include "attention_queries.h"
+#include "attention_tables.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -31,6 +31,7 @@ struct BackwardBlock {
   float* cap_slopes;                 // (row) of the soft cap, for one row
   RowRanges ranges;
   BiasBlock bias;
+  TableGradients tables;
 
   static int64_t padded_row(int64_t block_k) { return round_up(block_k, 2 * kRows); }
   // Where weights and slopes have the first row of group g.
@@ -58,7 +59,8 @@ struct BackwardBlock {
         slopes(apart ? arena.take<float>(kStrip * kRows * row) : weights),
         cap_slopes(arena.take<float>(problem.p.softcap > 0 ? row : 0)),
         ranges(block_q, arena),
-        bias(problem, units, packed.capacity, row, packed.row_words > 0, arena) {}
+        bias(problem, units, packed.capacity, row, packed.row_words > 0, arena),
+        tables(problem, row, arena) {}
 
   // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
   void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice,
@@ -104,16 +106,17 @@ struct BackwardBlock {
             const typename Queries::View& queries, int64_t slice, const BiasSums& sums) {
     const AttentionParams& p = problem.p;
     const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, m / block_q, n / block_k, 1);
-    const int kind = classes ? *classes : p.dense.data ? 2 : 1;
+    const int kind = classes ? *classes : problem.kind();
     if (kind == 0) return;
     ranges.fill(s, m, rows);
-    const Tile tile{s, head, m, rows, n, there, queries, kind == 2, Score::kMaximum && decodes(problem, s)};
+    const ScoreMachine& machine = problem.machine(kind == 2);
+    const Tile tile{s, head, m, rows, n, there, queries, machine, kind == 2, Score::kMaximum && decodes(problem, s)};
     const int64_t groups = (rows + kRows - 1) / kRows;
     bias.begin_tile();
     for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
       const int64_t end = min64(groups, g + kStrip);
       make_weights(tile, g, end);
-      if (bias.on)
+      if (bias.on || tile.sloped())
         make_slopes<true, true>(tile, g, end);
       else if (problem.dropout.on())
         make_slopes<true, false>(tile, g, end);
@@ -121,8 +124,13 @@ struct BackwardBlock {
         make_slopes<false, false>(tile, g, end);
       for (int64_t i = g; i < end && bias.on; i++) {
         const Columns columns(ranges, i, n, there);
+        const int64_t count = min64(kRows, rows - i * kRows);
+        if (tables.on) {
+          tables.add(machine.program, bias.ds, i, columns, count, there, s.k_begin + n);
+          continue;
+        }
         float* row_sums = queries.row_sums + slice * packed.row_words;
-        bias.add(sums, row_sums, i, columns, m + i * kRows, min64(kRows, rows - i * kRows), there);
+        bias.add(sums, row_sums, i, columns, m + i * kRows, count, there);
       }
     }
     bias.end_tile(sums, there);
@@ -137,8 +145,10 @@ struct BackwardBlock {
     const Sequence& s;
     int64_t head, m, rows, n, there;
     const typename Queries::View& queries;
-    bool mixed;    // the dense mask counts
-    bool decoded;  // the forward was: its order of sums counts
+    const ScoreMachine& machine;  // its score program, if there is one
+    bool mixed;                   // the dense mask counts
+    bool decoded;                 // the forward was: its order of sums counts
+    bool sloped() const { return machine.on() && machine.has_slope; }
     int64_t used() const { return round_up(there, kPanel); }
   };
 
@@ -214,11 +224,12 @@ struct BackwardBlock {
   }
 
   // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys. kDropped: where a slope is
-  // negative its weight was dropped, and the others' share of dP is scaled up. kBias: kept for the bias too, before
-  // what is the soft cap's.
-  template <bool kDropped, bool kBias>
+  // negative its weight was dropped, and the others' share of dP is scaled up. kKept: kept for the bias too, before
+  // what is the soft cap's or the score program's.
+  template <bool kDropped, bool kKept>
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
     const float scale_left = problem.dropout.scale;
+    const bool keeps = kKept && bias.on, sloped = kKept && (problem.p.softcap > 0 || t.sloped());
     const Word* grad = t.queries.grad_rows + t.m * packed.o_steps;
     for (int64_t j = 0; j < t.there; j += kPanel)
       for (int64_t g = begin; g < end; g++) {
@@ -228,7 +239,7 @@ struct BackwardBlock {
         }
         const float* slope = slopes + slope_row(g) * row + j;
         const float* delta = t.queries.delta + t.m + g * kRows;
-        const int64_t kept = kBias ? BiasBlock::strip_row(g) * row + j : 0;
+        const int64_t kept = kKept ? BiasBlock::strip_row(g) * row + j : 0;
         product_block<Unit>(
             grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
             [&](vf(&x)[kRows][kVecs]) {
@@ -241,9 +252,10 @@ struct BackwardBlock {
                     x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
                   else
                     x[i][v] = slopes * (x[i][v] - delta[i]);
-                  if (kBias) {
-                    store(bias.ds + kept + i * row + v * W, x[i][v]);
-                    if (problem.p.softcap > 0) x[i][v] *= load(bias.cap_slopes + kept + i * row + v * W);
+                  if (keeps) store(bias.ds + kept + i * row + v * W, x[i][v]);
+                  if (sloped) {  // the slope of a score that is not attended may be anything
+                    const vf of_score = load(bias.cap_slopes + kept + i * row + v * W);
+                    x[i][v] = select(x[i][v] == 0.0f, x[i][v], x[i][v] * of_score);
                   }
                   if (!kPairs) store((float*)grads + (g * kRows + i) * row + j + v * W, x[i][v]);
                   if (kPairs && v % 2 == 1)
@@ -289,6 +301,7 @@ struct BackwardBlock {
     ScoreRow constants = Score::constants(s.bias);
     if (t.decoded) decoded_products(t, g * kRows, min64(t.rows, (g + 1) * kRows));
     const Columns columns(ranges, g, t.n, t.there);
+    if (t.machine.on() && !columns.empty()) run_program(t, g, columns);
     for (int64_t i = g * kRows; i < (g + 1) * kRows; i++) {
       float* x = weights + (weight_row(g) + i - g * kRows) * row;
       float* slope = slopes + (slope_row(g) + i - g * kRows) * row;
@@ -299,14 +312,15 @@ struct BackwardBlock {
       }
       const float statistic = t.queries.statistic[t.m + i];
       const bool limit = Score::kLimit && statistic < 0;
-      if (limit) decoded_products(t, i, i + 1);
+      if (limit && !t.machine.on()) decoded_products(t, i, i + 1);
       for (float* to : {x, slope}) {
         memset(to, 0, size_t(columns.begin) * 4);
         memset(to + columns.end, 0, size_t(used - columns.end) * 4);
       }
       float* const own_slopes =
           bias.on ? bias.cap_slopes + BiasBlock::strip_row(i / kRows, i % kRows) * row : cap_slopes;
-      const float c = make_scores(problem, s, t.head, t.m + i, t.n, columns, t.there, x, own_slopes);
+      const float c = t.machine.on() ? exponent_of(problem)
+                                     : make_scores(problem, s, t.head, t.m + i, t.n, columns, t.there, x, own_slopes);
       if (Score::kMaximum) constants.shift = shift_of(x, columns, *row_state(p.state, s, t.head, t.m + i), c);
       if (Score::kNormalised && !Score::kMaximum) constants.factor = statistic;
       const RowMask mask(p, s, ranges, t.head, t.m + i, i, t.n, t.there, t.mixed);
@@ -340,6 +354,17 @@ struct BackwardBlock {
           const float* from = weights + (weight_row(g) + i) * row + j;
           store_words(weights_t, g, j, i, 0, load(from), load(from + row));
         }
+  }
+  // Scores of a group by its program, and what is kept of them.
+  void run_program(const Tile& t, int64_t g, const Columns& columns) {
+    const int64_t count = min64(kRows, t.rows - g * kRows);
+    for (int64_t i = g * kRows; i < g * kRows + count && Score::kLimit; i++)
+      if (t.queries.statistic[t.m + i] < 0) decoded_products(t, i, i + 1);
+    ScoreRows rows =
+        program_rows(problem, t.s, t.head, t.m + g * kRows, count, t.n, columns, weights + weight_row(g) * row, row);
+    if (t.machine.has_slope) rows.slopes = bias.cap_slopes + BiasBlock::strip_row(g) * row + columns.begin;
+    if (tables.on) rows.loads = tables.kept(g) + columns.begin, rows.apart = tables.apart;
+    t.machine.run(rows);
   }
   template <bool kMasked>
   FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,
@@ -457,9 +482,11 @@ static void backward_tiled(const AttentionParams& p) {
     });
   };
   // the key blocks of one slice, each against a unit's members [first, first + count), packed from `slot` on
-  const auto run = [&](int64_t unit, int64_t first, int64_t count, int64_t slice, int64_t slot, int thread) {
+  const auto run = [&](int64_t unit, int64_t first, int64_t count, int64_t slice, int64_t slot, int thread,
+                       int64_t copy) {
     Arena arena = memory[thread];
     BackwardBlock<Unit, Score> block(problem, packed, together, block_q, block_k, arena);
+    block.tables.copy = copy;
     const int64_t one = together.pair(unit, 0);
     const Sequence s = problem.sequence(one / problem.kv_heads);
     for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k) {
@@ -491,12 +518,20 @@ static void backward_tiled(const AttentionParams& p) {
     });
   };
 
+  // f(task, thread, copy): where gradients of tables are summed in copies, each has its tasks, in order
+  const int64_t copies = p.grad_tables.data ? p.grad_tables.size[2] : INT64_MAX;
+  const auto over_tasks = [&](int64_t count, const auto& f) {
+    parallel_items(min64(count, copies), p.threads, [&](int64_t copy, int thread) {
+      for (int64_t task = copy; task < count; task += min64(count, copies)) f(task, thread, copy);
+    });
+  };
+
   const int64_t pair_blocks = problem.group * blocks;
   if (small) {
-    parallel_items(units, p.threads, [&](int64_t unit, int thread) {
+    over_tasks(units, [&](int64_t unit, int thread, int64_t copy) {
       const int64_t pair = together.pair(unit, 0);
       for (int64_t i = 0; i < pair_blocks; i++) pack(pair, i, thread);
-      run(unit, 0, 1, 0, thread, thread);
+      run(unit, 0, 1, 0, thread, thread, copy);
       for (int64_t i = 0; i < pair_blocks; i++) sum_shares(pair, i, thread);
     });
     return;
@@ -511,8 +546,8 @@ static void backward_tiled(const AttentionParams& p) {
         });
       };
       over_rows(pack);
-      parallel_items(count * slices, p.threads, [&](int64_t task, int thread) {
-        run(begin + task / slices, first, there, task % slices, task / slices * there, thread);
+      over_tasks(count * slices, [&](int64_t task, int thread, int64_t copy) {
+        run(begin + task / slices, first, there, task % slices, task / slices * there, thread, copy);
       });
       over_rows(sum_shares);
       // a head's sums along diagonals, sequence by sequence

@@ -71,11 +71,11 @@ struct BiasBlock {
   const Problem& problem;
   int64_t row, rows;    // floats between rows of a tile; rows of a panel
   bool by_key, by_row;  // the gradient has a number for each key; for each row too
-  bool on;
-  int64_t heads;       // panels
-  float *panel, *ds;   // (heads, rows, row); (kStrip * kRows, row)
-  float* cap_slopes;   // (kStrip * kRows, row), of the soft cap
-  float* columns_sum;  // (row), of one tile's rows
+  bool on;              // dS is kept: for the bias, or for what a score program loads
+  int64_t heads;        // panels
+  float *panel, *ds;    // (heads, rows, row); (kStrip * kRows, row)
+  float* cap_slopes;    // (kStrip * kRows, row), of the soft cap or a score program
+  float* columns_sum;   // (row), of one tile's rows
 
   BiasBlock(const Problem& problem, const BiasUnits& units, int64_t capacity, int64_t row, bool row_sums, Arena& arena)
       : problem(problem), row(row) {
@@ -83,12 +83,13 @@ struct BiasBlock {
     const bool by_distance = problem.p.grad_distances.data;
     by_key = to.data || by_distance;
     by_row = by_distance || (by_key && (to.stride[2] != 0 || to.size[2] == 1));
-    on = by_key || row_sums;
+    on = by_key || row_sums || problem.p.grad_tables.data;
     heads = units.by_head ? problem.group : 1;
     rows = by_row ? capacity : 1;
     panel = arena.take<float>(units.rounds ? heads * rows * row : 0);
     ds = arena.take<float>(on ? kStrip * kRows * row : 0);
-    cap_slopes = arena.take<float>(on && problem.p.softcap > 0 ? kStrip * kRows * row : 0);
+    const bool sloped = problem.program.on() || (on && problem.p.softcap > 0);
+    cap_slopes = arena.take<float>(sloped ? kStrip * kRows * row : 0);
     columns_sum = arena.take<float>(by_key && !by_row ? row : 0);
   }
   static int64_t strip_row(int64_t g, int64_t i = 0) { return g % kStrip * kRows + i; }

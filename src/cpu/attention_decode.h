@@ -132,7 +132,8 @@ struct DecodeChunk {
     const int64_t head = kv_head * problem.group + r / s.q_length, i = r % s.q_length;
     float* x = scores + r * kTile;
     const Columns columns{0, round_up(keys, W)};
-    const float c = make_scores(problem, s, head, i, n, columns, keys, x);
+    if (problem.program.on()) run_by_class(problem, s, head, i, n, columns, x);
+    const float c = problem.program.on() ? exponent_of(problem) : make_scores(problem, s, head, i, n, columns, keys, x);
     const RowMask mask(p, s, ranges, head, i, r, n, keys, p.dense.data);
     ScoreRow constants = Score::constants(s.bias);
     if (Score::kMaximum) {
@@ -239,7 +240,10 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
     const Matrix k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n),
                  v = matrix(p.v, s.batch, head / problem.group, s.k_begin + n);
     for (int64_t j = 0; j < kTile; j++) x[j] = j < keys ? dot_rows(q, 0, k, j, problem.head_dim) * problem.sign : 0.0f;
-    make_scores(problem, s, head, row, n, columns, keys, x);
+    if (problem.program.on())
+      run_by_class(problem, s, head, row, n, columns, x);
+    else
+      make_scores(problem, s, head, row, n, columns, keys, x);
     const RowMask mask(p, s, ranges, head, row, 0, n, keys, p.dense.data);
     vf highest = splat(-__builtin_inff());
     for (int64_t j = 0; j < columns.end; j += W) {

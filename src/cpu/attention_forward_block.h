@@ -92,7 +92,7 @@ struct ForwardBlock {
     const ScoreRow constants = Score::constants(s.bias);
     const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, first / block_q, 0, 1);
     for (int64_t n = ranges.begin / block_k * block_k; n < ranges.end; n += block_k) {
-      const int kind = classes ? classes[n / block_k] : p.dense.data ? 2 : 1;
+      const int kind = classes ? classes[n / block_k] : problem.kind();
       if (kind == 0) continue;
       for (int64_t g = 0; g < groups; g++) added[g] = n;
       const bool direct = kind == 1 && !problem.has_bias() && !problem.dropout.on();
@@ -241,9 +241,16 @@ struct ForwardBlock {
   void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t begin, int64_t rows, int64_t n,
                   const ScoreRow& constants, bool mixed) {
     const int64_t there = min64(block_k, s.keys - n);
-    for (int64_t i = begin; i < rows; i++) {
-      const Columns columns(ranges, i / kRows, n, there);
-      if (!columns.empty()) weigh_columns(s, head, first, i, n, columns, constants, mixed);
+    const ScoreMachine& machine = problem.machine(mixed);
+    for (int64_t g = begin; g < rows; g += kRows) {
+      const Columns columns(ranges, g / kRows, n, there);
+      if (columns.empty()) continue;
+      const int64_t end = min64(rows, g + kRows);
+      if (machine.on())
+        machine.run(program_rows(problem, s, head, first + g, end - g, n, columns, scores + g * block_k, block_k));
+      for (int64_t i = g; i < end; i++)
+        weigh_columns(s, head, first, i, n, columns, constants, mixed,
+                      machine.on() ? Formed::scores : Formed::products);
     }
   }
 

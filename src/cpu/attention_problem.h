@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "parallel.h"
 #include "attention_score.h"
+#include "score_machine.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -26,6 +27,7 @@ struct Problem {
   float c;            // size * log2(e)
   float sign;         // of the scale, or 0
   Dropout dropout;
+  ScoreMachine program, masked_program;
 
   explicit Problem(const AttentionParams& params) : p(params), dropout(params) {
     heads = p.q.size[1];
@@ -38,10 +40,17 @@ struct Problem {
     sign = p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f;
     size = p.scale == 0 ? 1.0f : (float)__builtin_fabs(p.scale);
     c = p.scale == 0 ? 1.0f : (float)(__builtin_fabs(p.scale) * 1.4426950408889634);
+    if (p.program.data) program.prepare(p, p.program, p.grad_out.data);
+    if (p.masked_program.data) masked_program.prepare(p, p.masked_program, p.grad_out.data);
   }
 
-  bool has_bias() const { return p.bias.data || p.distances.data; }
-  // Whether scores are formed in base e before they are weighed: a soft cap or a tensor bias needs them so.
+  // What is added to scores, or a program in place of it.
+  bool has_bias() const { return p.bias.data || p.distances.data || program.on(); }
+  // The program of a tile, if there is one.
+  const ScoreMachine& machine(bool mixed) const { return mixed && masked_program.on() ? masked_program : program; }
+  // A tile's class where no table of classes has it.
+  int kind() const { return p.dense.data || p.masked_program.data ? 2 : 1; }
+  // Whether scores are formed in base e before they are weighed: a soft cap, a tensor bias or a program needs them so.
   bool in_base_e() const { return has_bias() || p.softcap > 0; }
   // Whether nothing but the scale stands between products and weights, which may then be formed in registers.
   bool direct() const { return !in_base_e() && !dropout.on(); }
@@ -173,8 +182,34 @@ FASTATTN_NOINLINE void store_residual(Matrix to, const float* from, int64_t colu
 // What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e.
 FASTATTN_INLINE float exponent_of(const Problem& problem) { return problem.in_base_e() ? kLog2E : problem.c; }
 
+// Rows of products, `count` from `row` of a sequence on, for the program of their tile: x has those of its columns, its
+// keys from `n` on, rows `stride` apart. What is kept of them begins at the same column.
+FASTATTN_INLINE ScoreRows program_rows(const Problem& problem, const Sequence& s, int64_t head, int64_t row,
+                                       int64_t count, int64_t n, const Columns& columns, float* x, int64_t stride) {
+  const int64_t begin = columns.begin;
+  return {s.batch,   head,   s.q_begin + row, s.k_begin + n + begin, count, columns.end - begin,
+          x + begin, stride, problem.size};
+}
+
+// The same of one row by the classes of the tiles that its columns are in, which those that decode do not go by.
+FASTATTN_NOINLINE void run_by_class(const Problem& problem, const Sequence& s, int64_t head, int64_t row, int64_t n,
+                                    const Columns& columns, float* x) {
+  const AttentionParams& p = problem.p;
+  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  for (int64_t j = columns.begin, end; j < columns.end; j = end) {
+    end = p.tile_class.data ? min64(columns.end, (n + j) / block_k * block_k + block_k - n) : columns.end;
+    const uint8_t* of_tile = (const uint8_t*)plane(p.tile_class, s.batch, head, row / block_q, (n + j) / block_k, 1);
+    const int kind = of_tile ? *of_tile : problem.kind();
+    if (kind == 0)
+      for (int64_t i = j; i < end; i += W) store(x + i, splat(-__builtin_inff()));
+    else
+      problem.machine(kind == 2).run(program_rows(problem, s, head, row, 1, n, Columns(j, end), x, 0));
+  }
+}
+
 // Products of row `row` of a sequence, in place, to scores: x has those of the tile's columns, its keys from `n` on.
-// Returns what multiplies them. slope: of the soft cap, as cap_scores gives it.
+// Returns what multiplies them. slope: of the soft cap, as cap_scores gives it. Not those of a program, which has a
+// tile's rows together.
 FASTATTN_INLINE float make_scores(const Problem& problem, const Sequence& s, int64_t head, int64_t row, int64_t n,
                                   const Columns& columns, int64_t keys, float* x, float* slope = nullptr) {
   const AttentionParams& p = problem.p;

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_score.h"
 #include "checks_words.h"
+#include "score_program.h"
 
 namespace fastattn {
 
@@ -86,8 +87,36 @@ inline void check_no_options(const Checks& c, const AttentionParams& p) {
   c.require(!p.grad_bias.data, "grad_bias", "is not served");
   c.require(!p.grad_row_bias.data, "grad_row_bias", "is not served");
   c.require(!p.distances.data, "distances", "is not served");
+  c.require(!p.program.data, "program", "is not served");
+}
+inline void check_program(const Checks& c, const AttentionParams& p) {
+  if (!p.program.data) {
+    c.require(!p.masked_program.data, "masked_program", "goes with program");
+    c.require(!p.grad_tables.data, "grad_tables", "goes with program");
+    return;
+  }
+  c.require(!p.bias.data && !p.distances.data && p.softcap == 0, "program", "goes without bias, distances and softcap");
+  const int64_t tables = p.tables.data ? p.tables.size[3] : 0, indices = p.indices.data ? p.indices.size[3] : 0;
+  c.in("tables' size", tables, 0, INT32_MAX);
+  c.in("indices' size", indices, 0, INT32_MAX);
+  c.contiguous("tables", p.tables, {1, 1, 1, tables}, DType::f32);
+  c.contiguous("indices", p.indices, {1, 1, 1, indices}, DType::i32);
+  for (const auto& [name, t] : {std::pair{"program", &p.program}, std::pair{"masked_program", &p.masked_program}}) {
+    if (!t->data) continue;
+    c.contiguous(name, *t, {1, 1, 1, t->size[3]}, DType::i32);
+    const char* fault = program_fault((const int32_t*)t->data, t->size[3], tables, indices);
+    c.require(!fault, name, fault);
+    const ScoreProgram program((const int32_t*)t->data);
+    c.require(!c.backward() || program.slope != -1, name, "must give a slope");
+    c.require(!program.loads || !c.backward() || p.grad_tables.data, "grad_tables", "is needed");
+  }
+  if (!p.grad_tables.data) return;
+  c.require(c.backward(), "grad_tables", "is of a backward");
+  c.contiguous("grad_tables", p.grad_tables, {1, 1, p.grad_tables.size[2], tables}, DType::f32);
+  c.in("grad_tables' copies", p.grad_tables.size[2], 1, INT32_MAX);
 }
 inline void check_options(const Checks& c, const AttentionParams& p) {
+  check_program(c, p);
   const int64_t heads = p.q.size[1];
   c.require(p.softcap >= 0 && std::isfinite((float)p.softcap), "softcap", "must be finite and 0 at least");
   c.require(p.softcap == 0 || (float)p.softcap >= 0x1p-100f, "softcap", "must be 0 or 2^-100 at least");

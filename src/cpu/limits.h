@@ -2,14 +2,18 @@
 #pragma once
 #include <cstdint>
 
-#define FASTATTN_LIMITS                                                                \
-  LIMIT(matvec_rows, 8)    /* of x, and tokens of decode_step */                       \
-  LIMIT(head_dim, 256)     /* of q, k and v */                                         \
-  LIMIT(length, INT32_MAX) /* of a sequence: intervals of keys are kept in 32 bits */  \
-  LIMIT(block, 1 << 16)    /* of rows or keys */                                       \
-  LIMIT(dropped, 1 << 16)  /* of so many weights: all of them */                       \
-  LIMIT(groups, 63)        /* of Sinkhorn: the bits of a signature that is positive */ \
-  LIMIT(iterations, 10000) /* of Sinkhorn, whose potentials are kept of each */
+#define FASTATTN_LIMITS                                                                        \
+  LIMIT(matvec_rows, 8)            /* of x, and tokens of decode_step */                       \
+  LIMIT(head_dim, 256)             /* of q, k and v */                                         \
+  LIMIT(length, INT32_MAX)         /* of a sequence: intervals of keys are kept in 32 bits */  \
+  LIMIT(block, 1 << 16)            /* of rows or keys */                                       \
+  LIMIT(dropped, 1 << 16)          /* of so many weights: all of them */                       \
+  LIMIT(groups, 63)                /* of Sinkhorn: the bits of a signature that is positive */ \
+  LIMIT(iterations, 10000)         /* of Sinkhorn, whose potentials are kept of each */        \
+  LIMIT(program_instructions, 256) /* of a score program */                                    \
+  LIMIT(program_scalars, 96)       /* its registers with one value a row */                    \
+  LIMIT(program_vectors, 24)       /* and with one a key */                                    \
+  LIMIT(program_loads, 16)         /* from tables whose gradient is wanted */
 
 namespace fastattn {
 namespace limits {

@@ -119,6 +119,11 @@ struct AttentionParams : MaskParams {
   // at first and summed in place, or of bias's dtype. grad_row_bias: (B, Hq, Lq) f32 of each row, to be summed
   Tensor grad_bias, grad_row_bias;
   Tensor grad_distances;  // as distances, zero at first, each head apart
+  // i32 (words,): a score becomes what the program makes of it, in tiles of class 1 and of class 2, whose program masks
+  // too; masked_program absent: the same in both. In place of bias, distances and softcap: score_program.h
+  Tensor program, masked_program;
+  Tensor tables, indices;  // f32 and i32 (n,), what programs load from
+  Tensor grad_tables;      // (copies, n of tables) f32, zero at first, to be summed: of tasks that are not in order
   double scale = 1, bias_value = 0;
   double softcap = 0;   // scores, before the bias, become softcap * tanh(score / softcap); 0: as they are
   int64_t dropped = 0;  // of 65536 weights, those that become 0; what is left is scaled up
@@ -131,9 +136,9 @@ struct AttentionParams : MaskParams {
   int64_t bias_parts = 1, bias_part = 0;  // sums of grad_bias, f32, to be added: how many, elements between them
   int32_t threads = 1;
   FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, distances, tile_class, residual, sink, rng, grad_out,
-                     grad_lse, grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, grad_distances, scale,
-                     bias_value, softcap, dropped, score, default_bias, block_q, block_k, pack_kib, decode_rows,
-                     chunk_k, bias_parts, bias_part, threads)
+                     grad_lse, grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, grad_distances, program,
+                     masked_program, tables, indices, grad_tables, scale, bias_value, softcap, dropped, score,
+                     default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, bias_parts, bias_part, threads)
 };
 
 // LSSA (reweigh == 0) and LSSAR. statistics (B, Hq, Lq, 3) f32: highest score, 1 / (highest - threshold) or 0, sum of

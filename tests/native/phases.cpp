@@ -68,7 +68,7 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
       // rows once for all keys, keys once for all rows
       result[n++] = {"packing", rows * W / double(block_q * s.keys) + keys * W / double(block_k * s.q_length), false};
       result[n++] = {"ranges of keys", time([&] { block.ranges.fill(s, 0, block_q); }) / tile_vectors, false};
-      const typename Block::Tile tile{s, 0, 0, block_q, 0, block_k, queries, false, false};
+      const typename Block::Tile tile{s, 0, 0, block_q, 0, block_k, queries, problem.program, false, false};
       const auto strips = [&](const auto& f) {
         for (int64_t g = 0; g < groups; g += kStrip) f(g, min64(groups, g + kStrip));
       };
