@@ -39,7 +39,7 @@ struct StripOperand {
 
 struct StripInstruction {
   void (*run)(const StripInstruction&, const Strip&);
-  StripOperand to, from[3];
+  StripOperand to, from[4];
 };
 
 // A program that was prepared, or none: then nothing but `program` is set.
@@ -63,7 +63,7 @@ class ScoreMachine {
 
   int64_t rows_;                     // of a strip
   bool keeps_scalars_, keeps_keys_;  // whether those on entry are never written
-  int outputs_;
+  int instructions_, outputs_;
   StripInstruction code_[limits::program_instructions];
   Output output_[kPlaces];
   StripOperand entry_[5];  // batch, head, row; constants; keys

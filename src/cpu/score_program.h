@@ -53,7 +53,7 @@ struct ScoreLoad {
   int32_t index, derivative;
 };
 
-// The parts of a program's words.
+// The parts of a program's words. Always inline: kernels of every instruction set have it.
 struct ScoreProgram {
   int32_t version = 0, instructions = 0, scalars = 0, vectors = 0, score = 0, slope = -1, loads = 0, constants = 0;
   const int32_t* constant_bits = nullptr;
@@ -62,7 +62,7 @@ struct ScoreProgram {
 
   ScoreProgram() = default;
   // Of at least kProgramHeader words, whose header says how many there are.
-  explicit ScoreProgram(const int32_t* w)
+  explicit __attribute__((always_inline)) ScoreProgram(const int32_t* w)
       : version(w[0]),
         instructions(w[1]),
         scalars(w[2]),
@@ -75,11 +75,11 @@ struct ScoreProgram {
     load = (const ScoreLoad*)(constant_bits + constants);
     step = (const ScoreStep*)(load + loads);
   }
-  int64_t words() const {
+  int64_t __attribute__((always_inline)) words() const {
     return kProgramHeader + int64_t(constants) + 2 * int64_t(loads) + kProgramStep * int64_t(instructions);
   }
-  int32_t registers() const { return scalars + vectors; }
-  bool scalar(int32_t r) const { return r < scalars; }
+  int32_t __attribute__((always_inline)) registers() const { return scalars + vectors; }
+  bool __attribute__((always_inline)) scalar(int32_t r) const { return r < scalars; }
 };
 
 // Why the machine cannot run these words, null where it can. No program that passes can touch memory that is not its

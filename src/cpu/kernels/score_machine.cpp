@@ -1,7 +1,7 @@
 #include "../score_machine.h"
 
 #include "../math_full.h"
-#include "../tile.h"
+#include "../score_steps.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -17,9 +17,8 @@ struct Strip {
   float* places[ScoreMachine::kPlaces];
   int64_t strides[ScoreMachine::kPlaces];
 
-  float* at(const StripOperand& x, int64_t row) const {
-    return places[x.place] + x.offset + (x.rows ? row * strides[x.place] : 0);
-  }
+  float* at(const StripOperand& x) const { return places[x.place] + x.offset; }
+  int64_t step(const StripOperand& x) const { return x.rows ? strides[x.place] : 0; }
   const float* table(const float*) const { return machine.tables_; }
   const int32_t* table(const int32_t*) const { return machine.indices_; }
   int64_t size(const float*) const { return machine.table_size_; }
@@ -39,37 +38,133 @@ FASTATTN_INLINE void store_as(float* p, V x) {
   memcpy(p, &x, sizeof x);
 }
 
-// f(to, from[0], from[1], from[2], columns) of each row. What is not an operand is the first one.
-template <class F>
+FASTATTN_INLINE int64_t clamped(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
+
+// f(to, from, columns) of each row, `from` the operands.
+template <int kOperands, class F>
 FASTATTN_INLINE void for_rows(const StripInstruction& t, const Strip& s, const F& f) {
   const int64_t rows = t.to.rows ? s.rows : 1, columns = t.to.columns ? s.columns : W;
-  for (int64_t r = 0; r < rows; r++)
-    f(s.at(t.to, r), s.at(t.from[0], r), s.at(t.from[1], r), s.at(t.from[2], r), columns);
+  float* to = s.at(t.to);
+  const float* from[kOperands];
+  int64_t step[kOperands];
+  FASTATTN_EACH(k, kOperands) from[k] = s.at(t.from[k]), step[k] = s.step(t.from[k]);
+  for (int64_t r = 0; r < rows; r++, to += s.step(t.to)) {
+    f(to, from, columns);
+    FASTATTN_EACH(k, kOperands) from[k] += step[k];
+  }
 }
 
-template <int kOperands, class V, class F>
+// to = f(operands) vector by vector, bit k of kColumns: whether operand k goes on along a row.
+template <int kOperands, class V, int kColumns, class F>
 FASTATTN_INLINE void apply(const StripInstruction& t, const Strip& s, const F& f) {
-  int64_t step[3];
-  for (int k = 0; k < 3; k++) step[k] = t.from[k].columns ? -1 : 0;
-  for_rows(t, s, [&](float* to, const float* a, const float* b, const float* c, int64_t columns) {
-    for (int64_t j = 0; j < columns; j += W) {
-      const V x = load_as<V>(a + (j & step[0]));
-      const V y = kOperands > 1 ? load_as<V>(b + (j & step[1])) : x;
-      const V z = kOperands > 2 ? load_as<V>(c + (j & step[2])) : x;
-      store_as(to + j, f(x, y, z));
+  for_rows<kOperands>(t, s, [&](float* to, const float* const* from, int64_t columns) {
+    V same[4];
+    FASTATTN_EACH(k, 4) same[k] = load_as<V>(from[k < kOperands ? k : 0]);
+    if (columns < W) __builtin_unreachable();
+    _Pragma("GCC unroll 2") for (int64_t j = 0; j < columns; j += W) {
+      V x[4];
+      FASTATTN_EACH(k, 4) x[k] = k < kOperands && (kColumns >> k & 1) ? load_as<V>(from[k] + j) : same[k];
+      store_as(to + j, f(x[0], x[1], x[2], x[3]));
     }
   });
 }
 
-FASTATTN_INLINE int64_t clamped(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
+using f = vf;
+using i = vi;
+#define SCORE_OP(name, operands, type, result)                                                     \
+  struct name##_op {                                                                               \
+    static constexpr int kOperands = operands;                                                     \
+    using V = type;                                                                                \
+    FASTATTN_INLINE auto of(V a, [[maybe_unused]] V b, [[maybe_unused]] V c, V) { return result; } \
+  };
+#define SCORE_LOAD(name, table)
+#define SCORE_LOAD_ROW(name, table)
+#include "../score_program_ops.def"
+#undef SCORE_OP
+#undef SCORE_LOAD
+#undef SCORE_LOAD_ROW
+
+template <class Op, int kColumns>
+void run_op(const StripInstruction& t, const Strip& s) {
+  apply<Op::kOperands, typename Op::V, kColumns>(t, s,
+                                                 [](auto a, auto b, auto c, auto d) { return Op::of(a, b, c, d); });
+}
+
+// Which of an instruction's operands go on along a row: of those an operation has, bits.
+struct Variants {
+  void (*of[8])(const StripInstruction&, const Strip&);
+};
+template <class Op>
+constexpr Variants variants() {
+  constexpr int m = (1 << Op::kOperands) - 1;
+  return {{run_op<Op, 0>, run_op<Op, 1 & m>, run_op<Op, 2 & m>, run_op<Op, 3 & m>, run_op<Op, 4 & m>, run_op<Op, 5 & m>,
+           run_op<Op, 6 & m>, run_op<Op, 7 & m>}};
+}
+
+// What joined steps are, but for tanh.
+struct difference_op {
+  static constexpr int kOperands = 2;
+  using V = vi;
+  FASTATTN_INLINE vf of(vi a, vi b, vi, vi) { return __builtin_convertvector((vi)((vu)a - (vu)b), vf); }
+};
+struct multiply_add_op {
+  static constexpr int kOperands = 3;
+  using V = vf;
+  FASTATTN_INLINE vf of(vf a, vf b, vf c, vf) { return a * b + c; }
+};
+struct subtract_product_op {
+  static constexpr int kOperands = 3;
+  using V = vf;
+  FASTATTN_INLINE vf of(vf a, vf b, vf c, vf) { return c - a * b; }
+};
+struct add_multiple_op {
+  static constexpr int kOperands = 4;
+  using V = vi;
+  FASTATTN_INLINE vf of(vi a, vi b, vi c, vi d) { return difference_op::of(a, b, c, d) * (vf)c + (vf)d; }
+};
+struct copy_op {
+  static constexpr int kOperands = 1;
+  using V = vf;
+  FASTATTN_INLINE vf of(vf a, vf, vf, vf) { return a; }
+};
+
+// tanh of a vector register, times a scalar before and after it, of neighbours together: where all are small, by the
+// short formula.
+template <bool kBefore, bool kAfter>
+void run_tanh(const StripInstruction& t, const Strip& s) {
+  for_rows<1 + kBefore + kAfter>(t, s, [](float* to, const float* const* from, int64_t columns) {
+    const vf before = load(from[kBefore ? 1 : 0]), after = load(from[kAfter ? 2 : 0]);
+    const auto some = [&](auto count, int64_t j) {
+      constexpr int n = decltype(count)::value;
+      vf x[n], y[n], largest = vf{};
+      FASTATTN_EACH(k, n) {
+        x[k] = kBefore ? load(from[0] + j + k * W) * before : load(from[0] + j + k * W);
+        largest = vmax(vabs(x[k]), largest);
+        y[k] = tanh_small(x[k]);  // NaN stays NaN
+      }
+      if (__builtin_expect(reduce_max(largest) >= kSmallTanh, 0)) FASTATTN_EACH(k, n) y[k] = tanh(x[k]);
+      FASTATTN_EACH(k, n) store(to + j + k * W, kAfter ? y[k] * after : y[k]);
+    };
+    int64_t j = 0;
+    for (; j + 4 * W <= columns; j += 4 * W) some(std::integral_constant<int, 4>{}, j);
+    for (; j < columns; j += W) some(std::integral_constant<int, 1>{}, j);
+  });
+}
+template <>
+constexpr Variants variants<tanh_f_op>() {
+  Variants v{};
+  for (int columns = 0; columns < 8; columns++)
+    v.of[columns] = columns & 1 ? run_tanh<false, false> : run_op<tanh_f_op, 0>;
+  return v;
+}
 
 template <class T>
 void load_elements(const StripInstruction& t, const Strip& s) {
   const T* table = s.table((const T*)nullptr);
-  const int64_t size = s.size((const T*)nullptr), step = t.from[0].columns ? -1 : 0;
-  for_rows(t, s, [&](float* to, const float* from, const float*, const float*, int64_t columns) {
+  const int64_t size = s.size((const T*)nullptr), along = t.from[0].columns ? -1 : 0;
+  for_rows<1>(t, s, [&](float* to, const float* const* from, int64_t columns) {
     for (int64_t j = 0; j < columns; j += W) {
-      const vi index = load_as<vi>(from + (j & step));
+      const vi index = load_as<vi>(from[0] + (j & along));
       T x[W];
       for (int i = 0; i < W; i++) x[i] = table[clamped(index[i], size)];
       memcpy(to + j, x, sizeof x);
@@ -81,40 +176,55 @@ template <class T>
 void load_row(const StripInstruction& t, const Strip& s) {
   const T* table = s.table((const T*)nullptr);
   const int64_t size = s.size((const T*)nullptr);
-  for_rows(t, s, [&](float* to, const float* from, const float*, const float*, int64_t columns) {
-    const int64_t first = load_as<vi>(from)[0] + s.key;
+  for_rows<1>(t, s, [&](float* to, const float* const* from, int64_t columns) {
+    const int64_t first = load_as<vi>(from[0])[0] + s.key;
     if (first >= 0 && first + columns <= size) {
-      memcpy(to, table + first, size_t(columns) * sizeof(T));
+      for (int64_t j = 0; j < columns; j += W) memcpy(to + j, table + first + j, W * sizeof(T));
       return;
     }
     for (int64_t j = 0; j < columns; j++) memcpy(to + j, table + clamped(first + j, size), sizeof(T));
   });
 }
 
-using f = vf;
-using i = vi;
 struct Tables {
   using tables = float;
   using indices = int32_t;
 };
+template <void (*kRun)(const StripInstruction&, const Strip&)>
+constexpr Variants one_variant() {
+  return {{kRun, kRun, kRun, kRun, kRun, kRun, kRun, kRun}};
+}
 
-void (*const kRun[])(const StripInstruction&, const Strip&) = {
-#define SCORE_OP(name, operands, type, result)                                         \
-  [](const StripInstruction& t, const Strip& s) {                                      \
-    apply<operands, type>(t, s,                                                        \
-                          [](type a, [[maybe_unused]] type b, [[maybe_unused]] type c) \
-                              __attribute__((always_inline)) { return result; });      \
-  },
-#define SCORE_LOAD(name, table) load_elements<Tables::table>,
-#define SCORE_LOAD_ROW(name, table) load_row<Tables::table>,
+const Variants kRun[] = {
+#define SCORE_OP(name, operands, type, result) variants<name##_op>(),
+#define SCORE_LOAD(name, table) one_variant<load_elements<Tables::table>>(),
+#define SCORE_LOAD_ROW(name, table) one_variant<load_row<Tables::table>>(),
 #include "../score_program_ops.def"
 #undef SCORE_OP
 #undef SCORE_LOAD
 #undef SCORE_LOAD_ROW
 };
 
-void copy(const StripInstruction& t, const Strip& s) {
-  apply<1, vf>(t, s, [](vf a, vf, vf) { return a; });
+// Of a step by the operands that go on along a row, as bits.
+void (*instruction_of(int op, int columns))(const StripInstruction&, const Strip&) {
+  static constexpr Variants difference = variants<difference_op>(), multiply_add = variants<multiply_add_op>(),
+                            subtract_product = variants<subtract_product_op>();
+  switch (op) {
+    case kDifference:
+      return difference.of[columns];
+    case kMultiplyAdd:
+      return multiply_add.of[columns];
+    case kSubtractProduct:
+      return subtract_product.of[columns];
+    case kAddMultiple:
+      return columns & 1 ? run_op<add_multiple_op, 9> : run_op<add_multiple_op, 10>;
+    case kTanhOf:
+      return run_tanh<true, false>;
+    case kTanhTimes:
+      return run_tanh<true, true>;
+    default:
+      return kRun[op].of[columns];
+  }
 }
 
 }  // namespace
@@ -141,13 +251,8 @@ void ScoreMachine::prepare(const AttentionParams& p, const Tensor& words, bool b
   entry_[0] = where[0], entry_[1] = where[1], entry_[2] = where[2], entry_[4] = where[scalars + 1];
   entry_[3] = where[min64(kProgramFirstConstant, program.registers() - 1)];
 
-  // registers that leave the machine: the last instruction to write one does so where it is wanted, if it can
-  struct Wanted {
-    int reg, place, writer;
-  } wanted[kPlaces];
-  int count = 0;
   has_slope = backward && program.slope >= 0;
-  if (has_slope && program.slope < given && program.slope >= kProgramFirstConstant)
+  if (has_slope && program.slope >= kProgramFirstConstant && program.slope < given)
     has_slope = program.constant_bits[program.slope - kProgramFirstConstant] != 0x3f800000;
   keeps_scalars_ = keeps_keys_ = true;
   for (int n = 0; n < program.instructions; n++) {
@@ -156,46 +261,54 @@ void ScoreMachine::prepare(const AttentionParams& p, const Tensor& words, bool b
     if (to == scalars + 1) keeps_keys_ = false;
     if (to == program.slope) has_slope = backward;
   }
-  if (has_slope) wanted[count++] = {program.slope, kSlopes, -1};
+  // registers that leave the machine, the score last: its copy would take the products' place
+  int wanted[kPlaces], places[kPlaces], count = 0;
+  if (has_slope) wanted[count] = program.slope, places[count++] = kSlopes;
   for (int g = 0; g < program.loads && backward; g++) {
-    const ScoreLoad& load = program.load[g];
-    wanted[count++] = {load.derivative, kLoads + 2 * g, -1};
-    wanted[count++] = {load.index % kProgramRowIndex, kLoads + 2 * g + 1, -1};
+    wanted[count] = program.load[g].derivative, places[count++] = kLoads + 2 * g;
+    wanted[count] = program.load[g].index % kProgramRowIndex, places[count++] = kLoads + 2 * g + 1;
   }
-  wanted[count++] = {program.score, kScores, -1};  // the last: its copy would take the products' place
+  wanted[count] = program.score, places[count++] = kScores;
+  const JoinedSteps steps(program, wanted, count);
+  // the last step to write one does so where it is wanted, if it can
+  int writer[kPlaces];
   for (int w = 0; w < count; w++) {
-    Wanted& out = wanted[w];
-    bool taken = program.scalar(out.reg), products = false;  // read or written after the writer
-    for (int v = 0; v < w; v++) taken |= wanted[v].reg == out.reg || wanted[v].reg == scalars;
-    for (int n = 0; n < program.instructions; n++) {
-      const ScoreStep& step = program.step[n];
-      for (int k = 0; k < kScoreOps[step.op].operands; k++) products |= step.operands[k] == scalars;
+    writer[w] = -1;
+    bool taken = program.scalar(wanted[w]), products = false;  // read or written after the writer
+    for (int v = 0; v < w; v++) taken |= wanted[v] == wanted[w] || wanted[v] == scalars;
+    for (int n = 0; n < steps.count; n++) {
+      const JoinedStep& step = steps.step[n];
+      if (!step.whole) continue;
+      for (int k = 0; k < step.operands; k++) products |= step.from[k] == scalars;
       products |= step.dst == scalars;
-      if (step.dst == out.reg) out.writer = n, products = false;
+      if (step.dst == wanted[w]) writer[w] = n, products = false;
     }
-    if (taken || (out.place == kScores && products)) out.writer = -1;
+    if (taken || (places[w] == kScores && products)) writer[w] = -1;
   }
 
-  for (int n = 0; n < program.instructions; n++) {
-    const ScoreStep& step = program.step[n];
-    const ScoreOpFacts& op = kScoreOps[step.op];
-    StripInstruction& t = code_[n];
-    t.run = kRun[step.op];
+  instructions_ = 0;
+  for (int n = 0; n < steps.count; n++) {
+    const JoinedStep& step = steps.step[n];
+    if (!step.whole) continue;
+    StripInstruction& t = code_[instructions_++];
     bool rows = false;
-    for (int k = 0; k < 3; k++) {
-      t.from[k] = where[step.operands[k < op.operands ? k : 0]];
+    int columns = 0;
+    for (int k = 0; k < step.operands; k++) {
+      t.from[k] = where[step.from[k]];
       rows |= t.from[k].rows;
+      columns |= t.from[k].columns << k;
     }
+    t.run = instruction_of(step.op, columns);
     StripOperand& to = where[step.dst];
     to.rows = rows || to.place == kScores;
     for (int w = 0; w < count && rows; w++)
-      if (wanted[w].writer == n) to.place = wanted[w].place, to.offset = 0;
+      if (writer[w] == n) to.place = places[w], to.offset = 0;
     t.to = to;
   }
   outputs_ = 0;
   for (int w = 0; w < count; w++) {
-    const StripOperand& from = where[wanted[w].reg];
-    if (from.place != wanted[w].place) output_[outputs_++] = {from, wanted[w].place};
+    const StripOperand& from = where[wanted[w]];
+    if (from.place != places[w]) output_[outputs_++] = {from, places[w]};
   }
 }
 
@@ -208,10 +321,10 @@ void ScoreMachine::run(const ScoreRows& rows) const {
   const int places = rows.loads ? kLoads + 2 * program.loads : kLoads;
   for (int place = kScores; place < places; place++) s.strides[place] = rows.stride;
   const auto fill_scalars = [&] {
-    store_as(s.at(entry_[0], 0), vi{} + (int32_t)rows.batch);
-    store_as(s.at(entry_[1], 0), vi{} + (int32_t)rows.head);
+    store_as(s.at(entry_[0]), vi{} + (int32_t)rows.batch);
+    store_as(s.at(entry_[1]), vi{} + (int32_t)rows.head);
     for (int c = 0; c < program.constants; c++)
-      store_as(s.at(entry_[3], 0) + c * rows_ * W, vi{} + program.constant_bits[c]);
+      store_as(s.at(entry_[3]) + c * rows_ * W, vi{} + program.constant_bits[c]);
   };
   if (keeps_scalars_) fill_scalars();
   for (int64_t j = 0; j < rows.columns; j += kStripColumns) {
@@ -224,23 +337,23 @@ void ScoreMachine::run(const ScoreRows& rows) const {
       for (int place = kLoads; place < places; place++)
         s.places[place] = rows.loads + (place - kLoads) * rows.apart + r * rows.stride + j;
       if (!keeps_scalars_) fill_scalars();
-      for (int64_t i = 0; i < s.rows; i++) store_as(s.at(entry_[2], i), vi{} + int32_t(rows.row + r + i));
+      for (int64_t i = 0; i < s.rows; i++) store_as(s.at(entry_[2]) + i * W, vi{} + int32_t(rows.row + r + i));
       if (r == 0 || !keeps_keys_)
-        for (int64_t k = 0; k < s.columns; k += W) store_as(s.at(entry_[4], 0) + k, iota() + int32_t(s.key + k));
+        for (int64_t k = 0; k < s.columns; k += W) store_as(s.at(entry_[4]) + k, iota() + int32_t(s.key + k));
       if (rows.size != 1)
         for (int64_t i = 0; i < s.rows; i++) {
           float* x = s.places[kScores] + i * rows.stride;
           for (int64_t k = 0; k < s.columns; k += W) store(x + k, load(x + k) * rows.size);
         }
-      for (int n = 0; n < program.instructions; n++) code_[n].run(code_[n], s);
+      for (int n = 0; n < instructions_; n++) code_[n].run(code_[n], s);
       for (int n = 0; n < outputs_; n++) {
-        StripInstruction t{copy, {output_[n].place, 0, true, true}, {output_[n].from, {}, {}}};
+        StripInstruction t{nullptr, {output_[n].place, 0, true, true}, {output_[n].from, {}, {}}};
         // one value a row: where the row begins
         if (output_[n].place > kLoads && (output_[n].place - kLoads) % 2 == 1 && !output_[n].from.columns) {
           s.places[t.to.place] -= j;
           t.to.columns = false;
         }
-        copy(t, s);
+        (t.from[0].columns ? run_op<copy_op, 1> : run_op<copy_op, 0>)(t, s);
       }
     }
   }
