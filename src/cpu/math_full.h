@@ -96,9 +96,10 @@ FASTATTN_INLINE vf expm1(vf x) {
   const vf y = at_most(at_least(x, -104.0f), 89.0f);
   const vf shifted = y * 1.44269504f + magic, whole = shifted - magic;
   const vf r = (y - whole * 0.693145752f) - whole * 1.42860677e-6f;
-  vf p = r * 1.3981999e-3f + 8.3334519e-3f;
-  p = p * r + 4.1665703e-2f;
-  p = p * r + 1.6666664e-1f;
+  vf p = r * (1 / 5040.0f) + 1 / 720.0f;  // Taylor's: the next term is 2e-8 of the sum at most
+  p = p * r + 1 / 120.0f;
+  p = p * r + 1 / 24.0f;
+  p = p * r + 1 / 6.0f;
   p = p * r + 0.5f;
   p = p * (r * r) + r;  // e^r - 1
   const vi n = (vi)shifted - (vi)magic, half = n >> 1;

@@ -7,6 +7,8 @@
 #if defined(FASTATTN_PHASE_TIMES)
 #include "phase_times.h"
 #endif
+#include "program_attention.h"
+#include "program_checks.h"
 #include "row_checks.h"
 #include "subnormal_checks.h"
 
@@ -67,6 +69,8 @@ static void check(const KernelTable& kernels, const KernelTable& baseline, Repor
   report.isa = kernels.isa;
   check_params(report);
   check_math(kernels.isa, report);
+  check_programs(kernels.isa, report);
+  check_program_attention(kernels, report);
   check_attention(kernels, report);
   const Variant variants[] = {{Layout::contiguous, 1}, {Layout::padded, 3}, {Layout::heads_inside, 2}};
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16})

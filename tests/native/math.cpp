@@ -1,6 +1,7 @@
 // The functions of src/cpu/math.h over arrays, compiled once for each instruction set with the flags of its kernels.
 #include "../../src/cpu/convert.h"
-#include "../../src/cpu/math.h"
+#include "../../src/cpu/math_full.h"
+#include "../../src/cpu/score_machine.h"
 #include "../../src/cpu/attention_score.h"
 #include "math_functions.h"
 
@@ -32,6 +33,12 @@ const checks::MathFunction math_functions[] = {
     FUNCTION("exp2_fraction", exp2_fraction(x)),
     FUNCTION("log2_positive", log2_positive(x)),
     FUNCTION("tanh", tanh(x)),
+    FUNCTION("log", log(x)),
+    FUNCTION("log1p", log1p(x)),
+    FUNCTION("expm1", expm1(x)),
+    FUNCTION("full sigmoid", sigmoid(x)),
+    FUNCTION("erf", erf(x)),
+    FUNCTION("floor", floor(x)),
     FUNCTION("reciprocal", reciprocal(x)),
     FUNCTION("sigmoid_divisor", sigmoid_divisor<float>(x)),
     FUNCTION("sigmoid_divisor bf16", sigmoid_divisor<bf16>(x)),
@@ -42,6 +49,13 @@ const checks::MathFunction math_functions[] = {
     FUNCTION("to f16", rounded_to(x, (const f16*)nullptr)),
     {},
 };
+
+void run_program(const checks::ProgramRun& run) {
+  ScoreMachine machine;
+  machine.prepare(run.p, run.p.program, run.slopes);
+  machine.run({0, 1, 5, 3, run.rows, run.columns, run.x, run.columns, 1.0f, machine.has_slope ? run.slopes : nullptr,
+               run.loads, run.rows * run.columns});
+}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -36,6 +36,12 @@ inline double exp2_of(double x) { return std::exp2(x); }
 inline double log2_of(double x) { return std::log2(x); }
 inline double tanh_of(double x) { return std::tanh(x); }
 inline double reciprocal_of(double x) { return 1 / x; }
+inline double log_of(double x) { return std::log(x); }
+inline double log1p_of(double x) { return std::log1p(x); }
+inline double expm1_of(double x) { return std::expm1(x); }
+inline double full_sigmoid_of(double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); }
+inline double erf_of(double x) { return std::erf(x); }
+inline double floor_of(double x) { return std::floor(x); }
 inline double divisor_of(double x) { return 1 + std::exp(-x); }
 inline double sigmoid_of(double x) { return 1 / (1 + std::exp2(-x)); }  // scores come in units of ln 2
 inline double softplus_of(double x) {
@@ -83,6 +89,20 @@ constexpr MathCase kMathCases[] = {
     // q / |1 - q| in the result: 0.77 and 0.87 at 0.6, 0.23 and 2.9 at -0.6. Then the sum, the quotient and 1 - q.
     {"tanh", tanh_of, 0.6f, 50.0f, 0.87 * (0.77 * kExp + 2 * kHalf) + kHalf},
     {"tanh", tanh_of, -50.0f, -0.6f, 2.9 * (0.24 * kExp + 2 * kHalf) + kHalf},
+    // the sum of f, f f / 2 and a polynomial: each 0.29 of the result at most but f, which is exact
+    {"log", log_of, 0x1p-149f, 3.4028e38f, 2},
+    {"log", log_of, 0.70711f, 1.41421f, 2},
+    {"log1p", log1p_of, -0.99999f, 3.4028e38f, 3},  // log, its correction and their sum
+    {"log1p", log1p_of, -0.5f, 1.0f, 3},
+    // e^r - 1 by a polynomial within 3.4 units of e^r, 1.42 of which are 0.42 of it; no less cancels after it
+    {"expm1", expm1_of, -87.0f, 88.72f, kExp + 2 * kHalf},
+    {"expm1", expm1_of, -0.4f, 0.4f, kExp + 2 * kHalf},
+    {"full sigmoid", full_sigmoid_of, -87.33f, 88.0f, kExp + 2 * kHalf},  // e, 1 + e, the quotient
+    {"full sigmoid", full_sigmoid_of, -103.0f, -87.33f, kExp + 2 * kHalf},
+    {"erf", erf_of, -6.0f, 6.0f, 3},
+    {"erf", erf_of, -0x1p-126f, 0x1p-126f, 1},
+    {"floor", floor_of, -3.4e38f, 3.4e38f, 0},
+    {"floor", floor_of, -100.0f, 100.0f, 0},
     {"reciprocal", reciprocal_of, 0x1p-125f, 0x1p125f, kReciprocal},  // (1.8) by an estimate, (0.5) by a division
     {"sigmoid_divisor", divisor_of, -88.0f, 1e38f, kExp + kHalf},     // (2.7)
     // (1290) and (79) the polynomials, and in the exponent, up to 128, log2(e) and the product without a fused one,
@@ -142,6 +162,42 @@ constexpr MathValue kMathValues[] = {
     {"tanh", kInf, 1},
     {"tanh", -kInf, -1},
     {"tanh", kNaN, kNaN},
+    {"log", 1, 0},
+    {"log", 0, -kInf},
+    {"log", -0.0f, -kInf},
+    {"log", kInf, kInf},
+    {"log", -kSubnormal, kNaN},
+    {"log", -kInf, kNaN},
+    {"log", kNaN, kNaN},
+    {"log1p", kSubnormal, kSubnormal},
+    {"log1p", -1, -kInf},
+    {"log1p", -1.5f, kNaN},
+    {"log1p", kInf, kInf},
+    {"log1p", -kInf, kNaN},
+    {"log1p", kNaN, kNaN},
+    {"expm1", 0, 0},
+    {"expm1", kSubnormal, kSubnormal},
+    {"expm1", 90, kInf},
+    {"expm1", kInf, kInf},
+    {"expm1", -90, -1},
+    {"expm1", -kMost, -1},
+    {"expm1", -kInf, -1},
+    {"expm1", kNaN, kNaN},
+    {"full sigmoid", 0, 0.5f},
+    {"full sigmoid", kInf, 1},
+    {"full sigmoid", kMost, 1},
+    {"full sigmoid", -kInf, 0},
+    {"full sigmoid", -kMost, 0},
+    {"full sigmoid", kNaN, kNaN},
+    {"erf", 0, 0},
+    {"erf", kInf, 1},
+    {"erf", -kInf, -1},
+    {"erf", kMost, 1},
+    {"erf", kNaN, kNaN},
+    {"floor", kInf, kInf},
+    {"floor", -kInf, -kInf},
+    {"floor", -kSubnormal, -1},
+    {"floor", kNaN, kNaN},
     {"reciprocal", 0x1.8p125f, 0, 0x1p-125f},
     {"reciprocal", kMost, 0, 0x1p-125f},
     {"reciprocal", kNaN, kNaN},

@@ -2,7 +2,17 @@
 #pragma once
 #include <cstdint>
 
+#include "../../src/cpu/params.h"
+
 namespace checks {
+
+// A score program, p.program, over `rows` rows of products x, `columns` of whole kMathLanes, from head 1, row 5 and key
+// 3 on. slopes, loads: as in ScoreRows, null: of a forward.
+struct ProgramRun {
+  const fastattn::AttentionParams& p;
+  int64_t rows, columns;
+  float *x, *slopes, *loads;
+};
 
 struct MathFunction {
   const char* name;
@@ -17,6 +27,7 @@ constexpr int64_t kMathLanes = 16;
   namespace fastattn {                                \
   namespace isa {                                     \
   extern const checks::MathFunction math_functions[]; \
+  void run_program(const checks::ProgramRun& run);    \
   }                                                   \
   }
 #if defined(FASTATTN_ISA)

@@ -40,17 +40,22 @@ FASTATTN_INLINE void store_as(float* p, V x) {
 
 FASTATTN_INLINE int64_t clamped(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
 
-// f(to, from, columns) of each row, `from` the operands.
+// f(to, from, columns) of each row, `from` the operands. The first row comes last: it may take the place of an operand
+// that all rows have in common.
 template <int kOperands, class F>
 FASTATTN_INLINE void for_rows(const StripInstruction& t, const Strip& s, const F& f) {
-  const int64_t rows = t.to.rows ? s.rows : 1, columns = t.to.columns ? s.columns : W;
-  float* to = s.at(t.to);
+  const int64_t last = t.to.rows ? s.rows - 1 : 0, columns = t.to.columns ? s.columns : W, to_step = s.step(t.to);
+  float* to = s.at(t.to) + last * to_step;
   const float* from[kOperands];
   int64_t step[kOperands];
-  FASTATTN_EACH(k, kOperands) from[k] = s.at(t.from[k]), step[k] = s.step(t.from[k]);
-  for (int64_t r = 0; r < rows; r++, to += s.step(t.to)) {
+  FASTATTN_EACH(k, kOperands) {
+    step[k] = s.step(t.from[k]);
+    from[k] = s.at(t.from[k]) + last * step[k];
+  }
+  for (int64_t r = last; r >= 0; r--) {
     f(to, from, columns);
-    FASTATTN_EACH(k, kOperands) from[k] += step[k];
+    to -= to_step;
+    FASTATTN_EACH(k, kOperands) from[k] -= step[k];
   }
 }
 
