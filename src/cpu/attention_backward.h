@@ -181,8 +181,11 @@ struct BackwardBlock {
         const auto weigh = [&](auto masked, vf(&x)[kRows][kVecs]) {
           weigh_block<decltype(masked)::value>(x, g, j, t.n, statistic, constants);
         };
-        if (!in_registers) {
-          float* to = weights + weight_row(g) * row + j;
+        float* to = weights + weight_row(g) * row + j;
+        if (t.machine.on()) {
+          product<Unit>(a, packed.q_steps, b, packed.q_steps,
+                        [&](int i, int v, vf x) { store(to + i * row + v * W, x * problem.size); });
+        } else if (!in_registers) {
           product<Unit>(a, packed.q_steps, b, packed.q_steps,
                         [&](int i, int v, vf x) { store(to + i * row + v * W, x); });
         } else if (ranges.covers(g, t.n + j)) {
@@ -193,6 +196,7 @@ struct BackwardBlock {
                               [&](vf(&x)[kRows][kVecs]) { weigh(std::true_type{}, x); });
         }
       }
+    if (t.machine.on()) run_program(t, begin, end);
     for (int64_t g = begin; g < end; g++)
       if (!direct(t, g)) weigh_group(t, g);
   }
@@ -299,9 +303,8 @@ struct BackwardBlock {
     const Sequence& s = t.s;
     const int64_t used = t.used();
     ScoreRow constants = Score::constants(s.bias);
-    if (t.decoded) decoded_products(t, g * kRows, min64(t.rows, (g + 1) * kRows));
     const Columns columns(ranges, g, t.n, t.there);
-    if (t.machine.on() && !columns.empty()) run_program(t, g, columns);
+    if (t.decoded && !t.machine.on()) decoded_products(t, g * kRows, min64(t.rows, (g + 1) * kRows));
     for (int64_t i = g * kRows; i < (g + 1) * kRows; i++) {
       float* x = weights + (weight_row(g) + i - g * kRows) * row;
       float* slope = slopes + (slope_row(g) + i - g * kRows) * row;
@@ -355,16 +358,29 @@ struct BackwardBlock {
           store_words(weights_t, g, j, i, 0, load(from), load(from + row));
         }
   }
-  // Scores of a group by its program, and what is kept of them.
-  void run_program(const Tile& t, int64_t g, const Columns& columns) {
-    const int64_t count = min64(kRows, t.rows - g * kRows);
-    for (int64_t i = g * kRows; i < g * kRows + count && Score::kLimit; i++)
-      if (t.queries.statistic[t.m + i] < 0) decoded_products(t, i, i + 1);
-    ScoreRows rows =
-        program_rows(problem, t.s, t.head, t.m + g * kRows, count, t.n, columns, weights + weight_row(g) * row, row);
-    if (t.machine.has_slope) rows.slopes = bias.cap_slopes + BiasBlock::strip_row(g) * row + columns.begin;
-    if (tables.on) rows.loads = tables.kept(g) + columns.begin, rows.apart = tables.apart;
-    t.machine.run(rows);
+  // Scores of groups [begin, end) by their program, those of the same columns together, and what is kept of them.
+  void run_program(const Tile& t, int64_t begin, int64_t end) {
+    for (int64_t g = begin, next; g < end; g = next) {
+      const Columns columns(ranges, g, t.n, t.there);
+      next = g + 1;
+      while (next < end && columns == Columns(ranges, next, t.n, t.there)) next++;
+      if (columns.empty()) continue;
+      const int64_t first = g * kRows, last = min64(t.rows, next * kRows);
+      float* x = weights + weight_row(g) * row;
+      for (int64_t i = first; i < last; i++) {
+        if (!t.decoded && !(Score::kLimit && t.queries.statistic[t.m + i] < 0)) continue;
+        decoded_products(t, i, i + 1);
+        for (int64_t j = columns.begin; j < columns.end; j += W) {
+          float* at = x + (i - first) * row + j;
+          store(at, load(at) * problem.size);
+        }
+      }
+      ScoreRows rows = program_rows(problem, t.s, t.head, t.m + first, last - first, t.n, columns, x, row);
+      const int64_t kept = BiasBlock::strip_row(g) * row + columns.begin;
+      if (t.machine.has_slope) rows.slopes = bias.cap_slopes + kept;
+      if (tables.on) rows.loads = tables.memory + kept, rows.apart = tables.apart;
+      t.machine.run(rows);
+    }
   }
   template <bool kMasked>
   FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,

@@ -98,7 +98,10 @@ struct ForwardBlock {
       const bool direct = kind == 1 && !problem.has_bias() && !problem.dropout.on();
       for (int64_t g = 0; g < groups && !direct; g += kStrip) {
         const int64_t end = min64(groups, g + kStrip);
-        score_tile(n, g, end, packed.keys, s.keys);
+        if (problem.program.on())
+          score_tile<true>(n, g, end, packed.keys, s.keys);
+        else
+          score_tile<false>(n, g, end, packed.keys, s.keys);
         weigh_tile(s, head, first, g * kRows, min64(rows, end * kRows), n, constants, kind == 2);
       }
       if (direct) weigh_directly(s, head, first, rows, n, constants, packed);
@@ -225,15 +228,18 @@ struct ForwardBlock {
     }
   }
 
+  // Products of groups [begin, groups) to memory, of a program's scores as it has them.
+  template <bool kScaled = false>
   FASTATTN_NOINLINE_MEMBER void score_tile(int64_t n, int64_t begin, int64_t groups, const Word* keys, int64_t count) {
     const int64_t end = min64(round_up(min64(ranges.end, count), kPanel), n + block_k);
+    const float size = problem.size;
     for (int64_t j = n; j < end; j += kPanel) {
       const Word* panel = keys + j * q_steps;
       for (int64_t g = begin; g < groups; g++) {
         if (ranges.group_high[g] <= j || ranges.group_low[g] >= j + kPanel) continue;
         float* to = scores + g * kRows * block_k + (j - n);
         product<Unit>(q + g * kRows * q_steps, q_steps, panel, q_steps,
-                      [&](int i, int v, vf x) { store(to + i * block_k + v * W, x); });
+                      [&](int i, int v, vf x) { store(to + i * block_k + v * W, kScaled ? x * size : x); });
       }
     }
   }
@@ -242,14 +248,16 @@ struct ForwardBlock {
                   const ScoreRow& constants, bool mixed) {
     const int64_t there = min64(block_k, s.keys - n);
     const ScoreMachine& machine = problem.machine(mixed);
-    for (int64_t g = begin; g < rows; g += kRows) {
-      const Columns columns(ranges, g / kRows, n, there);
+    for (int64_t i = begin, end; i < rows; i = end) {  // groups of the same columns together
+      const Columns columns(ranges, i / kRows, n, there);
+      end = i + kRows;
+      while (end < rows && columns == Columns(ranges, end / kRows, n, there)) end += kRows;
+      end = min64(rows, end);
       if (columns.empty()) continue;
-      const int64_t end = min64(rows, g + kRows);
       if (machine.on())
-        machine.run(program_rows(problem, s, head, first + g, end - g, n, columns, scores + g * block_k, block_k));
-      for (int64_t i = g; i < end; i++)
-        weigh_columns(s, head, first, i, n, columns, constants, mixed,
+        machine.run(program_rows(problem, s, head, first + i, end - i, n, columns, scores + i * block_k, block_k));
+      for (int64_t r = i; r < end; r++)
+        weigh_columns(s, head, first, r, n, columns, constants, mixed,
                       machine.on() ? Formed::scores : Formed::products);
     }
   }

@@ -145,6 +145,7 @@ struct Columns {
     end = lo < hi ? round_up(hi, kPanel) : 0;
   }
   bool empty() const { return begin >= end; }
+  bool operator==(const Columns& other) const { return begin == other.begin && end == other.end; }
 };
 
 // Which keys of a tile one row attends, by vectors of columns.

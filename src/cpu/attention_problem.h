@@ -182,20 +182,21 @@ FASTATTN_NOINLINE void store_residual(Matrix to, const float* from, int64_t colu
 // What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e.
 FASTATTN_INLINE float exponent_of(const Problem& problem) { return problem.in_base_e() ? kLog2E : problem.c; }
 
-// Rows of products, `count` from `row` of a sequence on, for the program of their tile: x has those of its columns, its
-// keys from `n` on, rows `stride` apart. What is kept of them begins at the same column.
+// Rows of scaled products, `count` from `row` of a sequence on, for the program of their tile: x has those of its
+// columns, its keys from `n` on, rows `stride` apart. What is kept of them begins at the same column.
 FASTATTN_INLINE ScoreRows program_rows(const Problem& problem, const Sequence& s, int64_t head, int64_t row,
                                        int64_t count, int64_t n, const Columns& columns, float* x, int64_t stride) {
   const int64_t begin = columns.begin;
-  return {s.batch,   head,   s.q_begin + row, s.k_begin + n + begin, count, columns.end - begin,
-          x + begin, stride, problem.size};
+  return {s.batch, head, s.q_begin + row, s.k_begin + n + begin, count, columns.end - begin, x + begin, stride};
 }
 
-// The same of one row by the classes of the tiles that its columns are in, which those that decode do not go by.
+// Products of one row to scores, by the classes of the tiles that its columns are in, which those that decode do not go
+// by.
 FASTATTN_NOINLINE void run_by_class(const Problem& problem, const Sequence& s, int64_t head, int64_t row, int64_t n,
                                     const Columns& columns, float* x) {
   const AttentionParams& p = problem.p;
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  for (int64_t j = columns.begin; j < columns.end; j += W) store(x + j, load(x + j) * problem.size);
   for (int64_t j = columns.begin, end; j < columns.end; j = end) {
     end = p.tile_class.data ? min64(columns.end, (n + j) / block_k * block_k + block_k - n) : columns.end;
     const uint8_t* of_tile = (const uint8_t*)plane(p.tile_class, s.batch, head, row / block_q, (n + j) / block_k, 1);

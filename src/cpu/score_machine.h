@@ -20,7 +20,6 @@ struct ScoreRows {
   int64_t rows, columns;          // columns: whole vectors
   float* x;
   int64_t stride;
-  float size;  // what scales products
   float* slopes = nullptr;
   // of each load with a gradient two buffers, `apart` apart: derivatives and indices. Of an index with one value a row
   // a row's first element.
@@ -63,6 +62,7 @@ class ScoreMachine {
 
   int64_t rows_;                     // of a strip
   bool keeps_scalars_, keeps_keys_;  // whether those on entry are never written
+  bool reads_keys_;
   int instructions_, outputs_;
   StripInstruction code_[limits::program_instructions];
   Output output_[kPlaces];

@@ -53,7 +53,7 @@ const checks::MathFunction math_functions[] = {
 void run_program(const checks::ProgramRun& run) {
   ScoreMachine machine;
   machine.prepare(run.p, run.p.program, run.slopes);
-  machine.run({0, 1, 5, 3, run.rows, run.columns, run.x, run.columns, 1.0f, machine.has_slope ? run.slopes : nullptr,
+  machine.run({0, 1, 5, 3, run.rows, run.columns, run.x, run.columns, machine.has_slope ? run.slopes : nullptr,
                run.loads, run.rows * run.columns});
 }
 

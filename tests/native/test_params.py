@@ -191,6 +191,65 @@ def test_attention_that_does_not_fit_is_refused(isa, change, message):
         _native.run("attention_forward", **fields | change)
 
 
+def _program(slope=-1, loads=()):
+    """Words of s + tables[h]; with a slope of 1 and tables' gradient where they are asked for."""
+    op = {name: code for code, name in enumerate(_native._core.score_ops)}
+    one = torch.tensor([1.0]).view(torch.int32).item()
+    steps = [op["load_f"], 4, 1, -1, -1, op["add_f"], 5, 5, 4, -1]  # r4 = tables[h], s += r4
+    header = [1, 2, 5, 2, 5, slope, len(loads) // 2, 1]
+    return torch.tensor([*header, one, *loads, *steps], dtype=torch.int32)
+
+
+def test_a_score_program_is_part_of_a_call(isa):
+    fields = _attention_fields()
+    fields["q"] = torch.randn(1, 4, 5, 8)
+    _native.run("attention_forward", **fields)
+    plain = fields["lse"].clone()
+    tables = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    _native.run("attention_forward", **fields, program=_program(), tables=tables)
+    torch.testing.assert_close(fields["lse"], plain + tables[:, None], rtol=0, atol=1e-6)  # 16 roundings of up to 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"program": None}, "masked_program goes with program"),
+        ({"program": _program().long()}, "program has another dtype"),
+        ({"masked_program": _program()[::2]}, "masked_program must be contiguous"),
+        ({"program": _program()[:-1]}, "program must be as long as its header says"),
+        ({"masked_program": _program() * 2}, "masked_program must be of this version"),
+        ({"tables": None}, "program loads from an empty table"),
+        ({"tables": torch.zeros(4, dtype=torch.float64)}, "tables has another dtype"),
+        ({"indices": torch.zeros(4)}, "indices has another dtype"),
+        ({"softcap": 1.0}, "program goes without bias, distances and softcap"),
+        ({"bias": torch.zeros(1, 4, 5, 7)}, "program goes without bias, distances and softcap"),
+        ({"grad_tables": torch.zeros(1, 4)}, "grad_tables is of a backward"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_score_programs_that_do_not_fit_are_refused(change, message):
+    fields = _attention_fields() | {"program": _program(), "masked_program": _program(), "tables": torch.zeros(4)}
+    _native.run("attention_forward", **fields)
+    with pytest.raises(ValueError, match=f"attention_forward: {message}"):
+        _native.run("attention_forward", **fields | change)
+
+
+def test_what_a_backward_needs_of_score_programs(isa):
+    fields = _attention_fields() | {"tables": torch.zeros(4)}
+    _native.run("attention_forward", **fields, program=_program())
+    fields |= {"grad_out": fields["out"]} | {f"grad_{n}": torch.empty_like(fields[n]) for n in "qkv"}
+    gradient = {"program": _program(slope=3, loads=(1, 3)), "grad_tables": torch.zeros(2, 4)}
+    _native.run("attention_backward", **fields, **gradient)
+    for change, message in (
+        ({"program": _program()}, "program must give a slope"),
+        ({"grad_tables": None}, "grad_tables is needed"),
+        ({"grad_tables": torch.zeros(2, 3)}, "grad_tables must have sizes"),
+        ({"grad_tables": torch.zeros(4, 2).mT}, "grad_tables must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_backward: {message}"):
+            _native.run("attention_backward", **fields | gradient | change)
+
+
 def test_statistics_may_be_left_out_forward_and_not_backward(isa):
     fields = _attention_fields()
     _native.run("attention_forward", **fields)

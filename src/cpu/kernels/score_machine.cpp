@@ -275,6 +275,10 @@ void ScoreMachine::prepare(const AttentionParams& p, const Tensor& words, bool b
   }
   wanted[count] = program.score, places[count++] = kScores;
   const JoinedSteps steps(program, wanted, count);
+  reads_keys_ = false;
+  for (int n = 0; n < steps.count; n++)
+    for (int k = 0; k < steps.step[n].operands; k++) reads_keys_ |= steps.step[n].from[k] == scalars + 1;
+  for (int w = 0; w < count; w++) reads_keys_ |= wanted[w] == scalars + 1;
   // the last step to write one does so where it is wanted, if it can
   int writer[kPlaces];
   for (int w = 0; w < count; w++) {
@@ -343,13 +347,8 @@ void ScoreMachine::run(const ScoreRows& rows) const {
         s.places[place] = rows.loads + (place - kLoads) * rows.apart + r * rows.stride + j;
       if (!keeps_scalars_) fill_scalars();
       for (int64_t i = 0; i < s.rows; i++) store_as(s.at(entry_[2]) + i * W, vi{} + int32_t(rows.row + r + i));
-      if (r == 0 || !keeps_keys_)
+      if (reads_keys_ && (r == 0 || !keeps_keys_))
         for (int64_t k = 0; k < s.columns; k += W) store_as(s.at(entry_[4]) + k, iota() + int32_t(s.key + k));
-      if (rows.size != 1)
-        for (int64_t i = 0; i < s.rows; i++) {
-          float* x = s.places[kScores] + i * rows.stride;
-          for (int64_t k = 0; k < s.columns; k += W) store(x + k, load(x + k) * rows.size);
-        }
       for (int n = 0; n < instructions_; n++) code_[n].run(code_[n], s);
       for (int n = 0; n < outputs_; n++) {
         StripInstruction t{nullptr, {output_[n].place, 0, true, true}, {output_[n].from, {}, {}}};
