@@ -141,17 +141,22 @@ void run_tanh(const StripInstruction& t, const Strip& s) {
     const vf before = load(from[kBefore ? 1 : 0]), after = load(from[kAfter ? 2 : 0]);
     const auto some = [&](auto count, int64_t j) {
       constexpr int n = decltype(count)::value;
-      vf x[n], y[n], largest = vf{};
+      vf y[n], largest = vf{};
+      const auto at = [&](int k) {
+        const vf x = load(from[0] + j + k * W);
+        return kBefore ? x * before : x;
+      };
       FASTATTN_EACH(k, n) {
-        x[k] = kBefore ? load(from[0] + j + k * W) * before : load(from[0] + j + k * W);
-        largest = vmax(vabs(x[k]), largest);
-        y[k] = tanh_small(x[k]);  // NaN stays NaN
+        const vf x = at(k);
+        largest = vmax(x * x, largest);
+        y[k] = tanh_small(x);  // NaN stays NaN
       }
-      if (__builtin_expect(reduce_max(largest) >= kSmallTanh, 0)) FASTATTN_EACH(k, n) y[k] = tanh(x[k]);
+      if (__builtin_expect(reduce_max(largest) >= kSmallTanh * kSmallTanh, 0)) FASTATTN_EACH(k, n) y[k] = tanh(at(k));
       FASTATTN_EACH(k, n) store(to + j + k * W, kAfter ? y[k] * after : y[k]);
     };
+    constexpr int kTogether = kRegisters == 32 ? 4 : 8;
     int64_t j = 0;
-    for (; j + 4 * W <= columns; j += 4 * W) some(std::integral_constant<int, 4>{}, j);
+    for (; j + kTogether * W <= columns; j += kTogether * W) some(std::integral_constant<int, kTogether>{}, j);
     for (; j < columns; j += W) some(std::integral_constant<int, 1>{}, j);
   });
 }
