@@ -70,7 +70,7 @@ def assert_captured(fn: Callable, inputs: tuple) -> None:
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         found = testing.as_tuple(fn(*inputs))
-        found_gradients = torch.autograd.grad(found, leaves, grads)
+        found_gradients = torch.autograd.grad(found, leaves, grads) if leaves else ()
     captured.replay()
     torch.cuda.synchronize()
     for a, b in zip((*found, *found_gradients), (*outputs, *gradients), strict=True):
@@ -238,8 +238,33 @@ def one_example(example: Example) -> None:
     assert_repeats(*testing.example_call(example, "triton"))
 
 
+# examples whose call waits for the device or draws from its generator, so that no graph can hold it
+NOT_CAPTURED = ("vq_sample",)
+
+
+def captured_examples() -> dict[str, Check]:
+    """Every example that Triton serves in a CUDA graph: its masks and other arguments are made beforehand."""
+    checks: dict[str, Check] = {}
+    for name, example in examples(torch.bfloat16, "cuda").items():
+        if name not in NOT_CAPTURED and example.gradients and example.refusal("triton") is None:
+            checks[f"CUDA graph: {name}"] = lambda e=example: assert_captured(*plain_call(e))
+    return checks
+
+
+def plain_call(example: Example) -> tuple[Callable, tuple[torch.Tensor, ...]]:
+    """(a function, its floating inputs), which does nothing but call the op: `testing.example_call` seeds generators."""
+    names = tuple(example.floating)
+
+    def call(*floating: torch.Tensor) -> tuple:
+        given = example.arguments | dict(zip(names, floating, strict=True))
+        outputs = testing.as_tuple(example.function(**given, backend="triton"))
+        return tuple(o for o in outputs if o.is_floating_point())
+
+    return call, tuple(t.detach().requires_grad_() for t in example.floating.values())
+
+
 def captures() -> dict[str, Check]:
-    """Repeatability at length, and CUDA graphs: what needs a device."""
+    """Repeatability at length: what needs a device."""
 
     def qkv():
         return testing.attention_inputs(1, 4, 2, 256, 256, 64, dtype=torch.bfloat16, device="cuda")
@@ -251,7 +276,6 @@ def captures() -> dict[str, Check]:
 
     mask = fa.Mask(causal=True)
     groups = 1 << torch.randint(8, (1, 256), generator=torch.Generator().manual_seed(0)).cuda()
-    # made once: a graph's call may copy nothing from the host
     calls = {
         "attention": (lambda *a: fa.attention(*a, mask=mask, backend="triton"), qkv),
         "softplus attention": (lambda *a: fa.softplus_attention(*a, power=15.0, mask=mask, backend="triton"), qkv),
@@ -268,7 +292,6 @@ def captures() -> dict[str, Check]:
     }  # fmt: skip
     checks: dict[str, Check] = {}
     for name, (fn, inputs) in calls.items():
-        checks[f"CUDA graph: {name}"] = lambda fn=fn, inputs=inputs: assert_captured(fn, inputs())
         checks[f"100 runs: {name}"] = lambda fn=fn, inputs=inputs: assert_repeats(fn, inputs(), 99)
     return checks
 
@@ -329,5 +352,7 @@ def all_checks(device: str, small: bool) -> dict[str, Check]:
     if device.startswith("cuda"):
         checks |= cuda_checks()
         if not small:
-            checks |= attention_checks(device, 1000, 128, (torch.bfloat16,)) | captures()
+            checks |= (
+                attention_checks(device, 1000, 128, (torch.bfloat16,)) | captures() | captured_examples()
+            )
     return checks

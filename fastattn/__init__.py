@@ -13,6 +13,7 @@ from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
 from .ops.codes import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
 from .ops.cross_entropy import linear_cross_entropy, stablemax_cross_entropy
+from .ops.flex import flex_attention
 from .ops.fused_linear import fused_linear
 from .ops.gated import gated_attention
 from .ops.grouped import focus_groups, grouped_attention
@@ -39,6 +40,7 @@ __all__ = [
     "decode_step",
     "distributed",
     "explain",
+    "flex_attention",
     "focus_groups",
     "fused_linear",
     "gated",

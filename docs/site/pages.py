@@ -25,7 +25,8 @@ PAGES = {
         "Attention",
         "fastattn",
         (
-            *("attention", "sigmoid_attention", "lssa_attention", "scaled_dot_product_attention", "Mask"),
+            *("attention", "sigmoid_attention", "lssa_attention", "scaled_dot_product_attention", "flex_attention"),
+            "Mask",
             "DistanceBias",
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),
         ),

@@ -69,6 +69,7 @@ def declare(
     backends: Sequence[Backend],
     check_contents: Callable[..., None] | None = None,
     gradients: Gradients | Autograd | None = None,
+    describe: Callable[..., str] | None = None,
 ) -> None:
     """Define `torch.ops.fastattn.<name>`.
 
@@ -82,6 +83,7 @@ def declare(
         backends rely on. It runs before every call, whether from a public function, a compiled graph or torch.ops, and when one is
         traced; so it costs a microsecond or two and reads no tensor.
     check_contents: the same of what index tensors hold, before a call that computes.
+    describe: what a call of these members computes, in lines that `explain` prints, where the members do not say it.
     """
     fields = typing.get_type_hints(call, include_extras=True)
     kept: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ def declare(
         _declare_backward(name, fields, fake, outputs, backends, gradients)
         kept = tuple(n for n in gradients.saved if n not in gradients.outputs)
         gradients = _autograd(name, fields, outputs, gradients)
-    _define(name, fields, outputs, fake, check, check_contents, backends, gradients, kept)
+    _define(name, fields, outputs, fake, check, check_contents, backends, gradients, kept, describe)
 
 
 # --- definition -----------------------------------------------------------------------------------------------------
@@ -110,6 +112,7 @@ def _define(
     backends: Sequence[Backend],
     autograd: Autograd | None,
     kept: tuple[str, ...] = (),
+    describe: Callable[..., str] | None = None,
 ) -> None:
     schema = schema_of(fields, len(outputs))
     group = next(((i, kind) for i, kind in enumerate(fields.values()) if is_group(kind)), None)
@@ -130,6 +133,7 @@ def _define(
         writes="!" in schema,
         outputs=outputs,
         kept=kept,
+        describe=describe,
     )
     OPS[name] = op
     places = {i for i, _ in op.numbers}

@@ -21,11 +21,13 @@ class Explanation:
     config: dict[str, int | str] = field(default_factory=dict)
     source: str = ""
     ruled_out: dict[str, str] = field(default_factory=dict)
+    details: str = ""  # of an op whose arguments are a program
 
     def __str__(self) -> str:
         config = ", ".join(f"{k}={v}" for k, v in self.config.items()) or "none"
         lines = [f"{self.op}: {self.backend} backend", f"  config: {config} ({self.source})"]
         lines += [f"  not {name}: {reason}" for name, reason in self.ruled_out.items()]
+        lines += [f"  {line}" for line in self.details.splitlines()]
         return "\n".join(lines)
 
 
@@ -43,13 +45,15 @@ def explain(op_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
     """What `fastattn.<op_name>(*args, **kwargs)` would run, without running it: checks are made, no kernel starts.
 
     op_name: the op's name, or the public function itself: `explain(fastattn.attention, q, k, v)`.
-    Returns an Explanation (printable) with backend, config, source of the config, and the backends ruled out with reasons.
+    Returns an Explanation (printable) with backend, config, source of the config, the backends ruled out with reasons, and for
+    flex_attention the program that its functions became.
     Raises what the call itself would raise; ValueError when there is no such op.
     """
     op, backend, ruled_out, members = _first_call(op_name, args, kwargs)
     configure = backend.configure
     choice = configure(*members) if configure is not None else Choice({}, "nothing to configure")
-    return Explanation(op.name, backend.name, dict(choice.values), choice.source, ruled_out)
+    details = op.describe(*members) if op.describe is not None else ""
+    return Explanation(op.name, backend.name, dict(choice.values), choice.source, ruled_out, details)
 
 
 def refusals(op_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:

@@ -35,6 +35,9 @@ def unserved_dtype(t: torch.Tensor, what: str | None = None) -> str | None:
 # run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/cpu/params.h
 run = _core.run
 limits = _core.limits  # what the kernels can hold, src/cpu/limits.h
+score_ops = (
+    _core.score_ops
+)  # the operations of a score program in the order of their codes, src/cpu/score_program_ops.def
 
 
 def defaults(kernel: str) -> dict:

@@ -82,6 +82,7 @@ class Op:
     writes: bool = False  # to an argument
     outputs: tuple[str, ...] = ("out",)
     kept: tuple[str, ...] = ()  # outputs that a backend makes for its own backward: another's may be others
+    describe: Callable[..., str] | None = None  # what a call computes, to read
 
     def members(self, values: Sequence[Any]) -> Sequence[Any]:
         """The members of a call from its values in the order of torch's schema."""

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -91,3 +91,10 @@ def autograd_inside_an_op() -> Iterator[None]:
     keys = _KeySet(_AUTOGRAD)
     with _force_keys(_included(), _excluded() - keys), torch.enable_grad():
         yield
+
+
+def indexing_by_values() -> AbstractContextManager:
+    """Inside, `tensor[index]` takes an index that torch.vmap maps, as torch's own flex_attention has it."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()

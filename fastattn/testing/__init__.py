@@ -35,6 +35,7 @@ from .inputs import (
     nan_filled_outputs,
     random_tensor,
 )
+from .scores import check_score
 
 __all__ = [
     "EPS32",
@@ -52,6 +53,7 @@ __all__ = [
     "attention_weights",
     "check_example",
     "check_op",
+    "check_score",
     "differentiate",
     "example_call",
     "far_attention_inputs",

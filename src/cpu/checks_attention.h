@@ -186,29 +186,29 @@ inline void check_fields(const Checks& c, const LssaParams& p) {
   c.require(!p.reweigh || !p.grad_lse.data, "grad_lse", "is not served with reweigh");
 }
 
-inline void check_fields(const Checks& c, const GroupedParams& p) {
+// Of Focus's kernels, whatever decides which distant keys count.
+template <class Params>
+void check_focus(const Checks& c, const Params& p) {
   check_attention(c, p);
   c.require(p.causal, "causal", "must be set");
   check_no_options(c, p);
   check_state(c, p);
   check_lse(c, p);
+  c.in("window", p.window, 0, limits::length);
+}
+inline void check_fields(const Checks& c, const GroupedParams& p) {
+  check_focus(c, p);
   c.contiguous("groups", p.groups, {1, 1, p.q.size[0], p.q.size[2]}, DType::i64);
   c.contiguous("key_groups", p.key_groups, {1, 1, p.q.size[0], p.k.size[2]}, DType::i64);
-  c.in("window", p.window, 0, limits::length);
 }
 
 inline void check_fields(const Checks& c, const GatedParams& p) {
-  check_attention(c, p);
-  c.require(p.causal, "causal", "must be set");
-  check_no_options(c, p);
-  check_state(c, p);
-  check_lse(c, p);
+  check_focus(c, p);
   const int64_t batch = p.q.size[0], rows = p.q.size[2], groups = p.assignment.size[3];
   c.require(p.k.size[2] == rows, "k", "must have q's length");
   c.in("assignment's groups", groups, 1, INT32_MAX);
   c.contiguous("assignment", p.assignment, {1, batch, rows, groups}, DType::f32);
   c.strided("sharpness", p.sharpness, {1, 1, 1, 1}, DType::f32);
-  c.in("window", p.window, 0, limits::length);
   c.in("gate", p.gate, 0, 1);
   // logarithms of gates are divided by it
   c.require(p.scale == 0 || !(std::fabs(p.scale) < 0x1p-100), "scale", "must be 0 or beyond 2^-100");

@@ -93,6 +93,12 @@ OUTPUTS = {
         ("sinkhorn_forward", "out"),
     ),
     "vocab": (("linear", "out"), ("vocab_dots", "out")),
+    "flex": (
+        ("attention_forward", "out"),
+        ("attention_forward", "lse"),
+        ("attention_backward", "grad_q"),
+        ("attention_backward", "grad_tables"),
+    ),
     "attention": (
         ("attention_forward", "out"),
         ("attention_forward", "lse"),
@@ -115,6 +121,11 @@ FORGOTTEN = {
         ("attention_backward", "bias"),
         ("attention_backward", "grad_lse"),
         ("attention_forward", "dense"),
+    ),
+    "flex": (
+        ("attention_forward", "masked_program"),
+        ("attention_backward", "masked_program"),
+        ("attention_backward", "grad_lse"),
     ),
 }
 DRAWN = 1000  # cases until one draws the mutant's kernel, and what is wrong with it is above a rounding

@@ -304,7 +304,11 @@ def test_twelve_numbers(name):
     assert graphs(fn, ([*inputs, n] for n in numbers)) <= MOST_GRAPHS
 
 
-@pytest.mark.parametrize("name", [name for name in examples() if name != "vq_sample"])  # see `sampled`
+# vq_sample: see `sampled`. flex_attention runs outside of the graph (test_flex_attention.py)
+IN_A_GRAPH = [name for name in examples() if name != "vq_sample" and not name.startswith("flex_attention")]
+
+
+@pytest.mark.parametrize("name", IN_A_GRAPH)
 def test_five_lengths_of_an_example(name):
     example = examples()[name]
     # an option's tensors have no gradient

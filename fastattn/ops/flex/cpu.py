@@ -1,0 +1,223 @@
+"""flex_attention on the CPU: the kernels of attention, which run a program on their scores."""
+
+import struct
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from ...runtime import native
+from ...runtime import tuning as _tuning
+from ..attention.cpu import _plane, _tile_classes, lookup, mask_fields, unserved
+from .prepare import EMPTY, FULL, MIXED, TILE
+from .program import HEADER, SECTIONS, read
+
+WANTS_TABLES = 1
+_VERSION = 1
+_MOST_COPIES = 256 << 20  # bytes of tables' gradients that are summed apart
+
+
+def refusal(q, k, v, *_) -> str | None:
+    """Why the CPU kernel cannot serve this call, or None."""
+    return unserved(q, k, v)
+
+
+def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
+    return unserved(q, k, v)
+
+
+def configure(q, k, v, *_) -> _tuning.Choice:
+    return lookup("attention", q, k, v, score="softmax")
+
+
+def configure_backward(grad_out, grad_lse, q, k, v, *_) -> _tuning.Choice:
+    return lookup("attention_backward", q, k, v, score="softmax")
+
+
+@lru_cache(maxsize=256)
+def _words(contents: bytes) -> tuple[torch.Tensor | None, ...]:
+    """A program's sections as the kernels take them (src/cpu/score_program.h): int32, constants as bits of float32."""
+    words = struct.unpack(f"<{len(contents) // 8}q", contents)
+    result: list[torch.Tensor | None] = []
+    for offset, section in zip(words[:SECTIONS], read(contents), strict=True):
+        if section is None:
+            result.append(None)
+            continue
+        instructions, scalars, vectors, score, slope, loads, floats, integers = words[
+            offset : offset + HEADER
+        ]
+        constants = struct.unpack(f"<{floats}i", struct.pack(f"<{floats}f", *map(_single, section.floats)))
+        rest = words[
+            offset + HEADER + floats : offset + HEADER + floats + integers + 2 * loads + 5 * instructions
+        ]
+        header = (_VERSION, instructions, scalars, vectors, score, slope, loads, floats + integers)
+        result.append(torch.tensor([*header, *constants, *rest], dtype=torch.int32))
+    return tuple(result)
+
+
+def _single(x: float) -> float:
+    """x as float32: infinite where it is too large."""
+    return torch.tensor(x, dtype=torch.float64).float().item()
+
+
+def _coarser(classes: torch.Tensor, axis: int, block: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(least, most) of what tiles of `block` cover of those of TILE along an axis, where MIXED is from 0 to 1."""
+    tiles = -(-length // block)
+    first = torch.arange(tiles) * block // TILE
+    last = (torch.arange(1, tiles + 1) * block - 1).clamp(max=length - 1) // TILE
+    low = torch.where(classes == FULL, 1, 0).to(torch.uint8)
+    high = torch.where(classes == EMPTY, 0, 1).to(torch.uint8)
+    least, most = low.index_select(axis, first), high.index_select(axis, first)
+    for step in range(1, int((last - first).max()) + 1):
+        where = torch.minimum(first + step, last)
+        least = torch.minimum(least, low.index_select(axis, where))
+        most = torch.maximum(most, high.index_select(axis, where))
+    return least, most
+
+
+def tile_classes(classes: torch.Tensor, config: Mapping[str, int], queries: int, keys: int) -> torch.Tensor:
+    """Classes of the kernel's own tiles."""
+    for axis, block, length in ((2, config["block_q"], queries), (3, config["block_k"], keys)):
+        least, most = _coarser(classes, axis, block, length)
+        classes = torch.where(least == 1, FULL, torch.where(most == 0, EMPTY, MIXED)).to(torch.uint8)
+    return classes
+
+
+def _call(
+    name: str,
+    config: _tuning.Choice,
+    gradients: bool,
+    q,
+    k,
+    v,
+    tables,
+    indices,
+    program,
+    classes,
+    scale,
+    mask,
+    **tensors,
+) -> None:
+    fields = mask_fields(q, k, mask)
+    sections = _words(program.contiguous().numpy().tobytes())
+    full, mixed = sections[2:] if gradients else sections[:2]
+    if full is None or (gradients and int(full[5]) == -1):
+        what = "with derivatives" if gradients else "of scores"
+        raise ValueError(f"fastattn.flex_attention: program has no section {what}")
+    shape = (*q.shape[:2], q.shape[2], k.shape[2])
+    found = None
+    # tiles of packed documents start at each document, not where these do
+    if mask.cu_seqlens_q is None and k.shape[2]:
+        if mixed is not None and classes is not None:
+            found = tile_classes(classes, config.values, *shape[2:])
+        if mask.dense is not None and mask.dense.numel():
+            dense = _plane(mask.dense, shape)
+            once = dense[tuple(slice(1 if dense.stride(dim) == 0 else None) for dim in (0, 1))]
+            of_dense = _tile_classes(once, config.values)
+            found = of_dense if found is None and mixed is None else _both(found, of_dense)
+    if found is not None:
+        fields["tile_class"] = found.expand(*shape[:2], *found.shape[2:])
+    native.run(
+        name,
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
+        program=full,
+        masked_program=mixed,
+        tables=tables if tables is not None and tables.numel() else None,
+        indices=indices if indices is not None and indices.numel() else None,
+        scale=scale,
+        threads=native.threads(),
+        **fields,
+        **config.values,
+        **tensors,
+    )
+
+
+def _both(classes: torch.Tensor | None, of_dense: torch.Tensor) -> torch.Tensor:
+    """Classes of two masks together; None: nothing is known of the first."""
+    if classes is None:
+        return torch.where(of_dense == EMPTY, EMPTY, MIXED).to(torch.uint8)
+    nothing = (classes == EMPTY) | (of_dense == EMPTY)
+    everything = (classes == FULL) & (of_dense == FULL)
+    return torch.where(nothing, EMPTY, torch.where(everything, FULL, MIXED)).to(torch.uint8)
+
+
+def flex_attention(q, k, v, tables, indices, program, classes, scale, mask):
+    """(out, lse, state, residual)."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    state = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
+    residual = torch.empty_like(out) if q.dtype != torch.float32 else q.new_empty(0)
+    if out.numel():
+        _call(
+            "attention_forward",
+            configure(q, k, v),
+            False,
+            q,
+            k,
+            v,
+            tables,
+            indices,
+            program,
+            classes,
+            scale,
+            mask,
+            out=out,
+            lse=lse,
+            state=state,
+            residual=residual if residual.numel() else None,
+        )
+    return out, lse, state, residual
+
+
+def flex_attention_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    tables,
+    out,
+    lse,
+    state,
+    residual,
+    indices,
+    program,
+    classes,
+    scale,
+    mask,
+    wanted,
+):
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    copies = None
+    if wanted & WANTS_TABLES:
+        count = max(1, min(native.threads(), _MOST_COPIES // max(4 * tables.numel(), 1)))
+        copies = torch.zeros(count, tables.numel(), dtype=torch.float32)
+    _call(
+        "attention_backward",
+        configure_backward(grad_out, grad_lse, q, k, v),
+        True,
+        q,
+        k,
+        v,
+        tables,
+        indices,
+        program,
+        classes,
+        scale,
+        mask,
+        out=native.rows(out),
+        residual=native.rows(residual) if residual.numel() else None,
+        lse=lse,
+        state=state.contiguous(),
+        # what the forward decoded has products of other roundings than tiles have
+        decode_rows=configure(q, k, v).values["decode_rows"],
+        grad_out=native.rows(grad_out),
+        grad_lse=grad_lse,
+        grad_q=grads[0],
+        grad_k=grads[1],
+        grad_v=grads[2],
+        grad_tables=copies if copies is not None and copies.numel() else None,
+    )
+    return *grads, q.new_empty(0) if copies is None else copies.sum(0)

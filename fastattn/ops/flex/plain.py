@@ -1,0 +1,56 @@
+"""flex_attention in plain torch, for any function and dtype: what backend="reference" and float64 run."""
+
+from collections.abc import Callable
+
+import torch
+
+from ... import masks
+from ...runtime import torch_private
+from ...runtime.arithmetic import widened
+from ..attention.reference import expand_heads
+
+
+def flex_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    score_mod: Callable | None,
+    mask_mod: Callable | None,
+    scale: float,
+    mask: masks.MaskArgs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out (B, Hq, Lq, Dv) in q's dtype, lse, row maxima (B, Hq, Lq)), differentiable as autograd has it.
+
+    The functions are mapped over all scores by torch.vmap, and see one at a time. A score whose mask is False has no gradient, whatever its function does.
+    """
+    wide_q, wide_k, wide_v = widened(q), widened(k), widened(v)
+    s = scale * (wide_q @ expand_heads(wide_k, q.shape[1]).transpose(-1, -2))
+    places = [torch.arange(n, dtype=torch.int32, device=q.device) for n in s.shape]
+    if score_mod is not None and s.numel():
+        s = mapped(score_mod, (s,), places).to(s.dtype)
+    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, mask)
+    if mask_mod is not None and s.numel():
+        allowed = allowed & mapped(mask_mod, (), places)
+    s = s.masked_fill(~allowed, -torch.inf)
+    top = s.detach().amax(-1) if s.shape[3] else s.new_full(s.shape[:3], -torch.inf)
+    weight = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0)[..., None])
+    total = weight.sum(-1)
+    nothing = total == 0
+    safe = total.masked_fill(nothing, 1.0)
+    lse = (safe.log() + top.masked_fill(nothing, 0.0)).masked_fill(nothing, -torch.inf)
+    out = (weight / safe[..., None]).to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
+    return out.to(q.dtype), lse, top
+
+
+def mapped(function: Callable, of_each: tuple[torch.Tensor, ...], places: list[torch.Tensor]) -> torch.Tensor:
+    """function(*of_each, b, h, q, k) of every score, (B, H, Lq, Lk)."""
+
+    def as_tensor(*arguments: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(function(*arguments), device=places[0].device)
+
+    mapped = as_tensor
+    for axis in (3, 2, 1, 0):  # the outermost last
+        own = tuple(0 if i == axis else None for i in range(4))
+        mapped = torch.vmap(mapped, in_dims=(*(0 for _ in of_each), *own))
+    with torch_private.indexing_by_values():
+        return mapped(*of_each, *places)

@@ -1,0 +1,175 @@
+"""The definition of torch.ops.fastattn.flex_attention: a program's instructions as torch's own operations, then softmax."""
+
+import torch
+
+from ... import masks
+from ...runtime.arithmetic import residual_of, widened
+from ..attention.reference import expand_heads, row_state
+from ..attention.scores import SCORES, has_residual
+from .evaluate import TORCH
+from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base, read
+
+_SOFTMAX = SCORES["softmax"].code
+
+
+def sections(program: torch.Tensor) -> tuple[Section | None, ...]:
+    return read(program.detach().contiguous().numpy().tobytes())
+
+
+class _Values:
+    """The registers of a section, run on every score of a call, (B, H, Lq, Lk) or what broadcasts to it."""
+
+    def __init__(
+        self, section: Section, s: torch.Tensor, tables: torch.Tensor | None, indices: torch.Tensor | None
+    ) -> None:
+        self.section = section
+        self.tables = s.new_zeros(1) if tables is None or not tables.numel() else tables.to(s.dtype)
+        empty = torch.zeros(1, dtype=torch.int32, device=s.device)
+        self.indices = empty if indices is None or not indices.numel() else indices
+        counts = [torch.arange(n, dtype=torch.int32, device=s.device) for n in s.shape]
+        b, h, q, k = (c.view([-1 if i == axis else 1 for i in range(4)]) for axis, c in enumerate(counts))
+        self.k = k
+        self.registers: dict[int, torch.Tensor] = {
+            0: b,
+            1: h,
+            2: q,
+            section.scalars: s,
+            section.scalars + 1: k,
+        }
+        constants = [s.new_tensor(x) for x in section.floats]
+        constants += [torch.tensor(x, dtype=torch.int32, device=s.device) for x in section.integers]
+        self.registers |= dict(enumerate(constants, INPUTS_OF_ROW))
+        self._float = s.dtype
+        for code, result, *operands in section.instructions:
+            name = OPS[code]
+            self.registers[result] = self._run(name, [self.registers[r] for r in operands[: arity(name)]])
+
+    def _run(self, name: str, args: list[torch.Tensor]) -> torch.Tensor:
+        op = base(name)
+        if op in ("load", "load_row"):
+            table = self.tables if name.endswith("f") else self.indices
+            return table[self._clamped(args[0], op == "load_row", table)]
+        if op == "select":
+            return torch.where(args[0] != 0, args[1], args[2])
+        if op == "i2f":
+            return args[0].to(self._float)
+        if op == "f2i":
+            whole = args[0].detach().double().trunc().nan_to_num(0.0, float("inf"), float("-inf"))
+            return whole.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+        if op == "b2i":
+            return -args[0]
+        result = TORCH[op](*args)
+        # a boolean is 0 or -1, so that and, or and not are those of bits
+        return -result.to(torch.int32) if result.dtype == torch.bool else result
+
+    def _clamped(self, index: torch.Tensor, by_key: bool, table: torch.Tensor) -> torch.Tensor:
+        index = index.long() + (self.k if by_key else 0)
+        return index.clamp(0, table.numel() - 1)
+
+    def gradient_index(self, load: int) -> torch.Tensor:
+        register, _ = self.section.loads[load]
+        return self._clamped(self.registers[register & ~BY_KEY], bool(register & BY_KEY), self.tables)
+
+
+def _section(program: torch.Tensor, gradients: bool) -> Section:
+    """What every score goes through: the section of mixed tiles, where there is one; tiles only spare what it gives -inf."""
+    full, mixed, full_gradients, mixed_gradients = sections(program)
+    found = (mixed_gradients or full_gradients) if gradients else (mixed or full)
+    if found is None:
+        raise ValueError(
+            f"fastattn.flex_attention: program has no section {'with derivatives' if gradients else 'of scores'}"
+        )
+    return found
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return scale * (q @ expand_heads(k, q.shape[1]).transpose(-1, -2))
+
+
+def _scores(values: _Values, s: torch.Tensor, mask: masks.MaskArgs) -> torch.Tensor:
+    score = values.registers[values.section.score].to(s.dtype).expand(s.shape)
+    allowed = masks.dense_allowed(s.shape[2], s.shape[3], s.device, mask)
+    return score.masked_fill(~allowed, -torch.inf)
+
+
+def flex_attention(q, k, v, tables, indices, program, classes, scale, mask) -> tuple[torch.Tensor, ...]:
+    """(out, lse, state, residual), as attention's."""
+    wide_q, wide_k, wide_v = widened(q), widened(k), widened(v)
+    s = _products(wide_q, wide_k, scale)
+    if s.dtype not in (torch.float32, torch.float64):
+        s = s.float()
+    score = _scores(_Values(_section(program, False), s, tables, indices), s, mask)
+    top = (
+        score.amax(-1, keepdim=True) if score.shape[3] else score.new_full((*score.shape[:3], 1), -torch.inf)
+    )
+    weight = torch.exp(score - top.masked_fill(top == -torch.inf, 0.0))
+    total = weight.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
+    out = (weight / total).to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
+    residual = residual_of(out, q) if has_residual(q.dtype, _SOFTMAX) else q.new_empty(0)
+    return out.to(q.dtype), lse, row_state(top, total, nothing), residual
+
+
+def flex_attention_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    tables,
+    out,
+    lse,
+    state,
+    residual,
+    indices,
+    program,
+    classes,
+    scale,
+    mask,
+    wanted,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and of the tables, from the program's derivatives."""
+    wide_q, wide_k, wide_v, grad = widened(q), widened(k), widened(v), widened(grad_out)
+    s = _products(wide_q, wide_k, scale)
+    if s.dtype not in (torch.float32, torch.float64):
+        s = s.float()
+    values = _Values(_section(program, True), s, tables, indices)
+    score = _scores(values, s, mask)
+    empty = lse == -torch.inf
+    weight = (
+        torch.exp(score - lse.masked_fill(empty, 0.0)[..., None])
+        .masked_fill(empty[..., None], 0.0)
+        .to(grad.dtype)
+    )
+    grad_weight = grad @ expand_heads(wide_v, q.shape[1]).transpose(-1, -2)
+    delta = (weight * grad_weight).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
+    grad_score = (weight * (grad_weight - delta)).masked_fill(weight == 0, 0.0).to(s.dtype)
+
+    def times(derivative: torch.Tensor) -> torch.Tensor:
+        product = grad_score * derivative
+        return product.masked_fill(grad_score == 0, 0.0)  # what is masked has any derivative
+
+    section = values.section
+    if section.slope == -1:
+        raise ValueError("fastattn.flex_attention: program has no slope in its section with derivatives")
+    grad_s = times(values.registers[section.slope]).to(grad.dtype)
+    shape = (k.shape[0], k.shape[1], -1, *s.shape[2:])
+    of_heads = grad_s.view(shape)  # (B, Hkv, group, Lq, Lk)
+    grad_q = scale * (grad_s @ expand_heads(wide_k, q.shape[1]))
+    grad_k = scale * torch.einsum("bhgqk,bhgqd->bhkd", of_heads, wide_q.view(*shape[:3], *q.shape[2:]))
+    weights = weight.view(shape)
+    grad_v = torch.einsum("bhgqk,bhgqd->bhkd", weights, grad.view(*shape[:3], *grad.shape[2:]))
+    grad_tables = q.new_empty(0)
+    if wanted & 1:
+        flat = torch.zeros(tables.shape, dtype=torch.float64, device=q.device)
+        for load, (_, register) in enumerate(section.loads):
+            index = values.gradient_index(load).expand(s.shape)
+            flat.index_add_(
+                0, index.reshape(-1), times(values.registers[register]).expand(s.shape).reshape(-1).double()
+            )
+        grad_tables = flat.to(tables.dtype)
+    return grad_q.to(q.dtype).contiguous(), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_tables
