@@ -11,6 +11,7 @@ from . import (
 from .bias import DistanceBias
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
+from .ops.causal_conv1d import causal_conv1d
 from .ops.codes import nearest_codes, vq_argmax, vq_cross_entropy, vq_logits, vq_sample
 from .ops.cross_entropy import linear_cross_entropy, stablemax_cross_entropy
 from .ops.flex import flex_attention
@@ -36,6 +37,7 @@ __all__ = [
     "Mask",
     "attention",
     "bias",
+    "causal_conv1d",
     "cpu_isas",
     "decode_step",
     "distributed",

@@ -161,6 +161,16 @@ def check_written(op: str, name: str, value: torch.Tensor) -> None:
         raise ValueError(f"fastattn.{op}: {name} is written in place and must not be an expanded tensor")
 
 
+def check_parameter(op: str, name: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
+    """`value` has the dtype of `like`, which is called `other`, or is float32 where that has 16 bits: it is computed with in float32."""
+    check_tensor(op, name, value)
+    if value.dtype is not like.dtype and (value.dtype is not torch.float32 or like.dtype.itemsize != 2):
+        raise TypeError(
+            f"fastattn.{op}: {name} must be {str(like.dtype).removeprefix('torch.')}, {other}'s dtype, or float32 beside 16 bits, "
+            f"given {describe(value)}"
+        )
+
+
 def statistics_dtype(t: torch.Tensor) -> torch.dtype:
     """The dtype of the log-sum-exps, losses and norms that an op computes from t."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -222,8 +222,6 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
     cut = _cut(
         fields, g.of
     )  # none of these inputs is a group, so they are at the same places in values and members
-    if len(incoming) > 1 and g.outputs[0] not in g.saved:
-        raise ValueError(f"{name}: {g.outputs[0]} must be saved, for its gradient where only others have one")
 
     def setup(ctx, inputs, output):
         results = output if isinstance(output, tuple) else (output,)
@@ -231,6 +229,8 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         ctx.where = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
         ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         save(ctx, *(inputs[i] for i in ctx.where), *(results[i] for i in kept))
+        first = results[incoming[0]]
+        ctx.first = (first.shape, first.dtype, first.device)  # of a zero gradient, where only others have one
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
@@ -244,7 +244,8 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
             values[i] = t
         saved = tensors[len(ctx.where) :]
         if grads[0] is None:
-            grads[0] = torch.zeros_like(saved[g.saved.index(g.outputs[0])])
+            shape, dtype, device = ctx.first
+            grads[0] = torch.zeros(shape, dtype=dtype, device=device)
         *rest, backend = values[cut:]
         needed = {n: values[i] is not None and ctx.needs_input_grad[i] for n, i in places.items()}
         rest += [bits([needed[n] for n in g.optional])] if g.optional else []

@@ -55,6 +55,11 @@ def rows(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, *t.shape[-3:])
 
 
+def plain(t: torch.Tensor) -> torch.Tensor:
+    """t for a kernel of any strides, which reads memory as it is: without torch's pending sign or conjugation."""
+    return t.resolve_conj().resolve_neg()
+
+
 def threads() -> int:
     return torch.get_num_threads()
 

@@ -3,6 +3,7 @@
 // microsecond: a compiled graph reaches kernels without the checks of a public function.
 #pragma once
 #include "checks_attention.h"
+#include "checks_scans.h"
 #include "checks_words.h"
 
 namespace fastattn {

@@ -65,9 +65,14 @@ class Checks {
   }
   // float32, bfloat16 or float16, the elements of the last dimension side by side.
   void floating(const char* field, const Tensor& t) const {
+    number(field, t);
+    tensor(field, t, size_of(t), t.dtype);
+  }
+  // The same, of any strides.
+  void number(const char* field, const Tensor& t) const {
     if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16)
       refuse(field, "must be float32, bfloat16 or float16");
-    tensor(field, t, size_of(t), t.dtype);
+    strided(field, t, size_of(t), t.dtype);
   }
   // `count` int32 or int64 of any stride.
   void integers(const char* field, const Tensor& t, int64_t count) const {

@@ -13,7 +13,8 @@
   LIMIT(program_instructions, 256) /* of a score program */                                    \
   LIMIT(program_scalars, 96)       /* its registers with one value a row */                    \
   LIMIT(program_vectors, 24)       /* and with one a key */                                    \
-  LIMIT(program_loads, 16)         /* from tables whose gradient is wanted */
+  LIMIT(program_loads, 16)         /* from tables whose gradient is wanted */                  \
+  LIMIT(taps, 8)                   /* of causal_conv1d */
 
 namespace fastattn {
 namespace limits {

@@ -183,6 +183,21 @@ struct SinkhornParams {
   FASTATTN_FIELDS(scores, begins, counts, prefixes, out, potentials, grad, temperature, iterations, causal, threads)
 };
 
+// y_t = bias + sum_k weight[:, k] x_{t-K+1+k}, or its SiLU, over each sequence's tokens. x, out (B, L, D); weight (D,
+// K), bias (D,) of x's type or f32. A sequence is a batch, or one of the documents of a batch of one that lie between
+// the offsets cu_seqlens (S + 1,) i64. initial_state, state (S, K - 1, D): the inputs before its first and before its
+// next token. Backward: grad_state (absent: zero), grad_x, grad_initial_state as these; grad_sums (B, ceil(L / slice),
+// K + 1, D) f32, of the taps and the bias over `slice` tokens each, reduced by the caller in order.
+struct CausalConv1dParams {
+  Tensor x, weight, bias, initial_state, cu_seqlens, out, state;
+  Tensor grad_out, grad_state, grad_x, grad_initial_state, grad_sums;
+  int64_t slice = 256;
+  int32_t silu = 0;
+  int32_t threads = 1;
+  FASTATTN_FIELDS(x, weight, bias, initial_state, cu_seqlens, out, state, grad_out, grad_state, grad_x,
+                  grad_initial_state, grad_sums, slice, silu, threads)
+};
+
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
 // block_q by block_k elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {

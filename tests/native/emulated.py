@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
 OPS = [
     "attention_cpu",
+    "causal_conv1d",
     "fused_linear",
     "matvec",
     "lssa",

@@ -113,6 +113,16 @@ def _further_calls():
             lambda s, c=causal: fa.sinkhorn(s, cu_seqlens=offsets, lengths=whole(5, 0, 2), causal=c),
             (make(1, 12, 3, dtype=torch.bfloat16),),
         )
+    yield (
+        lambda x, w, b, s: fa.causal_conv1d(
+            x, w, bias=b, initial_state=s, activation="silu", return_state=True
+        ),
+        (make(2, 9, 8).transpose(1, 2).contiguous().transpose(1, 2), make(8, 4), make(8), make(2, 3, 8)),
+    )
+    yield (
+        lambda x, w, s: fa.causal_conv1d(x, w, initial_state=s, cu_seqlens=offsets, return_state=True),
+        (make(1, 12, 8, dtype=torch.bfloat16), make(8, 4), make(3, 3, 8, dtype=torch.bfloat16)),
+    )
     h, weight, codebook = make(6, 8), make(20, 8), make(5, 8)
     target, codes = whole(0, 3, -100, 19, 7, 7), torch.arange(20) % 5
     for reduction in ("mean", "none"):

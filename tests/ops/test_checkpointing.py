@@ -19,6 +19,7 @@ OPS = {
     "grouped_attention": (Q, lambda q: fa.grouped_attention(q, q, q, GROUPS, window=2)),
     "gated_attention": (SCORES, lambda s: fa.gated_attention(Q, Q, Q, s.softmax(-1), window=2)),
     "sinkhorn": (SCORES, fa.sinkhorn),
+    "causal_conv1d": (SCORES, lambda x: fa.causal_conv1d(x, SCORES[0].T[:, :3], return_state=True)),
     "rms_norm": (Q, lambda x: fa.rms_norm(x, residual=x)),
     "swiglu": (ROWS, fa.swiglu),
     "gated": (Q, lambda x: fa.gated(x, x)),

@@ -133,6 +133,14 @@ SIZES = {
         lambda s, v: fa.sinkhorn(s, potentials=v),
         lambda step: [floats(5 + step % 5, 20 + step, 4), floats(5 + step % 5, 1, 4)],
     ),
+    "causal_conv1d": (
+        lambda x, w, state: fa.causal_conv1d(x, w, initial_state=state, activation="silu", return_state=True),
+        lambda step: [floats(5 + step % 5, 20 + step, 4), floats(4, 3), floats(5 + step % 5, 2, 4)],
+    ),
+    "causal_conv1d, packed": (
+        lambda x, w, starts: fa.causal_conv1d(x, w, cu_seqlens=starts, return_state=True),
+        lambda step: [floats(1, 20 + step, 4), floats(4, 3), offsets(step)],
+    ),
     "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
     "linear_cross_entropy": (
         lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),

@@ -89,6 +89,21 @@ def _refused():
     cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
     packed = (wide[..., :4], lengths, cuts, None, 0.1, 3, False)
     yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
+    cuts, taps = torch.tensor([0, 4, 3]), torch.ones(8, 3)
+    yield "causal_conv1d", (wide, taps, None, None, None, True), ValueError, "weight must be x's 65 channels"
+    x = wide[..., :8]
+    yield (
+        "causal_conv1d",
+        (x, taps, None, None, cuts, True),
+        ValueError,
+        "cu_seqlens must start at 0, not decr",
+    )
+    yield (
+        "causal_conv1d_backward",
+        (x, x, x, taps, None, None, None, True, 0),
+        ValueError,
+        r"grad_state must have shape \(1x2x8\)",
+    )
     plain = (None, None, 0, None)
     for score in (-1, 3, 2**40):
         message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"

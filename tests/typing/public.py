@@ -21,6 +21,8 @@ def ops(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> None:
     assert_type(fa.rms_norm(q, residual=k, backend="cpu"), tuple[Tensor, Tensor])
     assert_type(fa.rotary(q, k, v), tuple[Tensor, Tensor])
     assert_type(fa.linear_cross_entropy(q, k, v, temperature=0.5), Tensor)
+    assert_type(fa.causal_conv1d(q, k, activation="silu"), Tensor)
+    assert_type(fa.causal_conv1d(q, k, return_state=True), tuple[Tensor, Tensor])
     assert_type(fa.explain("attention", q, k, v).ruled_out, dict[str, str])
     with fa.set_backend("cpu"):
         fa.swiglu(q)

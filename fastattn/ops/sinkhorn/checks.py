@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from ...runtime import checks, native
+from .. import documents
 from ..focus import check_group_count
 
 MAX_ITERATIONS = native.limits.iterations
@@ -21,15 +22,7 @@ def _check_sinkhorn(
         raise ValueError(f"fastattn.{op}: iterations must be an integer of at least 1, given {iterations!r}")
     if iterations > MAX_ITERATIONS:
         raise ValueError(f"fastattn.{op}: iterations must be at most {MAX_ITERATIONS}, given {iterations}")
-    sequences = scores.shape[0]
-    if cu_seqlens is not None:
-        checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
-        checks.check_same_device(op, scores=scores, cu_seqlens=cu_seqlens)
-        if sequences != 1:
-            raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {sequences}")
-        if cu_seqlens.shape[0] == 0:
-            raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
-        sequences = cu_seqlens.shape[0] - 1
+    sequences = documents.check_offsets(op, "scores", scores, scores.shape[0], cu_seqlens)
     for name, value in (("lengths", lengths), ("prefix_lengths", prefix_lengths)):
         if value is not None:
             checks.check_integer(op, name, value, dims=1)
@@ -54,13 +47,9 @@ def check_sinkhorn_backward(
 def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, prefix_lengths) -> None:
     longest = scores.shape[1]
     counted = {"lengths": lengths, "prefix_lengths": prefix_lengths}
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        cuts = cu_seqlens.tolist()
+    cuts = documents.check_offsets_contents(op, longest, cu_seqlens)
+    if cuts is not None:
         spans = [end - begin for begin, end in itertools.pairwise(cuts)]
-        if cuts[0] != 0 or min(spans, default=0) < 0 or cuts[-1] > longest:
-            raise ValueError(
-                f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {longest}, given {cuts}"
-            )
         for name, value in counted.items():
             for i, (length, span) in enumerate(
                 zip(value.tolist() if value is not None else (), spans, strict=False)

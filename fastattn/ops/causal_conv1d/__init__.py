@@ -1,0 +1,80 @@
+"""The short causal convolution in front of linear attention and state space layers."""
+
+from typing import Literal, overload
+
+import torch
+
+from ...runtime.checks import check_choice
+from ...runtime.registry import call, requested
+from . import schema  # noqa: F401  registers the op
+
+_ACTIVATIONS = {None: False, "silu": True, "swish": True}
+
+
+@overload
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: Literal[True],
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """A causal convolution of each channel with a few taps of its own, as Mamba (arXiv 2312.00752) and Gated DeltaNet have it:
+
+        y_t = activation(bias + sum_{k < K} weight[:, k] * x_{t - K + 1 + k})
+
+    float32 inside (float64 for float64), one rounding. Inputs before the first token are those of `initial_state`, or 0.
+
+    x: (B, L, D), any strides: of a (B, D, L) tensor pass `x.transpose(1, 2)`, which the CPU kernels read without a copy. L may be 0.
+    weight: (D, K), K from 1 to 8, the last tap that of the token itself: of a depthwise torch.nn.Conv1d it is `weight[:, 0]`.
+    bias: (D,), default none. Both of x's dtype or float32.
+    activation: None or "silu" ("swish" is the same).
+    initial_state: (B, K - 1, D) of x's dtype, any strides: the inputs before the first token, the oldest first. One a document when
+        packed. transformers keeps (B, D, K), whose first column no tap reads: pass `state[..., 1:].transpose(1, 2)`.
+    return_state: also return the state after the last token, (B, K - 1, D), for the call that goes on; one a document when packed.
+    cu_seqlens: (documents + 1,) int32 or int64 from 0, never decreasing: documents packed in a batch of one. No tap reaches over a
+        document's first token. Tokens after the last document give 0.
+
+    Returns (B, L, D), contiguous, in x's dtype, or (that, state). Differentiable, once, in x, weight, bias and initial_state, also
+    through the state; sums over tokens are formed in one order for any number of threads.
+
+    >>> x, weight = torch.randn(2, 5, 3), torch.randn(3, 4)
+    >>> y, state = fastattn.causal_conv1d(x, weight, activation="silu", return_state=True)
+    >>> following = fastattn.causal_conv1d(torch.randn(2, 1, 3), weight, activation="silu", initial_state=state)
+
+    There are CPU kernels and the definition, which CUDA tensors get; backend="triton" raises NotImplementedError.
+    Raises ValueError or TypeError naming the argument.
+    """
+    op = "causal_conv1d"
+    check_choice(op, "activation", activation, tuple(_ACTIVATIONS))
+    silu = _ACTIVATIONS[activation]
+    args = (x, weight, bias, initial_state, cu_seqlens, silu)
+    results = call(op, *args, requested(op, backend), reads=None if return_state else 1)
+    return (results[0], results[1]) if return_state else results[0]

@@ -1,0 +1,43 @@
+// The checks of scans and short convolutions: see checks.h.
+#pragma once
+#include "checks_words.h"
+
+namespace fastattn {
+
+// Offsets of documents in a batch of one, or none: the number of sequences.
+inline int64_t check_sequences(const Checks& c, const Tensor& cu_seqlens, int64_t batches, int64_t length) {
+  if (!cu_seqlens.data) return batches;
+  const int64_t count = cu_seqlens.size[3];
+  c.contiguous("cu_seqlens", cu_seqlens, {1, 1, 1, count}, DType::i64);
+  c.require(batches == 1, "cu_seqlens", "needs a batch of one");
+  const int64_t* cuts = (const int64_t*)cu_seqlens.data;
+  for (int64_t i = 0; i < count; i++) c.index("cu_seqlens", i, cuts[i], i ? cuts[i - 1] : 0, i ? length : 0);
+  return count - 1;
+}
+
+inline void check_fields(const Checks& c, const CausalConv1dParams& p) {
+  const int64_t batches = p.x.size[1], length = p.x.size[2], channels = p.x.size[3], taps = p.weight.size[3];
+  const Size tokens{1, batches, length, channels};
+  c.number("x", p.x);
+  c.strided("x", p.x, tokens, p.x.dtype);
+  c.in("weight's taps", taps, 1, limits::taps);
+  c.in("slice", p.slice, 1, INT32_MAX);
+  c.strided("weight", p.weight, {1, 1, channels, taps}, p.weight.dtype == DType::f32 ? DType::f32 : p.x.dtype);
+  if (p.bias.data) c.strided("bias", p.bias, {1, 1, 1, channels}, p.bias.dtype == DType::f32 ? DType::f32 : p.x.dtype);
+  const int64_t sequences = check_sequences(c, p.cu_seqlens, batches, length);
+  const Size states{1, sequences, taps - 1, channels};
+  if (p.initial_state.data) c.strided("initial_state", p.initial_state, states, p.x.dtype);
+  if (!c.backward()) {
+    c.contiguous("out", p.out, tokens, p.x.dtype);
+    if (p.state.data) c.contiguous("state", p.state, states, p.x.dtype);
+    return;
+  }
+  c.strided("grad_out", p.grad_out, tokens, p.x.dtype);
+  c.contiguous("grad_x", p.grad_x, tokens, p.x.dtype);
+  if (p.grad_state.data) c.contiguous("grad_state", p.grad_state, states, p.x.dtype);
+  if (p.grad_initial_state.data) c.contiguous("grad_initial_state", p.grad_initial_state, states, p.x.dtype);
+  const int64_t slices = (length + p.slice - 1) / p.slice;
+  c.contiguous("grad_sums", p.grad_sums, {batches, slices, taps + 1, channels}, DType::f32);
+}
+
+}  // namespace fastattn
