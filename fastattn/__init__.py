@@ -19,6 +19,7 @@ from .ops.fused_linear import fused_linear
 from .ops.gated import gated_attention
 from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
+from .ops.linear_scan import linear_scan
 from .ops.lssa import lssa_attention, softplus_attention
 from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu
@@ -50,6 +51,7 @@ __all__ = [
     "grouped_attention",
     "integrations",
     "linear_cross_entropy",
+    "linear_scan",
     "lssa_attention",
     "models",
     "multi_label_cross_entropy",

@@ -40,4 +40,46 @@ inline void check_fields(const Checks& c, const CausalConv1dParams& p) {
   c.contiguous("grad_sums", p.grad_sums, {batches, slices, taps + 1, channels}, DType::f32);
 }
 
+// A contiguous tensor, or, of pairs, the real parts of one.
+inline void check_dense(const Checks& c, const char* field, Tensor t, const Size& size, DType dtype, int pairs) {
+  for (int i = 0; i < 4 && pairs; i++) {
+    c.require(t.size[i] == 1 || t.stride[i] % 2 == 0, field, "must be the real parts of complex numbers");
+    t.stride[i] /= 2;
+  }
+  c.contiguous(field, t, size, dtype);
+}
+
+inline void check_fields(const Checks& c, const LinearScanParams& p) {
+  const Tensor& like = c.backward() ? p.grad_out : p.b;
+  const Size tokens = Checks::size_of(like);
+  const int64_t batches = tokens.of[0] * tokens.of[1], length = tokens.of[2], channels = tokens.of[3];
+  const char* name = c.backward() ? "grad_out" : "b";
+  c.in("pairs", p.pairs, 0, 1);
+  c.number(name, like);
+  c.require(!p.pairs || like.dtype == DType::f32, name, "must be float32 where it has pairs");
+  const auto strided = [&](const char* field, const Tensor& t, DType dtype) {
+    c.strided(field, t, tokens, dtype);
+    for (int i = 0; i < 4 && p.pairs; i++)
+      c.require(t.size[i] == 1 || t.stride[i] % 2 == 0, field, "must be the real parts of complex numbers");
+  };
+  strided(name, like, like.dtype);
+  strided("a", p.a, p.a.dtype == DType::f32 ? DType::f32 : like.dtype);
+  c.require(!p.pairs || !p.log_a, "log_a", "is not served with pairs");
+  c.in("slice", p.slice, 1, limits::scan_slice);
+  c.in("segments", p.segments, 1, length > 1 ? length : 1);
+  c.require(p.segments == 1 || !p.cu_seqlens.data, "segments", "must be 1 with documents");
+  const int64_t sequences = check_sequences(c, p.cu_seqlens, batches, length);
+  const Size states{1, 1, sequences, channels};
+  if (p.initial.data) check_dense(c, "initial", p.initial, states, DType::f32, p.pairs);
+  check_dense(c, "out", p.out, tokens, like.dtype, p.pairs);
+  if (!c.backward()) return;
+  check_dense(c, "grad_b", p.grad_b, tokens, like.dtype, p.pairs);
+  if (p.grad_initial.data) check_dense(c, "grad_initial", p.grad_initial, states, DType::f32, p.pairs);
+  if (!p.grad_a.data) return;
+  c.in("grad_a_kind", p.grad_a_kind, 0, 2);
+  const int64_t panels = (channels + p.slice - 1) / p.slice;
+  const Size of_kind[] = {tokens, {1, panels, batches, length}, {1, sequences, p.segments, channels}};
+  check_dense(c, "grad_a", p.grad_a, of_kind[p.grad_a_kind], p.grad_a_kind ? DType::f32 : p.a.dtype, p.pairs);
+}
+
 }  // namespace fastattn

@@ -14,7 +14,8 @@
   LIMIT(program_scalars, 96)       /* its registers with one value a row */                    \
   LIMIT(program_vectors, 24)       /* and with one a key */                                    \
   LIMIT(program_loads, 16)         /* from tables whose gradient is wanted */                  \
-  LIMIT(taps, 8)                   /* of causal_conv1d */
+  LIMIT(taps, 8)                   /* of causal_conv1d */                                      \
+  LIMIT(scan_slice, 256)           /* channels of a panel of linear_scan */
 
 namespace fastattn {
 namespace limits {

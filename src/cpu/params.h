@@ -198,6 +198,23 @@ struct CausalConv1dParams {
                   grad_initial_state, grad_sums, slice, silu, threads)
 };
 
+// h_t = a_t h_{t-1} + b_t over each sequence's tokens, as above, forwards or in reverse; log_a: e^a in place of a. a
+// (of b's type or f32; broadcast by strides of 0), b, out (A, B, L, D); initial (S, D) f32, contiguous, or absent (0);
+// S batches A * B, or documents. pairs: complex numbers, D of them: every tensor is a view of their real parts, beside
+// which the imaginary ones lie. Backward: from grad_out, a, initial and out (and no b): grad_b as b; grad_initial as
+// initial, or absent; grad_a absent, or by grad_a_kind: 0 as b, of a's type, 1 its sums over `slice` channels each,
+// (ceil(D / slice), A * B, L), 2 over tokens, (S, segments, D), both f32 and reduced further by the caller. segments: a
+// sequence is cut in so many, for threads that have none otherwise; not with documents.
+struct LinearScanParams {
+  Tensor a, b, initial, cu_seqlens, out;
+  Tensor grad_out, grad_a, grad_b, grad_initial;
+  int32_t pairs = 0, reverse = 0, log_a = 0, grad_a_kind = 0;
+  int64_t segments = 1, slice = 64;
+  int32_t threads = 1;
+  FASTATTN_FIELDS(a, b, initial, cu_seqlens, out, grad_out, grad_a, grad_b, grad_initial, pairs, reverse, log_a,
+                  grad_a_kind, segments, slice, threads)
+};
+
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
 // block_q by block_k elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {

@@ -18,6 +18,7 @@ BUILD = ROOT / "build" / "emulated"
 OPS = [
     "attention_cpu",
     "causal_conv1d",
+    "linear_scan",
     "fused_linear",
     "matvec",
     "lssa",

@@ -123,6 +123,14 @@ def _further_calls():
         lambda x, w, s: fa.causal_conv1d(x, w, initial_state=s, cu_seqlens=offsets, return_state=True),
         (make(1, 12, 8, dtype=torch.bfloat16), make(8, 4), make(3, 3, 8, dtype=torch.bfloat16)),
     )
+    yield (
+        lambda a, b, h: fa.linear_scan(a, b, initial=h, log_a=True),
+        (make(2, 9, 1), make(2, 9, 8), make(2, 8)),
+    )
+    yield (
+        lambda a, b, h: fa.linear_scan(a, b, initial=h, cu_seqlens=offsets, reverse=True),
+        (make(8), make(1, 12, 8, dtype=torch.bfloat16), make(3, 8)),
+    )
     h, weight, codebook = make(6, 8), make(20, 8), make(5, 8)
     target, codes = whole(0, 3, -100, 19, 7, 7), torch.arange(20) % 5
     for reduction in ("mean", "none"):

@@ -20,6 +20,7 @@ OPS = {
     "gated_attention": (SCORES, lambda s: fa.gated_attention(Q, Q, Q, s.softmax(-1), window=2)),
     "sinkhorn": (SCORES, fa.sinkhorn),
     "causal_conv1d": (SCORES, lambda x: fa.causal_conv1d(x, SCORES[0].T[:, :3], return_state=True)),
+    "linear_scan": (SCORES, lambda x: fa.linear_scan(x, x + 1)),
     "rms_norm": (Q, lambda x: fa.rms_norm(x, residual=x)),
     "swiglu": (ROWS, fa.swiglu),
     "gated": (Q, lambda x: fa.gated(x, x)),

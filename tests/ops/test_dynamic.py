@@ -141,6 +141,18 @@ SIZES = {
         lambda x, w, starts: fa.causal_conv1d(x, w, cu_seqlens=starts, return_state=True),
         lambda step: [floats(1, 20 + step, 4), floats(4, 3), offsets(step)],
     ),
+    "linear_scan": (
+        lambda a, b, h: fa.linear_scan(a, b, initial=h),
+        lambda step: [
+            floats(5 + step % 5, 20 + step, 1),
+            floats(5 + step % 5, 20 + step, 4),
+            floats(5 + step % 5, 4),
+        ],
+    ),
+    "linear_scan, packed": (
+        lambda a, b, starts: fa.linear_scan(a, b, cu_seqlens=starts, reverse=True),
+        lambda step: [floats(4), floats(1, 20 + step, 4), offsets(step)],
+    ),
     "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
     "linear_cross_entropy": (
         lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),

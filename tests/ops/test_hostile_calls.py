@@ -104,6 +104,14 @@ def _refused():
         ValueError,
         r"grad_state must have shape \(1x2x8\)",
     )
+    yield "linear_scan", (x, wide, None, None, False, False), ValueError, "a must broadcast to b's shape"
+    yield "linear_scan", (x, x, None, cuts, False, False), ValueError, "cu_seqlens must start at 0, not decr"
+    yield (
+        "linear_scan_backward",
+        (wide, x, None, x, None, False, False, 3),
+        ValueError,
+        "grad_out must have shape",
+    )
     plain = (None, None, 0, None)
     for score in (-1, 3, 2**40):
         message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"
