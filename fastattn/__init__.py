@@ -24,6 +24,7 @@ from .ops.lssa import lssa_attention, softplus_attention
 from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu
 from .ops.sdpa import scaled_dot_product_attention
+from .ops.selective_scan import selective_scan
 from .ops.sinkhorn import sinkhorn
 from .runtime.explain import explain
 from .runtime.native import cpu_isas
@@ -62,6 +63,7 @@ __all__ = [
     "rotary",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "selective_scan",
     "set_backend",
     "sigmoid_attention",
     "sinkhorn",

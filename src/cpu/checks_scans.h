@@ -82,4 +82,45 @@ inline void check_fields(const Checks& c, const LinearScanParams& p) {
   check_dense(c, "grad_a", p.grad_a, of_kind[p.grad_a_kind], p.grad_a_kind ? DType::f32 : p.a.dtype, p.pairs);
 }
 
+inline void check_fields(const Checks& c, const SelectiveScanParams& p) {
+  const int64_t batches = p.u.size[1], length = p.u.size[2], channels = p.u.size[3], states = p.A.size[3];
+  const DType f32 = DType::f32;
+  const Size tokens{1, batches, length, channels}, numbers{1, batches, length, states}, of_channels{1, 1, 1, channels};
+  c.number("u", p.u);
+  c.strided("u", p.u, tokens, p.u.dtype);
+  c.strided("dt", p.dt, tokens, p.u.dtype);
+  c.in("A's last dimension", states, 1, INT32_MAX);
+  c.contiguous("A", p.A, {1, 1, channels, states}, f32);
+  c.strided("B", p.B, numbers, p.u.dtype);
+  c.strided("C", p.C, numbers, p.u.dtype);
+  if (p.D.data) c.contiguous("D", p.D, of_channels, f32);
+  if (p.z.data) c.strided("z", p.z, tokens, p.u.dtype);
+  if (p.dt_bias.data) c.contiguous("dt_bias", p.dt_bias, of_channels, f32);
+  c.in("interval", p.interval, 2, limits::block);
+  c.in("slice", p.slice, 1, limits::block);
+  const int64_t sequences = check_sequences(c, p.cu_seqlens, batches, length);
+  const Size state{1, sequences, channels, states};
+  if (p.initial_state.data) c.contiguous("initial_state", p.initial_state, state, f32);
+  const Size kept{batches, (length + p.interval - 1) / p.interval, states, channels};
+  if (p.checkpoints.data || c.backward()) c.contiguous("checkpoints", p.checkpoints, kept, f32);
+  if (!c.backward()) {
+    c.contiguous("out", p.out, tokens, p.u.dtype);
+    if (p.state.data) c.contiguous("state", p.state, state, f32);
+    return;
+  }
+  c.strided("grad_out", p.grad_out, tokens, p.u.dtype);
+  if (p.grad_state.data) c.contiguous("grad_state", p.grad_state, state, f32);
+  c.contiguous("grad_u", p.grad_u, tokens, p.u.dtype);
+  c.contiguous("grad_dt", p.grad_dt, tokens, p.u.dtype);
+  c.contiguous("grad_A", p.grad_A, {1, batches, states, channels}, f32);
+  const Size by_slice{(channels + p.slice - 1) / p.slice, batches, length, states};
+  c.contiguous("grad_B", p.grad_B, by_slice, f32);
+  c.contiguous("grad_C", p.grad_C, by_slice, f32);
+  const Size by_batch{1, 1, batches, channels};
+  if (p.grad_D.data) c.contiguous("grad_D", p.grad_D, by_batch, f32);
+  if (p.z.data) c.contiguous("grad_z", p.grad_z, tokens, p.u.dtype);
+  if (p.grad_dt_bias.data) c.contiguous("grad_dt_bias", p.grad_dt_bias, by_batch, f32);
+  if (p.grad_initial_state.data) c.contiguous("grad_initial_state", p.grad_initial_state, state, f32);
+}
+
 }  // namespace fastattn

@@ -117,6 +117,14 @@ FASTATTN_INLINE vf exp2_clamped(vf x) {
   return scale_by_rounded(exp2_fraction(y - (t - kRound)), t);
 }
 
+// 2^x for any x: infinity from 128 on, 0 below -125.5, NaN stays NaN; relative error 2e-7 in between.
+FASTATTN_INLINE vf exp2_any(vf x) {
+  const vf y = at_most(at_least(x, -126.0f), 129.0f);
+  const vf t = y + (kRound - 1);  // of 2^(n - 1), a number for every n up to 128
+  const vf p = exp2_fraction(y - (t - (kRound - 1)));
+  return scale_by_rounded(p + p, t);
+}
+
 // log2(x) for normal x > 0, absolute error 2e-7; -126 or less below, NaN stays NaN.
 FASTATTN_INLINE vf log2_positive(vf x) {
   const vi bits = (vi)x - 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))

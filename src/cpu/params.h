@@ -215,6 +215,24 @@ struct LinearScanParams {
                   grad_a_kind, segments, slice, threads)
 };
 
+// Mamba-1 over each sequence's tokens, as above: d = dt + dt_bias, or its softplus; h = e^(d A) h + (d u) B_t;
+// out = (C_t . h + D u) silu(z). u, dt, z, out (B, L, E) and B, C (B, L, N) of one type; A (E, N), D, dt_bias (E,) f32;
+// initial_state, state (S, E, N) f32; D, z, dt_bias, initial_state may be absent. checkpoints (B, ceil(L / interval),
+// N, E) f32: h before every so many tokens. Backward: grad_u, grad_dt, grad_z as these; over the tokens of a batch
+// grad_A (B, N, E), grad_D, grad_dt_bias (B, E); over `slice` channels each grad_B, grad_C (ceil(E / slice), B, L, N):
+// f32, reduced by the caller.
+struct SelectiveScanParams {
+  Tensor u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, out, state, checkpoints;
+  Tensor grad_out, grad_state, grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias;
+  Tensor grad_initial_state;
+  int64_t interval = 64, slice = 64;
+  int32_t dt_softplus = 1;
+  int32_t threads = 1;
+  FASTATTN_FIELDS(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, out, state, checkpoints, grad_out,
+                  grad_state, grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_initial_state,
+                  interval, slice, dt_softplus, threads)
+};
+
 // classes u8 of a dense bool mask or a floating bias (B or 1, H or 1, Lq, Lk), as tile_class above; room for a tile of
 // block_q by block_k elements, which the kernel rounds up to its own multiples.
 struct TileClassParams {

@@ -19,6 +19,7 @@ OPS = [
     "attention_cpu",
     "causal_conv1d",
     "linear_scan",
+    "selective_scan",
     "fused_linear",
     "matvec",
     "lssa",

@@ -29,6 +29,7 @@ const checks::MathFunction math_functions[] = {
     FUNCTION("exp", exp(x)),
     FUNCTION("exp2_bounded", exp2_bounded(x)),
     FUNCTION("exp2_bounded bf16", exp2_bounded<true>(x)),
+    FUNCTION("exp2_any", exp2_any(x)),
     FUNCTION("exp2_clamped", exp2_clamped(x)),
     FUNCTION("exp2_fraction", exp2_fraction(x)),
     FUNCTION("log2_positive", log2_positive(x)),

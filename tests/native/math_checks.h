@@ -81,6 +81,7 @@ constexpr MathCase kMathCases[] = {
     {"exp2_clamped", exp2_of, -126.0f, 127.0f, kExp},  // (2.2)
     {"exp2_fraction", exp2_of, -0.5f, 0.5f, kExp},     // (2.1)
     {"exp2_bounded bf16", exp2_of, -126.0f, 127.0f, 2.6e-6 * 0x1p24 + 2 * kHalf},
+    {"exp2_any", exp2_of, -125.5f, 127.99f, kExp + kHalf},
     {"log2_positive", log2_of, 0x1p-126f, 3.4028e38f, kHalf, 2e-7},
     // (3.8) m + 1, its reciprocal, u, the polynomial's last sum, u * p
     {"log2_positive", log2_of, 0.70711f, 1.41421f, kReciprocal + 4 * kHalf},
@@ -143,6 +144,14 @@ constexpr MathValue kMathValues[] = {
     {"exp2_bounded", -kMost, 0},
     {"exp2_bounded", -kInf, 0},
     {"exp2_bounded", kNaN, kNaN},
+    {"exp2_any", 0, 1},
+    {"exp2_any", 127, 0x1p127f},
+    {"exp2_any", 128, kInf},
+    {"exp2_any", kMost, kInf},
+    {"exp2_any", kInf, kInf},
+    {"exp2_any", -125.75f, 0},
+    {"exp2_any", -kInf, 0},
+    {"exp2_any", kNaN, kNaN},
     {"exp2_clamped", 0, 1},
     {"exp2_clamped", 127, 0x1p127f},
     {"exp2_clamped", -126.5f, 0x1p-126f},

@@ -131,6 +131,25 @@ def _further_calls():
         lambda a, b, h: fa.linear_scan(a, b, initial=h, cu_seqlens=offsets, reverse=True),
         (make(8), make(1, 12, 8, dtype=torch.bfloat16), make(3, 8)),
     )
+    state = -make(8, 5).abs()
+    yield (
+        lambda u, dt, B, C, D, z, b, h: fa.selective_scan(
+            u, dt, state, B, C, D=D, z=z, dt_bias=b, initial_state=h, return_state=True
+        ),
+        (
+            *(make(2, 9, 8) for _ in range(2)),
+            make(2, 9, 5),
+            make(2, 9, 5),
+            make(8),
+            make(2, 9, 8),
+            make(8),
+            make(2, 8, 5),
+        ),
+    )
+    yield (
+        lambda *t: fa.selective_scan(*t, cu_seqlens=offsets, dt_softplus=False, return_state=True),
+        (make(1, 12, 8), make(1, 12, 8), state, make(1, 12, 5), make(1, 12, 5)),
+    )
     h, weight, codebook = make(6, 8), make(20, 8), make(5, 8)
     target, codes = whole(0, 3, -100, 19, 7, 7), torch.arange(20) % 5
     for reduction in ("mean", "none"):

@@ -21,6 +21,7 @@ OPS = {
     "sinkhorn": (SCORES, fa.sinkhorn),
     "causal_conv1d": (SCORES, lambda x: fa.causal_conv1d(x, SCORES[0].T[:, :3], return_state=True)),
     "linear_scan": (SCORES, lambda x: fa.linear_scan(x, x + 1)),
+    "selective_scan": (SCORES, lambda x: fa.selective_scan(x, x, -SCORES[0, :4], x, x, return_state=True)),
     "rms_norm": (Q, lambda x: fa.rms_norm(x, residual=x)),
     "swiglu": (ROWS, fa.swiglu),
     "gated": (Q, lambda x: fa.gated(x, x)),

@@ -153,6 +153,22 @@ SIZES = {
         lambda a, b, starts: fa.linear_scan(a, b, cu_seqlens=starts, reverse=True),
         lambda step: [floats(4), floats(1, 20 + step, 4), offsets(step)],
     ),
+    "selective_scan": (
+        lambda u, A, B, z, h: fa.selective_scan(
+            u, u, -A.abs(), B, B, z=z, initial_state=h, return_state=True
+        ),
+        lambda step: [
+            floats(5 + step % 5, 20 + step, 4),
+            floats(4, 3),
+            floats(5 + step % 5, 20 + step, 3),
+            floats(5 + step % 5, 20 + step, 4),
+            floats(5 + step % 5, 4, 3),
+        ],
+    ),
+    "selective_scan, packed": (
+        lambda u, A, B, starts: fa.selective_scan(u, u, -A.abs(), B, B, cu_seqlens=starts, return_state=True),
+        lambda step: [floats(1, 20 + step, 4), floats(4, 3), floats(1, 20 + step, 3), offsets(step)],
+    ),
     "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
     "linear_cross_entropy": (
         lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),

@@ -112,6 +112,15 @@ def _refused():
         ValueError,
         "grad_out must have shape",
     )
+    selective = (x, x, torch.ones(8, 3), x[..., :3], x[..., :3], None, None, None, None)
+    yield "selective_scan", (x, *selective[:2], *selective[3:], None, True), ValueError, "A must"
+    yield "selective_scan", (*selective, cuts, True), ValueError, "cu_seqlens must start at 0, not decr"
+    yield (
+        "selective_scan_backward",
+        (x, None, *selective, torch.ones(1, 1, 8, 3), None, True),
+        ValueError,
+        r"checkpoints must have shape \(1x1x3x8\)",
+    )
     plain = (None, None, 0, None)
     for score in (-1, 3, 2**40):
         message = rf"score must be one of 0 \(softmax\), 1 \(sigmoid\), 2 \(softplus\), given {score}"

@@ -24,6 +24,8 @@ def ops(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> None:
     assert_type(fa.causal_conv1d(q, k, activation="silu"), Tensor)
     assert_type(fa.causal_conv1d(q, k, return_state=True), tuple[Tensor, Tensor])
     assert_type(fa.linear_scan(q, k, reverse=True), Tensor)
+    assert_type(fa.selective_scan(q, k, v, q, k, D=v), Tensor)
+    assert_type(fa.selective_scan(q, k, v, q, k, return_state=True), tuple[Tensor, Tensor])
     assert_type(fa.explain("attention", q, k, v).ruled_out, dict[str, str])
     with fa.set_backend("cpu"):
         fa.swiglu(q)
