@@ -20,6 +20,7 @@ from .ops.gated import gated_attention
 from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
 from .ops.linear_scan import linear_scan
+from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.lssa import lssa_attention, softplus_attention
 from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu
@@ -51,6 +52,8 @@ __all__ = [
     "gated_attention",
     "grouped_attention",
     "integrations",
+    "linear_attention",
+    "linear_attention_step",
     "linear_cross_entropy",
     "linear_scan",
     "lssa_attention",

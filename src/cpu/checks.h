@@ -4,6 +4,7 @@
 #pragma once
 #include "checks_attention.h"
 #include "checks_scans.h"
+#include "checks_linear.h"
 #include "checks_words.h"
 
 namespace fastattn {

@@ -15,7 +15,9 @@
   LIMIT(program_vectors, 24)       /* and with one a key */                                    \
   LIMIT(program_loads, 16)         /* from tables whose gradient is wanted */                  \
   LIMIT(taps, 8)                   /* of causal_conv1d */                                      \
-  LIMIT(scan_slice, 256)           /* channels of a panel of linear_scan */
+  LIMIT(scan_slice, 256)           /* channels of a panel of linear_scan */                    \
+  LIMIT(chunk, 64)                 /* tokens between states that linear attention keeps */     \
+  LIMIT(state_dim, 1024)           /* of keys and values in a state of linear attention */
 
 namespace fastattn {
 namespace limits {

@@ -1,0 +1,476 @@
+// Linear attention backward, from a document's last chunk to its first. A chunk's matrices, u and w are made again from
+// the state before it; with dS the gradient of the state after it:
+//
+//   z = dw - M^T (b z),  dw = A^T do + (s k) dS,  dv = b z,  db_i = sum u_i z_i
+//   dA = scale * (do w^T at and below the diagonal),  dM = -(b z) w^T below it
+//   dq = scale p (do S^T) + (dA o D) k
+//   dk = -p ((b z) S^T) + s (w dS^T) + (dA o D)^T q + (dM o D + (dM o D)^T) k
+//   dS before = p_C dS + scale (p q)^T do - (p k)^T (b z)
+//
+// The gradient of token t's decay is the sum of what goes past it: of pairs D_ij with j < t <= i, what tokens i >= t read
+// of the state before the chunk (p_i), what tokens j < t leave in the one after it (s_j), and what is left of the
+// former in the latter (p_C). No two large sums are subtracted, and where a = 0 every term is 0.
+#pragma once
+
+#include "linear_attention.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// y = b z of a chunk's rows, and what z times u adds to beta's gradient by lanes.
+template <int V, bool kDelta>
+FASTATTN_NOINLINE void value_gradients(float* y, float* beta_lanes, const LinearHead& head, const float* d_out,
+                                       const float* d_state, const float* u, int64_t groups) {
+  constexpr int64_t kWidth = V * W;
+  const int64_t stride = head.problem.key_stride;
+  for (int64_t g = groups - 1; g >= 0; g--) {
+    vf acc[kRows][V] = {};
+    accumulate<Singles, V>(acc, head.k_end + g * kRows * stride, stride, 1, d_state, head.problem.key_dim);
+    accumulate_later(acc, head.a, d_out, g, groups);
+    const int64_t after = (g + 1) * kRows;
+    if (kDelta && g + 1 < groups)
+      accumulate<Singles, V>(acc, head.m + after * kPairs + g * kRows, 1, kPairs, y + after * kWidth,
+                             groups * kRows - after);
+    const float* m = head.m + g * kRows * kPairs + g * kRows;
+    FASTATTN_UNROLL
+    for (int i = kRows - 1; i >= 0; i--) {
+      const int64_t row = g * kRows + i;
+      vf sum = load(beta_lanes + row * W);
+      FASTATTN_UNROLL
+      for (int v = 0; v < V; v++) {
+        sum += acc[i][v] * load(u + row * kWidth + v * W);
+        acc[i][v] = acc[i][v] * head.beta[row];
+        store(y + row * kWidth + v * W, acc[i][v]);
+      }
+      store(beta_lanes + row * W, sum);
+      if (kDelta) {
+        FASTATTN_UNROLL
+        for (int j = 0; j < i; j++) {
+          const vf factor = splat(m[i * kPairs + j]);
+          FASTATTN_UNROLL
+          for (int v = 0; v < V; v++) acc[j][v] += factor * acc[i][v];
+        }
+      }
+    }
+  }
+}
+
+// acc += x y for group g of x, panels of `columns` columns, and a panel of y, whose panels have as many rows.
+FASTATTN_INLINE void accumulate_panels(vf (&acc)[kRows][kVecs], const float* x, int64_t g, const float* y,
+                                       int64_t columns) {
+  for (int64_t d = 0; d < columns; d += kPanel) {
+    const int64_t width = min64(kPanel, columns - d);
+    accumulate<Singles, kVecs>(acc, x + d * kChunkRows + g * kRows * width, width, 1, y + d * kPanel, width);
+  }
+}
+
+struct LinearBackward {
+  const LinearProblem& problem;
+  const LinearAttentionParams& p;
+  int64_t padded, state_size, key_columns;
+  LinearKeys keys;
+  LinearHead head;
+  float* grad_states;                      // (value heads, state_size)
+  float* state;                            // state_size, before the chunk
+  float *state_t, *grad_state_t;           // (padded) as panels of channels
+  float *w, *u, *d_out, *y, *sums;         // (kChunkRows, padded) as panels
+  float* w_t;                              // (padded) as panels of tokens
+  float *q_panels, *k_panels;              // (kChunkRows, key_columns) as panels
+  float *grad_q, *grad_k;                  // (kChunkRows, key_stride)
+  float *grad_a, *grad_m;                  // (kChunkRows, kPairs) dA and -dM of one value head
+  float *pairs_a, *pairs_m;                // dA o D and dM o D, summed over value heads
+  float *beta_lanes;                       // (kChunkRows, W) of each row's gradient
+  float *read_lanes, *write_lanes;         // (kChunkRows, W) what a row reads of the state before, leaves in that after
+  float* past;                             // (kChunkRows) the gradient of pairs whose decay has a row's
+
+  LinearBackward(const LinearProblem& problem, Arena& arena)
+      : problem(problem),
+        p(problem.p),
+        padded(problem.padded_columns()),
+        state_size(problem.state_rows * padded),
+        key_columns(round_up(problem.key_dim, kPanel)),
+        keys(problem, arena),
+        head(problem, arena),
+        grad_states(arena.take<float>(problem.heads_of_part() * state_size)),
+        state(arena.take<float>(state_size)),
+        state_t(arena.take<float>(padded * key_columns)),
+        grad_state_t(arena.take<float>(padded * key_columns)),
+        w(arena.take<float>(kChunkRows * padded)),
+        u(arena.take<float>(kChunkRows * padded)),
+        d_out(arena.take<float>(kChunkRows * padded)),
+        y(arena.take<float>(kChunkRows * padded)),
+        sums(arena.take<float>(problem.p.normalize ? kChunkRows * padded : 0)),
+        w_t(arena.take<float>(kChunk * padded)),
+        q_panels(arena.take<float>(kChunkRows * key_columns)),
+        k_panels(arena.take<float>(kChunkRows * key_columns)),
+        grad_q(arena.take<float>(kChunkRows * problem.key_stride)),
+        grad_k(arena.take<float>(kChunkRows * problem.key_stride)),
+        grad_a(arena.take<float>(kChunkRows * kPairs)),
+        grad_m(arena.take<float>(kChunkRows * kPairs)),
+        pairs_a(arena.take<float>(kChunkRows * kPairs)),
+        pairs_m(arena.take<float>(kChunkRows * kPairs)),
+        beta_lanes(arena.take<float>(kChunkRows * W)),
+        read_lanes(arena.take<float>(kChunkRows * W)),
+        write_lanes(arena.take<float>(kChunkRows * W)),
+        past(arena.take<float>(kChunkRows)) {}
+
+  void run(const LinearTask& t) {
+    const LinearSequence& s = t.sequence;
+    for (int64_t h = 0; h < t.heads; h++)
+      problem.load_state(grad_states + h * state_size, t, plane_of(p.grad_state, s.state, t.head + h, 0));
+    if (p.causal)
+      for (int64_t first = (s.length - 1) / kChunk * kChunk; first >= 0 && s.length > 0; first -= kChunk)
+        chunk(t, first);
+    else
+      all_tokens(t);
+    for (int64_t h = 0; h < t.heads && p.grad_initial.data; h++)
+      problem.store_state(plane_of(p.grad_initial, s.state, t.head + h, 0), grad_states + h * state_size, t);
+  }
+
+ private:
+  bool wants_decay() const { return p.grad_decay.data != nullptr; }
+
+  void chunk(const LinearTask& t, int64_t first) {
+    const int64_t rows = min64(kChunk, t.sequence.length - first);
+    begin_chunk(t, first, rows);
+    keys.multiply();
+    pack_key_panels();
+    memset(pairs_a, 0, sizeof(float) * kChunkRows * kPairs);
+    memset(pairs_m, 0, sizeof(float) * kChunkRows * kPairs);
+    for (int64_t h = 0; h < t.heads; h++) {
+      float* grad_state = grad_states + h * state_size;
+      problem.load_state(state, t, problem.kept_state(t.sequence, t.head + h, first / kChunk));
+      transpose_panels(state_t, state, problem.state_rows, problem.key_dim, padded_of(t));
+      transpose_panels(grad_state_t, grad_state, problem.state_rows, problem.key_dim, padded_of(t));
+      head.load(t, t.head + h, first, keys);
+      values_again(t, t.head + h, first, rows);
+      memset(beta_lanes, 0, sizeof(float) * kChunkRows * W);
+      memset(read_lanes, 0, sizeof(float) * kChunkRows * W);
+      memset(write_lanes, 0, sizeof(float) * kChunkRows * W);
+      const float carried = wants_decay() ? carried_gradient(t, grad_state) : 0;
+      for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+        constexpr int V = decltype(vecs)::value;
+        const int64_t place = d * kChunkRows;
+        const float* panel = grad_state + d * problem.state_rows;
+        if (p.delta_rule)
+          value_gradients<V, true>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups);
+        else
+          value_gradients<V, false>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups);
+      });
+      problem.store_values(p.grad_v, y, t, t.head + h, first, rows);
+      transpose_panels(w_t, w, kChunkRows, rows, padded_of(t));
+      pair_products(t, rows);
+      add_pairs();
+      state_products(t);
+      for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+        update_state<decltype(vecs)::value>(grad_state + d * problem.state_rows, problem.state_rows, head.kept,
+                                            head.q_start, problem.key_stride, d_out + d * kChunkRows, rows,
+                                            p.delta_rule ? head.k_start : nullptr, y + d * kChunkRows);
+      });
+      store_gates(t, t.head + h, first, rows, carried);
+    }
+    add_pair_products();
+    store_keys(t, first, rows);
+  }
+
+  void all_tokens(const LinearTask& t) {
+    const int64_t length = t.sequence.length;
+    for (int64_t first = 0; first < length; first += kChunk) {
+      const int64_t rows = min64(kChunk, length - first);
+      begin_chunk(t, first, rows);
+      for (int64_t h = 0; h < t.heads; h++) {
+        problem.load_state(state, t, problem.kept_state(t.sequence, t.head + h, 0));
+        transpose_panels(state_t, state, problem.state_rows, problem.key_dim, padded_of(t));
+        load_out_gradient(t, t.head + h, first, rows);
+        each_key_group([&](int64_t n, int64_t g) {
+          vf acc[kRows][kVecs] = {};
+          accumulate_panels(acc, d_out, g, state_t + n * padded_of(t), padded_of(t));
+          add_scaled(grad_q, g, n, acc, nullptr, (float)p.scale);
+        });
+        for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+          scale_panel(d_out + d * kChunkRows, keys.groups * kRows * decltype(vecs)::value * W, (float)p.scale);
+          update_state<decltype(vecs)::value>(grad_states + h * state_size + d * problem.state_rows, problem.state_rows,
+                                              nullptr, keys.q, problem.key_stride, d_out + d * kChunkRows, rows);
+        });
+      }
+      store_rows(p.grad_q, t, first, rows, grad_q, keys.q, keys.q_factor);
+    }
+    for (int64_t first = 0; first < length; first += kChunk) {
+      const int64_t rows = min64(kChunk, length - first);
+      begin_chunk(t, first, rows);
+      for (int64_t h = 0; h < t.heads; h++) {
+        const float* grad_state = grad_states + h * state_size;
+        transpose_panels(grad_state_t, grad_state, problem.state_rows, problem.key_dim, padded_of(t));
+        problem.load_values(w, p.v, t, t.head + h, first, rows, p.normalize);
+        each_key_group([&](int64_t n, int64_t g) {
+          vf acc[kRows][kVecs] = {};
+          accumulate_panels(acc, w, g, grad_state_t + n * padded_of(t), padded_of(t));
+          add_scaled(grad_k, g, n, acc, nullptr, 1.0f);
+        });
+        for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+          read_state<decltype(vecs)::value>(y + d * kChunkRows, keys.k, problem.key_stride,
+                                            grad_state + d * problem.state_rows, problem.key_dim, keys.groups, 1.0f);
+        });
+        problem.store_values(p.grad_v, y, t, t.head + h, first, rows);
+      }
+      store_rows(p.grad_k, t, first, rows, grad_k, keys.k, keys.k_factor);
+    }
+  }
+
+  static int64_t padded_of(const LinearTask& t) { return round_up(t.columns, W); }
+  template <class F>
+  void each_key_group(const F& f) const {
+    for (int64_t n = 0; n < key_columns; n += kPanel)
+      for (int64_t g = 0; g < keys.groups; g++) f(n, g);
+  }
+  static void scale_panel(float* x, int64_t count, float factor) {
+    for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i) * factor);
+  }
+
+  void begin_chunk(const LinearTask& t, int64_t first, int64_t rows) {
+    keys.load(t, first, rows);
+    memset(grad_q, 0, size_t(kChunkRows * problem.key_stride) * 4);
+    memset(grad_k, 0, size_t(kChunkRows * problem.key_stride) * 4);
+  }
+  void pack_key_panels() {
+    const int64_t rows = keys.groups * kRows;
+    pack_panels<Singles>(q_panels, kChunkRows, 0, {keys.q, problem.key_stride, DType::f32}, rows, key_columns, kPanel);
+    pack_panels<Singles>(k_panels, kChunkRows, 0, {keys.k, problem.key_stride, DType::f32}, rows, key_columns, kPanel);
+  }
+
+  // w and u of the chunk, and the gradient of its sums of values.
+  void values_again(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows) {
+    problem.load_values(w, p.v, t, value_head, first, rows, p.normalize);
+    for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+      constexpr int V = decltype(vecs)::value;
+      const int64_t place = d * kChunkRows;
+      if (p.delta_rule)
+        write_values<V, true>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
+      else
+        write_values<V, false>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
+      if (p.normalize)
+        read_values<V>(sums + place, head, state + d * problem.state_rows, w + place, keys.groups);
+    });
+    load_out_gradient(t, value_head, first, rows);
+  }
+
+  // With normalize, whose sums of the causal form are known: the gradient of o / divisor.
+  void load_out_gradient(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows) {
+    problem.load_values(d_out, p.grad_out, t, value_head, first, rows, false);
+    if (!p.normalize) return;
+    if (!p.causal)
+      for_panels(padded_of(t), [&](int64_t d, auto vecs) {
+        read_state<decltype(vecs)::value>(sums + d * kChunkRows, keys.q, problem.key_stride,
+                                          state + d * problem.state_rows, problem.key_dim, keys.groups, (float)p.scale);
+      });
+    divide_rows(sums, rows, t.columns);
+    const int64_t last = t.columns - 1, panel = last / kPanel * kPanel, width = min64(kPanel, padded_of(t) - panel);
+    const auto divisor = [&](int64_t i) { return panel * kChunkRows + i * width + last - panel; };
+    for (int64_t i = 0; i < rows; i++) {
+      const float reciprocal = sums[divisor(i)];
+      vf dot{};
+      for (int64_t d = 0; d < padded_of(t); d += kPanel) {
+        const int64_t wide = min64(kPanel, padded_of(t) - d);
+        for (int64_t j = 0; j < wide; j += W) {
+          float* grad = d_out + d * kChunkRows + i * wide + j;
+          const vf x = load(grad);  // 0 in the divisor's column
+          dot += keep((iota() + (int32_t)(d + j)) < (int32_t)last, x * load(sums + d * kChunkRows + i * wide + j));
+          store(grad, x * reciprocal);
+        }
+      }
+      d_out[divisor(i)] = -reduce_add(dot) * reciprocal;
+    }
+  }
+
+  // The gradient of what is left of the state before the chunk in the one after it.
+  float carried_gradient(const LinearTask& t, const float* grad_state) const {
+    const int64_t padded = padded_of(t);
+    vf sum{};
+    for (int64_t d = 0; d < padded; d += kPanel) {
+      const int64_t width = min64(kPanel, padded - d);
+      const float *x = state + d * problem.state_rows, *dx = grad_state + d * problem.state_rows;
+      for (int64_t i = 0; i < problem.key_dim; i++) {
+        vf row{};
+        for (int64_t j = 0; j < width; j += W) row += load(x + i * width + j) * load(dx + i * width + j);
+        sum += row * head.kept[i];
+      }
+    }
+    return reduce_add(sum);
+  }
+
+  // dA / scale and -dM, as they come.
+  FASTATTN_NOINLINE_MEMBER void pair_products(const LinearTask& t, int64_t rows) {
+    const int64_t columns = padded_of(t);
+    for (int64_t j = 0; j < rows; j += kPanel)
+      for (int64_t g = j / kRows; g < keys.groups; g++) {
+        vf acc[kRows][kVecs] = {};
+        accumulate_panels(acc, d_out, g, w_t + j * columns, columns);
+        store_group(grad_a + g * kRows * kPairs + j, kPairs, acc);
+        if (!p.delta_rule) continue;
+        vf other[kRows][kVecs] = {};
+        accumulate_panels(other, y, g, w_t + j * columns, columns);
+        store_group(grad_m + g * kRows * kPairs + j, kPairs, other);
+      }
+  }
+
+  // The gradients of the products of pairs, and of the decays in them: those of the pairs (i, j) that go past row t, with
+  // j < t <= i, are sums over columns before t of sums over rows from the last one to t.
+  void add_pairs() {
+    const bool delta = p.delta_rule;
+    const float scale = (float)p.scale;
+    float by_column[kPairs] = {};
+    for (int64_t i = keys.rows - 1; i >= 0; i--) {
+      const int64_t row = i * kPairs;
+      vf sum{};
+      for (int64_t j = 0; j <= i; j += W) {
+        const vi column = iota() + (int32_t)j;
+        const vf decay = load(head.between + row + j);
+        const vf da = keep(column <= (int32_t)i, load(grad_a + row + j) * decay * scale);
+        store(pairs_a + row + j, load(pairs_a + row + j) + da);
+        vf share = da * load(keys.qk + row + j);
+        if (delta) {
+          const vf dm = keep(column < (int32_t)i, -load(grad_m + row + j) * decay);
+          store(pairs_m + row + j, load(pairs_m + row + j) + dm);
+          share += dm * load(keys.kk + row + j);
+        }
+        const vf total = load(by_column + j) + keep(column < (int32_t)i, share);
+        store(by_column + j, total);
+        sum += keep(column < (int32_t)i, total);
+      }
+      past[i] = reduce_add(sum);
+    }
+  }
+
+  // grad rows of group g, channels from n on, += factor of the row (or 1) * factor * acc.
+  void add_scaled(float* to, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], const float* factors,
+                  float factor) const {
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      float* row = to + (g * kRows + i) * problem.key_stride + n;
+      const float f = factors ? factors[g * kRows + i] * factor : factor;
+      FASTATTN_UNROLL
+      for (int v = 0; v < kVecs; v++) store(row + v * W, load(row + v * W) + acc[i][v] * f);
+    }
+  }
+  // lanes += x of the rows times acc.
+  void add_dots(float* lanes, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], const float* x) const {
+    FASTATTN_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      const float* row = x + (g * kRows + i) * problem.key_stride + n;
+      vf sum{};
+      FASTATTN_UNROLL
+      for (int v = 0; v < kVecs; v++) sum += load(row + v * W) * acc[i][v];
+      float* to = lanes + (g * kRows + i) * W;
+      store(to, load(to) + sum);
+    }
+  }
+
+  // What queries and keys have of the state before the chunk and of the gradient of the one after it.
+  FASTATTN_NOINLINE_MEMBER void state_products(const LinearTask& t) {
+    const int64_t columns = padded_of(t);
+    const bool decay = wants_decay();
+    each_key_group([&](int64_t n, int64_t g) {
+      vf acc[kRows][kVecs] = {};
+      accumulate_panels(acc, d_out, g, state_t + n * columns, columns);
+      add_scaled(grad_q, g, n, acc, head.from_start, (float)p.scale);
+      if (decay) add_dots(read_lanes, g, n, acc, head.q_start);
+    });
+    if (p.delta_rule)
+      each_key_group([&](int64_t n, int64_t g) {
+        vf acc[kRows][kVecs] = {};
+        accumulate_panels(acc, y, g, state_t + n * columns, columns);
+        add_scaled(grad_k, g, n, acc, head.from_start, -1.0f);
+        if (decay) add_dots(read_lanes, g, n, acc, head.k_start);
+      });
+    each_key_group([&](int64_t n, int64_t g) {
+      vf acc[kRows][kVecs] = {};
+      accumulate_panels(acc, w, g, grad_state_t + n * columns, columns);
+      add_scaled(grad_k, g, n, acc, head.to_end, 1.0f);
+      if (decay) add_dots(write_lanes, g, n, acc, head.k_end);
+    });
+  }
+
+  // What queries and keys have of the chunk's pairs.
+  FASTATTN_NOINLINE_MEMBER void add_pair_products() {
+    const int64_t stride = problem.key_stride, groups = keys.groups;
+    each_key_group([&](int64_t n, int64_t g) {
+      vf acc[kRows][kVecs];
+      float* to = grad_q + g * kRows * stride + n;
+      load_group(acc, to, stride);
+      accumulate_earlier(acc, pairs_a, k_panels + n * kChunkRows, g);
+      store_group(to, stride, acc);
+    });
+    each_key_group([&](int64_t n, int64_t g) {
+      vf acc[kRows][kVecs];
+      float* to = grad_k + g * kRows * stride + n;
+      load_group(acc, to, stride);
+      accumulate_later(acc, pairs_a, q_panels + n * kChunkRows, g, groups);
+      if (p.delta_rule) {
+        accumulate_earlier(acc, pairs_m, k_panels + n * kChunkRows, g);
+        accumulate_later(acc, pairs_m, k_panels + n * kChunkRows, g, groups);
+      }
+      store_group(to, stride, acc);
+    });
+  }
+
+  void store_gates(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows, float carried) {
+    const auto row_of = [&](const Tensor& to) {
+      return (float*)to.data + t.value_part * to.stride[0] + t.sequence.batch * to.stride[1] + value_head * to.stride[2] +
+             t.sequence.begin + first;
+    };
+    if (p.grad_beta.data)
+      for (int64_t i = 0; i < rows; i++) row_of(p.grad_beta)[i] = reduce_add(load(beta_lanes + i * W));
+    if (!wants_decay()) return;
+    float* to = row_of(p.grad_decay);
+    float written = carried, read = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      to[i] = past[i] + written;
+      written += reduce_add(load(write_lanes + i * W));
+    }
+    for (int64_t i = rows - 1; i >= 0; i--) to[i] += read += reduce_add(load(read_lanes + i * W));
+  }
+  void store_keys(const LinearTask& t, int64_t first, int64_t rows) {
+    store_rows(p.grad_q, t, first, rows, grad_q, keys.q, keys.q_factor);
+    store_rows(p.grad_k, t, first, rows, grad_k, keys.k, keys.k_factor);
+  }
+  // x: the rows that products took, factors those of qk_norm: a row's gradient is factor * (dx - x (x.dx)).
+  void store_rows(const Tensor& to, const LinearTask& t, int64_t first, int64_t rows, float* grad, const float* x,
+                  const float* factors) {
+    const int64_t stride = problem.key_stride;
+    for (int64_t i = 0; i < rows && p.qk_norm; i++) {
+      float* row = grad + i * stride;
+      vf dot{};
+      for (int64_t d = 0; d < key_columns; d += W) dot += load(row + d) * load(x + i * stride + d);
+      const float along = reduce_add(dot);
+      for (int64_t d = 0; d < key_columns; d += W)
+        store(row + d, (load(row + d) - load(x + i * stride + d) * along) * factors[i]);
+    }
+    const int64_t batch = t.part * p.q.size[0] + t.sequence.batch;
+    const Matrix rows_of = plane_of(to, batch, t.key_head, t.sequence.begin + first);
+    with_dtype(to.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      for (int64_t i = 0; i < rows; i++) {
+        T* out = (T*)rows_of.data + i * rows_of.stride;
+        const float* row = grad + i * stride;
+        int64_t d = 0;
+        for (; d + W <= problem.key_dim; d += W) store(out + d, load(row + d));
+        if (d < problem.key_dim) store_n(out + d, load(row + d), int(problem.key_dim - d));
+      }
+    });
+  }
+};
+
+static void linear_backward(const LinearAttentionParams& p) {
+  const LinearProblem problem(p);
+  Blocks memory;  // of each thread
+  const int threads = problem.threads();
+  const int64_t bytes = bytes_of([&](Arena& arena) { LinearBackward(problem, arena); });
+  with_scratch(1, [&](Arena& arena) { memory = arena.blocks(threads, bytes); });
+  parallel_items(problem.tasks(), threads, [&](int64_t n, int thread) {
+    Arena arena = memory[thread];
+    LinearBackward(problem, arena).run(problem.task(n));
+  });
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
