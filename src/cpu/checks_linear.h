@@ -38,8 +38,7 @@ inline void check_fields(const Checks& c, const LinearAttentionParams& p) {
     c.contiguous("offsets", p.offsets, {1, 1, 1, documents + 1}, DType::i64);
     c.require(batch == 1, "offsets", "needs a batch of one");
     const int64_t* cut = (const int64_t*)p.offsets.data;
-    for (int64_t i = 0; i <= documents; i++)
-      c.index("cu_seqlens", i, cut[i], i ? cut[i - 1] : 0, i ? length : 0);
+    for (int64_t i = 0; i <= documents; i++) c.index("cu_seqlens", i, cut[i], i ? cut[i - 1] : 0, i ? length : 0);
     sequences = documents, kept = p.causal ? length / limits::chunk + documents : documents;
   }
   const Size state{sequences, heads, dk, columns}, states{batch, heads * kept, dk, columns};

@@ -7,8 +7,8 @@
 //   dk = -p ((b z) S^T) + s (w dS^T) + (dA o D)^T q + (dM o D + (dM o D)^T) k
 //   dS before = p_C dS + scale (p q)^T do - (p k)^T (b z)
 //
-// The gradient of token t's decay is the sum of what goes past it: of pairs D_ij with j < t <= i, what tokens i >= t read
-// of the state before the chunk (p_i), what tokens j < t leave in the one after it (s_j), and what is left of the
+// The gradient of token t's decay is the sum of what goes past it: of pairs D_ij with j < t <= i, what tokens i >= t
+// read of the state before the chunk (p_i), what tokens j < t leave in the one after it (s_j), and what is left of the
 // former in the latter (p_C). No two large sums are subtracted, and where a = 0 every term is 0.
 #pragma once
 
@@ -70,18 +70,21 @@ struct LinearBackward {
   int64_t padded, state_size, key_columns;
   LinearKeys keys;
   LinearHead head;
-  float* grad_states;                      // (value heads, state_size)
-  float* state;                            // state_size, before the chunk
-  float *state_t, *grad_state_t;           // (padded) as panels of channels
-  float *w, *u, *d_out, *y, *sums;         // (kChunkRows, padded) as panels
-  float* w_t;                              // (padded) as panels of tokens
-  float *q_panels, *k_panels;              // (kChunkRows, key_columns) as panels
-  float *grad_q, *grad_k;                  // (kChunkRows, key_stride)
-  float *grad_a, *grad_m;                  // (kChunkRows, kPairs) dA and -dM of one value head
-  float *pairs_a, *pairs_m;                // dA o D and dM o D, summed over value heads
-  float *beta_lanes;                       // (kChunkRows, W) of each row's gradient
-  float *read_lanes, *write_lanes;         // (kChunkRows, W) what a row reads of the state before, leaves in that after
-  float* past;                             // (kChunkRows) the gradient of pairs whose decay has a row's
+  float* grad_states;               // (value heads, state_size)
+  float* state;                     // state_size, before the chunk
+  float *state_t, *grad_state_t;    // (padded) as panels of channels
+  float *w, *u, *d_out, *y, *sums;  // (kChunkRows, padded) as panels
+  float* w_t;                       // (padded) as panels of tokens
+  float *q_panels, *k_panels;       // (kChunkRows, key_columns) as panels
+  float *grad_q, *grad_k;           // (kChunkRows, key_stride)
+  float *grad_a, *grad_m;           // (kChunkRows, kPairs) dA and -dM of one value head
+  float *pairs_a, *pairs_m;         // dA o D and dM o D, summed over value heads
+  float* beta_lanes;                // (kChunkRows, W) of each row's gradient
+  int64_t gate_columns;             // of a decay's gradients: channels, or W lanes to be summed
+  float *read_rows, *write_rows;    // (kChunkRows, gate_columns) what a row reads of the state before, and
+                                    // leaves in that after
+  float* past;                      // (kChunkRows, gate_columns) the gradient of pairs whose decay has a row's
+  float* carried;                   // (state_rows) that of what is left of the state before, by its rows
 
   LinearBackward(const LinearProblem& problem, Arena& arena)
       : problem(problem),
@@ -90,7 +93,7 @@ struct LinearBackward {
         state_size(problem.state_rows * padded),
         key_columns(round_up(problem.key_dim, kPanel)),
         keys(problem, arena),
-        head(problem, arena),
+        head(problem, true, arena),
         grad_states(arena.take<float>(problem.heads_of_part() * state_size)),
         state(arena.take<float>(state_size)),
         state_t(arena.take<float>(padded * key_columns)),
@@ -110,9 +113,11 @@ struct LinearBackward {
         pairs_a(arena.take<float>(kChunkRows * kPairs)),
         pairs_m(arena.take<float>(kChunkRows * kPairs)),
         beta_lanes(arena.take<float>(kChunkRows * W)),
-        read_lanes(arena.take<float>(kChunkRows * W)),
-        write_lanes(arena.take<float>(kChunkRows * W)),
-        past(arena.take<float>(kChunkRows)) {}
+        gate_columns(problem.p.channels.data ? problem.key_stride : W),
+        read_rows(arena.take<float>(kChunkRows * gate_columns)),
+        write_rows(arena.take<float>(kChunkRows * gate_columns)),
+        past(arena.take<float>(kChunkRows * gate_columns)),
+        carried(arena.take<float>(problem.key_stride)) {}
 
   void run(const LinearTask& t) {
     const LinearSequence& s = t.sequence;
@@ -128,15 +133,18 @@ struct LinearBackward {
   }
 
  private:
-  bool wants_decay() const { return p.grad_decay.data != nullptr; }
+  bool by_channel() const { return p.channels.data != nullptr; }
+  bool wants_decay() const { return p.grad_decay.data || p.grad_channels.data; }
 
   void chunk(const LinearTask& t, int64_t first) {
     const int64_t rows = min64(kChunk, t.sequence.length - first);
     begin_chunk(t, first, rows);
-    keys.multiply();
-    pack_key_panels();
-    memset(pairs_a, 0, sizeof(float) * kChunkRows * kPairs);
-    memset(pairs_m, 0, sizeof(float) * kChunkRows * kPairs);
+    if (!by_channel()) {
+      keys.multiply();
+      pack_key_panels();
+      memset(pairs_a, 0, sizeof(float) * kChunkRows * kPairs);
+      memset(pairs_m, 0, sizeof(float) * kChunkRows * kPairs);
+    }
     for (int64_t h = 0; h < t.heads; h++) {
       float* grad_state = grad_states + h * state_size;
       problem.load_state(state, t, problem.kept_state(t.sequence, t.head + h, first / kChunk));
@@ -145,9 +153,9 @@ struct LinearBackward {
       head.load(t, t.head + h, first, keys);
       values_again(t, t.head + h, first, rows);
       memset(beta_lanes, 0, sizeof(float) * kChunkRows * W);
-      memset(read_lanes, 0, sizeof(float) * kChunkRows * W);
-      memset(write_lanes, 0, sizeof(float) * kChunkRows * W);
-      const float carried = wants_decay() ? carried_gradient(t, grad_state) : 0;
+      memset(read_rows, 0, size_t(kChunkRows * gate_columns) * 4);
+      memset(write_rows, 0, size_t(kChunkRows * gate_columns) * 4);
+      if (wants_decay()) carry_gradient(t, grad_state);
       for_panels(padded_of(t), [&](int64_t d, auto vecs) {
         constexpr int V = decltype(vecs)::value;
         const int64_t place = d * kChunkRows;
@@ -160,16 +168,19 @@ struct LinearBackward {
       problem.store_values(p.grad_v, y, t, t.head + h, first, rows);
       transpose_panels(w_t, w, kChunkRows, rows, padded_of(t));
       pair_products(t, rows);
-      add_pairs();
+      if (by_channel())
+        add_channel_pairs();
+      else
+        add_pairs();
       state_products(t);
       for_panels(padded_of(t), [&](int64_t d, auto vecs) {
         update_state<decltype(vecs)::value>(grad_state + d * problem.state_rows, problem.state_rows, head.kept,
                                             head.q_start, problem.key_stride, d_out + d * kChunkRows, rows,
                                             p.delta_rule ? head.k_start : nullptr, y + d * kChunkRows);
       });
-      store_gates(t, t.head + h, first, rows, carried);
+      store_gates(t, t.head + h, first, rows);
     }
-    add_pair_products();
+    if (!by_channel()) add_pair_products();
     store_keys(t, first, rows);
   }
 
@@ -185,7 +196,7 @@ struct LinearBackward {
         each_key_group([&](int64_t n, int64_t g) {
           vf acc[kRows][kVecs] = {};
           accumulate_panels(acc, d_out, g, state_t + n * padded_of(t), padded_of(t));
-          add_scaled(grad_q, g, n, acc, nullptr, (float)p.scale);
+          add_scaled(grad_q, g, n, acc, (float)p.scale);
         });
         for_panels(padded_of(t), [&](int64_t d, auto vecs) {
           scale_panel(d_out + d * kChunkRows, keys.groups * kRows * decltype(vecs)::value * W, (float)p.scale);
@@ -205,7 +216,7 @@ struct LinearBackward {
         each_key_group([&](int64_t n, int64_t g) {
           vf acc[kRows][kVecs] = {};
           accumulate_panels(acc, w, g, grad_state_t + n * padded_of(t), padded_of(t));
-          add_scaled(grad_k, g, n, acc, nullptr, 1.0f);
+          add_scaled(grad_k, g, n, acc, 1.0f);
         });
         for_panels(padded_of(t), [&](int64_t d, auto vecs) {
           read_state<decltype(vecs)::value>(y + d * kChunkRows, keys.k, problem.key_stride,
@@ -248,8 +259,7 @@ struct LinearBackward {
         write_values<V, true>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
       else
         write_values<V, false>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
-      if (p.normalize)
-        read_values<V>(sums + place, head, state + d * problem.state_rows, w + place, keys.groups);
+      if (p.normalize) read_values<V>(sums + place, head, state + d * problem.state_rows, w + place, keys.groups);
     });
     load_out_gradient(t, value_head, first, rows);
   }
@@ -282,20 +292,18 @@ struct LinearBackward {
     }
   }
 
-  // The gradient of what is left of the state before the chunk in the one after it.
-  float carried_gradient(const LinearTask& t, const float* grad_state) const {
+  void carry_gradient(const LinearTask& t, const float* grad_state) const {
     const int64_t padded = padded_of(t);
-    vf sum{};
+    memset(carried, 0, size_t(problem.key_stride) * 4);
     for (int64_t d = 0; d < padded; d += kPanel) {
       const int64_t width = min64(kPanel, padded - d);
       const float *x = state + d * problem.state_rows, *dx = grad_state + d * problem.state_rows;
       for (int64_t i = 0; i < problem.key_dim; i++) {
         vf row{};
         for (int64_t j = 0; j < width; j += W) row += load(x + i * width + j) * load(dx + i * width + j);
-        sum += row * head.kept[i];
+        carried[i] += reduce_add(row) * head.kept[i];
       }
     }
-    return reduce_add(sum);
   }
 
   // dA / scale and -dM, as they come.
@@ -313,8 +321,8 @@ struct LinearBackward {
       }
   }
 
-  // The gradients of the products of pairs, and of the decays in them: those of the pairs (i, j) that go past row t, with
-  // j < t <= i, are sums over columns before t of sums over rows from the last one to t.
+  // The gradients of the products of pairs, and of the decays in them: those of the pairs (i, j) that go past row t,
+  // with j < t <= i, are sums over columns before t of sums over rows from the last one to t.
   void add_pairs() {
     const bool delta = p.delta_rule;
     const float scale = (float)p.scale;
@@ -337,56 +345,78 @@ struct LinearBackward {
         store(by_column + j, total);
         sum += keep(column < (int32_t)i, total);
       }
-      past[i] = reduce_add(sum);
+      store(past + i * W, sum);
     }
   }
+  void add_channel_pairs() {
+    const float scale = (float)p.scale;
+    for (int64_t i = 0; i < keys.groups * kRows; i++)
+      for (int64_t j = 0; j < kPairs; j += W) {
+        const vi column = iota() + (int32_t)j;
+        const int64_t place = i * kPairs + j;
+        store(grad_a + place, keep(column <= (int32_t)i, load(grad_a + place) * scale));
+        if (p.delta_rule) store(grad_m + place, keep(column < (int32_t)i, -load(grad_m + place)));
+      }
+    memset(past, 0, size_t(kChunkRows * gate_columns) * 4);
+    head.channels.add_gradients(keys, grad_a, grad_m, p.delta_rule, grad_q, grad_k, past);
+  }
 
-  // grad rows of group g, channels from n on, += factor of the row (or 1) * factor * acc.
-  void add_scaled(float* to, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], const float* factors,
-                  float factor) const {
+  // grad rows of group g, channels from n on, += factor * acc.
+  void add_scaled(float* to, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], float factor) const {
     FASTATTN_UNROLL
     for (int i = 0; i < kRows; i++) {
       float* row = to + (g * kRows + i) * problem.key_stride + n;
-      const float f = factors ? factors[g * kRows + i] * factor : factor;
       FASTATTN_UNROLL
-      for (int v = 0; v < kVecs; v++) store(row + v * W, load(row + v * W) + acc[i][v] * f);
+      for (int v = 0; v < kVecs; v++) store(row + v * W, load(row + v * W) + acc[i][v] * factor);
     }
   }
-  // lanes += x of the rows times acc.
-  void add_dots(float* lanes, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], const float* x) const {
+  // The same times the decays of rows, or of rows and channels; `dots` += x times acc, for their gradients.
+  FASTATTN_INLINE_MEMBER void add_decayed(float* to, float* dots, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs],
+                                          const float* decay, const float* channel_decay, float factor,
+                                          const float* x) const {
+    const bool channels = by_channel(), wanted = wants_decay();
     FASTATTN_UNROLL
     for (int i = 0; i < kRows; i++) {
-      const float* row = x + (g * kRows + i) * problem.key_stride + n;
+      const int64_t place = (g * kRows + i) * problem.key_stride + n;
+      const float f = channels ? factor : decay[g * kRows + i] * factor;
+      float* sums = dots + (g * kRows + i) * gate_columns;
       vf sum{};
       FASTATTN_UNROLL
-      for (int v = 0; v < kVecs; v++) sum += load(row + v * W) * acc[i][v];
-      float* to = lanes + (g * kRows + i) * W;
-      store(to, load(to) + sum);
+      for (int v = 0; v < kVecs; v++) {
+        float* row = to + place + v * W;
+        vf y = acc[i][v] * f;
+        if (channels) y *= load(channel_decay + place + v * W);
+        store(row, load(row) + y);
+        if (!wanted) continue;
+        const vf part = load(x + place + v * W) * acc[i][v];
+        if (channels)
+          store(sums + n + v * W, load(sums + n + v * W) + part);
+        else
+          sum += part;
+      }
+      if (wanted && !channels) store(sums, load(sums) + sum);
     }
   }
 
   // What queries and keys have of the state before the chunk and of the gradient of the one after it.
   FASTATTN_NOINLINE_MEMBER void state_products(const LinearTask& t) {
     const int64_t columns = padded_of(t);
-    const bool decay = wants_decay();
+    const LinearChannels& channels = head.channels;
     each_key_group([&](int64_t n, int64_t g) {
       vf acc[kRows][kVecs] = {};
       accumulate_panels(acc, d_out, g, state_t + n * columns, columns);
-      add_scaled(grad_q, g, n, acc, head.from_start, (float)p.scale);
-      if (decay) add_dots(read_lanes, g, n, acc, head.q_start);
+      add_decayed(grad_q, read_rows, g, n, acc, head.from_start, channels.from_start, (float)p.scale, head.q_start);
     });
     if (p.delta_rule)
       each_key_group([&](int64_t n, int64_t g) {
         vf acc[kRows][kVecs] = {};
         accumulate_panels(acc, y, g, state_t + n * columns, columns);
-        add_scaled(grad_k, g, n, acc, head.from_start, -1.0f);
-        if (decay) add_dots(read_lanes, g, n, acc, head.k_start);
+        add_decayed(grad_k, read_rows, g, n, acc, head.from_start, channels.from_start, -1.0f, head.k_start);
       });
     each_key_group([&](int64_t n, int64_t g) {
       vf acc[kRows][kVecs] = {};
       accumulate_panels(acc, w, g, grad_state_t + n * columns, columns);
-      add_scaled(grad_k, g, n, acc, head.to_end, 1.0f);
-      if (decay) add_dots(write_lanes, g, n, acc, head.k_end);
+      add_decayed(grad_k, write_rows, g, n, acc, head.to_end, channels.to_end, 1.0f, head.k_end);
     });
   }
 
@@ -413,21 +443,42 @@ struct LinearBackward {
     });
   }
 
-  void store_gates(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows, float carried) {
+  void store_gates(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows) {
     const auto row_of = [&](const Tensor& to) {
-      return (float*)to.data + t.value_part * to.stride[0] + t.sequence.batch * to.stride[1] + value_head * to.stride[2] +
-             t.sequence.begin + first;
+      return (float*)to.data + t.value_part * to.stride[0] + t.sequence.batch * to.stride[1] +
+             value_head * to.stride[2] + t.sequence.begin + first;
     };
     if (p.grad_beta.data)
       for (int64_t i = 0; i < rows; i++) row_of(p.grad_beta)[i] = reduce_add(load(beta_lanes + i * W));
     if (!wants_decay()) return;
-    float* to = row_of(p.grad_decay);
-    float written = carried, read = 0;
-    for (int64_t i = 0; i < rows; i++) {
-      to[i] = past[i] + written;
-      written += reduce_add(load(write_lanes + i * W));
+    if (by_channel()) {
+      past_sums(rows);
+      const int64_t batch = t.value_part * p.q.size[0] + t.sequence.batch;
+      const Matrix to = plane_of(p.grad_channels, batch, value_head, t.sequence.begin + first);
+      for (int64_t i = 0; i < rows; i++)
+        memcpy((float*)to.data + i * to.stride, past + i * gate_columns, size_t(problem.key_dim) * 4);
+    } else {
+      for (int64_t i = 1; i < problem.key_dim; i++) carried[0] += carried[i];
+      memset(carried + 1, 0, sizeof(float) * (W - 1));
+      past_sums(rows);
+      for (int64_t i = 0; i < rows; i++) row_of(p.grad_decay)[i] = reduce_add(load(past + i * W));
     }
-    for (int64_t i = rows - 1; i >= 0; i--) to[i] += read += reduce_add(load(read_lanes + i * W));
+  }
+  // past += what goes through a row's decay from the state before the chunk, or into the one after it.
+  void past_sums(int64_t rows) {
+    for (int64_t d = 0; d < gate_columns; d += W) {
+      vf written = load(carried + d), read{};
+      for (int64_t i = 0; i < rows; i++) {
+        float* to = past + i * gate_columns + d;
+        store(to, load(to) + written);
+        written += load(write_rows + i * gate_columns + d);
+      }
+      for (int64_t i = rows - 1; i >= 0; i--) {
+        float* to = past + i * gate_columns + d;
+        read += load(read_rows + i * gate_columns + d);
+        store(to, load(to) + read);
+      }
+    }
   }
   void store_keys(const LinearTask& t, int64_t first, int64_t rows) {
     store_rows(p.grad_q, t, first, rows, grad_q, keys.q, keys.q_factor);

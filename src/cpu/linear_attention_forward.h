@@ -9,12 +9,12 @@ namespace FASTATTN_ISA {
 struct LinearForward {
   const LinearProblem& problem;
   const LinearAttentionParams& p;
-  int64_t padded;         // columns of a task's panels
-  int64_t state_size;     // floats of a state's panels
+  int64_t padded;      // columns of a task's panels
+  int64_t state_size;  // floats of a state's panels
   LinearKeys keys;
   LinearHead head;
-  float* states;          // (value heads, state_size)
-  float *values, *out;    // (kChunkRows, padded) as panels
+  float* states;        // (value heads, state_size)
+  float *values, *out;  // (kChunkRows, padded) as panels
 
   LinearForward(const LinearProblem& problem, Arena& arena)
       : problem(problem),
@@ -22,7 +22,7 @@ struct LinearForward {
         padded(problem.padded_columns()),
         state_size(problem.state_rows * padded),
         keys(problem, arena),
-        head(problem, arena),
+        head(problem, false, arena),
         states(arena.take<float>(problem.heads_of_part() * state_size)),
         values(arena.take<float>(kChunkRows * padded)),
         out(arena.take<float>(kChunkRows * padded)) {}
@@ -42,7 +42,7 @@ struct LinearForward {
   void chunk(const LinearTask& t, int64_t first) {
     const int64_t rows = min64(kChunk, t.sequence.length - first);
     keys.load(t, first, rows);
-    keys.multiply();
+    if (!p.channels.data) keys.multiply();
     for (int64_t h = 0; h < t.heads; h++) {
       float* state = states + h * state_size;
       if (p.states.data) problem.store_state(problem.kept_state(t.sequence, t.head + h, first / kChunk), state, t);

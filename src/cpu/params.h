@@ -170,14 +170,14 @@ struct GatedParams : AttentionParams {
                      window, gate)
 };
 
-// Linear attention: a state (dk, columns) of each value head that tokens decay, write to and read. q, k (B, Hk, L, dk), v,
-// out (B, Hv, L, dv); decay (1, B, Hv, L) f32 of any strides, or channels (B, Hv, L, dk), logarithms, beta (1, B, Hv, L)
-// f32; each may be absent. offsets (documents + 1,) i64 of a batch of one, or absent. States have columns = dv, or
-// dv + 1 with normalize: initial, state (B or documents, Hv, dk, columns) f32, states (B, Hv * kept, dk, columns) f32
-// those before every chunk, of document i from offsets[i] / chunk + i on, without causal those after the last token.
-// A task has a key head's value heads, or one of head_parts of them, or one of value_parts of one's columns. Gradients:
-// those of q and k are f32 and (parts * B, Hk, L, dk) with parts = head_parts * value_parts more than 1, those of decay
-// and beta (value_parts, B, Hv, L) f32, of channels (value_parts * B, Hv, L, dk) f32.
+// Linear attention: a state (dk, columns) of each value head that tokens decay, write to and read. q, k (B, Hk, L, dk),
+// v, out (B, Hv, L, dv); decay (1, B, Hv, L) f32 of any strides, or channels (B, Hv, L, dk), logarithms, beta (1, B,
+// Hv, L) f32; each may be absent. offsets (documents + 1,) i64 of a batch of one, or absent. States have columns = dv,
+// or dv + 1 with normalize: initial, state (B or documents, Hv, dk, columns) f32, states (B, Hv * kept, dk, columns)
+// f32 those before every chunk, of document i from offsets[i] / chunk + i on, without causal those after the last
+// token. A task has a key head's value heads, or one of head_parts of them, or one of value_parts of one's columns.
+// Gradients: those of q and k are f32 and (parts * B, Hk, L, dk) with parts = head_parts * value_parts more than 1,
+// those of decay and beta (value_parts, B, Hv, L) f32, of channels (value_parts * B, Hv, L, dk) f32.
 struct LinearAttentionParams {
   Tensor q, k, v, decay, channels, beta, offsets, initial, out, state, states;
   Tensor grad_out, grad_state, grad_q, grad_k, grad_v, grad_decay, grad_channels, grad_beta, grad_initial;
@@ -190,8 +190,8 @@ struct LinearAttentionParams {
                   qk_norm, causal, head_parts, value_parts, threads)
 };
 
-// One token of it: q, k (1, B, Hk, dk), v, out (1, B, Hv, dv), decay, beta (1, 1, B, Hv) f32 or channels (1, B, Hv, dk);
-// state (B, Hv, dk, columns) f32 becomes the one after the token.
+// One token of it: q, k (1, B, Hk, dk), v, out (1, B, Hv, dv), decay, beta (1, 1, B, Hv) f32 or channels (1, B, Hv,
+// dk); state (B, Hv, dk, columns) f32 becomes the one after the token.
 struct LinearStepParams {
   Tensor q, k, v, decay, channels, beta, state, out;
   double scale = 1;

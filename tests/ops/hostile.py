@@ -199,7 +199,14 @@ def _further_calls():
         caches = [make(6, 1, 2, 2, 5, 8) for _ in range(2)]
         decode_step(make(2, 12), make(2, 12), weights, *caches, position, h_cycles=2, l_cycles=2)
 
+    def step(**gates):
+        fa.linear_attention_step(
+            make(2, 2, 8), make(2, 2, 8), make(2, 4, 6), make(2, 4, 8, 6), qk_norm=True, **gates
+        )
+
     yield append, ()
+    yield lambda: step(beta=make(2, 4).sigmoid(), decay=-make(2, 4, 8).abs()), ()
+    yield lambda: step(decay=-make(4).abs()), ()
     yield lambda: decode(3), ()
     yield lambda: decode(whole(1, 4)), ()
 

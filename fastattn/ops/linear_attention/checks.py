@@ -76,9 +76,15 @@ def _check_linear(
     if normalize and delta_rule:
         raise ValueError(f"fastattn.{op}: normalize is not defined with the delta rule")
     if not causal:
-        for name, given in (("decay", decay is not None), ("beta", beta is not None), ("delta_rule", delta_rule)):
+        for name, given in (
+            ("decay", decay is not None),
+            ("beta", beta is not None),
+            ("delta_rule", delta_rule),
+        ):
             if given:
-                raise ValueError(f"fastattn.{op}: causal=False takes no {name}, whose effect depends on an order")
+                raise ValueError(
+                    f"fastattn.{op}: causal=False takes no {name}, whose effect depends on an order"
+                )
     sequences = q.shape[0]
     if cu_seqlens is not None:
         checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
@@ -109,7 +115,12 @@ def check_linear_attention_backward(
     if grad_state is not None:
         sequences = q.shape[0] if documents is None else documents
         _check_state(op, "grad_state", grad_state, sequences, q, v, normalize)
-    shape = (*v.shape[:2], kept_states(v.shape[2], causal, documents), q.shape[3], v.shape[3] + int(normalize))
+    shape = (
+        *v.shape[:2],
+        kept_states(v.shape[2], causal, documents),
+        q.shape[3],
+        v.shape[3] + int(normalize),
+    )
     checks.check_exact(
         op, "states", states, shape, checks.statistics_dtype(q), q.device, "a state of each chunk"
     )
@@ -137,9 +148,7 @@ def check_linear_attention_backward_contents(
     _check_offsets("linear_attention_backward", q, cu_seqlens)
 
 
-def check_linear_attention_step(
-    q, k, v, decay, beta, state, scale, delta_rule, normalize, qk_norm
-) -> None:
+def check_linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normalize, qk_norm) -> None:
     op = "linear_attention_step"
     _check_heads(op, q, k, v, "D")
     _check_gates(op, q, v, decay, beta)

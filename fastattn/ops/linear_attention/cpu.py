@@ -21,8 +21,6 @@ def _unserved(q, v, decay, beta) -> str | None:
 
 def refusal(q, k, v, decay, beta, *_) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
-    if decay is not None and decay.dim() == 4:
-        return "channels: not yet"
     return _unserved(q, v, decay, beta)
 
 
@@ -31,7 +29,7 @@ def refusal_backward(grad_out, grad_state, *members) -> str | None:
 
 
 def refusal_step(q, k, v, decay, beta, *_) -> str | None:
-    return "not yet"
+    return _unserved(q, v, decay, beta)
 
 
 def linear_attention(*members):
@@ -89,7 +87,9 @@ def linear_attention_backward(
     grad_v = new(v.shape, dtype=v.dtype)
     rows = (value_parts, *v.shape[:3])
     wants_decay, wants_beta = decay is not None and wanted & 1, beta is not None and wanted & 2
-    grad_decay = new(rows, dtype=torch.float32) if wants_decay else None
+    channels = decay is not None and decay.dim() == 4
+    shape = (value_parts * batch, *decay.shape[1:]) if channels else rows
+    grad_decay = new(shape, dtype=torch.float32) if wants_decay else None
     grad_beta = new(rows, dtype=torch.float32) if wants_beta else None
     grad_initial = gradient_like(initial_state, q, bool(wanted & 4))
     _call(
@@ -108,7 +108,8 @@ def linear_attention_backward(
         grad_q=grad_q,
         grad_k=grad_k,
         grad_v=grad_v,
-        grad_decay=grad_decay,
+        grad_decay=None if channels else grad_decay,
+        grad_channels=grad_decay if channels else None,
         grad_beta=grad_beta,
         grad_initial=grad_initial if grad_initial.dim() == 4 else None,
         scale=scale,
@@ -121,7 +122,7 @@ def linear_attention_backward(
         grad_q, grad_k = (g.unflatten(0, (parts, batch)).sum(0).to(q.dtype) for g in (grad_q, grad_k))
     nothing = q.new_empty(0)
     if grad_decay is not None:
-        grad_decay = grad_decay.sum((0, 1, 3)) if decay.dim() == 1 else grad_decay.sum(0)
+        grad_decay = grad_decay.view(rows + tuple(decay.shape[3:])).sum((0, 1, 3) if decay.dim() == 1 else 0)
     return (
         grad_q,
         grad_k,
@@ -132,8 +133,33 @@ def linear_attention_backward(
     )
 
 
-def linear_attention_step(*members):
-    raise AssertionError
+def linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normalize, qk_norm):
+    out = v.new_empty(v.shape)
+    if not out.numel():
+        return out
+    channels = decay is not None and decay.dim() == 3
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(v.shape[:2])
+    written = state if state.stride(3) == 1 or state.shape[3] == 1 else state.contiguous()
+    native.run(
+        "linear_attention_step",
+        q=native.rows(q),
+        k=native.rows(k),
+        v=native.rows(v),
+        decay=None if channels or decay is None else decay.float(),
+        channels=native.rows(decay.float()) if channels else None,
+        beta=None if beta is None else beta.float(),
+        state=written,
+        out=out,
+        scale=scale,
+        delta_rule=int(delta_rule),
+        normalize=int(normalize),
+        qk_norm=int(qk_norm),
+        threads=native.threads(),
+    )
+    if written is not state:
+        state.copy_(written)
+    return out
 
 
 def _parts(q, v, sequences: int, normalize: bool) -> tuple[int, int]:

@@ -124,7 +124,9 @@ def _operands(q, k, v, decay, beta, normalize, qk_norm):
 def _recurrence(q, k, values, a, b, state, scale: float, delta_rule: bool):
     """(outputs, the state after the last token, those before every chunk)."""
     outputs, starts = [], []
-    for t, (q_t, k_t, v_t, a_t, b_t) in enumerate(zip(*(x.unbind(2) for x in (q, k, values, a, b)), strict=True)):
+    for t, (q_t, k_t, v_t, a_t, b_t) in enumerate(
+        zip(*(x.unbind(2) for x in (q, k, values, a, b)), strict=True)
+    ):
         if t % CHUNK == 0:
             starts.append(state.detach())
         state = a_t[..., None] * state

@@ -39,9 +39,7 @@ class StepCall(NamedTuple):
     qk_norm: bool
 
 
-def _fake(
-    q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal
-):
+def _fake(q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal):
     """out, the state after the last token, and the states that a backward keeps."""
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sequences = q.shape[0] if documents is None else documents
