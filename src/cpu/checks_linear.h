@@ -79,7 +79,8 @@ inline void check_fields(const Checks& c, const LinearStepParams& p) {
   const Size gate{1, 1, batch, heads};
   if (p.decay.data) c.strided("decay", p.decay, gate, DType::f32);
   if (p.channels.data) {
-    c.tensor("channels", p.channels, {1, batch, heads, dk}, DType::f32);
+    c.floating("channels", p.channels);
+    c.tensor("channels", p.channels, {1, batch, heads, dk}, p.channels.dtype);
     c.require(!p.decay.data, "channels", "is not served with decay");
   }
   if (p.beta.data) c.strided("beta", p.beta, gate, DType::f32);

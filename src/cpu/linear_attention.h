@@ -174,10 +174,12 @@ FASTATTN_INLINE void store_group(float* x, int64_t stride, const vf (&acc)[kRows
 
 // u and w of a chunk's rows, w in place of the values. u may be absent.
 template <int V, bool kDelta>
-FASTATTN_NOINLINE void write_values(float* w, float* u, const LinearHead& head, const float* state, int64_t groups) {
+FASTATTN_NOINLINE void write_values(float* w, float* u, const LinearHead& head, const float* state, int64_t groups,
+                                    RowsAhead& ahead) {
   constexpr int64_t kWidth = V * W;
   const int64_t stride = head.problem.key_stride;
   for (int64_t g = 0; g < groups; g++) {
+    ahead.step();
     float *rows = w + g * kRows * kWidth, *raw = u ? u + g * kRows * kWidth : nullptr;
     vf acc[kRows][V];
     load_group(acc, rows, kWidth);
@@ -209,10 +211,11 @@ FASTATTN_NOINLINE void write_values(float* w, float* u, const LinearHead& head, 
 // The outputs of a chunk's rows.
 template <int V>
 FASTATTN_NOINLINE void read_values(float* out, const LinearHead& head, const float* state, const float* w,
-                                   int64_t groups) {
+                                   int64_t groups, RowsAhead& ahead) {
   constexpr int64_t kWidth = V * W;
   const int64_t stride = head.problem.key_stride;
   for (int64_t g = 0; g < groups; g++) {
+    ahead.step();
     vf acc[kRows][V] = {};
     accumulate<Singles, V>(acc, head.q_start + g * kRows * stride, stride, 1, state, head.problem.key_dim);
     accumulate_earlier(acc, head.a, w, g);

@@ -20,10 +20,11 @@ namespace FASTATTN_ISA {
 // y = b z of a chunk's rows, and what z times u adds to beta's gradient by lanes.
 template <int V, bool kDelta>
 FASTATTN_NOINLINE void value_gradients(float* y, float* beta_lanes, const LinearHead& head, const float* d_out,
-                                       const float* d_state, const float* u, int64_t groups) {
+                                       const float* d_state, const float* u, int64_t groups, RowsAhead& ahead) {
   constexpr int64_t kWidth = V * W;
   const int64_t stride = head.problem.key_stride;
   for (int64_t g = groups - 1; g >= 0; g--) {
+    ahead.step();
     vf acc[kRows][V] = {};
     accumulate<Singles, V>(acc, head.k_end + g * kRows * stride, stride, 1, d_state, head.problem.key_dim);
     accumulate_later(acc, head.a, d_out, g, groups);
@@ -85,6 +86,8 @@ struct LinearBackward {
                                     // leaves in that after
   float* past;                      // (kChunkRows, gate_columns) the gradient of pairs whose decay has a row's
   float* carried;                   // (state_rows) that of what is left of the state before, by its rows
+
+  RowsAhead ahead;
 
   LinearBackward(const LinearProblem& problem, Arena& arena)
       : problem(problem),
@@ -151,6 +154,7 @@ struct LinearBackward {
       transpose_panels(state_t, state, problem.state_rows, problem.key_dim, padded_of(t));
       transpose_panels(grad_state_t, grad_state, problem.state_rows, problem.key_dim, padded_of(t));
       head.load(t, t.head + h, first, keys);
+      problem.look_ahead(ahead, t, t.head + h, first - kChunk, &p.grad_out);
       values_again(t, t.head + h, first, rows);
       memset(beta_lanes, 0, sizeof(float) * kChunkRows * W);
       memset(read_rows, 0, size_t(kChunkRows * gate_columns) * 4);
@@ -161,9 +165,9 @@ struct LinearBackward {
         const int64_t place = d * kChunkRows;
         const float* panel = grad_state + d * problem.state_rows;
         if (p.delta_rule)
-          value_gradients<V, true>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups);
+          value_gradients<V, true>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups, ahead);
         else
-          value_gradients<V, false>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups);
+          value_gradients<V, false>(y + place, beta_lanes, head, d_out + place, panel, u + place, keys.groups, ahead);
       });
       problem.store_values(p.grad_v, y, t, t.head + h, first, rows);
       transpose_panels(w_t, w, kChunkRows, rows, padded_of(t));
@@ -256,10 +260,11 @@ struct LinearBackward {
       constexpr int V = decltype(vecs)::value;
       const int64_t place = d * kChunkRows;
       if (p.delta_rule)
-        write_values<V, true>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
+        write_values<V, true>(w + place, u + place, head, state + d * problem.state_rows, keys.groups, ahead);
       else
-        write_values<V, false>(w + place, u + place, head, state + d * problem.state_rows, keys.groups);
-      if (p.normalize) read_values<V>(sums + place, head, state + d * problem.state_rows, w + place, keys.groups);
+        write_values<V, false>(w + place, u + place, head, state + d * problem.state_rows, keys.groups, ahead);
+      if (p.normalize)
+        read_values<V>(sums + place, head, state + d * problem.state_rows, w + place, keys.groups, ahead);
     });
     load_out_gradient(t, value_head, first, rows);
   }

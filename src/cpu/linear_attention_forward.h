@@ -15,6 +15,7 @@ struct LinearForward {
   LinearHead head;
   float* states;        // (value heads, state_size)
   float *values, *out;  // (kChunkRows, padded) as panels
+  RowsAhead ahead;
 
   LinearForward(const LinearProblem& problem, Arena& arena)
       : problem(problem),
@@ -48,14 +49,15 @@ struct LinearForward {
       if (p.states.data) problem.store_state(problem.kept_state(t.sequence, t.head + h, first / kChunk), state, t);
       head.load(t, t.head + h, first, keys);
       load_values(t, t.head + h, first, rows);
+      problem.look_ahead(ahead, t, t.head + h, first + kChunk, nullptr);
       for_panels(round_up(t.columns, W), [&](int64_t d, auto vecs) {
         constexpr int V = decltype(vecs)::value;
         float *w = values + d * kChunkRows, *panel = state + d * problem.state_rows;
         if (p.delta_rule)
-          write_values<V, true>(w, nullptr, head, panel, keys.groups);
+          write_values<V, true>(w, nullptr, head, panel, keys.groups, ahead);
         else
-          write_values<V, false>(w, nullptr, head, panel, keys.groups);
-        read_values<V>(out + d * kChunkRows, head, panel, w, keys.groups);
+          write_values<V, false>(w, nullptr, head, panel, keys.groups, ahead);
+        read_values<V>(out + d * kChunkRows, head, panel, w, keys.groups, ahead);
         update_state<V>(panel, problem.state_rows, head.kept, head.k_end, problem.key_stride, w, rows);
       });
       store_out(t, t.head + h, first, rows);

@@ -98,6 +98,33 @@ static void transpose_panels(float* to, const float* from, int64_t capacity, int
   }
 }
 
+// Rows of tensors that the next chunk reads, asked for one by one while this one is computed: heads lie side by side
+// in a token's memory, so that rows are far apart and nobody else sees them coming.
+class RowsAhead {
+ public:
+  void clear() { tensors_ = next_ = 0; }
+  void add(const Matrix& rows, int64_t count, int64_t columns) {
+    const int64_t width = rows.dtype == DType::f32 ? 4 : 2;
+    of_[tensors_++] = {(const char*)rows.data, rows.stride * width, columns * width};
+    count_ = count;
+  }
+  // The next row, if there is one.
+  void step() {
+    if (next_ >= tensors_ * count_) return;
+    const Run& run = of_[next_ / count_];
+    const char* row = run.data + next_++ % count_ * run.stride;
+    for (int64_t b = 0; b < run.bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
+
+ private:
+  struct Run {
+    const char* data;
+    int64_t stride, bytes;
+  };
+  Run of_[4];
+  int64_t tensors_ = 0, count_ = 0, next_ = 0;
+};
+
 // A document of a batch: `length` tokens from `begin` on, its state's number, and the first of its kept states.
 struct LinearSequence {
   int64_t batch, begin, length, state, kept;
@@ -160,6 +187,24 @@ struct LinearProblem {
   Matrix kept_state(const LinearSequence& s, int64_t head, int64_t chunk) const {
     return plane_of(p.states, s.batch, head * kept + s.kept + chunk, 0);
   }
+  // What the chunk at token `first` will read for one value head, and of keys for the last one of a task.
+  void look_ahead(RowsAhead& ahead, const LinearTask& t, int64_t head, int64_t first, const Tensor* grad_out) const {
+    ahead.clear();
+    if (first < 0 || first >= t.sequence.length) return;
+    const int64_t rows = min64(kChunk, t.sequence.length - first), token = t.sequence.begin + first;
+    const int64_t values = max64(0, min64(t.columns, value_dim - t.column));
+    const auto from_column = [&](const Tensor& x) {
+      Matrix plane = plane_of(x, t.sequence.batch, head, token);
+      plane.data = (const char*)plane.data + t.column * (x.dtype == DType::f32 ? 4 : 2);
+      return plane;
+    };
+    ahead.add(from_column(p.v), rows, values);
+    if (grad_out) ahead.add(from_column(*grad_out), rows, values);
+    if (head + 1 < t.head + t.heads) return;
+    ahead.add(plane_of(p.q, t.sequence.batch, t.key_head, token), rows, key_dim);
+    ahead.add(plane_of(p.k, t.sequence.batch, t.key_head, token), rows, key_dim);
+  }
+
   int64_t padded_columns() const { return round_up(min64(part_columns, columns), W); }
   int threads() const { return threads_for(p.threads, p.v.size[0] * p.v.size[1] * length * key_dim * value_dim); }
 

@@ -3,6 +3,7 @@
 // The result is the exit status and the last line. `kernel_check --phases [ISA...]` checks nothing: it prints what each
 // phase of attention takes.
 #include "attention_checks.h"
+#include "linear_checks.h"
 #include "math_checks.h"
 #if defined(FASTATTN_PHASE_TIMES)
 #include "phase_times.h"
@@ -83,6 +84,7 @@ static void check(const KernelTable& kernels, const KernelTable& baseline, Repor
       check_heads(kernels, baseline, report, {dtype, v, false, 1, 3, 1, 2, 170, 33, 17});
       check_sinkhorn(kernels, baseline, report, dtype, v.threads);
       check_vocab(kernels, baseline, report, dtype, v);
+      check_linear_attention(kernels, baseline, report, dtype, v);
     }
   for (const Variant& v : variants) check_classes(kernels, baseline, report, v);
   // a few rows of one key head, whose keys are shared out to more threads than there are heads
