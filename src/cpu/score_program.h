@@ -84,7 +84,7 @@ struct ScoreProgram {
 
 // Why the machine cannot run these words, null where it can. No program that passes can touch memory that is not its
 // own: its registers exist, and indices of loads are clamped.
-inline const char* program_fault(const int32_t* words, int64_t count, int64_t tables, int64_t indices) {
+static inline const char* program_fault(const int32_t* words, int64_t count, int64_t tables, int64_t indices) {
   if (count < kProgramHeader) return "must have a header";
   const ScoreProgram p(words);
   const auto within = [](int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; };

@@ -207,7 +207,9 @@ def test_a_score_program_is_part_of_a_call(isa):
     plain = fields["lse"].clone()
     tables = torch.tensor([0.5, -1.0, 2.0, 0.0])
     _native.run("attention_forward", **fields, program=_program(), tables=tables)
-    torch.testing.assert_close(fields["lse"], plain + tables[:, None], rtol=0, atol=1e-6)  # 16 roundings of up to 5
+    torch.testing.assert_close(
+        fields["lse"], plain + tables[:, None], rtol=0, atol=1e-6
+    )  # 16 roundings of up to 5
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,11 @@ def test_a_score_program_is_part_of_a_call(isa):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_score_programs_that_do_not_fit_are_refused(change, message):
-    fields = _attention_fields() | {"program": _program(), "masked_program": _program(), "tables": torch.zeros(4)}
+    fields = _attention_fields() | {
+        "program": _program(),
+        "masked_program": _program(),
+        "tables": torch.zeros(4),
+    }
     _native.run("attention_forward", **fields)
     with pytest.raises(ValueError, match=f"attention_forward: {message}"):
         _native.run("attention_forward", **fields | change)
