@@ -76,7 +76,7 @@ FASTATTN_INLINE vf log_reduced(vf f, vf e) {
 FASTATTN_INLINE vf log(vf x) {
   const vi tiny = x < 0x1p-126f;
   const vf y = select(tiny, x * 0x1p23f, x);
-  const vi bits = (vi)y - 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  const vi bits = (vi)((vu)y - 0x3f3504f3u);  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
   const vf e = __builtin_convertvector((bits >> 23) - (tiny & 23), vf);
   const vf m = (vf)((bits & 0x7fffff) + 0x3f3504f3);
   const vf inside = log_reduced(m - 1.0f, e), infinity = splat(__builtin_inff());
