@@ -1,6 +1,7 @@
 """Packed documents, for ops whose tensors are (B, L, ...): offsets `cu_seqlens` (documents + 1,) cut a batch of one."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -40,7 +41,11 @@ def check_offsets_contents(op: str, length: int, cu_seqlens: torch.Tensor | None
     return cuts
 
 
-def cut(definition, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, list]:
+def cut(
+    definition: Callable[[int, slice], tuple[torch.Tensor, torch.Tensor]],
+    tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A definition document by document: definition(i, span) gives (its tokens' result, another); both in order, zeros after the
     last document. tokens (1, L, ...)."""
     cuts = cu_seqlens.tolist()

@@ -11,6 +11,7 @@
 #include "program_attention.h"
 #include "program_checks.h"
 #include "row_checks.h"
+#include "scan_checks.h"
 #include "subnormal_checks.h"
 
 using namespace checks;
@@ -85,6 +86,7 @@ static void check(const KernelTable& kernels, const KernelTable& baseline, Repor
       check_sinkhorn(kernels, baseline, report, dtype, v.threads);
       check_vocab(kernels, baseline, report, dtype, v);
       check_linear_attention(kernels, baseline, report, dtype, v);
+      check_scans(kernels, baseline, report, dtype, v);
     }
   for (const Variant& v : variants) check_classes(kernels, baseline, report, v);
   // a few rows of one key head, whose keys are shared out to more threads than there are heads
