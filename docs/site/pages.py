@@ -29,6 +29,7 @@ PAGES = {
             "Mask",
             "DistanceBias",
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),
+            *("linear_attention", "linear_attention_step"),
         ),
     ),
     "api/rows.md": (

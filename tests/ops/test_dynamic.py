@@ -169,6 +169,20 @@ SIZES = {
         lambda u, A, B, starts: fa.selective_scan(u, u, -A.abs(), B, B, cu_seqlens=starts, return_state=True),
         lambda step: [floats(1, 20 + step, 4), floats(4, 3), floats(1, 20 + step, 3), offsets(step)],
     ),
+    "linear_attention": (
+        lambda q, k, v, decay, beta: fa.linear_attention(
+            q[:, :2], k, v, decay=decay, beta=beta, qk_norm=True, return_state=True
+        ),
+        lambda step: [
+            *qkv(step),
+            -floats(5 + step % 5, 2, 20 + step).abs(),
+            floats(5 + step % 5, 2, 20 + step).abs(),
+        ],
+    ),
+    "linear_attention, packed": (
+        lambda q, k, v, starts: fa.linear_attention(q[:1, :2], k[:1], v[:1], cu_seqlens=starts),
+        lambda step: [*qkv(step), offsets(step)],
+    ),
     "focus_groups": (fa.focus_groups, lambda step: [floats(5 + step % 5, 20 + step, 4)]),
     "linear_cross_entropy": (
         lambda h, w, target: fa.linear_cross_entropy(h, w, target, softcap=9.0, temperature=0.7),

@@ -17,6 +17,8 @@ def ops(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> None:
     assert_type(fa.softplus_attention(q, k, v), Tensor)
     assert_type(fa.sinkhorn(q), Tensor)
     assert_type(fa.sinkhorn(q, return_potentials=True), tuple[Tensor, Tensor])
+    assert_type(fa.linear_attention(q, k, v, beta=v), Tensor)
+    assert_type(fa.linear_attention(q, k, v, return_state=True), tuple[Tensor, Tensor])
     assert_type(fa.rms_norm(q, weight=v), Tensor)
     assert_type(fa.rms_norm(q, residual=k, backend="cpu"), tuple[Tensor, Tensor])
     assert_type(fa.rotary(q, k, v), tuple[Tensor, Tensor])
