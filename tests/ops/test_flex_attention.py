@@ -14,7 +14,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 import fastattn as fa
 from fastattn import testing
-from fastattn.ops.flex import prepare
+from fastattn.ops.flex import plan, prepare
 from fastattn.runtime import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,15 +57,24 @@ def check(score, mask, dtype, length=LENGTH, **shape):
         testing.assert_close_to_truth(mine, true, plain, factor=factor, terms=terms, name=f"result {i}")
 
 
+@pytest.fixture(params=(1 << 20, 0), ids=("as it is", "tables"))
+def tables(request, monkeypatch):
+    """Whether parts of functions become tables of their own, as they do in large calls."""
+    monkeypatch.setattr(plan, "_LEAST_SCORES", request.param)
+    plan._plans.clear()
+    yield
+    plan._plans.clear()
+
+
 @pytest.mark.parametrize("score", SCORES)
-def test_scores(score, nan_outputs):
+def test_scores(score, tables, nan_outputs):
     for isa in testing.isas():
         with native.use_cpu_isa(isa):
             check(score, None, torch.float32)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks(mask, nan_outputs):
+def test_masks(mask, tables, nan_outputs):
     check(None, mask, torch.float32)
     check("alibi", mask, torch.float32)
 
@@ -363,16 +372,37 @@ def test_a_captured_tensor_is_read_anew():
 def test_a_closure_made_in_each_step_makes_no_cache_grow():
     qkv = inputs()
     prepare._programs.clear()
+    plan._plans.clear()
     for _ in range(5):
         table = torch.randn(HEADS, requires_grad=True)
         fa.flex_attention(*qkv, lambda s, b, h, q, k, t=table: s + t[h], enable_gqa=True).sum().backward()
-    assert len(prepare._programs) == 1
+    assert len(prepare._programs) == len(plan._plans) == 1
     for step in range(300):
         fa.flex_attention(
             *(t[:1, :, :2] for t in qkv), lambda s, b, h, q, k, c=step: s * (c + 0.5), enable_gqa=True
         )
     gc.collect()
-    assert len(prepare._programs) == prepare._MOST_PROGRAMS
+    assert len(prepare._programs) == prepare._MOST_PROGRAMS and len(plan._plans) == plan._MOST_PLANS
+
+
+def test_tables_are_made_anew(tables):
+    """A plan that is kept computes its tables from what captured tensors hold now, and sends their gradients there."""
+    table = torch.randn(HEADS, 9, requires_grad=True)
+
+    def score_mod(s, b, h, q, k):
+        return s + table[h, (q - k).abs() % 9] * 2
+
+    qkv = inputs()
+    for step in range(3):
+        with torch.no_grad():
+            table.mul_(step + 1)
+        results = []
+        for backend in ("cpu", "reference"):
+            table.grad = None
+            fa.flex_attention(*qkv, score_mod, enable_gqa=True, backend=backend).sin().sum().backward()
+            results.append(table.grad)
+        # sums of 39,200 terms of about 1e-3
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_only_where_they_are_asked_for():

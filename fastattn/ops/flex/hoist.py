@@ -84,7 +84,7 @@ class _Hoisting:
             elif node.op == "input":
                 self.places[place] = self.new.input(node.value)
             elif node.op == "load":
-                self.places[place] = self._new_load(self.graph.tensors[node.value], args, Source(node.value))
+                self.places[place] = self._new_load(self.graph.tensors[node.value], args, Source(node.value, -1, None))
             else:
                 self.places[place] = self.new.make(node.op, *args)
         return self.places[out]
