@@ -37,7 +37,11 @@ PAGES = {
         "fastattn",
         ("rms_norm", "swiglu", "gated", "rotary", "rotary_tables", "fused_linear", "decode_step"),
     ),
-    "api/recurrence.md": ("Scans and short convolutions", "fastattn", ("causal_conv1d", "linear_scan", "selective_scan")),
+    "api/recurrence.md": (
+        "Scans and short convolutions",
+        "fastattn",
+        ("causal_conv1d", "linear_scan", "selective_scan"),
+    ),
     "api/losses.md": (
         "Losses and vocabularies",
         "fastattn",
