@@ -150,6 +150,7 @@ class SelectiveScan {
   // Lanes beyond the channels have zeros.
   void read_parameters(Slice& slice, int64_t first, int64_t count) const {
     slice.first = first, slice.count = count;
+    memset(slice.h, 0, size_t(states * width) * 4);  // a checkpoint has the channels alone
     transpose_in(slice.A, (const float*)p.A.data + first * states, count);
     for (int64_t i = 0; i < states * width; i++) slice.A[i] *= kLog2e;
     const auto read = [&](float* to, const Tensor& from) {

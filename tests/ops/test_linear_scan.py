@@ -120,9 +120,22 @@ def test_kernels_compute_the_definition(isa, data, nan_outputs):
     inputs, options = drawn(data, dtype)
     # a gradient of one factor for all is a sum over all elements; h itself over the tokens
     terms = max(1, inputs[1].numel())
+    wanted = [n for n, t in zip(("a", "b", "initial"), inputs, strict=True) if t is not None]
     testing.check_op(
-        by("cpu", options), by("reference", options), inputs, terms=terms, names=("a", "b", "initial")
-    )
+        by("cpu", options), by("reference", options), inputs, terms=terms, names=wanted,
+        magnitudes=(rounded_h(dtype, options, inputs, terms),),
+    )  # fmt: skip
+
+
+def rounded_h(dtype, options, inputs, terms):
+    """What `check_op` takes as the magnitude of a's gradient: it is made of h as it was stored. Each of n products g h that add up
+    is off by up to half a unit of h's dtype, of random sign: sqrt(n) eps / 2 max|g| max|h|."""
+    (h,), (_, g, *_) = testing.differentiate(by("reference", options), testing.to_float64(inputs))
+    shared = max(1, inputs[1].numel() // max(1, inputs[0].numel()))
+    initial = 0.0 if inputs[2] is None else testing.max_finite(inputs[2])
+    size = testing.max_finite(g) * max(testing.max_finite(h), initial)
+    off = shared**0.5 * torch.finfo(dtype).eps / 2 * size
+    return off / ((4 + terms**0.5) * torch.finfo(torch.float32).eps)
 
 
 @settings(max_examples=50)

@@ -238,6 +238,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
 
 
+def test_lanes_without_a_channel_keep_nothing_of_an_earlier_call(isa):
+    """A call of NaN leaves working memory full of it; the next one has fewer channels, and tokens beyond a checkpoint."""
+    for channels, scale in ((64, torch.nan), (37, 1.0)):
+        given = tensors(1, 2 * INTERVAL + 3, channels, 5)
+        given["u"] = (given["u"].detach() * scale).requires_grad_()
+        out = call(given, backend="cpu")
+        grads = torch.autograd.grad(out.sum(), list(given.values()))
+    assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
+
+
 def test_no_tensor_of_states_for_every_token(peak_bytes):
     """The backward of 2048 tokens, 256 channels and 16 numbers: 32 MiB would be every state, once."""
     case = """
