@@ -70,6 +70,7 @@ struct LinearHead {
     for (int64_t i = 0; i < problem.state_rows; i++) kept[i] = from_start[keys.rows - 1];
     for (int64_t i = 0; i < groups * kRows; i++) {
       const float p = from_start[i], s = to_end[i];
+      const int32_t last = i < keys.rows ? (int32_t)i : -1;  // a row that fills up a group has no pairs
       for (int64_t d = i * stride; d < (i + 1) * stride; d += W) {
         const vf key = FASTATTN_ISA::load(keys.k + d);
         store(q_start + d, FASTATTN_ISA::load(keys.q + d) * (scale * p));
@@ -81,9 +82,8 @@ struct LinearHead {
         const vi column = iota() + (int32_t)j;
         const vf decay = FASTATTN_ISA::load(d_row + j);
         // where nothing was computed, and what later tokens hold, is no number to multiply by 0
-        const vi pair = column <= (int32_t)i;
-        store(a + i * kPairs + j, keep(pair, FASTATTN_ISA::load(qk + j) * decay) * scale);
-        if (delta) store(m + i * kPairs + j, -keep(column < (int32_t)i, FASTATTN_ISA::load(kk + j) * decay));
+        store(a + i * kPairs + j, keep(column <= last, FASTATTN_ISA::load(qk + j) * decay) * scale);
+        if (delta) store(m + i * kPairs + j, -keep(column < last, FASTATTN_ISA::load(kk + j) * decay));
       }
     }
   }

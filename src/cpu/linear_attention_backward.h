@@ -355,13 +355,15 @@ struct LinearBackward {
   }
   void add_channel_pairs() {
     const float scale = (float)p.scale;
-    for (int64_t i = 0; i < keys.groups * kRows; i++)
+    for (int64_t i = 0; i < keys.groups * kRows; i++) {
+      const int32_t last = i < keys.rows ? (int32_t)i : -1;  // a row that fills up a group has no pairs
       for (int64_t j = 0; j < kPairs; j += W) {
         const vi column = iota() + (int32_t)j;
         const int64_t place = i * kPairs + j;
-        store(grad_a + place, keep(column <= (int32_t)i, load(grad_a + place) * scale));
-        if (p.delta_rule) store(grad_m + place, keep(column < (int32_t)i, -load(grad_m + place)));
+        store(grad_a + place, keep(column <= last, load(grad_a + place) * scale));
+        if (p.delta_rule) store(grad_m + place, keep(column < last, -load(grad_m + place)));
       }
+    }
     memset(past, 0, size_t(kChunkRows * gate_columns) * 4);
     head.channels.add_gradients(keys, grad_a, grad_m, p.delta_rule, grad_q, grad_k, past);
   }
