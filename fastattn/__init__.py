@@ -19,8 +19,8 @@ from .ops.fused_linear import fused_linear
 from .ops.gated import gated_attention
 from .ops.grouped import focus_groups, grouped_attention
 from .ops.hrm_step import decode_step
-from .ops.linear_scan import linear_scan
 from .ops.linear_attention import linear_attention, linear_attention_step
+from .ops.linear_scan import linear_scan
 from .ops.lssa import lssa_attention, softplus_attention
 from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu

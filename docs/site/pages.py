@@ -25,7 +25,13 @@ PAGES = {
         "Attention",
         "fastattn",
         (
-            *("attention", "sigmoid_attention", "lssa_attention", "scaled_dot_product_attention", "flex_attention"),
+            *(
+                "attention",
+                "sigmoid_attention",
+                "lssa_attention",
+                "scaled_dot_product_attention",
+                "flex_attention",
+            ),
             "Mask",
             "DistanceBias",
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),

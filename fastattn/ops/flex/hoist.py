@@ -34,7 +34,9 @@ def hoisted(call: Traced) -> tuple[Traced, tuple[Source, ...]]:
 
 def materialised(sources: Sequence[Source], graph: Graph) -> list[torch.Tensor]:
     """The tensors of these sources, of a graph that has the same nodes."""
-    return [graph.tensors[x.number] if x.number >= 0 else _table(graph, x.place, x.inputs or {}) for x in sources]
+    return [
+        graph.tensors[x.number] if x.number >= 0 else _table(graph, x.place, x.inputs or {}) for x in sources
+    ]
 
 
 def _table(graph: Graph, place: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -84,7 +86,9 @@ class _Hoisting:
             elif node.op == "input":
                 self.places[place] = self.new.input(node.value)
             elif node.op == "load":
-                self.places[place] = self._new_load(self.graph.tensors[node.value], args, Source(node.value, -1, None))
+                self.places[place] = self._new_load(
+                    self.graph.tensors[node.value], args, Source(node.value, -1, None)
+                )
             else:
                 self.places[place] = self.new.make(node.op, *args)
         return self.places[out]
