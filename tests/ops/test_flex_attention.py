@@ -405,6 +405,23 @@ def test_tables_are_made_anew(tables):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def test_a_kept_plan_of_a_mask_in_parts(tables):
+    """What is not recognised of a mask is put together anew; a later call of the same functions has the same parts."""
+    scale = torch.rand(HEADS)
+
+    def mask_mod(b, h, q, k):
+        return ((q >= k) & ((q - k) % 3 != 1)) & ((q - k) % 5 != 2) & (k % 7 != 3)
+
+    for _ in range(3):
+        qkv = inputs()
+        results = [
+            fa.flex_attention(*qkv, lambda s, b, h, q, k: s * scale[h], mask_mod, enable_gqa=True, backend=backend)
+            for backend in ("cpu", "reference")
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
+        scale.mul_(2)
+
+
 def test_gradients_only_where_they_are_asked_for():
     qkv = [t.detach() for t in inputs()]
     table = torch.randn(HEADS, requires_grad=True)

@@ -76,6 +76,12 @@ class Graph:
         """All that the graph says of its nodes; of captured tensors their numbers."""
         return tuple(self._places)
 
+    def copy(self, tensors: list[torch.Tensor]) -> "Graph":
+        """The same nodes with these captured tensors."""
+        other = Graph()
+        other.nodes, other.tensors, other._places = list(self.nodes), list(tensors), dict(self._places)
+        return other
+
     def _uses(self, args: Iterable[int]) -> int:
         uses = 0
         for a in args:

@@ -12,6 +12,7 @@ import torch
 from ...masks import NO_MASK_ARGS, MaskArgs
 from ...runtime import torch_private
 from . import prepare
+from .graph import Graph
 from .hoist import Source, hoisted, materialised
 from .prepare import Traced
 from .recognise import documents, recognise
@@ -27,11 +28,13 @@ class Plan:
     mask: MaskArgs  # what `Mask` says
     program: torch.Tensor | None  # None: plain attention
     sources: tuple[Source, ...] = ()  # of the tensors that the program loads from
+    graph: Graph | None = None  # which sources are of: a trace's with the nodes that planning added, without tensors
     classes: torch.Tensor | None = None
 
     def tables(self, call: Traced, dtype: torch.dtype, device: torch.device) -> tuple:
         """(floats, integers) that the program loads from, of this call's captured tensors."""
-        return prepare.tables(materialised(self.sources, call.graph), dtype, device)[:2]
+        graph = call.graph if self.graph is None else self.graph.copy(call.graph.tensors)
+        return prepare.tables(materialised(self.sources, graph), dtype, device)[:2]
 
 
 def planned(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, dtype: torch.dtype) -> Plan:
@@ -73,11 +76,12 @@ def _made(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, d
     prepare.check_numbers(call)
     classes = prepare.classes(call, device)
     sources = tuple(Source(n, -1, None) for n in range(len(call.graph.tensors)))
+    graph = call.graph.copy([])
     if _worth_tables(call, device, dtype):
         call, sources = hoisted(call)
     from_start = prepare.check_numbers(call)
     *_, offsets = prepare.tables(call.graph.tensors, dtype, device)
-    return Plan(mask, prepare.program(call, offsets, from_start, gradients), sources, classes)
+    return Plan(mask, prepare.program(call, offsets, from_start, gradients), sources, graph, classes)
 
 
 def _worth_tables(call: Traced, device: torch.device, dtype: torch.dtype) -> bool:
