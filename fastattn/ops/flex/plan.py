@@ -28,7 +28,9 @@ class Plan:
     mask: MaskArgs  # what `Mask` says
     program: torch.Tensor | None  # None: plain attention
     sources: tuple[Source, ...] = ()  # of the tensors that the program loads from
-    graph: Graph | None = None  # which sources are of: a trace's with the nodes that planning added, without tensors
+    graph: Graph | None = (
+        None  # which sources are of: a trace's with the nodes that planning added, without tensors
+    )
     classes: torch.Tensor | None = None
 
     def tables(self, call: Traced, dtype: torch.dtype, device: torch.device) -> tuple:
