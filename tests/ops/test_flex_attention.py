@@ -415,7 +415,9 @@ def test_a_kept_plan_of_a_mask_in_parts(tables):
     for _ in range(3):
         qkv = inputs()
         results = [
-            fa.flex_attention(*qkv, lambda s, b, h, q, k: s * scale[h], mask_mod, enable_gqa=True, backend=backend)
+            fa.flex_attention(
+                *qkv, lambda s, b, h, q, k: s * scale[h], mask_mod, enable_gqa=True, backend=backend
+            )
             for backend in ("cpu", "reference")
         ]
         torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
