@@ -405,6 +405,39 @@ def test_tables_are_made_anew(tables):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def test_indices_made_of_captured_numbers_are_looked_at_anew(tables):
+    """They are in range in one call, negative in the next, and out of range after that."""
+    shift, table = torch.zeros(HEADS), torch.randn(9)
+
+    def score_mod(s, b, h, q, k):
+        return s + table[shift[h].to(torch.int32) + k % 5]
+
+    for by in (0.0, 3.0, -6.0, 4.0):
+        shift.fill_(by)
+        results = [
+            fa.flex_attention(*inputs(), score_mod, enable_gqa=True, backend=backend)
+            for backend in ("cpu", "reference")
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
+    shift.fill_(5.0)
+    with pytest.raises(IndexError, match="from 5 to 9 where the size is 9"):
+        fa.flex_attention(*inputs(), score_mod, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.float32, torch.bool))
+def test_documents_are_looked_at_anew(dtype, tables):
+    numbers = torch.arange(LENGTH) // 40
+    of = numbers.to(dtype)
+    qkv = [t[:1] for t in inputs()]
+    for changed in (numbers, (torch.arange(LENGTH) > 9).long(), torch.arange(LENGTH) % 2, numbers * 0):
+        of.copy_(changed)
+        results = [
+            fa.flex_attention(*qkv, None, lambda b, h, q, k: of[q] == of[k], enable_gqa=True, backend=backend)
+            for backend in ("cpu", "reference")
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=2e-6)
+
+
 def test_a_kept_plan_of_a_mask_in_parts(tables):
     """What is not recognised of a mask is put together anew; a later call of the same functions has the same parts."""
     scale = torch.rand(HEADS)

@@ -1,7 +1,7 @@
 """How a call runs: as plain attention, or by a program with its tables and classes of tiles.
 
-A plan is made of a traced graph, of sizes and of what captured tensors are, and kept where it depends on none of their contents: masks
-and indices of captured integers are looked at anew in each call, as is every captured number.
+A plan is made of a traced graph, of sizes and of what captured tensors are, and kept where it depends on none of their contents: captured
+integers, and indices that are made of captured numbers, are looked at anew in each call.
 """
 
 from collections import OrderedDict
@@ -42,12 +42,7 @@ class Plan:
 def planned(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, dtype: torch.dtype) -> Plan:
     """The plan of a traced call. mask: what is given beside its functions. IndexError and NotImplementedError of `check_numbers`."""
     tensors = call.graph.tensors
-    lasting = (
-        mask is NO_MASK_ARGS
-        and all(t.is_floating_point() for t in tensors)
-        and not torch_private.transformed()
-    )
-    if not lasting:
+    if mask is not NO_MASK_ARGS or torch_private.transformed() or _depends_on_contents(call):
         return _made(call, mask, gradients, device, dtype)
     of_tensors = tuple((t.shape, t.requires_grad) for t in tensors)
     key = (call.graph.key(), call.score, call.mask, of_tensors, call.sizes, gradients, device, dtype)
@@ -57,6 +52,15 @@ def planned(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device,
         if len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
     return found
+
+
+def _depends_on_contents(call: Traced) -> bool:
+    """Whether tiles of a mask or ranges of indices may follow from what captured tensors hold."""
+    graph = call.graph
+    loads = graph.where(lambda node: node.op == "load", call.outs())
+    indices = {a for n in loads for a in graph.nodes[n].args}
+    read = any(graph.nodes[n].op == "load" for n in graph.reach(indices))
+    return read or not all(t.is_floating_point() for t in graph.tensors)
 
 
 def _made(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, dtype: torch.dtype) -> Plan:
@@ -75,13 +79,13 @@ def _made(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, d
             call.mask = None
     if call.mask is None and call.graph.nodes[call.score].value == "s":
         return Plan(mask, None)
-    prepare.check_numbers(call)
+    from_start = prepare.check_numbers(call)
     classes = prepare.classes(call, device)
     sources = tuple(Source(n, -1, None) for n in range(len(call.graph.tensors)))
     graph = call.graph.copy([])
     if _worth_tables(call, device, dtype):
         call, sources = hoisted(call)
-    from_start = prepare.check_numbers(call)
+        from_start = prepare.check_numbers(call)
     *_, offsets = prepare.tables(call.graph.tensors, dtype, device)
     return Plan(mask, prepare.program(call, offsets, from_start, gradients), sources, graph, classes)
 

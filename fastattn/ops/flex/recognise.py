@@ -20,7 +20,7 @@ class _Linear(NamedTuple):
 
 
 def documents(graph: Graph, mask: int, length: int) -> torch.Tensor | None:
-    """Offsets of documents, int32 from 0 to `length`, where a condition is t[q] == t[k] of a captured tensor that never decreases."""
+    """Offsets of documents, int32 from 0 to `length`, where a condition is t[q] == t[k] of captured integers that never decrease."""
     node = graph.nodes[mask]
     if node.op != "eq" or any(graph.nodes[a].op != "load" for a in node.args):
         return None
@@ -29,6 +29,8 @@ def documents(graph: Graph, mask: int, length: int) -> torch.Tensor | None:
     tensor = graph.tensors[x.value]
     if x.value != y.value or indices != {"q", "k"} or tensor.dim() != 1 or not has_contents(tensor):
         return None
+    if tensor.is_floating_point():
+        return None  # a NaN is not equal to itself, and plans are kept whatever captured floats hold
     if tensor.shape[0] < length:
         return None  # an index out of range, which is refused elsewhere
     numbers = tensor.detach()[:length]
