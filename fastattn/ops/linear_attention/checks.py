@@ -2,10 +2,20 @@
 
 import torch
 
-from ...runtime import checks
+from ...runtime import checks, native
 from ...runtime.registry import refuse_gradients
+from .. import documents
 from ..attention.checks import check_scale
-from .reference import kept_states
+
+CHUNK = native.limits.chunk  # tokens between two states that a backward keeps
+
+
+def kept_states(length: int, causal: bool, cu_seqlens: torch.Tensor | None) -> int:
+    """The number of states that are kept of each head: before every chunk of each document, from its first token on. Those of
+    document i begin at cu_seqlens[i] // CHUNK + i. Without causal: one of each document, after its last token."""
+    if not causal:
+        return documents.count(1, cu_seqlens)
+    return -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + documents.count(1, cu_seqlens)
 
 
 def _check_flags(op: str, **flags) -> None:
@@ -85,15 +95,7 @@ def _check_linear(
                 raise ValueError(
                     f"fastattn.{op}: causal=False takes no {name}, whose effect depends on an order"
                 )
-    sequences = q.shape[0]
-    if cu_seqlens is not None:
-        checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
-        checks.check_same_device(op, q=q, cu_seqlens=cu_seqlens)
-        if sequences != 1:
-            raise ValueError(f"fastattn.{op}: cu_seqlens needs a batch of one, given {sequences}")
-        if cu_seqlens.shape[0] == 0:
-            raise ValueError(f"fastattn.{op}: cu_seqlens must have at least one entry, given none")
-        sequences = cu_seqlens.shape[0] - 1
+    sequences = documents.check_offsets(op, "q", q, q.shape[0], cu_seqlens)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, sequences, q, v, normalize)
 
@@ -111,13 +113,11 @@ def check_linear_attention_backward(
     _, _, normalize, _, causal = options
     checks.check_like(op, "grad_out", grad_out, "v", v)
     checks.check_like(op, "out", out, "v", v)
-    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if grad_state is not None:
-        sequences = q.shape[0] if documents is None else documents
-        _check_state(op, "grad_state", grad_state, sequences, q, v, normalize)
+        _check_state(op, "grad_state", grad_state, documents.count(q.shape[0], cu_seqlens), q, v, normalize)
     shape = (
         *v.shape[:2],
-        kept_states(v.shape[2], causal, documents),
+        kept_states(v.shape[2], causal, cu_seqlens),
         q.shape[3],
         v.shape[3] + int(normalize),
     )
@@ -128,24 +128,14 @@ def check_linear_attention_backward(
         raise ValueError(f"fastattn.{op}: wanted must be from 0 to 7, given {wanted!r}")
 
 
-def _check_offsets(op: str, q, cu_seqlens) -> None:
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or not checks.has_contents(cu_seqlens):
-        return
-    cuts, length = cu_seqlens.tolist(), q.shape[2]
-    if cuts[0] != 0 or cuts != sorted(cuts) or cuts[-1] > length:
-        raise ValueError(
-            f"fastattn.{op}: cu_seqlens must start at 0, not decrease and end at most at {length}, given {cuts}"
-        )
-
-
 def check_linear_attention_contents(q, k, v, decay, beta, initial_state, cu_seqlens, *_) -> None:
-    _check_offsets("linear_attention", q, cu_seqlens)
+    documents.check_offsets_contents("linear_attention", q.shape[2], cu_seqlens)
 
 
 def check_linear_attention_backward_contents(
     grad_out, grad_state, q, k, v, decay, beta, initial_state, out, states, cu_seqlens, *_
 ) -> None:
-    _check_offsets("linear_attention_backward", q, cu_seqlens)
+    documents.check_offsets_contents("linear_attention_backward", q.shape[2], cu_seqlens)
 
 
 def check_linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normalize, qk_norm) -> None:
@@ -159,11 +149,3 @@ def check_linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, 
     _check_state(op, "state", state, q.shape[0], q, v, normalize)
     checks.check_written(op, "state", state)
     refuse_gradients(op, (q, k, v, decay, beta, state))
-
-
-def floating_gates(**gates: torch.Tensor | None) -> str | None:
-    """Why a CPU kernel does not take these gates, or None: they are read as float32."""
-    for name, gate in gates.items():
-        if gate is not None and gate.dtype == torch.float64:
-            return f"it serves float32, bfloat16 and float16, not float64 as {name}"
-    return None

@@ -4,7 +4,8 @@ import torch
 
 from ...runtime import native
 from ...runtime.declare import gradient_like
-from . import reference
+from .. import documents
+from .checks import kept_states
 
 MAX_DIM = native.limits.state_dim
 
@@ -40,15 +41,14 @@ def linear_attention_leading(
     reads, q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal
 ):
     """(out, state, states), or the first two, without the states that a backward keeps."""
-    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sequences = q.shape[0] if documents is None else documents
+    sequences = documents.count(q.shape[0], cu_seqlens)
     shape = (q.shape[3], v.shape[3] + int(normalize))
     new = v.new_empty if cu_seqlens is None else v.new_zeros  # rows of no document
     out = new(v.shape)
     state = v.new_empty(sequences, v.shape[1], *shape, dtype=torch.float32)
     states = None
     if reads > 2:
-        kept = reference.kept_states(v.shape[2], causal, documents)
+        kept = kept_states(v.shape[2], causal, cu_seqlens)
         new = v.new_empty if cu_seqlens is None else v.new_zeros  # of documents that do not end on a chunk
         states = new(*v.shape[:2], kept, *shape, dtype=torch.float32)
     _call(
@@ -78,7 +78,7 @@ def linear_attention_backward(
     cu_seqlens, scale, delta_rule, normalize, qk_norm, causal, wanted,
 ):  # fmt: skip
     batch = q.shape[0]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = documents.count(batch, cu_seqlens)
     head_parts, value_parts = _parts(q, v, sequences, normalize)
     parts = head_parts * value_parts
     new = torch.empty if cu_seqlens is None else torch.zeros  # rows of no document

@@ -4,20 +4,12 @@ import itertools
 
 import torch
 
-from ...runtime import native
 from ...runtime.arithmetic import widened
 from ...runtime.checks import statistics_dtype
+from .. import documents
+from .checks import CHUNK, kept_states
 
-CHUNK = native.limits.chunk  # tokens between two states that a backward keeps
 EPS = 1e-6  # of qk_norm
-
-
-def kept_states(length: int, causal: bool, documents: int | None) -> int:
-    """The number of states that are kept of each head: before every chunk of each document, from its first token on. Those of
-    document i begin at cu_seqlens[i] // CHUNK + i. Without causal: one of each document, after its last token."""
-    if not causal:
-        return 1 if documents is None else documents
-    return -(-length // CHUNK) if documents is None else length // CHUNK + documents
 
 
 def linear_attention(
@@ -37,22 +29,21 @@ def linear_attention(
     """(out (B, Hv, L, dv), state after the last token, states that a backward keeps)."""
     heads, length, wide = v.shape[1], v.shape[2], widened(q).dtype
     q, k, values, a, b = _operands(q, k, v, decay, beta, normalize, qk_norm)
-    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sequences = q.shape[0] if documents is None else documents
+    sequences = documents.count(q.shape[0], cu_seqlens)
     state_shape = (heads, k.shape[3], values.shape[3])
     if initial_state is None:
         state = values.new_zeros(sequences, *state_shape)
     else:
         state = initial_state.to(wide)
-    kept = values.new_zeros(q.shape[0], heads, kept_states(length, causal, documents), *state_shape[1:])
+    kept = values.new_zeros(q.shape[0], heads, kept_states(length, causal, cu_seqlens), *state_shape[1:])
     cuts = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
     for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
-        before = state if documents is None else state[i : i + 1]
+        before = state if cu_seqlens is None else state[i : i + 1]
         document = [x[:, :, begin:end] for x in (q, k, values, a, b)]
         if causal:
             out, after, starts = _recurrence(*document, before, scale, delta_rule)
-            slot = 0 if documents is None else begin // CHUNK + i
+            slot = 0 if cu_seqlens is None else begin // CHUNK + i
         else:
             after = before + document[1].mT @ document[2]
             out, starts, slot = scale * (document[0] @ after), [after.detach()], i

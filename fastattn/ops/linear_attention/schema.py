@@ -8,7 +8,9 @@ from ...runtime.backends import cpu_backend, reference_backend
 from ...runtime.checks import statistics_dtype
 from ...runtime.declare import Gradients, declare
 from ...runtime.schema import Written
+from .. import documents
 from . import checks, cpu, reference
+from .checks import kept_states
 
 
 class Call(NamedTuple):
@@ -41,9 +43,8 @@ class StepCall(NamedTuple):
 
 def _fake(q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal):
     """out, the state after the last token, and the states that a backward keeps."""
-    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sequences = q.shape[0] if documents is None else documents
-    kept = reference.kept_states(v.shape[2], causal, documents)
+    sequences = documents.count(q.shape[0], cu_seqlens)
+    kept = kept_states(v.shape[2], causal, cu_seqlens)
     shape, dtype = (q.shape[3], v.shape[3] + int(normalize)), statistics_dtype(q)
     return (
         v.new_empty(v.shape),
