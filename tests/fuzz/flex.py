@@ -24,7 +24,7 @@ from fastattn.ops.flex.graph import Graph
 from fastattn.runtime.native import use_cpu_isa
 
 BATCH, HEADS = 2, 2
-# units in the last place of the vector functions, twice as in tests/native/math_checks.h and more: of U each
+# what the vector functions are off by, in U, half a unit in the last place: 4 such units, where tests/native/math_checks.h has 3 at most
 ULPS = {
     "exp": 8,
     "log": 8,

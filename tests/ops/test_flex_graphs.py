@@ -232,7 +232,7 @@ def test_random_functions(seed):
     words = prepare.program(call, offsets, from_start, True)
     s = (testing.random_tensor(BATCH, HEADS, length, length, dtype=torch.float64) * 2).requires_grad_()
     expected = torch.as_tensor(function(s, *places(length).values())).double().expand(s.shape)
-    section = reference.sections(words)[2]
+    section = program.sections(words)[2]
     values = reference._Values(section, s.detach(), tables, indices)
     # in float64, but for integers that a function makes floats of in float32, exact to 2^-24
     bound = {"rtol": 1e-5, "atol": 1e-5}

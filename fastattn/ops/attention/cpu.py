@@ -80,7 +80,7 @@ def configure_backward(
     return lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
 
 
-def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+def plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
     """t broadcast to (B, H, Lq, Lk) by strides of 0, its last dim contiguous."""
     if t is None:
         return None
@@ -89,7 +89,7 @@ def _plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | Non
     return t.expand(shape)
 
 
-def _tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
+def tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
     """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask or bias: 0 empty, 1 full, 2 mixed.
 
     Found anew in every call: a compiler, numpy or `.data` writes to a mask's memory and nothing tells so.
@@ -124,7 +124,7 @@ def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
         "cu_seqlens_q": _side_by_side(mask.cu_seqlens_q),
         "cu_seqlens_k": _side_by_side(mask.cu_seqlens_k),
         "key_lengths": _side_by_side(mask.key_lengths),
-        "dense": _plane(mask.dense, (*q.shape[:3], k.shape[2])),
+        "dense": plane(mask.dense, (*q.shape[:3], k.shape[2])),
     }
 
 
@@ -150,13 +150,13 @@ def _call(
     if bias is not None and bias.dim() == 2:
         fields["distances"] = bias.float().contiguous().expand(q.shape[1], -1) if bias.numel() else None
         bias = None
-    bias = _plane(bias, (*q.shape[:3], k.shape[2]))
+    bias = plane(bias, (*q.shape[:3], k.shape[2]))
     by_element = bias if mask.dense is None else fields["dense"]
     few = q.shape[2] < _LEAST_CLASSED_ROWS
     # tiles of packed documents start at each document, not where the mask's would
     if by_element is not None and mask.cu_seqlens_q is None and by_element.numel() and not few:
         once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
-        classes = _tile_classes(once, config.values)
+        classes = tile_classes(once, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
     native.run(
         name,
@@ -183,62 +183,65 @@ def attention(*members):
     return attention_leading(4, *members)
 
 
-def attention_leading(reads, q, k, v, bias, sink, score, *options):
-    """(out, lse, state, residual), or the first `reads` of them."""
+def outputs(reads: int, q: torch.Tensor, v: torch.Tensor, score: int) -> tuple[list[torch.Tensor], dict]:
+    """(out, lse, state and residual, or the first `reads` of them; those that a kernel fills, by its fields)."""
     if v.shape[3] == q.shape[3]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         out = q.new_empty(*q.shape[:3], v.shape[3])
-    outputs, statistics = [out], {}
+    results, filled = [out], {"out": out}
     for name, of_row in (("lse", ()), ("state", (2,)))[: min(reads, 3) - 1]:
         if BY_CODE[score].normalised:
-            statistics[name] = q.new_empty((*q.shape[:3], *of_row), dtype=torch.float32)
-            outputs.append(statistics[name])
+            filled[name] = q.new_empty((*q.shape[:3], *of_row), dtype=torch.float32)
+            results.append(filled[name])
         else:
-            outputs.append(q.new_empty(0, dtype=torch.float32))
+            results.append(q.new_empty(0, dtype=torch.float32))
     if reads == 4:
         kept = has_residual(q.dtype, score)
-        outputs.append(torch.empty_like(out) if kept else q.new_empty(0))
+        results.append(torch.empty_like(out) if kept else q.new_empty(0))
         if kept:
-            statistics["residual"] = outputs[3]
-    if out.numel():
+            filled["residual"] = results[3]
+    return results, filled
+
+
+def attention_leading(reads, q, k, v, bias, sink, score, *options):
+    """(out, lse, state, residual), or the first `reads` of them."""
+    results, filled = outputs(reads, q, v, score)
+    if results[0].numel():
         config = configure(q, k, v, bias, sink, score)
-        _call("attention_forward", config, q, k, v, bias, sink, score, *options, out=out, **statistics)
-    return tuple(outputs)
+        _call("attention_forward", config, q, k, v, bias, sink, score, *options, **filled)
+    return tuple(results)
+
+
+def gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows: int) -> dict:
+    """A backward's fields of what its forward gave and of gradients, to be filled in, of a normalised score.
+
+    decode_rows: the forward's. What it decoded has products of other roundings than tiles have.
+    """
+    grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return {
+        **dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)),
+        "out": native.rows(out),
+        "residual": native.rows(residual) if residual.numel() else None,
+        "lse": lse,
+        "state": state.contiguous(),
+        "decode_rows": decode_rows,
+        "grad_out": native.rows(grad_out),
+        "grad_lse": grad_lse,
+    }
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, *rest):
     *options, wanted = rest
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    normalised = BY_CODE[score].normalised
-    # what the forward decoded has products of other roundings than tiles have
-    decoded = configure(q, k, v, bias, sink, score).values["decode_rows"]
+    decode_rows = configure(q, k, v, bias, sink, score).values["decode_rows"]
+    fields = gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows)
+    if not BY_CODE[score].normalised:
+        fields |= {"lse": None, "state": None, "grad_lse": None}
     of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
     config = lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
     of_bias = BiasGradient(q, k, bias, config.values) if wanted & WANTS_BIAS else None
-    _call(
-        "attention_backward",
-        config,
-        q,
-        k,
-        v,
-        bias,
-        sink,
-        score,
-        *options,
-        out=native.rows(out),
-        residual=native.rows(residual) if residual.numel() else None,
-        lse=lse if normalised else None,
-        state=state.contiguous() if normalised else None,
-        decode_rows=decoded,
-        grad_out=native.rows(grad_out),
-        grad_lse=grad_lse if normalised else None,
-        grad_q=grads[0],
-        grad_k=grads[1],
-        grad_v=grads[2],
-        grad_sink=of_rows,
-        **({} if of_bias is None else of_bias.fields),
-    )
+    fields |= {"grad_sink": of_rows} | ({} if of_bias is None else of_bias.fields)
+    _call("attention_backward", config, q, k, v, bias, sink, score, *options, **fields)
     grad_bias = q.new_empty(0) if of_bias is None else of_bias.gradient()
     grad_sink = q.new_empty(0) if of_rows is None else of_rows.double().sum((0, 2)).to(sink.dtype)
-    return *grads, grad_bias, grad_sink
+    return fields["grad_q"], fields["grad_k"], fields["grad_v"], grad_bias, grad_sink

@@ -33,12 +33,13 @@ def from_block_mask(op: str, mask: Any, q: torch.Tensor, k: torch.Tensor) -> Cal
                 f"fastattn.{op}: block_mask has a {name} of {given}, which broadcasts to no {wanted}"
             )
     inner = mask.mask_mod
+    some_mixed = bool((kinds == MIXED).any())
 
     def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         kind = kinds[
             b if batches > 1 else b * 0, h if heads > 1 else h * 0, q_idx // size_q, kv_idx // size_k
         ]
-        if not bool((kinds == MIXED).any()):
+        if not some_mixed:
             return kind == FULL
         return (kind == FULL) | ((kind == MIXED) & inner(b, h, q_idx, kv_idx))
 

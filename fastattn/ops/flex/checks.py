@@ -7,7 +7,7 @@ from ...runtime import checks
 from ..attention.checks import check_qkv, check_results, check_scale
 from ..attention.scores import SCORES, has_residual
 from .prepare import TILE
-from .reference import sections
+from .program import sections
 
 WANTS_TABLES = 1  # the bit of `wanted`
 _SOFTMAX = SCORES["softmax"].code

@@ -8,11 +8,13 @@ import torch
 
 from ...runtime import native
 from ...runtime import tuning as _tuning
-from ..attention.cpu import _plane, _tile_classes, lookup, mask_fields, unserved
+from ..attention.cpu import gradient_fields, lookup, mask_fields, outputs, plane, tile_classes, unserved
+from ..attention.scores import SCORES
+from .checks import WANTS_TABLES
 from .prepare import EMPTY, FULL, MIXED, TILE
 from .program import HEADER, SECTIONS, read
 
-WANTS_TABLES = 1
+_SOFTMAX = SCORES["softmax"].code
 _VERSION = 1
 _MOST_COPIES = 256 << 20  # bytes of tables' gradients that are summed apart
 
@@ -75,7 +77,7 @@ def _coarser(classes: torch.Tensor, axis: int, block: int, length: int) -> tuple
     return least, most
 
 
-def tile_classes(classes: torch.Tensor, config: Mapping[str, int], queries: int, keys: int) -> torch.Tensor:
+def kernel_classes(classes: torch.Tensor, config: Mapping[str, int], queries: int, keys: int) -> torch.Tensor:
     """Classes of the kernel's own tiles."""
     for axis, block, length in ((2, config["block_q"], queries), (3, config["block_k"], keys)):
         least, most = _coarser(classes, axis, block, length)
@@ -109,11 +111,11 @@ def _call(
     # tiles of packed documents start at each document, not where these do
     if mask.cu_seqlens_q is None and k.shape[2]:
         if mixed is not None and classes is not None:
-            found = tile_classes(classes, config.values, *shape[2:])
+            found = kernel_classes(classes, config.values, *shape[2:])
         if mask.dense is not None and mask.dense.numel():
-            dense = _plane(mask.dense, shape)
+            dense = plane(mask.dense, shape)
             once = dense[tuple(slice(1 if dense.stride(dim) == 0 else None) for dim in (0, 1))]
-            of_dense = _tile_classes(once, config.values)
+            of_dense = tile_classes(once, config.values)
             found = of_dense if found is None and mixed is None else _both(found, of_dense)
     if found is not None:
         fields["tile_class"] = found.expand(*shape[:2], *found.shape[2:])
@@ -143,81 +145,28 @@ def _both(classes: torch.Tensor | None, of_dense: torch.Tensor) -> torch.Tensor:
     return torch.where(nothing, EMPTY, torch.where(everything, FULL, MIXED)).to(torch.uint8)
 
 
-def flex_attention(q, k, v, tables, indices, program, classes, scale, mask):
-    """(out, lse, state, residual)."""
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    state = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
-    residual = torch.empty_like(out) if q.dtype != torch.float32 else q.new_empty(0)
-    if out.numel():
-        _call(
-            "attention_forward",
-            configure(q, k, v),
-            False,
-            q,
-            k,
-            v,
-            tables,
-            indices,
-            program,
-            classes,
-            scale,
-            mask,
-            out=out,
-            lse=lse,
-            state=state,
-            residual=residual if residual.numel() else None,
-        )
-    return out, lse, state, residual
+def flex_attention(*members):
+    return flex_attention_leading(4, *members)
 
 
-def flex_attention_backward(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    tables,
-    out,
-    lse,
-    state,
-    residual,
-    indices,
-    program,
-    classes,
-    scale,
-    mask,
-    wanted,
-):
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def flex_attention_leading(reads, q, k, v, *rest):
+    """(out, lse, state, residual), or the first `reads` of them."""
+    results, filled = outputs(reads, q, v, _SOFTMAX)
+    if results[0].numel():
+        _call("attention_forward", configure(q, k, v), False, q, k, v, *rest, **filled)
+    return tuple(results)
+
+
+def flex_attention_backward(grad_out, grad_lse, q, k, v, tables, out, lse, state, residual, *rest):
+    *rest, wanted = rest
+    decode_rows = configure(q, k, v).values["decode_rows"]
+    fields = gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows)
     copies = None
     if wanted & WANTS_TABLES:
         count = max(1, min(native.threads(), _MOST_COPIES // max(4 * tables.numel(), 1)))
         copies = torch.zeros(count, tables.numel(), dtype=torch.float32)
-    _call(
-        "attention_backward",
-        configure_backward(grad_out, grad_lse, q, k, v),
-        True,
-        q,
-        k,
-        v,
-        tables,
-        indices,
-        program,
-        classes,
-        scale,
-        mask,
-        out=native.rows(out),
-        residual=native.rows(residual) if residual.numel() else None,
-        lse=lse,
-        state=state.contiguous(),
-        # what the forward decoded has products of other roundings than tiles have
-        decode_rows=configure(q, k, v).values["decode_rows"],
-        grad_out=native.rows(grad_out),
-        grad_lse=grad_lse,
-        grad_q=grads[0],
-        grad_k=grads[1],
-        grad_v=grads[2],
-        grad_tables=copies if copies is not None and copies.numel() else None,
-    )
-    return *grads, q.new_empty(0) if copies is None else copies.sum(0)
+        fields["grad_tables"] = copies if copies.numel() else None
+    config = configure_backward(grad_out, grad_lse, q, k, v)
+    _call("attention_backward", config, True, q, k, v, tables, *rest, **fields)
+    grad_tables = q.new_empty(0) if copies is None else copies.sum(0)
+    return fields["grad_q"], fields["grad_k"], fields["grad_v"], grad_tables

@@ -54,10 +54,9 @@ class _Hoisting:
         self.sources: list[Source] = []
 
     def result(self) -> Traced:
-        call = self.call
-        score = self._copy(call.score)
-        mask = None if call.mask is None else self._copy(call.mask)
-        return Traced(self.new, score, mask, call.sizes, call.score_mod, call.mask_mod)
+        score = self._copy(self.call.score)
+        mask = None if self.call.mask is None else self._copy(self.call.mask)
+        return Traced(self.new, score, mask, self.sizes)
 
     def _new_load(self, tensor: torch.Tensor, indices: tuple[int, ...], source: Source) -> int:
         place = self.new.load(tensor, indices)

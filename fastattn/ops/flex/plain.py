@@ -32,14 +32,20 @@ def flex_attention(
     if mask_mod is not None and s.numel():
         allowed = allowed & mapped(mask_mod, (), places)
     s = s.masked_fill(~allowed, -torch.inf)
+    weight, lse, top = softmax(s)
+    out = weight.to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
+    return out.to(q.dtype), lse, top
+
+
+def softmax(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weights, lse and maxima (B, H, Lq)) of scores (B, H, Lq, Lk); a row of -inf has the weights 0 and lse -inf."""
     top = s.detach().amax(-1) if s.shape[3] else s.new_full(s.shape[:3], -torch.inf)
-    weight = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0)[..., None])
+    from_top = top.masked_fill(top == -torch.inf, 0.0)
+    weight = torch.exp(s - from_top[..., None])
     total = weight.sum(-1)
     nothing = total == 0
     safe = total.masked_fill(nothing, 1.0)
-    lse = (safe.log() + top.masked_fill(nothing, 0.0)).masked_fill(nothing, -torch.inf)
-    out = (weight / safe[..., None]).to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
-    return out.to(q.dtype), lse, top
+    return weight / safe[..., None], (safe.log() + from_top).masked_fill(nothing, -torch.inf), top
 
 
 def mapped(function: Callable, of_each: tuple[torch.Tensor, ...], places: list[torch.Tensor]) -> torch.Tensor:

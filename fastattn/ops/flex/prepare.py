@@ -65,8 +65,6 @@ class Traced:
     score: int
     mask: int | None
     sizes: Sizes
-    score_mod: Callable | None = None
-    mask_mod: Callable | None = None
 
     def outs(self) -> list[int]:
         return [self.score, *([] if self.mask is None else [self.mask])]
@@ -81,7 +79,7 @@ def traced(score_mod: Callable | None, mask_mod: Callable | None, sizes: Sizes) 
     mask = None
     if mask_mod is not None:
         mask = _trace(mask_mod, graph, of_score=False)
-    return Traced(graph, score, mask, sizes, score_mod, mask_mod)
+    return Traced(graph, score, mask, sizes)
 
 
 def check_devices(call: Traced, device: torch.device) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from ...runtime import native
 from .graph import Graph, K, Node, Q, S
 from .tracing import Refused
@@ -246,6 +248,11 @@ def read(contents: bytes) -> tuple[Section | None, ...]:
     if len(words) < SECTIONS:
         raise ValueError(f"a program has {SECTIONS} offsets first, given {len(words)} words")
     return tuple(_section(words, offset) if offset else None for offset in words[:SECTIONS])
+
+
+def sections(program: torch.Tensor) -> tuple[Section | None, ...]:
+    """The sections of a program that has contents."""
+    return read(program.detach().contiguous().numpy().tobytes())
 
 
 def _section(words: tuple[int, ...], offset: int) -> Section:

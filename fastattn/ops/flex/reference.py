@@ -4,16 +4,14 @@ import torch
 
 from ... import masks
 from ...runtime.arithmetic import residual_of, widened
-from ..attention.reference import expand_heads, row_state
+from ..attention.reference import expand_heads
 from ..attention.scores import SCORES, has_residual
+from .checks import WANTS_TABLES
 from .evaluate import TORCH
-from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base, read
+from .plain import softmax
+from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base, sections
 
 _SOFTMAX = SCORES["softmax"].code
-
-
-def sections(program: torch.Tensor) -> tuple[Section | None, ...]:
-    return read(program.detach().contiguous().numpy().tobytes())
 
 
 class _Values:
@@ -99,17 +97,12 @@ def flex_attention(q, k, v, tables, indices, program, classes, scale, mask) -> t
     if s.dtype not in (torch.float32, torch.float64):
         s = s.float()
     score = _scores(_Values(_section(program, False), s, tables, indices), s, mask)
-    top = (
-        score.amax(-1, keepdim=True) if score.shape[3] else score.new_full((*score.shape[:3], 1), -torch.inf)
-    )
-    weight = torch.exp(score - top.masked_fill(top == -torch.inf, 0.0))
-    total = weight.sum(-1, keepdim=True)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1.0)
-    lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
-    out = (weight / total).to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
+    weight, lse, top = softmax(score)
+    out = weight.to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
     residual = residual_of(out, q) if has_residual(q.dtype, _SOFTMAX) else q.new_empty(0)
-    return out.to(q.dtype), lse, row_state(top, total, nothing), residual
+    state = torch.stack([top, lse - top], -1)
+    state[lse == -torch.inf] = state.new_tensor([0.0, torch.inf])
+    return out.to(q.dtype), lse, state, residual
 
 
 def flex_attention_backward(
@@ -164,7 +157,7 @@ def flex_attention_backward(
     weights = weight.view(shape)
     grad_v = torch.einsum("bhgqk,bhgqd->bhkd", weights, grad.view(*shape[:3], *grad.shape[2:]))
     grad_tables = q.new_empty(0)
-    if wanted & 1:
+    if wanted & WANTS_TABLES:
         flat = torch.zeros(tables.shape, dtype=torch.float64, device=q.device)
         for load, (_, register) in enumerate(section.loads):
             index = values.gradient_index(load).expand(s.shape)

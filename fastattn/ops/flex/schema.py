@@ -49,7 +49,7 @@ declare(
     check_contents=check_program,
     describe=text.describe,
     backends=(
-        cpu_backend(cpu.flex_attention, cpu.refusal, cpu.configure),
+        cpu_backend(cpu.flex_attention, cpu.refusal, cpu.configure, cpu.flex_attention_leading),
         reference_backend(reference.flex_attention),
     ),
     gradients=Gradients(

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from .prepare import EMPTY, FULL, MIXED, TILE
-from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base
-from .reference import sections
+from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base, sections
 
 _INFIX = {
     "add": "+",
