@@ -247,6 +247,10 @@ def _wide(s, b, h, q, k):
     return s + (q * 1_000_000_000 + k * 1_000_000_000) % 7
 
 
+def _float_quotient(s, b, h, q, k):
+    return s // 0.1
+
+
 def _writes(s, b, h, q, k):
     return torch.relu_(s) + s
 
@@ -272,6 +276,7 @@ def _inplace(s, b, h, q, k):
         (_float_index, "an index that is no integer"),
         (_random, "torch.rand_like, which is outside of what a score may use"),
         (_softmax, "torch.softmax, which is outside of what a score may use"),
+        (_float_quotient, "// or % of floats; write torch.floor"),
         (_writes, "torch.relu_, which writes to its argument"),
         (_adds, "Tensor.add_, which writes to its tensor"),
         (_inplace, "inplace=True; use its result"),
@@ -318,6 +323,43 @@ class _Learned(torch.nn.Module):
 
     def forward(self, score, b, h, q_idx, kv_idx):
         return score * self.scales[h].exp() + np.float32(0.5) * (q_idx == kv_idx) * np.int64(2)
+
+
+def test_every_name_of_integers_floats_and_booleans():
+    """Each operation of one or two operands is refused by name, or is torch's in value."""
+    from fastattn.ops.flex.vocabulary import OPERATIONS
+
+    served = 0
+    for name in OPERATIONS:
+        function = getattr(torch, name, None) or getattr(torch.nn.functional, name, None)
+        for kinds in ("f", "i", "b", "ff", "fi", "if", "ii", "bb", "bi"):
+
+            def score_mod(s, b, h, q, k, function=function, kinds=kinds):
+                x = {"f": s, "i": q - k + 3, "b": q > k}
+                y = {"f": s * 0.5 + 0.75, "i": k % 5 + 1, "b": k % 2 == 0}
+                return s * 0.5 + function(*(of[kind] for of, kind in zip((x, y), kinds, strict=False))) * 0.25
+
+            q, k, v = (t.detach()[:1, :, :9] for t in inputs())
+            try:
+                true = fa.flex_attention(q, k, v, score_mod, enable_gqa=True, backend="reference")
+            except (TypeError, RuntimeError, NotImplementedError):  # torch's function takes no such operands
+                continue
+            try:
+                found = fa.flex_attention(q, k, v, score_mod, enable_gqa=True, backend="cpu")
+            except NotImplementedError as refused:
+                assert "score_mod" in str(refused) or "32 bits" in str(refused)
+                continue
+            served += 1
+            # float32's roundings, more of them where a base is large
+            torch.testing.assert_close(
+                found,
+                true,
+                rtol=1e-4,
+                atol=1e-4,
+                equal_nan=True,
+                msg=lambda m, n=name, t=kinds: f"{n} {t}: {m}",
+            )
+    assert served > 100
 
 
 def test_functions_of_any_kind():

@@ -45,9 +45,22 @@ def _arithmetic(op: str) -> Callable:
     def apply(g: Builder, x: Any, y: Any, *, alpha: Any = 1) -> Value:
         if op in ("add", "sub") and alpha != 1:
             y = _arithmetic("mul")(g, y, alpha)
-        return g.make(op, *g.common(x, y)[0])
+        return _pair(g, op, x, y)
 
     return apply
+
+
+# of two booleans torch's results are booleans
+_OF_BOOLEANS = {"add": "or", "mul": "and", "max": "or", "min": "and"}
+
+
+def _pair(g: Builder, op: str, x: Any, y: Any) -> Value:
+    (x, y), kind = g.common(x, y, least="b")
+    if kind == "b":
+        if op not in _OF_BOOLEANS:
+            raise Refused(f"{op} of booleans; write &, | and ~")
+        op = _OF_BOOLEANS[op]
+    return g.make(op, x, y)
 
 
 def _of_float(op: str) -> Callable:
@@ -62,6 +75,8 @@ def _signed(op: str) -> Callable:
 
 
 def _signed_integer(g: Builder, op: str, x: Value) -> Value:
+    if op == "floor":
+        return x
     if op == "sign":
         return _arithmetic("sub")(g, g.as_type(g.make("lt", 0, x), "i"), g.as_type(g.make("lt", x, 0), "i"))
     return g.make(op, x)
@@ -99,22 +114,21 @@ def _logical(op: str | None) -> Callable:
     return apply
 
 
-def _integer_or_float(op: str) -> Callable:
-    """floordiv, mod: of floats by floor."""
+def _of_integers(op: str) -> Callable:
+    """floordiv, mod. Of floats torch's are exact, which no quotient that is rounded is: 1.0 // 0.1 is 9."""
 
     def apply(g: Builder, x: Any, y: Any) -> Value:
         (x, y), kind = g.common(x, y)
-        if kind == "i":
-            return g.make(op, x, y)
-        quotient = g.make("floor", g.make("div", x, y))
-        return quotient if op == "floordiv" else g.make("sub", x, g.make("mul", quotient, y))
+        if kind == "f":
+            raise Refused("// or % of floats; write torch.floor(x / y), or use integers")
+        return g.make(op, x, y)
 
     return apply
 
 
 def _div(g: Builder, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
     if rounding_mode == "floor":
-        return _integer_or_float("floordiv")(g, x, y)
+        return _of_integers("floordiv")(g, x, y)
     if rounding_mode == "trunc":
         raise Refused('torch.div with rounding_mode="trunc"; "floor" is served')
     return g.float("div", x, y)
@@ -139,10 +153,7 @@ def _clamp(g: Builder, x: Any, min: Any = None, max: Any = None) -> Value:
 
 
 def _two(op: str) -> Callable:
-    def apply(g: Builder, x: Any, y: Any) -> Value:
-        return g.make(op, *g.common(x, y)[0])
-
-    return apply
+    return lambda g, x, y: _pair(g, op, x, y)
 
 
 def _whole_power(g: Builder, base: Value, exponent: int) -> Value:
@@ -265,8 +276,8 @@ OPERATIONS: dict[str, Callable] = {
     "not": _not,
     "shl": _bits("shl"),
     "shr": _bits("shr"),
-    "floordiv": _integer_or_float("floordiv"),
-    "mod": _integer_or_float("mod"),
+    "floordiv": _of_integers("floordiv"),
+    "mod": _of_integers("mod"),
     "div": _div,
     "where": _where,
     "masked_fill": lambda g, x, mask, value: _where(g, mask, value, x),
@@ -282,7 +293,7 @@ OPERATIONS: dict[str, Callable] = {
     "rsqrt": lambda g, x: g.make("div", 1.0, g.float("sqrt", x)),
     "reciprocal": lambda g, x: g.float("div", 1.0, x),
     "square": lambda g, x: g.make("mul", *g.common(x, x)[0]),
-    "lerp": lambda g, x, y, w: g.make("add", x, g.float("mul", w, g.float("sub", y, x))),
+    "lerp": lambda g, x, y, w: g.make("add", g.as_type(x, "f"), g.float("mul", w, g.float("sub", y, x))),
     "silu": lambda g, x: g.make("mul", g.as_type(x, "f"), g.float("sigmoid", x)),
     "softplus": _softplus,
     "logsigmoid": _logsigmoid,
