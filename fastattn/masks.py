@@ -37,6 +37,9 @@ class MaskArgs(NamedTuple):
     dense: torch.Tensor | None  # bool, broadcastable to (B, H, Lq, Lk)
 
 
+# Arguments of Mask that exclude keys.
+_FIELDS = "causal", "window", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense"
+
 # Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
 _ALIGNED = -(2**31)
 
@@ -142,7 +145,7 @@ class Mask:
                         )
         self._on_device: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
         self._constant: MaskArgs | None = None  # where there is no tensor to check and to move
-        if not any(t is not None for t in (prefix_lengths, cu_seqlens_q, key_lengths, dense)):
+        if all(name in ("causal", "window") for name in self.fields):
             sides = self.window_left, self.window_right
             self._constant = MaskArgs(causal, *sides, None, None, None, -1, -1, None, None)
 
@@ -150,16 +153,28 @@ class Mask:
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
+    @property
+    def window(self) -> tuple[int | None, int | None] | None:
+        """(left, right) as given, None where a side has no limit."""
+        left, right = (None if side < 0 else side for side in (self.window_left, self.window_right))
+        return None if left is None and right is None else (left, right)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the arguments that exclude keys here, in their order: ("causal", "window"), say; () for no mask.
+
+        A function that serves some masks compares these with the ones it serves, so that it refuses a field added later.
+        """
+        values = ((name, getattr(self, name)) for name in _FIELDS)
+        return tuple(name for name, value in values if value is not None and value is not False)
+
     def __repr__(self) -> str:
-        parts = ["causal=True"] if self.causal else []
-        if self.window_left >= 0 or self.window_right >= 0:
-            left, right = (None if side < 0 else side for side in (self.window_left, self.window_right))
-            parts.append(f"window=({left}, {right})")
-        for name in ("prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense"):
+        parts = []
+        for name in self.fields:
             value = getattr(self, name)
-            if value is not None:
-                dtype = str(value.dtype).removeprefix("torch.")
-                parts.append(f"{name}={dtype}{list(value.shape)}")
+            if isinstance(value, torch.Tensor):
+                value = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            parts.append(f"{name}={value}")
         if self.align != "keys":
             parts.append(f"align={self.align!r}")
         return f"Mask({', '.join(parts)})"

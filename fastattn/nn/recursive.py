@@ -348,14 +348,9 @@ def _simple(mask: Mask | None) -> Mask | None:
     """The mask, if it means the same of a part of the tokens in their order; else NotImplementedError."""
     if mask is None:
         return None
-    for name, given in (
-        ("window", mask.window_left >= 0 or mask.window_right >= 0),
-        ("prefix_lengths", mask.prefix_lengths is not None),
-        ("key_lengths", mask.key_lengths is not None),
-        ("dense", mask.dense is not None),
-        ("cu_seqlens_k", _own_keys(mask)),
-    ):
-        if given:
+    served = ("causal", "cu_seqlens_q") if _own_keys(mask) else ("causal", "cu_seqlens_q", "cu_seqlens_k")
+    for name in mask.fields:
+        if name not in served:
             raise NotImplementedError(
                 f"Recursive: the mask has {name}, which counts tokens that a step drops; a router takes causal and cu_seqlens_q"
             )

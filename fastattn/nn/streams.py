@@ -111,10 +111,6 @@ class _Prefix:
 
 
 def _check_mask(mask: Mask | None) -> None:
-    if mask is None:
-        return
-    for name in ("prefix_lengths", "cu_seqlens_q", "key_lengths", "dense"):
-        if getattr(mask, name) is not None:
+    for name in () if mask is None else mask.fields:
+        if name != "causal":
             raise NotImplementedError(f"ParallelStreams: the mask has {name}; None and causal are served")
-    if mask.window_left >= 0 or mask.window_right >= 0:
-        raise NotImplementedError("ParallelStreams: the mask has a window; None and causal are served")

@@ -115,7 +115,7 @@ def test_bad_arguments():
         "cu_seqlens_q": fa.Mask(causal=True, cu_seqlens_q=torch.tensor([0, 4])),
         "key_lengths": fa.Mask(key_lengths=torch.tensor([2])),
         "dense": fa.Mask(dense=torch.ones(4, 4, dtype=torch.bool)),
-        "a window": fa.Mask(window=(1, 1)),
+        "window": fa.Mask(window=(1, 1)),
     }.items():
         with pytest.raises(NotImplementedError, match=f"the mask has {name}"):
             module(x, Routing(mask, torch.arange(4)))

@@ -1,5 +1,6 @@
 """Masks: their definition against a loop over pairs, and their errors."""
 
+import inspect
 import sys
 
 import pytest
@@ -436,3 +437,23 @@ def test_a_mask_first_used_inside_a_transform_serves_calls_after_it():
         vmapped = torch.vmap(lambda x, mask=mask: fa.attention(x, x, x, mask=mask))(q[None])
         out = fa.attention(q, q, q, mask=mask)
         assert torch.equal(vmapped[0], out) and torch.equal(inside, out.sum())
+
+
+def test_fields_name_every_argument_that_excludes_keys():
+    values = {
+        "causal": True,
+        "window": (2, None),
+        "prefix_lengths": ints(1),
+        "cu_seqlens_q": ints(0, 3),
+        "cu_seqlens_k": ints(0, 4),
+        "key_lengths": ints(3),
+        "dense": torch.ones(3, 4, dtype=torch.bool),
+    }
+    arguments = set(inspect.signature(fa.Mask).parameters) - {"align"}
+    assert arguments == set(values), "a new argument: give it a value here, and _FIELDS its name"
+    for name in arguments - {"cu_seqlens_k"}:
+        documents = ("cu_seqlens_k",) if name == "cu_seqlens_q" else ()
+        mask = fa.Mask(**{name: values[name]})
+        assert mask.fields == (name, *documents), "a mask of a field that is not named serves as none"
+    assert fa.Mask(**values).fields == tuple(values) and fa.Mask().fields == ()
+    assert fa.Mask(window=(None, 3)).window == (None, 3) and fa.Mask(window=(None, None)).window is None
