@@ -11,7 +11,8 @@
 # make gpu-check on a machine with a GPU: the package built with src/cuda, every GPU kernel checked and timed, 9 minutes with the
 #                build; results in benchmarks/results/<device>/ (GPU_CHECK_FLAGS="--steps rows" for a part). An interpreter that
 #                has torch with a GPU and the build tools is used as it is, with nothing installed into it and no network.
-# make wheel     builds a wheel for each Python of 3.11 to 3.14 on this machine into dist/, and tests each in a new environment
+# make wheel     builds a wheel for each Python of 3.11 to 3.14 on this machine into dist/, and one without kernels for any platform,
+#                and tests each in a new environment
 # make docs      the documentation as a site, into build/site: mkdocs, with warnings as errors
 # make lint      ruff, clang-format and mypy, as checks
 # make clean     remove what these made, the tuned tables in the user's cache aside
@@ -148,7 +149,7 @@ endef
 WHEEL_PYTHONS ?= $(shell for v in 3.11 3.12 3.13 3.14; do command -v python$$v; done)
 wheel:
 	@[ -n "$(WHEEL_PYTHONS)" ] || { echo "no Python of 3.11 to 3.14 on PATH: name them, WHEEL_PYTHONS=/usr/bin/python3.12"; exit 1; }
-	@rm -rf build/wheel; mkdir -p build/wheel dist
+	@rm -rf build/wheel dist/fastattn-*; mkdir -p build/wheel dist
 	@for python in $(WHEEL_PYTHONS); do \
 		tag=$$($$python -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); echo "== wheel: $$tag"; \
 		env=build/wheel/$$tag; $$python -m venv $$env; \
@@ -158,6 +159,11 @@ wheel:
 		PATH="$(CURDIR)/$$env/bin:$$PATH" $$env/bin/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/raw/fastattn-*-$$tag-*.whl; \
 		$$python -m venv --clear $$env-clean; \
 		$$env-clean/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) dist/fastattn-*-$$tag-*.whl; \
+		(cd build/wheel; "$(CURDIR)/$$env-clean/bin/python" -P "$(CURDIR)/tests/wheel_check.py"); \
+		[ -e dist/fastattn-*-py3-none-any.whl ] && continue; echo "== wheel: any platform"; \
+		$$env-clean/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) wheel; \
+		(cd build/wheel; "$(CURDIR)/$$env-clean/bin/python" -P ../../bindings/pure_wheel.py raw/fastattn-*-$$tag-*.whl ../../dist); \
+		$$env-clean/bin/python -m pip install -qq --disable-pip-version-check --force-reinstall --no-deps dist/fastattn-*-py3-none-any.whl; \
 		(cd build/wheel; "$(CURDIR)/$$env-clean/bin/python" -P "$(CURDIR)/tests/wheel_check.py"); \
 	done; ls -l dist
 

@@ -9,13 +9,17 @@ import torch
 import fastattn
 from fastattn.runtime import device
 
+NO_KERNELS = "no compiled kernels: this is the wheel for any platform"
+
 
 def environment() -> list[tuple[str, str]]:
     """(what, value) rows."""
     target = device.target("cpu")
+    isas = fastattn.cpu_isas()
+    kernels = f"{target.arch} (this machine runs {', '.join(isas)})" if isas else NO_KERNELS
     rows = [
         ("processor", target.name),
-        ("instruction set", f"{target.arch} (this machine runs {', '.join(fastattn.cpu_isas())})"),
+        ("instruction set", kernels),
         ("threads", f"{torch.get_num_threads()} of {target.units} cores"),
         ("memory", f"{target.memory / 2**30:.0f} GiB"),
     ]

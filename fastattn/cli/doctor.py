@@ -151,6 +151,7 @@ def _hints() -> list[str]:
     import torch
 
     import fastattn
+    from fastattn.cli._environment import NO_KERNELS
     from fastattn.runtime import device as _device
     from fastattn.runtime import tables as _tables
     from fastattn.runtime.native import cpu_isa
@@ -160,11 +161,16 @@ def _hints() -> list[str]:
     if torch.get_num_threads() < target.units:
         why = " (OMP_NUM_THREADS says so)" if os.environ.get("OMP_NUM_THREADS") else ""
         hints.append(f"torch uses {torch.get_num_threads()} of {target.units} cores{why}")
-    if cpu_isa() != fastattn.cpu_isas()[-1]:
+    if not fastattn.cpu_isas():
+        hints.append(
+            f"{NO_KERNELS}, and plain torch serves CPU tensors; Linux (x86-64, arm64) and macOS (arm64) have wheels with kernels, "
+            "and `pip install .` in a clone compiles them"
+        )
+    elif cpu_isa() != fastattn.cpu_isas()[-1]:
         hints.append(f"the CPU kernels use {cpu_isa()}, though this machine runs {fastattn.cpu_isas()[-1]}")
     if os.environ.get("FASTATTN_BACKEND"):
         hints.append(f"FASTATTN_BACKEND={os.environ['FASTATTN_BACKEND']} rules out every other backend")
-    if not _tables.tables(target):
+    if fastattn.cpu_isas() and not _tables.tables(target):
         used = (
             f"those of other {target.arch} processors are"
             if _tables.relatives(target)

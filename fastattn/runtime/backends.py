@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+from . import native
 from .registry import Backend, Lazy
 
 __all__ = ["Lazy", "cpu_backend", "cuda_backend", "reference_backend", "triton_backend"]
@@ -15,7 +16,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def cpu_backend(
     run: Callable, refusal: Callable, configure: Callable | None = None, leading: Callable | None = None
 ) -> Backend:
+    if not native.cpu_isas():  # the wheel for any platform
+        return Backend("cpu", run, _no_kernels, devices=())
     return Backend("cpu", run, refusal, configure, devices=("cpu",), leading=leading)
+
+
+def _no_kernels(*members) -> str:
+    return "this installation has no compiled kernels"
 
 
 def cuda_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:

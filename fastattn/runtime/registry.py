@@ -32,7 +32,7 @@ class Backend:
     run: returns the outputs.
     supports: None when it can serve the call, else the reason why not.
     configure: the tile configuration it would use.
-    devices: device types it serves; None means every one.
+    devices: device types it serves; None means every one, () none here, for the reason that `supports` gives.
     leading: `run` for a caller that reads only the first outputs: takes how many, then the members, and returns a tuple of these
         or more. Where a backward's statistics cost as much as a small call, it leaves them out.
     """
@@ -45,7 +45,7 @@ class Backend:
     leading: Callable | None = None
 
     def refusal(self, device: torch.device, members: Sequence[Any]) -> str | None:
-        if self.devices is not None and device.type not in self.devices:
+        if self.devices and device.type not in self.devices:
             return f"it serves {' and '.join(self.devices)} tensors, not {device.type}"
         return self.supports(*members)
 
