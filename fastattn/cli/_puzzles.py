@@ -99,8 +99,8 @@ def write_report(trainer: "HrmTrainer", data: str, output: Path) -> Path:
         source = trainer.data
         with trainer.averaged():
             boards = list(show_steps(trainer.model, source.held_out))
-        for text in boards:
-            _run.console.print(f"\n{text}")
+        for step in boards:
+            _run.console.print(f"\n{step}")
         guesses = source.guesses()
         side = source.box**2
         apart = (

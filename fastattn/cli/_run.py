@@ -315,14 +315,22 @@ def answers(trainer: "Trainer", examples: "Sequence[Example]", max_new_tokens: i
 def write_report(trainer: "Trainer", title: str, summary: str, shown: "list[Answer]", path: Path) -> Path:
     """Writes the run's report."""
     from fastattn.cli._environment import environment
+    from fastattn.nn import VQHead
     from fastattn.train import report
+    from fastattn.train.compare import step_times
 
-    return report.write(
-        path,
-        report.Report(
-            title, summary, trainer.history, shown, trainer.op_times(), environment(), notes(trainer)
-        ),
+    page = report.Report(
+        title,
+        summary,
+        trainer.history,
+        shown,
+        trainer.op_times(),
+        environment(),
+        notes(trainer),
+        # plain torch has no VQ head to compare with
+        step_times={} if isinstance(trainer.model.lm_head, VQHead) else step_times(trainer),
     )
+    return report.write(path, page)
 
 
 def notes(trainer: "Run") -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.autotune.report import duration, gain
+from fastattn.autotune.report import duration, outcome
 from fastattn.autotune.space import Bucket, Config
 from fastattn.autotune.study import Outcome
 from fastattn.autotune.tuner import BucketResult, Listener, Run
@@ -80,20 +80,6 @@ class Progress(Listener):
             counts = (f"{count} {reason}" for reason, count in self.counts.most_common())
             parts.append("tried: " + (", ".join(counts) or "none yet"))
         return Text(" · ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
-
-
-def outcome(tuned: Sequence[BucketResult]) -> str:
-    """What was gained over the defaults, plainly."""
-    gains = sorted(1 / result.comparison.ratio for result in tuned if not result.kept)
-    if not gains:
-        return f"The defaults were already the fastest of what was tried, in all {len(tuned)} buckets."
-    extent = f"{gains[-1]:.2f}×" if len(gains) == 1 else f"{gains[0]:.2f}× to {gains[-1]:.2f}×"
-    rest = len(tuned) - len(gains)
-    others = f" In the other {rest} the default was already the fastest of what was tried." if rest else ""
-    return (
-        f"{len(gains)} of {len(tuned)} buckets became faster, by {extent}; geometric mean gain over all "
-        f"{gain(tuned):.2f}×.{others}"
-    )
 
 
 def summary(console: Console, run: Run, load: str = "") -> None:

@@ -9,7 +9,13 @@ from fastattn.runtime import files
 
 INK, MUTED, GRID = "#1c2430", "#6b7684", "#e3e7ec"
 ACCENT, WARM, PALE = "#2563a8", "#c2571a", "#b9c4d1"
+GOOD = "#0b6e4f"
 LINES = (ACCENT, WARM, "#2f8f5b", "#8a4fae", "#8c6d1f", "#4a5563")  # one a line of a chart, in this order
+# What a colour is on a dark page.
+DARK = {
+    INK: "#e6eaf0", MUTED: "#a3aebb", GRID: "#2c3540", ACCENT: "#6ea8e6", WARM: "#f08a4b", PALE: "#566373", GOOD: "#5cc9a0",
+    "#2f8f5b": "#66c28f", "#8a4fae": "#c493e0", "#8c6d1f": "#d2b35e", "#4a5563": "#9aa7b8",
+}  # fmt: skip
 
 
 def figure(height: float, grid: Literal["x", "y"] = "y"):
@@ -42,7 +48,10 @@ def svg(drawing, label: str, *, transparent: bool = True) -> str:
 
 def framed(drawing, label: str) -> str:
     """The picture as a <figure> element for a page; `label` says what it shows."""
-    return f'<figure role="img" aria-label="{html.escape(label)}">{svg(drawing, label)}</figure>'
+    picture = svg(drawing, label)
+    for colour in DARK:  # as variables of the page's style
+        picture = picture.replace(colour, f"var(--c{colour[1:]})")
+    return f'<figure role="img" aria-label="{html.escape(label)}">{picture}</figure>'
 
 
 def write(path: str | os.PathLike, drawing, label: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -258,22 +259,47 @@ def _counts(
     return cells, right, solved, count
 
 
-def show_steps(model: Hrm, batch: Batch) -> Iterator[str]:
-    """The emptiest puzzle of a Sudoku batch, as given and after each segment; wrong digits are marked with ``!``."""
+@dataclass(frozen=True)
+class Shown:
+    """One board of a puzzle as it is solved: (side, side) arrays of digits, 0 for a blank."""
+
+    title: str
+    board: np.ndarray
+    puzzle: np.ndarray
+    solution: np.ndarray
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{sudoku.draw(self.board, self.solution)}"
+
+
+def show_steps(model: Hrm, batch: Batch) -> Iterator[Shown]:
+    """The emptiest puzzle of a Sudoku batch as given, and after each segment that changed its board."""
     row = int((batch["inputs"] == 1).sum(-1).argmax())
     batch = {name: value[row : row + 1] for name, value in batch.items()}
-    grid = sudoku.from_tokens(batch["labels"][0].numpy())
-    yield f"puzzle\n{sudoku.draw(sudoku.from_tokens(batch['inputs'][0].numpy()))}"
-    before = None
+    puzzle, solution = (sudoku.from_tokens(batch[name][0].numpy()) for name in ("inputs", "labels"))
+    yield Shown("puzzle", puzzle, puzzle, solution)
+    before, unchanged, sure = None, 0, ""
     model.eval()
     one = model.solve(batch["inputs"], batch["puzzle_ids"], segments=SEGMENTS)
     for number, (tokens, q_halt) in enumerate(one, 1):
         board = sudoku.from_tokens(tokens[0].numpy())
-        changed = "" if before is None else f", {int((board != before).sum())} cells changed"
-        wrong = int((board != grid).sum())
-        head = f"segment {number}: {wrong} wrong{changed}, sure {float(q_halt.sigmoid()):.2f}"
-        yield f"{head}\n{sudoku.draw(board, grid)}"
-        before = board
+        sure = f"sure {float(q_halt.sigmoid()):.2f}"
+        changed = None if before is None else int((board != before).sum())
+        if changed == 0:
+            unchanged += 1
+            continue
+        after = "" if changed is None else f", {changed} cells changed"
+        yield Shown(
+            f"segment {number}: {int((board != solution).sum())} wrong{after}, {sure}",
+            board,
+            puzzle,
+            solution,
+        )
+        before, unchanged = board, 0
+    if unchanged:
+        yield Shown(
+            f"segment {SEGMENTS}: unchanged for {unchanged} segments, {sure}", before, puzzle, solution
+        )
 
 
 SHAPES = ("small", "trm", "published")

@@ -1,15 +1,17 @@
 """The page a training run leaves: one HTML file with its pictures inside, readable without a network."""
 
-import html
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastattn.runtime import files
+from fastattn.runtime import files, pages
+from fastattn.runtime.pages import section as _section
 from fastattn.runtime.pictures import ACCENT, GRID, INK, MUTED, PALE, WARM, figure, framed
+
+if TYPE_CHECKING:
+    from .puzzles import Shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Report:
 
     history: rows with step, loss, tokens, seconds and, for HRM-Text, bp_steps; rows of an evaluation have held_out, or
     cells and exact, instead. guesses: shares of the cells that guessing gets right, by how it guesses. boards: one puzzle
-    as it is solved, each with a line of title.
+    as it is solved. step_times: seconds of one step by each way to compute it.
     """
 
     title: str
@@ -51,12 +53,13 @@ class Report:
     environment: Sequence[tuple[str, str]] = ()
     notes: Sequence[tuple[str, str]] = field(default=())  # (figure, what it counts), shown large at the top
     guesses: Mapping[str, float] = field(default_factory=dict)
-    boards: Sequence[str] = ()
+    boards: "Sequence[Shown]" = ()
+    step_times: Mapping[str, float] = field(default_factory=dict)
 
 
 def write(path: str | os.PathLike, report: Report) -> Path:
     """Writes the page, whole or not at all, and returns its path. Needs matplotlib."""
-    parts = [_tiles(report.notes)]
+    parts = [pages.header(report.title, report.summary), pages.tiles(report.notes)]
     steps = [row for row in report.history if "loss" in row]
     if any("exact" in row for row in report.history):
         drawing = accuracy_picture(report.history, report.guesses)
@@ -71,16 +74,15 @@ def write(path: str | os.PathLike, report: Report) -> Path:
         parts.append(
             _section("Speed", _speed_picture(steps), _SPEED_TEXT + (_SCHEDULE_TEXT if scheduled else ""))
         )
+    if report.step_times:
+        parts.append(_section("This step, three ways", _step_picture(report.step_times), _STEP_TEXT))
     if report.op_times:
         parts.append(_section("Where the time went", _op_picture(report.op_times), _OPS_TEXT))
     if report.answers:
         parts.append(_section("Answers to held-out prompts", _answers(report.answers), _ANSWERS_TEXT))
     if report.environment:
-        parts.append(_section("Environment", _table(report.environment), ""))
-    page = _PAGE.substitute(
-        title=html.escape(report.title), summary=html.escape(report.summary), body="\n".join(parts)
-    )
-    files.write_text(path, page)
+        parts.append(_section("Environment", _table(report.environment)))
+    files.write_text(path, pages.page(report.title, *parts))
     return Path(path)
 
 
@@ -113,8 +115,12 @@ _ACCURACY_TEXT = (
     "the dashed lines are what guessing gets."
 )
 _BOARDS_TEXT = (
-    "The model fills in the whole board after each segment. A digit followed by ! is wrong; sure is how sure the model is "
-    "that all of it is right."
+    "The model fills in the whole board after each segment; segments that change nothing are left out. Bold: given. Green: right. "
+    "Red and struck through: wrong. Sure: how sure the model is that all of it is right."
+)
+_STEP_TEXT = (
+    "One training step of this model on this machine, the median of a few in turns: the model's parts in plain torch with attention "
+    "as products and a softmax, the same with torch's scaled_dot_product_attention (SDPA), and fastattn. Shorter is faster."
 )
 _OPS_TEXT = (
     "Self time of each op over a few training steps, from torch's profiler. Dark bars are fastattn's own ops."
@@ -183,6 +189,27 @@ def _speed_picture(steps: Sequence[dict[str, Any]]) -> str:
     return framed(drawing, "Tokens per second by training step")
 
 
+def _step_picture(times: Mapping[str, float]) -> str:
+    ranked = sorted(times.items(), key=lambda row: -row[1])
+    drawing, axes = figure(0.5 + 0.42 * len(ranked), grid="x")
+    fastest = min(times.values())
+    names, seconds = zip(*reversed(ranked), strict=True)
+    milliseconds = [1e3 * one for one in seconds]
+    colors = [ACCENT if name == "fastattn" else PALE for name in names]
+    bars = axes.barh(names, milliseconds, color=colors, height=0.66)
+    labels = [
+        f"{one:.0f} ms" + (f" ({one / 1e3 / fastest:.2f}×)" if one / 1e3 > fastest else "")
+        for one in milliseconds
+    ]
+    axes.bar_label(bars, labels=labels, padding=4, color=INK, fontsize=9)
+    axes.set_xlim(0, 1.22 * max(milliseconds))
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    return framed(drawing, "Time of one training step by plain torch, torch with SDPA, and fastattn")
+
+
 def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
     total = sum(t.seconds for t in times)
     ranked = sorted(times, key=lambda t: t.seconds, reverse=True)
@@ -204,74 +231,39 @@ def _op_picture(times: Sequence[OpTime], shown: int = 12) -> str:
     return framed(drawing, "Share of time by op")
 
 
-def _tiles(notes: Sequence[tuple[str, str]]) -> str:
-    tiles = (
-        f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in notes
+def _boards(steps: "Sequence[Shown]") -> str:
+    drawn = (
+        f"<figure><figcaption>{pages.text(step.title)}</figcaption>{_board(step)}</figure>" for step in steps
     )
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    return f'<div class="boards">{"".join(drawn)}</div>'
 
 
-def _section(title: str, content: str, text: str) -> str:
-    return f"<section><h2>{title}</h2>{content}<p>{text}</p></section>"
-
-
-def _boards(boards: Sequence[str]) -> str:
-    return f'<div class="boards">{"".join(f"<pre>{html.escape(board)}</pre>" for board in boards)}</div>'
+def _board(step: "Shown") -> str:
+    """A board as a table with lines around its boxes: givens dark, right digits green, wrong ones red and struck through."""
+    side = len(step.board)
+    box = round(side**0.5)
+    rows = []
+    for r in range(side):
+        cells = []
+        for c in range(side):
+            digit, given = int(step.board[r, c]), step.puzzle[r, c] != 0
+            kind = "given" if given else "right" if digit == step.solution[r, c] else "wrong"
+            edges = (" first-row" if r % box == 0 and r else "") + (
+                " first-column" if c % box == 0 and c else ""
+            )
+            mark = "" if digit == 0 else f"<s>{digit}</s>" if kind == "wrong" else str(digit)
+            cells.append(f'<td class="{kind}{edges}">{mark}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<table class="board">{"".join(rows)}</table>'
 
 
 def _answers(answers: Sequence[Answer]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(a.prompt)}</td><td class='said'>{html.escape(a.said)}</td>"
-        f"<td>{html.escape(a.documented)}</td></tr>"
+    rows = [
+        [pages.text(a.prompt), f"<span class=said>{pages.text(a.said)}</span>", pages.text(a.documented)]
         for a in answers
-    )
-    head = "<tr><th>Prompt</th><th>The model</th><th>The documentation</th></tr>"
-    return f"<table class='answers'>{head}{rows}</table>"
+    ]
+    return pages.table(rows, ["prompt", "the model", "the documentation"])
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1c2430;
-       background: #f5f7f9; margin: 0; }
-main { max-width: 920px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 28px; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 18px; margin: 0 0 14px; }
-header p { color: #556070; margin: 0 0 24px; max-width: 70ch; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
-.tiles div, section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; }
-.tiles div { padding: 14px 16px; }
-.tiles b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; }
-.tiles span { color: #6b7684; font-size: 13px; }
-section { padding: 20px 24px 10px; margin-top: 16px; }
-section p { color: #6b7684; font-size: 14px; margin: 10px 0; max-width: 80ch; }
-figure { margin: 0; }
-svg { width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-top: 1px solid #eceff3; }
-tr:first-child > * { border-top: 0; }
-th { color: #6b7684; font-weight: 500; white-space: nowrap; }
-td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.boards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 8px 20px; }
-.boards pre { font-size: 12px; line-height: 1.25; margin: 0; white-space: pre-wrap; }
-.answers td { width: 33%; }
-.said { font-weight: 600; }
-</style>
-</head>
-<body>
-<main>
-<header><h1>$title</h1><p>$summary</p></header>
-$body
-</main>
-</body>
-</html>
-""")
+    return pages.table([[pages.text(cell) for cell in row] for row in rows])

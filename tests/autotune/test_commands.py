@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from fastattn.autotune import space
-from fastattn.autotune import table as tables
 from planted import entry, table
 from typer.testing import CliRunner
 
+from fastattn.autotune import space
+from fastattn.autotune import table as tables
+from fastattn.autotune.report import outcome
 from fastattn.cli import cache, main, tune
-from fastattn.cli._tune_progress import outcome
 from fastattn.runtime import tables as _tables
 from fastattn.runtime import tuning as _config
 
