@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastattn.autotune.space import Bucket
 from fastattn.autotune.tuner import BucketResult, Run
+
 from fastattn.runtime.files import write_text
 from fastattn.runtime.pages import header, section, table
 from fastattn.runtime.pages import page as whole_page
@@ -42,15 +43,15 @@ def write(run: Run, path: Path) -> None:
 def outcome(tuned: Sequence[BucketResult]) -> str:
     """What was gained over the defaults, plainly."""
     gains = sorted(1 / one.comparison.ratio for one in tuned if not one.kept)
+    if not gains and len(tuned) == 1:
+        return "The default was already the fastest of what was tried."
     if not gains:
-        return (
-            f"The defaults were already the fastest of what was tried, in all {_count(len(tuned), 'bucket')}."
-        )
+        return f"The defaults were already the fastest of what was tried, in all {len(tuned)} buckets."
     extent = f"{gains[-1]:.2f}×" if len(gains) == 1 else f"{gains[0]:.2f}× to {gains[-1]:.2f}×"
     rest = len(tuned) - len(gains)
     others = f" In the other {rest} the default was already the fastest of what was tried." if rest else ""
     return (
-        f"{len(gains)} of {_count(len(tuned), 'bucket')} became faster, by {extent}; geometric mean gain over all "
+        f"{len(gains)} of {len(tuned)} buckets became faster, by {extent}; geometric mean gain over all "
         f"{gain(tuned):.2f}×.{others}"
     )
 
@@ -60,20 +61,20 @@ def page(run: Run) -> str:
     changed = [one for one in tuned if not one.kept]
     evaluated = sum(len(one.trials) for one in run.results)
     units = "cores" if run.target.kind == "cpu" else "multiprocessors"
-    # what a run of defaults alone would show are the measurement's own differences
-    pictures = (
-        section("Gain over the default", _bars(changed)),
-        section("Convergence", _convergence(changed), _CONVERGENCE_NOTE),
-        section("Which parameter mattered", _importances(changed), _IMPORTANCE_NOTE)
-        if any(one.importances for one in changed)
-        else "",
-    )
+    pictures = []
+    if changed:  # what a run of defaults alone would show are the measurement's own differences
+        pictures = [
+            section("Gain over the default", _bars(changed)),
+            section("Convergence", _convergence(changed), _CONVERGENCE_NOTE),
+        ]
+        if any(one.importances for one in changed):
+            pictures.append(section("Which parameter mattered", _importances(changed), _IMPORTANCE_NOTE))
     return whole_page(
         f"fastattn tune: {run.target.name}",
         header(
             "fastattn tune", f"{run.target.name}, {run.target.arch}, {run.target.units} {units}", _lead(tuned)
         ),
-        *(pictures if changed else ()),
+        *pictures,
         section("Every bucket", _outcomes(tuned), _BUCKET_NOTE) if tuned else "",
         section("Not tuned", _untuned(run)) if run.skipped or run.failures or _failed(run) else "",
         section("What was tried", _rejections(run, evaluated)),
@@ -178,7 +179,7 @@ def _environment(run: Run) -> str:
     described = run.target.describe()
     bytes_ = ("l1", "l2", "l3", "shared", "memory")
     rows = [
-        [name, f"{value >> 10} KiB" if name in bytes_ else _text(str(value))]
+        [name, _size(value) if name in bytes_ else _text(str(value))]
         for name, value in described.items()
         if value
     ]
@@ -191,6 +192,10 @@ def _environment(run: Run) -> str:
         ["written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")],
     ]
     return table(rows)
+
+
+def _size(count: int) -> str:
+    return f"{count >> 30} GiB" if count >> 30 else f"{count >> 10} KiB"
 
 
 def _bars(changed: Sequence[BucketResult]) -> str:

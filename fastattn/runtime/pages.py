@@ -91,7 +91,8 @@ figure { margin: 0; overflow-x: auto; }
 figure svg { width: 100%; min-width: 460px; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-top: 1px solid var(--line); }
-tr:first-child > * { border-top: 0; } tbody tr:first-child > td { border-top: 1px solid var(--line); }
+tr:first-child > * { border-top: 0; } 
+.cards tbody tr:first-child > td { border-top: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 500; white-space: nowrap; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .number { text-align: right; white-space: nowrap; }

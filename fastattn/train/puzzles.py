@@ -288,7 +288,7 @@ def show_steps(model: Hrm, batch: Batch) -> Iterator[Shown]:
         if changed == 0:
             unchanged += 1
             continue
-        after = "" if changed is None else f", {changed} cells changed"
+        after = "" if changed is None else f", {changed} cell{'s' * (changed != 1)} changed"
         yield Shown(
             f"segment {number}: {int((board != solution).sum())} wrong{after}, {sure}",
             board,

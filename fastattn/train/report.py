@@ -152,7 +152,7 @@ def accuracy_picture(history: Sequence[dict[str, Any]], guesses: Mapping[str, fl
     axes.set_ylim(0, 102)
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("%")
-    axes.legend(frameon=False, labelcolor=INK, loc="center right")
+    axes.legend(frameon=False, labelcolor=INK, loc="best")
     return drawing
 
 

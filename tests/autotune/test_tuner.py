@@ -86,6 +86,12 @@ def test_whole_run(synthetic, target, tmp_path, monkeypatch):
     for text in ("planted.cpu", "trapped.cpu", "crashed", "timed out", target.name, "geometric mean gain"):
         assert text in page
     assert not re.search(r"(src|href)=[\"'](http|//)|<script|@import", page), "needs no network"
+    with monkeypatch.context() as nothing_gained:
+        for result in run.results:
+            nothing_gained.setattr(result, "kept", "no gain")
+        page = report.page(run)
+        lead = "The defaults were already the fastest of what was tried, in all"
+        assert "<svg" not in page and lead in page and page.index(lead) < page.index("<section")
     trapped.failure, trapped.comparison = "<b>&", None
     assert "<b>&" not in report.page(run) and "&lt;b&gt;&amp;" in report.page(run)
     report.write(run, tmp_path / "new" / "report.html")

@@ -113,7 +113,7 @@ def test_a_run_learns(easy, tmp_path):
     assert all(np.any(a.board != b.board) for a, b in itertools.pairwise(shown[:-1])), (
         "only what changed is shown"
     )
-    assert shown[-1].title.startswith("segment 16: ") or "cells changed" in shown[-1].title
+    assert shown[-1].title.startswith("segment 16: ") or " changed" in shown[-1].title
 
 
 def same_files(a, b):
