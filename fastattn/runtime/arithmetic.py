@@ -1,4 +1,4 @@
-"""The arithmetic of attention's definitions: 16-bit inputs are computed with in float32, and the result is rounded once."""
+"""The arithmetic of attention's definitions: 16-bit inputs are converted to float32, and the result is rounded once."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,28 +16,29 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_once(definition: Callable) -> Callable:
-    """The definition with its 16-bit arguments in float32, its first result rounded to the first argument's dtype."""
+    """A definition that converts its 16-bit arguments to float32 and rounds its first result to the first argument's dtype."""
 
     @functools.wraps(definition)
     def run(*args):
-        out, *rest = definition(*(widened(a) if isinstance(a, torch.Tensor) else a for a in args))
-        return out.to(args[0].dtype), *rest
+        out, *others = definition(*(widened(a) if isinstance(a, torch.Tensor) else a for a in args))
+        return out.to(args[0].dtype), *others
 
     return run
 
 
 def residual_of(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What rounding takes from `out`, a definition's first result, where `like` has 16 bits: in its dtype, 0 for what is infinite."""
-    lost = (out - out.to(like.dtype)).to(like.dtype)
-    return torch.where(lost.isfinite(), lost, 0.0)
+    """The rounding error of `out`, a definition's first result, in the dtype of `like`, which has 16 bits; 0 where it is not finite."""
+    error = (out - out.to(like.dtype)).to(like.dtype)
+    return torch.where(error.isfinite(), error, 0.0)
 
 
 @contextmanager
 def rounding_every_step() -> Iterator[None]:
-    """Definitions of attention in their inputs' dtype, every step rounded to it, as eager torch code has it: process-wide."""
+    """Inside the block, attention's definitions compute in their inputs' dtype and round after every step, as eager torch code does.
+    Process-wide."""
     global _every_step
-    before, _every_step = _every_step, True
+    previous, _every_step = _every_step, True
     try:
         yield
     finally:
-        _every_step = before
+        _every_step = previous

@@ -1,4 +1,4 @@
-"""The kinds of backends: what each asks of a call before its own refusal does."""
+"""The kinds of backends: which devices each serves, and what must be installed for it."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ def _no_kernels(*members) -> str:
 
 
 def cuda_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
-    """CUDA C++; its refusal tells whether there is a device."""
+    """CUDA C++. `refusal` also says whether a device is missing."""
     return Backend("cuda", run, refusal, configure, devices=("cuda",))
 
 
@@ -41,7 +41,7 @@ def _triton_missing() -> str | None:
 
 
 def triton_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
-    """It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter."""
+    """Triton. It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter."""
 
     def supports(*members):
         return _triton_missing() or refusal(*members)

@@ -31,7 +31,7 @@ def has_contents(value: torch.Tensor) -> bool:
 
 
 def as_integer(value: Any) -> int | None:
-    """value as an int or SymInt; None if it is no integer. A bool is none."""
+    """value as an int or SymInt; None if it is not an integer. A bool does not count as one."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else cast(int, value)
     if isinstance(value, numbers.Integral):
@@ -40,12 +40,12 @@ def as_integer(value: Any) -> int | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `as_number` would convert value: a number or a tensor, but not a bool, nor a SymFloat, which stays as it is."""
+    """Whether value is to go through `as_number`: a number or a tensor. A bool is refused elsewhere; a SymFloat stays symbolic."""
     return isinstance(value, (torch.Tensor, numbers.Real)) and not isinstance(value, (bool, torch.SymFloat))
 
 
 def as_number(op: str, name: str, value: Any, *, kind: str = "a number") -> float:
-    """A real number of Python, numpy, a compiler, or a 0-dim tensor on the CPU, as torch's own functions take them."""
+    """value as a float. It may be a real number of Python, of numpy or of a compiler, or a 0-dim CPU tensor, as in torch's functions."""
     number = value
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_complex() or value.dtype == torch.bool:
@@ -56,7 +56,7 @@ def as_number(op: str, name: str, value: Any, *, kind: str = "a number") -> floa
             )
         if value.device.type != "cpu":
             raise TypeError(
-                f"fastattn.{op}: {name} is a tensor on {value.device}, which a call would wait for; give float({name})"
+                f"fastattn.{op}: {name} is a tensor on {value.device}, and reading it would wait for the device; give float({name})"
             )
         number = value.item()
     elif isinstance(value, bool) or not isinstance(
@@ -72,7 +72,7 @@ def describe(value: object) -> str:
             return f"a {str(value.dtype).removeprefix('torch.')} nested tensor"
         shape = "x".join(map(str, value.shape)) or "a scalar"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape ({shape})"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):  # another library's, named by its shape
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of another library
         shape = "x".join(map(str, value.shape)) or "a scalar"
         kind = type(value)
         return f"a {kind.__module__.partition('.')[0]} {kind.__name__} of shape ({shape})"
@@ -151,7 +151,7 @@ def check_exact(
 
 
 def check_like(op: str, name: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
-    """`value` has the shape, dtype and device of `like`, which is called `other`."""
+    """`value` has the shape, dtype and device of `like`, which messages call `other`."""
     check_exact(op, name, value, like.shape, like.dtype, like.device, f"{other}'s")
 
 
@@ -162,12 +162,13 @@ def check_written(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def check_parameter(op: str, name: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
-    """`value` has the dtype of `like`, which is called `other`, or is float32 where that has 16 bits: it is computed with in float32."""
+    """`value` has the dtype of `like`, which messages call `other`. It may be float32 beside a 16-bit `like`: kernels use it in float32."""
     check_tensor(op, name, value)
     if value.dtype is not like.dtype and (value.dtype is not torch.float32 or like.dtype.itemsize != 2):
+        dtype = str(like.dtype).removeprefix("torch.")
+        also = ", or float32" if like.dtype.itemsize == 2 else ""
         raise TypeError(
-            f"fastattn.{op}: {name} must be {str(like.dtype).removeprefix('torch.')}, {other}'s dtype, or float32 beside 16 bits, "
-            f"given {describe(value)}"
+            f"fastattn.{op}: {name} must be {dtype}, {other}'s dtype{also}, given {describe(value)}"
         )
 
 
@@ -200,8 +201,10 @@ def check_integer(
 
 def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
     if tuple(value.shape) != tuple(shape):
-        wanted = "x".join(map(str, shape))
-        raise ValueError(f"fastattn.{op}: {name} must have shape ({wanted}) ({why}), given {describe(value)}")
+        expected = "x".join(map(str, shape))
+        raise ValueError(
+            f"fastattn.{op}: {name} must have shape ({expected}) ({why}), given {describe(value)}"
+        )
 
 
 def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
@@ -211,7 +214,7 @@ def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
 
 
 def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that all broadcast to, or None: torch.broadcast_shapes without a call that a compiler keeps in its graph."""
+    """The shape to which all broadcast, or None if there is none. Unlike torch.broadcast_shapes, it leaves no call in a compiler's graph."""
     result = [1] * max(len(shape) for shape in shapes)
     for shape in shapes:
         for i, size in enumerate(shape, len(result) - len(shape)):
@@ -245,7 +248,7 @@ def as_positive(op: str, name: str, value: object, *, zero: bool = False) -> flo
 def check_range(
     op: str, name: str, value: torch.Tensor, low: int, high: int, *, also: int | None = None
 ) -> None:
-    """Contents of an index tensor on the CPU lie in [low, high), or equal `also`. Skipped where they cannot be read (`has_contents`)."""
+    """The elements of an index tensor on the CPU lie in [low, high), or equal `also`. Not checked where they cannot be read (`has_contents`)."""
     if value.device.type != "cpu" or not has_contents(value) or value.numel() == 0:
         return
     least, most = torch.aminmax(value)
@@ -255,9 +258,11 @@ def check_range(
     if also is not None:
         bad &= value != also
     if bool(bad.any()):
-        where = int(bad.flatten().nonzero()[0])
-        given = int(value.flatten()[where])
+        position = int(bad.flatten().nonzero()[0])
+        element = int(value.flatten()[position])
         allowed = f"[{low}, {high})" + (f" or {also}" if also is not None else "")
         if also == high:
             allowed = f"[{low}, {high}]"
-        raise ValueError(f"fastattn.{op}: {name} must lie in {allowed}, given {given} at position {where}")
+        raise ValueError(
+            f"fastattn.{op}: {name} must lie in {allowed}, given {element} at position {position}"
+        )

@@ -1,4 +1,4 @@
-"""Results made from a tensor's contents, kept for as long as its memory lives and holds the same."""
+"""Results computed from a tensor's contents, kept until its memory is freed or its bytes change."""
 
 import threading
 import weakref
@@ -14,9 +14,9 @@ from . import native
 def digest(source: torch.Tensor) -> int:
     """A 64-bit hash of a contiguous CPU tensor's bytes, computed at the speed of memory; different contents collide by chance only."""
     result = torch.empty(1, dtype=torch.int64)
-    # a lone element is contiguous whatever its strides are
-    of_bytes = source.detach().as_strided((source.numel(),), (1,)).view(torch.uint8)
-    native.run("digest", source=of_bytes, digest=result, threads=native.threads())
+    # as_strided: a single element counts as contiguous with any stride
+    as_bytes = source.detach().as_strided((source.numel(),), (1,)).view(torch.uint8)
+    native.run("digest", source=as_bytes, digest=result, threads=native.threads())
     return int(result)
 
 
@@ -41,31 +41,31 @@ class ContentsCache:
         self, source: torch.Tensor, key: tuple[Hashable, ...], make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """make(), or its earlier result for this key and the same contents of this contiguous tensor."""
-        place = (source.data_ptr(), tuple(source.shape), source.dtype, *key)
+        slot = (source.data_ptr(), tuple(source.shape), source.dtype, *key)
         contents = digest(source)
         with self._lock:
-            kept = self._results.get(place)
-            if kept is not None and kept[0] == contents:
-                self._results.move_to_end(place)
-                return kept[1]
+            entry = self._results.get(slot)
+            if entry is not None and entry[0] == contents:
+                self._results.move_to_end(slot)
+                return entry[1]
         result = make()
         storage = source.untyped_storage()
         with self._lock:
-            ended = [k for k, (_, _, memory) in self._results.items() if memory() is None]
-            for k in {place, *ended} & self._results.keys():
+            freed = [k for k, (_, _, memory) in self._results.items() if memory() is None]
+            for k in {slot, *freed} & self._results.keys():
                 self.bytes -= self._results.pop(k)[1].nbytes
-            self._results[place] = (contents, result, weakref.ref(storage, partial(self._drop, place)))
+            self._results[slot] = (contents, result, weakref.ref(storage, partial(self._drop, slot)))
             self.bytes += result.nbytes
             while len(self._results) > self._entries or self.bytes > self._capacity:
                 self.bytes -= self._results.popitem(last=False)[1][1].nbytes
         return result
 
-    def _drop(self, place: tuple, memory: weakref.ref) -> None:
+    def _drop(self, slot: tuple, memory: weakref.ref) -> None:
         # Memory may be freed at any point, also while this thread holds the lock; the next `get` that misses then drops the result.
         if self._lock.acquire(blocking=False):
             try:
-                entry = self._results.get(place)
+                entry = self._results.get(slot)
                 if entry is not None and entry[2] is memory:
-                    self.bytes -= self._results.pop(place)[1].nbytes
+                    self.bytes -= self._results.pop(slot)[1].nbytes
             finally:
                 self._lock.release()

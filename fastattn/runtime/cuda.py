@@ -1,6 +1,7 @@
 """The CUDA C++ kernels of src/cuda: built with the package where there was nvcc, or compiled at run time through CuPy.
 
-Nothing here is imported by `import fastattn`, and both ways in are optional. Params structs are mirrored field by field.
+`import fastattn` does not import this module, and both ways are optional. The structs below repeat those of src/cuda/params.h
+field by field.
 """
 
 import ctypes
@@ -24,8 +25,8 @@ DTYPES = {
 GROUPS = (4, 8, 16, 32)
 THREADS = 256
 DECODE = {"threads": 512, "rows": 1, "span": 64}
-# Dynamic shared memory of a block without asking: of 48 KiB, which have to hold the kernel's own as well.
-UNASKED = 44 << 10
+# Bytes of dynamic shared memory that a block gets without opting in: 48 KiB less room for the kernel's static arrays.
+NO_OPT_IN = 44 << 10
 MOST_LAYERS, MOST_HEAD_DIM = 40, 256  # of a decode step
 
 _pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -67,7 +68,7 @@ def sources() -> Path | None:
 
 @cache
 def built() -> ctypes.CDLL | None:
-    """The kernels that the build compiled, or None. Loads without a driver."""
+    """The library of kernels that the build compiled, or None if there is none. It loads without a driver."""
     spec = importlib.util.find_spec("fastattn._core_cuda")
     if spec is None or spec.origin is None:
         return None
@@ -78,8 +79,8 @@ def built() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[int]:
-    """Launches go to the device; gives its number of processors."""
+def _current(device: torch.device) -> Iterator[int]:
+    """Makes the device current inside the block and yields its number of multiprocessors."""
     with torch.cuda.device(device):
         yield torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -129,7 +130,7 @@ def _launch_compiled(
     import numpy as np
 
     function = _compiled(header, f"fastattn::cuda::{kernel}")
-    if shared > UNASKED:
+    if shared > NO_OPT_IN:
         function.max_dynamic_shared_size_bytes = shared
     by_value = np.frombuffer(bytes(params), dtype=np.dtype(f"V{ctypes.sizeof(params)}"))
     with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
@@ -152,7 +153,7 @@ def _address(t: torch.Tensor | None) -> int | None:
 
 def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int = THREADS):
     """(assignment (B, L, G), column potentials (B, 1, G)) of scores (B, L, G), whole columns (not causal)."""
-    if not compilable():  # a table may come from where they could be
+    if not compilable():  # a table of another machine may name a size that is not built here
         threads = THREADS
     batch, length, groups = scores.shape
     scores = scores.contiguous()
@@ -161,7 +162,7 @@ def sinkhorn(scores, lengths, temperature: float, iterations: int, threads: int 
     if scores.numel() == 0:
         return assignment, potentials.zero_()
     lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-    with _on(scores.device) as processors:
+    with _current(scores.device) as processors:
         blocks = max(1, min(processors, -(-length * 32 // threads)))
         partial = scores.new_empty(batch * blocks * groups * 2, dtype=torch.float32)
         tensors = (scores, assignment, potentials, lengths, partial)
@@ -181,16 +182,16 @@ def vocab_rows(
     logits, bias, target, temperature, grad, loss, largest, total, grad_temperature, *, stablemax, softcap, z_loss,
     ignore_index, threads: int = THREADS,
 ) -> None:  # fmt: skip
-    """Fills loss, largest and total (N,) of logits (N, classes), and where grad (N,) is given puts the gradient over the logits.
+    """Fill loss, largest and total, each (N,), from logits (N, classes). If grad (N,) is given, overwrite the logits with their gradient.
 
-    All float32 but target (N,) int64; logits may have a row stride. bias, temperature and grad_temperature may be None.
+    All are float32, except target (N,) int64; logits may have a row stride. bias, temperature and grad_temperature may be None.
     """
     if logits.shape[0] == 0:
         return
     if not compilable():
         threads = THREADS
     tensors = (logits, bias, target, temperature, grad, loss, largest, total, grad_temperature)
-    with _on(logits.device):
+    with _current(logits.device):
         params = VocabRowsParams(
             *map(_address, tensors), *logits.shape, logits.stride(0), ignore_index, softcap, z_loss
         )
@@ -203,12 +204,12 @@ def vocab_rows(
 
 
 def most_shared(device: torch.device) -> int:
-    """Bytes of dynamic shared memory that a block may ask for, beside a few KiB of the kernel's own."""
+    """Bytes of dynamic shared memory that a block may have beside its static arrays, which take a few KiB."""
     return _device.target(device).shared - (4 << 10)
 
 
 def decode_shared(hidden: int, width: int, inner: int) -> int:
-    """Bytes of dynamic shared memory of a block of decode_step: the longest vector that a weight is multiplied with."""
+    """Bytes of dynamic shared memory of a block of decode_step: it holds the longest vector that a weight multiplies, in float32."""
     return 4 * max(hidden, width, inner)
 
 
@@ -216,7 +217,7 @@ def decode_step(
     z_h, z_l, weights, k_cache, v_cache, positions, position: int, h_cycles: int, l_cycles: int, theta: float, eps: float,
     *, threads: int, rows: int, span: int,
 ):  # fmt: skip
-    """fastattn.decode_step at batch 1, at positions (1,) or, where that is None, `position`; everything contiguous and weights aligned to 16 bytes."""
+    """fastattn.decode_step for batch 1. positions is (1,), or None for `position`. Tensors are contiguous, weights aligned to 16 bytes."""
     _, layers, _, heads, capacity, head_dim = k_cache.shape
     hidden, width, inner = z_h.shape[1], heads * head_dim, weights[3].shape[1]
     config = {"threads": threads, "rows": rows, "span": span}
@@ -226,19 +227,19 @@ def decode_step(
     by_part = [
         (_pointer * MOST_LAYERS * 2)(
             *(
-                (_pointer * MOST_LAYERS)(*addresses[which * 4 * layers + part : (which + 1) * 4 * layers : 4])
-                for which in (0, 1)
+                (_pointer * MOST_LAYERS)(*addresses[stack * 4 * layers + part : (stack + 1) * 4 * layers : 4])
+                for stack in (0, 1)
             )
         )
         for part in range(4)
     ]
     result = torch.empty_like(z_h)
     positions = None if positions is None else positions.to(torch.int64)
-    pieces = position // config["span"] + 1
+    num_spans = position // config["span"] + 1
     workspace = z_h.new_empty(
-        3 * hidden + 4 * width + inner + heads * pieces * (head_dim + 2), dtype=torch.float32
+        3 * hidden + 4 * width + inner + heads * num_spans * (head_dim + 2), dtype=torch.float32
     )
-    with _on(z_h.device) as processors:
+    with _current(z_h.device) as processors:
         tensors = (k_cache, v_cache, z_h, z_l, positions, result, workspace)
         params = DecodeParams(
             *by_part, *map(_address, tensors), capacity, position, hidden, heads, head_dim, inner, layers, h_cycles,

@@ -2,7 +2,7 @@
 
 `declare` defines `torch.ops.fastattn.<name>` (schema, fake, backends, autograd) and, where the op has gradients, the op
 `<name>_backward`. The backward's schema, its fake, what autograd keeps and returns, and the reference's vector-Jacobian
-products follow from the declaration; what does not follow is given by name in `Gradients`.
+products follow from the declaration and from the names in `Gradients`.
 """
 
 import re
@@ -23,16 +23,16 @@ _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Gradients:
-    """How an op is differentiated: by the op `<name>_backward`, whose members are the gradients of `outputs`, the inputs up to the
-    last one in `of`, the outputs in `saved`, the other inputs and, with `optional` inputs, an integer `wanted`.
+    """How an op is differentiated: by the op `<name>_backward`. Its members, in order: the gradients of `outputs`, the inputs up to
+    the last one in `of`, the outputs in `saved`, the remaining inputs, and an integer `wanted` if there are `optional` inputs.
 
     of: the inputs that have a gradient, in order; the backward returns one for each.
-    check, check_contents, backends: of the backward, as in `declare`. A backend "reference" is added where none is given: the
-        vector-Jacobian products of the definition by recomputation.
-    outputs: the outputs that are differentiable; a gradient that is zero comes as None where there are several.
+    check, check_contents, backends: as in `declare`, for the backward. If no backend is named "reference", one is added: it
+        recomputes the definition and returns its vector-Jacobian products.
+    outputs: the differentiable outputs. If there are several, None stands for a gradient that is zero.
     saved: the outputs that the backward reads.
-    optional: inputs of `of` whose gradient is computed only where it is asked for: `wanted` has a bit for each, in this order; a
-        gradient that is not wanted is (0,), and so is that of an input that is None.
+    optional: the inputs of `of` whose gradient is computed on request only. `wanted` has one bit for each, in this order. A
+        gradient that is not wanted has shape (0,), and so has the gradient of an input that is None.
     """
 
     of: tuple[str, ...]
@@ -49,9 +49,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Autograd:
-    """An op's own autograd, as torch.library.register_autograd takes it, for what `Gradients` does not say.
+    """An op's own autograd functions, as torch.library.register_autograd takes them, where `Gradients` does not suffice.
 
-    twice: the backward is made of differentiable operations; elsewhere create_graph raises NotImplementedError.
+    twice: whether the backward consists of differentiable operations. If not, create_graph raises NotImplementedError.
     """
 
     setup: Callable
@@ -73,17 +73,16 @@ def declare(
 ) -> None:
     """Define `torch.ops.fastattn.<name>`.
 
-    call: a NamedTuple of the op's members in the schema's order, with their types: Tensor, Tensor | None, list[Tensor],
-        `Written` for a tensor that is written to, bool, str, float, float | None, int for one that is a constant of a graph and
-        Size for one that is not; a member that is a NamedTuple itself stands flat in the schema. It gets a last argument,
-        `str backend`.
-    fake, check, check_contents take the members as positional arguments.
+    call: a NamedTuple of the op's members in the schema's order. Their types: Tensor, Tensor | None, list[Tensor], `Written` for a
+        tensor that the op writes to, bool, str, float, float | None, int for a constant of a compiled graph, Size for any other
+        integer. A member that is itself a NamedTuple is flattened in the schema. The schema gets a last argument, `str backend`.
+    fake, check, check_contents: they take the members as positional arguments.
     fake: outputs of the right shapes, dtypes and strides, for tracing.
     check: raises ValueError, TypeError or NotImplementedError unless ranks, sizes, dtypes, devices and numbers are what the
-        backends rely on. It runs before every call, whether from a public function, a compiled graph or torch.ops, and when one is
-        traced; so it costs a microsecond or two and reads no tensor.
-    check_contents: the same of what index tensors hold, before a call that computes.
-    describe: what a call of these members computes, in lines that `explain` prints, where the members do not say it.
+        backends rely on. It runs before every call (from a public function, a compiled graph or torch.ops) and while tracing, so
+        it must take a microsecond or two and read no tensor's contents.
+    check_contents: the same for the elements of index tensors, before a call that computes.
+    describe: what a call with these members computes, as lines that `explain` prints, if the members alone do not show it.
     """
     fields = typing.get_type_hints(call, include_extras=True)
     kept: tuple[str, ...] = ()
@@ -96,9 +95,9 @@ def declare(
 
 # --- definition -----------------------------------------------------------------------------------------------------
 
-# A schema's float is a constant of a compiled graph: one a number. So an op with floats has two overloads more. A graph of
-# Dynamo calls the traced one, which takes a symbol as it is; below it a symbol becomes a tensor (0-dim float64 on the CPU, of
-# which compilers make their own input), and the op that takes numbers as such tensors is what the graph keeps.
+# A float in a schema is a constant of a compiled graph, so every number would need its own graph. An op with floats therefore has
+# two more overloads. A graph of Dynamo calls `traced`, which takes a symbolic number as it is. Below Dynamo the symbol becomes a
+# 0-dim float64 CPU tensor, an input of the graph, and the graph calls `numbers`, which takes numbers as such tensors.
 _FLOAT = re.compile(r"\bfloat(\??) ")
 
 
@@ -118,8 +117,8 @@ def _define(
     group = next(((i, kind) for i, kind in enumerate(fields.values()) if is_group(kind)), None)
     kinds = [None if is_group(kind) else type_of(kind).rstrip("?") for kind in fields.values()]
 
-    def of(*wanted: str) -> tuple[tuple[int, str], ...]:
-        return tuple((i, n) for i, (n, kind) in enumerate(zip(fields, kinds, strict=True)) if kind in wanted)
+    def members_of(*types: str) -> tuple[tuple[int, str], ...]:
+        return tuple((i, n) for i, (n, kind) in enumerate(zip(fields, kinds, strict=True)) if kind in types)
 
     op = Op(
         name,
@@ -127,8 +126,8 @@ def _define(
         tuple(backends),
         check,
         check_contents,
-        of("float"),
-        of("int", "SymInt"),
+        members_of("float"),
+        members_of("int", "SymInt"),
         group,
         writes="!" in schema,
         outputs=outputs,
@@ -136,11 +135,9 @@ def _define(
         describe=describe,
     )
     OPS[name] = op
-    places = {i for i, _ in op.numbers}
-    if group is not None and any(i > group[0] for i in places):
-        raise ValueError(
-            f"{name}: floats stand before {list(fields)[group[0]]}, where members and schema agree"
-        )
+    floats = {i for i, _ in op.numbers}  # their indices in the members and, before the group, in the schema
+    if group is not None and any(i > group[0] for i in floats):
+        raise ValueError(f"{name}: float members must stand before {list(fields)[group[0]]}")
 
     def run(*values):
         members = op.members(values[:-1])
@@ -151,16 +148,16 @@ def _define(
             return op.run(members, values[-1])
 
     def run_numbers(*values):
-        return run(*(float(a) if i in places and a is not None else a for i, a in enumerate(values)))
+        return run(*(float(a) if i in floats and a is not None else a for i, a in enumerate(values)))
 
     def run_fake(*values):
         members = op.members(values[:-1])
-        # numbers that are tensors have been checked as what they were before
-        check(*(1.0 if i in places and isinstance(a, torch.Tensor) else a for i, a in enumerate(members)))
+        # a number that became a tensor was checked before it did
+        check(*(1.0 if i in floats and isinstance(a, torch.Tensor) else a for i, a in enumerate(members)))
         return fake(*members)
 
     overloads = {name: (schema, run)}
-    if places:
+    if floats:
         overloads[f"{name}.{NUMBERS}"] = (_FLOAT.sub(r"Tensor\1 ", schema), run_numbers)
         _LIBRARY.define(f"{name}.{TRACED}" + _FLOAT.sub(r"Scalar\1 ", schema))
         _LIBRARY.impl(f"{name}.{TRACED}", partial(dispatch_values, name), "CompositeImplicitAutograd")
@@ -185,7 +182,7 @@ def _differentiable_once(name: str, backward: Callable) -> Callable:
     def run(ctx, *grads):
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                f"fastattn.{name}: create_graph is not supported, it is differentiable once"
+                f"fastattn.{name}: create_graph is not supported, the op is differentiable once"
             )
         return backward(ctx, *grads)
 
@@ -219,9 +216,8 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
     kept = [outputs.index(n) for n in g.saved]
     incoming = [outputs.index(n) for n in g.outputs]
     constant = [i for i in range(len(outputs)) if i not in incoming]
-    cut = _cut(
-        fields, g.of
-    )  # none of these inputs is a group, so they are at the same places in values and members
+    # the inputs before `cut` include no group, so values and members have them at the same indices
+    cut = _cut(fields, g.of)
 
     def setup(ctx, inputs, output):
         results = output if isinstance(output, tuple) else (output,)
@@ -230,7 +226,8 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         save(ctx, *(inputs[i] for i in ctx.where), *(results[i] for i in kept))
         first = results[incoming[0]]
-        ctx.first = (first.shape, first.dtype, first.device)  # of a zero gradient, where only others have one
+        # for a zero gradient, where only later outputs have one
+        ctx.first = (first.shape, first.dtype, first.device)
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
@@ -238,7 +235,7 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         grads = [grads[i] for i in incoming]
         if all(grad is None for grad in grads):
             return tuple(result)
-        # ctx.saved_tensors is read once: under a checkpoint every read computes them again
+        # read ctx.saved_tensors once: under activation checkpointing every read recomputes them
         values, tensors = list(ctx.inputs), ctx.saved_tensors
         for i, t in zip(ctx.where, tensors, strict=False):
             values[i] = t
@@ -246,10 +243,10 @@ def _autograd(name: str, fields: dict[str, Any], outputs: tuple[str, ...], g: Gr
         if grads[0] is None:
             shape, dtype, device = ctx.first
             grads[0] = torch.zeros(shape, dtype=dtype, device=device)
-        *rest, backend = values[cut:]
+        *remaining, backend = values[cut:]
         needed = {n: values[i] is not None and ctx.needs_input_grad[i] for n, i in places.items()}
-        rest += [bits([needed[n] for n in g.optional])] if g.optional else []
-        results = dispatch_values(f"{name}_backward", *grads, *values[:cut], *saved, *rest, backend)
+        remaining += [bits([needed[n] for n in g.optional])] if g.optional else []
+        results = dispatch_values(f"{name}_backward", *grads, *values[:cut], *saved, *remaining, backend)
         for n, gradient in zip(g.of, results if isinstance(results, tuple) else (results,), strict=True):
             if needed[n]:
                 result[places[n]] = gradient
@@ -269,7 +266,7 @@ def _declare_backward(
     optional = torch.Tensor | None
     cut, inputs = _cut(fields, g.of), list(fields.items())
     members: dict[str, Any] = {f"grad_{n}": optional if i else torch.Tensor for i, n in enumerate(g.outputs)}
-    before, saved = len(members), len(g.saved)
+    num_grads, num_saved = len(members), len(g.saved)
     members |= dict(inputs[:cut]) | dict.fromkeys(g.saved, torch.Tensor) | dict(inputs[cut:])
     members |= {"wanted": int} if g.optional else {}
     places = {n: list(fields).index(n) for n in g.of}
@@ -277,24 +274,29 @@ def _declare_backward(
     def inputs_of(args: Sequence[Any]) -> list:
         """The forward's members from the backward's."""
         end = len(args) - bool(g.optional)
-        return [*args[before : before + cut], *args[before + cut + saved : end]]
+        start = num_grads + cut
+        return [*args[num_grads:start], *args[start + num_saved : end]]
 
     def fake_backward(*args):
-        given = inputs_of(args)
-        of = next(t for t in given if isinstance(t, torch.Tensor))
-        return _one_or_all([gradient_like(given[i], of, g.is_wanted(n, args[-1])) for n, i in places.items()])
+        forward = inputs_of(args)
+        like = next(t for t in forward if isinstance(t, torch.Tensor))
+        return _one_or_all(
+            [gradient_like(forward[i], like, g.is_wanted(n, args[-1])) for n, i in places.items()]
+        )
 
     def reference(*args):
-        given = inputs_of(args)
+        forward = inputs_of(args)
         wrt = [i for n, i in places.items() if g.is_wanted(n, args[-1])]
-        pulled = dict(zip(wrt, pull(definition, args[:before], given, wrt), strict=True))
-        of = next(t for t in given if isinstance(t, torch.Tensor))
-        return _one_or_all([of.new_empty(0) if pulled.get(i) is None else pulled[i] for i in places.values()])
+        products = dict(zip(wrt, pull(definition, args[:num_grads], forward, wrt), strict=True))
+        like = next(t for t in forward if isinstance(t, torch.Tensor))
+        return _one_or_all(
+            [like.new_empty(0) if products.get(i) is None else products[i] for i in places.values()]
+        )
 
     definition = next(b.run for b in backends if b.name == "reference")
-    given = list(g.backends)
-    if not any(b.name == "reference" for b in given):
-        given.append(Backend("reference", reference))
+    implementations = list(g.backends)
+    if not any(b.name == "reference" for b in implementations):
+        implementations.append(Backend("reference", reference))
     _define(
         f"{name}_backward",
         members,
@@ -302,7 +304,7 @@ def _declare_backward(
         fake_backward,
         g.check,
         g.check_contents,
-        given,
+        implementations,
         None,
     )
 
@@ -316,7 +318,7 @@ def pull(
 ) -> list[torch.Tensor | None]:
     """Vector-Jacobian products of a definition by recomputation: the gradient of each member numbered in `wrt`, contiguous.
 
-    grads: of the definition's first outputs, None for one that is zero. None comes back for a member that is None.
+    grads: the gradients of the definition's first outputs, None for a zero one. The result has None for a member that is None.
     """
     present = [i for i in wrt if members[i] is not None]
     if not present:

@@ -1,6 +1,6 @@
 """What a tuned configuration depends on: a frozen description of one device.
 
-Only the standard library is imported; torch is reached for CUDA and HIP properties when one is asked for.
+Only the standard library is imported; describing a GPU imports torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ISA_FLAGS = (  # best first; the flags a processor must have
 
 @dataclass(frozen=True)
 class Target:
-    """One device, as far as tile sizes can tell it from another.
+    """One device, described by what its best tile sizes depend on.
 
     Tables are matched on kind, name, arch and units, then on kind and arch; the sizes (bytes, 0 = unknown) feed feasibility tests.
     """
@@ -61,11 +61,11 @@ class Target:
         return asdict(self)
 
     def matches(self, described: Any) -> bool:
-        """Whether a table's device section means this device."""
+        """Whether a table's device section describes this device."""
         return self._agrees(described, ("kind", "name", "arch", "units"))
 
     def resembles(self, described: Any) -> bool:
-        """Whether it means a device of the same instruction set or GPU architecture."""
+        """Whether it describes a device of the same instruction set or GPU architecture."""
         return self._agrees(described, ("kind", "arch"))
 
     def _agrees(self, described: Any, fields: tuple[str, ...]) -> bool:
@@ -89,8 +89,8 @@ def target(device: Any = "cpu") -> Target:
 
 
 def present(device: str, where: str) -> Target:
-    """The target of a device that tables are made for, "cpu", "cuda" or "cuda:1". Raises ValueError, beginning with `where`,
-    for any other and for a GPU that is not there."""
+    """The target of a device that tables are made for: "cpu", "cuda" or "cuda:1". Raises ValueError, beginning with `where`,
+    for any other string and for a GPU that this machine does not have."""
     kind, colon, index = device.partition(":")
     if device != "cpu" and (kind != "cuda" or bool(colon) != index.isdecimal()):
         raise ValueError(f"{where}: device is {device!r}, expected cpu, cuda or cuda:1")
@@ -121,11 +121,12 @@ def cpu_isa() -> str:
 @functools.cache
 def _isa_from_flags() -> str:
     flags = set(_cpuinfo().get("flags", "").split())
-    able = [name for name, needs in _ISA_FLAGS if flags.issuperset(needs)] + ["baseline"]
-    if _cpuinfo().get("vendor_id") == "GenuineIntel" and "avx512bf16" in able:
-        able.sort(key="avx512bf16".__eq__)  # its dot is slower than float32 products (src/cpu/dispatch.cpp)
+    supported = [name for name, needs in _ISA_FLAGS if flags.issuperset(needs)] + ["baseline"]
+    if _cpuinfo().get("vendor_id") == "GenuineIntel" and "avx512bf16" in supported:
+        # its dot is slower than float32 products (src/cpu/dispatch.cpp)
+        supported.sort(key="avx512bf16".__eq__)
     forced = os.environ.get("FASTATTN_CPU_ISA", "")
-    return forced if forced in able else able[0]
+    return forced if forced in supported else supported[0]
 
 
 @functools.cache
@@ -149,7 +150,7 @@ def _cpuinfo() -> dict[str, str]:
 def _cpu_name() -> str:
     info = _cpuinfo()
     if "model name" in info and "cpu family" in info:
-        # Virtual machines often hide the model behind the brand ("AMD EPYC"): family and model tell it.
+        # Virtual machines often show the brand alone ("AMD EPYC"); family and model numbers identify the processor.
         return f"{info['model name']} (family {info['cpu family']} model {info.get('model', '?')})"
     if "CPU part" in info:
         return f"Arm {info.get('CPU implementer', '?')} {info['CPU part']}"
@@ -171,14 +172,14 @@ def _cache_sizes() -> dict[str, int]:
 
 @functools.cache
 def memory_bytes() -> int:
-    """This machine's memory, or what its control group (a container) may take of it; 0 where neither is known."""
+    """This machine's memory in bytes, or the limit of its control group (a container) if that is less; 0 if neither is known."""
     limits = []
     with contextlib.suppress(AttributeError, ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return min(limits, default=0)
 
@@ -199,19 +200,19 @@ def _cuda(index: int) -> Target:
 def _cuda_at(index: int) -> Target:
     import torch
 
-    found = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
-    arch = found.gcnArchName.partition(":")[0] if hip else f"sm_{found.major}{found.minor}"
-    shared = getattr(found, "shared_memory_per_block_optin", 0) or getattr(
-        found, "shared_memory_per_block", 48 << 10
+    arch = properties.gcnArchName.partition(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(
+        properties, "shared_memory_per_block", 48 << 10
     )
     return Target(
         "hip" if hip else "cuda",
-        found.name,
+        properties.name,
         arch,
-        units=found.multi_processor_count,
-        l2=getattr(found, "L2_cache_size", 0),
+        units=properties.multi_processor_count,
+        l2=getattr(properties, "L2_cache_size", 0),
         shared=shared,
-        registers=getattr(found, "regs_per_multiprocessor", 0),
-        memory=found.total_memory,
+        registers=getattr(properties, "regs_per_multiprocessor", 0),
+        memory=properties.total_memory,
     )

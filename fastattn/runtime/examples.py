@@ -1,6 +1,6 @@
-"""Typical calls of every op, from `examples` in the op's folder: what lists ops is made from them, so an op appears there by
-existing. That is `doctor`, the README's table, the tests of every op on each backend, the launches that are compiled ahead of
-time, `make gpu-check`, and the tuner's calls of an op that has no `workload.py`."""
+"""Typical calls of every op, from `examples` in the op's folder. Every list of ops is made from them, so a new op is in all of
+them: `doctor`, the README's table, the tests of every op on each backend, the launches that are compiled ahead of time,
+`make gpu-check`, and the tuner's calls of an op that has no `workload.py`."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ import torch
 class Example:
     """One call of an op's public function: function(**tensors, **options).
 
-    gradients: whether the op is differentiable in the call's floating tensors.
+    gradients: whether the op is differentiable with respect to the call's floating tensors.
     """
 
     function: Callable[..., Any]
@@ -30,14 +30,14 @@ class Example:
         return self.tensors | self.options
 
     def refusal(self, backend: str) -> str | None:
-        """Why the backend of this name would not serve the call on a device of its own, or None."""
+        """Why the backend of this name would not serve the call on a device that it serves, or None."""
         from .explain import collecting
 
         with torch.no_grad(), collecting() as calls:
             self.function(**self.arguments)
         op, _, _, members = calls[0]
-        found = next((b for b in op.backends if b.name == backend), None)
-        return f"{op.name} has no {backend} backend" if found is None else found.supports(*members)
+        candidate = next((b for b in op.backends if b.name == backend), None)
+        return f"{op.name} has no {backend} backend" if candidate is None else candidate.supports(*members)
 
     @property
     def floating(self) -> dict[str, torch.Tensor]:
@@ -45,10 +45,10 @@ class Example:
 
 
 class Make:
-    """The tensors of examples: of one dtype and device, the same in every process.
+    """Makes the tensors of examples, of one dtype and on one device, with the same values in every process.
 
-    large: of sizes that are worth tuning for, where the examples give one (`size`).
-    longer: added to every size that differs from call to call (`length`).
+    large: `size` returns the sizes that are worth tuning for.
+    longer: added to every `length`, the sizes that differ from call to call.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class Make:
         return large if self.large else small
 
     def length(self, count: int) -> int:
-        """A number of tokens, rows or places in a cache: what a model's calls differ in."""
+        """A number of tokens, rows or cache positions: a size in which a model's calls differ."""
         return count + self.longer
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Of the normal distribution."""
+        """Standard normal values."""
         if self.device == "meta":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         return torch.randn(shape, generator=self._generator).to(self.device, self.dtype)
 
     def shares(self, *shape: int) -> torch.Tensor:
-        """Rows that sum to 1."""
+        """Positive values, rows of sum 1."""
         return torch.randn(shape, generator=self._generator).softmax(-1).to(self.device, self.dtype)
 
     def whole(self, limit: int, *shape: int) -> torch.Tensor:
-        """int64 in [0, limit)."""
+        """Random int64 in [0, limit)."""
         return torch.randint(0, limit, shape, generator=self._generator).to(self.device)
 
     def count(self, length: int) -> torch.Tensor:
@@ -100,11 +100,11 @@ def modules() -> Iterator[ModuleType]:
 
 
 def examples(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> dict[str, Example]:
-    """{name: example}; a name is the public function's, or it and what the call shows: "attention, decoding".
+    """{name: example}. A name is the public function's, perhaps with what the call shows: "attention, decoding".
 
-    options: of `Make`.
+    options: keyword arguments of `Make`.
     """
-    found: dict[str, Example] = {}
+    result: dict[str, Example] = {}
     for module in modules():
-        found |= module.examples(Make(dtype, device, **options))
-    return found
+        result |= module.examples(Make(dtype, device, **options))
+    return result

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on leaving without an error that file takes `path`'s place.
 
-    Until then, and after any error, whatever was at `path` is untouched. The bytes are on disk before the
+    Until then, and after any error, an earlier file at `path` is untouched. The bytes are on disk before the
     rename, so a power cut leaves the old file or the new one.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # a rename would put a file for the device
+    # a rename would replace the device by a file
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path}: is a device or a pipe; a file is needed")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -43,7 +44,7 @@ def make_folder(path: str | os.PathLike) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file; a folder is needed")
     if not is_unicode(str(path)):
-        raise ValueError(f"{path}: is not UTF-8; safetensors could not read what is written there")
+        raise ValueError(f"{path}: is not UTF-8; safetensors could not read files in it")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -83,7 +84,7 @@ def is_unicode(text: str) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8 to `path`, whole or not at all. Lone surrogates, as in a file name that is no UTF-8, are written as escapes."""
+    """Writes `text` as UTF-8 to `path`, whole or not at all. Lone surrogates, as in a file name that is not UTF-8, are written as escapes."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -97,12 +98,12 @@ def write_tensors(
     from safetensors.torch import save_file
 
     ready: dict[str, Tensor] = {}
-    kept = set()
+    seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if memory in kept else tensor
-        kept.add(memory)
+        ready[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     with replacing(path) as temporary:
         try:
             save_file(ready, temporary, metadata=dict(metadata))

@@ -1,4 +1,4 @@
-"""What a call with arguments of another library's attention was probably meant to be."""
+"""Advice for calls that use argument names or tensor layouts of other attention libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 _MASK = "mask=fastattn.Mask({})".format
 
-# What SDPA, flash-attn, FlexAttention and xformers call what is here something else.
+# Argument names of SDPA, flash-attn, FlexAttention and xformers, with what to write here instead.
 _INSTEAD = {
     "alibi_slopes": "bias=, a tensor broadcastable to (batch, heads, queries, keys)",
     "attention_mask": _MASK("dense=attention_mask.bool()") + ", or key_lengths for padding at the end",
@@ -38,7 +38,7 @@ _INSTEAD = {
 
 
 def refuse(op: str, function: Callable[..., Any], positional: tuple, keywords: Mapping[str, Any]) -> NoReturn:
-    """TypeError for arguments that `function` does not take, with what to write instead."""
+    """Raises TypeError for arguments that `function` does not take, and says what to write instead."""
     known = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -59,7 +59,7 @@ def refuse(op: str, function: Callable[..., Any], positional: tuple, keywords: M
 
 
 def did_you_mean(given: str, known: Iterable[str], how: str = "{}") -> str:
-    """ "; did you mean X?", X as `how` writes it, where a known name is near; else ""."""
+    """ "; did you mean X?" if X is the known name nearest to `given`, formatted by `how`; "" if none is near."""
     near = get_close_matches(given, list(known), n=1)
     return f"; did you mean {how.format(near[0])}?" if near else ""
 
@@ -68,7 +68,7 @@ MANY_HEADS = 256  # no model has so many
 
 
 def check_layout(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
-    """Warns, once a place in the code, where q and k look like flash-attn's (batch, length, heads, head dim)."""
+    """Warns, once a line of calling code, if q and k look like flash-attn's (batch, length, heads, head dim)."""
     heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     if queries == keys and 1 < keys < 128:
         warnings.warn(

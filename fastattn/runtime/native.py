@@ -1,10 +1,10 @@
-"""The only importer of the compiled module: tensors become addresses, sizes and strides; threads are torch's."""
+"""The only module that imports the compiled one. It passes tensors as addresses, sizes and strides; threads are torch's."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch  # before _core: its OpenMP library must be the one that both use
+import torch  # before _core: both must use torch's OpenMP library
 
 from .. import _core
 from . import tuning
@@ -25,30 +25,29 @@ _core.set_dtypes(DTYPES)
 
 
 def unserved_dtype(t: torch.Tensor, what: str | None = None) -> str | None:
-    """Why no CPU kernel takes a tensor of this dtype, or None. what: its name, where there are several."""
+    """Why no CPU kernel takes a tensor of this dtype, or None. what: its name, if a call has several tensors."""
     if t.dtype in FAST_DTYPES:
         return None
     given = str(t.dtype).removeprefix("torch.")
     return f"it serves float32, bfloat16 and float16, not {given}" + (f" as {what}" if what else "")
 
 
-# run(kernel, /, **fields): tensors by reference, None left absent; fields as in src/cpu/params.h
+# run(kernel, /, **fields): the fields of src/cpu/params.h; tensors are passed by reference, None is absent
 run = _core.run
 limits = _core.limits  # what the kernels can hold, src/cpu/limits.h
-score_ops = (
-    _core.score_ops
-)  # the operations of a score program in the order of their codes, src/cpu/score_program_ops.def
+# the operations of a score program in the order of their codes, src/cpu/score_program_ops.def
+score_ops = _core.score_ops
 
 
 def defaults(kernel: str) -> dict:
-    """What a kernel's fields hold when they are not set, None for a tensor."""
+    """The default values of a kernel's fields, None for a tensor."""
     return _core.fields[kernel]
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
     """t as (A, B, C, D) with a contiguous last dim: a view where strides allow, else a copy."""
     if t.stride(-1) != 1:
-        # a negated view, `z.conj().imag`, has strides of two: one column needs no copy, but its sign
+        # a negated view such as `z.conj().imag` has strides of 2: a single column needs no copy, only its sign resolved
         t = t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()
     if t.dim() <= 4:
         return t
@@ -56,7 +55,7 @@ def rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def plain(t: torch.Tensor) -> torch.Tensor:
-    """t for a kernel of any strides, which reads memory as it is: without torch's pending sign or conjugation."""
+    """t without torch's pending sign or conjugation, for kernels that take any strides and read memory directly."""
     return t.resolve_conj().resolve_neg()
 
 

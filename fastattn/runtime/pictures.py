@@ -10,7 +10,8 @@ from fastattn.runtime import files
 INK, MUTED, GRID = "#1c2430", "#6b7684", "#e3e7ec"
 ACCENT, WARM, PALE = "#2563a8", "#c2571a", "#b9c4d1"
 GOOD = "#0b6e4f"
-LINES = (ACCENT, WARM, "#2f8f5b", "#8a4fae", "#8c6d1f", "#4a5563")  # one a line of a chart, in this order
+# the colours of a chart's lines, in this order
+LINES = (ACCENT, WARM, "#2f8f5b", "#8a4fae", "#8c6d1f", "#4a5563")
 # What a colour is on a dark page.
 DARK = {
     INK: "#e6eaf0", MUTED: "#a3aebb", GRID: "#2c3540", ACCENT: "#6ea8e6", WARM: "#f08a4b", PALE: "#566373", GOOD: "#5cc9a0",
@@ -19,7 +20,7 @@ DARK = {
 
 
 def figure(height: float, grid: Literal["x", "y"] = "y"):
-    """(matplotlib figure 8.6 inches wide, its axes); `grid`: the axis whose values have lines, "x" or "y"."""
+    """(matplotlib figure 8.6 inches wide, its axes); `grid`: the axis whose values get grid lines, "x" or "y"."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window system
 
     drawing = Figure(figsize=(8.6, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""The YAML that a program writes of its options: nested mappings and lists of plain values, in block style."""
+"""The subset of YAML in which programs write their options: nested mappings and lists of plain values, in block style."""
 
 import ast
 import re
@@ -9,17 +9,17 @@ _CONSTANTS = {"null": None, "~": None, "": None, "true": True, "false": False}
 
 
 def parse(text: str) -> Any:
-    """What the text holds. ValueError naming a line with anything else: anchors, flow style, blocks of text."""
+    """The value in `text`. Raises ValueError naming the line for all other YAML, such as anchors, flow style and block scalars."""
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
-        bare = line.strip()
-        if bare and not bare.startswith("#") and bare != "---":
-            lines.append((number, len(line) - len(line.lstrip(" ")), bare))
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#") and stripped != "---":
+            lines.append((number, len(line) - len(line.lstrip(" ")), stripped))
     if not lines:
         return None
     value, end = _block(lines, 0, lines[0][1])
     if end != len(lines):
-        raise ValueError(f"line {lines[end][0]}: indented otherwise than what is before it")
+        raise ValueError(f"line {lines[end][0]}: its indentation does not fit the lines before it")
     return value
 
 
@@ -32,28 +32,28 @@ def _block(lines: list[tuple[int, int, str]], start: int, indent: int) -> tuple[
         if depth != indent or (line.startswith("- ") or line == "-") != is_list:
             break
         if is_list:
-            rest = line[1:].strip()
-            if re.match(r"[\w.]+:(\s|$)", rest):  # a mapping that begins beside the dash
-                inner = indent + len(line) - len(rest)
-                lines[start] = (number, inner, rest)
+            remainder = line[1:].strip()
+            if re.match(r"[\w.]+:(\s|$)", remainder):  # a mapping that begins beside the dash
+                inner = indent + len(line) - len(remainder)
+                lines[start] = (number, inner, remainder)
                 value, start = _block(lines, start, inner)
                 result.append(value)
                 continue
             key = None
         else:
-            key, colon, rest = line.partition(":")
-            if not colon or (rest and not rest.startswith(" ")):
-                raise ValueError(f"line {number}: {line!r} is no `key: value`")
-            key, rest = _scalar(key, number), rest.strip()
+            key, colon, remainder = line.partition(":")
+            if not colon or (remainder and not remainder.startswith(" ")):
+                raise ValueError(f"line {number}: {line!r} is not `key: value`")
+            key, remainder = _scalar(key, number), remainder.strip()
         start += 1
         nested = start < len(lines) and (
             lines[start][1] > indent
             or (not is_list and lines[start][1] == indent and lines[start][2][0] == "-")
         )
-        if not rest and nested:
+        if not remainder and nested:
             value, start = _block(lines, start, lines[start][1])
         else:
-            value = _scalar(rest, number)
+            value = _scalar(remainder, number)
         if is_list:
             result.append(value)
         else:
@@ -68,7 +68,7 @@ def _scalar(text: str, number: int) -> Any:
                 return text[1:-1].replace("''", "'")
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            raise ValueError(f"line {number}: {text!r} is no text in quotes") from None
+            raise ValueError(f"line {number}: {text!r} is not a quoted string") from None
     if text.lower() in _CONSTANTS:
         return _CONSTANTS[text.lower()]
     if text in ("[]", "{}"):
@@ -76,5 +76,5 @@ def _scalar(text: str, number: int) -> Any:
     if _NUMBER.fullmatch(text):
         return float(text) if re.search(r"[.eE]", text) else int(text)
     if text[0] in "[{&*!|>%@`":
-        raise ValueError(f"line {number}: {text!r} is not served; only plain values in block style are")
+        raise ValueError(f"line {number}: {text!r} is not supported; only plain values in block style are")
     return text.partition(" #")[0].strip()

@@ -1,8 +1,8 @@
 """How a call of an op finds its backend.
 
-An op is declared once (`declare.py`). A call's members are the values of the op's `Call` in order, with a mask as one of
-them; torch's schema has them flat. Backends are tried in order, the reference last; one that is asked for by name and cannot
-serve the call raises.
+An op is declared once (`declare.py`). A call's members are the values of the op's `Call` in order; a mask is one member, which
+torch's schema flattens. Backends are tried in order, the reference last. If a backend is requested by name and cannot serve the
+call, the call raises NotImplementedError.
 """
 
 import importlib
@@ -30,11 +30,11 @@ class Backend:
     """One implementation of an op. All functions take the members of a call as positional arguments.
 
     run: returns the outputs.
-    supports: None when it can serve the call, else the reason why not.
-    configure: the tile configuration it would use.
-    devices: device types it serves; None means every one, () none here, for the reason that `supports` gives.
-    leading: `run` for a caller that reads only the first outputs: takes how many, then the members, and returns a tuple of these
-        or more. Where a backward's statistics cost as much as a small call, it leaves them out.
+    supports: returns None when it can serve the call, else the reason why not.
+    configure: returns the tile configuration it would use.
+    devices: device types it serves; None means every one, () means none on this machine, for the reason that `supports` gives.
+    leading: `run` for a caller that reads only the first outputs. It takes their number, then the members, and returns a tuple of
+        at least that many. It is there to leave out statistics for the backward that cost as much as a small call.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Backend:
 
 
 class Lazy:
-    """Functions of a module that is imported when the first of them is called: importing Triton takes a second."""
+    """The functions of a module that is imported when one of them is first called: importing Triton takes a second."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -74,30 +74,29 @@ class Op:
     backends: tuple[Backend, ...]
     check: Callable[..., None]
     check_contents: Callable[..., None] | None = None
-    numbers: tuple[tuple[int, str], ...] = ()  # (place, name) of the members that are floats
-    integers: tuple[tuple[int, str], ...] = ()  # and integers
-    group: tuple[int, type] | None = (
-        None  # (place, its NamedTuple) of the member that stands flat in the schema
-    )
-    writes: bool = False  # to an argument
+    numbers: tuple[tuple[int, str], ...] = ()  # (index, name) of the members that are floats
+    integers: tuple[tuple[int, str], ...] = ()  # (index, name) of the members that are integers
+    group: tuple[int, type] | None = None  # (index, NamedTuple) of the member that is flattened in the schema
+    writes: bool = False  # whether it writes to an argument
     outputs: tuple[str, ...] = ("out",)
-    kept: tuple[str, ...] = ()  # outputs that a backend makes for its own backward: another's may be others
-    describe: Callable[..., str] | None = None  # what a call computes, to read
+    # outputs that a backend saves for its own backward; backends may differ in them
+    kept: tuple[str, ...] = ()
+    describe: Callable[..., str] | None = None  # what a call computes, as text for `explain`
 
     def members(self, values: Sequence[Any]) -> Sequence[Any]:
         """The members of a call from its values in the order of torch's schema."""
         if self.group is None:
             return values
-        place, kind = self.group
-        end = place + len(kind._fields)
-        return (*values[:place], kind(*values[place:end]), *values[end:])
+        start, kind = self.group
+        end = start + len(kind._fields)
+        return (*values[:start], kind(*values[start:end]), *values[end:])
 
     def values(self, members: Sequence[Any]) -> Sequence[Any]:
         """The values in the order of torch's schema from a call's members."""
         if self.group is None:
             return members
-        place, _ = self.group
-        return (*members[:place], *members[place], *members[place + 1 :])
+        index, _ = self.group
+        return (*members[:index], *members[index], *members[index + 1 :])
 
     def plain(self, members: tuple) -> tuple:
         """members with numpy numbers and 0-dim tensors as Python numbers. Other types are left for `check` to refuse."""
@@ -115,14 +114,14 @@ class Op:
         return members if changed is None else tuple(changed)
 
     def run(self, members: Sequence[Any], requested: str, reads: int | None = None) -> Any:
-        """Run the first backend that serves these checked members. reads: how many of the first outputs the caller uses, None: all."""
+        """Run the first backend that serves these checked members. reads: the number of leading outputs that the caller uses; None: all."""
         if self.check_contents is not None:
             self.check_contents(*members)
         device = _device(members)
         if explaining.calls is not None:
             return self._explain(device, members, requested)
         for backend in self.backends:
-            # as `select`, without collecting reasons
+            # `select` does the same and collects reasons
             if (
                 (not requested or backend.name == requested)
                 and (backend.devices is None or device.type in backend.devices)
@@ -161,7 +160,7 @@ class Op:
 
 
 class _Explaining(threading.local):
-    """What `explain` has collected in this thread, None outside of it: other threads' calls run."""
+    """The calls that `explain` has collected in this thread. None outside of `explain`: calls run."""
 
     calls: list[tuple[Op, Backend, dict[str, str], Sequence[Any]]] | None = None
 
@@ -175,14 +174,14 @@ def _device(members: Sequence[Any]) -> torch.device:
 
 @contextmanager
 def replaced(change: Callable[[Op, Backend], Backend]) -> Iterator[None]:
-    """Every op with its backends as `change` gives them, inside the block: another device, another implementation."""
-    before = [(op, op.backends) for op in OPS.values()]
+    """Inside the block every op's backends are replaced by `change(op, backend)`: for another device or implementation."""
+    previous = [(op, op.backends) for op in OPS.values()]
     try:
-        for op, backends in before:
+        for op, backends in previous:
             object.__setattr__(op, "backends", tuple(change(op, b) for b in backends))
         yield
     finally:
-        for op, backends in before:
+        for op, backends in previous:
             object.__setattr__(op, "backends", backends)
 
 
@@ -190,27 +189,26 @@ NUMBERS, TRACED = "numbers", "traced"  # overloads of an op that has floats, see
 
 
 def dispatch(name: str, *members: Any) -> Any:
-    """torch.ops.fastattn.<name> of a call's members and a backend, by the overload that takes its numbers as they are."""
+    """Call torch.ops.fastattn.<name> with a call's members and a backend, choosing the overload by the types of its numbers."""
     return dispatch_values(name, *OPS[name].values(members))
 
 
 def dispatch_values(name: str, *values: Any) -> Any:
-    """`dispatch` of the values of torch's schema."""
+    """`dispatch` with the values in the order of torch's schema."""
     packet, numbers = getattr(torch.ops.fastattn, name), OPS[name].numbers
     if not any(isinstance(values[i], (torch.SymFloat, torch.Tensor)) for i, _ in numbers):
         return packet.default(*values)
     values = list(values)
     for i, _ in numbers:
         if values[i] is not None and not isinstance(values[i], torch.Tensor):
-            # times 1, so that a compiler makes a tensor of the symbol
+            # multiplied by 1, so that a compiler makes a tensor of the symbol
             values[i] = torch.ones((), dtype=torch.float64, device="cpu") * values[i]
     return getattr(packet, NUMBERS)(*values)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_VALUES = frozenset(
-    (type(None), bool, int, float, str)
-)  # types of most arguments; a look-up in a set is faster than isinstance
+# types of most arguments; a look-up in a set is faster than isinstance
+_VALUES = frozenset((type(None), bool, int, float, str))
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
@@ -234,8 +232,8 @@ def refuse_gradients(name: str, args: Sequence[Any]) -> None:
 
 
 def _unobserved(members: Sequence[Any]) -> bool:
-    """Whether torch's dispatcher would only run the backend: there are no gradients, subclasses, modes, transforms, tracing or
-    profiler."""
+    """Whether torch's dispatcher would do nothing but run the backend: no gradients, subclasses, modes, transforms, tracing or
+    profiler are active."""
     return not torch_private.observed() and _all_plain(members, torch.is_grad_enabled())
 
 
@@ -256,7 +254,7 @@ def _all_plain(members: Sequence[Any], recording: bool) -> bool:
 
 
 def serves(name: str, *args: Any) -> bool:
-    """Whether a backend other than the reference would serve `name` (*args), or the reference was asked for by default."""
+    """Whether a backend other than the reference would serve `name` (*args). If args request a backend: whether that one would."""
     *members, requested = args
     device = _device(members)
     return any(
@@ -282,13 +280,13 @@ def _refuse_functional_gradients(name: str, members: Sequence[Any]) -> None:
 
 
 def call(name: str, *args: Any, reads: int | None = None) -> Any:
-    """torch.ops.fastattn.<name> of a call's members and a backend. Where torch's dispatcher has nothing to do it is bypassed,
-    because it takes longer than a small op.
+    """Call torch.ops.fastattn.<name> with a call's members and a backend. Where torch's dispatcher has nothing to do it is
+    bypassed, because it takes longer than a small op.
 
-    reads: how many of the first outputs the caller uses, None: all. The others may be missing from the result.
+    reads: the number of leading outputs that the caller uses; None: all. The others may be missing from the result.
 
-    Raises NotImplementedError for forward-mode differentiation, whose tangents the dispatcher would drop, for torch.func's
-    gradients, and for vmap of an op that writes to an argument; torch's own errors for the last two do not name the op.
+    Raises NotImplementedError for forward-mode differentiation (the dispatcher would drop its tangents), for torch.func's
+    gradients, and for vmap of an op that writes to an argument (torch's own errors for these two do not name the op).
     """
     op = OPS[name]
     members = op.plain(args[:-1])
@@ -310,7 +308,7 @@ def call(name: str, *args: Any, reads: int | None = None) -> Any:
     return dispatch(name, *members, args[-1])
 
 
-# --- which backend a call asks for -------------------------------------------------------------------------------
+# --- which backend a call requests -------------------------------------------------------------------------------
 
 
 def _known(name: str | None, where: str) -> str:
@@ -329,6 +327,10 @@ class set_backend:
 
     name: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call. Process-wide; the
     environment variable FASTATTN_BACKEND gives the value at import. Raises ValueError for an unknown name.
+
+    >>> q = torch.randn(1, 2, 9, 16)
+    >>> with fastattn.set_backend("reference"):
+    ...     out = fastattn.attention(q, q, q)
     """
 
     def __init__(self, name: str | None) -> None:

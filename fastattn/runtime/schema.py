@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class Written:
-    """`Annotated[torch.Tensor, Written("a")]`: a tensor that the op writes to; each has a letter of its own."""
+    """`Annotated[torch.Tensor, Written("a")]`: a tensor that the op writes to. Each has its own letter in the schema."""
 
     letter: str
 
 
 class _Symbolic:
-    """An integer that is no constant of a compiled graph."""
+    """An integer that is symbolic in a compiled graph, not a constant."""
 
 
 Size = Annotated[int, _Symbolic]
@@ -32,7 +32,7 @@ _NAMES = {
 
 
 def is_group(kind: Any) -> bool:
-    """Whether a member is a NamedTuple, which stands flat in the schema."""
+    """Whether a member is a NamedTuple, which is flattened in the schema."""
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 

@@ -1,4 +1,4 @@
-"""Reading tuned tables: where they are looked for, and what makes a file one.
+"""Reading tuned tables: the folders that are searched, and the checks that a file must pass.
 
 A table is untrusted: a truncated, foreign, huge or hostile file is a miss with one log line, never an error.
 Only the standard library is imported (platformdirs when the user's cache is first located).
@@ -19,10 +19,10 @@ from typing import Any
 from fastattn.runtime import device as _device
 
 SCHEMA = 1
-MAX_BYTES = 4 << 20  # a table is a few kilobytes; anything larger is not one
+MAX_BYTES = 4 << 20  # a table has a few kilobytes; larger files are ignored
 
 logger = logging.getLogger("fastattn")
-_MOST_RELATIVES = 32  # tables of other devices that are read
+_MOST_RELATIVES = 32  # files of other devices that are read in a folder
 _read: dict[_device.Target, list[tuple[str, dict]]] = {}
 _relatives: dict[_device.Target, list[tuple[str, dict]]] = {}
 _installed: dict[_device.Target, dict] = {}
@@ -31,7 +31,7 @@ _lock = threading.RLock()
 
 
 def forget() -> None:
-    """Read the files again when next asked."""
+    """Read the files again at the next look-up."""
     with _lock:
         _read.clear()
         _relatives.clear()
@@ -48,7 +48,7 @@ def install(target: _device.Target, table: dict | None) -> None:
 
 
 def cache_dir() -> Path:
-    """Where this user's tables (`tables/`) and studies (`studies/`) live."""
+    """The folder of this user's tables (`tables/`) and studies (`studies/`)."""
     chosen = os.environ.get("FASTATTN_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -58,19 +58,19 @@ def cache_dir() -> Path:
 
 
 def shipped_dir() -> Path | None:
-    """The tables that came with the package."""
+    """The folder of the tables that came with the package, or None."""
     spec = importlib.util.find_spec("fastattn.autotune")
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return Path(places[0]) / "configs" if places else None
 
 
 def directories() -> list[Path]:
-    """Where tables are looked for, best first."""
+    """The folders in which tables are looked up, best first."""
     explicit = os.environ.get("FASTATTN_CONFIG_DIR")
-    ladder = [Path(explicit)] if explicit else []
-    ladder.append(cache_dir() / "tables")
+    folders = [Path(explicit)] if explicit else []
+    folders.append(cache_dir() / "tables")
     shipped = shipped_dir()
-    return ladder + ([shipped] if shipped is not None else [])
+    return folders + ([shipped] if shipped is not None else [])
 
 
 def tables(target: _device.Target) -> list[tuple[str, dict]]:
@@ -93,8 +93,8 @@ def tables(target: _device.Target) -> list[tuple[str, dict]]:
 
 
 def relatives(target: _device.Target) -> list[tuple[str, dict]]:
-    """(source, table) of devices with this one's instruction set or architecture, best first: of the same name, then of the
-    nearest number of units; among equals the earlier folder's."""
+    """(source, table) of other devices with this one's instruction set or architecture, best first: those of the same name, then
+    by how near the number of units is; among equals, the earlier folder's."""
     with _lock:
         if target in _installed:
             return []
@@ -109,12 +109,12 @@ def relatives(target: _device.Target) -> list[tuple[str, dict]]:
                         continue
                     if target.resembles(table.get("device")) and not target.matches(table["device"]):
                         result.append((str(path), table))
-            result.sort(key=lambda item: _strangeness(item[1]["device"], target))
+            result.sort(key=lambda item: _difference(item[1]["device"], target))
             _relatives[target] = result
         return _relatives[target]
 
 
-def _strangeness(described: dict, target: _device.Target) -> tuple[bool, float]:
+def _difference(described: dict, target: _device.Target) -> tuple[bool, float]:
     units = described.get("units")
     distance = math.inf
     if isinstance(units, int) and not isinstance(units, bool) and 0 < units < 2**31:
@@ -145,7 +145,7 @@ def read_table(path: Path, target: _device.Target | None = None) -> dict | None:
 
 
 def unfit(table: Any, target: _device.Target | None) -> str | None:
-    """Why this is not a table for the device, or None."""
+    """Why this value is not a table for the device, or None."""
     if not isinstance(table, dict):
         return "not a table"
     if type(table.get("schema")) is not int or table["schema"] != SCHEMA:
@@ -156,7 +156,7 @@ def unfit(table: Any, target: _device.Target | None) -> str | None:
 
 
 def table_entries(table: dict, op: str, backend: str) -> list[dict]:
-    """The entries of one op and backend, or nothing where the table's shape is wrong."""
+    """The entries of one op and backend; [] where the table's structure is wrong."""
     level: Any = table
     for name in ("ops", op, backend):
         level = level.get(name) if isinstance(level, dict) else None
@@ -176,7 +176,7 @@ def complain(message: str) -> None:
 
 
 def effective(device: Any) -> dict:
-    """One table of all that is readable for a device; an earlier table hides a later one key by key."""
+    """All readable tables for a device merged into one. Where two have an entry for a key, the earlier table's is taken."""
     target = _device.target(device)
     ops: dict[str, dict[str, dict[str, list]]] = {}
     seen = set()
@@ -185,11 +185,11 @@ def effective(device: Any) -> dict:
         for op, backends in level.items() if isinstance(level, dict) else ():
             for backend in backends if isinstance(backends, dict) else ():
                 for entry in table_entries(table, op, backend):
-                    kept = {name: entry.get(name) for name in ("key", "sizes", "config")}
-                    place = json.dumps([op, backend, kept["key"], kept["sizes"]], sort_keys=True)
-                    if place not in seen:
-                        seen.add(place)
-                        ops.setdefault(op, {}).setdefault(backend, {"entries": []})["entries"].append(kept)
+                    fields = {name: entry.get(name) for name in ("key", "sizes", "config")}
+                    entry_key = json.dumps([op, backend, fields["key"], fields["sizes"]], sort_keys=True)
+                    if entry_key not in seen:
+                        seen.add(entry_key)
+                        ops.setdefault(op, {}).setdefault(backend, {"entries": []})["entries"].append(fields)
     return {"schema": SCHEMA, "device": target.describe(), "ops": ops}
 
 

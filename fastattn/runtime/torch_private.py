@@ -1,6 +1,6 @@
 """Every private name of torch that the package uses, each looked up once.
 
-`KNOWN` is false where this torch lacks one: calls then always take the dispatcher, which knows what these names would tell.
+`KNOWN` is False if this torch lacks one. Then every call goes through torch's dispatcher, which handles the same cases itself.
 """
 
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def autograd_inside_an_op() -> Iterator[None]:
 
 
 def indexing_by_values() -> AbstractContextManager:
-    """Inside, `tensor[index]` takes an index that torch.vmap maps, as torch's own flex_attention has it."""
+    """Inside, `tensor[index]` accepts an index that torch.vmap maps, as in torch's own flex_attention."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()

@@ -21,21 +21,22 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-NO_LIMIT = (1 << 30) - 2  # a window side without one; with a length added, or doubled, it still fits 32 bits
-LONGEST = 1 << 29
+# the size of an unlimited window side; doubled or added to a length it still fits 32 bits
+NO_LIMIT = (1 << 30) - 2
+LONGEST = 1 << 29  # the longest sequence served
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # --- operands ------------------------------------------------------------------------------------------------------
 #
-# A kernel takes a tensor with its strides as one named tuple, None where it is absent, and what is known when it is compiled as
-# one `Constants`. Triton specialises a tuple's members as it does arguments, but heeds `do_not_specialize` for arguments alone: a
-# number that must not be compiled for is a member as `encoded_count`.
+# A kernel takes a tensor and its strides as one named tuple, or None where the tensor is absent. It takes its compile-time values
+# as one `Constants`. Triton specialises the members of a tuple as it does arguments, but `do_not_specialize` applies to arguments
+# only: a number that must not be specialised is passed in a tuple as `encoded_count`.
 
 
 class Rows(NamedTuple):
-    """(B, H, L, D) with a contiguous last dim: where it begins and its strides."""
+    """(B, H, L, D) with a contiguous last dim: a pointer and its strides."""
 
     base: Any
     batch: int
@@ -44,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """One element a pair, (B, H, rows, columns): where they begin and their strides."""
+    """One element a (query, key) pair, (B, H, rows, columns): a pointer and its strides."""
 
     base: Any
     batch: int
@@ -54,7 +55,7 @@ class Pairs(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Rows or elements of one head: where they begin, one place or many, and the stride from one to the next."""
+    """Rows or elements of one head: a pointer to the first (or a block of such pointers), and the stride between neighbours."""
 
     base: Any
     stride: int
@@ -69,14 +70,14 @@ def pairs(t: torch.Tensor | None) -> Pairs | None:
 
 
 def encoded_count(count: int) -> int:
-    """A count, at most NO_LIMIT, as a member of a tuple: odd and never 1, which Triton has no kernel of its own for."""
+    """A count, at most NO_LIMIT, as a member of a tuple: odd and never 1, so that Triton does not specialise it."""
     return 2 * count + 3
 
 
 class Constants:
-    """Values known when a kernel is compiled, by name. Made by `constants`: equal ones are the same object.
+    """A kernel's compile-time values, by name. `constants` makes them; equal ones are the same object.
 
-    Its text is a part of what binaries are stored by, so a function stands in it with the key of its own code.
+    Its repr is part of the key under which Triton stores binaries, so it names a function by the hash of its code.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -100,7 +101,7 @@ def constants(**values: Any) -> Constants:
 
 @triton.jit
 def decoded_count(member):
-    """The count that `encoded_count` made `member` of."""
+    """The count that `encoded_count` turned into `member`."""
     return (member - 3) >> 1
 
 
@@ -114,42 +115,42 @@ def offset(index, stride):
 def load_tile(
     base, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
 ):
-    """(ROWS, COLUMNS) from `base`, zero past column WIDTH and, when MASKED, past row `count`; columns lie side by side."""
+    """(ROWS, COLUMNS) from `base`, zero past column WIDTH and, when MASKED, past row `count`. Columns have stride 1."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    pointers = base + offset(rows, stride)[:, None] + columns[None, :]
     if MASKED:
         if WIDTH == COLUMNS:
-            return tl.load(at, mask=(rows < count)[:, None], other=0.0)
-        return tl.load(at, mask=(rows < count)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+            return tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+        return tl.load(pointers, mask=(rows < count)[:, None] & (columns < WIDTH)[None, :], other=0.0)
     if WIDTH == COLUMNS:
-        return tl.load(at)
-    return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def load_rows(
     line, first, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
 ):
-    """`load_tile` of a line's rows from `first` on, of `count`."""
+    """`load_tile` of the rows from `first` on of a line of `count` rows."""
     base = line.base + offset(first, line.stride)
     return load_tile(base, line.stride, count - first, WIDTH, ROWS, COLUMNS, MASKED)
 
 
 @triton.jit
 def gather_tile(base, rows, stride, inside, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """(rows, COLUMNS) from `base` at any rows, zero past column WIDTH and where not inside."""
+    """(rows, COLUMNS) from `base` at the given row indices; zero past column WIDTH and in rows that are not `inside`."""
     columns = tl.arange(0, COLUMNS)
-    at = base + offset(rows, stride)[:, None] + columns[None, :]
-    return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    pointers = base + offset(rows, stride)[:, None] + columns[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def scatter_tile(base, rows, stride, inside, value, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Round `value` to the element type at `base` and store its inside rows and first WIDTH columns at `rows`."""
+    """Round `value` to the element type at `base` and store its `inside` rows and first WIDTH columns at the row indices `rows`."""
     columns = tl.arange(0, COLUMNS)
-    at = base + offset(rows, stride)[:, None] + columns[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+    pointers = base + offset(rows, stride)[:, None] + columns[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
@@ -157,14 +158,14 @@ def store_tile(base, stride, count, value, WIDTH: tl.constexpr, ROWS: tl.constex
     """Round `value` (ROWS, COLUMNS) to the element type at `base` and store its first `count` rows and WIDTH columns."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    at = base + offset(rows, stride)[:, None] + columns[None, :]
+    pointers = base + offset(rows, stride)[:, None] + columns[None, :]
     keep = (rows < count)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=keep)
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b with float32 sums. The interpreter's product of bfloat16 is wrong, so there both sides are widened first."""
+    """acc + a @ b with float32 sums. In the interpreter both sides are converted first, because its bfloat16 product is wrong."""
     if _INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -187,9 +188,9 @@ def block(size: int, smallest: int = 16) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are formed: three TF32 products, as accurate as float32 ones, unless torch was told that one will do.
+    """How float32 products are formed: as three TF32 products, as accurate as float32, or as one if torch's settings allow TF32.
 
-    Products of 16-bit types are exact either way. AMD has no such mode.
+    Products of 16-bit types are exact either way. AMD devices have no such mode.
     """
     hip = _recording.target.kind == "hip" if _recording is not None else torch.version.hip is not None
     if dtype != torch.float32 or hip:
@@ -198,14 +199,14 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def tf32_will_do() -> bool:
-    """Whether torch was told so for float32 products, by any of its ways: torch.get_float32_matmul_precision knows one of them
-    and raises after the others."""
+    """Whether torch's settings allow TF32 for float32 products. torch has several such settings; get_float32_matmul_precision
+    knows only one and raises after the others."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def stream(device: torch.device) -> int | None:
-    """The device's current stream; None while a graph captures it: what is kept from one call for others then would be memory of
-    the graph, filled at its first replay and never again."""
+    """The device's current stream, or None while a graph captures it. A tensor made during capture must not be kept for later
+    calls: it is the graph's memory, which is filled only when the graph is replayed."""
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
@@ -215,11 +216,11 @@ def stream(device: torch.device) -> int | None:
 def last_dim_contiguous(t: torch.Tensor) -> torch.Tensor:
     if t.stride(-1) == 1:
         return t
-    return t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()  # the former resolves it as well
+    return t.contiguous() if t.shape[-1] > 1 else t.resolve_neg()  # contiguous() resolves a pending sign too
 
 
 def target(device: torch.device) -> _device.Target:
-    """The device's description; while launches are recorded, the one they are recorded for."""
+    """The device's description; while launches are recorded, the description they are recorded for."""
     return _recording.target if _recording is not None else _device.target(device)
 
 
@@ -241,7 +242,7 @@ class _Recording:
 
 _recording: _Recording | None = None
 _OPTIONS = ("num_warps", "num_stages")
-# Asked for by name: without it Triton 3.9 warns, and its successor is to compile multiply and add as two instructions.
+# Set explicitly: without it Triton 3.9 warns, and the next version is to compile a multiply-add as two instructions.
 _FUSED = {"enable_fp_fusion": True}
 
 
@@ -263,13 +264,13 @@ def _device_of(args: tuple) -> torch.device:
 
 
 def start(kernel: Callable, grid: tuple[int, ...], values: Mapping[str, Any], **options: int) -> None:
-    """Launch `kernel` with the values it names; more may be there."""
+    """Launch `kernel` with the values that its parameters name; `values` may hold more."""
     launch(kernel, grid, *[values[name] for name in kernel.arg_names], **options)
 
 
 @contextmanager
 def recorded(target: _device.Target) -> Iterator[list[Launch]]:
-    """Inside, launches are written down instead of run, with the configuration that `target` would use.
+    """Inside, launches are recorded instead of run, with the configuration that `target` would use.
 
     Tensors may be on the meta device. For compiling ahead of time and for tests.
     """
@@ -296,7 +297,7 @@ _POINTERS = {
 def _specialised(
     value: Any, path: tuple[int, ...], specialise: bool, constexprs: dict, attributes: dict
 ) -> Any:
-    """The type of an argument, or of each member of a tuple; what is constant or divisible by 16 goes to the dicts by its path."""
+    """The type of an argument, or of each member of a tuple. Constants and divisibility by 16 are entered in the dicts by path."""
     if isinstance(value, tuple):
         types = [_specialised(v, (*path, i), True, constexprs, attributes) for i, v in enumerate(value)]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -334,7 +335,7 @@ def compile_ahead(launched: Launch, target: GPUTarget):
     return triton.compile(source(launched), target=target, options=options)
 
 
-# Shared memory one block may use: the limits a configuration has to keep to on the devices we compile for.
+# The devices we compile for. `shared` is the shared memory (KiB) that one block may use, the limit of a configuration.
 TARGETS = {
     name: (GPUTarget(backend, arch, warp), _device.Target(kind, name, name, units=units, shared=shared << 10))
     for name, backend, arch, warp, kind, units, shared in (

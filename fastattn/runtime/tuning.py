@@ -1,8 +1,8 @@
 """Tuned tables: which tile sizes a kernel launches with on this device.
 
-An op declares its parameters (`declare`, in `ops/<op>/tuning.py`); its launch code asks `lookup`. Tables are
-JSON made offline by `fastattn tune`, looked for in FASTATTN_CONFIG_DIR, then the user's cache, then what
-ships; without one the built-in default holds. A table is untrusted: a bad one is a miss, never an error.
+An op declares its parameters (`declare`, in `ops/<op>/tuning.py`); its launch code calls `lookup`. Tables are
+JSON files made offline by `fastattn tune`. They are looked up in FASTATTN_CONFIG_DIR, then the user's cache, then the
+package; without a table the built-in default is used. A table is untrusted: a bad one is a miss, never an error.
 Nothing here tunes, and only the standard library is imported (platformdirs when the cache is first located).
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from fastattn.runtime import device as _device
 from fastattn.runtime import tables as _tables
 
-REACH = 2.0  # octaves a tuned size may be away from the call's before the default is the better guess
+REACH = 2.0  # octaves between a tuned size and the call's, beyond which the default is the better guess
 _MEMO = 4096  # sizes remembered for one structural key
 
 Value = int | str
@@ -46,13 +46,13 @@ class Parameter:
             raise ValueError(f"default {self.default!r} is not among {self.allowed}")
 
     def accepts(self, value: Any) -> bool:
-        # type first: True == 1 and 32.0 == 32 would pass `in`
+        # the type too: True == 1 and 32.0 == 32 would pass `in`
         return any(type(value) is type(option) and value == option for option in self.allowed)
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """The parameters of one op on one backend and the key its tuned entries are found by."""
+    """The parameters of one op on one backend, and the fields of the key by which its tuned entries are looked up."""
 
     op: str
     backend: str
@@ -76,7 +76,7 @@ class Declaration:
         return self.feasible(values, key, target) if self.feasible is not None else None
 
     def refuses_entry(self, entry: Mapping[str, Any], target: _device.Target) -> str | None:
-        """Why a look-up passes over a table's entry on this device, or None."""
+        """Why a look-up on this device must skip this entry of a table, or None."""
         key, sizes = entry.get("key"), entry.get("sizes")
         if not isinstance(key, dict) or key.keys() != set(self.structural):
             return f"key fields are not {', '.join(self.structural)}"
@@ -86,7 +86,7 @@ class Declaration:
             return "a size is not a positive integer"
         try:
             return self.refuses(entry.get("config"), {**key, **sizes}, target)
-        except Exception as error:  # a feasibility test may stumble over a key that no call makes
+        except Exception as error:  # a feasibility test may fail for a key that no call makes
             return f"no such key ({type(error).__name__})"
 
 
@@ -110,14 +110,13 @@ class Lookup:
 
 @dataclass
 class _Bucket:
-    """What one structural key has on one device."""
+    """The entries and the choices remembered for one structural key on one device."""
 
     declaration: Declaration
     structural: dict[str, Any]
     target: _device.Target
-    steps: tuple[
-        list[_Entry], ...
-    ]  # this device's entries, then those of its instruction set or architecture
+    # this device's entries, then those of its instruction set or architecture
+    steps: tuple[list[_Entry], ...]
     memo: dict[tuple, Choice] = field(default_factory=dict)
     default: Choice | None = None  # set where no size can change the answer
 
@@ -140,15 +139,17 @@ def declare(
     feasible: Callable[[Mapping[str, Value], Key, _device.Target], str | None] | None = None,
     default: Callable[[Key, _device.Target], Mapping[str, Value]] | None = None,
 ) -> Declaration:
-    """Declare what an op's kernel on one backend can be tuned by.
+    """Declare the tunable parameters of an op's kernel on one backend.
 
     feasible(values, key, target) returns None, or why those values cannot work; key holds the structural and
     size fields together. default(key, target) returns the values that differ from the parameters' defaults
     for that key. Both are cheap and pure.
     """
-    both = set(structural) & set(sizes)
-    if both or not parameters:
-        raise ValueError(f"{op}.{backend}: {sorted(both)} are both structural and sizes, or no parameters")
+    overlap = set(structural) & set(sizes)
+    if overlap:
+        raise ValueError(f"{op}.{backend}: {sorted(overlap)} are both structural and sizes")
+    if not parameters:
+        raise ValueError(f"{op}.{backend}: no parameters to tune")
     declaration = Declaration(
         op, backend, MappingProxyType(dict(parameters)), tuple(structural), tuple(sizes), feasible, default
     )
@@ -179,9 +180,9 @@ def lookup(op: str, backend: str, *, structural: Key, sizes: Mapping[str, int], 
     structural and sizes hold the declared names; device is a torch.device, a string or a Target.
     """
     if _watchers:
-        seen = Lookup(op, backend, dict(structural), dict(sizes))
+        made = Lookup(op, backend, dict(structural), dict(sizes))
         for watcher in _watchers:
-            watcher.append(seen)
+            watcher.append(made)
     if _override:
         forced = _override.get((op, backend))
         if forced is not None:
@@ -196,7 +197,7 @@ def lookup(op: str, backend: str, *, structural: Key, sizes: Mapping[str, int], 
 
 
 def remembered(choose: Callable[..., Choice]) -> Callable[..., Choice]:
-    """A look-up made of hashable arguments, its answers remembered by them until tables change: a warm call costs less still."""
+    """Remember a look-up's choices by its hashable arguments until tables change: a warm call then costs even less."""
     memo: dict[tuple, Choice] = {}
     with _lock:
         _remembered.append(memo)
@@ -206,7 +207,7 @@ def remembered(choose: Callable[..., Choice]) -> Callable[..., Choice]:
             return choose(*key)
         choice = memo.get(key)
         if choice is None:
-            with _lock:  # so that no table changes between the choice and its place
+            with _lock:  # no table may change between choosing and storing
                 choice = choose(*key)
                 if len(memo) > _MEMO:
                     memo.clear()
@@ -232,8 +233,8 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
     target = _device.target(device)
     with _lock:
         steps = tuple(
-            _usable(declaration, found, structural, target)
-            for found in (_tables.tables(target), _tables.relatives(target))
+            _usable(declaration, tables, structural, target)
+            for tables in (_tables.tables(target), _tables.relatives(target))
         )
         bucket = _Bucket(declaration, dict(structural), target, steps)
         if not any(steps) and declaration.default is None:
@@ -247,7 +248,7 @@ def _open_bucket(op: str, backend: str, structural: Key, sizes: Mapping[str, int
 def _usable(
     declaration: Declaration, tables: list[tuple[str, dict]], structural: Key, target: _device.Target
 ) -> list[_Entry]:
-    """The tables' entries for one structural key; an earlier table's entry for a size hides a later one's."""
+    """The tables' entries for one structural key. If two tables have an entry for the same sizes, the earlier table's is taken."""
     usable: dict[tuple[float, ...], _Entry] = {}
     for source, table in tables:
         earlier = set(usable)
@@ -259,10 +260,10 @@ def _usable(
             if reason is not None:
                 _tables.complain(f"{source}: {declaration.op}.{declaration.backend}: {reason}, entry ignored")
                 continue
-            place = tuple(math.log2(entry["sizes"][name]) for name in declaration.sizes)
-            if place not in earlier:
+            point = tuple(math.log2(entry["sizes"][name]) for name in declaration.sizes)
+            if point not in earlier:
                 values = {name: entry["config"][name] for name in declaration.parameters}
-                usable.setdefault(place, (place, values, source))
+                usable.setdefault(point, (point, values, source))
     return list(usable.values())
 
 
@@ -276,11 +277,11 @@ def _choose(bucket: _Bucket, sizes: Mapping[str, int]) -> Choice:
     declaration, target = bucket.declaration, bucket.target
     if sizes.keys() != set(declaration.sizes):
         raise KeyError(f"{declaration.op}.{declaration.backend}: sizes are {declaration.sizes}")
-    place = tuple(math.log2(max(1, sizes[name])) for name in declaration.sizes)
+    point = tuple(math.log2(max(1, sizes[name])) for name in declaration.sizes)
     key = {**bucket.structural, **sizes}
     choice = None
-    for _, values, source in itertools.chain.from_iterable(nearest(step, place) for step in bucket.steps):
-        # tuned for a neighbouring size, so feasibility is asked again for this one
+    for _, values, source in itertools.chain.from_iterable(nearest(step, point) for step in bucket.steps):
+        # tuned for a neighbouring size, so check that it is feasible for this one
         if declaration.refuses(values, key, target) is None:
             choice = Choice(MappingProxyType(values), source)
             break
@@ -293,13 +294,13 @@ def _choose(bucket: _Bucket, sizes: Mapping[str, int]) -> Choice:
     return choice
 
 
-def nearest(found: list[_Entry], place: tuple[float, ...]) -> list[_Entry]:
+def nearest(entries: list[_Entry], point: tuple[float, ...]) -> list[_Entry]:
     """The entries within REACH octaves in every size, nearest first; among equals the earlier table's."""
 
     def gaps(entry: _Entry) -> list[float]:
-        return [abs(tuned - wanted) for tuned, wanted in zip(entry[0], place, strict=True)]
+        return [abs(tuned - requested) for tuned, requested in zip(entry[0], point, strict=True)]
 
-    near = [entry for entry in found if max(gaps(entry), default=0.0) <= REACH]
+    near = [entry for entry in entries if max(gaps(entry), default=0.0) <= REACH]
     return sorted(near, key=lambda entry: sum(gap * gap for gap in gaps(entry)))
 
 
@@ -318,19 +319,19 @@ def override(configs: Mapping[tuple[str, str], Mapping[str, Value]]) -> Iterator
                 raise ValueError(f"{op}.{backend}: {name}={value!r} is not allowed")
         forced[op, backend] = Choice(MappingProxyType(full), "override")
     with _lock:
-        before = dict(_override)
+        previous = dict(_override)
         _override.update(forced)
     try:
         yield
     finally:
         with _lock:
             _override.clear()
-            _override.update(before)
+            _override.update(previous)
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[Lookup]]:
-    """Collect every look-up made while the context lasts: how the tuner learns which keys a call uses."""
+    """Collect every look-up made inside the block. The tuner thereby learns which keys a call uses."""
     seen: list[Lookup] = []
     with _lock:
         _watchers.append(seen)
@@ -351,7 +352,7 @@ def reload() -> None:
 
 
 def install(device: Any, table: dict | None) -> None:
-    """Use this table in place of every file's on a device (None: the files again)."""
+    """Use this table in point of every file's on a device (None: the files again)."""
     with _lock:
         _tables.install(_device.target(device), table)
         reload()

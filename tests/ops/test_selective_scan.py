@@ -307,7 +307,7 @@ def test_bad_arguments_are_refused():
         ({"dt": given["dt"].half()}, TypeError, "dt is float16 but u is float32"),
         ({"A": given["A"][:2]}, ValueError, "A must be u's 3 channels by 1 or more numbers of a state"),
         ({"A": given["A"][:, :0]}, ValueError, "A must be u's 3 channels by 1 or more"),
-        ({"A": given["A"].double()}, TypeError, "A must be float32, u's dtype, or float32 beside 16 bits"),
+        ({"A": given["A"].double()}, TypeError, "A must be float32, u's dtype, given"),
         ({"B": given["B"][..., :1]}, ValueError, r"B must have shape \(2x5x2\)"),
         ({"C": given["C"].transpose(0, 1)}, ValueError, r"C must have shape \(2x5x2\)"),
         ({"D": given["D"][:2]}, ValueError, r"D must have shape \(3\)"),
