@@ -1,1 +1,1 @@
-"""One folder an op: the public function, its definition (reference.py), its registration (schema.py) and its backends."""
+"""One folder for each op: the public function, its definition (reference.py), its declaration (schema.py) and its backends."""

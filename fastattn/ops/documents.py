@@ -1,4 +1,4 @@
-"""Packed documents, for ops whose tensors are (B, L, ...): offsets `cu_seqlens` (documents + 1,) cut a batch of one."""
+"""Packed documents in tensors (B, L, ...): the offsets `cu_seqlens` (documents + 1,) divide a batch of one into documents."""
 
 import itertools
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from ..runtime import checks
 
 
 def count(batch: int, cu_seqlens: torch.Tensor | None) -> int:
-    """How many sequences there are: batches, or documents."""
+    """The number of sequences: batch entries, or documents when packed."""
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def check_offsets(
     op: str, name: str, tokens: torch.Tensor, batch: int, cu_seqlens: torch.Tensor | None
 ) -> int:
-    """`count`, for tokens of this batch size, the tensor of that name; raises unless the offsets fit it."""
+    """`count` for the tensor `tokens`, which messages call `name`. Raises unless the offsets suit its batch size and device."""
     if cu_seqlens is None:
         return batch
     checks.check_integer(op, "cu_seqlens", cu_seqlens, dims=1)
@@ -29,7 +29,7 @@ def check_offsets(
 
 
 def check_offsets_contents(op: str, length: int, cu_seqlens: torch.Tensor | None) -> list[int] | None:
-    """The offsets, None where there are none or where they cannot be read; raises unless they cut `length` tokens."""
+    """The offsets as a list; None if there are none or they are not on the CPU. Raises unless they divide `length` tokens."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return None
     cuts = cu_seqlens.tolist()
@@ -46,16 +46,16 @@ def cut(
     tokens: torch.Tensor,
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A definition document by document: definition(i, span) gives (its tokens' result, another); both in order, zeros after the
-    last document. tokens (1, L, ...)."""
+    """Apply a definition to each document: definition(i, span) returns (the result of its tokens, another result). Returns the first
+    results concatenated, with zeros after the last document, and a list of the others. tokens: (1, L, ...)."""
     cuts = cu_seqlens.tolist()
     parts = [definition(i, slice(*span)) for i, span in enumerate(itertools.pairwise(cuts))]
-    after = torch.zeros_like(tokens[:, cuts[-1] :])
-    return torch.cat([*(part for part, _ in parts), after], 1), [other for _, other in parts]
+    padding = torch.zeros_like(tokens[:, cuts[-1] :])
+    return torch.cat([*(part for part, _ in parts), padding], 1), [other for _, other in parts]
 
 
 def clear_rest(cu_seqlens: torch.Tensor | None, *results: torch.Tensor) -> None:
-    """Tokens after the last document become 0 in contiguous (1, L, ...) results, which kernels leave as they are."""
+    """Set tokens after the last document to 0 in contiguous results (1, L, ...); kernels do not write them."""
     if cu_seqlens is not None:
         end = int(cu_seqlens[-1])
         for result in results:

@@ -1,4 +1,4 @@
-"""What the ops of Focus share (arXiv 2604.03260): limits, and what is asked of causal attention with a local window."""
+"""What the ops of Focus (arXiv 2604.03260) share: limits, and the checks of causal attention with a local window."""
 
 import torch
 
@@ -21,7 +21,7 @@ def check_group_count(op: str, name: str, value: torch.Tensor) -> int:
 
 
 def as_window(window: int) -> int:
-    """`window`, but no wider than the longest sequence: a sum with it must not overflow."""
+    """`window`, at most the length of the longest sequence, so that sums with it do not overflow."""
     count = checks.as_integer(window)
     return masks.LONGEST if count is not None and count > masks.LONGEST else window
 
@@ -40,20 +40,20 @@ def check_causal(op: str, q, k, v, window, scale, mask) -> None:
 def check_grad_lse(
     op: str, grad_lse: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, ...] | None = None
 ) -> None:
-    """shape: of the lse, (B, Hq, Lq) unless it is given."""
+    """shape: the shape of the lse, by default (B, Hq, Lq)."""
     if grad_lse is not None:
         shape = tuple(q.shape[:3]) if shape is None else shape
         checks.check_exact(op, "grad_lse", grad_lse, shape, statistics_dtype(q), q.device, "as the lse")
 
 
 def attention_fake(q, k, v, *_):
-    """out, and lse and state as in attention's schema, of gated scores where there are gates."""
+    """out, and lse and state as in attention's schema; with gates, those of the gated scores."""
     rows, dtype = q.shape[:3], statistics_dtype(q)
     return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=dtype), q.new_empty(*rows, 2, dtype=dtype)
 
 
 def declare_tiles(op: str, rows: int) -> None:
-    """What the CPU kernels of an op and its backward, whose blocks have `rows` by default, can be tuned by."""
+    """Declare the tile sizes of an op's CPU kernel and of its backward, whose blocks have `rows` rows by default."""
     default = native.defaults("grouped_forward")
     structural = ("dtype", "head_dim", "value_dim")
     sizes = ("batch", "heads", "kv_heads", "q_length", "k_length")

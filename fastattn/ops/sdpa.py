@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention by fastattn's kernels."""
+"""torch.nn.functional.scaled_dot_product_attention, computed by fastattn's kernels."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """softmax(scale * query key^T + mask) value, with torch's arguments and torch's meaning of each.
 
-    `torch.nn.functional.scaled_dot_product_attention = fastattn.scaled_dot_product_attention` runs an
-    unmodified model, in torch.autocast's dtype inside it. Differentiable in query, key, value and a floating attn_mask.
+    `torch.nn.functional.scaled_dot_product_attention = fastattn.scaled_dot_product_attention` makes an unmodified model use
+    fastattn. Inside torch.autocast it computes in autocast's dtype. Differentiable in query, key, value and a floating attn_mask.
 
     query: (..., Lq, D); key: (..., Lk, D); value: (..., Lk, Dv): one floating dtype and device, 2 or more
         dimensions, leading ones broadcast. Or all three jagged nested tensors (B, H, L of each sequence, D), as
@@ -36,11 +36,14 @@ def scaled_dot_product_attention(
     is_causal: query i attends keys up to i, the first query aligned with the first key, whatever the
         lengths. With an attn_mask, both apply.
     scale: default 1/sqrt(D).
-    enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads serves that many.
+    enable_gqa: dim -3 of key and value may be a divisor of query's; each of their heads then serves several query heads.
     backend: the backend to use, as for every op; torch's function has no such argument.
 
     Returns (..., Lq, Dv). A row that attends no key is 0, as in torch. Raises ValueError, TypeError or
     NotImplementedError naming the argument.
+
+    >>> q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 4, 9, 16)
+    >>> out = fastattn.scaled_dot_product_attention(q, k, k, attn_mask=torch.rand(7, 9) > 0.2)
     """
     op = "scaled_dot_product_attention"
     backend = requested(op, backend)
@@ -91,7 +94,7 @@ def scaled_dot_product_attention(
 
 
 def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The floating tensors in torch.autocast's dtype where it is on, as torch casts the arguments of its function."""
+    """The floating tensors in torch.autocast's dtype where it is enabled, as torch casts the arguments of its own function."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return list(tensors)
@@ -121,7 +124,9 @@ def _jagged(
                 f"(B, H, L of each sequence, D) without holes; {name} is not"
             )
     if attn_mask is not None:
-        raise NotImplementedError(f"fastattn.{op}: attn_mask is not served with nested tensors, is_causal is")
+        raise NotImplementedError(
+            f"fastattn.{op}: attn_mask is not served with nested tensors; only is_causal is"
+        )
     offsets_q, offsets_k, offsets_v = query.offsets(), key.offsets(), value.offsets()
     if offsets_k is not offsets_v and not torch.equal(offsets_k, offsets_v):
         raise ValueError(f"fastattn.{op}: key and value must have the same sequence lengths")
@@ -157,7 +162,7 @@ def _check_mask(op: str, mask: torch.Tensor, query: torch.Tensor) -> None:
 def _four_dims(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """q, k, v as (B, H, L, D), and the leading dims of the result that B and H stand for."""
+    """q, k, v as (B, H, L, D), and the leading dims of the result, which B and H stand for."""
     shared = 2
     if enable_gqa:
         for name, t in (("query", query), ("key", key), ("value", value)):
@@ -191,13 +196,13 @@ def _four_dims(
 
     leading = (*batch, query.shape[-3]) if enable_gqa else tuple(batch)
     q, k, v = expand(query), expand(key), expand(value)
-    if 0 in leading:  # nothing: an empty batch of one head
+    if 0 in leading:  # no elements: an empty batch of one head
         q, k, v = (t.reshape(0, 1, *t.shape[-2:]) for t in (q, k, v))
     return q, k, v, leading
 
 
 def _mask_four_dims(op: str, mask: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
-    """`mask`, broadcastable to `full` = (..., Lq, Lk), as at most (B, H, Lq, Lk) with every dim 1 or full."""
+    """`mask`, broadcastable to `full` = (..., Lq, Lk), with at most 4 dims, each of size 1 or full."""
     padded = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
     if mask.dim() > len(full) or not checks.broadcasts(padded, full):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the ops over a vocabulary share: cross-entropies of dense logits and heads of shared rows. Rows are (N, d) here; public
+"""Checks and gradients shared by the ops over a vocabulary, with dense logits or with codebooks. Rows are (N, d) here; public
 functions take (..., d)."""
 
 import torch
@@ -11,22 +11,22 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def inverse(temperature: float) -> float:
-    """1 / temperature among float32's normal numbers: one that is 0 or infinite makes NaN of an infinity or a 0."""
+    """1 / temperature, clamped to float32's normal numbers: a factor of 0 or infinity would turn an infinite or zero logit into NaN."""
     return min(max(1 / temperature, 2.0**-126), 2.0**126)
 
 
 def needed(*tensors: torch.Tensor | None) -> int:
-    """A bit for each tensor that wants a gradient of this call."""
+    """A bit mask of the tensors that need a gradient of this call."""
     if not torch.is_grad_enabled():
         return 0
     return sum(1 << i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
 
 
-# --- what is asked of arguments --------------------------------------------------------------------------------------
+# --- checks of arguments ---------------------------------------------------------------------------------------------
 
 
 def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) -> None:
-    """(..., d), floating, with d of 1 or more, and `columns` when given."""
+    """t is floating, (..., d), with d of 1 or more, or equal to `columns` when given."""
     checks.check_floating(op, **{name: t})
     if t.dim() < 1 or t.shape[-1] < 1:
         raise ValueError(
@@ -39,23 +39,25 @@ def check_rows(op: str, name: str, t: torch.Tensor, columns: int | None = None) 
 
 
 def check_matrix(op: str, name: str, t: torch.Tensor, rows: str) -> None:
-    """(rows, d), neither empty."""
+    """t is (rows, d), with neither size 0."""
     checks.check_tensor(op, name, t, dims=2)
     if t.shape[0] < 1 or t.shape[1] < 1:
-        raise ValueError(f"fastattn.{op}: {name} must be ({rows}, d), none 0, given {checks.describe(t)}")
+        raise ValueError(
+            f"fastattn.{op}: {name} must be ({rows}, d), both above 0, given {checks.describe(t)}"
+        )
 
 
 def check_wide(op: str, name: str, t: torch.Tensor, like: torch.Tensor) -> None:
-    """Of like's dtype or float32, which a low-precision op may take for a term that needs it."""
+    """t has the dtype of `like`; beside a 16-bit `like` it may also be float32, for terms that need the precision."""
     checks.check_tensor(op, name, t)
     if t.dtype != like.dtype and not (t.dtype == torch.float32 and like.dtype != torch.float64):
-        wanted = str(like.dtype).removeprefix("torch.")
-        allowed = wanted if like.dtype in (torch.float32, torch.float64) else f"{wanted} or float32"
+        dtype = str(like.dtype).removeprefix("torch.")
+        allowed = dtype if like.dtype in (torch.float32, torch.float64) else f"{dtype} or float32"
         raise TypeError(f"fastattn.{op}: {name} must be {allowed}, given {checks.describe(t)}")
 
 
 def check_target(op: str, target: torch.Tensor, shape: tuple[int, ...], ignore_index: int) -> None:
-    """Everything but the contents."""
+    """Checks all of target but its elements."""
     checks.check_integer(op, "target", target)
     checks.check_shape(op, "target", target, shape, "one class a row")
     if checks.as_integer(ignore_index) is None:
@@ -78,11 +80,11 @@ def check_by_token(op: str, name: str, t: torch.Tensor | None, shape: tuple[int,
 
 
 def check_wanted(op: str, name: str, wanted: int, tensors: tuple) -> None:
-    """Bits of the tensors whose gradients are asked for."""
-    there = sum(1 << i for i, t in enumerate(tensors) if t is not None)
-    if not 0 <= wanted < 1 << len(tensors) or wanted & ~there:
+    """`wanted` has bits only of tensors that are not None."""
+    allowed = sum(1 << i for i, t in enumerate(tensors) if t is not None)
+    if not 0 <= wanted < 1 << len(tensors) or wanted & ~allowed:
         raise ValueError(
-            f"fastattn.{op}: {name} must be a sum of bits of {there}, those of the tensors given, given {wanted}"
+            f"fastattn.{op}: {name} must have only bits of {allowed}, those of the tensors that are not None, given {wanted}"
         )
 
 
@@ -113,24 +115,26 @@ def gradients_like(tensors: tuple, wanted: int) -> tuple[torch.Tensor, ...]:
 
 
 def fake_statistics(rows: torch.Tensor, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """An empty loss, and what backward needs of each row beside it: (2, N), the largest logit and the sum of the weights,
-    of which the largest logit's is 1. A log-sum-exp of both would be rounded at the size of the logits."""
+    """An empty loss, and the statistics (2, N) that the backward needs: each row's largest logit, and the sum of its weights relative
+    to that logit's. Their log-sum-exp alone would be rounded at the logits' magnitude."""
     statistics = rows.new_empty(2, rows.shape[0], dtype=statistics_dtype(rows))
     return statistics.new_empty(rows.shape[:1] if reduction == "none" else ()), statistics
 
 
-def selected(found: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
+def selected(gradients: tuple[torch.Tensor | None, ...], wanted: int, like: torch.Tensor) -> tuple:
     """The gradients whose bit is set, (0,) for the others."""
-    return tuple(g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(found))
+    return tuple(
+        g if wanted >> i & 1 and g is not None else like.new_empty(0) for i, g in enumerate(gradients)
+    )
 
 
 def saved_or_recomputed(
-    wanted: int, found_before: int, grad: torch.Tensor, saved: tuple, recompute
+    wanted: int, saved_bits: int, grad: torch.Tensor, saved: tuple, recompute
 ) -> list[torch.Tensor | None]:
-    """Gradients of the inputs that want one: those found in the forward pass times `grad`, or recompute(wanted)."""
-    if wanted & ~found_before:
-        found = recompute(wanted)
+    """Gradients of the inputs whose bit is set: those that the forward saved, times `grad`, or else recompute(wanted)."""
+    if wanted & ~saved_bits:
+        gradients = recompute(wanted)
     else:
-        # a scalar `grad` leaves the dtype of s, and is not rounded to it first
-        found = [s * grad if wanted >> i & 1 else None for i, s in enumerate(saved)]
-    return [g if wanted >> i & 1 else None for i, g in enumerate(found)]
+        # a scalar `grad` does not change the dtype of s and is not rounded to it
+        gradients = [s * grad if wanted >> i & 1 else None for i, s in enumerate(saved)]
+    return [g if wanted >> i & 1 else None for i, g in enumerate(gradients)]

@@ -204,12 +204,12 @@ def test_memory_is_linear_in_the_length(peak_bytes):
         (
             lambda q: fa.attention(q, q, q, bias=fa.DistanceBias(torch.ones(3, 4), 0)),
             ValueError,
-            "a DistanceBias must have a table of q's dtype or float32 and of 2 heads or one, given",
+            "bias, a DistanceBias, must have a table of q's dtype or float32 with 2 heads or one, given",
         ),
         (
             lambda q: fa.attention(q, q, q, bias=fa.DistanceBias(torch.ones(2, 4).double(), 0)),
             ValueError,
-            "a DistanceBias must have a table of q's dtype or float32",
+            "bias, a DistanceBias, must have a table of q's dtype or float32",
         ),
         (lambda q: fa.bias.t5(torch.ones(2, 2), 3, 3), ValueError, "leave nothing to widen"),
         (lambda q: fa.bias.t5(torch.ones(32, 2), 3, 3, max_distance=4), ValueError, "leave nothing to widen"),
@@ -225,7 +225,7 @@ def test_wrong_sizes_reach_no_kernel():
 
     q = torch.ones(1, 2, 3, 4)
     for strip in (torch.ones(2, 4), torch.ones(3, 5), torch.ones(2, 5, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="a bias of each distance must be float32 of shape"):
+        with pytest.raises(ValueError, match="bias by distance must be float32 of shape"):
             torch.ops.fastattn.attention(q, q, q, strip, None, 0, 1.0, 0.0, None, 0, None, *NO_MASK_ARGS, "")
 
 

@@ -132,7 +132,7 @@ def _refused():
         "attention",
         (q, q, q, None, short, 0, 1.0, *plain, *mask),
         ValueError,
-        "sink must be float32 of q's 2 heads",
+        "sink must be float32 of shape",
     )
     yield (
         "attention",
@@ -150,7 +150,7 @@ def _refused():
         "attention",
         (q, q, q, *softmax, None, None, 1, rng, *mask),
         ValueError,
-        "rng must be int64 of two numbers",
+        "rng must be int64 of shape",
     )
     yield "attention", (q, q, q, *softmax, None, None, 1, None, *mask), TypeError, "rng must be a tensor"
     lengths = torch.tensor([4])

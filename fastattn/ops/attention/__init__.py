@@ -68,36 +68,39 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with a softmax, sigmoid or softplus score.
 
-    s_ij = scale * q_i.k_j + bias; softmax and softplus weights are divided by their row sum, sigmoid weights are not
-    ("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431). The options apply in this order: scale,
-    soft cap, bias, mask, sink, dropout.
+    s_ij = scale * q_i.k_j + bias and out_i = sum_j w_ij v_j. Softmax and softplus weights w are divided by their row sum, sigmoid
+    weights are not ("Attention Is All You Need", arXiv 1706.03762; "Theory, Analysis, and Best Practices for Sigmoid
+    Self-Attention", arXiv 2409.04431). The options apply in this order: scale, soft cap, bias, mask, sink, dropout.
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
-        (the fast backends copy only what has a strided last dim).
+        (the fast backends copy only tensors whose last dim is strided).
     score: "softmax", "sigmoid" or "softplus". Softplus is log(1 + e^s). A row whose softplus scores are all far below 0 gets
         softmax's weights, their limit, so that underflow never makes a weight 0.
-    scale: a number, default 1/sqrt(D), or a tensor of q's dtype or float32 broadcastable to (B, Hq, Lq, 1), with a gradient: a scale of
-        each query, as log-n scaling and the temperatures of Llama 4 have it. q is multiplied by it and rounded to q's dtype before
-        the scores are formed, as a model would do.
-    bias: added to the scaled scores: a number, a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk), or a `fastattn.DistanceBias`, a
-        table by distance (T5, ALiBi: `fastattn.bias`); tables and tensors may have a gradient. Default 0; for sigmoid
-        -log(n), n the number of keys of the row's sequence (its document when packed, less the mask's padding).
+    scale: a number, default 1/sqrt(D), or a tensor of q's dtype or float32 broadcastable to (B, Hq, Lq, 1), which may need a
+        gradient: one scale for each query, as in log-n scaling and Llama 4's temperatures. q is then multiplied by it and rounded
+        to q's dtype before the scores are formed, as a model would do.
+    bias: added to the scaled scores: a number, a tensor of q's dtype broadcastable to (B, Hq, Lq, Lk), or a `fastattn.DistanceBias`,
+        a table by distance (T5, ALiBi: `fastattn.bias`). Tensors and tables may need a gradient. Default 0; for sigmoid -log(n),
+        where n is the number of keys of the row's sequence (of its document when packed), without the mask's padding.
     mask: a fastattn.Mask. By default every query attends every key.
     softcap: a number c above 0: scaled products become c * tanh(product / c) before the bias ("Gemma 2", arXiv 2408.00118).
-    sink: for softmax only. A number or a tensor (Hq,) of q's dtype or float32, with a gradient: a score t that joins each row's
-        normaliser and has no value, weights e^s_ij / (e^t + sum_j e^s_ij) ("gpt-oss", arXiv 2508.10925). 0 is "softmax plus one",
-        -inf no sink. lse has it.
-    dropout_p: in [0, 1]. Each weight becomes 0 with this probability, rounded to a multiple of 1/65536 (of more than 0 to 1/65536
-        at least), and the others are divided by one less it, after the normalisation. lse is without dropout.
-    rng: what dropout draws from. An int64 tensor (2,) on q's device, seed and offset: the same one drops the same weights, which
-        depend on batch entry, head and the positions of query and key in the tensors, but on no device, backend, number of threads
-        or tile size (Philox 4x32-10). Or a torch.Generator of q's device, from which such numbers are drawn; by default that is
-        the device's own, which torch.manual_seed sets.
+    sink: for softmax only. A number or a tensor (Hq,) of q's dtype or float32, which may need a gradient: a score t that joins each
+        row's normaliser but has no value, so the weights are e^s_ij / (e^t + sum_j e^s_ij) ("gpt-oss", arXiv 2508.10925). 0 gives
+        "softmax plus one", -inf no sink. lse includes the sink.
+    dropout_p: in [0, 1], default 0. After the normalisation each weight becomes 0 with this probability, and the others are divided by
+        1 - dropout_p. The probability is rounded to a multiple of 1/65536, and a positive one to no less. lse is without dropout.
+    rng: the source of dropout's random numbers: an int64 tensor (2,) on q's device, seed and offset; or a torch.Generator of q's
+        device, from which these two are drawn. Default: the device's own generator, which torch.manual_seed sets. For one seed and
+        offset the same weights are dropped on every device and backend, with any number of threads and any tile size; they depend on
+        the batch entry, the head and the positions of query and key in the tensors (Philox 4x32-10).
     return_lse: also return the natural log-sum-exp of each row (log of the normaliser), (B, Hq, Lq), float32 (float64 for
         float64), differentiable. Not defined for sigmoid.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype. A row that attends no key gives 0, lse -inf (its sink, where there is one) and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype. A row that attends no key gives 0, lse -inf (with a sink, the sink) and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
+
+    >>> q, k, v = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    >>> out, lse = fastattn.attention(q, k, v, mask=fastattn.Mask(causal=True), return_lse=True)
     """
     op = "attention"
     if positional or other:
@@ -153,6 +156,9 @@ def sigmoid_attention(
     """Sigmoid attention: out_i = sum_j sigmoid(scale * q_i.k_j + bias) v_j (arXiv 2409.04431).
 
     `attention` with score="sigmoid": the same arguments, defaults and errors.
+
+    >>> q = torch.randn(1, 2, 7, 16)
+    >>> out = fastattn.sigmoid_attention(q, q, q, mask=fastattn.Mask(causal=True))
     """
     if positional or other:
         hints.refuse("sigmoid_attention", sigmoid_attention, positional, other)
@@ -160,23 +166,23 @@ def sigmoid_attention(
 
 
 def _scaled(op: str, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """q times a scale of each query: the gradient of the scale, g.q with g that of the product, needs no division."""
+    """q times one scale for each query. Its gradient, g.q for the product's gradient g, needs no division."""
     wide = statistics_dtype(q)
     if scale.dtype not in (q.dtype, wide) or scale.is_nested:
         given = _checks.describe(scale)
         dtypes = " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, wide)))
         raise TypeError(f"fastattn.{op}: scale must be a number or a tensor of {dtypes}, given {given}")
     _checks.check_same_device(op, q=q, scale=scale)
-    of_queries = (*q.shape[:3], 1)
-    if scale.dim() > 4 or not _checks.broadcasts((1,) * (4 - scale.dim()) + tuple(scale.shape), of_queries):
+    full = (*q.shape[:3], 1)
+    if scale.dim() > 4 or not _checks.broadcasts((1,) * (4 - scale.dim()) + tuple(scale.shape), full):
         raise ValueError(
-            f"fastattn.{op}: scale of shape {tuple(scale.shape)} does not broadcast to (B, Hq, Lq, 1) = {of_queries}"
+            f"fastattn.{op}: scale of shape {tuple(scale.shape)} does not broadcast to (B, Hq, Lq, 1) = {full}"
         )
     return (q * scale.to(wide)).to(q.dtype)
 
 
 def _dropped(op: str, dropout_p: float) -> int:
-    """How many of 65536 weights are dropped."""
+    """The number of weights, of 65536, that are dropped."""
     share = _checks.as_number(op, "dropout_p", dropout_p)
     if not 0 <= share <= 1:
         raise ValueError(f"fastattn.{op}: dropout_p must lie in [0, 1], given {dropout_p}")
@@ -184,7 +190,7 @@ def _dropped(op: str, dropout_p: float) -> int:
 
 
 def _rng(op: str, rng: torch.Tensor | torch.Generator | None, q: torch.Tensor) -> torch.Tensor:
-    """Seed and offset for one call, on q's device: nothing is read from it."""
+    """Seed and offset for one call, (2,) on q's device, without reading from the device."""
     if isinstance(rng, torch.Tensor):
         return rng
     if rng is not None and not isinstance(rng, torch.Generator):
@@ -202,7 +208,7 @@ def _bias(
     k: torch.Tensor,
     default: float | None,
 ) -> tuple[torch.Tensor | None, float | None]:
-    """(tensor bias as (B or 1, H or 1, Lq or 1, Lk or 1) or of each distance, number). A number of None means the score's own default."""
+    """(tensor bias, (B or 1, H or 1, Lq or 1, Lk or 1) or one value for each distance; number). A number of None means the score's default."""
     if bias is None:
         return None, default
     if isinstance(bias, DistanceBias):
@@ -213,7 +219,7 @@ def _bias(
         ):
             given = _checks.describe(bias.table)
             raise ValueError(
-                f"fastattn.{op}: a DistanceBias must have a table of q's dtype or float32 and of {q.shape[1]} heads or one, given {given}"
+                f"fastattn.{op}: bias, a DistanceBias, must have a table of q's dtype or float32 with {q.shape[1]} heads or one, given {given}"
             )
         return bias.values(q.shape[2], k.shape[2]), 0.0
     if not isinstance(bias, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What the ops of attention ask of their arguments, whoever calls them."""
+"""The checks of the attention ops' arguments, run for every caller."""
 
 import math
 
@@ -8,12 +8,12 @@ from ... import masks
 from ...runtime import checks, hints, native
 from .scores import BY_CODE, has_residual
 
-ALL_DROPPED = native.limits.dropped  # dropout keeps a weight by a number of 16 bits
-WANTS_BIAS, WANTS_SINK = 1, 2  # bits of `wanted`, the gradients that a backward is asked for
+ALL_DROPPED = native.limits.dropped  # dropout compares a number of 16 bits with `dropped` for every weight
+WANTS_BIAS, WANTS_SINK = 1, 2  # bits of `wanted`, the requested gradients of a backward
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """What a public function needs of q, k and v before its op checks the rest: tensors of four dimensions."""
+    """q, k and v are tensors of four dimensions, as a public function needs before its op checks everything else."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor) or t.dim() != 4:
             checks.check_tensor(op, name, t, dims=4)
@@ -32,11 +32,11 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
     ):
         batch, heads, _, head_dim = q.shape
         kv_batch, kv_heads, keys, key_dim = k.shape
-        of_v = v.shape
+        v_shape = v.shape
         if (
-            batch == kv_batch == of_v[0]
-            and kv_heads == of_v[1]
-            and keys == of_v[2]
+            batch == kv_batch == v_shape[0]
+            and kv_heads == v_shape[1]
+            and keys == v_shape[2]
             and head_dim == key_dim
             and kv_heads != 0
             and heads % kv_heads == 0
@@ -59,10 +59,10 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
 
 
 def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tuple[int, ...]) -> None:
-    """A backward's incoming gradient and what its forward kept: out, and `statistics`, which is called `name`."""
-    of_out = (*q.shape[:3], v.shape[3])
-    checks.check_exact(op, "grad_out", grad_out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
-    checks.check_exact(op, "out", out, of_out, q.dtype, q.device, "(B, Hq, Lq, Dv)")
+    """A backward's incoming gradient and the results of its forward: out, and `statistics`, which messages call `name`."""
+    out_shape = (*q.shape[:3], v.shape[3])
+    checks.check_exact(op, "grad_out", grad_out, out_shape, q.dtype, q.device, "(B, Hq, Lq, Dv)")
+    checks.check_exact(op, "out", out, out_shape, q.dtype, q.device, "(B, Hq, Lq, Dv)")
     checks.check_exact(
         op, name, statistics, shape, checks.statistics_dtype(q), q.device, "as the forward gives it"
     )
@@ -70,18 +70,18 @@ def check_results(op: str, grad_out, q, v, out, statistics, name: str, shape: tu
 
 def check_scale(op: str, scale: float) -> None:
     number = checks.as_number(op, "scale", scale, kind="a finite number")
-    if not -math.inf < number < math.inf:  # math.isfinite takes no symbol
+    if not -math.inf < number < math.inf:  # math.isfinite does not take a SymFloat
         raise TypeError(f"fastattn.{op}: scale must be a finite number, given {checks.describe(scale)}")
 
 
 def check_distances(op: str, bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-    """A bias of each distance, (Hq or 1, Lq + Lk - 1) of q's dtype or float32."""
+    """A bias with one value for each distance: (Hq or 1, Lq + Lk - 1), q's dtype or float32."""
     shape = (q.shape[1], max(q.shape[2] + k.shape[2] - 1, 0))
     dtypes = dict.fromkeys((q.dtype, checks.statistics_dtype(q)))
     if bias.dtype not in dtypes or bias.shape[1] != shape[1] or bias.shape[0] not in (1, shape[0]):
         allowed = " or ".join(str(t).removeprefix("torch.") for t in dtypes)
         raise ValueError(
-            f"fastattn.{op}: a bias of each distance must be {allowed} of shape (Hq or 1, Lq + Lk - 1) = {shape}, "
+            f"fastattn.{op}: bias by distance must be {allowed} of shape (Hq or 1, Lq + Lk - 1) = {shape}, "
             f"given {checks.describe(bias)}"
         )
     checks.check_same_device(op, q=q, bias=bias)
@@ -90,14 +90,14 @@ def check_distances(op: str, bias: torch.Tensor, q: torch.Tensor, k: torch.Tenso
 def _check_options(op: str, q, sink, score, softcap, dropped, rng) -> None:
     if sink is not None:
         if not BY_CODE[score].shifted:
-            raise ValueError(f"fastattn.{op}: sink goes with softmax, given score={BY_CODE[score].name!r}")
+            raise ValueError(f"fastattn.{op}: sink is for softmax only, given score={BY_CODE[score].name!r}")
         checks.check_tensor(op, "sink", sink, dims=1)
         if sink.shape[0] != q.shape[1] or sink.dtype not in (q.dtype, torch.float32):
             dtypes = " or ".join(
                 dict.fromkeys(str(t).removeprefix("torch.") for t in (q.dtype, torch.float32))
             )
             raise ValueError(
-                f"fastattn.{op}: sink must be {dtypes} of q's {q.shape[1]} heads, given {checks.describe(sink)}"
+                f"fastattn.{op}: sink must be {dtypes} of shape ({q.shape[1]},), one for each head of q, given {checks.describe(sink)}"
             )
         checks.check_same_device(op, q=q, sink=sink)
     if softcap is not None and not 0 < softcap < math.inf:
@@ -107,7 +107,9 @@ def _check_options(op: str, q, sink, score, softcap, dropped, rng) -> None:
     if dropped:
         checks.check_tensor(op, "rng", rng, dims=1)
         if rng.shape[0] != 2 or rng.dtype != torch.int64:
-            raise ValueError(f"fastattn.{op}: rng must be int64 of two numbers, given {checks.describe(rng)}")
+            raise ValueError(
+                f"fastattn.{op}: rng must be int64 of shape (2,), seed and offset, given {checks.describe(rng)}"
+            )
         checks.check_same_device(op, q=q, rng=rng)
 
 
@@ -140,10 +142,10 @@ def check_attention_backward(
     check_results(op, grad_out, q, v, out, lse, "lse", shape)
     dtype = checks.statistics_dtype(q)
     checks.check_exact(op, "state", state, state_shape, dtype, q.device, "as the forward gives it")
-    of_out = out.shape if has_residual(q.dtype, score) else (0,)
-    checks.check_exact(op, "residual", residual, of_out, q.dtype, q.device, "as the forward gives it")
+    residual_shape = out.shape if has_residual(q.dtype, score) else (0,)
+    checks.check_exact(op, "residual", residual, residual_shape, q.dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
     for bit, (name, t) in enumerate((("bias", bias), ("sink", sink))):
         if wanted >> bit & 1 and t is None:
-            raise ValueError(f"fastattn.{op}: wanted asks for the gradient of {name}, given None")
+            raise ValueError(f"fastattn.{op}: wanted requests the gradient of {name}, given {name}=None")

@@ -14,44 +14,44 @@ from .cpu_bias import BiasGradient
 from .scores import BY_CODE, has_residual
 
 _LARGEST_HEAD_DIM = native.limits.head_dim
-_LEAST_CAP, _MOST_CAP = 1e-30, 1e30  # a quotient by it stays a float32
-_LEAST_CLASSED_ROWS = 32  # of a mask: below, classing its tiles costs what it could save
+_LEAST_CAP, _MOST_CAP = 1e-30, 1e30  # quotients by it stay within float32
+_LEAST_CLASSED_ROWS = 32  # with fewer queries, classifying a mask's tiles takes as long as it could save
 
 
 def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why no CPU kernel of attention, of whatever kind, can serve q, k and v, or None."""
+    """Why no CPU kernel of any attention op can serve q, k and v, or None."""
     if q.dtype not in native.FAST_DTYPES:
         return native.unserved_dtype(q)
-    for what, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
+    for label, size in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
         if not 1 <= size <= _LARGEST_HEAD_DIM:
-            return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {what} of {size}"
+            return f"it serves head dims from 1 to {_LARGEST_HEAD_DIM}, not a {label} of {size}"
     if max(q.shape[2], k.shape[2]) > native.limits.length:
         return f"it serves lengths up to {native.limits.length}"
     return None
 
 
 def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _tuning.Choice:
-    """The configuration of a kernel of attention, of whatever kind; `structural`: what its key has besides."""
+    """The configuration of the kernel of any attention op; `structural`: the further fields of its key."""
     return _lookup(name, q.dtype, q.shape, k.shape, v.shape, *structural.items())
 
 
 @_tuning.remembered
-def _lookup(name, dtype, of_q, of_k, of_v, *structural) -> _tuning.Choice:
+def _lookup(name, dtype, q_shape, k_shape, v_shape, *structural) -> _tuning.Choice:
     return _tuning.lookup(
         name,
         "cpu",
         structural={
             "dtype": str(dtype).removeprefix("torch."),
             **dict(structural),
-            "head_dim": of_q[3],
-            "value_dim": of_v[3],
+            "head_dim": q_shape[3],
+            "value_dim": v_shape[3],
         },
         sizes={
-            "batch": of_q[0],
-            "heads": of_q[1],
-            "kv_heads": of_k[1],
-            "q_length": of_q[2],
-            "k_length": of_k[2],
+            "batch": q_shape[0],
+            "heads": q_shape[1],
+            "kv_heads": k_shape[1],
+            "q_length": q_shape[2],
+            "k_length": k_shape[2],
         },
         device="cpu",
     )
@@ -66,8 +66,10 @@ def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng
     return unserved(q, k, v)
 
 
-def refusal_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest) -> str | None:
-    return refusal(q, k, v, bias, sink, *rest[:-1])
+def refusal_backward(
+    grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *options
+) -> str | None:
+    return refusal(q, k, v, bias, sink, *options[:-1])
 
 
 def configure(q, k, v, bias, sink, score, *_) -> _tuning.Choice:
@@ -92,7 +94,7 @@ def plane(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None
 def tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
     """u8 (B or 1, H or 1, tiles, tiles) of a (B or 1, H or 1, Lq, Lk) mask or bias: 0 empty, 1 full, 2 mixed.
 
-    Found anew in every call: a compiler, numpy or `.data` writes to a mask's memory and nothing tells so.
+    Computed in every call, not cached: writes to a mask by a compiler, by numpy or through `.data` cannot be noticed.
     """
     block_q, block_k = config["block_q"], config["block_k"]
     tiles = (-(-mask.shape[2] // block_q), -(-mask.shape[3] // block_k))
@@ -108,22 +110,22 @@ def tile_classes(mask: torch.Tensor, config: Mapping[str, int]) -> torch.Tensor:
     return classes
 
 
-def _side_by_side(indices: torch.Tensor | None) -> torch.Tensor | None:
+def _contiguous(indices: torch.Tensor | None) -> torch.Tensor | None:
     return None if indices is None else indices.contiguous()
 
 
 def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
-    """The mask's fields of a kernel's parameters, None or missing where the struct's own default says the same."""
+    """The mask as fields of a kernel's parameters; None or missing where it equals the struct's default."""
     if mask is NO_MASK_ARGS:
         return {}
     return {
         "causal": int(mask.causal) or None,
         "window_left": None if mask.window_left < 0 else mask.window_left,
         "window_right": None if mask.window_right < 0 else mask.window_right,
-        "prefix_lengths": _side_by_side(mask.prefix_lengths),
-        "cu_seqlens_q": _side_by_side(mask.cu_seqlens_q),
-        "cu_seqlens_k": _side_by_side(mask.cu_seqlens_k),
-        "key_lengths": _side_by_side(mask.key_lengths),
+        "prefix_lengths": _contiguous(mask.prefix_lengths),
+        "cu_seqlens_q": _contiguous(mask.cu_seqlens_q),
+        "cu_seqlens_k": _contiguous(mask.cu_seqlens_k),
+        "key_lengths": _contiguous(mask.key_lengths),
         "dense": plane(mask.dense, (*q.shape[:3], k.shape[2])),
     }
 
@@ -152,11 +154,11 @@ def _call(
         bias = None
     bias = plane(bias, (*q.shape[:3], k.shape[2]))
     by_element = bias if mask.dense is None else fields["dense"]
-    few = q.shape[2] < _LEAST_CLASSED_ROWS
-    # tiles of packed documents start at each document, not where the mask's would
-    if by_element is not None and mask.cu_seqlens_q is None and by_element.numel() and not few:
-        once = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
-        classes = tile_classes(once, config.values)
+    few_rows = q.shape[2] < _LEAST_CLASSED_ROWS
+    # packed documents start their tiles anew, so that these are not the mask's tiles
+    if by_element is not None and mask.cu_seqlens_q is None and by_element.numel() and not few_rows:
+        unexpanded = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
+        classes = tile_classes(unexpanded, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
     native.run(
         name,
@@ -184,15 +186,15 @@ def attention(*members):
 
 
 def outputs(reads: int, q: torch.Tensor, v: torch.Tensor, score: int) -> tuple[list[torch.Tensor], dict]:
-    """(out, lse, state and residual, or the first `reads` of them; those that a kernel fills, by its fields)."""
+    """([out, lse, state, residual] or the first `reads` of them, {field: the output that a kernel fills})."""
     if v.shape[3] == q.shape[3]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         out = q.new_empty(*q.shape[:3], v.shape[3])
     results, filled = [out], {"out": out}
-    for name, of_row in (("lse", ()), ("state", (2,)))[: min(reads, 3) - 1]:
+    for name, row_shape in (("lse", ()), ("state", (2,)))[: min(reads, 3) - 1]:
         if BY_CODE[score].normalised:
-            filled[name] = q.new_empty((*q.shape[:3], *of_row), dtype=torch.float32)
+            filled[name] = q.new_empty((*q.shape[:3], *row_shape), dtype=torch.float32)
             results.append(filled[name])
         else:
             results.append(q.new_empty(0, dtype=torch.float32))
@@ -214,9 +216,9 @@ def attention_leading(reads, q, k, v, bias, sink, score, *options):
 
 
 def gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows: int) -> dict:
-    """A backward's fields of what its forward gave and of gradients, to be filled in, of a normalised score.
+    """A backward's fields for a normalised score: the forward's results, the incoming gradients, and the gradients to fill.
 
-    decode_rows: the forward's. What it decoded has products of other roundings than tiles have.
+    decode_rows: the forward's. Its decoding kernel rounds products in another way than its tiles do.
     """
     grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return {
@@ -231,17 +233,17 @@ def gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, deco
     }
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, *rest):
-    *options, wanted = rest
+def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, score, *remaining):
+    *options, wanted = remaining
     decode_rows = configure(q, k, v, bias, sink, score).values["decode_rows"]
     fields = gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows)
     if not BY_CODE[score].normalised:
         fields |= {"lse": None, "state": None, "grad_lse": None}
-    of_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
+    sink_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
     config = lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
-    of_bias = BiasGradient(q, k, bias, config.values) if wanted & WANTS_BIAS else None
-    fields |= {"grad_sink": of_rows} | ({} if of_bias is None else of_bias.fields)
+    bias_sums = BiasGradient(q, k, bias, config.values) if wanted & WANTS_BIAS else None
+    fields |= {"grad_sink": sink_rows} | ({} if bias_sums is None else bias_sums.fields)
     _call("attention_backward", config, q, k, v, bias, sink, score, *options, **fields)
-    grad_bias = q.new_empty(0) if of_bias is None else of_bias.gradient()
-    grad_sink = q.new_empty(0) if of_rows is None else of_rows.double().sum((0, 2)).to(sink.dtype)
+    grad_bias = q.new_empty(0) if bias_sums is None else bias_sums.gradient()
+    grad_sink = q.new_empty(0) if sink_rows is None else sink_rows.double().sum((0, 2)).to(sink.dtype)
     return fields["grad_q"], fields["grad_k"], fields["grad_v"], grad_bias, grad_sink

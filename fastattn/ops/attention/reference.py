@@ -9,8 +9,8 @@ from ...runtime.arithmetic import residual_of, widened
 from .checks import ALL_DROPPED
 from .scores import BY_CODE, has_residual
 
-# below it e^s is log(1 + e^s) to a factor of 1 - e^-38 / 2, closer than float64's roundings; not much above it, as float32's
-# subnormals take digits from weights that are small beside a row's others
+# below this score e^s equals log(1 + e^s) within float64's rounding (a factor of 1 - e^-38 / 2). It is not much higher: float32's
+# subnormals would lose digits of weights that are small beside a row's others
 LIMIT_SCORE = -38.0
 
 
@@ -20,7 +20,7 @@ _WORD = (1 << 32) - 1
 def attention(*members) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), or (0,) for a score without a normaliser, state, residual).
 
-    Its backward computes the weights anew: state and residual are those of the schema, with maxima of scores.
+    Its backward recomputes the weights. state and residual are as in the schema; the maxima in state are those of scores.
     """
     q, score = members[0], members[5]
     out, *statistics = _attention(*(widened(a) if isinstance(a, torch.Tensor) else a for a in members))
@@ -50,7 +50,7 @@ def _attention(
         s = softcap * _tanh(s / softcap)
     if bias is not None:
         s = s + (bias if bias.dim() == 4 else of_pairs(bias, lq, lk, mask).to(s.dtype))
-    common = 0.0  # what is added to all of a row's scores alike: the weights of softmax do not have it
+    common = 0.0  # a constant added to all scores of a row: it cancels in softmax's weights
     if bias_value is not None and row.shifted and math.isfinite(bias_value):
         common = bias_value
     elif bias_value is not None:
@@ -66,9 +66,9 @@ def _attention(
     wide = (s if s.dtype == torch.float64 else s.float()).masked_fill(~allowed, -torch.inf)
     top = wide.detach().amax(-1, keepdim=True) if lk else wide.new_zeros(*wide.shape[:-1], 1)
     if not row.shifted:
-        # of weights that may all underflow, the exponentials they tend to
+        # rows whose weights may all underflow use the exponentials that the weights tend to
         top = top.masked_fill(top >= LIMIT_SCORE, -torch.inf)
-    shifted = top != -torch.inf  # a NaN is, and stays one
+    shifted = top != -torch.inf  # true for NaN, which stays NaN
     weight = torch.exp((wide - top).masked_fill(~shifted, -torch.inf))
     if not row.shifted:
         plain = row.weight(s).masked_fill(~allowed, 0.0).to(wide.dtype)
@@ -80,8 +80,8 @@ def _attention(
     weight, state = weight / total, row_state(top, total, nothing)
     if sink is not None:
         lse, share = with_sink(lse, sink.to(lse.dtype)[None, :, None])
-        # the value of that product, with the gradient of exp(s - lse): the product's own is two terms that nearly cancel where
-        # the sink takes nearly all
+        # the value of weight * share with the gradient of exp(s - lse): the product's own gradient has two terms that nearly cancel
+        # where the sink takes nearly all of the weight
         change = wide.masked_fill(~allowed | wide.isinf(), 0.0) - lse.masked_fill(lse.isinf(), 0.0)[..., None]
         weight = (weight * share[..., None]).detach() * torch.exp(change - change.detach())
         state[..., 1] -= share.detach().log()
@@ -90,27 +90,27 @@ def _attention(
 
 
 def of_pairs(bias: torch.Tensor, lq: int, lk: int, mask: masks.MaskArgs) -> torch.Tensor:
-    """A bias of each distance (Hq or 1, Lq + Lk - 1) as (B or 1, Hq or 1, Lq, Lk): that of key j for row i at j - diagonal + Lk - 1,
-    the diagonal as a causal mask has it, in their document when packed."""
+    """A bias by distance (Hq or 1, Lq + Lk - 1) as (B or 1, Hq or 1, Lq, Lk): row i and key j get the value at index
+    j - diagonal(i) + Lk - 1. The diagonal is a causal mask's; in packed documents it and j count from the document's start."""
     _, i = masks.positions(mask.cu_seqlens_q, lq, bias.device)
     _, j = masks.positions(mask.cu_seqlens_k, lk, bias.device)
     diagonal = i + masks.diagonal_offset(lq, lk, bias.device, mask)  # (B or 1, Lq)
-    place = j - diagonal[..., None] + lk - 1
-    # pairs of two documents are beyond, and nobody's
-    return bias[:, place.clamp(0, max(bias.shape[1] - 1, 0))].movedim(0, 1)
+    index = j - diagonal[..., None] + lk - 1
+    # pairs of different documents lie outside of the table; the mask excludes them
+    return bias[:, index.clamp(0, max(bias.shape[1] - 1, 0))].movedim(0, 1)
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:
-    """tanh whose gradient keeps its digits far from 0, where that of torch.tanh, 1 - y * y, has none left."""
+    """tanh with a gradient that is accurate far from 0, where torch.tanh's, 1 - y * y, cancels."""
     sign = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
     e = torch.exp(-2 * x * sign)
     return torch.where(x.abs() < 0.6, torch.tanh(x), sign * (1 - 2 * (e / (1 + e))))
 
 
 def with_sink(lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the log-sum-exp of a row's scores and its sink, the share of the weights that is left to the keys)."""
+    """(the log-sum-exp of a row's scores and its sink, the part of the weight that remains for the keys)."""
     empty = lse == -torch.inf
-    # a sigmoid's own gradient forms 1 - y, which leaves nothing of a far sink's share
+    # not by torch.sigmoid, whose gradient forms 1 - y and cancels where the sink is far above
     share = torch.nn.functional.logsigmoid(lse.masked_fill(empty, 0.0) - sink).exp()
     # not by logaddexp, whose gradient is NaN where both are -inf
     low, high = torch.minimum(lse, sink), torch.maximum(lse, sink)
@@ -119,7 +119,7 @@ def with_sink(lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def dropout(weight: torch.Tensor, dropped: int, rng: torch.Tensor | None) -> torch.Tensor:
-    """The weights (B, H, Lq, Lk) that `kept` keeps, scaled up by the share of them; the others become 0."""
+    """The weights (B, H, Lq, Lk) that `kept` selects, divided by the probability to be kept; the others become 0."""
     if not dropped:
         return weight
     scale = ALL_DROPPED / (ALL_DROPPED - dropped) if dropped < ALL_DROPPED else 0.0
@@ -127,8 +127,9 @@ def dropout(weight: torch.Tensor, dropped: int, rng: torch.Tensor | None) -> tor
 
 
 def kept(shape: torch.Size, dropped: int, rng: torch.Tensor) -> torch.Tensor:
-    """bool (B, H, Lq, Lk): the weights that dropout keeps. `philox` draws eight numbers of 16 bits for keys 8g to 8g + 7 of a row, of counter (g, row, batch * H + head, lower half of the offset) and key (lower half of the seed,
-    its upper half xor the offset's); key 8g + t has the lower half of word t & 3 for t < 4, else the upper half."""
+    """bool (B, H, Lq, Lk): the weights that dropout keeps. For keys 8g to 8g + 7 of a row `philox` draws eight numbers of 16 bits. Its
+    counter is (g, row, batch * H + head, lower half of the offset); its key is (lower half of the seed, upper half of the seed xor
+    that of the offset). Key 8g + t takes the lower half of word t & 3 for t < 4, else the upper half."""
     batch, heads, rows, keys = shape
     groups = -(-keys // 8)
     seed, offset = rng.unbind()
@@ -142,7 +143,7 @@ def kept(shape: torch.Size, dropped: int, rng: torch.Tensor) -> torch.Tensor:
 
 
 def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Four words of 32 bits, in int64, by Philox 4x32 of ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    """Four words of 32 bits, held in int64, by ten rounds of Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
     2011)."""
     for _ in range(10):
         a, b, c, d = counter
@@ -157,7 +158,7 @@ def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.T
 
 
 def _upper_half(a: torch.Tensor, b: int) -> torch.Tensor:
-    """Of a product of 64 bits, of which int64 has the lower ones."""
+    """The upper 32 bits of the unsigned 64-bit product of a and b, which would overflow int64."""
     return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
 
 

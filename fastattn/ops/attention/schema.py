@@ -1,13 +1,14 @@
 """The declaration of attention: torch.ops.fastattn.attention and attention_backward.
 
-Besides out and lse the forward returns state, from which the backward finds softmax weights that a float32 lse has no bits for:
-each row's maximum, of the products q.k times the scale's sign, or with a tensor bias of the scores; and the logarithm of its sum
-of weights relative to it, infinite for a row with nothing to attend to. Of softplus it is (-inf, lse), and in rows whose weights
-may all underflow, where they are softmax's, as of that. With a sink, lse and state have it in their sums.
+Besides out and lse the forward returns state (B, Hq, Lq, 2). From it the backward computes softmax weights more precisely than a
+float32 lse allows. state[..., 0] is the row's maximum: of the products q.k times the scale's sign, or of the scores if there is a
+tensor bias. state[..., 1] is the logarithm of the row's sum of weights relative to that maximum; it is infinite for a row that
+attends no key. For softplus the two are (-inf, lse), except in rows whose weights may all underflow: these have softmax's weights
+and softmax's state. A sink is included in lse and state.
 
-residual is what rounding took from an output of 16 bits, in its dtype: the backward's dO.O is of both, so that saturated weights
-have gradients as exact as their other products (specification: an exact delta). Absent (0,) for float32 and float64, and for scores
-without a normaliser, whose backward needs no output.
+residual is the rounding error of a 16-bit output, in the output's dtype. The backward computes dO.O from both, so that saturated
+weights have gradients as exact as their other products (specification: an exact delta). It is (0,) for float32 and float64, and for
+scores without a normaliser, whose backward does not read the output.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,21 +33,20 @@ class Call(NamedTuple):
     q: torch.Tensor  # (B, Hq, Lq, D)
     k: torch.Tensor  # (B, Hkv, Lk, D)
     v: torch.Tensor  # (B, Hkv, Lk, Dv)
-    bias: (
-        torch.Tensor | None
-    )  # (B or 1, Hq or 1, Lq or 1, Lk or 1), or of each distance (Hq or 1, Lq + Lk - 1): reference.of_pairs
+    # (B or 1, Hq or 1, Lq or 1, Lk or 1), or by distance (Hq or 1, Lq + Lk - 1): reference.of_pairs
+    bias: torch.Tensor | None
     sink: torch.Tensor | None  # (Hq,) of q's dtype or float32
     score: int  # a code of scores.py
     scale: float
     bias_value: float | None  # None: the score's own default
     softcap: float | None
-    dropped: int  # of 65536 weights
-    rng: torch.Tensor | None  # (2,) int64, seed and offset of what is dropped
+    dropped: int  # this many of 65536 weights
+    rng: torch.Tensor | None  # (2,) int64, seed and offset of dropout's random numbers
     mask: MaskArgs
 
 
 def _fake(q, k, v, bias, sink, score, *_):
-    """out; lse (B, Hq, Lq) and state (B, Hq, Lq, 2), each (0,) for a score without a normaliser; residual, of out's shape or (0,)."""
+    """out; lse (B, Hq, Lq) and state (B, Hq, Lq, 2), both (0,) for a score without a normaliser; residual, of out's shape or (0,)."""
     dtype, rows = statistics_dtype(q), tuple(q.shape[:3])
     lse, state = (rows, (*rows, 2)) if BY_CODE[score].normalised else ((0,), (0,))
     out = q.new_empty(*rows, v.shape[3])

@@ -17,7 +17,7 @@ class Score:
     """code: its number in schemas and kernels. weight: s -> unnormalised weight (softmax subtracts the row maximum itself).
     normalised: weights are divided by their row sum, and a log-sum-exp exists.
     log_n_bias: the default bias is -log(keys of the row's sequence) instead of 0.
-    shifted: kernels take the row maximum off s before the weight, which would overflow otherwise.
+    shifted: kernels subtract the row maximum from s first, because the weight would overflow otherwise.
     """
 
     name: str
@@ -45,7 +45,7 @@ SCORES: dict[str, Score] = {
 
 
 def has_residual(dtype: torch.dtype, code: int) -> bool:
-    """Whether attention keeps what rounding took from its output: the backward reads the output, and it has 16 bits."""
+    """Whether attention keeps the rounding error of its output: if the output has 16 bits and the backward reads it."""
     return dtype in (torch.bfloat16, torch.float16) and BY_CODE[code].normalised
 
 

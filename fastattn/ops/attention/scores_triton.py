@@ -1,7 +1,7 @@
 """The score table's Triton column: for each score its weight and the weight's derivative, in base 2.
 
-Kernels hand over s2 = s * log2(e), so that an exponential is one instruction. For softmax s2 has the row maximum (forward) or
-the log-sum-exp (backward) taken off, so that its weight is at most 1.
+Kernels pass s2 = s * log2(e), so that an exponential is one instruction. For softmax the row maximum (forward) or the log-sum-exp
+(backward) is already subtracted, so that the weight is at most 1.
 """
 
 import triton

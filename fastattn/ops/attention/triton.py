@@ -1,4 +1,4 @@
-"""Tiled attention in Triton: the forward kernel and its launch. One launch serves every mask, packed PrefixLM included."""
+"""Tiled attention in Triton: the forward kernel and its launch. One kernel serves every mask, also packed PrefixLM."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from ...runtime.triton import load_tile, offset, pairs, rows
 from . import triton_decode
 from .triton_classes import tile_classes
 from .triton_options import drawn_rows
-from .triton_problem import Problem, refusal  # noqa: F401  the latter is what the schema asks
+from .triton_problem import Problem, refusal  # noqa: F401  schema.py takes refusal from here
 from .triton_tiles import (
     Attended,
     attend,

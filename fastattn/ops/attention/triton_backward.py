@@ -1,4 +1,5 @@
-"""Backward of tiled attention in Triton: dK and dV with keys outside, dQ with queries outside. No atomics, so repeatable."""
+"""Backward of tiled attention in Triton. One kernel computes dK and dV of a tile of keys, another dQ of a tile of queries. There are no
+atomics, so results are repeatable."""
 
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from ...runtime.triton import Line, dot, offset, pairs, rows
 from .checks import WANTS_BIAS, WANTS_SINK
 from .triton_bias import bias_gradient
 from .triton_classes import tile_classes
-from .triton_gradients import (  # noqa: F401  other ops have the first two, and the third, from here
+from .triton_gradients import (  # noqa: F401  other ops import some of these from here
     along_columns,
     along_rows,
     score_gradient,
@@ -48,7 +49,7 @@ from .triton_tiles import (
 def _attention_delta_kernel(
     g, out, residual, grad_lse, delta, heads, length_q, count, V_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
-    """delta_i = dO_i.O_i - dlse_i over rows of (B, H, Lq), O with the residual of its rounding where there is one."""
+    """delta_i = dO_i.O_i - dlse_i for rows of (B, H, Lq). O includes the residual of its rounding if there is one."""
     rows = offset(tl.program_id(0), ROWS) + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_DV)
     inside = rows < count
@@ -68,25 +69,25 @@ def _attention_delta_kernel(
 
 
 class _QueryGradient(NamedTuple):
-    """What a query tile's gradient is formed from."""
+    """The operands of a query tile's gradient."""
 
     q_tile: tl.tensor  # (M, D)
     g_tile: tl.tensor  # (M, Dv)
     statistics: tl.tuple
     k: Line
     v: Line
-    bias: Line  # of each row (M,), or None
-    dense: Line
+    bias: Line  # one line a row (M,), or None
+    dense: Line  # likewise
     begin: tl.tensor  # (M,) interval of keys
     end: tl.tensor
-    count: tl.tensor  # of keys
+    count: tl.tensor  # number of keys
     factors: Factors
     drawn: Drawn  # or None
 
 
 @triton.jit
 def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of keys added to a query tile's gradient (M, D)."""
+    """Add one tile of keys to a query tile's gradient (M, D)."""
     begin, end, count = operands.begin, operands.end, operands.count
     first = tile * META.block_n
     keys = first + tl.arange(0, META.block_n)
@@ -142,7 +143,7 @@ def _attention_backward_q_kernel(
 
 
 class _KeyGradients(NamedTuple):
-    """What a key tile's gradients are formed from, of one head of queries."""
+    """The operands of a key tile's gradients, for one head of queries."""
 
     k_tile: tl.tensor  # (N, D)
     v_tile: tl.tensor  # (N, Dv)
@@ -150,20 +151,20 @@ class _KeyGradients(NamedTuple):
     g: Line
     state: tl.tensor
     delta: tl.tensor
-    bias: Line  # of each key (N,), or None
-    dense: Line
+    bias: Line  # one line a key (N,), or None
+    dense: Line  # likewise
     begin: tl.tensor  # (N,) interval of queries
     end: tl.tensor
-    count: tl.tensor  # of queries
+    count: tl.tensor  # number of queries
     factors: Factors
-    drawn: Drawn  # of the queries, counted from the tile's first one on; or None
+    drawn: Drawn  # for the queries, counted from the tile's first one; or None
 
 
 @triton.jit
 def _key_tile_gradients(
     gradients, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr
 ):
-    """One tile of queries added to a key tile's gradients (N, D) and (N, Dv)."""
+    """Add one tile of queries to a key tile's gradients (N, D) and (N, Dv)."""
     dk, dv = gradients
     end, count = operands.end, operands.count
     first = tile * META.block_m
@@ -192,11 +193,11 @@ def _key_tile_gradients(
 
 @triton.jit
 def _query_passes(first, extent, dense, META: tl.constexpr):
-    """The tiles of queries that attend a tile of keys; under a dense mask none counts as full."""
+    """The tiles of queries that attend a tile of keys. Under a dense mask no tile counts as full."""
     last = tl.minimum(first + META.block_n, extent.keys) - 1
     first_begin, first_end = query_interval(first, extent, META.causal)
     last_begin, last_end = query_interval(last, extent, META.causal)
-    # The last key attended ends its queries, which padding keys after it do not have.
+    # Padding keys are attended by no query, so take the end of the last key that is not padding.
     _, valid_end = query_interval(tl.minimum(last, extent.key_length - 1), extent, META.causal)
     begin = first_begin // META.block_m
     end = tl.where(first < extent.key_length, tl.maximum(tl.cdiv(valid_end, META.block_m), begin), begin)
@@ -293,7 +294,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     if p.score.normalised:
         delta = row_products(p, grad_out, out, grad_lse, residual if residual.numel() else None)
     dsink = q.new_empty(0)
-    if wants_sink:  # its score has the value 0
+    if wants_sink:  # the sink's value is 0, so its dO.v is 0
         dsink = (torch.exp(p.sink[None, :, None] - lse) * -delta).sum((0, 2)).to(sink.dtype)
     dq, dk, dv = (p.output(*t.shape) for t in (q, k, v))
     if dk.numel() == 0 or dq.numel() == 0:

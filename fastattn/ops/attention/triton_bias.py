@@ -1,4 +1,4 @@
-"""The gradient of a tensor bias in Triton: a program owns one tile of it and goes over the batch entries and heads that share it."""
+"""The gradient of a tensor bias in Triton: a program computes one tile of it, summed over the batch entries and heads that share it."""
 
 import torch
 import triton
@@ -28,7 +28,8 @@ def _attention_backward_bias_kernel(
     q, k, v, bias, dense, drop, g, state, delta, dbias, mask, heads, plane_heads, sharing, sharing_heads, tiles, key_tiles,
     length_q, length_k, factors, SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    """dS summed over what shares a tile of the bias, and where META says so over the tile's rows or keys: those sums are of one tile."""
+    """dS summed over the batch entries and heads that share a tile of the bias, and over the tile's rows (META.sum_rows) or keys
+    (META.sum_keys); the host adds these tile sums up."""
     program = tl.program_id(0)
     key_tile, tile = program % key_tiles, (program // key_tiles) % tiles
     plane = program // key_tiles // tiles
@@ -44,7 +45,7 @@ def _attention_backward_bias_kernel(
         start_q, start_k, extent = sequence(document, mask, length_q, length_k)
         row, begin, end, edges = query_intervals(first, extent, META)
         count = extent.key_length
-        # neither end of an interval decreases with the row
+        # the ends of the intervals do not decrease from row to row
         met = (edges.last_end > first_key) & (edges.first_begin < first_key + META.block_n)
         if (first < extent.queries) & met:
             kv_head = head // META.group
@@ -91,10 +92,10 @@ def _attention_backward_bias_kernel(
 
 
 def bias_gradient(p: Problem, bias: torch.Tensor, config, grad_lse, **more) -> torch.Tensor:
-    """The gradient of `bias` (B or 1, Hq or 1, Lq or 1, Lk or 1), rounded once. more: what the other kernels are given too."""
+    """The gradient of `bias` (B or 1, Hq or 1, Lq or 1, Lk or 1), rounded once. more: values that the other backward kernels take too."""
     sum_rows, sum_keys = bias.shape[2] == 1 and p.length_q > 1, bias.shape[3] == 1
     if sum_keys and p.score.shifted and p.sink is None:
-        # the weights of a row add up to 1, so that its dS adds up to dlse
+        # the weights of a row sum to 1, so its dS sums to dlse
         if grad_lse is None:
             return torch.zeros_like(bias, memory_format=torch.contiguous_format)
         return grad_lse.double()[..., None].sum_to_size(bias.shape).to(bias.dtype)
@@ -104,7 +105,7 @@ def bias_gradient(p: Problem, bias: torch.Tensor, config, grad_lse, **more) -> t
     planes = 1 if shared_batch else p.sequences
     plane_heads = 1 if shared_heads else p.heads
     sharing_heads = p.heads if shared_heads else 1
-    # documents have rows and keys of their own: only sums over both need a place for each
+    # documents have disjoint rows and keys: only sums over both need a slot for each document
     one_slot = p.packed and not (sum_rows and sum_keys)
     slots = planes if p.packed and not one_slot else bias.shape[0]
     shape = (slots, plane_heads, tiles if sum_rows else p.length_q, key_tiles if sum_keys else p.length_k)

@@ -1,6 +1,6 @@
-"""Classes of a dense mask's tiles, so that kernels skip the empty ones: one launch, in every call.
+"""Classes of a dense mask's tiles, so that kernels skip the empty ones: one launch in every call.
 
-Nothing is kept: a compiler, a replayed graph or `.data` writes to a mask's memory and nothing tells so.
+They are not cached: writes to a mask by a compiler, by a replayed graph or through `.data` cannot be noticed.
 """
 
 import torch
@@ -31,9 +31,9 @@ def _tile_classes_kernel(
 
 
 def tile_classes(problem, block_m: int, block_n: int) -> torch.Tensor | None:
-    """(B, H, query tiles, key tiles) uint8, 0 where a tile has nothing to attend; None without a dense mask.
+    """(B, H, query tiles, key tiles) uint8, 0 for a tile without attended pairs; None without a dense mask.
 
-    Packed documents start anywhere in a tile, so there every tile is tested by element.
+    None for packed documents too: they start anywhere in a tile, so kernels test every element.
     """
     dense = problem.dense_mask
     if dense is None or problem.packed:

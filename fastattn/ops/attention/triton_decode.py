@@ -1,4 +1,4 @@
-"""Attention of few queries against many keys: the keys are split over programs and the parts merged in a fixed order."""
+"""Attention of few queries to many keys: programs take parts of the keys, and their results are merged in a fixed order."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from .triton_tiles import (
     with_shift,
 )
 
-_MOST_ROWS = 64  # query heads of one key head times queries: one tile of rows
+_MOST_ROWS = 64  # rows of the one tile: queries times query heads of a key head
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
@@ -61,7 +61,7 @@ def _attention_decode_kernel(
     edges = Edges(first_begin, first_end, last_begin, last_end)
     acc, top, total = attend(operands, edges, None, SCORE, META)
 
-    # parts (splits, B * Hkv, GROUP * Lq, Dv), tops and totals without the last
+    # parts (splits, B * Hkv, GROUP * Lq, Dv), tops and totals without the last dim
     group = split * (tl.num_programs(0) // splits) + entry * kv_heads + kv_head
     part_rows = offset(group, META.group * count) + rows
     columns_v = tl.arange(0, META.block_dv)
@@ -77,14 +77,15 @@ def _attention_merge_kernel(
     parts, tops, totals, sink, drop, out, residual, lse, state, heads, length_q, splits, count, exponent, bias2, SCORE: tl.constexpr, V_DIM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of out (B, H, Lq, Dv), whose order parts keep
+    # rows of out (B, H, Lq, Dv); parts have them in the same order
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < count
     columns = tl.arange(0, BLOCK_DV)
     keep = inside[:, None] & (columns < V_DIM)[None, :]
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    plain = tl.zeros([ROWS], tl.int32)  # whether weights of a part had no maximum taken off
+    plain = tl.zeros([ROWS], tl.int32)  # whether the weights of a part had no maximum subtracted
     for split in range(0, splits):
         at = offset(rows * 0 + split, count) + rows
         part = tl.load(parts + offset(at, V_DIM)[:, None] + columns[None, :], mask=keep, other=0.0)
@@ -93,7 +94,7 @@ def _attention_merge_kernel(
             part_top = tl.load(tops + at, mask=inside, other=float("-inf"))
             part_total = tl.load(totals + at, mask=inside, other=0.0)
             if not SCORE.shifted:
-                # as if the score of weight 1 had been taken off
+                # use the score whose exponential is 1 as that part's maximum
                 without = (part_top == float("-inf")) & (part_total != 0.0)
                 plain = tl.where(without, 1, plain)
                 part_top = tl.where(without, -bias2 / exponent, part_top)
@@ -124,7 +125,7 @@ def _attention_merge_kernel(
 
 
 def fits(problem) -> bool:
-    """Few enough rows for one tile a key head, and enough keys to be worth splitting."""
+    """Whether a key head's rows fit in one tile and there are enough keys to split."""
     rows = problem.group * problem.length_q
     return not problem.packed and 0 < rows <= _MOST_ROWS and problem.length_k >= 4 * rows
 

@@ -1,4 +1,4 @@
-"""From products to weights and dS, in a tile: what every backward kernel of attention has."""
+"""From products to weights and dS of a tile: shared by all backward kernels of attention."""
 
 import triton
 import triton.language as tl
@@ -11,10 +11,10 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def score_gradient(s, dp, statistics, allowed, scale2, SCORE: tl.constexpr, MASKED: tl.constexpr):
-    """(weights P, dS) of scores as `tile_scores` gives them; statistics: (top, log_sum, delta) broadcast along the rows' dim."""
+    """(weights P, dS) of scores as `tile_scores` returns them; statistics: (top, log_sum, delta) broadcast along the rows' dim."""
     top, log_sum, delta = statistics
     if SCORE.shifted:
-        # products may be rounded another way than the forward's, and of 1e9 the last bit is 64
+        # products may be rounded differently than in the forward; near 1e9 the last bit of a float32 is 64
         s = tl.minimum(s - top, 0.0, propagate_nan=tl.PropagateNan.ALL) * scale2 - log_sum * _LOG2E
     weight = SCORE.weight(s)
     slope = SCORE.derivative(s, weight)
@@ -35,14 +35,14 @@ def weights_and_gradients(
     products, dp, statistics, allowed, bias, columns, end, count, factors, scale, kept, SCORE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(weights P, dS) of products q.k. kept: the weights that dropout keeps, then multiplied by `scale`, or None."""
+    """(weights P, dS) of products q.k. kept: a mask of the weights that dropout keeps and multiplies by `scale`, or None."""
     if kept is not None:
         dp = tl.where(kept, dp * scale, 0.0)
     s = tile_scores(products, bias, columns, end, count, factors, SCORE.shifted)
     weight, ds = score_gradient(s, dp, statistics, allowed, factors.scale2, SCORE, MASKED)
     if SCORE.limit is not None:
         top, log_sum, delta = statistics
-        limited = top > float("-inf")  # rows that the forward gave the limit's weights
+        limited = top > float("-inf")  # rows for which the forward used the limit's weights
         if tl.max(tl.max(limited.to(tl.int32), 1), 0) > 0:
             s = tile_scores(products, bias, columns, end, count, factors, True)
             limit_statistics = (tl.where(limited, top, 0.0), log_sum, delta)
@@ -58,7 +58,7 @@ def weights_and_gradients(
 
 @triton.jit
 def share_of_kept(drawn):
-    """What multiplies the weights that dropout keeps."""
+    """The factor of the weights that dropout keeps; 1 without dropout."""
     scale = 1.0
     if drawn is not None:
         scale = drawn.scale
@@ -81,7 +81,7 @@ def along_columns(statistics):
 
 @triton.jit
 def statistics_of(state, delta, at, inside, SCORE: tl.constexpr, META: tl.constexpr):
-    """(top, log_sum, delta) of rows: zeros where the score has none."""
+    """(top, log_sum, delta) of rows; zeros for a score without a normaliser."""
     zero = tl.zeros([META.block_m], tl.float32)
     statistics = (zero, zero, zero)
     if SCORE.normalised:

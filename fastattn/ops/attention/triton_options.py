@@ -1,4 +1,4 @@
-"""Options of attention's scores and weights in a tile: the soft cap, and what dropout draws."""
+"""Options of attention's scores and weights in a tile: the soft cap, and dropout's random numbers."""
 
 from typing import NamedTuple
 
@@ -11,22 +11,22 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 class Cap(NamedTuple):
-    """A soft cap: scores size * tanh(product * inner)."""
+    """A soft cap: the score is size * tanh(product * inner)."""
 
     inner: tl.tensor
     size: tl.tensor
 
 
 class Drop(NamedTuple):
-    """Dropout, as a kernel takes it."""
+    """Dropout's arguments of a kernel."""
 
     rng: tl.tensor  # int64 (2,), seed and offset
-    dropped: tl.tensor  # of 65536 weights, a float
-    scale: tl.tensor  # of those that are kept
+    dropped: tl.tensor  # this many of 65536 weights, as a float
+    scale: tl.tensor  # factor of the kept weights
 
 
 class Drawn(NamedTuple):
-    """What dropout draws for rows (M,) of one pass over their keys."""
+    """Dropout's random numbers for rows (M,) in one pass over their keys."""
 
     seed: tl.tensor
     offset: tl.tensor
@@ -34,12 +34,12 @@ class Drawn(NamedTuple):
     scale: tl.tensor
     plane: tl.tensor  # (M,) batch * heads + head
     row: tl.tensor  # (M,)
-    key: tl.tensor  # the first one of the sequence
+    key: tl.tensor  # the first key of the sequence
 
 
 @triton.jit
 def tanh_parts(products, cap):
-    """(tanh(y), 1 - tanh(y)^2) of y = products * cap.inner, neither from a difference of nearly equal numbers."""
+    """(tanh(y), 1 - tanh(y)^2) of y = products * cap.inner, both computed without cancellation."""
     y = products * cap.inner
     z = y * y
     small = -0.3333329856 + z * (
@@ -56,14 +56,14 @@ def tanh_parts(products, cap):
 
 @triton.jit
 def cap_slope(products, cap):
-    """What the gradient of a capped score is multiplied by."""
+    """The derivative of the soft cap, by which the gradient of a capped score is multiplied."""
     _, slope = tanh_parts(products, cap)
     return slope
 
 
 @triton.jit
 def drawn_rows(drop, plane, row, key):
-    """What dropout draws for rows (M,) of a sequence whose keys start at `key`; None where there is none."""
+    """Dropout's random numbers for rows (M,) of a sequence whose first key is `key`; None without dropout."""
     drawn = drop
     if drop is not None:
         seed, at = tl.load(drop.rng), tl.load(drop.rng + 1)
@@ -76,9 +76,9 @@ def drawn_rows(drop, plane, row, key):
 
 @triton.jit
 def kept_pairs(drawn, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """(M, COLUMNS) bool: the weights of keys from `first` on that dropout keeps, as `reference.kept` says it.
+    """(M, COLUMNS) bool: the weights of keys from `first` on that dropout keeps, as `reference.kept` defines them.
 
-    ALIGNED: the first key is a multiple of 8 among all, so that one draw serves eight keys.
+    ALIGNED: drawn.key + first is a multiple of 8, so that one draw serves eight keys.
     """
     if ALIGNED:
         groups = (drawn.key + first) // 8 + tl.arange(0, COLUMNS // 8)

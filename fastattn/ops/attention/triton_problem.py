@@ -1,4 +1,4 @@
-"""One attention call as the Triton kernels take it: operands, mask, constants, tile sizes, launches."""
+"""One attention call for the Triton kernels: operands, mask, constants, tile sizes, launches."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -19,7 +19,8 @@ from .triton_tiles import Factors, MaskOperand
 
 @cache
 def _score_constants(code: int, log_n: bool) -> Constants:
-    """SCORE of the kernels. `limit`: of a normalised score without a maximum taken off, what its weights tend to as they underflow."""
+    """The kernels' SCORE. limit: for a normalised score without a subtracted maximum, the score that its weights tend to as they
+    underflow."""
     score = BY_CODE[code]
     weight, derivative = score.triton
     limited = score.normalised and not score.shifted
@@ -47,9 +48,9 @@ def _mask_operand(mask: MaskArgs) -> MaskOperand:
 
 
 class Problem:
-    """One call's arguments as the kernels take them: the operands with strides, the mask, and the constants.
+    """One call's arguments for the kernels: the operands with strides, the mask and the constants.
 
-    Of a normalised score q has the scale's sign: what is left of a score below its row's maximum is multiplied by a positive factor.
+    For a normalised score q is multiplied by the scale's sign, so that differences to a row's maximum have a positive factor.
     """
 
     @classmethod
@@ -76,7 +77,7 @@ class Problem:
         self.dense = None if mask.dense is None else mask.dense.expand(full)
         self.packed = mask.cu_seqlens_q is not None
         self.sequences = mask.cu_seqlens_q.numel() - 1 if self.packed else self.batch
-        # -1: of no documents, or of ones that nobody had looked at; each may be the longest there can be
+        # -1: no documents, or documents of unknown lengths; each may then have all tokens
         self.longest_q = self.length_q if mask.max_seqlen_q < 0 else mask.max_seqlen_q
         self.longest_k = self.length_k if mask.max_seqlen_k < 0 else mask.max_seqlen_k
         self.mask = _mask_operand(mask)
@@ -97,7 +98,7 @@ class Problem:
         self.causal = mask.causal
         self.group = self.heads // max(1, self.kv_heads)
         self.mask_kind = (
-            "dense" if mask.dense is not None or bias is not None  # an element is read for every pair
+            "dense" if mask.dense is not None or bias is not None  # kernels read an element for every pair
             else "packed" if self.packed
             else "window" if mask.window_left >= 0 or mask.window_right >= 0
             else "causal" if mask.causal
@@ -126,7 +127,7 @@ class Problem:
         )
 
     def values(self) -> dict:
-        """Every value of the call that a kernel may name, tile sizes aside."""
+        """Every value of the call that a kernel's parameters may name, except tile sizes."""
         return {
             "q": rows(self.q),
             "k": rows(self.k),
@@ -145,7 +146,7 @@ class Problem:
         }
 
     def constants(self, block_m: int, block_n: int, **more) -> Constants:
-        """META of the kernels; more: what other calls do not have."""
+        """The kernels' META; more: constants of this kernel only."""
         return constants(
             head_dim=self.head_dim,
             v_dim=self.v_dim,
@@ -161,9 +162,9 @@ class Problem:
         )
 
     def launch(self, kernel, config, *, over: str, meta: Mapping | None = None, **more) -> None:
-        """Start `kernel` once a tile of the `over` ("queries" or "keys"), head and sequence, with the values it names.
+        """Start `kernel` with one program for each tile of `over` ("queries" or "keys"), head and sequence.
 
-        config: tile sizes and options; meta and more: constants and values that the call itself does not have.
+        config: tile sizes and options. meta and more: constants and values besides those of the call.
         """
         block_m, block_n = config["block_m"], config["block_n"]
         if over == "queries":
@@ -171,7 +172,7 @@ class Problem:
         else:
             tiles, heads = triton.cdiv(self.longest_k, block_n), self.kv_heads
         values = self.values()
-        if over == "keys" and self.score.normalised:  # of the queries, which have the sign
+        if over == "keys" and self.score.normalised:  # q has the scale's sign already
             values["factors"] = values["factors"]._replace(scale=abs(self.scale))
         _triton.start(
             kernel,
@@ -182,7 +183,7 @@ class Problem:
         )
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(lse, state) before any kernel: those of an empty row where packed rows may belong to no document."""
+        """(lse, state) for a kernel to fill. When packed they start as an empty row's, for rows that belong to no document."""
         shape = self.q.shape[:3] if self.score.normalised else (0,)
         state = (*shape, 2) if self.score.normalised else (0,)
         if self.packed:
@@ -193,20 +194,19 @@ class Problem:
         return tuple(self.q.new_empty(s, dtype=torch.float32) for s in (shape, state))
 
     def residual(self) -> torch.Tensor:
-        """Where what rounding takes from the output goes: (0,) where nothing does."""
+        """The output for the rounding error: (0,) if none is kept."""
         kept = has_residual(self.q.dtype, self.score.code)
         return self.output(*self.q.shape[:3], self.v_dim) if kept else self.q.new_empty(0)
 
     def output(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An output that a kernel fills; rows past the last packed document stay zero."""
+        """An output for a kernel to fill; when packed it starts as zeros, for rows after the last document."""
         new = self.q.new_zeros if self.packed else self.q.new_empty
         return new(shape, dtype=dtype or self.q.dtype)
 
 
 def turned(config: Mapping[str, int]) -> dict[str, int]:
-    """A backward's configuration for its other kernel: in both, the tile that stays has block_n rows and those that pass block_m.
-
-    Wide products need the longer side where the accumulator is.
+    """A backward's configuration for its second kernel. In both kernels a program's own tile has block_n rows, and the tiles it loops
+    over have block_m: wide products need the longer side on the accumulator.
     """
     return {**config, "block_m": config["block_n"], "block_n": config["block_m"]}
 

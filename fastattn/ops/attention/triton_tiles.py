@@ -1,6 +1,6 @@
-"""Device functions that the attention kernels share: which keys a row attends, what a tile reads, and the loops over tiles.
+"""Device functions that the attention kernels share: the keys that a row attends, the loads of a tile, and the loops over tiles.
 
-A kernel's program works on one tile of one sequence. SCORE is a score's constants and META the call's, as `Problem` makes them.
+A program works on one tile of one sequence. SCORE has the score's constants and META the call's, as `Problem` makes them.
 """
 
 from typing import NamedTuple
@@ -13,19 +13,16 @@ from .triton_options import Cap, Drawn, kept_pairs, tanh_parts
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
-_CHUNK = tl.constexpr(64)  # tiles whose classes are looked at together
-_LIMIT_SUM = tl.constexpr(
-    1e-20
-)  # softplus: a row whose weights add up to less has softmax's, to which they tend
+_CHUNK = tl.constexpr(64)  # tiles whose classes are read together
+# softplus: a row whose weights sum to less gets softmax's weights, their limit
+_LIMIT_SUM = tl.constexpr(1e-20)
 
 
 class MaskOperand(NamedTuple):
-    """A mask as a kernel takes it, what is read for every pair aside; each index tensor may be None."""
+    """A mask as a kernel takes it, without its dense part; each index tensor may be None."""
 
-    window_left: (
-        tl.tensor
-    )  # 2 * keys + 3: odd and not 1, so that Triton compiles nothing anew for one number of keys or another
-    window_right: tl.tensor
+    window_left: tl.tensor  # an encoded_count, so that Triton does not specialise on it
+    window_right: tl.tensor  # likewise
     prefix_lengths: tl.tensor
     cu_seqlens_q: tl.tensor
     cu_seqlens_k: tl.tensor
@@ -33,9 +30,9 @@ class MaskOperand(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a call multiplies and shifts its scores by."""
+    """The factors and offsets of a call's scores."""
 
-    scale: tl.tensor  # of the gradients' products
+    scale: tl.tensor  # factor of the gradients' products
     size: tl.tensor  # the scale's absolute value
     scale2: tl.tensor  # from a product to a score in base 2
     bias2: tl.tensor  # a constant bias in base 2
@@ -48,9 +45,9 @@ class Extent(NamedTuple):
     queries: tl.tensor
     keys: tl.tensor
     prefix: tl.tensor
-    key_length: tl.tensor  # padding after it, which may hold anything, is not read
-    before: tl.tensor  # keys attended before the diagonal
-    after: tl.tensor
+    key_length: tl.tensor  # padding after it may hold anything and is not read
+    before: tl.tensor  # number of keys attended before the diagonal
+    after: tl.tensor  # and after it
     shift: tl.tensor  # from a query to the key on its diagonal
 
 
@@ -75,7 +72,7 @@ class Edges(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """[begin, end) of the tiles to go over and [full, full_end) of those among them whose pairs are all attended."""
+    """[begin, end) of the tiles to visit; all pairs of the tiles in [full, full_end) are attended."""
 
     begin: tl.tensor
     full: tl.tensor
@@ -99,7 +96,7 @@ def key_interval(rows, extent, CAUSAL: tl.constexpr):
 
 @triton.jit
 def query_interval(keys, extent, CAUSAL: tl.constexpr):
-    """[begin, end) of the queries that attend `keys`: the same relation read the other way."""
+    """[begin, end) of the queries that attend `keys`: the inverse of `key_interval`."""
     diagonal = keys - extent.shift
     begin = tl.maximum(diagonal - extent.after, 0)
     if CAUSAL:
@@ -127,9 +124,8 @@ def sequence(document, mask, length_q, length_k):
     shift = lk - lq
     if mask.key_lengths is not None:
         entry = tl.load(mask.key_lengths + document)
-        key_length = tl.minimum(
-            entry & 0x7FFFFFFF, lk
-        )  # less the sign, which says what the last query is aligned with
+        # the sign bit is set where the last query is aligned with the last valid key
+        key_length = tl.minimum(entry & 0x7FFFFFFF, lk)
         shift = tl.where(entry < 0, key_length - lq, shift)
     before, after = decoded_count(mask.window_left), decoded_count(mask.window_right)
     return start_q, start_k, Extent(lq, lk, prefix, key_length, before, after, shift)
@@ -137,7 +133,7 @@ def sequence(document, mask, length_q, length_k):
 
 @triton.jit
 def query_tile(tiles, heads, mask, length_q, length_k):
-    """This program's work when there is one a tile of queries, head and sequence."""
+    """This program's work, with one program for each tile of queries, head and sequence."""
     program = tl.program_id(0)
     # Under a causal mask the last tiles have most to do: they start first.
     tile = tiles - 1 - program % tiles
@@ -152,7 +148,7 @@ def query_tile(tiles, heads, mask, length_q, length_k):
 
 @triton.jit
 def key_tile(tiles, kv_heads, mask, length_q, length_k):
-    """As query_tile, with one program a tile of keys and key head; the first tiles, with most to do, start first."""
+    """Like query_tile, with one program for each tile of keys and key head. The first tiles have most to do and start first."""
     work = query_tile(tiles, kv_heads, mask, length_q, length_k)
     return Work(tiles - 1 - work.tile, work.head, work.entry, work.start_q, work.start_k, work.extent)
 
@@ -178,7 +174,7 @@ def key_tiles(edges, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def key_passes(edges, dense, BLOCK_N: tl.constexpr):
-    """The tiles of keys that a query tile with these edges attends; under a dense mask none counts as full."""
+    """The tiles of keys that a query tile with these edges attends. Under a dense mask no tile counts as full."""
     begin, end = key_tiles(edges, BLOCK_N)
     full = end
     full_end = end
@@ -190,9 +186,9 @@ def key_passes(edges, dense, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def next_attended(classes, at, stop):
-    """[begin, end) of the next tiles side by side, from `at` on, whose classes are not 0; begin is `stop` where there are none.
+    """[begin, end) of the next run of tiles from `at` on whose classes are not 0; begin is `stop` if there is none.
 
-    Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
+    The compiler pipelines a loop over such a range, but not a loop that tests each tile.
     """
     begin = at * 0 + stop
     end = begin
@@ -230,7 +226,7 @@ def allowed_pairs(columns, begin, end, dense):
 
 @triton.jit
 def address(t, entry, head, row):
-    """Where row `row` of (B, H, L, ...) begins."""
+    """A pointer to row `row` of (B, H, L, ...)."""
     return t.base + offset(entry, t.batch) + offset(head, t.head) + offset(row, t.row)
 
 
@@ -242,7 +238,7 @@ def place(t, entry, head, row):
 
 @triton.jit
 def row_elements(t, entry, head, row, column):
-    """The elements of row `row` of (B, H, L, C) from column `column` on, or None where t is."""
+    """The elements of row `row` of (B, H, L, C) from column `column` on; None if t is None."""
     line = t
     if t is not None:
         line = Line(address(t, entry, head, row) + offset(column, t.column), t.column)
@@ -251,7 +247,7 @@ def row_elements(t, entry, head, row, column):
 
 @triton.jit
 def column_elements(t, entry, head, row, column):
-    """The elements of column `column` of (B, H, L, C) from row `row` on, or None where t is."""
+    """The elements of column `column` of (B, H, L, C) from row `row` on; None if t is None."""
     line = t
     if t is not None:
         line = Line(address(t, entry, head, row) + offset(column, t.column), t.row)
@@ -280,14 +276,14 @@ def store_rows(line, count, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def rounding_of(tile, t):
-    """What a float32 tile loses as it is stored to the rows t."""
+    """The rounding error of a float32 tile that is stored to the rows t."""
     lost = tile - tile.to(t.base.dtype.element_ty).to(tl.float32)
-    return tl.where(lost - lost == 0.0, lost, 0.0)  # an infinite output has none
+    return tl.where(lost - lost == 0.0, lost, 0.0)  # 0 where the output is infinite
 
 
 @triton.jit
 def load_state(state, at, inside):
-    """Each row's maximum (-inf: none was taken off) and the logarithm of its sum of weights relative to it, base e."""
+    """Each row's maximum (-inf: none was subtracted) and the natural logarithm of its sum of weights relative to it."""
     at = state + 2 * at
     return tl.load(at, mask=inside, other=float("-inf")), tl.load(at + 1, mask=inside, other=0.0)
 
@@ -301,7 +297,7 @@ def store_state(state, at, top, log_sum, inside):
 
 @triton.jit
 def load_statistics(state, delta, at, inside):
-    """What each row's weights are found from, and dO.O: (top, log_sum, delta)."""
+    """(top, log_sum, delta) of each row: the state that determines its weights, and dO.O."""
     top, log_sum = load_state(state, at, inside)
     return top, log_sum, tl.load(delta + at, mask=inside, other=0.0)
 
@@ -315,13 +311,13 @@ def two_products(a, b, c, d, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_bias(s, bias, columns, end, count):
-    """s (rows, columns) in base 2 plus the bias's elements (or None), read for rows that attend anything."""
+    """s (rows, columns) in base 2 plus the bias's elements; bias may be None. Rows that attend no key read nothing."""
     if bias is not None:
         at = bias.base[:, None] + offset(columns, bias.stride)[None, :]
         inside = (end > 0)[:, None] & (columns < count)[None, :]
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         value2 = value * _LOG2E
-        # A finite mask, the dtype's lowest value, stays finite: -inf alone is nothing to attend to.
+        # A finite mask value, such as the dtype's lowest, stays finite: only -inf excludes a pair.
         overflows = (tl.abs(value2) == float("inf")) & (tl.abs(value) != float("inf"))
         s += tl.where(overflows, tl.where(value < 0, -3e38, 3e38), value2)
     return s
@@ -329,8 +325,8 @@ def add_bias(s, bias, columns, end, count):
 
 @triton.jit
 def tile_scores(products, bias, columns, end, count, factors, SHIFTED: tl.constexpr):
-    """Scores of products q.k: in base 2; where the row maximum is to be taken off, the products themselves, or with a tensor bias
-    the scores in base e, so that the difference is exact."""
+    """Scores of products q.k. SHIFTED: the row maximum is subtracted later, and for an exact difference these are the products
+    themselves, or with a tensor bias the scores in base e. Otherwise they are in base 2."""
     if factors.cap is not None:
         products, _ = tanh_parts(products, factors.cap)
         products = products * factors.cap.size
@@ -345,7 +341,7 @@ def tile_scores(products, bias, columns, end, count, factors, SHIFTED: tl.conste
 
 @triton.jit
 def with_shift(factors, key_length, LOG_N: tl.constexpr):
-    """The factors with what is added to every scaled product of this sequence."""
+    """The factors with this sequence's constant bias, for a score whose default bias is -log n."""
     bias2 = factors.bias2
     if LOG_N:
         bias2 = -tl.log2(tl.maximum(key_length, 1).to(tl.float32))
@@ -354,19 +350,19 @@ def with_shift(factors, key_length, LOG_N: tl.constexpr):
 
 @triton.jit
 def exponent_of(bias, scale2):
-    """What multiplies a score once its row's maximum is off: a tensor bias leaves scores in base e."""
+    """The factor of a score after its row's maximum is subtracted; with a tensor bias scores are in base e."""
     if bias is not None:
         return _LOG2E
     return scale2
 
 
-# --- a tile over the tiles it meets ----------------------------------------------------------------------------------
+# --- a tile's loop over other tiles ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def over_tiles(state, BODY: tl.constexpr, operands, tiles, classes, SCORE: tl.constexpr, META: tl.constexpr):
-    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile: first those whose pairs all count, then
-    those on either side of them, whose pairs BODY has to test; of these, where there are classes, the ones that have any.
+    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile. First come the tiles whose pairs are all attended,
+    then the tiles on either side, where BODY tests each pair (MASKED). With classes, tiles of class 0 are skipped.
 
     operands.dense: the dense mask's elements, or None.
     """
@@ -390,16 +386,17 @@ def over_tiles(state, BODY: tl.constexpr, operands, tiles, classes, SCORE: tl.co
 @triton.jit
 def fold(
     state,  # (sum of weighted values (M, Dv), running maximum (M,), running normaliser (M,))
-    s,  # (M, N) scores: in base 2, or when shifted once the maximum is off and they are multiplied by scale2
+    # (M, N) scores: in base 2, or for a shifted score to be multiplied by scale2 after the maximum is subtracted
+    s,
     allowed,  # (M, N), when MASKED
     v_tile,  # (N, Dv)
     scale2,
     SCORE: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-    kept=None,  # (M, N) the weights that dropout keeps; the normaliser has them all
+    kept=None,  # (M, N) the weights that dropout keeps; the normaliser sums all weights
 ):
-    """One tile of scores and values added to a query tile's running state."""
+    """Add one tile of scores and values to a query tile's running state."""
     acc, top, total = state
     if SCORE.shifted:
         if MASKED:
@@ -424,23 +421,23 @@ def fold(
 
 
 class Attended(NamedTuple):
-    """What a query tile's pass over its keys works on."""
+    """The operands of a query tile's loop over its keys."""
 
     q_tile: tl.tensor  # (M, D)
     k: Line
     v: Line
-    bias: Line  # of each row (M,), or None
-    dense: Line
+    bias: Line  # one line a row (M,), or None
+    dense: Line  # likewise
     begin: tl.tensor  # (M,) interval of keys
     end: tl.tensor
-    count: tl.tensor  # of keys: padding after them, which may hold anything, is not read
+    count: tl.tensor  # number of keys; padding after them may hold anything and is not read
     factors: Factors
     drawn: Drawn  # or None
 
 
 @triton.jit
 def _attend_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of keys added to a query tile's running state."""
+    """Add one tile of keys to a query tile's running state."""
     begin, end, count, factors = operands.begin, operands.end, operands.count, operands.factors
     first = tile * META.block_n
     keys = first + tl.arange(0, META.block_n)
@@ -469,10 +466,10 @@ def _attend(operands, tiles, classes, SCORE: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
-    """`_attend`, but with the weights of the score's limit (softplus has softmax's) in rows whose own may all have underflowed:
+    """`_attend`, but with the weights of the score's limit (softmax for softplus) in rows whose own weights may all have underflowed:
     e^s differs from log(1 + e^s) by half of it at most, and with the maximum off its sum is at least 1.
 
-    classes: of this row of tiles (0 = nothing to attend), or None.
+    classes: the classes of this row of tiles (0: no attended pair), or None.
     """
     tiles = key_passes(edges, operands.dense, META.block_n)
     acc, top, total = _attend(operands, tiles, classes, SCORE, META)
@@ -494,9 +491,9 @@ def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def finish(acc, top, total, scale2, bias2, NORMALISED: tl.constexpr, sink=None, drop=None):
-    """(normalised output, natural log-sum-exp, the state that `load_state` gives back): 0, -inf and weights of 2^-inf for a row
-    with nothing to attend to. bias2: the constant bias, which scores below a maximum are without. sink: a score in base e that
-    joins the normaliser."""
+    """(normalised output, natural log-sum-exp, and the two parts of the state that `load_state` reads). A row that attends no key gives 0,
+    -inf, and a state whose weights are 0. bias2: the constant bias, which differences to a maximum do not contain. sink: a score in
+    base e that joins the normaliser."""
     lse = total
     log_sum = total
     if NORMALISED:

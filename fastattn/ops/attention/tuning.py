@@ -1,4 +1,4 @@
-"""What the attention kernels can be tuned by, and the tiles they have where nothing was tuned."""
+"""The tunable parameters of the attention kernels, and their defaults where no table has an entry."""
 
 from ...runtime import native
 from ...runtime.tuning import Parameter, declare
@@ -7,17 +7,14 @@ from . import tuning_triton  # noqa: F401  declares the Triton kernels' paramete
 _DEFAULT = native.defaults("attention_forward")
 _ROWS = (24, 48, 72, 96, 144, 192)
 _KEYS = (32, 64, 128, 192, 256)
-_FEW = 96  # rows or keys of a tile where larger ones would leave cores without work
-_PANEL_BYTES = {
-    "avx2": 64,
-    "avx512": 256,
-    "avx512bf16": 256,
-}  # of one step, whole cache lines: kPanel of src/cpu/tile.h
-_L1, _L2 = 32 << 10, 512 << 10  # where a machine does not tell
+_FEW = 96  # rows or keys of a tile, where larger tiles would leave cores without work
+# bytes of one step of a panel in whole cache lines, from kPanel of src/cpu/tile.h
+_PANEL_BYTES = {"avx2": 64, "avx512": 256, "avx512bf16": 256}
+_L1, _L2 = 32 << 10, 512 << 10  # cache sizes where the machine does not report them
 
 
 def _steps(key, target) -> int:
-    """Keys or rows of one 32-bit word: two bf16 where they are multiplied in pairs."""
+    """The number of keys or rows in one 32-bit word: two bf16 where they are multiplied in pairs."""
     return 2 if key.get("dtype") == "bfloat16" and target.arch == "avx512bf16" else 1
 
 
@@ -26,9 +23,9 @@ def _largest(allowed: tuple[int, ...], limit: float) -> int:
 
 
 def _forward_tiles(key, target) -> dict[str, int]:
-    """Rows that share a panel of keys on its way to the first cache, and a panel of values that fits there.
+    """block_q: rows that use a panel of keys while it is in the first-level cache. block_k: keys whose panel of values fits there.
 
-    Every core gets four tiles or more, so that the last ones to finish cost little. No result depends on the rows of a tile.
+    Every core gets four tiles or more, so that waiting for the last one costs little. No result depends on the rows of a tile.
     """
     if target.arch not in _PANEL_BYTES:
         return {}
@@ -40,19 +37,19 @@ def _forward_tiles(key, target) -> dict[str, int]:
 
 
 def _backward_tiles(key, target) -> dict[str, int]:
-    """Square tiles whose weights and dS, both to contract rows, and dS to contract keys, take half of the second cache.
+    """Square tiles that take half of the second-level cache: the weights and dS for products over rows, and dS for products over keys.
 
-    Fewer heads than two a core share their keys out in slices, which small tiles make even. Lengths do not count: the order in
-    which slices are summed would depend on what a document is packed with.
+    With fewer than two heads for each core, the keys of a head are divided into slices, which small tiles make even. Lengths are not
+    used: the order in which slices are summed would depend on the other documents of a packed batch.
     """
-    element = 6 if _steps(key, target) == 2 else 8  # bytes: three bf16, or two float32
+    element = 6 if _steps(key, target) == 2 else 8  # bytes of a pair: three bf16, or two float32
     side = ((target.l2 or _L2) / 2 / element) ** 0.5
     few = key["batch"] * key["kv_heads"] < 2 * target.units
     keys = min(side, _FEW) if few else side
     return {"block_q": _largest(_ROWS, side), "block_k": _largest((32, 64, 96, 128, 192), keys)}
 
 
-# Rows are rounded up to the kernel's register rows, keys to its panel.
+# The kernel rounds block_q up to its register rows and block_k to its panel.
 declare(
     "attention",
     "cpu",

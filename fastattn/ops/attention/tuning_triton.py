@@ -1,4 +1,4 @@
-"""What the Triton attention kernels can be tuned by, and what fits a device."""
+"""The tunable parameters of the Triton attention kernels, and the configurations that fit a device."""
 
 from ...runtime.tuning import Parameter, declare
 
@@ -16,23 +16,23 @@ def _tile_bytes(key, rows: int, *names: str) -> int:
 
 
 def _reads_shared(key, target) -> bool:
-    """Tensor cores of Hopper and later take operands from shared memory; so do the three TF32 products of float32."""
+    """Whether products read their operands from shared memory: on Hopper and later, and for float32 as three TF32 products."""
     return key["dtype"] == "float32" or target.arch.startswith(("sm_9", "sm_10"))
 
 
 def _pair_bytes(values, key, target) -> int:
-    """AMD's shared memory for a bias or a mask on its way to each pair of a tile; elsewhere the rest of the estimate has room for it."""
+    """On AMD, shared memory for the tiles of a bias or mask in flight. On other devices the rest of the estimate covers them."""
     if key["mask"] != "dense" or target.kind != "hip":
         return 0
     return values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]] * max(1, values["num_stages"] - 1)
 
 
 def _forward_bytes(values, key, target) -> int:
-    """Shared memory: the key and value tiles in flight, the weights, and the query tile where products read it from there."""
+    """Shared memory: the key and value tiles in flight, the weights, and the query tile if products read it from there."""
     one = _tile_bytes(key, values["block_n"], "head_dim", "value_dim")
     flying, queries = one * values["num_stages"], _tile_bytes(key, values["block_m"], "head_dim")
     if _reads_shared(key, target):
-        # Hopper's three TF32 products hold the query tile as two, its upper and its lower bits, from 64 rows on
+        # from 64 rows on, Hopper's three TF32 products hold the query tile as two tiles, of upper and of lower bits
         split = (
             key["dtype"] == "float32"
             and target.arch.startswith(("sm_9", "sm_10"))
@@ -40,7 +40,7 @@ def _forward_bytes(values, key, target) -> int:
         )
         flying += queries * (1 + split)
     elif target.kind == "cuda":
-        # on its way to registers the query tile passes through, beside the first key tiles
+        # the query tile passes through on its way to registers, while the first key tiles are there
         flying = max(flying, queries + one * max(1, values["num_stages"] - 1))
     flying += _pair_bytes(values, key, target)
     return flying + values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]]
@@ -49,10 +49,10 @@ def _forward_bytes(values, key, target) -> int:
 def forward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
-    wanted = _forward_bytes(values, key, target)
-    if wanted > target.shared:
-        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
-    # float32 accumulator and scores of one program, in 32-bit registers of its threads
+    needed = _forward_bytes(values, key, target)
+    if needed > target.shared:
+        return f"needs {needed >> 10} KiB of shared memory, the device has {target.shared >> 10}"
+    # float32 accumulator and scores of a program, in 32-bit registers of its threads
     registers = (
         values["block_m"] * (_padded(key, "value_dim") + values["block_n"]) // (32 * values["num_warps"])
     )
@@ -60,7 +60,7 @@ def forward_fits(values, key, target) -> str | None:
 
 
 def _largest(shapes, key, target, fits):
-    """The first shape that the device has room for; the last one is for none that has."""
+    """The first shape that fits the device; the last shape if none fits."""
     names = ("block_m", "block_n", "num_warps", "num_stages")
     for shape in shapes:
         values = dict(zip(names, shape, strict=True))
@@ -81,7 +81,7 @@ def forward_default(key, target):
 
 
 def declare_forward(op: str, fits=forward_fits, default=forward_default) -> None:
-    """Declare the tile sizes of a forward kernel of attention's shape."""
+    """Declare the tile sizes of a forward kernel that is built like attention's."""
     declare(
         op,
         "triton",
@@ -135,12 +135,12 @@ declare(
 
 
 def backward_bytes(values, key, target) -> int:
-    """Shared memory of the larger kernel: one side's tiles in flight, the other's held where products read it from there."""
+    """Shared memory of the larger kernel: the tiles in flight of one side, and the other side's tile if products read it from there."""
     m, n, names = values["block_m"], values["block_n"], ("head_dim", "value_dim")
     flying = _tile_bytes(key, max(m, n), *names) * values["num_stages"]
     if _reads_shared(key, target):
         flying += _tile_bytes(key, max(m, n), *names)
-    elif target.kind == "cuda":  # as forward, with the tile that stays
+    elif target.kind == "cuda":  # as in the forward, for the program's own tile
         passing = _tile_bytes(key, m, *names) * max(1, values["num_stages"] - 1)
         flying = max(flying, _tile_bytes(key, n, *names) + passing)
     return flying + 2 * m * n * _WIDTHS[key["dtype"]] + _pair_bytes(values, key, target)
@@ -149,9 +149,9 @@ def backward_bytes(values, key, target) -> int:
 def backward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
-    wanted = backward_bytes(values, key, target)
-    if wanted > target.shared:
-        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    needed = backward_bytes(values, key, target)
+    if needed > target.shared:
+        return f"needs {needed >> 10} KiB of shared memory, the device has {target.shared >> 10}"
     rows = max(values["block_m"], values["block_n"])
     held = (
         rows * (_padded(key, "head_dim") + _padded(key, "value_dim"))
@@ -172,7 +172,7 @@ def backward_default(key, target, fits=backward_fits):
 
 
 def declare_backward(op: str, fits=backward_fits, default=backward_default) -> None:
-    """Declare the tile sizes of the two backward kernels of attention's shape."""
+    """Declare the tile sizes of two backward kernels that are built like attention's."""
     declare(
         op,
         "triton",

@@ -1,4 +1,4 @@
-"""The calls that attention's kernels are tuned by."""
+"""The calls with which attention's kernels are tuned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from fastattn.autotune.space import Workload
 from ... import Mask
 from . import attention
 
-_CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
+# length at which a candidate is compared with the reference: several tiles, and no multiple of any
+_CHECKED = 150
 _SCORES = ("softmax", "sigmoid")
 
 
@@ -24,7 +25,7 @@ def _shape(dtype: str, score: str, length: int, *, causal: bool = True, **fields
 
 def _cpu_shapes(effort: str, target) -> list[dict]:
     kinds = [(dtype, score) for score in _SCORES for dtype in ("float32", "bfloat16")]
-    # no mask kind in the key: a winner has to do well with and without one
+    # the key has no mask kind: a configuration must do well with and without a mask
     near = [((448, True), (640, False))]
     if effort == "quick":
         return [_shape(*kind, length, causal=causal) for kind in kinds for length, causal in near[0]]
@@ -95,7 +96,7 @@ def _call(backend: str):
 
 
 def _check_shape(shape: dict) -> dict:
-    """Fewer heads and a shorter length, grouped as before."""
+    """The shape with fewer heads and a shorter length, grouped as before."""
     grouped = shape["heads"] // shape["kv_heads"]
     kv_heads = 2 if grouped == 1 else 1
     smaller = {"batch": 1, "heads": kv_heads * grouped, "kv_heads": kv_heads}
