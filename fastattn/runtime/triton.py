@@ -195,10 +195,10 @@ def precision(dtype: torch.dtype) -> str:
     hip = _recording.target.kind == "hip" if _recording is not None else torch.version.hip is not None
     if dtype != torch.float32 or hip:
         return "ieee"
-    return "tf32" if tf32_will_do() else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
-def tf32_will_do() -> bool:
+def tf32_allowed() -> bool:
     """Whether torch's settings allow TF32 for float32 products. torch has several such settings; get_float32_matmul_precision
     knows only one and raises after the others."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -325,7 +325,7 @@ def refused():
     yield lambda: vqce(h, c, m, y, bias=b[1:]), ValueError, "one a token of codes"
     yield lambda: vqce(h, c, m, y, shadow=c), ValueError, "shadow must have shape"
     yield lambda: fa.vq_logits(h, c[:, 1:], m), ValueError, "vq_logits: h must have a last dim of 4"
-    yield lambda: fa.vq_argmax(h, c, m[:0]), ValueError, "codes must name a code for 1 token or more"
+    yield lambda: fa.vq_argmax(h, c, m[:0]), ValueError, "codes must have one element a token"
     yield lambda: fa.vq_sample(h, c, m, temperature=0), ValueError, "temperature must be more than zero"
     yield lambda: fa.vq_sample(h, c, m, generator=3), TypeError, "generator must be a torch.Generator"
     yield lambda: fa.nearest_codes(w, c[:0]), ValueError, r"codebook must be \(K, d\)"

@@ -46,30 +46,30 @@ def causal_conv1d(
     cu_seqlens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """A causal convolution of each channel with a few taps of its own, as Mamba (arXiv 2312.00752) and Gated DeltaNet have it:
+    """A causal convolution of each channel with a few taps of its own, as in Mamba (arXiv 2312.00752) and Gated DeltaNet:
 
         y_t = activation(bias + sum_{k < K} weight[:, k] * x_{t - K + 1 + k})
 
-    float32 inside (float64 for float64), one rounding. Inputs before the first token are those of `initial_state`, or 0.
+    It computes in float32 (float64 for float64) and rounds once. Inputs before the first token are `initial_state`, or 0.
 
-    x: (B, L, D), any strides: of a (B, D, L) tensor pass `x.transpose(1, 2)`, which the CPU kernels read without a copy. L may be 0.
-    weight: (D, K), K from 1 to 8, the last tap that of the token itself: of a depthwise torch.nn.Conv1d it is `weight[:, 0]`.
-    bias: (D,), default none. Both of x's dtype or float32.
+    x: (B, L, D), any strides. For a (B, D, L) tensor pass `x.transpose(1, 2)`: the CPU kernels read it without a copy. L may be 0.
+    weight: (D, K), K from 1 to 8; the last tap multiplies the token itself. For a depthwise torch.nn.Conv1d it is `weight[:, 0]`.
+    bias: (D,), default none. weight and bias have x's dtype, or float32 beside a 16-bit x.
     activation: None or "silu" ("swish" is the same).
-    initial_state: (B, K - 1, D) of x's dtype, any strides: the inputs before the first token, the oldest first. One a document when
-        packed. transformers keeps (B, D, K), whose first column no tap reads: pass `state[..., 1:].transpose(1, 2)`.
-    return_state: also return the state after the last token, (B, K - 1, D), for the call that goes on; one a document when packed.
-    cu_seqlens: (documents + 1,) int32 or int64 from 0, never decreasing: documents packed in a batch of one. No tap reaches over a
-        document's first token. Tokens after the last document give 0.
+    initial_state: (B, K - 1, D), or (documents, K - 1, D) when packed; x's dtype, any strides: the inputs before the first token, the
+        oldest first. transformers keeps (B, D, K), whose first column no tap reads: pass `state[..., 1:].transpose(1, 2)`.
+    return_state: also return the state after the last token, of initial_state's shape, for the call that continues.
+    cu_seqlens: (documents + 1,) int32 or int64 from 0, never decreasing: the offsets of documents packed in a batch of one. No tap
+        reads across a document's first token. Tokens after the last document give 0.
 
-    Returns (B, L, D), contiguous, in x's dtype, or (that, state). Differentiable, once, in x, weight, bias and initial_state, also
-    through the state; sums over tokens are formed in one order for any number of threads.
+    Returns out (B, L, D), contiguous, in x's dtype, or (out, state). Differentiable once in x, weight, bias and initial_state, also
+    through the state. Sums over tokens have the same order for any number of threads.
 
     >>> x, weight = torch.randn(2, 5, 3), torch.randn(3, 4)
     >>> y, state = fastattn.causal_conv1d(x, weight, activation="silu", return_state=True)
     >>> following = fastattn.causal_conv1d(torch.randn(2, 1, 3), weight, activation="silu", initial_state=state)
 
-    There are CPU kernels and the definition, which CUDA tensors get; backend="triton" raises NotImplementedError.
+    CPU tensors have kernels; CUDA tensors are served by the definition. backend="triton" raises NotImplementedError.
     Raises ValueError or TypeError naming the argument.
     """
     op = "causal_conv1d"

@@ -53,9 +53,9 @@ def causal_conv1d_backward(grad_out, grad_state, x, weight, bias, initial_state,
     batch, length, channels = x.shape
     taps = weight.shape[1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    of_weight, of_bias, of_state = (bool(wanted >> i & 1) for i in range(3))
-    of_state = of_state and initial_state is not None
-    grad_initial = x.new_empty(initial_state.shape if of_state else 0)
+    needs_weight, needs_bias, needs_state = (bool(wanted >> i & 1) for i in range(3))
+    needs_state = needs_state and initial_state is not None
+    grad_initial = x.new_empty(initial_state.shape if needs_state else 0)
     sums = x.new_empty(batch, -(-length // _SLICE), taps + 1, channels, dtype=torch.float32)
     if grad_x.numel() or grad_initial.numel():
         _call(
@@ -69,7 +69,7 @@ def causal_conv1d_backward(grad_out, grad_state, x, weight, bias, initial_state,
             grad_out=native.plain(grad_out),
             grad_state=None if grad_state is None else grad_state.contiguous(),
             grad_x=grad_x,
-            grad_initial_state=grad_initial if of_state else None,
+            grad_initial_state=grad_initial if needs_state else None,
             grad_sums=sums,
         )
     documents.clear_rest(cu_seqlens, grad_x)
@@ -77,7 +77,7 @@ def causal_conv1d_backward(grad_out, grad_state, x, weight, bias, initial_state,
     absent = x.new_empty(0)
     return (
         grad_x,
-        total[:taps].mT.to(weight.dtype).contiguous() if of_weight else absent,
-        total[taps].to(bias.dtype) if of_bias and bias is not None else absent,
+        total[:taps].mT.to(weight.dtype).contiguous() if needs_weight else absent,
+        total[taps].to(bias.dtype) if needs_bias and bias is not None else absent,
         grad_initial,
     )

@@ -26,8 +26,8 @@ def causal_conv1d(
 
         out, states = documents.cut(document, x, cu_seqlens)
         return out, torch.cat([x.new_empty(0, taps - 1, channels), *states])
-    before = x.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
-    inputs = torch.cat([before, x], 1)  # (B, K - 1 + L, D)
+    history = x.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
+    inputs = torch.cat([history, x], 1)  # (B, K - 1 + L, D)
     wide, weight = widened(inputs), widened(weight)
     pre = sum(wide[:, k : k + length] * weight[:, k] for k in range(taps))
     pre = pre if bias is None else pre + widened(bias)

@@ -1,7 +1,7 @@
-"""A head whose V rows are K shared vectors (VQ-logits, arXiv 2505.10202): every op is a K-way problem, never a V-way one.
+"""A head whose V rows are K shared vectors (VQ-logits, arXiv 2505.10202). Every op computes with K logits a row instead of V.
 
-The logit of token i is h . codebook[codes[i]] + bias[i]. Let beta_k be the logsumexp of bias over the tokens of code k: the log of
-their number without a bias, and -inf for a code without tokens. Then logsumexp over tokens is logsumexp_k(h . codebook_k + beta_k).
+The logit of token i is h . codebook[codes[i]] + bias[i]. Let beta_k be the logsumexp of bias over the tokens of code k: without a bias
+the log of their number, and -inf for a code without tokens. Then the logsumexp over tokens is logsumexp_k(h . codebook_k + beta_k).
 """
 
 import torch
@@ -28,13 +28,16 @@ def vq_logits(
 ) -> torch.Tensor:
     """All V logits of a vector-quantised head: h . codebook[codes[i]] + bias[i].
 
-    K products per row and one look-up per token (arXiv 2505.10202, section 3). Losses, greedy choice and sampling have ops
-    that never form the logits: vq_cross_entropy, vq_argmax, vq_sample.
+    It takes K products per row and one look-up per token (arXiv 2505.10202, section 3). The loss, the greedy choice and sampling have
+    ops that never form the logits: vq_cross_entropy, vq_argmax, vq_sample.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K); a code may have no token. bias: (V,), h's dtype or float32, default none.
-    Returns (..., V) in h's dtype, one rounding from float32. Differentiable once in h, codebook and bias.
+    Returns (..., V) in h's dtype, rounded once from float32. Differentiable once in h, codebook and bias.
     Raises ValueError, TypeError or NotImplementedError naming the argument.
+
+    >>> h, codebook, codes = torch.randn(5, 8), torch.randn(7, 8), torch.randint(7, (30,))
+    >>> logits = fastattn.vq_logits(h, codebook, codes)
     """
     op = "vq_logits"
     logits = call(op, _rows(op, "h", h), codebook, codes, bias, requested(op, backend))
@@ -56,18 +59,21 @@ def vq_cross_entropy(
     """Cross-entropy of target under a vector-quantised head, from K logits a row: equal to the softmax over all V tokens.
 
     loss = logsumexp_k(h . codebook_k + beta_k) - h . codebook[codes[target]] - bias[target], with beta_k the logsumexp of bias
-    over the tokens of code k (arXiv 2505.10202; the bias is ours), formed from differences to the largest logit, so that logits
-    of any size lose nothing. Nothing of size (N, V) or (V, K) is held.
+    over the tokens of code k (arXiv 2505.10202; the bias is ours). It is formed from differences to the largest logit, so that large
+    logits lose no digits. Nothing of size (N, V) or (V, K) is held.
     Rows with target == ignore_index are dropped before the product, have loss 0 and a gradient of exactly 0.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K), any pattern. target: (...), int32 or int64 in [0, V) or ignore_index.
     bias: (V,), h's dtype or float32, default none; without it all tokens of a code are equally likely.
-    shadow: (V, d), floating, default none. It changes no value. It gets the straight-through gradient, which is what the rows of a
-    dense head would get at these logits, at a cost of O(V d) in backward.
+    shadow: (V, d), h's dtype or float32, default none. It does not change the loss. It gets the straight-through gradient: the gradient
+    that the rows of a dense head with these logits would get. This costs O(V d) in the backward.
     reduction: "mean" over the rows that are not ignored (0 when there are none), "sum" or "none".
     Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, codebook, bias and shadow; codebook's
     gradient accumulates in float32. Raises ValueError, TypeError or NotImplementedError naming the argument.
+
+    >>> h, codebook, codes = torch.randn(5, 8), torch.randn(7, 8), torch.randint(7, (30,))
+    >>> loss = fastattn.vq_cross_entropy(h, codebook, codes, torch.randint(30, (5,)))
     """
     op = "vq_cross_entropy"
     rows = _rows(op, "h", h)
@@ -98,12 +104,15 @@ def vq_argmax(
 ) -> torch.Tensor:
     """The token of the largest logit, from K logits per row. Among equal logits the lowest token id wins.
 
-    argmax_k (h . codebook_k + the largest bias of code k's tokens), then that token: the argmax of vq_logits in exact arithmetic.
-    Codes within rounding of the best are compared again in float64.
+    The code is argmax_k (h . codebook_k + the largest bias of its tokens), and the token is the one with that bias: the argmax of
+    vq_logits in exact arithmetic (arXiv 2505.10202). Codes within rounding of the best are compared again in float64.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K). bias: (V,), h's dtype or float32, default none.
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+
+    >>> h, codebook, codes = torch.randn(5, 8), torch.randn(7, 8), torch.randint(7, (30,))
+    >>> tokens = fastattn.vq_argmax(h, codebook, codes)
     """
     op = "vq_argmax"
     rows, bias = _rows(op, "h", h).detach(), None if bias is None else bias.detach()
@@ -124,12 +133,15 @@ def vq_sample(
     """One token per row, drawn from softmax(vq_logits / temperature): first a code, then a token of that code.
 
     Code k has probability softmax_k(h . codebook_k / temperature + beta_k), where beta_k is the logsumexp of bias / temperature
-    over its tokens. Token i of the code is drawn in proportion to exp(bias[i] / temperature). Never forms (N, V).
+    over its tokens (arXiv 2505.10202). Token i of the code is drawn in proportion to exp(bias[i] / temperature). Never forms (N, V).
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), h's dtype.
     codes: (V,), int32 or int64 in [0, K). bias: (V,), h's dtype or float32, default none; a bias of -inf is never drawn.
-    temperature: more than zero, default 1. generator: of h's device, default torch's own; two float64 uniforms a row are taken from it.
+    temperature: more than zero, default 1. generator: of h's device, default torch's own; two float64 uniforms a row are drawn from it.
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+
+    >>> h, codebook, codes = torch.randn(5, 8), torch.randn(7, 8), torch.randint(7, (30,))
+    >>> tokens = fastattn.vq_sample(h, codebook, codes, temperature=0.7)
     """
     op = "vq_sample"
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -150,6 +162,8 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor, *, backend: str | Non
 
     x: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. codebook: (K, d), x's dtype.
     Returns (...), int64. Raises ValueError, TypeError or NotImplementedError naming the argument.
+
+    >>> codes = fastattn.nearest_codes(torch.randn(5, 8), torch.randn(7, 8))
     """
     op = "nearest_codes"
     codes = call(op, _rows(op, "x", x).detach(), codebook.detach(), requested(op, backend))

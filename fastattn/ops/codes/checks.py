@@ -1,4 +1,4 @@
-"""What heads of shared rows ask of their arguments, whoever calls them."""
+"""The checks of the codebook ops' arguments, run for every caller."""
 
 import torch
 
@@ -18,7 +18,7 @@ def _check_head(op: str, h, codebook, codes, bias) -> None:
     checks.check_integer(op, "codes", codes, dims=1)
     if not 1 <= codes.shape[0] < 1 << 31:
         raise ValueError(
-            f"fastattn.{op}: codes must name a code for 1 token or more, below 2**31, given {codes.shape[0]}"
+            f"fastattn.{op}: codes must have one element a token, V in [1, 2**31), given {codes.shape[0]}"
         )
     checks.check_same_device(op, h=h, codes=codes)
     check_by_token(op, "bias", bias, (codes.shape[0],), h, "one a token of codes")
@@ -29,7 +29,7 @@ def check_codes(op: str, codes: torch.Tensor, codebook: torch.Tensor) -> None:
 
 
 def head_checks(op: str):
-    """(check, check_contents) of an op that takes h, codebook, codes and bias alone."""
+    """(check, check_contents) of an op whose only members are h, codebook, codes and bias."""
 
     def check(h, codebook, codes, bias) -> None:
         _check_head(op, h, codebook, codes, bias)

@@ -1,4 +1,4 @@
-"""Heads of shared rows on the CPU: K-way matrix products in chunks, native kernels over codes and tokens."""
+"""The codebook ops on the CPU: matrix products with the K codes in chunks, native kernels over codes and tokens."""
 
 import torch
 
@@ -11,7 +11,8 @@ from ..vocabulary import inverse
 from . import tuning  # noqa: F401  declares what configure looks up
 
 _MIB = 1 << 20
-_FEW = 4  # rows up to here are multiplied natively: a pass over the codebook, in its own dtype
+# up to this many rows are multiplied by a native kernel, in one pass over the codebook in its own dtype
+_FEW = 4
 
 
 def refusal(first: torch.Tensor, *_) -> str | None:
@@ -38,7 +39,7 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0):
-    """Of each code's tokens (K,): the largest bias, and the logsumexp of what theirs are above it, over temperature."""
+    """For each code, (K,): the largest bias of its tokens, and the logsumexp of their (bias - largest) / temperature."""
     largest, beta = torch.empty(2, count, dtype=torch.float32)
     native.run(
         "vocab_code_bias",
@@ -53,7 +54,7 @@ def _code_bias(codes, bias, count: int, inverse_temperature: float = 1.0):
 
 
 def _chunks(rows: int, columns: int, mib: int):
-    """(begin, end) of rows whose (rows, columns) float32 scores fit in `mib`."""
+    """[(begin, end)] of chunks of rows whose (rows, columns) float32 scores fit in `mib`."""
     step = max(1, mib * _MIB // (4 * columns))
     return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
@@ -65,10 +66,10 @@ def _scores(
     buffer: torch.Tensor,
     squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x codebook^T in float32, in the first rows of `buffer`, which all chunks share: freed and taken again, large
-    chunks pile up in the allocator. `wide` is the codebook in float32 where there are more than a few rows.
+    """x codebook^T in float32, in the first rows of `buffer`. All chunks share it, because large chunks that are freed and allocated
+    again pile up in the allocator. wide: the codebook in float32, or None for few rows.
 
-    Without it, `squares` (K,) takes the squared norms of the codebook's rows in the same pass.
+    If wide is None, the same pass fills `squares` (K,) with the squared norms of the codebook's rows.
     """
     out = buffer[: x.shape[0]]
     if wide is not None:
@@ -86,7 +87,7 @@ def _scores(
 
 
 def _buffer(chunks: list[tuple[int, int]], columns: int) -> torch.Tensor:
-    """Room for the scores of any one chunk; the first is the longest."""
+    """A buffer for the scores of any chunk; the first chunk is the longest."""
     return torch.empty(chunks[0][1] if chunks else 0, columns, dtype=torch.float32)
 
 
@@ -98,10 +99,10 @@ def _wide(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor | None:
 
 
 def _loss(h, codebook, codes, bias, target, *, scale=None, kept=None, grad=None, wanted=0, mib=16):
-    """Losses (unless their statistics are given) and the gradients of h, codebook, bias and shadow; h and codebook float32.
+    """(losses, statistics, gradients of h, codebook, bias and shadow); h and codebook are float32. With `kept` statistics, no losses.
 
-    A code's logit is that of its likeliest token, and the others' share in its weight is never added to the logit itself,
-    which is rounded at its own size.
+    A code's logit is its likeliest token's. The other tokens enter the code's weight as the separate term beta, because a sum with the
+    logit would be rounded at the logit's magnitude.
     """
     count, width = h.shape
     classes = codebook.shape[0]
@@ -130,21 +131,21 @@ def _loss(h, codebook, codes, bias, target, *, scale=None, kept=None, grad=None,
     losses = None
     if statistics is not None:
         losses = statistics.losses(None, 0, 0.0)
-        if bias is not None:  # what the token's own bias is below its code's largest; both may be -inf
-            own, most = bias[target.long()], largest[code_of.long()]
-            losses += torch.where(own == most, 0.0, most - own)
-    found = _token_gradients(
+        if bias is not None:  # how far the token's bias is below its code's largest; both may be -inf
+            own, top = bias[target.long()], largest[code_of.long()]
+            losses += torch.where(own == top, 0.0, top - own)
+    gradients = _token_gradients(
         h, codes, bias, target, code_of, largest, beta, grad, wanted, (dh, dcodebook, mass)
     )
-    return losses, statistics, found
+    return losses, statistics, gradients
 
 
-def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wanted, found):
-    """(dh, dcodebook, dbias, dshadow) from those over codes: a token's share of its code is exp(bias - largest - beta)."""
-    dh, dcodebook, mass = found
+def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wanted, code_gradients):
+    """(dh, dcodebook, dbias, dshadow) from the gradients over codes. A token's share of its code is exp(bias - largest - beta)."""
+    dh, dcodebook, mass = code_gradients
     dbias = dshadow = None
     if wanted & 4:
-        mass.index_add_(0, code_of.long(), grad)  # what the one-hot had taken out
+        mass.index_add_(0, code_of.long(), grad)  # add back what the one-hot target subtracted
         dbias = _shares(codes, bias, largest, beta, mass).index_add_(0, target.long(), grad, alpha=-1)
     if wanted & 8:
         weighted = h * grad[:, None]
@@ -156,7 +157,7 @@ def _token_gradients(h, codes, bias, target, code_of, largest, beta, grad, wante
 
 
 def _shares(codes, bias, largest, beta, mass) -> torch.Tensor:
-    """(V,): exp(bias - largest - beta of the token's code) * mass of the code."""
+    """(V,): exp(bias - largest - beta) * mass, the last three of the token's code."""
     out = torch.empty(codes.shape[0], dtype=torch.float32)
     native.run(
         "vocab_bias_gradient",
@@ -170,8 +171,8 @@ def _shares(codes, bias, largest, beta, mass) -> torch.Tensor:
     return out
 
 
-def _returned(rows: Rows, found, tensors) -> tuple[torch.Tensor, ...]:
-    dh, *others = found
+def _returned(rows: Rows, gradients, tensors) -> tuple[torch.Tensor, ...]:
+    dh, *others = gradients
     h, *likes = tensors
     return (
         h.new_empty(0) if dh is None else rows.spread(dh, h.dtype),
@@ -181,7 +182,7 @@ def _returned(rows: Rows, found, tensors) -> tuple[torch.Tensor, ...]:
 
 def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
     rows = Rows(target, ignore_index)
-    losses, statistics, found = _loss(
+    losses, statistics, grads = _loss(
         rows.of(h).float(),
         codebook.float(),
         codes.contiguous(),
@@ -192,14 +193,14 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
         mib=_choose(h, codebook).values["chunk_mib"],
     )
     loss = rows.reduced(losses, reduction)
-    return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, found, (h, codebook, bias, shadow))
+    return loss, rows.spread(statistics.kept(), dim=1), *_returned(rows, grads, (h, codebook, bias, shadow))
 
 
 def vq_cross_entropy_backward(
     grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ):
     rows = Rows(target, ignore_index)
-    _, _, found = _loss(
+    _, _, grads = _loss(
         rows.of(h).float(),
         codebook.float(),
         codes.contiguous(),
@@ -210,7 +211,7 @@ def vq_cross_entropy_backward(
         wanted=wanted,
         mib=_choose(h, codebook).values["chunk_mib"],
     )
-    return _returned(rows, found, (h, codebook, bias, shadow))
+    return _returned(rows, grads, (h, codebook, bias, shadow))
 
 
 # --- vq_logits -------------------------------------------------------------------------------------------------------
@@ -257,8 +258,8 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
 
 
 def _rounds_products() -> bool:
-    """Whether torch was allowed to round the factors of float32 products, and the machine has instructions for it."""
-    # torch.get_float32_matmul_precision raises after the other ways to allow it, a GPU's among them
+    """Whether torch's settings allow rounding the factors of float32 products, and the machine has instructions for it."""
+    # torch.get_float32_matmul_precision raises if the setting was made in another way
     allowed = torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
     return allowed and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
@@ -266,11 +267,11 @@ def _rounds_products() -> bool:
 def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     """The id of the largest x . codebook_k + offset_k (float64), the lowest among equals.
 
-    The float32 products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order of summation, and
-    adding offsets in float64 keeps that; twice that is what two scores must differ by to be surely in order. The norm is
-    itself a float32 sum, hence 1.01; below 2^-126 a product may lose all of itself.
+    The float32 products of d terms are within (d + 4) eps/2 |x| |c| of the exact ones in any order of summation, and adding offsets in
+    float64 keeps that bound. Two scores are surely in order if they differ by twice the bound. The norms are float32 sums, hence the
+    factor 1.01. A product below 2^-126 may underflow to 0.
     """
-    found = torch.empty(x.shape[0], dtype=torch.int64)
+    result = torch.empty(x.shape[0], dtype=torch.int64)
     x, codebook, wide = native.rows(x), native.rows(codebook), _wide(x, codebook)
     squares = torch.empty(codebook.shape[0], dtype=torch.float32)
     if wide is not None:
@@ -279,7 +280,7 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
     spread = float(finite.max()) * torch.finfo(torch.float64).eps if finite.numel() else 0.0
     unit = (x.shape[1] + 4) * torch.finfo(torch.float32).eps
     if wide is not None and _rounds_products():
-        unit += 2.0**-7  # both factors to bfloat16: 2^-9 of a term each, and twice as in unit
+        unit += 2.0**-7  # both factors in bfloat16: 2^-9 of a term each, and twice as in unit
     chunks = _chunks(x.shape[0], codebook.shape[0], mib)
     buffer = _buffer(chunks, codebook.shape[0])
     for begin, end in chunks:
@@ -292,12 +293,12 @@ def _best(x, codebook, offset, ids, mib: int) -> torch.Tensor:
             codebook=codebook,
             offset=offset,
             ids=ids,
-            out=found[begin:end],
+            out=result[begin:end],
             slack=1.01 * unit * norm,
             offset_slack=spread + (x.shape[1] + 4) * 2.0**-125,
             threads=native.threads(),
         )
-    return found
+    return result
 
 
 def vq_argmax(h, codebook, codes, bias):
@@ -325,9 +326,9 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
     order = torch.empty(codes.shape[0], dtype=torch.int32)
     offsets = torch.empty(count + 1, dtype=torch.int64)
     native.run("vocab_group", codes=codes, order=order, offsets=offsets)
-    over = inverse(temperature)
-    largest, beta = _code_bias(codes, bias, count, over)
-    found = torch.empty(h.shape[0], dtype=torch.int64)
+    inverse_temperature = inverse(temperature)
+    largest, beta = _code_bias(codes, bias, count, inverse_temperature)
+    result = torch.empty(h.shape[0], dtype=torch.int64)
     uniform = uniform.contiguous()
     chunks = _chunks(h.shape[0], count, _choose(h, codebook).values["chunk_mib"])
     buffer = _buffer(chunks, count)
@@ -341,8 +342,8 @@ def vq_sample(h, codebook, codes, bias, uniform, temperature):
             bias=bias,
             order=order,
             offsets=offsets,
-            out=found[begin:end],
-            inverse_temperature=over,
+            out=result[begin:end],
+            inverse_temperature=inverse_temperature,
             threads=native.threads(),
         )
-    return found
+    return result

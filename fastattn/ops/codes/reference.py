@@ -1,4 +1,4 @@
-"""The definitions of heads of shared rows and their gradients, in plain torch: dense, over every token."""
+"""The definitions of the codebook ops and their gradients, in plain torch: dense, over every token."""
 
 import torch
 
@@ -22,7 +22,7 @@ def vq_logits(
 
 
 def vq_logits_gradients(grad, h, codebook, codes, bias) -> tuple[torch.Tensor | None, ...]:
-    """For h, codebook and bias."""
+    """The gradients of h, codebook and bias."""
     g = wide(grad)
     rows = g.T @ wide(h)  # (V, d)
     return (
@@ -40,7 +40,7 @@ def _by_code(rows: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) ->
 def dense_logits(
     h: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    logits = (h @ codebook.T)[:, codes.long()]  # (N, V), bitwise one product a code
+    logits = (h @ codebook.T)[:, codes.long()]  # (N, V): tokens of one code have bitwise equal products
     return logits if bias is None else logits + wide(bias)
 
 
@@ -54,7 +54,7 @@ def vq_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss () or (N,), statistics (2, N)); shadow has a gradient, as if its rows were those of the codes, and no value."""
+    """(loss () or (N,), statistics (2, N)). shadow does not change the loss; it gets a gradient as if its rows were the codes' rows."""
     where = counted_rows(target, ignore_index)
     x = dense_logits(wide(h.index_select(0, where)), wide(codebook), codes, bias)
     loss, statistics, _ = row_loss(x, shares(target.index_select(0, where), x.shape[1], x.dtype))
@@ -65,12 +65,12 @@ def vq_cross_entropy(
 def vq_cross_entropy_gradients(
     grad, h, codebook, codes, bias, shadow, target, ignore_index, reduction
 ) -> tuple[torch.Tensor | None, ...]:
-    """For h, codebook, bias and shadow."""
+    """The gradients of h, codebook, bias and shadow."""
     where = counted_rows(target, ignore_index)
     valid = wide(h.index_select(0, where))
     x = dense_logits(valid, wide(codebook), codes, bias)
-    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
-    g, *_ = row_loss_gradient(x, wanted, grad_of_rows(grad, where, reduction))
+    targets = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    g, *_ = row_loss_gradient(x, targets, grad_of_rows(grad, where, reduction))
     rows = g.T @ valid  # (V, d)
     return (
         spread(g @ wide(codebook)[codes.long()], where, h),
@@ -88,13 +88,13 @@ def vq_argmax(
 
 
 def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """x codebook^T, whose columns for equal vectors are bitwise equal: a product may round by its place."""
-    distinct, which = codebook.unique(dim=0, return_inverse=True)
-    return (x @ distinct.T)[:, which]
+    """x codebook^T with bitwise equal columns for equal vectors: a matrix product may round equal columns differently."""
+    distinct, inverse = codebook.unique(dim=0, return_inverse=True)
+    return (x @ distinct.T)[:, inverse]
 
 
 def _first_largest(x: torch.Tensor) -> torch.Tensor:
-    """torch.argmax with the lowest index among equals, which torch leaves open."""
+    """torch.argmax that returns the lowest index among equals, which torch does not promise."""
     positions = torch.arange(x.shape[1], device=x.device)
     return torch.where(x == x.amax(1, keepdim=True), positions, x.shape[1] - 1).amin(1)
 
@@ -107,27 +107,27 @@ def vq_sample(
     uniform: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """uniform (N, 2) in [0, 1): the first picks the code, the second the token within it, by cumulative probability."""
+    """uniform (N, 2) in [0, 1): column 0 selects the code and column 1 its token, by cumulative probability."""
     temperature = max(temperature, torch.finfo(torch.float64).tiny)
     count, codes = codebook.shape[0], codes.long()
     bias = uniform.new_zeros(codes.shape) if bias is None else bias.double()
-    most = bias.new_full((count,), -torch.inf).scatter_reduce(0, codes, bias, "amax")  # (K,)
-    # of a token beside its code's likeliest, which is not rounded at the size of the products
-    tokens = torch.where(bias == -torch.inf, 0.0, ((bias - most[codes]) / temperature).exp())  # (V,)
-    scores = h.double() @ codebook.double().T + most  # (N, K)
-    scores = torch.where(most == -torch.inf, -torch.inf, scores)
+    largest = bias.new_full((count,), -torch.inf).scatter_reduce(0, codes, bias, "amax")  # (K,)
+    # each token's weight relative to its code's likeliest token; adding the product first would round at its magnitude
+    tokens = torch.where(bias == -torch.inf, 0.0, ((bias - largest[codes]) / temperature).exp())  # (V,)
+    scores = h.double() @ codebook.double().T + largest  # (N, K)
+    scores = torch.where(largest == -torch.inf, -torch.inf, scores)
     weights = ((scores - scores.amax(1, keepdim=True)) / temperature).exp()
-    of_code = weights * tokens.new_zeros(count).index_add(0, codes, tokens)
-    code = _pick(of_code, uniform[:, 0])
+    code_weights = weights * tokens.new_zeros(count).index_add(0, codes, tokens)
+    code = _pick(code_weights, uniform[:, 0])
     within = torch.where(codes[None] == code[:, None], tokens, 0.0)
     return _pick(within, uniform[:, 1])
 
 
 def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative weight is over uniform times the total; some index where a weight is NaN."""
+    """The first index whose cumulative weight exceeds uniform times the total; any valid index if a weight is NaN."""
     cumulative = weights.cumsum(1)
-    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return found.clamp(max=weights.shape[1] - 1)
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return index.clamp(max=weights.shape[1] - 1)
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

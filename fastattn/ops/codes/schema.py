@@ -80,9 +80,8 @@ class LossCall(NamedTuple):
     target: torch.Tensor  # (N,)
     ignore_index: Size
     reduction: str
-    gradients: (
-        int  # a bit for each of h, codebook, bias, shadow: found in the forward pass, of a gradient of 1
-    )
+    # a bit for each of h, codebook, bias, shadow: gradients that the forward computes, for an incoming gradient of 1
+    gradients: int
 
 
 class LossBackwardCall(NamedTuple):
@@ -106,19 +105,19 @@ def _loss_fake(h, codebook, codes, bias, shadow, target, ignore_index, reduction
 def _loss(h, codebook, codes, bias, shadow, target, ignore_index, reduction, gradients):
     options = (codebook, codes, bias, shadow, target, ignore_index, reduction)
     loss, statistics = reference.vq_cross_entropy(h, *options)
-    found = (None,) * 4
+    grads = (None,) * 4
     if gradients:
-        found = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *options)
-    return loss, statistics, *selected(found, gradients, h)
+        grads = reference.vq_cross_entropy_gradients(torch.ones_like(loss), h, *options)
+    return loss, statistics, *selected(grads, gradients, h)
 
 
 def _loss_gradients(
     grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ):
-    found = reference.vq_cross_entropy_gradients(
+    grads = reference.vq_cross_entropy_gradients(
         grad, h, codebook, codes, bias, shadow, target, ignore_index, reduction
     )
-    return selected(found, wanted, h)
+    return selected(grads, wanted, h)
 
 
 def _loss_setup(ctx, inputs, output):
@@ -132,7 +131,7 @@ def _loss_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
     tensors = ctx.saved_tensors
-    saved, found = tensors[:7], tensors[7:]
+    saved, saved_grads = tensors[:7], tensors[7:]
 
     def recompute(wanted):
         return dispatch(
@@ -140,7 +139,7 @@ def _loss_backward(ctx, grad, *_):
         )
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
-    dh, dcodebook, dbias, dshadow = saved_or_recomputed(wanted, ctx.gradients, grad, found, recompute)
+    dh, dcodebook, dbias, dshadow = saved_or_recomputed(wanted, ctx.gradients, grad, saved_grads, recompute)
     return dh, dcodebook, None, dbias, dshadow, None, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Heads of shared rows in Triton: K-way products and row kernels; sums over codes and tokens go in a fixed order, no atomics."""
+"""The codebook ops in Triton: products with the K codes and row kernels. Sums over codes and tokens have a fixed order, no atomics."""
 
 import torch
 import triton
@@ -44,8 +44,8 @@ def _segment_sum_kernel(
 
 @triton.jit
 def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_temperature, BLOCK: tl.constexpr):
-    """Of one code's tokens: the largest bias, the first token that has it, and the logsumexp of what theirs are above it,
-    over temperature."""
+    """For the tokens of one code: the largest bias, the first token that has it, and the logsumexp of (bias - largest) /
+    temperature."""
     code = tl.program_id(0)
     begin = tl.load(offsets + code)
     end = tl.load(offsets + code + 1)
@@ -58,7 +58,7 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_tempera
         value = tl.where(inside, 0.0, float("-inf"))
         if bias is not None:
             value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
-        # tokens of a code come in rising order: the first largest is the lowest
+        # the tokens of a code are in rising order, so the first largest has the lowest id
         better = inside & ((value > top) | (first == 1 << 62))
         first = tl.where(better, token, first)
         top = tl.maximum(top, value)
@@ -75,7 +75,7 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_tempera
     tl.store(beta + code, tl.log(tl.sum(total, 0)))
     tl.store(largest + code, most)
     named = tl.min(tl.where(top == most, first, 1 << 62), 0)
-    # a maximum of NaN, which equals nothing, names the code's first token
+    # if the maximum is NaN, which equals nothing, take the code's first token
     tl.store(best + code, tl.where(named == 1 << 62, tl.min(first, 0), named))
 
 
@@ -97,7 +97,8 @@ def _best_kernel(
     scores, x, codebook, offsets, ids, norms, out, classes, width, x_row, codebook_row, slack, spread,
     BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The largest score + offset of one row: those within rounding of it are formed again in float64; the lowest id of equals."""
+    """The id of one row's largest score + offset, the lowest among equals. Scores within rounding of the largest are computed again
+    in float64."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_W)
@@ -109,7 +110,7 @@ def _best_kernel(
         top = tl.maximum(top, value + tl.load(offsets + first + at, mask=inside, other=float("-inf")))
     highest = tl.max(top, 0)
     reach = 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
-    # products beyond float32 and a NaN put nothing in order: every code is compared
+    # with a NaN, or products that overflow float32, no order is sure: compare every code
     floor = tl.where((highest < float("inf")) & (reach < float("inf")), highest - reach, float("-inf"))
     best = tl.full([], float("-inf"), tl.float64)
     found = tl.full([], 1 << 62, tl.int64)
@@ -122,9 +123,9 @@ def _best_kernel(
         while code < classes:
             exact = tl.zeros([BLOCK_W], tl.float64)
             for begin in range(0, width, BLOCK_W):
-                there = begin + columns < width
-                a = tl.load(x + offset(row, x_row) + begin + columns, mask=there, other=0.0)
-                b = tl.load(codebook + offset(code, codebook_row) + begin + columns, mask=there, other=0.0)
+                within = begin + columns < width
+                a = tl.load(x + offset(row, x_row) + begin + columns, mask=within, other=0.0)
+                b = tl.load(codebook + offset(code, codebook_row) + begin + columns, mask=within, other=0.0)
                 exact += a.to(tl.float64) * b.to(tl.float64)
             sum64 = tl.sum(exact, 0) + tl.load(offsets + code)
             token = code.to(tl.int64)
@@ -134,7 +135,7 @@ def _best_kernel(
             found = tl.where(better, token, found)
             best = tl.where(better, sum64, best)
             code = tl.min(tl.where(near & (first + at > code), first + at, classes), 0)
-    if found == 1 << 62:  # nothing is above -inf: the lowest id, which is always a valid one
+    if found == 1 << 62:  # no score is above -inf: take the lowest id
         for first in range(0, classes, BLOCK):
             token = (first + at).to(tl.int64)
             if ids is not None:
@@ -144,32 +145,32 @@ def _best_kernel(
 
 
 @triton.jit
-def _weights(base, other, rest, at, end, factor, shift):
-    """exp((base + other - shift) * factor + rest) at `at`, 0 from `end` on, in float64."""
+def _weights(base, other, extra, at, end, factor, shift):
+    """exp((base + other - shift) * factor + extra) at the indices `at`, 0 from `end` on, in float64."""
     inside = at < end
     value = tl.load(base + at, mask=inside, other=float("-inf"))
     if other is not None:
         value += tl.load(other + at, mask=inside, other=float("-inf"))
     value = (value - shift) * factor
-    if rest is not None:
-        value += tl.load(rest + at, mask=inside, other=float("-inf"))
+    if extra is not None:
+        value += tl.load(extra + at, mask=inside, other=float("-inf"))
     return tl.where(inside, tl.exp(value), 0.0).to(tl.float64)
 
 
 @triton.jit
-def _draw(base, other, rest, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
-    """The first of [begin, end) whose cumulative weight is over uniform times the total; the last that has one where rounding
-    leaves none; `begin` where no weight is a number."""
+def _draw(base, other, extra, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
+    """The first index of [begin, end) whose cumulative weight exceeds uniform times the total. If rounding leaves none, the last index
+    with a weight; if no weight is a number, `begin`."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(begin, end, BLOCK):
-        total += _weights(base, other, rest, first + at, end, factor, shift)
+        total += _weights(base, other, extra, first + at, end, factor, shift)
     goal = uniform * tl.sum(total, 0)
     before = tl.zeros([], tl.float64)
     found = tl.full([], 1 << 62, tl.int64)
     last = tl.zeros([], tl.int64) + begin
     for first in range(begin, end, BLOCK):
-        weight = _weights(base, other, rest, first + at, end, factor, shift)
+        weight = _weights(base, other, extra, first + at, end, factor, shift)
         index = (first + at).to(tl.int64)
         over = (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
         found = tl.minimum(found, tl.min(tl.where(over, index, 1 << 62), 0))
@@ -192,7 +193,7 @@ def _sample_kernel(
     inverse_temperature,
     BLOCK: tl.constexpr,
 ):
-    """A code by the row's first uniform, then one of its tokens by the second; `bias` is in `order`."""
+    """Draw a code by the row's first uniform, then one of its tokens by the second. `bias` is sorted as `order`."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     score_row = scores + offset(row, classes)
@@ -201,7 +202,7 @@ def _sample_kernel(
         inside = first + at < classes
         value = tl.load(score_row + first + at, mask=inside, other=float("-inf"))
         top = tl.maximum(top, value + tl.load(largest + first + at, mask=inside, other=float("-inf")))
-    # differences from the best token, so that no small temperature makes two infinities
+    # differences to the best token, so that a small temperature does not make two infinities
     code = _draw(
         score_row,
         largest,
@@ -222,12 +223,12 @@ def _sample_kernel(
         )
     else:
         chosen = begin + tl.minimum((second * (end - begin).to(tl.float64)).to(tl.int64), end - begin - 1)
-    # a row of NaN can name a code without tokens
+    # a row of NaN can select a code without tokens
     tl.store(out + row, tl.load(order + chosen, mask=end > begin, other=0))
 
 
 def _segments(keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order (N,) of the rows by key, earlier first; offsets (count + 1,) of each key's rows in it); other keys are left out."""
+    """(order (N,): the rows sorted by key, earlier rows first; offsets (count + 1,) of each key's rows in it). Other keys are left out."""
     ordered, order = keys.long().sort(stable=True)
     bounds = torch.arange(count + 1, device=keys.device)
     return order, torch.searchsorted(ordered, bounds)
@@ -250,8 +251,7 @@ def _segment_sum(values, weights, keys, count: int) -> torch.Tensor:
 def _code_statistics(
     codes, bias, order, offsets, inverse_temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each code's tokens (logsumexp of what their bias is above the largest, over temperature; the largest bias; the
-    first token that has it)."""
+    """For the tokens of each code: (logsumexp of (bias - largest) / temperature; the largest bias; the first token that has it)."""
     count = offsets.shape[0] - 1
     beta, largest = torch.empty(2, count, dtype=torch.float32, device=codes.device)
     best = torch.empty(count, dtype=torch.int64, device=codes.device)
@@ -262,28 +262,28 @@ def _code_statistics(
 
 
 def _below(own: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """largest - own of biases, 0 where both are -inf."""
+    """largest - own, 0 where both are -inf."""
     return torch.where(own == largest, 0.0, largest - own)
 
 
 def _shares(codes, bias, largest, beta) -> torch.Tensor:
     """(V,): the probability of a token given its code."""
     below = beta[codes] if bias is None else _below(bias.float(), largest[codes]) + beta[codes]
-    return torch.where(below == -torch.inf, 0.0, (-below).exp())  # -inf: all tokens of the code are left out
+    return torch.where(below == -torch.inf, 0.0, (-below).exp())  # all tokens of the code have a bias of -inf
 
 
 def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=None, statistics, wanted=0):
-    """Gradients of h, codebook, bias and shadow; the row losses and their statistics where `loss` is given.
+    """The gradients of h, codebook, bias and shadow. If `loss` is given, the row losses and their statistics are filled too.
 
-    A code's logit is that of its likeliest token, and the others' share in its weight is never added to the logit itself,
-    which is rounded at its own size."""
+    A code's logit is its likeliest token's. The other tokens enter the code's weight as the separate term beta, because a sum with the
+    logit would be rounded at the logit's magnitude."""
     codes = codes.long()
     bias = None if bias is None else bias.contiguous()
     beta, largest, _ = _code_statistics(codes, bias, *_segments(codes, codebook.shape[0]))
     counted = target != ignore_index
     token = target.long().masked_fill(~counted, 0)
     code = codes[token].masked_fill(~counted, _IGNORED)
-    # codebook's gradient serves shadow as well, and the sums over rows serve bias
+    # shadow needs the codebook's gradient too, and bias the sums over rows
     inner = (wanted & 1) | (2 if wanted & 10 else 0) | (wanted & 4)
     options = {"stablemax": False, "softcap": 0.0, "z_loss": 0.0, "ignore_index": _IGNORED}
     mib = configure(h, codebook).values["chunk_mib"]
@@ -311,7 +311,8 @@ def _loss(h, codebook, codes, bias, target, ignore_index, *, grad=None, loss=Non
         share = _shares(codes, bias, largest, beta)
     if wanted & 4:
         column = grad[:, None]
-        mass = mass + _segment_sum(column, None, code, count)[:, 0]  # what the one-hot had taken out
+        # add back what the one-hot target subtracted
+        mass = mass + _segment_sum(column, None, code, count)[:, 0]
         dbias = share * mass[codes] - _segment_sum(column, None, label, tokens)[:, 0]
     if wanted & 8:
         whole = dcodebook + _segment_sum(h, grad, code, count)  # P^T h
@@ -323,7 +324,7 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
     loss, statistics = empty_statistics(h)
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
     grad = upstream(one, target, ignore_index, reduction) if gradients else None
-    found = _loss(
+    grads = _loss(
         h,
         codebook,
         codes,
@@ -336,17 +337,17 @@ def vq_cross_entropy(h, codebook, codes, bias, shadow, target, ignore_index, red
         wanted=gradients,
     )
     loss = reduced(loss, target, ignore_index, reduction)
-    return loss, statistics, *returned(found, (h, codebook, bias, shadow))
+    return loss, statistics, *returned(grads, (h, codebook, bias, shadow))
 
 
 def vq_cross_entropy_backward(
     grad, h, codebook, codes, bias, shadow, target, statistics, ignore_index, reduction, wanted
 ):
     grad = upstream(grad, target, ignore_index, reduction)
-    found = _loss(
+    grads = _loss(
         h, codebook, codes, bias, target, ignore_index, grad=grad, statistics=statistics, wanted=wanted
     )
-    return returned(found, (h, codebook, bias, shadow))
+    return returned(grads, (h, codebook, bias, shadow))
 
 
 def vq_logits(h, codebook, codes, bias):
@@ -370,7 +371,7 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
         if not wanted & 3:
             break
         part = h[begin:end]
-        # tokens of a code summed for every row: (K, rows), whose 16-bit copy goes into the products
+        # gradients summed over the tokens of a code, for every row: (K, rows), rounded to h's dtype for the products
         collected = _segment_sum(grad[begin:end].T.contiguous(), None, codes, classes).to(h.dtype)
         if dh is not None:
             dh[begin:end] = product(collected.T, codebook).to(h.dtype)
@@ -383,25 +384,25 @@ def vq_logits_backward(grad, h, codebook, codes, bias, wanted):
 def _best(x, codebook, offsets, ids) -> torch.Tensor:
     """The id of the largest x . codebook_k + offsets_k (float64), the lowest among equals.
 
-    Products of d terms are within (d + 4) eps/2 |x| |c| of the true ones in any order; 1.01 covers the norms' own rounding.
-    Below 2^-126 a product may lose all of itself.
+    Products of d terms are within (d + 4) eps/2 |x| |c| of the exact ones in any order; the factor 1.01 covers the norms' own rounding.
+    A product below 2^-126 may underflow to 0.
     """
-    found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    result = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     x, codebook = _triton.last_dim_contiguous(x), _triton.last_dim_contiguous(codebook)
     classes, width = codebook.shape
     largest = torch.linalg.vector_norm(codebook.float(), dim=1).amax()
-    # one term of TF32 loses 2^-11 where torch was told that this will do
-    unit = 2.0**-9 if x.dtype == torch.float32 and _triton.tf32_will_do() else 2.0**-23
+    # with TF32, if torch's settings allow it, each factor is rounded to 2^-11
+    unit = 2.0**-9 if x.dtype == torch.float32 and _triton.tf32_allowed() else 2.0**-23
     norms = torch.linalg.vector_norm(x.float(), dim=1).double() * largest
     spread = offsets.masked_fill(~offsets.isfinite(), 0.0).abs().amax() * 2.0**-52 + (width + 4) * 2.0**-125
     for begin, end in chunks(x.shape[0], classes, configure(x, codebook).values["chunk_mib"]):
         part = x[begin:end]
         _triton.launch(
             _best_kernel, (end - begin,), product(part, codebook.T), part, codebook, offsets, ids, norms[begin:end],
-            found[begin:end], classes, width, part.stride(0), codebook.stride(0), 1.01 * (width + 4) * unit, spread,
+            result[begin:end], classes, width, part.stride(0), codebook.stride(0), 1.01 * (width + 4) * unit, spread,
             BLOCK=min(1024, _triton.block(classes)), BLOCK_W=min(256, _triton.block(width)), num_warps=4,
         )  # fmt: skip
-    return found
+    return result
 
 
 def vq_argmax(h, codebook, codes, bias):
@@ -419,16 +420,16 @@ def refusal_sample(h, codebook, codes, bias, uniform, temperature) -> str | None
 
 
 def vq_sample(h, codebook, codes, bias, uniform, temperature):
-    classes, over = codebook.shape[0], inverse(temperature)
+    classes, inverse_temperature = codebook.shape[0], inverse(temperature)
     order, offsets = _segments(codes, classes)
     bias = None if bias is None else bias.float().contiguous()
-    beta, largest, _ = _code_statistics(codes, bias, order, offsets, over)
-    in_order = None if bias is None else bias[order]
+    beta, largest, _ = _code_statistics(codes, bias, order, offsets, inverse_temperature)
+    sorted_bias = None if bias is None else bias[order]
     uniform = uniform.contiguous()
-    found = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
+    result = torch.empty(h.shape[0], dtype=torch.int64, device=h.device)
     for begin, end in chunks(h.shape[0], classes, configure(h, codebook).values["chunk_mib"]):
         _triton.launch(
             _sample_kernel, (end - begin,), product(h[begin:end], codebook.T), uniform[begin:end], largest, beta,
-            in_order, order, offsets, found[begin:end], classes, over, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
+            sorted_bias, order, offsets, result[begin:end], classes, inverse_temperature, BLOCK=min(1024, _triton.block(classes)), num_warps=4,
         )  # fmt: skip
-    return found
+    return result

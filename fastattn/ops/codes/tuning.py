@@ -1,4 +1,4 @@
-"""What the CPU ops on codes can be tuned by: how much of the products with the codebook is held at once."""
+"""The tunable parameter of the CPU codebook ops: how much of the products with the codebook is held at once."""
 
 from ...runtime.tuning import Parameter, declare
 

@@ -1,4 +1,4 @@
-"""The calls that the loss over codes is tuned by: a training step's loss and its gradients."""
+"""The calls with which the loss over codes is tuned: a training step's loss and its gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cross-entropies ask of their arguments, whoever calls them."""
+"""The checks of the cross-entropies' arguments, run for every caller."""
 
 from ...runtime import checks
 from ..vocabulary import (
@@ -45,7 +45,7 @@ def _check_linear(
     checks.check_positive(op, "softcap", softcap, zero=True)
     if 0 < softcap < LEAST_SOFTCAP:
         raise ValueError(
-            f"fastattn.{op}: softcap must be 0, for none, or at least {LEAST_SOFTCAP}, given {softcap}"
+            f"fastattn.{op}: softcap must be 0 (none) or at least {LEAST_SOFTCAP}, given {softcap}"
         )
     checks.check_positive(op, "z_loss", z_loss, zero=True)
     if not 0 <= checks.as_number(op, "label_smoothing", label_smoothing) <= 1:

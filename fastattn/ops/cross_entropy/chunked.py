@@ -1,6 +1,6 @@
 """Losses over dense logits on a GPU: library matrix products in chunks of rows, one row kernel of a backend between them.
 
-Ignored rows take part in the products with a gradient of zero: leaving them out would make the call wait for the device.
+Ignored rows take part in the products with a gradient of zero, because dropping them would make the call wait for the device.
 Products of 16-bit inputs have 16-bit operands and float32 results; logits are never rounded to less than float32.
 """
 
@@ -43,10 +43,10 @@ def chunked_rows(
     statistics,
     wanted=0,
 ):
-    """The row losses and their statistics (where `loss` is given) and, where `grad` is, the `wanted` gradients of h (its dtype),
-    weight, bias and temperature (float32) by chunks of rows, less `taken`. shares: (N, 3), what the row kernel takes by this name.
+    """In chunks of rows: fill the row losses and their statistics if `loss` is given, and if `grad` is given return the `wanted`
+    gradients of h (its dtype), weight, bias and temperature (float32), minus `taken`. shares: (N, 3), an argument of the row kernel.
 
-    row_kernel(x, target, **rows and options): loss, largest, total, and the loss's gradient in place of the logits x."""
+    row_kernel(x, target, **rows, **options) fills loss, largest and total, and overwrites the logits x with the loss's gradient."""
     largest, total = statistics
     columns = {"bias": bias} | ({} if log_count is None else {"log_count": log_count})
     temperature = None if temperature is None else temperature.contiguous()
@@ -54,7 +54,7 @@ def chunked_rows(
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted & 2 else None
     dbias = h.new_zeros(weight.shape[0], dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(h.shape[0], dtype=torch.float32) if wanted & 8 else None
-    some = {} if shares is None else {"shares": shares}
+    optional = {} if shares is None else {"shares": shares}
     for begin, end in chunks(h.shape[0], weight.shape[0], mib):
         part = h[begin:end]
         x = product(part, weight.T)
@@ -62,7 +62,7 @@ def chunked_rows(
             name: None if t is None else t[begin:end]
             for name, t in (
                 ("temperature", temperature), ("grad", grad), ("loss", loss), ("largest", largest), ("total", total),
-                ("grad_temperature", dtemperature), *some.items(),
+                ("grad_temperature", dtemperature), *optional.items(),
             )
         }  # fmt: skip
         row_kernel(x, target[begin:end], **columns, **rows, **options)
@@ -85,10 +85,12 @@ def chunked_rows(
     return dh, dweight, dbias, dtemperature
 
 
-def returned(found, tensors) -> tuple[torch.Tensor, ...]:
+def returned(gradients, tensors) -> tuple[torch.Tensor, ...]:
     """Gradients in their tensors' dtypes, (0,) for those that are None."""
     h = tensors[0]
-    return tuple(h.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
+    return tuple(
+        h.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)
+    )
 
 
 def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -> dict:
@@ -98,7 +100,7 @@ def _options(transform: int, softcap: float, z_loss: float, ignore_index: int) -
 def divisor(
     target: torch.Tensor, ignore_index: int, class_weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of a mean, on the device: how many rows count, or what their classes weigh, and 1 for 0."""
+    """The divisor of a mean, on the device: the number of counted rows, or the sum of their class weights; 1 in place of 0."""
     counted = target != ignore_index
     if class_weight is None:
         return counted.sum().clamp(min=1).float()
@@ -118,12 +120,12 @@ def upstream(grad, target, ignore_index: int, reduction: str, class_weight=None)
 
 
 def empty_statistics(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss (N,), statistics (2, N): the largest logit and the sum of the weights), not yet filled."""
+    """Uninitialised (loss (N,), statistics (2, N)); the statistics are the largest logit and the sum of the weights."""
     return tuple(h.new_empty(*shape, h.shape[0], dtype=torch.float32) for shape in ((), (2,)))
 
 
 class _Call:
-    """What a call and its backward begin with."""
+    """The arguments of a call or its backward, prepared for the row kernel."""
 
     def __init__(
         self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index
@@ -136,18 +138,18 @@ class _Call:
         self.ignored = None if self.smoothing is None else target == ignore_index
 
     def run(self, row_kernel, mib, options, *, grad, statistics, wanted, grad_lse=None, loss=None):
-        """As chunked_rows."""
+        """`chunked_rows` for this call."""
         taken = None
         if self.smoothing is not None and wanted:
             rows = grad.masked_fill(self.ignored, 0)
             taken = self.smoothing.taken(rows, self.h, self.temperature)
-        found = chunked_rows(
+        gradients = chunked_rows(
             row_kernel, mib, self.h, self.weight, self.bias, self.target, self.temperature, options,
             shares=self._columns(grad_lse), taken=taken, grad=grad, loss=loss, statistics=statistics, wanted=wanted,
         )  # fmt: skip
-        if taken is not None and found[3] is not None:
-            self.smoothing.off_temperature(found[3], rows, statistics[0], self.temperature)
-        return found
+        if taken is not None and gradients[3] is not None:
+            self.smoothing.off_temperature(gradients[3], rows, statistics[0], self.temperature)
+        return gradients
 
     def _columns(self, grad_lse: torch.Tensor | None) -> torch.Tensor | None:
         if self.shares is None and grad_lse is None:
@@ -175,14 +177,14 @@ def linear_cross_entropy(
     one = h.new_ones((h.shape[0],) if reduction == "none" else (), dtype=torch.float32)
     grad = upstream(one, target, ignore_index, reduction, class_weight) if gradients else None
     options = _options(transform, softcap, z_loss, ignore_index)
-    found = c.run(row_kernel, mib, options, grad=grad, loss=loss, statistics=statistics, wanted=gradients)
+    grads = c.run(row_kernel, mib, options, grad=grad, loss=loss, statistics=statistics, wanted=gradients)
     if c.smoothing is not None:
         loss += c.smoothing.loss(statistics[0], temperature).masked_fill(c.ignored, 0)
     lse = loss.new_empty(0)
     if return_lse:
         lse = _lse(statistics, temperature, transform == 1, target == ignore_index)
     loss = reduced(loss, target, ignore_index, reduction, class_weight)
-    return loss, statistics, lse, *returned(found, (h, weight, bias, temperature)), h.new_empty(0)
+    return loss, statistics, lse, *returned(grads, (h, weight, bias, temperature)), h.new_empty(0)
 
 
 def reduced(loss, target, ignore_index: int, reduction: str, class_weight=None) -> torch.Tensor:
@@ -198,7 +200,7 @@ def linear_cross_entropy_backward(
     c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
     grad = upstream(grad, target, ignore_index, reduction, class_weight)
     options = _options(transform, softcap, z_loss, ignore_index)
-    found = c.run(
+    grads = c.run(
         row_kernel, mib, options, grad=grad, grad_lse=grad_lse, statistics=statistics, wanted=wanted
     )
-    return *returned(found, (h, weight, bias, temperature)), h.new_empty(0)
+    return *returned(grads, (h, weight, bias, temperature)), h.new_empty(0)

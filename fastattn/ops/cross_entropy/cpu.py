@@ -1,12 +1,12 @@
 """Losses over dense logits on the CPU: matrix products in chunks, one native row kernel between them.
 
-Gradients in the forward pass (one pass): for a chunk of rows, logits of all classes, then their gradient in place, then
-its products with weight and h. Otherwise (tiles): the forward pass keeps a running maximum and sum a row over tiles of
-classes, and backward finds each tile's gradient from them. A tile of weight's gradient is then one product over
-all rows, so nothing of weight's size is held beside the gradient itself.
+One pass (gradients in the forward): for a chunk of rows, compute the logits of all classes, overwrite them with their gradient,
+and multiply that with weight and h. Tiles (otherwise): the forward keeps a running maximum and sum for each row over tiles of
+classes, and the backward computes each tile's gradient from them. A tile of weight's gradient is then one product over all rows, so
+nothing of weight's size is held besides the gradient itself.
 
-Logits and sums are float32, never rounded to less. Products of low-precision inputs are those of float32, widened a block at
-a time; of bfloat16, where the processor multiplies it, those of bfloat16 (`cpu_products`).
+Logits and sums are float32, never rounded to less. 16-bit inputs are converted to float32 for the products, a block at a time;
+bfloat16 inputs are multiplied as bfloat16 where the processor has instructions for it (`cpu_products`).
 """
 
 import torch
@@ -18,7 +18,7 @@ from . import tuning  # noqa: F401  declares what configure looks up
 from .cpu_products import Pairs, Widened
 from .shares import Shares, Taken, unserved
 
-_NEVER = -(2**63)  # an ignore_index that no row left has
+_NEVER = -(2**63)  # an ignore_index that no target has
 
 
 def refusal(first: torch.Tensor, *_) -> str | None:
@@ -53,20 +53,20 @@ def _choose(h, weight) -> Choice:
 
 
 class Rows:
-    """The rows whose target is not ignored; all of them, without a copy, when none is."""
+    """The rows whose target is not ignored. If none is ignored, tensors are used without a copy."""
 
     def __init__(self, target: torch.Tensor, ignore_index: int) -> None:
         kept = target != ignore_index
         self.index = None if bool(kept.all()) else kept.nonzero()[:, 0]
         self.total = target.shape[0]
         self.count = self.total if self.index is None else self.index.shape[0]
-        self.divisor: float = max(1, self.count)  # of a mean
+        self.divisor: float = max(1, self.count)  # for "mean"
 
     def of(self, t: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
         return t if t is None or self.index is None else t.index_select(dim, self.index)
 
     def spread(self, t: torch.Tensor, dtype: torch.dtype | None = None, dim: int = 0) -> torch.Tensor:
-        """t back at its rows, zero at the ignored ones."""
+        """t with one entry for every row again, zero for ignored rows."""
         t = t.to(dtype or t.dtype)
         if self.index is None:
             return t
@@ -89,9 +89,9 @@ class Rows:
 
 
 class Statistics:
-    """Per row: the largest logit so far, the sum of the weights (see VocabRowsParams), the target's logit.
+    """For each row: the largest logit so far, the sum of the weights (see VocabRowsParams), and the target's logit.
 
-    Never a log-sum-exp: rounded at the size of the logits, it would lose what the target is below the largest.
+    No log-sum-exp is kept: rounded at the logits' magnitude, it would lose the target's distance to the largest logit.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -110,19 +110,19 @@ class Statistics:
         largest, picked = self.largest, self.picked
         if stablemax:
             largest, picked, temperature = _symlog(largest), _symlog(picked), None
-        over = 1.0 if temperature is None else temperature
+        tau = 1.0 if temperature is None else temperature
         log_total = self.total.log()
-        below = (largest - picked) / over
+        below = (largest - picked) / tau
         if shares is None:
             loss = below + log_total
-            return loss + z_loss * (largest / over + log_total).square() if z_loss else loss
+            return loss + z_loss * (largest / tau + log_total).square() if z_loss else loss
         loss = shares.own * below + shares.mass * log_total
         if z_loss:
-            loss += shares.mass * z_loss * (largest / over + log_total).square()
+            loss += shares.mass * z_loss * (largest / tau + log_total).square()
         return loss if shares.smoothing is None else loss + shares.smoothing.loss(largest, temperature)
 
     def kept(self) -> torch.Tensor:
-        """(2, rows): what the gradients need."""
+        """(2, rows): the largest logit and the sum of the weights, which the gradients need."""
         return torch.stack((self.largest, self.total))
 
 
@@ -150,7 +150,7 @@ def run_rows(
 ) -> None:
     """The row kernel on rows begin .. end of the per-row tensors; x (end - begin, C) is overwritten unless `out` is given.
 
-    It takes the columns into `statistics`, or has `kept` of all columns.
+    It adds the columns to `statistics`, or reads `kept`, the statistics of all columns.
     """
     if begin == end:
         return
@@ -187,7 +187,7 @@ def run_rows(
 
 
 def _run_gradients(x, g, target, begin, end, dbias, **fields) -> None:
-    """The row kernel on logits x: their gradients go to g, which may be x, and the gradients' sum over rows to `dbias`."""
+    """The row kernel on logits x. It writes their gradients to g, which may be x, and adds the gradients' sum over rows to `dbias`."""
     if dbias is None:
         run_rows(x, target, begin, end, out=g, **fields)
         return
@@ -198,29 +198,29 @@ def _run_gradients(x, g, target, begin, end, dbias, **fields) -> None:
 
 
 def _one_pass(
-    by: Widened | Pairs, classes, bias, target, temperature, options, grad, mass, taken: Taken | None, wanted, chunk_mib
+    products: Widened | Pairs, classes, bias, target, temperature, options, grad, mass, taken: Taken | None, wanted, chunk_mib
 ):  # fmt: skip
     """Statistics and the gradients of h, weight, bias and temperature, from whole rows of logits."""
-    h = by.h
+    h = products.h
     count = h.shape[0]
     statistics = Statistics(h)
-    strip, rows = by.rows(classes, chunk_mib)
+    strip, rows = products.rows(classes, chunk_mib)
     logits = h.new_empty(strip, classes, dtype=torch.float32)
-    gradients = by.gradients(logits, rows)
+    gradients = products.gradients(logits, rows)
     dh = h.new_empty(h.shape, dtype=h.dtype if taken is None else torch.float32) if wanted & 1 else None
-    dweight = by.weight_gradient(classes, whole=rows >= count and taken is None) if wanted & 2 else None
+    dweight = products.weight_gradient(classes, whole=rows >= count and taken is None) if wanted & 2 else None
     if dweight is not None and count == 0:
         dweight.zero_()
     dbias = h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
     dtemperature = h.new_zeros(count, dtype=torch.float32)
     for begin in range(0, count, rows):
         end = min(count, begin + rows)
-        forward = by.blocks()
+        forward = products.blocks()
         for first in range(begin, end, strip):
             last = min(end, first + strip)
             x = logits[: last - first]
             for c0, c1, block in forward:
-                by.logits(x[:, c0:c1], first, last, block)
+                products.logits(x[:, c0:c1], first, last, block)
             _run_gradients(
                 x,
                 x if gradients is logits else gradients[first - begin : last - begin],
@@ -238,10 +238,10 @@ def _one_pass(
             )
         del forward
         g = gradients[: end - begin]
-        for c0, c1, block in by.blocks() if dh is not None else ():
-            by.toward_h(dh[begin:end], g[:, c0:c1], block, first=c0 == 0)
+        for c0, c1, block in products.blocks() if dh is not None else ():
+            products.toward_h(dh[begin:end], g[:, c0:c1], block, first=c0 == 0)
         if dweight is not None:
-            by.toward_weight(dweight, g, begin, end, first=begin == 0)
+            products.toward_weight(dweight, g, begin, end, first=begin == 0)
     if taken is not None:
         if dh is not None:
             taken.off_h(dh, 0, count)
@@ -253,17 +253,17 @@ def _one_pass(
 
 
 def _tile_statistics(
-    by: Widened | Pairs, classes, bias, target, temperature, options, tile_mib
+    products: Widened | Pairs, classes, bias, target, temperature, options, tile_mib
 ) -> Statistics:
-    count = by.h.shape[0]
-    statistics = Statistics(by.h)
-    rows, columns = by.tile(classes, tile_mib)
-    buffer = by.h.new_empty(rows * columns, dtype=torch.float32)
-    for c0, c1, block in by.blocks(columns):
+    count = products.h.shape[0]
+    statistics = Statistics(products.h)
+    rows, columns = products.tile(classes, tile_mib)
+    buffer = products.h.new_empty(rows * columns, dtype=torch.float32)
+    for c0, c1, block in products.blocks(columns):
         for begin in range(0, count, rows):
             end = min(count, begin + rows)
             x = buffer[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0)
-            by.logits(x, begin, end, block)
+            products.logits(x, begin, end, block)
             run_rows(
                 x,
                 target,
@@ -279,23 +279,23 @@ def _tile_statistics(
 
 
 def _tile_gradients(
-    by: Widened | Pairs, weight, bias, target, temperature, kept, grad, mass, taken: Taken | None, options, wanted, tile_mib
+    products: Widened | Pairs, weight, bias, target, temperature, kept, grad, mass, taken: Taken | None, options, wanted, tile_mib
 ):  # fmt: skip
-    """The gradients of h, weight (in its own dtype), bias and temperature, from `grad` and `mass` a row."""
-    count, width = by.h.shape
+    """The gradients of h, weight (in its own dtype), bias and temperature, from each row's `grad` and `mass`."""
+    count, width = products.h.shape
     classes = weight.shape[0]
-    rows, columns = by.tile(classes, tile_mib)
-    buffer = by.h.new_empty(rows * columns, dtype=torch.float32)
-    gradients = by.gradients(buffer, rows * columns)
-    dh = by.h.new_empty(count, width, dtype=torch.float32) if wanted & 1 else None
+    rows, columns = products.tile(classes, tile_mib)
+    buffer = products.h.new_empty(rows * columns, dtype=torch.float32)
+    gradients = products.gradients(buffer, rows * columns)
+    dh = products.h.new_empty(count, width, dtype=torch.float32) if wanted & 1 else None
     dweight = None
     if wanted & 2:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         if count == 0:
             dweight.zero_()
-    dbias = by.h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
-    dtemperature = by.h.new_zeros(count, dtype=torch.float32)
-    for c0, c1, block in by.blocks(columns):
+    dbias = products.h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
+    dtemperature = products.h.new_zeros(count, dtype=torch.float32)
+    for c0, c1, block in products.blocks(columns):
         if dweight is not None:
             tile = dweight[c0:c1]
             if dweight.dtype != torch.float32:
@@ -303,7 +303,7 @@ def _tile_gradients(
         for begin in range(0, count, rows):
             end = min(count, begin + rows)
             x, g = (t[: (end - begin) * (c1 - c0)].view(end - begin, c1 - c0) for t in (buffer, gradients))
-            by.logits(x, begin, end, block)
+            products.logits(x, begin, end, block)
             _run_gradients(
                 x,
                 x if gradients is buffer else g,
@@ -321,9 +321,9 @@ def _tile_gradients(
                 **options,
             )
             if dh is not None:
-                by.toward_h(dh[begin:end], g, block, first=c0 == 0)
+                products.toward_h(dh[begin:end], g, block, first=c0 == 0)
             if dweight is not None:
-                by.toward_weight(tile, g, begin, end, first=begin == 0)
+                products.toward_weight(tile, g, begin, end, first=begin == 0)
         if dweight is not None and count:
             if taken is not None:
                 taken.off_weight(tile, c0, c1)
@@ -338,7 +338,7 @@ def _tile_gradients(
 
 
 class _Call:
-    """What a call and its backward begin with."""
+    """The arguments of a call or its backward, prepared for the row kernel."""
 
     def __init__(
         self, h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index
@@ -346,21 +346,21 @@ class _Call:
         self.config = _choose(h, weight).values
         self.rows = rows = Rows(target, ignore_index)
         self.bias = None if bias is None else bias.float().contiguous()
-        self.by = (Pairs if self.config["product"] == "native" else Widened)(rows.of(h), weight)
+        self.products = (Pairs if self.config["product"] == "native" else Widened)(rows.of(h), weight)
         self.target = rows.of(target).contiguous()
         self.temperature = None if temperature is None else rows.of(temperature).contiguous()
-        self.shares = Shares.of(self.by.h, weight, self.bias, self.target, class_weight, label_smoothing)
+        self.shares = Shares.of(self.products.h, weight, self.bias, self.target, class_weight, label_smoothing)
         if class_weight is not None:
             rows.divisor = float(class_weight.float().index_select(0, self.target).sum()) or 1.0
 
     def by_row(self, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Taken | None]:
-        """(grad, mass) of the row kernel, and what smoothing takes off, from the gradients of the rows' losses."""
+        """From the gradients of the rows' losses: grad and mass of the row kernel, and the gradients that smoothing subtracts."""
         shares = self.shares
         if shares is None:
             return upstream, None, None
         taken = None
         if shares.smoothing is not None:
-            taken = shares.smoothing.taken(upstream, self.by.h, self.temperature)
+            taken = shares.smoothing.taken(upstream, self.products.h, self.temperature)
         return upstream * shares.own, upstream * shares.mass, taken
 
     def finish_temperature(self, dtemperature, upstream, largest) -> None:
@@ -372,14 +372,14 @@ def _options(transform: int, softcap: float, z_loss: float) -> dict:
     return {"stablemax": int(transform == 1), "softcap": softcap, "z_loss": z_loss}
 
 
-def _returned(rows: Rows, found, h, weight, bias, temperature) -> tuple[torch.Tensor, ...]:
-    dh, dweight, dbias, dtemperature = found
+def _returned(rows: Rows, gradients, h, weight, bias, temperature) -> tuple[torch.Tensor, ...]:
+    dh, dweight, dbias, dtemperature = gradients
     return (
         h.new_empty(0) if dh is None else rows.spread(dh, h.dtype),
         h.new_empty(0) if dweight is None else dweight.to(weight.dtype),
         h.new_empty(0) if dbias is None else dbias.to(bias.dtype),
         h.new_empty(0) if dtemperature is None else rows.spread(dtemperature, temperature.dtype),
-        h.new_empty(0),  # class indices
+        h.new_empty(0),  # target: class indices have no gradient
     )
 
 
@@ -389,12 +389,12 @@ def linear_cross_entropy(
 ):  # fmt: skip
     c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
     options = _options(transform, softcap, z_loss)
-    operands = (c.by, weight.shape[0], c.bias, c.target, c.temperature, options)
-    found: tuple = (None,) * 4
+    operands = (c.products, weight.shape[0], c.bias, c.target, c.temperature, options)
+    grads: tuple = (None,) * 4
     if gradients:
-        upstream = c.by.h.new_full((c.rows.count,), c.rows.scale(reduction), dtype=torch.float32)
-        statistics, found = _one_pass(*operands, *c.by_row(upstream), gradients, c.config["chunk_mib"])
-        c.finish_temperature(found[3], upstream, statistics.largest)
+        upstream = c.products.h.new_full((c.rows.count,), c.rows.scale(reduction), dtype=torch.float32)
+        statistics, grads = _one_pass(*operands, *c.by_row(upstream), gradients, c.config["chunk_mib"])
+        c.finish_temperature(grads[3], upstream, statistics.largest)
     else:
         statistics = _tile_statistics(*operands, c.config["tile_mib"])
     loss = statistics.losses(c.temperature, options["stablemax"], z_loss, c.shares)
@@ -406,12 +406,12 @@ def linear_cross_entropy(
         c.rows.reduced(loss, reduction),
         c.rows.spread(kept, dim=1),
         lse,
-        *_returned(c.rows, found, h, weight, bias, temperature),
+        *_returned(c.rows, grads, h, weight, bias, temperature),
     )
 
 
 def _lse_parts(kept, temperature, stablemax: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the largest logit as the logarithm of a weight, the logarithm of the sum of the weights beside it)."""
+    """The two terms of lse: (logarithm of the largest weight, logarithm of the sum of the weights relative to it)."""
     largest, total = kept
     if stablemax:
         return _symlog(largest), total.log()
@@ -427,20 +427,19 @@ def linear_cross_entropy_backward(
     upstream = c.rows.upstream(grad, reduction)
     own, mass, taken = c.by_row(upstream)
     excess = None
-    if (
-        grad_lse is not None
-    ):  # what the row kernel makes of z_loss is made here, where the other part is added
+    # with grad_lse, the gradient of z_loss is added here instead of in the row kernel
+    if grad_lse is not None:
         top, log_total = _lse_parts(kept, c.temperature, int(transform == 1))
         mass = own if mass is None else mass
         excess = c.rows.of(grad_lse) + mass * (2 * z_loss) * (top + log_total)
         mass, z_loss = mass + excess, 0.0
     options = _options(transform, softcap, z_loss)
-    operands = (c.by, weight, c.bias, c.target, c.temperature, kept)
-    found = _tile_gradients(*operands, own, mass, taken, options, wanted, c.config["tile_mib"])
-    c.finish_temperature(found[3], upstream, kept[0])
-    if excess is not None and found[3] is not None and transform != 1:
-        found[3].sub_(excess * top / c.temperature)
-    return _returned(c.rows, found, h, weight, bias, temperature)
+    operands = (c.products, weight, c.bias, c.target, c.temperature, kept)
+    grads = _tile_gradients(*operands, own, mass, taken, options, wanted, c.config["tile_mib"])
+    c.finish_temperature(grads[3], upstream, kept[0])
+    if excess is not None and grads[3] is not None and transform != 1:
+        grads[3].sub_(excess * top / c.temperature)
+    return _returned(c.rows, grads, h, weight, bias, temperature)
 
 
 # --- stablemax_cross_entropy -----------------------------------------------------------------------------------------

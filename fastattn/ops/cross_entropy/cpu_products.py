@@ -1,6 +1,6 @@
-"""The products of the CPU's losses over dense logits: float32 by torch's library, or bfloat16 by our kernel.
+"""The products of the CPU's losses over dense logits: in float32 by torch's library, or in bfloat16 by our kernel.
 
-Both sum in float32 and make float32 logits. They differ in what the logits' gradient is multiplied as.
+Both sum in float32 and give float32 logits. They differ in the dtype in which the logits' gradient is multiplied.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..fused_linear import packed
 _MIB = 1 << 20
 _WIDENED = 1 << 22  # elements of weight widened to float32 at once
 _TILE_ROWS = 8192
-_PAIRS_TILE_ROWS = 1024  # whose rows are packed once for all classes of a tile
-_STRIP_ROWS = 96  # of logits that a product needs, so that reading weight is not what it waits for
+_PAIRS_TILE_ROWS = 1024  # rows that are packed once for all classes of a tile
+_STRIP_ROWS = 96  # rows of logits below which a product would wait for reading weight
 
 
 def blocks(weight: torch.Tensor, columns: int | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(begin, end, float32 rows of weight): all at once when it is float32 already, else as many as are widened at once."""
+    """(begin, end, float32 rows of weight): all rows if weight is float32, else blocks of rows that are converted one at a time."""
     count, width = weight.shape
     if columns is None:
         columns = count if weight.dtype == torch.float32 else max(64, _WIDENED // width)
@@ -31,28 +31,28 @@ def blocks(weight: torch.Tensor, columns: int | None = None) -> Iterator[tuple[i
 
 
 def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """out = a b, or out += a b after the first time."""
+    """out = a b if `first`, else out += a b."""
     if first:
         torch.mm(a, b, out=out)
     else:
         out.addmm_(a, b)
 
 
-def _tile(count: int, most: int, classes: int, tile_mib: int) -> tuple[int, int]:
-    rows = max(1, min(count, most))
+def _tile(count: int, max_rows: int, classes: int, tile_mib: int) -> tuple[int, int]:
+    rows = max(1, min(count, max_rows))
     columns = tile_mib * _MIB // (4 * rows) // 64 * 64
     return rows, max(64, min(classes, columns))
 
 
 class Widened:
-    """float32 products: h is widened as a whole, weight a block of classes at a time."""
+    """float32 products: h is converted to float32 as a whole, weight a block of classes at a time."""
 
     def __init__(self, h: torch.Tensor, weight: torch.Tensor) -> None:
         self.h = h.float()
         self._weight = weight
 
     def rows(self, classes: int, chunk_mib: int) -> tuple[int, int]:
-        """Rows of a strip, whose logits are held at once, and of a chunk, whose gradients of logits are. Here one is the other."""
+        """(rows of a strip, whose logits are held at once; rows of a chunk, whose gradients of logits are). Here they are equal."""
         rows = max(1, min(self.h.shape[0], chunk_mib * _MIB // (4 * classes)))
         return rows, rows
 
@@ -61,15 +61,15 @@ class Widened:
         return _tile(self.h.shape[0], _TILE_ROWS, classes, tile_mib)
 
     def blocks(self, columns: int | None = None) -> Iterable[tuple[int, int, Any]]:
-        """(begin, end, operand) of all classes: for the strips of one chunk."""
+        """(begin, end, operand) of blocks of classes, for the strips of one chunk."""
         return blocks(self._weight, columns)
 
     def gradients(self, logits: torch.Tensor, rows: int) -> torch.Tensor:
-        """What holds the gradients of `rows` rows of logits: here the logits themselves."""
+        """The buffer for the gradients of `rows` rows of logits: here the logits' own."""
         return logits
 
     def weight_gradient(self, classes: int, whole: bool) -> torch.Tensor:
-        """Not yet filled; whole: one product makes it."""
+        """An uninitialised buffer for weight's gradient; whole: a single product fills it."""
         return self.h.new_empty(classes, self.h.shape[1])
 
     def logits(self, x: torch.Tensor, begin: int, end: int, block: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ class Widened:
 
 
 class _Packed:
-    """Some classes of weight, packed for either product when it is first needed."""
+    """A block of weight's classes, packed for each of the two products on first use."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
@@ -98,14 +98,14 @@ class _Packed:
 
 
 class Pairs:
-    """bfloat16 products: the gradient of logits is rounded to bfloat16 once, as eager's is."""
+    """bfloat16 products: the gradient of logits is rounded to bfloat16 once, as in eager code."""
 
     def __init__(self, h: torch.Tensor, weight: torch.Tensor) -> None:
         self.h = native.rows(h)
         self._weight = native.rows(weight)
 
     def rows(self, classes: int, chunk_mib: int) -> tuple[int, int]:
-        # an eighth of the chunk for logits, which stay in cache until they are gradients, the rest for these
+        # an eighth of the chunk is for logits, which stay in cache until they become gradients; the rest is for the gradients
         count, chunk = self.h.shape[0], chunk_mib * _MIB
         strip = max(1, min(count, max(_STRIP_ROWS, chunk // (8 * 4 * classes))))
         return strip, max(strip, min(count, (chunk - 4 * strip * classes) // (2 * classes)))
@@ -116,7 +116,7 @@ class Pairs:
     def blocks(self, columns: int | None = None) -> Iterable[tuple[int, int, Any]]:
         count = self._weight.shape[0]
         if columns is None:
-            return [(0, count, _Packed(self._weight))]  # for every strip
+            return [(0, count, _Packed(self._weight))]  # packed once for all strips
         return (
             (begin, min(count, begin + columns), _Packed(self._weight[begin : begin + columns]))
             for begin in range(0, count, columns)

@@ -8,7 +8,7 @@ from ...runtime import cuda
 from ...runtime import tuning as _tuning
 from . import chunked, tuning  # noqa: F401  declares what the look-up serves
 
-_CHUNK_MIB = 512  # of float32 logits
+_CHUNK_MIB = 512  # MiB of float32 logits held at once
 
 
 def refusal(*args) -> str | None:
@@ -46,7 +46,8 @@ def _row_kernel(
         sizes={"rows": x.shape[0], "classes": x.shape[1]},
         device=x.device,
     )
-    if loss is None:  # the kernel always forms all of them; those already known go to scratch
+    # the kernel always writes these three; where they are known already, it writes to scratch memory
+    if loss is None:
         loss, largest, total = x.new_empty(3, x.shape[0])
     cuda.vocab_rows(
         x, _float(bias), target.long(), _float(temperature), grad, loss, largest, total, grad_temperature, **options,

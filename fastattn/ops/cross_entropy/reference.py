@@ -8,7 +8,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
-    """sign(x) log(1 + |x|): softmax of it is StableMax."""
+    """sign(x) log(1 + |x|), whose softmax is StableMax."""
     return torch.where(x >= 0, torch.log1p(x.clamp(min=0)), -torch.log1p(-x.clamp(max=0)))
 
 
@@ -23,15 +23,15 @@ def reduced(
     reduction: str,
     divisor: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """The losses of the rows `where` as the op returns them: zero for the others of `count`, or their sum, which "mean" divides by
-    `divisor`, which is their number by default."""
+    """The losses of the rows `where` as the op returns them. "none": (count,), zero for the other rows. "sum" and "mean": a scalar;
+    "mean" divides by `divisor`, by default the number of rows."""
     if reduction == "none":
         return at_rows(loss, where, count)
     return loss.sum() / _divisor(where, divisor) if reduction == "mean" else loss.sum()
 
 
 def at_rows(t: torch.Tensor, where: torch.Tensor, count: int) -> torch.Tensor:
-    """t (..., rows) at the places `where` of `count`, zero at the others."""
+    """(..., count): t (..., rows) at the indices `where`, zero elsewhere."""
     return t.new_zeros(*t.shape[:-1], count).index_copy(t.dim() - 1, where, t)
 
 
@@ -46,7 +46,7 @@ def shares(
     class_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """What each class counts for in the loss of each row, (rows, V): of class indices (rows,), or of probabilities (rows, V)."""
+    """(rows, V): the factor s_c of each class in each row's loss, from class indices (rows,) or probabilities (rows, V)."""
     t = target if target.is_floating_point() else torch.nn.functional.one_hot(target.long(), classes)
     t = t.to(dtype)
     if label_smoothing:
@@ -55,14 +55,14 @@ def shares(
 
 
 def _weights(x: torch.Tensor, tau: torch.Tensor | None, stablemax: bool) -> tuple[torch.Tensor, ...]:
-    """(logarithms of the weights of the classes, less the row's largest `top`; the weights; top (rows, 1)).
+    """(logarithms of the classes' weights minus the row's largest, `top`; the weights; top (rows, 1)).
 
-    A constant may be taken off the logarithms, since neither softmax nor loss depends on it: `top` has no gradient.
+    Neither softmax nor loss depends on a constant subtracted from the logarithms, so `top` has no gradient.
     """
     if stablemax:
         x, tau = symlog(x if tau is None else x / tau), None
     top = x.detach().amax(1, keepdim=True)
-    distance = x - top  # before the division, which would round both at their own size
+    distance = x - top  # before the division, which would round both at their own magnitude
     if tau is not None:
         distance, top = distance / tau, top / tau
     return distance, distance.exp(), top
@@ -75,11 +75,11 @@ def row_loss(
     stablemax: bool = False,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the logits x (rows, V) over tau (rows, 1), and `shares` (rows, V): the loss; statistics (2, rows), which are the largest
-    logit (over tau for stablemax) and the sum of the weights, of which the largest logit's is 1; the logarithm of the normaliser."""
+    """From logits x (rows, V), temperatures tau (rows, 1) and shares (rows, V): (loss, statistics, logarithm of the normaliser). The
+    statistics (2, rows) are the largest logit (divided by tau for stablemax), and the sum of the weights relative to that logit's."""
     distance, weights, top = _weights(x, tau, stablemax)
     total = weights.sum(1)
-    # not logsumexp - x, whose terms are rounded at their own size
+    # not logsumexp - x, whose terms are rounded at their own magnitude
     own = total.log()[:, None] - distance
     lse = top[:, 0] + total.log()
     if z_loss:
@@ -98,8 +98,8 @@ def row_loss_gradient(
     z_loss: float = 0.0,
     grad_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of sum(grad * loss + grad_lse * lse) with respect to x / tau (rows, V); the sum of its products with x / tau (rows,); and
-    with respect to `shares`."""
+    """The gradient of sum(grad * loss + grad_lse * lse) with respect to x / tau, (rows, V); the sum of its products with x / tau,
+    (rows,); and the gradient with respect to `shares`, (rows, V)."""
     distance, weights, top = _weights(x, tau, stablemax)
     total = weights.sum(1, keepdim=True)
     lse = top + total.log()
@@ -114,7 +114,7 @@ def row_loss_gradient(
         y = x if tau is None else x / tau
         g = g / (1 + y.abs())
         return g, torch.where(g == 0, g, g * y).sum(1), own
-    # g adds up to the excess, and what is far from the largest has next to none of it
+    # sum g x = sum g distance + top sum g, where sum g is the excess, and g is small where the distance is large
     products = torch.where(g == 0, g, g * distance).sum(1)
     return g, products + torch.where(excess == 0, 0.0, excess * top)[:, 0], own
 
@@ -125,19 +125,19 @@ def grad_of_rows(
     reduction: str,
     divisor: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """The gradient of the loss of each row `where`, from that of the reduced loss."""
+    """The gradients of the losses of the rows `where`, from the gradient of the reduced loss."""
     if reduction == "none":
         return grad.index_select(0, where)
     return grad.expand(where.shape) / (_divisor(where, divisor) if reduction == "mean" else 1)
 
 
 def spread(g: torch.Tensor, where: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Rows of g at `where` of a gradient of `like`, zero elsewhere."""
+    """A gradient of `like`: the rows of g at the indices `where`, zero elsewhere."""
     return torch.zeros_like(like).index_copy(0, where, g.to(like.dtype))
 
 
 class _Linear:
-    """The rows of a call that count, and their logits."""
+    """The rows of a call that are not ignored, and their logits."""
 
     def __init__(self, h, weight, bias, target, temperature, class_weight, softcap, smoothing, ignore_index):
         soft = target.is_floating_point()  # probabilities: every row counts
@@ -174,8 +174,8 @@ def linear_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss () or (N,), statistics (2, N), lse (N,)); transform 0 is none and 1 stablemax, softcap 0 is none; target (N,) of
-    classes or (N, V) of probabilities."""
+    """(loss () or (N,), statistics (2, N), lse (N,)). transform: 0 none, 1 stablemax. softcap: 0 for none. target: (N,) class indices
+    or (N, V) probabilities."""
     c = _Linear(h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index)
     loss, statistics, lse = row_loss(c.x, c.shares, c.tau, transform == 1, z_loss)
     count = h.shape[0]
@@ -187,8 +187,8 @@ def linear_cross_entropy_gradients(
     grad, grad_lse, h, weight, bias, target, temperature, class_weight, transform, softcap, z_loss, label_smoothing,
     ignore_index, reduction,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """For h, weight, bias, temperature and probabilities, from `grad` of the loss and perhaps that of lse: the chain rule through
-    the lines above."""
+    """The gradients of h, weight, bias, temperature and probabilities, from `grad`, the loss's, and `grad_lse` or None: the chain rule
+    applied to `linear_cross_entropy`."""
     c = _Linear(h, weight, bias, target, temperature, class_weight, softcap, label_smoothing, ignore_index)
     g, products, own = row_loss_gradient(
         c.x,
@@ -208,7 +208,7 @@ def linear_cross_entropy_gradients(
         if class_weight is not None:
             dtarget = dtarget * class_weight.to(own.dtype)
         dtarget = dtarget.to(target.dtype)
-    g = g * c.slope  # (rows, V), of the raw logits
+    g = g * c.slope  # (rows, V), the gradient of the logits before softcap
     return (
         spread(g @ wide(weight), c.where, h),
         (g.T @ c.rows).to(weight.dtype),
@@ -224,8 +224,8 @@ def stablemax_cross_entropy(
     """(loss (N,), statistics (2, N))."""
     where = counted_rows(target, ignore_index)
     x = wide(logits.index_select(0, where))
-    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
-    loss, statistics, _ = row_loss(x, wanted, stablemax=True)
+    targets = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    loss, statistics, _ = row_loss(x, targets, stablemax=True)
     count = target.shape[0]
     return reduced(loss, where, count, "none"), at_rows(statistics, where, count)
 
@@ -239,6 +239,6 @@ def stablemax_cross_entropy_backward(
 ) -> torch.Tensor:
     where = counted_rows(target, ignore_index)
     x = wide(logits.index_select(0, where))
-    wanted = shares(target.index_select(0, where), x.shape[1], x.dtype)
-    g, *_ = row_loss_gradient(x, wanted, grad_out.index_select(0, where), stablemax=True)
+    targets = shares(target.index_select(0, where), x.shape[1], x.dtype)
+    g, *_ = row_loss_gradient(x, targets, grad_out.index_select(0, where), stablemax=True)
     return spread(g, where, logits)

@@ -27,8 +27,8 @@ class LinearCall(NamedTuple):
     h: torch.Tensor  # (N, d)
     weight: torch.Tensor  # (V, d)
     bias: torch.Tensor | None  # (V,)
-    target: torch.Tensor  # (N,) of classes, or (N, V) of probabilities
-    temperature: torch.Tensor | None  # (N,), of StableMax
+    target: torch.Tensor  # (N,) class indices, or (N, V) probabilities
+    temperature: torch.Tensor | None  # (N,)
     class_weight: torch.Tensor | None  # (V,)
     transform: int
     softcap: float
@@ -37,7 +37,7 @@ class LinearCall(NamedTuple):
     ignore_index: Size
     reduction: str
     return_lse: bool
-    # a bit for each of h, weight, bias, temperature, target: found in the forward pass, of a gradient of 1
+    # a bit for each of h, weight, bias, temperature, target: gradients that the forward computes, for an incoming gradient of 1
     gradients: int
 
 
@@ -74,37 +74,37 @@ def _fake_backward(grad, grad_lse, h, weight, bias, target, temperature, *option
 def _reference(h, *arguments):
     *arguments, return_lse, gradients = arguments
     loss, statistics, lse = reference.linear_cross_entropy(h, *arguments)
-    found = (None,) * 5
+    grads = (None,) * 5
     if gradients:
-        found = reference.linear_cross_entropy_gradients(torch.ones_like(loss), None, h, *arguments)
-    return loss, statistics, lse if return_lse else lse.new_empty(0), *selected(found, gradients, h)
+        grads = reference.linear_cross_entropy_gradients(torch.ones_like(loss), None, h, *arguments)
+    return loss, statistics, lse if return_lse else lse.new_empty(0), *selected(grads, gradients, h)
 
 
 def _reference_backward(
     grad, grad_lse, h, weight, bias, target, temperature, class_weight, statistics, *options
 ):
     *options, wanted = options
-    found = reference.linear_cross_entropy_gradients(
+    grads = reference.linear_cross_entropy_gradients(
         grad, grad_lse, h, weight, bias, target, temperature, class_weight, *options
     )
-    return selected(found, wanted, h)
+    return selected(grads, wanted, h)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.return_lse, ctx.gradients, ctx.backend = inputs
     tensors, ctx.options = tensors[:6], tensors[6:]
-    _, statistics, lse, *found = output
-    ctx.mark_non_differentiable(statistics, *(() if ctx.return_lse else (lse,)), *found)
-    save(ctx, *tensors, statistics, *found)
+    _, statistics, lse, *gradients = output
+    ctx.mark_non_differentiable(statistics, *(() if ctx.return_lse else (lse,)), *gradients)
+    save(ctx, *tensors, statistics, *gradients)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_statistics, grad_lse, *_):
-    none = (None,) * (len(ctx.options) + 3)
+    no_gradients = (None,) * (len(ctx.options) + 3)
     if grad is None and grad_lse is None:
-        return (None,) * 6 + none
+        return (None,) * 6 + no_gradients
     tensors = ctx.saved_tensors
-    saved, found = tensors[:7], tensors[7:]
+    saved, saved_grads = tensors[:7], tensors[7:]
     if grad is None:
         grad = grad_lse.new_zeros(grad_lse.shape if ctx.options[-1] == "none" else ())
 
@@ -114,9 +114,11 @@ def _backward(ctx, grad, grad_statistics, grad_lse, *_):
         )
 
     wanted = bits(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
-    known = ctx.gradients if grad_lse is None else 0
-    dh, dweight, dbias, dtemperature, dtarget = saved_or_recomputed(wanted, known, grad, found, recompute)
-    return dh, dweight, dbias, dtarget, dtemperature, None, *none
+    saved_bits = ctx.gradients if grad_lse is None else 0
+    dh, dweight, dbias, dtemperature, dtarget = saved_or_recomputed(
+        wanted, saved_bits, grad, saved_grads, recompute
+    )
+    return dh, dweight, dbias, dtarget, dtemperature, None, *no_gradients
 
 
 declare(

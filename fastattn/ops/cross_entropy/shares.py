@@ -1,5 +1,5 @@
-"""What the classes count for in a row's loss where it is not the target's alone: class weights, and label smoothing of a plain
-softmax. For every backend with a row kernel, which takes two factors a row; the rest is vectors."""
+"""Class weights, and label smoothing of a plain softmax, for the backends with a row kernel. The kernel takes two factors for each
+row; everything else is computed from vectors."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def _combined(factors: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 def _products(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """matrix (rows, d) times vector (d,), in float32."""
-    found = vector.new_empty(matrix.shape[0])
+    result = vector.new_empty(matrix.shape[0])
     for rows, block in _blocks(matrix):
-        found[rows] = block @ vector
-    return found
+        result[rows] = block @ vector
+    return result
 
 
 class Taken(NamedTuple):
-    """What smoothing takes off gradients, each of rank 1: rows x combined off h's, by_class x sums off weight's, and by_class
-    sum(rows) off bias's."""
+    """The gradients that smoothing subtracts, each an outer product: rows x combined from h's, by_class x sums from weight's, and
+    by_class * sum(rows) from bias's."""
 
     rows: torch.Tensor  # (N,)
     combined: torch.Tensor  # (d,)
@@ -62,8 +62,8 @@ class Taken(NamedTuple):
 
 
 class Smoothing:
-    """What label smoothing adds to a row's loss: amount * sum_c w_c (largest - x_c) / temperature. The sum of the logits is one
-    product a row, h (weight^T w) + bias w. So it takes no pass over (N, V), forward or backward."""
+    """Label smoothing adds amount * sum_c w_c (largest - x_c) / temperature to a row's loss. The weighted sum of a row's logits is
+    h (weight^T w) + bias w. So neither forward nor backward needs a pass over (N, V)."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Smoothing:
             self.total = self.by_class.sum()
         self.combined = _combined(self.by_class, weight)
         self.sums = _products(h, self.combined)
-        if bias is not None:  # a class that counts for nothing may be left out by -inf
+        if bias is not None:  # a class of weight 0 may have a bias of -inf
             self.sums += torch.where(self.by_class == 0, 0.0, self.by_class * bias.float()).sum()
 
     def loss(self, largest: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Smoothing:
 
 
 class Shares(NamedTuple):
-    """What its target, and all classes together, count for in each row's loss, (N,) float32."""
+    """The factors of each row's loss, (N,) float32: `own` of the target's logit, `mass` of the log-sum-exp."""
 
     own: torch.Tensor
     mass: torch.Tensor
@@ -122,12 +122,13 @@ class Shares(NamedTuple):
         class_weight: torch.Tensor | None,
         label_smoothing: float,
     ) -> Shares | None:
-        """None where the target is all that counts. What an ignored row has means nothing."""
+        """None without class weights and smoothing. The factors of ignored rows are arbitrary."""
         if class_weight is None and not label_smoothing:
             return None
         if class_weight is None:
             own = h.new_ones(h.shape[0], dtype=torch.float32)
-        else:  # a target of no class, which a GPU's host cannot see without waiting, is left to the row kernel
+        # clamped: an invalid target, which the host cannot see without waiting for a GPU, is handled by the row kernel
+        else:
             own = class_weight.float()[target.long().clamp(0, weight.shape[0] - 1)]
         if not label_smoothing:
             return Shares(own, own, None)

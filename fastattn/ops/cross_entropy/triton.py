@@ -16,7 +16,7 @@ from .shares import unserved
 
 @triton.jit
 def _tanh(x):
-    """Below 0.6 a polynomial (relative error 8e-8), so that small values keep their digits under a large cap."""
+    """tanh; below 0.6 by a polynomial (relative error 8e-8), so that small logits keep their digits under a large cap."""
     z = x * x
     p = -0.005905856844 * z + 0.02080537379
     p = p * z - 0.0537866801
@@ -27,7 +27,7 @@ def _tanh(x):
 
 @triton.jit
 def _prepare(x, bias, at, inside, softcap, tau, STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(logit with bias and softcap, and with temperature for stablemax; the softcap's slope)."""
+    """(logit with bias and softcap, for stablemax also divided by the temperature; the softcap's derivative)."""
     if bias is not None:
         x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     slope = 1.0
@@ -49,7 +49,7 @@ def _symlog(x):
 
 @triton.jit
 def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
-    """What a prepared logit weighs beside the row's largest: e^((x - top) / tau + log_count), or s(x) / s(top) for stablemax."""
+    """The weight of a prepared logit relative to the row's largest: e^((x - top) / tau + log_count), or s(x) / s(top) for stablemax."""
     if STABLEMAX:
         size = 1.0 + tl.abs(x)
         top_size = 1.0 + tl.abs(top)
@@ -68,9 +68,10 @@ def _vocab_rows_kernel(
     STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, STATISTICS: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the loss's gradient (GRADIENT), perhaps in
-    place. shares (rows, 3): what the target's logit and the log-sum-exp count for in the loss, and the gradient of the log-sum-exp
-    itself. No log-sum-exp is formed: rounded at the size of the logits, it would lose what the target is below the largest."""
+    """One row of logits: its loss, largest logit and sum of weights (STATISTICS), and the loss's gradient (GRADIENT), which may
+    overwrite the logits. shares (rows, 3): the factors of the target's logit and of the log-sum-exp in the loss, and the gradient of
+    the log-sum-exp. No log-sum-exp is formed for the loss: rounded at the logits' magnitude, it would lose the target's distance to
+    the largest logit."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     label = tl.load(target + row)
@@ -98,8 +99,8 @@ def _vocab_rows_kernel(
                 tl.store(grad_temperature + row, 0.0)
         return
     if STATISTICS:
-        # The target's logit is read before the sums below, and so before any thread writes a gradient over it. A target
-        # of no class, which the host cannot see without waiting, makes the loss NaN.
+        # The target's logit is read before the sums below, hence before any thread overwrites it with a gradient. An invalid
+        # target, which the host cannot see without waiting, makes the loss NaN.
         known = (label >= 0) & (label < classes)
         target_logit = tl.load(x_base + label, mask=known, other=float("nan")).to(tl.float32)
         picked, _picked_slope = _prepare(target_logit, bias, label, known, softcap, tau, STABLEMAX, SOFTCAP)
@@ -116,7 +117,7 @@ def _vocab_rows_kernel(
             weights += _weight(value, finite, log_count, first + at, inside, tau, STABLEMAX)
             top = new_top
         row_top = tl.max(top, 0)
-        # of a row of -inf alone the sum is 0, and of one with a NaN it is that
+        # a row of only -inf has the sum 0, and a row with a NaN has the sum NaN
         finite_top = tl.where(row_top == float("-inf"), 0.0, row_top)
         row_total = tl.sum(weights * _weight(top, finite_top, None, at, at < classes, tau, STABLEMAX), 0)
         tl.store(largest + row, row_top)
@@ -129,7 +130,7 @@ def _vocab_rows_kernel(
     else:
         row_top = tl.load(largest + row)
         row_total = tl.load(total + row)
-    spread = 0.0  # the derivative of z_loss * lse^2 by lse
+    spread = 0.0  # the derivative of z_loss * lse^2 with respect to lse
     log_top = _symlog(row_top) if STABLEMAX else row_top / tau
     if Z_LOSS:
         row_lse = log_top + tl.log(row_total)
@@ -141,9 +142,8 @@ def _vocab_rows_kernel(
     if GRADIENT:
         upstream = tl.load(grad + row).to(tl.float32)
         target_part = row_own * upstream
-        excess = (
-            spread * row_mass * upstream
-        )  # a softmax's gradients add up to it, beside what the mass is more than its own
+        # the sum of a softmax's gradients over the classes, apart from the difference of the row's mass and own factor
+        excess = spread * row_mass * upstream
         if shares is not None:
             excess += tl.load(shares + 3 * row + 2)
         factor = (row_mass * upstream + excess) / row_total
@@ -154,7 +154,7 @@ def _vocab_rows_kernel(
             value, slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
             g = _weight(value, row_top, log_count, first + at, inside, tau, STABLEMAX) * factor
             g = tl.where(first + at == label, g - target_part, g)
-            # A softmax's distances to the largest, small where it matters.
+            # For softmax use distances to the largest logit, which are small where g is large.
             if STABLEMAX:
                 g = g / (1.0 + tl.abs(value))
                 by_tau = value

@@ -1,4 +1,4 @@
-"""What the cross-entropies can be tuned by: on the CPU, how much of the logits is held at once and whose product runs."""
+"""The tunable parameters of the cross-entropies: on the CPU, how much of the logits is held at once, and whose product is used."""
 
 from ...runtime.tuning import Parameter, declare
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters
@@ -6,7 +6,7 @@ from . import tuning_triton  # noqa: F401  declares the Triton kernels' paramete
 
 def _native_refused(values, key, target) -> str | None:
     if values["product"] == "native" and (key["dtype"] != "bfloat16" or target.arch != "avx512bf16"):
-        return "our product is for bfloat16 where the processor multiplies it"
+        return "our product serves bfloat16 on processors with bfloat16 instructions"
     return None
 
 
@@ -15,8 +15,8 @@ def _product(key, target) -> dict[str, str]:
     return {"product": "native"} if native else {}
 
 
-# MiB of logits and their gradients held at once: whole rows when the gradients are found in the forward pass, else a tile
-# of rows and classes. product: torch's of float32, or ours of bfloat16.
+# chunk_mib: MiB of logits and gradients held at once, in whole rows, when the forward computes the gradients. tile_mib: MiB of a tile
+# of rows and classes otherwise. product: torch's in float32, or ours in bfloat16.
 declare(
     "linear_cross_entropy",
     "cpu",

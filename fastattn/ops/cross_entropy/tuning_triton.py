@@ -1,4 +1,4 @@
-"""What the Triton row kernel, that of codes too, can be tuned by."""
+"""The tunable parameters of the Triton row kernel, which the codebook ops use too."""
 
 from ...runtime.tuning import Parameter, declare
 

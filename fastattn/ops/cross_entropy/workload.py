@@ -1,4 +1,4 @@
-"""The calls that the losses are tuned by: a training step's loss and its gradients."""
+"""The calls with which the losses are tuned: a training step's loss and its gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHECKED = 70  # rows at which a candidate is compared with the reference
 
 
 def _linear_shapes(effort: str, target) -> list[dict]:
-    if effort == "quick":  # the least that a table reaches a training step from
+    if effort == "quick":  # the smallest sizes from which a look-up still reaches a training step's
         return [
             {"rows": 512, "classes": 8192, "width": 512, "dtype": dtype} for dtype in ("bfloat16", "float32")
         ]

@@ -1,4 +1,4 @@
-"""What fused_linear asks of its arguments, whoever calls it."""
+"""The checks of fused_linear's arguments, run for every caller."""
 
 import torch
 
@@ -14,15 +14,15 @@ def _check(op: str, x, weight, gate, eps, swiglu) -> tuple[int, ...]:
         raise ValueError(f"fastattn.{op}: weight must not be empty, given {checks.describe(weight)}")
     if gate is not None:
         if eps is not None:
-            raise ValueError(f"fastattn.{op}: norm_eps and gate exclude each other, both are given")
+            raise ValueError(f"fastattn.{op}: norm_eps and gate exclude each other, given both")
         checks.check_shape(op, "gate", gate, x.shape, "x's")
         fits = x.dim() >= 2 and x.shape[-2] * x.shape[-1] == contracted
     else:
         fits = x.dim() >= 1 and x.shape[-1] == contracted
     if not fits:
-        what = "last two dims" if gate is not None else "last dim"
+        dims = "last two dims" if gate is not None else "last dim"
         raise ValueError(
-            f"fastattn.{op}: x must have {what} of {contracted}, weight's columns, given {checks.describe(x)}"
+            f"fastattn.{op}: x must have {dims} of {contracted}, weight's columns, given {checks.describe(x)}"
         )
     if eps is not None:
         checks.check_positive(op, "norm_eps", eps, zero=True)
@@ -50,7 +50,7 @@ def check_fused_linear_backward(
     checks.check_exact(op, "grad", grad, shape, x.dtype, x.device, "the result's")
     lead = shape[:-1]
     statistics = torch.promote_types(x.dtype, torch.float32)
-    of_rows = lead if eps is not None else (0,)
-    checks.check_exact(op, "rstd", rstd, of_rows, statistics, x.device, "as the forward gives it")
-    of_product = (*lead, weight.shape[0]) if swiglu else (0,)
-    checks.check_exact(op, "product", product, of_product, x.dtype, x.device, "as the forward saves it")
+    rstd_shape = lead if eps is not None else (0,)
+    checks.check_exact(op, "rstd", rstd, rstd_shape, statistics, x.device, "as the forward gives it")
+    product_shape = (*lead, weight.shape[0]) if swiglu else (0,)
+    checks.check_exact(op, "product", product, product_shape, x.dtype, x.device, "as the forward saves it")

@@ -14,7 +14,7 @@ from . import (
     tuning,  # noqa: F401  declares what `_tuning.lookup` serves
 )
 
-# a quarter of the memory: a recurrence that outgrows it packs every weight again in every call
+# a quarter of the memory; a recurrence whose weights do not fit packs each of them again in every call
 _packed = ContentsCache(entries=4096, capacity=max(1 << 29, device.memory_bytes() // 4))
 
 
@@ -93,7 +93,7 @@ def fused_linear(x, weight, gate, residual, eps, swiglu, save):
     return out, product, rstd
 
 
-def fused_linear_backward(grad, x, weight, *rest):
+def fused_linear_backward(grad, x, weight, *options):
     config = _lookup("fused_linear_backward", x, weight).values
 
     def weight_gradient(grad, a, out):
@@ -102,5 +102,5 @@ def fused_linear_backward(grad, x, weight, *rest):
     def operand_gradient(grad, weight, out):
         _run(config, grad[:, None], _packed_weight(weight, transposed=True), out)
 
-    ours = () if config["product"] == "library" else (weight_gradient, operand_gradient)
-    return library.backward(rows, grad, x, weight, *rest, *ours)
+    products = () if config["product"] == "library" else (weight_gradient, operand_gradient)
+    return library.backward(rows, grad, x, weight, *options, *products)

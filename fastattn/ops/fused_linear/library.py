@@ -1,4 +1,4 @@
-"""A product by torch's library between a backend's row kernels; `rows` is the rowwise module that has them."""
+"""A product by torch's library between a backend's row kernels. `rows` is the backend's module of ops/rowwise."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -14,7 +14,7 @@ def flat(t: torch.Tensor) -> torch.Tensor:
 
 
 def operand(rows: ModuleType, x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product's operand (M, K) by row kernels, and rstd or (0,)."""
+    """(the product's operand (M, K), computed by row kernels; rstd, or (0,) without a norm)."""
     if eps is not None:
         x, _, rstd = rows.rms_norm(x, None, None, eps, 0.0)
         return flat(x), rstd
@@ -23,13 +23,13 @@ def operand(rows: ModuleType, x, gate, eps) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def forward(rows: ModuleType, x, weight, gate, residual, eps, swiglu, save, out, product):
-    """(out, product, rstd) of a call whose `out` is not empty; `out` and `product` are of its shapes."""
+    """(out, product, rstd) of a call with a non-empty result. `out` and `product` are buffers of the results' shapes."""
     columns = weight.shape[0]
     a, rstd = operand(rows, x, gate, eps)
     if swiglu:
-        found = F.linear(a, weight)
-        product = found.view(product.shape) if save else product
-        out = rows.swiglu(found).view(out.shape)
+        gate_up = F.linear(a, weight)
+        product = gate_up.view(product.shape) if save else product
+        out = rows.swiglu(gate_up).view(out.shape)
         out = out if residual is None else out.add_(residual)
     elif residual is None:
         torch.mm(a, weight.t(), out=out.view(-1, columns))
@@ -50,12 +50,12 @@ def backward(
     rows: ModuleType, grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight,
     weight_gradient: Callable[..., None] = weight_gradient, operand_gradient: Callable[..., None] = operand_gradient,
 ):  # fmt: skip
-    """(dx, dweight, dgate), (0,) for what is not asked for. The last two write a product of (M, N) by (M, K) into (N, K), and
-    one of (M, N) by the weight into (M, K)."""
+    """(dx, dweight, dgate), (0,) for a gradient that is not needed. weight_gradient(grad (M, N), a (M, K), out (N, K)) and
+    operand_gradient(grad (M, N), weight (N, K), out (M, K)) compute the products."""
     dx = dgate = dweight = None
     grad = flat(rows.swiglu_backward(grad, product) if swiglu else grad)  # (M, N)
     if need_weight:
-        # the norm or the gate is done again: a pass over x, where saving its result would hold another x
+        # recompute the norm or gate, one pass over x: saving its result would take as much memory as x
         a, _ = operand(rows, x, gate, eps)
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         if grad.numel() == 0:

@@ -1,4 +1,4 @@
-"""The CPU's product with a packed operand, for every op that has one."""
+"""The CPU's product with a packed operand, shared by several ops."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from . import tuning
 
 
 def pack(source: torch.Tensor, *, transposed: bool = False, parts: int = 1) -> torch.Tensor:
-    """source (columns, steps), or (steps, columns) when transposed, as the kernel reads it. Steps are contracted."""
+    """Pack source (columns, steps), or (steps, columns) when transposed, into the kernel's layout. Products contract steps."""
     options = {
         "source": source,
         "transposed": int(transposed),
@@ -27,7 +27,7 @@ def pack(source: torch.Tensor, *, transposed: bool = False, parts: int = 1) -> t
 def run(
     blocks: Mapping[str, Value], x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, **fields: object
 ) -> None:
-    """The kernel in these blocks; x and `fields` as LinearParams in src/cpu/params.h has them."""
+    """Run the kernel with these block sizes; x and `fields` are as in LinearParams of src/cpu/params.h."""
     native.run("linear", x=x, packed=packed, out=out, threads=native.threads(), **blocks, **fields)
 
 

@@ -1,4 +1,4 @@
-"""The definition of a product with its neighbours, in plain torch."""
+"""The definition of fused_linear, in plain torch."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def fused_linear(
     swiglu: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, the product where swiglu and save ask for it or (0,), reciprocal rms (...,) or (0,))."""
+    """(out; the product before SwiGLU with swiglu and save, else (0,); the reciprocal rms (...,) with eps, else (0,))."""
     product = x.new_empty(0)
     rstd = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     if eps is not None:

@@ -21,9 +21,9 @@ class Call(NamedTuple):
     weight: torch.Tensor  # (N, K)
     gate: torch.Tensor | None  # as x
     residual: torch.Tensor | None  # (..., N)
-    eps: float | None  # of a norm of x's rows
-    swiglu: bool  # gate | up are the halves of weight's rows
-    save: bool  # the product before swiglu, for the backward
+    eps: float | None  # None: no norm of x's rows
+    swiglu: bool  # the halves of weight's rows are gate and up
+    save: bool  # whether to return the product before SwiGLU, for the backward
 
 
 class BackwardCall(NamedTuple):
@@ -35,7 +35,7 @@ class BackwardCall(NamedTuple):
     product: torch.Tensor
     eps: float | None
     swiglu: bool
-    need_x: bool  # and gate
+    need_x: bool  # x or gate
     need_weight: bool
 
 
@@ -63,8 +63,8 @@ def _reference(x, weight, gate, residual, eps, swiglu, save):
 
 
 def _reference_backward(grad, x, weight, gate, rstd, product, eps, swiglu, need_x, need_weight):
-    found = pull(reference.result, (grad,), (x, weight, gate, eps, swiglu), (0, 1, 2))
-    needed = zip(found, (need_x, need_weight, need_x), strict=True)
+    gradients = pull(reference.result, (grad,), (x, weight, gate, eps, swiglu), (0, 1, 2))
+    needed = zip(gradients, (need_x, need_weight, need_x), strict=True)
     return tuple(x.new_empty(0) if t is None or not need else t for t, need in needed)
 
 

@@ -1,5 +1,5 @@
-"""Fused products in Triton: one tile kernel with the norm or gate before and SwiGLU and the sum after it, or torch's product
-between row kernels."""
+"""Fused products in Triton: one tile kernel that includes the norm or gate, SwiGLU and the sum, or torch's product between row
+kernels."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from . import (
     tuning_triton,  # noqa: F401  declares what is looked up
 )
 
-_BAND = tl.constexpr(8)  # tiles of rows that go over the columns together, so that both operands stay in L2
+_BAND = tl.constexpr(8)  # tiles of rows that pass over the columns together, so that both operands stay in L2
 
 
 @triton.jit
@@ -23,9 +23,9 @@ def _fused_linear_kernel(
     NORM: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile (M, N) of residual + act(pre(x) W^T); x and gate are of (B, L, H, D), of one head where there is no gate.
+    """One tile (M, N) of residual + act(pre(x) W^T). x and gate are (B, L, H, D); without a gate H is 1.
 
-    The norm's factor belongs to a row, so it is taken after the product: its squares are summed on the way.
+    The norm's factor is one number for each row, so it is applied after the product; the loop sums the squares for it.
     """
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
@@ -34,7 +34,7 @@ def _fused_linear_kernel(
     within = program % (column_tiles * _BAND)
     row = offset(band * _BAND + within % height, BLOCK_M) + tl.arange(0, BLOCK_M)
     column = offset(within // height, BLOCK_N) + tl.arange(0, BLOCK_N)
-    there, kept = row < rows, column < columns
+    inside_rows, inside_columns = row < rows, column < columns
     x_rows = x.base + offset(row // length, x.batch) + offset(row % length, x.row)
     w_rows = weight.base + offset(column, weight.stride)
     g_rows = x_rows
@@ -45,7 +45,7 @@ def _fused_linear_kernel(
     squares = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, inner, BLOCK_K):
         at = first + tl.arange(0, BLOCK_K)
-        keep = there[:, None] & (at < inner)[None, :]
+        keep = inside_rows[:, None] & (at < inner)[None, :]
         if gate is not None:
             head = tl.zeros([], tl.int32) + first // HEAD_DIM  # a tile lies in one head
             inside = first % HEAD_DIM + tl.arange(0, BLOCK_K)
@@ -57,12 +57,14 @@ def _fused_linear_kernel(
         if NORM:
             wide = a.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-        here = kept[:, None] & (at < inner)[None, :]
-        w = tl.load(w_rows[:, None] + at[None, :], mask=here, other=0.0)
+        inside_weight = inside_columns[:, None] & (at < inner)[None, :]
+        w = tl.load(w_rows[:, None] + at[None, :], mask=inside_weight, other=0.0)
         acc = dot(a, tl.trans(w), acc, PRECISION)
         if SWIGLU:
             w = tl.load(
-                (w_rows + offset(columns, weight.stride))[:, None] + at[None, :], mask=here, other=0.0
+                (w_rows + offset(columns, weight.stride))[:, None] + at[None, :],
+                mask=inside_weight,
+                other=0.0,
             )
             up = dot(a, tl.trans(w), up, PRECISION)
     if NORM:
@@ -70,13 +72,13 @@ def _fused_linear_kernel(
         acc *= scale[:, None]
         up *= scale[:, None]
         if within < height:  # the first tile of columns
-            tl.store(rstd + row, scale, mask=there)
-    inside_out = there[:, None] & kept[None, :]
+            tl.store(rstd + row, scale, mask=inside_rows)
+    inside_out = inside_rows[:, None] & inside_columns[None, :]
     if SWIGLU:
         if product is not None:
-            to = product + offset(row, 2 * columns)[:, None] + column[None, :]
-            tl.store(to, acc.to(product.dtype.element_ty), mask=inside_out)
-            tl.store(to + columns, up.to(product.dtype.element_ty), mask=inside_out)
+            pointers = product + offset(row, 2 * columns)[:, None] + column[None, :]
+            tl.store(pointers, acc.to(product.dtype.element_ty), mask=inside_out)
+            tl.store(pointers + columns, up.to(product.dtype.element_ty), mask=inside_out)
         acc = acc / (1.0 + tl.exp(-acc)) * up
     if residual is not None:
         at_residual = residual.base + offset(row, residual.stride)[:, None] + column[None, :]
@@ -115,13 +117,13 @@ def _heads(t: torch.Tensor) -> torch.Tensor:
 
 
 def _of_heads(t: torch.Tensor) -> Rows:
-    """(B, L, H, D) as the kernel takes it."""
+    """(B, L, H, D) as a kernel operand."""
     batch, row, head, _ = t.stride()
     return Rows(t, batch, head, row)
 
 
 def _matrix(t: torch.Tensor) -> Line:
-    """(rows, D) with a contiguous last dim, as the kernel takes it."""
+    """(rows, D) with a contiguous last dim, as a kernel operand."""
     return Line(t, t.stride(0))
 
 

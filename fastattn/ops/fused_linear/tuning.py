@@ -1,4 +1,4 @@
-"""What the products can be tuned by: whose product runs, and the tiles of ours."""
+"""The tunable parameters of the products: torch's product or ours, and the tiles of ours."""
 
 from ...runtime import native
 from ...runtime.device import Target
@@ -15,8 +15,8 @@ _BLOCKS = {
 
 
 def default_blocks(dtype: str, target: Target) -> dict[str, int]:
-    """The tiles of our product. A panel of the packed operand, as deep as one pass over the contraction, takes an eighth of
-    the second-level cache: it is met by all rows of a block, and the passes are as few as that allows."""
+    """The tiles of our product. A panel of the packed operand, block_steps deep, is at most an eighth of the second-level cache, because
+    all rows of a block read it. Within that limit block_steps is as large as possible, for few passes over the contraction."""
     wide = target.arch.startswith("avx512")
     panel = 4 * (64 if wide else 16)  # bytes of a panel's row: four vectors, or two
     pairs = 2 if dtype == "bfloat16" and target.arch == "avx512bf16" else 1
@@ -34,11 +34,11 @@ def _feasible(values, key, target) -> str | None:
 
 
 def _default(key, target) -> dict[str, int | str]:
-    """Whose product: measured on a model's shapes (hidden 512 in float32, 1536 in bfloat16), forward and backward.
+    """torch's product or ours, measured on a model's shapes (hidden 512 in float32, 1536 in bfloat16), forward and backward.
 
-    float32: torch's reaches 90 % of an AVX2 machine's peak, ours 80 %. On a Zen 4 ours is 2 to 17 % faster, on an Emerald
-    Rapids torch's, which is Intel's own, 4 to 20 %. bfloat16: ours, which on a Zen 4 takes from 7 % less time (SwiGLU) to 5 % more (a gate before).
-    Only Intel's processors with a bf16 unit have a faster one beside it, for matrices, which torch uses.
+    float32: torch's reaches 90 % of an AVX2 machine's peak, ours 80 %. On a Zen 4 ours is 2 to 17 % faster. On an Emerald Rapids torch's
+    (Intel's own library) is 4 to 20 % faster. bfloat16: on a Zen 4 ours takes from 7 % less time (SwiGLU) to 5 % more (with a gate).
+    Intel processors with bf16 vector instructions also have matrix instructions, which are faster and which torch uses.
     """
     dtype, arch = key.get("dtype"), target.arch
     if dtype == "float32":

@@ -1,4 +1,4 @@
-"""What the Triton products can be tuned by: whose product runs, and the tiles of ours."""
+"""The tunable parameters of the Triton products: torch's product or ours, and the tiles of ours."""
 
 from ...runtime.tuning import Parameter, declare
 
@@ -13,18 +13,18 @@ _BLOCKS = {
 
 def _fits(values, key, target) -> str | None:
     if values["product"] == "library":
-        other = any(values[name] != p.default for name, p in _BLOCKS.items())
-        return "torch's product has no tiles to choose" if other else None
+        has_tiles = any(values[name] != p.default for name, p in _BLOCKS.items())
+        return "torch's product has no tiles to choose" if has_tiles else None
     if target.kind == "cpu":
         return None
     width = 4 if key["dtype"] == "float32" else 2
     products = 2 if key["swiglu"] else 1  # gate and up: two tiles of the weight, two accumulators
     m, n, k = (values[f"block_{name}"] for name in "mnk")
     flying = k * (m * (1 + key["gated"]) + n * products) * width * values["num_stages"]
-    # a gated or normed operand, and the result on its way out, pass through shared memory
-    wanted = flying + max(m * k * width, m * n * products * 4)
-    if wanted > target.shared:
-        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    # a gated or normed operand passes through shared memory, and so does the result
+    needed = flying + max(m * k * width, m * n * products * 4)
+    if needed > target.shared:
+        return f"needs {needed >> 10} KiB of shared memory, the device has {target.shared >> 10}"
     registers = m * n * products // (32 * values["num_warps"])
     return f"needs about {registers} registers a thread" if registers > 128 else None
 
@@ -32,7 +32,7 @@ def _fits(values, key, target) -> str | None:
 declare(
     "fused_linear",
     "triton",
-    # a vendor's product is the one to beat, and none of ours has been timed: `fastattn tune` may choose otherwise
+    # the vendor's product is the default until ours has been timed; `fastattn tune` may choose ours
     parameters={"product": Parameter("library", ("library", "native")), **_BLOCKS},
     structural=("dtype", "swiglu", "gated"),
     sizes=("rows", "inputs", "outputs"),

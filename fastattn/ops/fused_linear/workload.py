@@ -1,4 +1,4 @@
-"""The calls that the products are tuned by: those of a recurrence step."""
+"""The calls with which the products are tuned: those of a recurrence step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ _CHECKED = 70  # rows at which a candidate is compared with the reference
 
 def _shapes(effort: str, target) -> list[dict]:
     kinds = ("float32", "bfloat16")
-    if (
-        effort == "quick"
-    ):  # of a model's largest product, at rows from which a table reaches a training step's
+    # a model's largest product, with the fewest rows from which a look-up still reaches a training step's
+    if effort == "quick":
         return [
             {"rows": 512, "inputs": width, "outputs": 6 * width, "swiglu": True, "dtype": dtype}
             for dtype, width in (("float32", 512), ("bfloat16", 1024))

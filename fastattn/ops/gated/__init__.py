@@ -57,16 +57,15 @@ def gated_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Causal softmax attention that trains a router: scores of distant keys are gated by how well two assignments agree.
+    """Causal softmax attention that trains a router: scores of distant keys are gated by the agreement of two tokens' assignments.
 
     With g_ij = sigmoid(sharpness * a_i.a_j), a the assignment (arXiv 2604.03260):
 
         gate="multiply"   s_ij = scale * q_i.k_j * (1 if |i - j| <= window else g_ij)
         gate="log"        s_ij = scale * q_i.k_j + (0 if |i - j| <= window else log g_ij)
 
-    An assignment is not negative, so that the gate lies in [0.5, 1) and never prunes. `multiply` is the published equation and
-    flattens distant scores; `log` scales distant weights. Query i sees keys j <= i, and of a prefix (`mask.prefix_lengths`) those
-    with j < prefix.
+    Assignments are not negative, so the gate lies in [0.5, 1) and never removes a key. "multiply" is the published equation and flattens
+    distant scores; "log" scales distant weights. Query i attends keys j <= i, and with `mask.prefix_lengths` also keys j < prefix.
 
     q: (B, Hq, L, D); k: (B, Hkv, L, D); v: (B, Hkv, L, Dv), Hq a multiple of Hkv. One floating dtype and device.
     assignment: (B, L, G) floating, its own dtype, shared by all heads (`sinkhorn`).
@@ -74,9 +73,14 @@ def gated_attention(
     sharpness: a number, or a floating tensor of one element that gets a gradient.
     scale: default 1/sqrt(D).
     mask: as in `grouped_attention`.
-    return_lse: as there, of the gated scores.
+    return_lse: also return the natural log-sum-exp of each row's gated scores, (B, Hq, L), float32 (float64 for float64),
+        differentiable. Default False.
 
-    Returns (B, Hq, L, Dv) in q's dtype, differentiable in q, k, v, assignment and sharpness. Raises as `grouped_attention`.
+    Returns (B, Hq, L, Dv) in q's dtype. Differentiable once in q, k, v, assignment and sharpness. Raises ValueError, TypeError or
+    NotImplementedError naming the argument.
+
+    >>> q, assignment = torch.randn(1, 2, 9, 16), torch.rand(1, 9, 4)
+    >>> out = fastattn.gated_attention(q, q, q, assignment, window=3, gate="log")
     """
     op = "gated_attention"
     check_qkv(op, q, k, v)

@@ -1,4 +1,4 @@
-"""What gated attention asks of its arguments, whoever calls it."""
+"""The checks of gated attention's arguments, run for every caller."""
 
 from ...runtime import checks
 from ..attention.checks import check_results

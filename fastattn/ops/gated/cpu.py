@@ -92,14 +92,14 @@ def gated_attention_leading(reads, q, k, v, assignment, sharpness, window, gate,
 def gated_attention_backward(
     grad_out, grad_lse, q, k, v, assignment, sharpness, out, state, window, gate, scale, mask
 ):
-    if not q.numel():  # a key head that serves no query head too
+    if not q.numel():  # also where key heads serve no query head
         return tuple(
             torch.zeros_like(t, memory_format=torch.contiguous_format)
             for t in (q, k, v, assignment, sharpness)
         )
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     tokens, groups = q.shape[2], assignment.shape[2]
-    # heads handled together leave their sum at the first of them
+    # the kernel stores the sum of heads that it handles together at the first of them
     by_query = q.new_zeros(q.shape[0], q.shape[1], tokens, groups, dtype=torch.float32)
     by_key = q.new_zeros(q.shape[0], k.shape[1], tokens, groups, dtype=torch.float32)
     by_row = q.new_zeros(q.shape[:3], dtype=torch.float32)

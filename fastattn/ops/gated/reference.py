@@ -20,7 +20,7 @@ def gated_attention(
     scale: float,
     mask: masks.MaskArgs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out (B, Hq, L, Dv), lse (B, Hq, L), state (B, Hq, L, 2)); gate 0 multiplies distant scores, 1 adds its logarithm."""
+    """(out (B, Hq, L, Dv), lse (B, Hq, L), state (B, Hq, L, 2)); gate: 0 multiplies distant scores by the gate, 1 adds its logarithm."""
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
     a = _wide(assignment)

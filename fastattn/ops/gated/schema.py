@@ -24,7 +24,7 @@ class Call(NamedTuple):
     assignment: torch.Tensor  # (B, L, G)
     sharpness: torch.Tensor  # ()
     window: Size
-    gate: int  # 0 multiplies, 1 adds the logarithm
+    gate: int  # 0: multiply, 1: add the logarithm
     scale: float
     mask: MaskArgs
 

@@ -37,14 +37,14 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @triton.jit
 def _load_assignments(line, start, first, count, BLOCK: tl.constexpr, META: tl.constexpr):
-    """(BLOCK, G) assignments, which all heads share, from token `first` of `count` of a sequence that begins at `start`."""
+    """(BLOCK, G): the assignments, shared by all heads, from token `first` on of a sequence of `count` tokens that begins at `start`."""
     base = line.base + offset(start + first, line.stride)
     return load_tile(base, line.stride, count - first, META.groups, BLOCK, META.block_g, True)
 
 
 @triton.jit
 def _far(row, keys, extent, near, prefix_lengths):
-    """Which pairs the gate is for. Without a prefix no later key is attended."""
+    """Which pairs are gated. Without a prefix no key after the query is attended, so the signed distance suffices."""
     distance = row + extent.shift - keys
     if prefix_lengths is not None:
         distance = tl.abs(distance)
@@ -53,7 +53,7 @@ def _far(row, keys, extent, near, prefix_lengths):
 
 @triton.jit
 def _gated_scores(s2, agreement, sharpness, far, LOG_GATE: tl.constexpr):
-    """(gated scores, their slope in the product, their slope in sharpness * agreement): all in base 2."""
+    """(gated scores in base 2; their derivative with respect to the product, and to sharpness * agreement)."""
     x2 = agreement * sharpness * _LOG2E
     gate = sigmoid_weight(x2)
     if LOG_GATE:
@@ -216,7 +216,7 @@ def _problem(q, k, v, scale, mask) -> Problem:
 
 
 def _gate_values(assignment, sharpness, window: int, gate: int) -> dict:
-    """What a launch takes beside an attention call's values."""
+    """The values of a launch besides those of an attention call."""
     return {
         "a": rows(assignment.float().contiguous()[:, None]),
         "sharpness": sharpness.float(),

@@ -1,4 +1,4 @@
-"""What the Triton kernels of gated attention can be tuned by: tiles of attention's shape."""
+"""The tunable parameters of gated attention's Triton kernels: tiles as in attention."""
 
 from ..attention.tuning_triton import (
     backward_bytes,
@@ -11,7 +11,7 @@ from ..attention.tuning_triton import (
 
 
 def _fits(values, key, target) -> str | None:
-    """Beside a forward's tiles, float32 agreements of the same shape and both sides' assignments."""
+    """The forward needs float32 agreements besides the scores, and both sides' assignments."""
     return forward_fits(values, {**key, "dtype": "float32"}, target) or backward_fits(values, key, target)
 
 
@@ -20,11 +20,11 @@ def _backward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
     m, n = values["block_m"], values["block_n"]
-    wanted = backward_bytes(values, key, target) + 2 * m * n * 4
-    if key["dtype"] == "float32":  # the agreements' products in float32 too, of up to 64 groups
-        wanted += 2 * m * n * 4 + (m + n) * 64 * 4
-    if wanted > target.shared:
-        return f"needs {wanted >> 10} KiB of shared memory, {target.shared >> 10} are there"
+    needed = backward_bytes(values, key, target) + 2 * m * n * 4
+    if key["dtype"] == "float32":  # the agreements' products are float32 too, with up to 64 groups
+        needed += 2 * m * n * 4 + (m + n) * 64 * 4
+    if needed > target.shared:
+        return f"needs {needed >> 10} KiB of shared memory, the device has {target.shared >> 10}"
     return backward_fits(values, key, target)
 
 

@@ -1,4 +1,4 @@
-"""The calls that gated attention's kernels are tuned by: grouped attention's, with an assignment in place of groups."""
+"""The calls with which gated attention's kernels are tuned: grouped attention's, with an assignment in place of groups."""
 
 from __future__ import annotations
 
