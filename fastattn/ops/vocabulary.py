@@ -84,7 +84,7 @@ def check_wanted(op: str, name: str, wanted: int, tensors: tuple) -> None:
     allowed = sum(1 << i for i, t in enumerate(tensors) if t is not None)
     if not 0 <= wanted < 1 << len(tensors) or wanted & ~allowed:
         raise ValueError(
-            f"fastattn.{op}: {name} must have only bits of {allowed}, those of the tensors that are not None, given {wanted}"
+            f"fastattn.{op}: {name} must be a sum of bits of {allowed}, the tensors that are not None, given {wanted}"
         )
 
 

@@ -168,7 +168,7 @@ def test_what_it_cannot_serve_says_why(host):
     assert reason(batch=2) == "it serves a batch of one, not of 2"
     assert "256 and 40 layers a stack, not 258 and 1" in reason(dim=258)
     assert "not 2 and 41" in reason(dim=2, layers=41, hidden=4, inner=4)
-    assert "needs 20000 bytes of shared memory, 16384 are there" in reason(inner=5000)
+    assert "needs 20000 bytes of shared memory, the device has 16384" in reason(inner=5000)
     assert host.launches == []
 
 

@@ -88,7 +88,12 @@ def _refused():
     )
     cuts, lengths = torch.tensor([0, 3, 5]), torch.tensor([3, 4])
     packed = (wide[..., :4], lengths, cuts, None, 0.1, 3, False)
-    yield "sinkhorn", packed, ValueError, r"lengths\[1\] must lie in \[0, 2\], its document, given 4"
+    yield (
+        "sinkhorn",
+        packed,
+        ValueError,
+        r"lengths\[1\] must lie in \[0, 2\], the length of its document, given 4",
+    )
     cuts, taps = torch.tensor([0, 4, 3]), torch.ones(8, 3)
     yield "causal_conv1d", (wide, taps, None, None, None, True), ValueError, "weight must be x's 65 channels"
     x = wide[..., :8]

@@ -121,7 +121,7 @@ def test_bad_prefixes_are_refused():
         (
             {"prefix_lengths": of([3, 1]), "cu_seqlens": of([0, 2, 5])},
             ValueError,
-            r"prefix_lengths\[0\] must lie in \[0, 2\], its document, given 3",
+            r"prefix_lengths\[0\] must lie in \[0, 2\], the length of its document, given 3",
         ),
     ):
         with pytest.raises(error, match=f"fastattn.sinkhorn: {message}"):

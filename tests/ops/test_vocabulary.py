@@ -281,7 +281,11 @@ def refused():
     yield lambda: lce(h, w, y.float()), ValueError, r"target must have shape \(7x13\) \(a probability a class"
     yield lambda: lce(h, w, y > 0), TypeError, "target must be int32 or int64, given a bool"
     yield lambda: lce(h, w, p.double()), TypeError, "target must be float32, given a float64"
-    yield lambda: lce(h, w, p, ignore_index=-100), ValueError, "ignore_index is of class indices"
+    yield (
+        lambda: lce(h, w, p, ignore_index=-100),
+        ValueError,
+        "ignore_index must be None where target has probabilities",
+    )
     yield lambda: lce(h, w, y, class_weight=b[1:]), ValueError, r"class_weight must have shape \(13\)"
     yield lambda: lce(h, w, y, class_weight=y), TypeError, "class_weight must be one of float32"
     yield (

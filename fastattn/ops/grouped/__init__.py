@@ -1,4 +1,4 @@
-"""Grouped sparse attention (arXiv 2604.03260): a local window and the tokens that share a group, and the groups' signatures."""
+"""Grouped sparse attention (arXiv 2604.03260), to a local window and to the tokens that share a group; signatures of groups."""
 
 from typing import Literal, overload
 
@@ -9,7 +9,7 @@ from ...runtime import checks as _checks
 from ...runtime.registry import call, requested
 from ..attention import check_qkv
 from ..focus import as_window, check_group_count
-from . import checks, schema  # noqa: F401  the latter registers the op
+from . import checks, schema  # noqa: F401  schema registers the op
 
 
 def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
@@ -17,9 +17,11 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
 
     assignment: (B, L, G) floating, G at most 63. Among equal entries the lower group wins. top_k: 1 to G.
 
-    Returns int64 (B, L), never negative, as 63 groups fit. Two tokens share a group where `&` of their signatures is not 0. A token
-    whose row is all zero (padding, see `sinkhorn`) gets 0 and shares no group. No gradient.
+    Returns int64 (B, L), not negative. Two tokens share a group if `&` of their signatures is not 0. A token whose row is all zero
+    (padding, see `sinkhorn`) gets the signature 0 and shares no group. No gradient (arXiv 2604.03260).
     Raises ValueError or TypeError naming the argument.
+
+    >>> groups = fastattn.focus_groups(torch.rand(1, 9, 4), top_k=2)
     """
     op = "focus_groups"
     _checks.check_tensor(op, "assignment", assignment, dims=3)
@@ -29,9 +31,7 @@ def focus_groups(assignment: torch.Tensor, *, top_k: int = 1) -> torch.Tensor:
     if count is None or not 1 <= count <= groups:
         raise ValueError(f"fastattn.{op}: top_k must lie in [1, {groups}], given {top_k!r}")
     order = assignment.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    signature = (
-        torch.ones_like(order).bitwise_left_shift(order).sum(-1)
-    )  # distinct bits: their sum is their OR
+    signature = torch.ones_like(order).bitwise_left_shift(order).sum(-1)  # distinct bits: the sum is their OR
     return signature.masked_fill((assignment == 0).all(-1), 0)
 
 
@@ -79,23 +79,26 @@ def grouped_attention(
     """Causal softmax attention to a local window and, beyond it, to tokens that share a group (arXiv 2604.03260).
 
     Query i attends key j when j <= i and (i - j <= window or groups_i & key_groups_j != 0): itself, the `window` keys before it, and
-    every earlier key with a group in common. A key counts once, however many groups it shares. Positions are those in the document
-    when packed. The last query is aligned with the last key, as in decoding. In a prefix (`mask.prefix_lengths`) tokens see later ones
-    too: key j is seen when j < max(i + 1, prefix), and attended when |i - j| <= window or a group is shared.
+    every earlier key with a group in common. A key counts once, however many groups it shares. When packed, positions count from the
+    document's start. The last query is aligned with the last key, as in decoding. With `mask.prefix_lengths`, query i may also attend
+    later keys: key j is attended when j < max(i + 1, prefix) and (|i - j| <= window or a group is shared).
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device.
-    groups: (B, Lq) int32 or int64 signatures, a bit a group, not negative, shared by all heads (`focus_groups`). A token of
-        signature 0 attends the keys of its window alone, and is attended within the window alone.
-    key_groups: (B, Lk), the keys' signatures; default `groups`, which needs Lq == Lk.
-    window: keys before the query, and in a prefix after it, that it always attends, 0 or more, default 128.
+    groups: (B, Lq) int32 or int64 signatures, one bit for each group, not negative, shared by all heads (`focus_groups`). A token with
+        signature 0 attends, and is attended, only within the window.
+    key_groups: (B, Lk), the keys' signatures. Default `groups`, which needs Lq == Lk.
+    window: the number of keys before the query, and in a prefix after it, that it always attends; 0 or more, default 128.
     scale: default 1/sqrt(D).
-    mask: a fastattn.Mask that narrows this further (packed documents, key lengths, window, dense), or widens what is seen by its
-        prefix_lengths; default none. Beyond a prefix attention stays causal whatever the mask says.
-    return_lse: also return the natural log-sum-exp of each row's scores over all the keys that it attends, (B, Hq, Lq), float32
-        (float64 for float64), differentiable.
+    mask: a fastattn.Mask that excludes further keys (packed documents, key lengths, window, dense) or adds those of a prefix
+        (prefix_lengths); default none. Outside of a prefix attention is causal even if the mask is not.
+    return_lse: also return the natural log-sum-exp of each row's scores over all keys that it attends, (B, Hq, Lq), float32 (float64
+        for float64), differentiable. Default False.
 
-    Returns (B, Hq, Lq, Dv) in q's dtype, differentiable in q, k and v. A row that attends no key gives 0, lse -inf and gradient 0.
+    Returns (B, Hq, Lq, Dv) in q's dtype. Differentiable once in q, k and v. A row that attends no key gives 0, lse -inf and gradient 0.
     Raises ValueError, TypeError or NotImplementedError, naming the argument, before anything is computed.
+
+    >>> q, assignment = torch.randn(1, 2, 9, 16), torch.rand(1, 9, 4)
+    >>> out = fastattn.grouped_attention(q, q, q, fastattn.focus_groups(assignment), window=3)
     """
     op = "grouped_attention"
     check_qkv(op, q, k, v)

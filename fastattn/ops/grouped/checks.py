@@ -1,4 +1,4 @@
-"""What grouped attention asks of its arguments, whoever calls it."""
+"""The checks of grouped attention's arguments, run for every caller."""
 
 import torch
 
@@ -8,7 +8,7 @@ from ..focus import check_causal, check_grad_lse
 
 
 def check_signatures(op: str, name: str, value: torch.Tensor, q: torch.Tensor, length: int) -> None:
-    """(B, length), an integer each."""
+    """value is (B, length), int32 or int64."""
     checks.check_integer(op, name, value, dims=2)
     checks.check_same_device(op, q=q, **{name: value})
     checks.check_shape(op, name, value, (q.shape[0], length), "batch and length")

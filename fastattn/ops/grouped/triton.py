@@ -1,7 +1,8 @@
-"""Grouped attention in Triton, exact for any number of groups a token, without sorted copies.
+"""Grouped attention in Triton, exact for any number of groups of a token, without sorted copies.
 
-Two passes: over tokens ordered by signature for the pairs that share a group (pairs of tiles without one are skipped), then over
-tokens as they lie for the near pairs that share none, which carries on from the first pass's state.
+There are two passes. The first goes over tokens in the order of their signatures and takes the pairs that share a group; it skips
+pairs of tiles without such a pair. The second goes over tokens in their own order, continues from the first pass's state, and takes
+the pairs within the window that share no group.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,7 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 class _Attended(NamedTuple):
-    """What a query tile's pass over its keys works on."""
+    """The operands of a query tile's loop over its keys."""
 
     q_tile: tl.tensor  # (M, D)
     keys: Keys
@@ -50,7 +51,7 @@ class _Attended(NamedTuple):
 
 @triton.jit
 def _fold_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of keys added to a query tile's running state."""
+    """Add one tile of keys to a query tile's running state."""
     k_tile, v_tile, allowed = load_keys(operands.keys, operands.queries, operands.extent, tile, META, MASKED)
     s = tl.zeros([META.block_m, META.block_n], tl.float32)
     s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
@@ -89,9 +90,9 @@ def _grouped_forward_kernel(
         )
     else:
         top, log_sum = load_state(state, statistics, inside)
-        something = inside & (log_sum != float("inf"))
-        top = tl.where(something, top, float("-inf"))
-        total = tl.where(something, tl.exp2(log_sum * _LOG2E), 0.0)
+        has_keys = inside & (log_sum != float("inf"))
+        top = tl.where(has_keys, top, float("-inf"))
+        total = tl.where(has_keys, tl.exp2(log_sum * _LOG2E), 0.0)
         acc = (
             gather_tile(part_rows.base, row, part_rows.stride, inside, META.v_dim, META.block_dv)
             * total[:, None]
@@ -116,7 +117,7 @@ def problem(q, k, v, scale, mask) -> Problem:
 
 
 def _order(signatures: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    """(B, L) int32: the tokens of each document by signature, earlier ones first among equals, by position in it."""
+    """(B, L) int32: the positions of each document's tokens, sorted by signature; among equals earlier tokens come first."""
     order = signatures.argsort(dim=1, stable=True)
     if offsets is None:
         return order.int()
@@ -142,7 +143,7 @@ def _summaries(p: Problem, signatures, order, offsets, tiles: int, length: int, 
 
 
 def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: str) -> dict:
-    """What both passes over tiles of `over` take beside an attention call's values; the summary is of the other side's tiles."""
+    """The values of both passes over tiles of `over`, besides those of an attention call. The summary describes the other side's tiles."""
     groups, key_groups = groups.contiguous(), key_groups.contiguous()
     offsets_q, offsets_k = p.offsets
     order_q = _order(groups, offsets_q)
@@ -158,8 +159,8 @@ def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: st
     else:
         block, longest = config["block_m"], p.longest_q
         args = (groups, order_q, offsets_q, triton.cdiv(longest, block), p.length_q, block)
-    found = (groups, key_groups, order_q, order_k, _summaries(p, *args))
-    return {"groups": Groups(*map(tokens, found)), "near": min(near, _triton.LONGEST)}
+    members = (groups, key_groups, order_q, order_k, _summaries(p, *args))
+    return {"groups": Groups(*map(tokens, members)), "near": min(near, _triton.LONGEST)}
 
 
 def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:

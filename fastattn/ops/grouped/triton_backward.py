@@ -1,4 +1,4 @@
-"""Grouped attention's backward in Triton: the forward's two passes over queries for dQ, and over keys for dK and dV."""
+"""Grouped attention's backward in Triton: the forward's two passes, over queries for dQ and over keys for dK and dV."""
 
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from .triton_tiles import (
 
 
 class _QueryGradient(NamedTuple):
-    """What a query tile's gradient is formed from."""
+    """The operands of a query tile's gradient."""
 
     q_tile: tl.tensor  # (M, D)
     g_tile: tl.tensor  # (M, Dv)
@@ -51,7 +51,7 @@ class _QueryGradient(NamedTuple):
 
 @triton.jit
 def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of keys added to a query tile's gradient (M, D)."""
+    """Add one tile of keys to a query tile's gradient (M, D)."""
     k_tile, v_tile, allowed = load_keys(operands.keys, operands.queries, operands.extent, tile, META, MASKED)
     s, dp = two_products(operands.q_tile, k_tile, operands.g_tile, v_tile, META.precision)
     _, ds = score_gradient(s, dp, along_rows(operands.statistics), allowed, operands.scale2, SCORE, MASKED)
@@ -101,16 +101,16 @@ def _grouped_backward_q_kernel(
         )
 
 
-class _OfKeys(NamedTuple):
+class _TileKeys(NamedTuple):
     """A tile's keys (N,)."""
 
     position: tl.tensor  # in their document
-    inside: tl.tensor  # which are there
+    inside: tl.tensor  # False past the last key
     signature: tl.tensor
 
 
 class _KeyGradients(NamedTuple):
-    """What a key tile's gradients are formed from, of one head of queries."""
+    """The operands of a key tile's gradients, for one head of queries."""
 
     k_tile: tl.tensor  # (N, D)
     v_tile: tl.tensor  # (N, Dv)
@@ -120,7 +120,7 @@ class _KeyGradients(NamedTuple):
     delta: tl.tensor
     signatures: tl.tensor
     order: tl.tensor
-    keys: _OfKeys
+    keys: _TileKeys
     extent: Extent
     near: tl.tensor
     scale2: tl.tensor
@@ -130,7 +130,7 @@ class _KeyGradients(NamedTuple):
 def _key_tile_gradients(
     gradients, operands, tile, SCORE: tl.constexpr, META: tl.constexpr, MASKED: tl.constexpr
 ):
-    """One tile of queries added to a key tile's gradients (N, D) and (N, Dv)."""
+    """Add one tile of queries to a key tile's gradients (N, D) and (N, Dv)."""
     dk, dv = gradients
     q, g, extent = operands.q, operands.g, operands.extent
     queries = query_tokens(operands.order, operands.signatures, tile * META.block_m, extent, META)
@@ -163,31 +163,31 @@ def _grouped_backward_kv_kernel(
     if first >= extent.keys:
         return
     side = keys_of(k, v, groups, work, kv_head)
-    keys, there = tokens_of_tile(side.order, first, extent.keys, META.block_n, META.sorted)
+    keys, inside = tokens_of_tile(side.order, first, extent.keys, META.block_n, META.sorted)
     low, high = query_interval(keys, extent, META.causal)
-    if not META.sorted:  # the queries whose window has the key
+    if not META.sorted:  # only the queries whose window contains the key
         low = tl.maximum(low, keys - extent.shift - near)
         high = tl.minimum(high, keys - extent.shift + near + 1)
-    high = tl.where(there, high, 0)
-    of_keys = _OfKeys(keys, there, tl.load(side.signatures + offset(keys, 1), mask=there, other=0))
+    high = tl.where(inside, high, 0)
+    tile_keys = _TileKeys(keys, inside, tl.load(side.signatures + offset(keys, 1), mask=inside, other=0))
     part_k_rows, part_v_rows = (
         place(part_k, entry, kv_head, work.start_k),
         place(part_v, entry, kv_head, work.start_k),
     )
-    real = there & (keys < extent.key_length)
-    k_tile = gather_tile(side.k.base, keys, side.k.stride, real, META.head_dim, META.block_d)
-    v_tile = gather_tile(side.v.base, keys, side.v.stride, real, META.v_dim, META.block_dv)
+    valid = inside & (keys < extent.key_length)
+    k_tile = gather_tile(side.k.base, keys, side.k.stride, valid, META.head_dim, META.block_d)
+    v_tile = gather_tile(side.v.base, keys, side.v.stride, valid, META.v_dim, META.block_dv)
     earliest = tl.min(tl.where(high > 0, low, extent.queries), 0)
     if META.sorted:
         dk_acc = tl.zeros([META.block_n, META.block_d], tl.float32)
         dv_acc = tl.zeros([META.block_n, META.block_dv], tl.float32)
         document = tl.program_id(0) // tiles // kv_heads
         stop = tl.cdiv(extent.queries, META.block_m)
-        run = run_of(groups, document, of_keys.signature, low, high, earliest, stop)
+        run = run_of(groups, document, tile_keys.signature, low, high, earliest, stop)
         run_first = next_run(run, extent.queries * 0, False)
     else:
-        dk_acc = gather_tile(part_k_rows.base, keys, part_k_rows.stride, there, META.head_dim, META.block_d)
-        dv_acc = gather_tile(part_v_rows.base, keys, part_v_rows.stride, there, META.v_dim, META.block_dv)
+        dk_acc = gather_tile(part_k_rows.base, keys, part_k_rows.stride, inside, META.head_dim, META.block_d)
+        dv_acc = gather_tile(part_v_rows.base, keys, part_v_rows.stride, inside, META.v_dim, META.block_dv)
     order = sequence_tokens(groups.order_q, entry, work.start_q)
     signatures = sequence_tokens(groups.signatures_q, entry, work.start_q)
     for member in range(0, META.group):
@@ -195,7 +195,7 @@ def _grouped_backward_kv_kernel(
         statistics = offset(entry * kv_heads * META.group + head, length_q) + work.start_q
         operands = _KeyGradients(
             k_tile, v_tile, place(q, entry, head, work.start_q), place(g, entry, head, work.start_q), state + 2 * statistics,
-            delta + statistics, signatures, order, of_keys, extent, near, factors.scale2,
+            delta + statistics, signatures, order, tile_keys, extent, near, factors.scale2,
         )  # fmt: skip
         if META.sorted:
             dk_acc, dv_acc = over_runs(
@@ -205,14 +205,14 @@ def _grouped_backward_kv_kernel(
             for tile in range(earliest // META.block_m, tl.cdiv(tl.max(high, 0), META.block_m)):
                 dk_acc, dv_acc = _key_tile_gradients((dk_acc, dv_acc), operands, tile, SCORE, META, True)
     if META.sorted:
-        scatter_tile(part_k_rows.base, keys, part_k_rows.stride, there, dk_acc, META.head_dim, META.block_d)
-        scatter_tile(part_v_rows.base, keys, part_v_rows.stride, there, dv_acc, META.v_dim, META.block_dv)
+        scatter_tile(part_k_rows.base, keys, part_k_rows.stride, inside, dk_acc, META.head_dim, META.block_d)
+        scatter_tile(part_v_rows.base, keys, part_v_rows.stride, inside, dv_acc, META.v_dim, META.block_dv)
     else:
         dk_rows, dv_rows = place(dk, entry, kv_head, work.start_k), place(dv, entry, kv_head, work.start_k)
         scatter_tile(
-            dk_rows.base, keys, dk_rows.stride, there, dk_acc * factors.scale, META.head_dim, META.block_d
+            dk_rows.base, keys, dk_rows.stride, inside, dk_acc * factors.scale, META.head_dim, META.block_d
         )
-        scatter_tile(dv_rows.base, keys, dv_rows.stride, there, dv_acc, META.v_dim, META.block_dv)
+        scatter_tile(dv_rows.base, keys, dv_rows.stride, inside, dv_acc, META.v_dim, META.block_dv)
 
 
 def refusal(grad_out, grad_lse, q, k, v, out, state, groups, key_groups, window, scale, mask) -> str | None:

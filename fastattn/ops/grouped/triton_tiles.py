@@ -1,4 +1,4 @@
-"""Device functions of grouped attention: tiles of tokens ordered by signature, which of them meet, which pairs count."""
+"""Device functions of grouped attention: tiles of tokens ordered by signature, the tiles that share a group, the attended pairs."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ import triton.language as tl
 from ...runtime.triton import Line, gather_tile, offset
 from ..attention.triton_tiles import key_interval, place
 
-SUMMARY = 4  # of a tile: OR and AND of its signatures, its first and its last position
+SUMMARY = 4  # numbers for each tile: OR and AND of its signatures, its first and its last position
 _SUMMARY = tl.constexpr(SUMMARY)
-_CHUNK = tl.constexpr(64)  # summaries looked at together
+_CHUNK = tl.constexpr(64)  # summaries read together
 _FAR = tl.constexpr(1 << 30)
 
 
 class Tokens(NamedTuple):
-    """Values of a sequence's tokens, (entries, L), as a kernel takes them: where they begin and the stride of an entry."""
+    """One value for each token, (entries, L), as a kernel operand: a pointer and the stride of an entry."""
 
     base: torch.Tensor
     entry: int
@@ -27,8 +27,8 @@ def tokens(t: torch.Tensor) -> Tokens:
 
 
 class Groups(NamedTuple):
-    """What a call knows of its tokens, of each side: signatures, the tokens' order by them; and a summary of each tile of the side
-    that is gone over."""
+    """The signatures of a call's queries and keys, their order by signature, and a summary of each tile of the side that kernels loop
+    over."""
 
     signatures_q: Tokens
     signatures_k: Tokens
@@ -41,14 +41,14 @@ class Queries(NamedTuple):
     """A tile's queries (M,)."""
 
     position: tl.tensor  # in their document
-    inside: tl.tensor  # which are there
-    begin: tl.tensor  # of their key intervals
+    inside: tl.tensor  # False past the last query
+    begin: tl.tensor  # their key intervals
     end: tl.tensor
     signature: tl.tensor
 
 
 class Keys(NamedTuple):
-    """Where one head's keys and values lie, and what makes their order and their pairs."""
+    """One head's keys and values, with the signatures and the order of their tokens."""
 
     k: Line
     v: Line
@@ -57,12 +57,12 @@ class Keys(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Which tiles of tokens in order a tile meets: the summaries of their side and what it asks of them."""
+    """The conditions by which a tile selects tiles of the other side from their summaries (`next_run`)."""
 
     summary: tl.tensor
-    stop: tl.tensor  # tiles
-    union: tl.tensor
-    common: tl.tensor
+    stop: tl.tensor  # number of tiles
+    union: tl.tensor  # OR of the tile's signatures
+    common: tl.tensor  # and AND
     bound: tl.tensor
     latest: tl.tensor
     lowest: tl.tensor
@@ -80,13 +80,13 @@ def _both(a, b):
 
 @triton.jit
 def sequence_tokens(t, entry, start):
-    """Where the values of a sequence's tokens begin."""
+    """A pointer to the value of a sequence's first token."""
     return t.base + offset(entry, t.entry) + start
 
 
 @triton.jit
 def tokens_of_tile(order, first, count, BLOCK: tl.constexpr, SORTED: tl.constexpr):
-    """(positions in their document of a tile's tokens, which of them are there)."""
+    """(positions of a tile's tokens in their document, which of them exist)."""
     position = first + tl.arange(0, BLOCK)
     inside = position < count
     if SORTED:
@@ -96,7 +96,7 @@ def tokens_of_tile(order, first, count, BLOCK: tl.constexpr, SORTED: tl.constexp
 
 @triton.jit
 def query_tokens(order, signatures, first, extent, META: tl.constexpr):
-    """A tile's queries."""
+    """The queries of one tile."""
     position, inside = tokens_of_tile(order, first, extent.queries, META.block_m, META.sorted)
     begin, end = key_interval(position, extent, META.causal)
     end = tl.where(inside, end, 0)
@@ -106,7 +106,7 @@ def query_tokens(order, signatures, first, extent, META: tl.constexpr):
 
 @triton.jit
 def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLOCK: tl.constexpr):
-    """summary (sequences, tiles, SUMMARY): what lets a pair of tiles be skipped, or taken whole."""
+    """summary (sequences, tiles, SUMMARY): tells whether a pair of tiles can be skipped, or needs no test of its pairs."""
     program = tl.program_id(0)
     tile, document = program % tiles, program // tiles
     entry = document
@@ -118,7 +118,7 @@ def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLO
         count = tl.load(offsets + document + 1) - start
     rows, inside = tokens_of_tile(sequence_tokens(order, entry, start), tile * BLOCK, count, BLOCK, True)
     at = sequence_tokens(signatures, entry, start) + offset(rows, 1)
-    signature = tl.load(at, mask=inside, other=0)  # a token that is not there counts as of no group
+    signature = tl.load(at, mask=inside, other=0)  # tokens past the end belong to no group
     row = summary + offset(program, _SUMMARY)
     tl.store(row, tl.reduce(signature, 0, _either))
     tl.store(row + 1, tl.reduce(signature, 0, _both))
@@ -128,11 +128,11 @@ def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLO
 
 @triton.jit
 def next_run(run, at, EARLIER: tl.constexpr):
-    """The next tiles side by side, from `at` on, that share a group with `union` and have a token before (EARLIER), or at or
-    after, position `bound`: [begin, full_end) are of one group of `common` and wholly within [latest, lowest), so that all
-    their pairs count; [full_end, end) are not, and one of the two is empty. begin is `stop` where there are none.
+    """The next run of tiles from `at` on that share a group with `union` and have a token before position `bound` (EARLIER), or at or
+    after it. All tokens of the tiles in [begin, full_end) share a group of `common` and lie in [latest, lowest), so all their pairs
+    are attended. The tiles in [full_end, end) do not. One of the two ranges is empty. begin is `stop` if no tile is left.
 
-    Loops over such a range are pipelined by the compiler, as one over tiles to be tested one by one is not.
+    The compiler pipelines a loop over such a range, but not a loop that tests each tile.
     """
     begin = at * 0 + run.stop
     end = begin
@@ -140,16 +140,16 @@ def next_run(run, at, EARLIER: tl.constexpr):
     while at < run.stop:
         ahead = at + tl.arange(0, _CHUNK)
         row = run.summary + offset(ahead, _SUMMARY)
-        there = ahead < run.stop
-        earliest = tl.load(row + 2, mask=there, other=_FAR)
-        last = tl.load(row + 3, mask=there, other=-1)
-        live = (tl.load(row, mask=there, other=0) & run.union) != 0
+        valid = ahead < run.stop
+        earliest = tl.load(row + 2, mask=valid, other=_FAR)
+        last = tl.load(row + 3, mask=valid, other=-1)
+        live = (tl.load(row, mask=valid, other=0) & run.union) != 0
         if EARLIER:
             live = live & (earliest < run.bound)
         else:
             live = live & (last >= run.bound)
         begin = tl.min(tl.where(live, ahead, run.stop), 0)
-        full = (tl.load(row + 1, mask=there, other=0) & run.common) != 0
+        full = (tl.load(row + 1, mask=valid, other=0) & run.common) != 0
         full = live & full & (earliest >= run.latest) & (last < run.lowest)
         full_end = tl.min(tl.where((ahead >= begin) & (full == 0), ahead, at + _CHUNK), 0)
         end = full_end
@@ -170,8 +170,7 @@ def over_runs(
     META: tl.constexpr,
     EARLIER: tl.constexpr,
 ):
-    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile that meets the one at hand; `first`: the first
-    run of them."""
+    """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile of the runs; `first` is the first run."""
     begin, full_end, end = first
     while begin < run.stop:
         for tile in range(begin, full_end):
@@ -184,9 +183,9 @@ def over_runs(
 
 @triton.jit
 def counted(queries, keys, key_signature, key_inside, SORTED: tl.constexpr):
-    """Which pairs a pass counts: SORTED those that share a group, else those that share none; of queries' intervals.
+    """Which pairs a pass takes, within the queries' intervals: pairs that share a group if SORTED, else pairs that share none.
 
-    All arguments of tokens are broadcast: those of queries along one dim of the result, those of keys along the other.
+    Values of queries are broadcast along one dim of the result, values of keys along the other.
     """
     begin, end, signature = queries
     allowed = key_inside & (keys >= begin) & (keys < end)
@@ -198,7 +197,7 @@ def counted(queries, keys, key_signature, key_inside, SORTED: tl.constexpr):
 
 @triton.jit
 def keys_of(k, v, groups, work, kv_head):
-    """The keys of a query tile's sequence."""
+    """The keys of a program's sequence."""
     return Keys(
         place(k, work.entry, kv_head, work.start_k), place(v, work.entry, kv_head, work.start_k),
         sequence_tokens(groups.signatures_k, work.entry, work.start_k),
@@ -208,7 +207,7 @@ def keys_of(k, v, groups, work, kv_head):
 
 @triton.jit
 def run_of(groups, document, signature, low, high, bound, tiles):
-    """The run over `tiles` tiles of the other side for a tile of these signatures and intervals."""
+    """The conditions on `tiles` tiles of the other side, for a tile with these signatures and intervals."""
     union, common = tl.reduce(signature, 0, _either), tl.reduce(signature, 0, _both)
     summary = groups.summary.base + offset(document, groups.summary.entry)
     return Run(summary, tiles, union, common, bound, tl.max(low, 0), tl.min(high, 0))
@@ -216,7 +215,7 @@ def run_of(groups, document, signature, low, high, bound, tiles):
 
 @triton.jit
 def nearby(queries, extent, near):
-    """The queries, each with the keys of its window."""
+    """The queries, with their intervals cut to their windows."""
     diagonal = queries.position + extent.shift
     begin = tl.maximum(queries.begin, diagonal - near)
     end = tl.minimum(queries.end, diagonal + near + 1)
@@ -225,20 +224,20 @@ def nearby(queries, extent, near):
 
 @triton.jit
 def near_tiles(near_queries, BLOCK_N: tl.constexpr):
-    """[begin, end) of the tiles that hold the keys of these intervals."""
+    """[begin, end) of the tiles that contain the keys of these intervals."""
     return tl.min(near_queries.begin, 0) // BLOCK_N, tl.cdiv(tl.max(near_queries.end, 0), BLOCK_N)
 
 
 @triton.jit
 def load_keys(side, queries, extent, tile, META: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of a side's keys: (keys (N, D), values (N, Dv), which pairs (M, N) with the queries count when MASKED)."""
-    keys, there = tokens_of_tile(side.order, tile * META.block_n, extent.keys, META.block_n, META.sorted)
-    there = there & (keys < extent.key_length)  # padding, which may hold anything, is not read
-    k_tile = gather_tile(side.k.base, keys, side.k.stride, there, META.head_dim, META.block_d)
-    v_tile = gather_tile(side.v.base, keys, side.v.stride, there, META.v_dim, META.block_dv)
-    allowed = there
+    """A tile of keys: (keys (N, D), values (N, Dv), and if MASKED the attended pairs (M, N) with the queries)."""
+    keys, valid = tokens_of_tile(side.order, tile * META.block_n, extent.keys, META.block_n, META.sorted)
+    valid = valid & (keys < extent.key_length)  # padding may hold anything and is not read
+    k_tile = gather_tile(side.k.base, keys, side.k.stride, valid, META.head_dim, META.block_d)
+    v_tile = gather_tile(side.v.base, keys, side.v.stride, valid, META.v_dim, META.block_dv)
+    allowed = valid
     if MASKED:
-        key_signature = tl.load(side.signatures + offset(keys, 1), mask=there, other=0)
+        key_signature = tl.load(side.signatures + offset(keys, 1), mask=valid, other=0)
         rows = queries.begin[:, None], queries.end[:, None], queries.signature[:, None]
-        allowed = counted(rows, keys[None, :], key_signature[None, :], there[None, :], META.sorted)
+        allowed = counted(rows, keys[None, :], key_signature[None, :], valid[None, :], META.sorted)
     return k_tile, v_tile, allowed

@@ -1,4 +1,4 @@
-"""What the kernels of grouped attention can be tuned by."""
+"""The tunable parameters of grouped attention's kernels."""
 
 from ..focus import declare_tiles
 from . import tuning_triton  # noqa: F401  declares the Triton kernels' parameters

@@ -1,4 +1,4 @@
-"""What the Triton kernels of grouped attention can be tuned by: tiles of attention's shape."""
+"""The tunable parameters of grouped attention's Triton kernels: tiles as in attention."""
 
 from ..attention.tuning_triton import declare_backward, declare_forward
 

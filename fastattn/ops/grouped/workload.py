@@ -1,4 +1,4 @@
-"""The calls that grouped attention's kernels are tuned by."""
+"""The calls with which grouped attention's kernels are tuned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fastattn.autotune.space import Workload
 
 from . import grouped_attention
 
-_CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
+# length at which a candidate is compared with the reference: several tiles, and no multiple of any
+_CHECKED = 150
 GROUPS = 16
 
 
@@ -40,7 +41,7 @@ def attention_inputs(shape: dict, device: torch.device, seed: int) -> tuple:
 def _inputs(shape: dict, device: torch.device, seed: int) -> tuple:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(GROUPS, (shape["batch"], shape["length"]), generator=generator)
-    signatures = 1 << bits  # one group a token, as top_k=1 gives
+    signatures = 1 << bits  # one group a token, as with top_k=1
     return *attention_inputs(shape, device, seed), signatures.to(device)
 
 
@@ -63,7 +64,7 @@ def _gpu_shapes(effort: str, target) -> list[dict]:
 
 
 def workloads(op: str, inputs, calls) -> tuple[Workload, ...]:
-    """Of an attention op with a window and its backward: on the CPU, and in Triton on a GPU."""
+    """The workloads of an attention op with a window and of its backward: on the CPU, and in Triton on a GPU."""
     return tuple(
         Workload(
             name,

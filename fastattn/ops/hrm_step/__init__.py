@@ -1,4 +1,4 @@
-"""One token a row through a hierarchical recurrence of pre-norm stacks, in one op."""
+"""HRM-Text's decode step: one token of each row through a hierarchical recurrence of pre-norm stacks, in one op."""
 
 from collections.abc import Sequence
 
@@ -36,18 +36,22 @@ def decode_step(
             then x += down @ swiglu(gate_up @ rms(x)); at the end rms(x)
 
     z_h, z_l: (B, hidden), the scaled embedding and the initial low state.
-    weights: four of each layer, the L stack's layers first, then as many of the H stack: gqkv (4 * H * D, hidden),
+    weights: four for each layer, first the L stack's layers, then as many of the H stack: gqkv (4 * H * D, hidden),
         out (hidden, H * D), gate_up (2 * inner, hidden) and down (hidden, inner).
-    k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Each stack call has its own:
-        number h * (l_cycles + 1) + l for the L stack, and l = l_cycles for the H stack.
-    position: the number of tokens that each row holds before the call: one number, or (B,) int32 or int64 where rows differ in
-        length. The contents of a tensor are checked on the CPU, and trusted on a GPU, so that no call waits for the device.
-    bound: the largest position in a tensor may not exceed it; a tight bound saves memory on a GPU. Default: the last position of
-        the caches.
-    theta, eps: of the rotary embedding and of the norms. All tensors are on one device, and all but position have one dtype.
+    k_cache, v_cache: (h_cycles * (l_cycles + 1), layers, B, H, capacity, D), written in place. Each stack call has its own caches, at
+        index h * (l_cycles + 1) + l for the L stack and h * (l_cycles + 1) + l_cycles for the H stack.
+    position: the number of tokens that each row has in the caches before the call: one number, or (B,) int32 or int64 if rows differ.
+        A tensor's elements are checked on the CPU but not on a GPU, so that no call waits for the device.
+    bound: an upper bound of the positions in a tensor; a tight one saves memory on a GPU. Default: the caches' last position.
+    theta: base of the rotary embedding, default 10000. eps: of the norms, default 1e-6.
+    All tensors are on one device, and all but position have one dtype.
 
     Returns (B, hidden). It has no gradients: an input that requires one raises NotImplementedError outside of no_grad.
     Raises ValueError or TypeError naming the argument.
+
+    >>> state, caches = torch.randn(1, 16), torch.zeros(2, 2, 1, 1, 2, 4, 8)
+    >>> weights = [torch.randn(*shape) for shape in ((64, 16), (16, 16), (6, 16), (16, 3)) * 2]
+    >>> state = fastattn.decode_step(state, state, weights, *caches, 0, h_cycles=1, l_cycles=1)
     """
     op = "decode_step"
     positions = position if isinstance(position, torch.Tensor) else None

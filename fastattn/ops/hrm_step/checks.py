@@ -1,4 +1,4 @@
-"""What the decode step asks of its arguments, whoever calls it."""
+"""The checks of the decode step's arguments, run for every caller."""
 
 import torch
 
@@ -24,7 +24,7 @@ def check_decode_step(
     hidden = z_h.shape[1]
     if 0 in z_h.shape or 0 in k_cache.shape or head_dim % 2:
         raise ValueError(
-            f"fastattn.{op}: nothing may be empty and the head dim must be even, given z_h "
+            f"fastattn.{op}: z_h and k_cache must not be empty and the head dim must be even, given z_h "
             f"{checks.describe(z_h)} and k_cache {checks.describe(k_cache)}"
         )
     if min(h_cycles, l_cycles) < 1 or calls != h_cycles * (l_cycles + 1) or batch != z_h.shape[0]:

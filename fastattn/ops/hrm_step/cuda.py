@@ -43,10 +43,10 @@ def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
         shared = cuda.decode_shared(z_h.shape[1], heads * head_dim, weights[3].shape[1])
         most = cuda.most_shared(z_h.device)
         if shared > most:
-            return f"its longest vector needs {shared} bytes of shared memory, {most} are there"
+            return f"its longest vector needs {shared} bytes of shared memory, the device has {most}"
     return missing
 
 
-def decode_step(z_h, z_l, weights, k_cache, v_cache, *rest):
-    arguments = (z_h.contiguous(), z_l.contiguous(), weights, k_cache, v_cache, *rest)
+def decode_step(z_h, z_l, weights, k_cache, v_cache, *options):
+    arguments = (z_h.contiguous(), z_l.contiguous(), weights, k_cache, v_cache, *options)
     return cuda.decode_step(*arguments, **configure(*arguments).values)

@@ -19,9 +19,9 @@ def decode_step(
     theta: float,
     eps: float,
 ) -> torch.Tensor:
-    """zH (B, hidden) after the last call; keys and values go to the caches (calls, layers, B, H, capacity, D).
+    """zH (B, hidden) after the last call. Keys and values are written to the caches (calls, layers, B, H, capacity, D).
 
-    positions (B,), or None for all at `position`; none is beyond that.
+    positions: (B,), each at most `position`; or None if all are `position`.
     """
     _, layers, batch, heads, _, dim = k_cache.shape
     wide = torch.float64 if z_h.dtype == torch.float64 else torch.float32
@@ -33,9 +33,9 @@ def decode_step(
     def normed(x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, None, None, eps)[0]
 
-    def stack(which: int, call: int, x: torch.Tensor) -> torch.Tensor:
+    def stack(index: int, call: int, x: torch.Tensor) -> torch.Tensor:
         for layer in range(layers):
-            first = 4 * (which * layers + layer)
+            first = 4 * (index * layers + layer)
             gqkv, out, gate_up, down = weights[first : first + 4]
             projected = normed(x) @ gqkv.T
             gate, q, k, v = projected.view(batch, 4, heads, 1, dim).unbind(1)  # (B, H, 1, D)

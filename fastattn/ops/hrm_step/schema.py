@@ -23,7 +23,7 @@ class Call(NamedTuple):
     k_cache: Annotated[torch.Tensor, Written("a")]  # (calls, layers, B, H, capacity, D)
     v_cache: Annotated[torch.Tensor, Written("b")]
     positions: torch.Tensor | None  # (B,)
-    position: Size  # of all rows, where there are no positions
+    position: Size  # the position of all rows if positions is None, else an upper bound
     h_cycles: int
     l_cycles: int
     theta: float

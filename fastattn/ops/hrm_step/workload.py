@@ -1,4 +1,4 @@
-"""The calls that the decode step is tuned by: a token of the HRM-Text sizes."""
+"""The calls with which the decode step is tuned: one token in the sizes of HRM-Text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _shapes(effort: str, target) -> list[dict]:
 
 
 def inputs(shape: dict, device: torch.device, seed: int) -> tuple:
-    """(states, caches, weights); tuning takes two layers a stack: more take longer, and no other time a layer."""
+    """(states, caches, weights). Tuning uses two layers a stack: with more, the time of a layer is the same."""
     options = {"dtype": getattr(torch, shape["dtype"]), "device": device}
     hidden, inner, heads, dim = (shape[name] for name in ("hidden", "inner", "heads", "head_dim"))
     states = [testing.random_tensor(1, hidden, seed=seed + i, **options) for i in range(2)]
@@ -33,8 +33,8 @@ def inputs(shape: dict, device: torch.device, seed: int) -> tuple:
     caches = [testing.random_tensor(*sizes, seed=seed + 2 + i, **options) for i in range(2)]
     shapes = ((4 * heads * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner))
     weights = [
-        testing.random_tensor(*wanted, seed=seed + 4 + i, scale=wanted[1] ** -0.5, **options)
-        for i, wanted in enumerate(shapes * 2 * shape["layers"])
+        testing.random_tensor(*size, seed=seed + 4 + i, scale=size[1] ** -0.5, **options)
+        for i, size in enumerate(shapes * 2 * shape["layers"])
     ]
     return *states, *caches, *weights
 
@@ -55,7 +55,7 @@ WORKLOADS = (
         inputs=inputs,
         call=call("cuda"),
         reference=call("reference"),
-        # the layers of all calls follow one another, each of which may add its own rounding to what it is given
+        # the layers of all calls run one after the other, and each may add a rounding
         terms=lambda shape: _CALLS * shape["layers"] * shape["inner"],
         devices=("cuda",),
     ),

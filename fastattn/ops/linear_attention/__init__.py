@@ -63,43 +63,46 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Linear attention: a state of keys times values that every token decays, writes to and reads.
+    """Linear attention: each token decays, writes to and reads a state, which is a sum of products of keys and values.
 
-    Of each batch and value head, with a_t = exp(decay_t) and S_0 the initial state (arXiv 2006.16236; the gate of 2312.06635,
-    the delta rule of 2102.11174, both in 2412.06464, a gate a channel with it in 2510.26692):
+    For each batch entry and value head, with a_t = exp(decay_t) and S_0 the initial state (arXiv 2006.16236; the gate of 2312.06635,
+    the delta rule of 2102.11174, both in 2412.06464, the delta rule with a gate for each channel in 2510.26692):
 
         u_t = v_t - (a_t S_{t-1})^T k_t  with the delta rule, else v_t
         S_t = a_t S_{t-1} + k_t (beta_t u_t)^T
         o_t = scale * S_t^T q_t
 
-    a_t is one factor, or one of each key channel (a row of S). A token's output reads the state after the token is written, and
-    a decay comes before the delta rule reads. A decay of -inf forgets everything before the token, exactly; a token with beta 0
-    and decay 0 changes nothing (padding).
+    a_t is one factor, or one for each key channel (a row of S). A token's output reads the state after the token is written. The decay
+    is applied before the delta rule reads. A decay of -inf forgets everything before the token exactly. A token with beta 0 and decay
+    0 does not change the state (padding).
 
     q, k: (B, Hk, L, dk); v: (B, Hv, L, dv), Hv a multiple of Hk: value head h reads key head h // (Hv / Hk). One floating dtype
         and device, any strides.
-    decay: natural logarithm of the factor: (Hv,) constant, (B, Hv, L) or (B, Hv, L, dk), floating. At most 0 and -inf allowed
-        (not checked: more than 0 grows the state). Default none, a factor of 1.
+    decay: natural logarithm of the factor: (Hv,) constant, (B, Hv, L) or (B, Hv, L, dk), floating, at most 0; -inf is allowed. Not
+        checked: with more than 0 the state grows. Default none, a factor of 1.
     beta: (B, Hv, L) floating, the strength of a write. Default 1. The delta rule is stable for beta * |k|^2 <= 2.
-    delta_rule: whether the value that the state has for a key is taken off before the write. Default: where beta is given.
+    delta_rule: whether to subtract the state's value for the key before the write. Default: True if beta is given.
     scale: default 1/sqrt(dk).
     normalize: divide o_t by the same sum with ones for values: o = scale * S^T q / (scale * z.q). There is no epsilon; where the
-        divisor is 0, so are the output and its gradients. Not with the delta rule.
-    qk_norm: q and k times 1/sqrt(sum x^2 + 1e-6) over the head dim, in float32.
-    causal: False: every token reads the state after the last one of its sequence. Neither decay, beta nor the delta rule then.
-    initial_state: (B, Hv, dk, dv), or (documents, ...) when packed, in float32 (float64 for float64), any strides; with
-        `normalize` (B, Hv, dk, dv + 1), its last column the sum of keys. Default 0.
-    return_state: also return the state after the last token, of the initial state's shape and dtype.
-    cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each with a state of its
-        own. Outputs after the last one are 0.
+        divisor is 0, the output and its gradients are 0. Default False; excludes the delta rule.
+    qk_norm: multiply q and k by 1/sqrt(sum x^2 + 1e-6) over the head dim, in float32. Default False.
+    causal: default True. If False, every token reads the state after the last token of its sequence; decay, beta and the delta rule
+        are then excluded.
+    initial_state: (B, Hv, dk, dv), or (documents, Hv, dk, dv) when packed, in float32 (float64 for float64), any strides; with
+        `normalize` the last dim is dv + 1, and its last column is the sum of keys. Default 0.
+    return_state: also return the state after the last token, of the initial state's shape and dtype. Default False.
+    cu_seqlens: (documents + 1,) integers from 0, never decreasing: the offsets of documents packed in a batch of one, each with its
+        own state. Outputs after the last document are 0.
 
-    Differentiable in q, k, v, decay, beta and initial_state, from the output and the state. Sums and the state are in float32;
-    decay factors are products of numbers, never exponentials of differences. The backward keeps the states before every 64
-    tokens, so that memory is linear in L.
+    Differentiable once in q, k, v, decay, beta and initial_state, from the output and the state. Sums and the state are in float32;
+    products of decays are products of factors, never exponentials of differences. The backward keeps the state before every 64th
+    token, so memory is linear in L.
 
-    Returns (B, Hv, L, dv) in v's dtype, and the state. Raises ValueError, TypeError or NotImplementedError naming the argument.
+    Returns (B, Hv, L, dv) in v's dtype, or with return_state (output, state). Raises ValueError, TypeError or NotImplementedError
+    naming the argument. The gated delta rule:
 
-        out, state = fa.linear_attention(q, k, v, decay=decay, beta=beta, qk_norm=True, return_state=True)  # gated delta rule
+    >>> q, v, gates = torch.randn(1, 2, 9, 8), torch.randn(1, 4, 9, 6), torch.rand(2, 1, 4, 9)
+    >>> out, state = fastattn.linear_attention(q, q, v, decay=-gates[0], beta=gates[1], qk_norm=True, return_state=True)
     """
     op = "linear_attention"
     _checks.check_tensor(op, "q", q, dims=4)
@@ -137,16 +140,17 @@ def linear_attention_step(
     qk_norm: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """One token of `linear_attention` for decoding; its state is updated in place.
+    """One token of `linear_attention`, for decoding. It updates the state in place.
 
     q, k: (B, Hk, dk); v: (B, Hv, dv).
     state: (B, Hv, dk, dv), or (B, Hv, dk, dv + 1) with `normalize`, float32 (float64 for float64), written in place, any strides.
-    decay: (Hv,), (B, Hv) or (B, Hv, dk). beta: (B, Hv). The other arguments are those of `linear_attention`.
+    decay: (Hv,), (B, Hv) or (B, Hv, dk). beta: (B, Hv). The other arguments are those of `linear_attention`, which has the sources.
 
     Returns (B, Hv, dv) in v's dtype. It has no gradients: an input that requires one raises NotImplementedError outside of
     no_grad. Raises ValueError or TypeError naming the argument.
 
-        out = fa.linear_attention_step(q, k, v, state, decay=decay, beta=beta, qk_norm=True)
+    >>> q, v, state = torch.randn(1, 2, 8), torch.randn(1, 4, 6), torch.zeros(1, 4, 8, 6)
+    >>> out = fastattn.linear_attention_step(q, q, v, state, decay=-torch.rand(1, 4), beta=torch.rand(1, 4), qk_norm=True)
     """
     op = "linear_attention_step"
     _checks.check_tensor(op, "q", q, dims=3)

@@ -1,4 +1,4 @@
-"""What linear attention asks of its arguments, whoever calls it."""
+"""The checks of linear attention's arguments, run for every caller."""
 
 import torch
 
@@ -7,12 +7,12 @@ from ...runtime.registry import refuse_gradients
 from .. import documents
 from ..attention.checks import check_scale
 
-CHUNK = native.limits.chunk  # tokens between two states that a backward keeps
+CHUNK = native.limits.chunk  # tokens between two states that are kept for the backward
 
 
 def kept_states(length: int, causal: bool, cu_seqlens: torch.Tensor | None) -> int:
-    """The number of states that are kept of each head: before every chunk of each document, from its first token on. Those of
-    document i begin at cu_seqlens[i] // CHUNK + i. Without causal: one of each document, after its last token."""
+    """The number of states that are kept for each head: one before every chunk of each document, which is cut into chunks from its first
+    token on. Document i's states begin at index cu_seqlens[i] // CHUNK + i. If not causal: one for each document, after its last token."""
     if not causal:
         return documents.count(1, cu_seqlens)
     return -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + documents.count(1, cu_seqlens)
@@ -25,7 +25,7 @@ def _check_flags(op: str, **flags) -> None:
 
 
 def _check_heads(op: str, q, k, v, axes: str) -> None:
-    """q and k alike, v of the same tokens: (B, H) + axes."""
+    """q and k have one shape (B, H) + axes; v has the same batch and tokens."""
     dims = 2 + len(axes)
     checks.check_floating(op, q=q, k=k, v=v)
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -93,7 +93,7 @@ def _check_linear(
         ):
             if given:
                 raise ValueError(
-                    f"fastattn.{op}: causal=False takes no {name}, whose effect depends on an order"
+                    f"fastattn.{op}: {name} is not defined with causal=False, because it depends on the order of tokens"
                 )
     sequences = documents.check_offsets(op, "q", q, q.shape[0], cu_seqlens)
     if initial_state is not None:
@@ -105,10 +105,10 @@ def check_linear_attention(*members) -> None:
 
 
 def check_linear_attention_backward(
-    grad_out, grad_state, q, k, v, decay, beta, initial_state, out, states, cu_seqlens, *rest
+    grad_out, grad_state, q, k, v, decay, beta, initial_state, out, states, cu_seqlens, *options
 ) -> None:
     op = "linear_attention_backward"
-    *options, wanted = rest
+    *options, wanted = options
     _check_linear(op, q, k, v, decay, beta, initial_state, cu_seqlens, *options)
     _, _, normalize, _, causal = options
     checks.check_like(op, "grad_out", grad_out, "v", v)
@@ -122,7 +122,7 @@ def check_linear_attention_backward(
         v.shape[3] + int(normalize),
     )
     checks.check_exact(
-        op, "states", states, shape, checks.statistics_dtype(q), q.device, "a state of each chunk"
+        op, "states", states, shape, checks.statistics_dtype(q), q.device, "one state for each chunk"
     )
     if checks.as_integer(wanted) is None or not 0 <= wanted < 8:
         raise ValueError(f"fastattn.{op}: wanted must be from 0 to 7, given {wanted!r}")

@@ -40,17 +40,18 @@ def linear_attention(*members):
 def linear_attention_leading(
     reads, q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal
 ):
-    """(out, state, states), or the first two, without the states that a backward keeps."""
+    """(out, state, states); or (out, state), without the states that the backward needs."""
     sequences = documents.count(q.shape[0], cu_seqlens)
     shape = (q.shape[3], v.shape[3] + int(normalize))
-    new = v.new_empty if cu_seqlens is None else v.new_zeros  # rows of no document
+    new = v.new_empty if cu_seqlens is None else v.new_zeros  # zeros for rows after the last document
     out = new(v.shape)
     state = v.new_empty(sequences, v.shape[1], *shape, dtype=torch.float32)
     states = None
     if reads > 2:
-        kept = kept_states(v.shape[2], causal, cu_seqlens)
-        new = v.new_empty if cu_seqlens is None else v.new_zeros  # of documents that do not end on a chunk
-        states = new(*v.shape[:2], kept, *shape, dtype=torch.float32)
+        num_states = kept_states(v.shape[2], causal, cu_seqlens)
+        # zeros for states that are not used, where documents end within a chunk
+        new = v.new_empty if cu_seqlens is None else v.new_zeros
+        states = new(*v.shape[:2], num_states, *shape, dtype=torch.float32)
     _call(
         "linear_attention_forward",
         q,
@@ -81,16 +82,16 @@ def linear_attention_backward(
     sequences = documents.count(batch, cu_seqlens)
     head_parts, value_parts = _parts(q, v, sequences, normalize)
     parts = head_parts * value_parts
-    new = torch.empty if cu_seqlens is None else torch.zeros  # rows of no document
+    new = torch.empty if cu_seqlens is None else torch.zeros  # zeros for rows after the last document
     keys = (parts * batch, *q.shape[1:])
     grad_q, grad_k = (new(keys, dtype=q.dtype if parts == 1 else torch.float32) for _ in range(2))
     grad_v = new(v.shape, dtype=v.dtype)
     rows = (value_parts, *v.shape[:3])
-    wants_decay, wants_beta = decay is not None and wanted & 1, beta is not None and wanted & 2
+    needs_decay, needs_beta = decay is not None and wanted & 1, beta is not None and wanted & 2
     channels = decay is not None and decay.dim() == 4
     shape = (value_parts * batch, *decay.shape[1:]) if channels else rows
-    grad_decay = new(shape, dtype=torch.float32) if wants_decay else None
-    grad_beta = new(rows, dtype=torch.float32) if wants_beta else None
+    grad_decay = new(shape, dtype=torch.float32) if needs_decay else None
+    grad_beta = new(rows, dtype=torch.float32) if needs_beta else None
     grad_initial = gradient_like(initial_state, q, bool(wanted & 4))
     _call(
         "linear_attention_backward",
@@ -120,15 +121,15 @@ def linear_attention_backward(
     )
     if parts > 1:
         grad_q, grad_k = (g.unflatten(0, (parts, batch)).sum(0).to(q.dtype) for g in (grad_q, grad_k))
-    nothing = q.new_empty(0)
+    absent = q.new_empty(0)
     if grad_decay is not None:
         grad_decay = grad_decay.view(rows + tuple(decay.shape[3:])).sum((0, 1, 3) if decay.dim() == 1 else 0)
     return (
         grad_q,
         grad_k,
         grad_v,
-        nothing if grad_decay is None else grad_decay.to(decay.dtype),
-        nothing if grad_beta is None else grad_beta.sum(0).to(beta.dtype),
+        absent if grad_decay is None else grad_decay.to(decay.dtype),
+        absent if grad_beta is None else grad_beta.sum(0).to(beta.dtype),
         grad_initial,
     )
 
@@ -140,7 +141,7 @@ def linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normal
     channels = decay is not None and decay.dim() == 3
     if decay is not None and decay.dim() == 1:
         decay = decay.expand(v.shape[:2])
-    written = state if state.stride(3) == 1 or state.shape[3] == 1 else state.contiguous()
+    contiguous_state = state if state.stride(3) == 1 or state.shape[3] == 1 else state.contiguous()
     native.run(
         "linear_attention_step",
         q=native.rows(q),
@@ -149,7 +150,7 @@ def linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normal
         decay=None if channels or decay is None else decay.float(),
         channels=native.rows(decay.float()) if channels else None,
         beta=None if beta is None else beta.float(),
-        state=written,
+        state=contiguous_state,
         out=out,
         scale=scale,
         delta_rule=int(delta_rule),
@@ -157,14 +158,14 @@ def linear_attention_step(q, k, v, decay, beta, state, scale, delta_rule, normal
         qk_norm=int(qk_norm),
         threads=native.threads(),
     )
-    if written is not state:
-        state.copy_(written)
+    if contiguous_state is not state:
+        state.copy_(contiguous_state)
     return out
 
 
 def _parts(q, v, sequences: int, normalize: bool) -> tuple[int, int]:
-    """(parts of a key head's value heads, parts of one value head's columns): as few as leave no thread more work than it has to
-    have. A task computes the scores of its key head again."""
+    """(parts of a key head's value heads, parts of a value head's columns): the fewest parts for which the busiest thread has the least
+    work. Fewer are better because every part recomputes the scores of its key head."""
     units, threads = sequences * q.shape[1], native.threads()
     group = v.shape[1] // q.shape[1] if q.shape[1] else 0
     if not units or not group:
@@ -181,7 +182,7 @@ def _parts(q, v, sequences: int, normalize: bool) -> tuple[int, int]:
 
 
 def _gate(gate: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor | None:
-    """(1, B, Hv, L) float32 of any strides."""
+    """gate as (1, B, Hv, L) float32, any strides."""
     if gate is None:
         return None
     if gate.dim() == 1:

@@ -9,7 +9,7 @@ from ...runtime.checks import statistics_dtype
 from .. import documents
 from .checks import CHUNK, kept_states
 
-EPS = 1e-6  # of qk_norm
+EPS = 1e-6  # for qk_norm
 
 
 def linear_attention(
@@ -26,7 +26,7 @@ def linear_attention(
     qk_norm: bool,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out (B, Hv, L, dv), state after the last token, states that a backward keeps)."""
+    """(out (B, Hv, L, dv), state after the last token, states that are kept for the backward)."""
     heads, length, wide = v.shape[1], v.shape[2], widened(q).dtype
     q, k, values, a, b = _operands(q, k, v, decay, beta, normalize, qk_norm)
     sequences = documents.count(q.shape[0], cu_seqlens)
@@ -39,13 +39,13 @@ def linear_attention(
     cuts = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
     for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
-        before = state if cu_seqlens is None else state[i : i + 1]
+        initial = state if cu_seqlens is None else state[i : i + 1]
         document = [x[:, :, begin:end] for x in (q, k, values, a, b)]
         if causal:
-            out, after, starts = _recurrence(*document, before, scale, delta_rule)
+            out, after, starts = _recurrence(*document, initial, scale, delta_rule)
             slot = 0 if cu_seqlens is None else begin // CHUNK + i
         else:
-            after = before + document[1].mT @ document[2]
+            after = initial + document[1].mT @ document[2]
             out, starts, slot = scale * (document[0] @ after), [after.detach()], i
         outputs.append(out)
         states.append(after)
@@ -56,8 +56,8 @@ def linear_attention(
     state = torch.cat(states) if states else values.new_zeros(0, *state_shape)
     if normalize:
         out = _normalized(out)
-    kind = statistics_dtype(v)
-    return out.to(v.dtype), state.to(kind), kept.detach().to(kind)
+    dtype = statistics_dtype(v)
+    return out.to(v.dtype), state.to(dtype), kept.detach().to(dtype)
 
 
 def linear_attention_step(
@@ -72,7 +72,7 @@ def linear_attention_step(
     normalize: bool,
     qk_norm: bool,
 ) -> torch.Tensor:
-    """(B, Hv, dv); the state is overwritten by the one after the token."""
+    """(B, Hv, dv); overwrites `state` with the state after the token."""
     decay = decay if decay is None or decay.dim() == 1 else decay.unsqueeze(2)
     out, after, _ = linear_attention(
         *(x.unsqueeze(2) for x in (q, k, v)),
@@ -113,7 +113,7 @@ def _operands(q, k, v, decay, beta, normalize, qk_norm):
 
 
 def _recurrence(q, k, values, a, b, state, scale: float, delta_rule: bool):
-    """(outputs, the state after the last token, those before every chunk)."""
+    """(outputs, the state after the last token, the states before every chunk)."""
     outputs, starts = [], []
     for t, (q_t, k_t, v_t, a_t, b_t) in enumerate(
         zip(*(x.unbind(2) for x in (q, k, values, a, b)), strict=True)
@@ -128,7 +128,7 @@ def _recurrence(q, k, values, a, b, state, scale: float, delta_rule: bool):
 
 
 def _normalized(out: torch.Tensor) -> torch.Tensor:
-    """The sums over that of ones, the last column; 0 where that is 0."""
+    """The sums divided by the last column, the sum with ones for values; 0 where that is 0."""
     sums, divisor = out[..., :-1], out[..., -1:]
     zero = divisor == 0
     return torch.where(zero, 0.0, sums / torch.where(zero, 1.0, divisor))

@@ -42,14 +42,14 @@ class StepCall(NamedTuple):
 
 
 def _fake(q, k, v, decay, beta, initial_state, cu_seqlens, scale, delta_rule, normalize, qk_norm, causal):
-    """out, the state after the last token, and the states that a backward keeps."""
+    """out, the state after the last token, and the states that are kept for the backward."""
     sequences = documents.count(q.shape[0], cu_seqlens)
-    kept = kept_states(v.shape[2], causal, cu_seqlens)
+    num_states = kept_states(v.shape[2], causal, cu_seqlens)
     shape, dtype = (q.shape[3], v.shape[3] + int(normalize)), statistics_dtype(q)
     return (
         v.new_empty(v.shape),
         v.new_empty(sequences, v.shape[1], *shape, dtype=dtype),
-        v.new_empty(*v.shape[:2], kept, *shape, dtype=dtype),
+        v.new_empty(*v.shape[:2], num_states, *shape, dtype=dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""What linear_scan asks of its arguments, whoever calls it."""
+"""The checks of linear_scan's arguments, run for every caller."""
 
 import torch
 
@@ -16,7 +16,7 @@ def _check_number(op: str, name: str, t: torch.Tensor) -> None:
 
 
 def _check(op: str, a, initial, cu_seqlens, name: str, tokens) -> None:
-    """tokens: b, or what has its shape and dtype."""
+    """tokens: b, or a tensor of b's shape and dtype."""
     _check_number(op, name, tokens)
     if tokens.dim() < 2:
         raise ValueError(f"fastattn.{op}: {name} must be (..., L, D), given {checks.describe(tokens)}")
@@ -31,16 +31,16 @@ def _check(op: str, a, initial, cu_seqlens, name: str, tokens) -> None:
         raise ValueError(
             f"fastattn.{op}: a must broadcast to {name}'s shape {shape}, given {checks.describe(a)}"
         )
-    states = (*shape[:-2], shape[-1])
+    state_shape = (*shape[:-2], shape[-1])
     if cu_seqlens is not None:
         if len(shape) > 3:
             raise ValueError(
                 f"fastattn.{op}: cu_seqlens needs {name} of (1, L, D) or (L, D), given {checks.describe(tokens)}"
             )
         batch = shape[0] if len(shape) == 3 else 1
-        states = (documents.check_offsets(op, name, tokens, batch, cu_seqlens), shape[-1])
+        state_shape = (documents.check_offsets(op, name, tokens, batch, cu_seqlens), shape[-1])
     if initial is not None:
-        checks.check_shape(op, "initial", initial, states, "a row of each sequence")
+        checks.check_shape(op, "initial", initial, state_shape, "one row for each sequence")
 
 
 def check_linear_scan(a, b, initial, cu_seqlens, reverse, log_a) -> None:

@@ -8,12 +8,12 @@ from ...runtime import native
 from .. import documents
 
 _SLICE = native.defaults("linear_scan_backward")["slice"]
-_LANES = 16  # channels that a thread of its own is worth
-_SEGMENT = 512  # tokens that a segment of time is worth
+_LANES = 16  # fewest channels of a thread
+_SEGMENT = 512  # fewest tokens of a segment of time
 
 
 class _Sums(IntEnum):
-    """What the gradient of a shared factor sums over: as the kernel's grad_a_kind."""
+    """The dim over which the gradient of a shared factor is summed; the values of the kernel's grad_a_kind."""
 
     NOTHING = 0
     CHANNELS = 1
@@ -39,7 +39,7 @@ def _sums(a: torch.Tensor, shape: torch.Size) -> _Sums:
 
 
 def _factors(a: torch.Tensor, sums: _Sums, log_a: bool) -> tuple[torch.Tensor, bool]:
-    """(a as the kernel takes it, whether it is still the logarithm): few factors, and complex ones, get their exponential here."""
+    """(the kernel's factors, whether they are logarithms). The exponential of few factors, and of complex ones, is taken here."""
     native_log = log_a and sums is _Sums.NOTHING and not a.is_complex()
     if log_a and not native_log:
         wide = a if a.is_complex() else a.float()
@@ -48,7 +48,7 @@ def _factors(a: torch.Tensor, sums: _Sums, log_a: bool) -> tuple[torch.Tensor, b
 
 
 def _rows(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """t (..., L, D) as (A, B, L, D), broadcast by strides of 0; of complex numbers the real parts."""
+    """t (..., L, D) as (A, B, L, D), broadcast by strides of 0. For complex numbers the view of their real parts."""
     t = native.plain(t.expand(shape))
     if len(shape) > 4:
         t = t.reshape(-1, *shape[-2:])
@@ -56,7 +56,7 @@ def _rows(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _state(t: torch.Tensor | None, channels: int) -> torch.Tensor | None:
-    """initial as contiguous rows (S, D) of float32, or their real parts."""
+    """initial as contiguous rows (S, D) of float32; for complex numbers the view of their real parts."""
     if t is None:
         return None
     rows = native.plain(t).reshape(-1, channels).contiguous()
@@ -68,8 +68,8 @@ def _real(t: torch.Tensor) -> torch.Tensor:
 
 
 def _options(shape: torch.Size, cu_seqlens, reverse: bool, pairs: bool, log_a: bool) -> dict:
-    """The fields besides tensors; time is cut where there are fewer rows of lanes than threads, from three threads on, because the
-    cut costs a second pass."""
+    """The fields besides tensors. With fewer rows of lanes than threads, time is cut into segments. This costs a second pass, so it is
+    done from three threads on."""
     threads, segments = native.threads(), 1
     tasks = shape[:-2].numel() * -(-shape[-1] // _LANES)
     if cu_seqlens is None and threads > 2 and tasks < threads:
@@ -106,13 +106,13 @@ def linear_scan(a, b, initial, cu_seqlens, reverse, log_a):
 
 def linear_scan_backward(grad_out, a, initial, out, cu_seqlens, reverse, log_a, wanted):
     shape, absent = out.shape, out.new_empty(0)
-    of_initial = bool(wanted & 2) and initial is not None
+    needs_initial = bool(wanted & 2) and initial is not None
     grad_b = torch.empty_like(out, memory_format=torch.contiguous_format)
     if not out.numel():
-        of_a = torch.zeros_like(a, memory_format=torch.contiguous_format) if wanted & 1 else absent
-        if not of_initial:
-            return of_a, grad_b, absent
-        return of_a, grad_b, torch.zeros_like(initial, memory_format=torch.contiguous_format)
+        grad_a = torch.zeros_like(a, memory_format=torch.contiguous_format) if wanted & 1 else absent
+        if not needs_initial:
+            return grad_a, grad_b, absent
+        return grad_a, grad_b, torch.zeros_like(initial, memory_format=torch.contiguous_format)
     sums = _sums(a, shape)
     factors, native_log = _factors(a, sums, log_a)
     if factors.shape != shape and not factors.is_complex():
@@ -120,10 +120,10 @@ def linear_scan_backward(grad_out, a, initial, out, cu_seqlens, reverse, log_a, 
     options = _options(shape, cu_seqlens, reverse, out.is_complex(), native_log)
     wide = torch.complex64 if out.is_complex() else torch.float32
     grad_initial = None
-    if of_initial:
+    if needs_initial:
         grad_initial = out.new_empty(initial.numel() // shape[-1], shape[-1], dtype=wide)
     grad_a = (
-        _gradient_room(factors, sums, shape, cu_seqlens, options["segments"], wide) if wanted & 1 else None
+        _gradient_buffer(factors, sums, shape, cu_seqlens, options["segments"], wide) if wanted & 1 else None
     )
     native.run(
         "linear_scan_backward",
@@ -157,17 +157,17 @@ def linear_scan_backward(grad_out, a, initial, out, cu_seqlens, reverse, log_a, 
     return grad_a, grad_b, absent if grad_initial is None else grad_initial
 
 
-def _gradient_room(
+def _gradient_buffer(
     factors: torch.Tensor, sums: _Sums, shape: torch.Size, cu_seqlens, segments: int, wide: torch.dtype
 ) -> torch.Tensor:
-    """What the kernel writes a's gradient to; zeros where tokens after the last document are left out."""
+    """The buffer for a's gradient. With documents it starts as zeros, for tokens after the last one."""
     batches, (length, channels) = shape[:-2].numel(), shape[-2:]
     if sums is _Sums.TOKENS:
         sequences = documents.count(batches, cu_seqlens)
         return factors.new_empty(sequences, segments, channels, dtype=wide)
-    room = factors.new_empty if cu_seqlens is None else factors.new_zeros
+    new = factors.new_empty if cu_seqlens is None else factors.new_zeros
     if sums is _Sums.CHANNELS:
-        return room(-(-channels // _SLICE), batches, length, dtype=wide)
+        return new(-(-channels // _SLICE), batches, length, dtype=wide)
     if len(shape) > 4:
-        return room(batches, length, channels)
-    return room(shape)
+        return new(batches, length, channels)
+    return new(shape)

@@ -28,12 +28,12 @@ def linear_scan(
     log_a: bool,
 ) -> torch.Tensor:
     factors = (widened(a).exp() if log_a else widened(a)).expand(b.shape).unbind(-2)
-    given = widened(b).unbind(-2)
-    out = [torch.zeros_like(x) for x in given]
+    inputs = widened(b).unbind(-2)
+    out = [torch.zeros_like(x) for x in inputs]
     for s, (begin, end) in enumerate(_spans(b.shape[-2], cu_seqlens)):
         h = _state(initial, b, s, cu_seqlens) if end > begin else None
         for t in reversed(range(begin, end)) if reverse else range(begin, end):
-            h = factors[t] * h + given[t]
+            h = factors[t] * h + inputs[t]
             out[t] = h
     return (
         torch.stack(out, -2).to(b.dtype)
@@ -63,8 +63,8 @@ def linear_scan_backward(
         carried = torch.zeros_like(out[..., :1, :].sum(-2))
         first = _state(initial, out, s, cu_seqlens) if end > begin else None
         for t in range(begin, end) if reverse else reversed(range(begin, end)):
-            before = t + 1 if reverse else t - 1
-            previous = h[before] if begin <= before < end else first
+            neighbour = t + 1 if reverse else t - 1
+            previous = h[neighbour] if begin <= neighbour < end else first
             grad_b[t] = incoming[t] + carried
             grad_a[t] = grad_b[t] * previous.conj()
             carried = factors[t] * grad_b[t]

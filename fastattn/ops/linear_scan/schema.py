@@ -1,4 +1,4 @@
-"""The declarations of torch.ops.fastattn.linear_scan and linear_scan_backward, which reads no b."""
+"""The declarations of torch.ops.fastattn.linear_scan and linear_scan_backward, which does not read b."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class BackwardCall(NamedTuple):
     cu_seqlens: torch.Tensor | None
     reverse: bool
     log_a: bool
-    wanted: int  # a bit each for the gradients of a and initial
+    wanted: int  # bits 1 and 2: compute the gradients of a and of initial
 
 
 def _setup(ctx, inputs, output):
@@ -37,16 +37,20 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     a, initial, out, cu_seqlens = ctx.saved_tensors
-    of_a, of_b, of_initial = (ctx.needs_input_grad[i] for i in range(3))
-    options = (ctx.reverse, ctx.log_a, bits([of_a, of_initial]), ctx.backend)
+    needs_a, needs_b, needs_initial = (ctx.needs_input_grad[i] for i in range(3))
+    options = (ctx.reverse, ctx.log_a, bits([needs_a, needs_initial]), ctx.backend)
     grads = dispatch("linear_scan_backward", grad_out, a, initial, out, cu_seqlens, *options)
-    wanted = (of_a, of_b, of_initial and initial is not None)
+    wanted = (needs_a, needs_b, needs_initial and initial is not None)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 4
 
 
 def _backward_fake(grad_out, a, initial, out, cu_seqlens, reverse, log_a, wanted):
-    of_a, of_initial = bool(wanted & 1), bool(wanted & 2)
-    return gradient_like(a, out, of_a), gradient_like(out, out), gradient_like(initial, out, of_initial)
+    needs_a, needs_initial = bool(wanted & 1), bool(wanted & 2)
+    return (
+        gradient_like(a, out, needs_a),
+        gradient_like(out, out),
+        gradient_like(initial, out, needs_initial),
+    )
 
 
 declare(

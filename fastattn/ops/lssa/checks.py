@@ -1,4 +1,4 @@
-"""What the ops of LSSA and LSSAR ask of their arguments, whoever calls them."""
+"""The checks of LSSA's and LSSAR's arguments, run for every caller."""
 
 import math
 

@@ -57,7 +57,7 @@ def softplus_attention_leading(reads, q, k, v, power, mask):
 
 
 def row_lse(statistics: torch.Tensor, power: float | None) -> torch.Tensor:
-    """The logarithm of LSSA's denominators, (B, Hq, Lq); of LSSAR (0,)."""
+    """The logarithms of LSSA's denominators, (B, Hq, Lq); (0,) for LSSAR."""
     return statistics[..., 2].log() if power is None else statistics.new_empty(0)
 
 

@@ -37,7 +37,7 @@ def above_threshold(s, top, reciprocal):
 
 @triton.jit
 def _scores(q_tile, k, factor, begin, end, tile, count, META: tl.constexpr):
-    """(softplus(c * q.k) (M, N), which of them are allowed)."""
+    """(softplus(c * q.k) (M, N), which pairs are allowed)."""
     first = tile * META.block_n
     keys = first + tl.arange(0, META.block_n)
     k_tile = load_rows(k, first, count, META.head_dim, META.block_n, META.block_d, True)
@@ -94,15 +94,15 @@ def _softplus_attention_forward_kernel(
         key = at * META.block_n
         v_tile = load_rows(v_rows, key, extent.key_length, META.v_dim, META.block_n, META.block_dv, True)
         acc = dot(weight.to(v_tile.dtype), v_tile, acc, META.precision)
-    if REWEIGH:  # maxima pass a NaN over
+    if REWEIGH:  # maxima ignore NaN, so take it from the sum
         weights = tl.where(total == total, weights, total)
     acc = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
     out_rows = place(out, entry, head, work.start_q + first)
     store_rows(out_rows, lq - first, acc, META.v_dim, META.block_m, META.block_dv)
-    kept = statistics + offset(offset(entry * heads + head, length_q) + work.start_q + row, 3)
-    tl.store(kept, top, mask=row < lq)
-    tl.store(kept + 1, reciprocal, mask=row < lq)
-    tl.store(kept + 2, weights, mask=row < lq)
+    row_statistics = statistics + offset(offset(entry * heads + head, length_q) + work.start_q + row, 3)
+    tl.store(row_statistics, top, mask=row < lq)
+    tl.store(row_statistics + 1, reciprocal, mask=row < lq)
+    tl.store(row_statistics + 2, weights, mask=row < lq)
 
 
 def problem(q, k, v, mask) -> Problem:
@@ -110,7 +110,7 @@ def problem(q, k, v, mask) -> Problem:
 
 
 def power_values(p: Problem, power: float | None) -> dict:
-    """What the kernels take beside an attention call's values."""
+    """The values of the kernels besides those of an attention call."""
     return {
         "log_dim": math.log(p.head_dim),
         "power": 1.0 if power is None else float(power),

@@ -1,7 +1,7 @@
 """LSSA and LSSAR backward in Triton, by the closed form and without atomics.
 
 With P the normalised weights, x = above_threshold(s) and z = c q.k of unit vectors:
-    r = power P (dP - delta) / (s - threshold),  ds = r - (sum r) / n where there is a threshold,  dz = sigmoid(z) ds
+    r = power P (dP - delta) / (s - threshold),  ds = r - (sum r) / n in rows with a threshold, else r,  dz = sigmoid(z) ds
 """
 
 import torch
@@ -44,7 +44,7 @@ def _row_statistics(statistics, at, inside):
 
 @triton.jit
 def _gradients(s2, dp, statistics, delta, allowed, power, REWEIGH: tl.constexpr):
-    """(P, r, sigmoid(z)) of base-2 scores; what belongs to a row is broadcast along it."""
+    """(P, r, sigmoid(z)) of base-2 scores; values of a row are broadcast along it."""
     top, reciprocal, inverse = statistics
     s = softplus_weight(s2)
     slope = softplus_derivative(s2, s)
@@ -65,7 +65,7 @@ def _softplus_attention_backward_q_kernel(
     q, k, v, g, statistics, delta, shift, dq, mask, heads, tiles, length_q, length_k, log_dim, power, REWEIGH: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip
-    """dQ of the unit vectors, and each row's mean of r over its keys (`shift`), which its keys' pass takes."""
+    """dQ of the unit vectors, and each row's mean of r over its keys (`shift`), which the kernel of dK and dV reads."""
     work = query_tile(tiles, heads, mask, length_q, length_k)
     tile, head, entry, extent = work.tile, work.head, work.entry, work.extent
     first = tile * META.block_m
@@ -79,22 +79,24 @@ def _softplus_attention_backward_q_kernel(
     k_rows, v_rows = place(k, entry, kv_head, work.start_k), place(v, entry, kv_head, work.start_k)
     at = offset(entry * heads + head, length_q) + work.start_q + row
     q_tile, g_tile = load_queries(q_rows, g_rows, first, lq, META, True)
-    of_row = _row_statistics(statistics, at, row < lq)
+    row_statistics = _row_statistics(statistics, at, row < lq)
     row_delta = tl.load(delta + at, mask=row < lq, other=0.0)
     count, c = row_scale(begin, end, log_dim)
     row_shift = tl.zeros([META.block_m], tl.float32)
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
-    tiles_here = tile_end - tile_begin
-    # With a threshold the keys are gone over twice: first for the mean of r, then for the gradient.
-    for step in range(0, tiles_here * (2 if REWEIGH else 1)):
-        key = (tile_begin + step % tiles_here) * META.block_n
+    num_tiles = tile_end - tile_begin
+    # With a threshold there are two passes over the keys: the first for the mean of r, the second for the gradient.
+    for step in range(0, num_tiles * (2 if REWEIGH else 1)):
+        key = (tile_begin + step % num_tiles) * META.block_n
         keys = key + tl.arange(0, META.block_n)
         k_tile, v_tile = load_keys(k_rows, v_rows, key, extent.key_length, META, True)
         allowed = allowed_pairs(keys, begin, end, None)
         s, dp = two_products(q_tile, k_tile, g_tile, v_tile, META.precision)
         s2 = s * (c * _LOG2E)[:, None]
-        _, r, slope = _gradients(s2, dp, along_rows(of_row), row_delta[:, None], allowed, power, REWEIGH)
-        if REWEIGH and step < tiles_here:
+        _, r, slope = _gradients(
+            s2, dp, along_rows(row_statistics), row_delta[:, None], allowed, power, REWEIGH
+        )
+        if REWEIGH and step < num_tiles:
             row_shift += tl.sum(r, 1) / tl.maximum(count, 1.0)
         else:
             shifted = tl.where(allowed, r - tl.where(count > _FEW, row_shift, 0.0)[:, None], 0.0)
@@ -131,14 +133,14 @@ def _softplus_attention_backward_kv_kernel(
             at = offset(entry * kv_heads * META.group + head, length_q) + work.start_q + row
             q_tile, g_tile = load_queries(q_rows, g_rows, first_row, lq, META, True)
             begin, end = key_interval(row, extent, META.causal)
-            of_row = _row_statistics(statistics, at, row < lq)
+            row_statistics = _row_statistics(statistics, at, row < lq)
             row_delta = tl.load(delta + at, mask=row < lq, other=0.0)
             _count, c = row_scale(begin, end, log_dim)
             allowed = allowed_pairs(row, low, high, None)
             s, dp = two_products(k_tile, q_tile, v_tile, g_tile, META.precision)  # (N, M)
             s2 = s * (c * _LOG2E)[None, :]
             weight, r, slope = _gradients(
-                s2, dp, along_columns(of_row), row_delta[None, :], allowed, power, REWEIGH
+                s2, dp, along_columns(row_statistics), row_delta[None, :], allowed, power, REWEIGH
             )
             if REWEIGH:
                 r = tl.where(allowed, r - tl.load(shift + at, mask=row < lq, other=0.0)[None, :], 0.0)
@@ -162,7 +164,7 @@ def configure(grad_out, grad_lse, q, k, v, out, statistics, power, mask):
 
 
 def _through_norm(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The gradient of x from that of x / |x|: what lies along x is taken away."""
+    """The gradient of x from the gradient of x / |x|: its component along x is removed."""
     ahead, reciprocal = direction(x)
     along = (gradient * ahead).sum(-1, keepdim=True)
     return ((gradient - along * ahead) * reciprocal).to(x.dtype)

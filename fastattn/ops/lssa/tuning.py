@@ -1,4 +1,4 @@
-"""What the kernels of LSSA and LSSAR can be tuned by."""
+"""The tunable parameters of LSSA's and LSSAR's kernels."""
 
 from ...runtime import native
 from ...runtime.tuning import Parameter, declare
@@ -11,7 +11,7 @@ _KEY = {
     "sizes": ("batch", "heads", "kv_heads", "q_length", "k_length"),
 }
 
-# Rows are at most block_q: fewer where a row of scores is long.
+# A block has block_q rows, or fewer if a row of scores is long.
 declare(
     "softplus_attention",
     "cpu",

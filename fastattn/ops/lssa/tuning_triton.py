@@ -1,4 +1,4 @@
-"""What the Triton softplus kernels can be tuned by: tiles of attention's shape."""
+"""The tunable parameters of the Triton kernels of LSSA and LSSAR: tiles as in attention."""
 
 from ..attention.tuning_triton import declare_backward, declare_forward
 

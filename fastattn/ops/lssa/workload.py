@@ -1,4 +1,4 @@
-"""The calls that softplus attention's kernels are tuned by."""
+"""The calls with which the kernels of LSSA and LSSAR are tuned."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fastattn.autotune.space import Workload
 from ... import Mask
 from . import softplus_attention
 
-_CHECKED = 150  # length at which a candidate is compared with the reference: several tiles, and odd
+# length at which a candidate is compared with the reference: several tiles, and no multiple of any
+_CHECKED = 150
 
 
 def _shapes(effort: str, target) -> list[dict]:
-    # neither the mask nor the power is in the key: a winner has to do well with any
+    # the key has neither mask nor power: a configuration must do well with any
     kinds = [(448, True, 0.0), (640, False, 15.0)]
     if effort != "quick":
         kinds += [(120, True, 0.0), (144, False, 3.0), (1900, True, 15.0), (2048, False, 0.0)]
@@ -27,7 +28,7 @@ def _shapes(effort: str, target) -> list[dict]:
             "length": length,
             "head_dim": head_dim,
             "dtype": dtype,
-            "power": power,  # 0: none
+            "power": power,  # 0: LSSA
             "causal": causal,
         }
         for head_dim in head_dims
@@ -73,7 +74,7 @@ def _workload(op: str, timed: str, backend: str, shapes, device: str) -> Workloa
 
 
 WORKLOADS = tuple(
-    _workload(op, timed, *rest)
-    for rest in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
+    _workload(op, timed, *place)
+    for place in (("cpu", _shapes, "cpu"), ("triton", _gpu_shapes, "cuda"))
     for op, timed in (("softplus_attention", "forward"), ("softplus_attention_backward", "backward"))
 )

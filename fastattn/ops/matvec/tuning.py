@@ -1,4 +1,4 @@
-"""What the few-row product can be tuned by: how many rows of weight a thread reads side by side, and what multiplies."""
+"""The tunable parameters of the few-row product: the rows of weight that a thread reads at a time, and the instruction."""
 
 import torch
 
@@ -6,24 +6,23 @@ from ...runtime import native
 from ...runtime.tuning import Parameter, declare
 
 _DEFAULT = native.defaults("matvec")
-_LONG = 1024  # bytes of a row from which on it is read as fast alone as beside others
+_LONG = 1024  # bytes of a row from which on reading a single row at a time is as fast as reading several
 
 
 def _feasible(values, key, target) -> str | None:
     if values["dot"] and (key["dtype"] != "bfloat16" or key["rows"] == 1 or target.arch != "avx512bf16"):
-        return "a dot is for two rows or more of bfloat16, on an instruction set that has one"
+        return "dot serves two rows or more of bfloat16 on an instruction set with a bfloat16 dot"
     return None
 
 
 def _default(key, target) -> dict[str, int]:
-    # Rows that lie one behind the other are one stream to the processor, several read at once are several. Weights from
-    # memory, one row of x, bfloat16: a Zen 4 reads 46 GB/s with one row at once and 26 with four, an Emerald Rapids 25 and 26
-    # (in float32 28 and 32). More rows of x are bound by arithmetic, where a load of x serves every row of weight that is
-    # there.
+    # Consecutive rows are one stream to the processor; several rows read at once are several streams. With weights from memory, one
+    # row of x and bfloat16, a Zen 4 reads 46 GB/s with one row at once and 26 with four, an Emerald Rapids 25 and 26 (in float32 28
+    # and 32). With more rows of x arithmetic takes most of the time, and then a load of x should serve several rows of weight.
     rows, row_bytes = key["rows"], key["inputs"] * getattr(torch, key["dtype"]).itemsize
-    alone = row_bytes >= _LONG and not target.intel
+    single = row_bytes >= _LONG and not target.intel
     return {
-        "rows_at_once": rows if alone and rows <= 2 else 4,
+        "rows_at_once": rows if single and rows <= 2 else 4,
         "dot": int(rows > 1 and key["dtype"] == "bfloat16" and target.fast_bf16),
     }
 

@@ -1,4 +1,4 @@
-"""The calls that the few-row product is tuned by: a decode step's, whose weights come from memory."""
+"""The calls with which the few-row product is tuned: those of a decode step, whose weights come from memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of rows with several right classes: a softmax for each of them against the wrong ones alone."""
+"""The loss of rows with several positive classes: one softmax for each of them, against the negative classes."""
 
 import math
 
@@ -20,24 +20,25 @@ def multi_label_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of rows with several right classes ("decoupled softmax"), without ever holding a tensor of (N, V).
+    """Cross-entropy of rows with several positive classes ("decoupled softmax"), without ever holding a tensor of shape (N, V).
 
-    Each positive class competes with the negative ones alone: of the logits x = h weight^T + bias,
+    Each positive class competes with the negative classes only. With logits x = h weight^T + bias,
 
         loss = sum over the row's positives p of log(1 + exp(lse - x_p)),    lse = logsumexp of x over all classes but its positives.
 
-    With one positive that is its cross-entropy, `linear_cross_entropy`. Positives do not push each other down, as they do with
+    With one positive the loss is its cross-entropy, `linear_cross_entropy`. Positives do not compete with each other, unlike with
     probabilities as the target.
 
     h: (..., d), float32, bfloat16, float16 (float64 on the reference backend), any strides. weight: (V, d), h's dtype.
-    positives: (..., P), int32 or int64, each row's right classes in [0, V) in any order, padded with -100. A row without any has loss
-    0 and a gradient of 0; one whose classes are all positive as well. A class that is named twice counts twice.
-    bias: (V,), h's dtype or float32; -inf leaves a class out of the negatives.
+    positives: (..., P), int32 or int64, each row's positive classes in [0, V) in any order, padded with -100. A row without positives, or
+    without negatives, has loss 0 and a gradient of 0. A class that is listed twice counts twice.
+    bias: (V,), h's dtype or float32, default none; -inf excludes a class from the negatives.
     reduction: "mean" over the rows that have a positive (0 when there are none), "sum" or "none".
 
-    lse - x_p is formed from differences to the largest negative logit, and positives are never taken off a sum over all classes.
-    Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, weight and bias; backward computes
-    the logits again.
+    lse - x_p is formed from differences to the largest negative logit, and lse is summed over the negatives only: positives are never
+    subtracted from a sum over all classes.
+    Returns float32 (float64 for float64): a scalar, or (...) for "none". Differentiable once in h, weight and bias; the backward
+    recomputes the logits.
 
     >>> h, weight = torch.randn(2, 8), torch.randn(11, 8)
     >>> loss = fastattn.multi_label_cross_entropy(h, weight, torch.tensor([[3, 5], [7, -100]]))
@@ -53,9 +54,9 @@ def multi_label_cross_entropy(
     _checks.check_shape(op, "positives", positives, shape, "h's rows, by P classes")
     _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     count = math.prod(h.shape[:-1])
-    rows, named = h.reshape(count, h.shape[-1]), positives.reshape(count, positives.shape[-1])
-    loss, _ = call(op, rows, weight, bias, named, requested(op, backend))
+    rows, flat_positives = h.reshape(count, h.shape[-1]), positives.reshape(count, positives.shape[-1])
+    loss, _ = call(op, rows, weight, bias, flat_positives, requested(op, backend))
     if reduction == "none":
         return loss.reshape(h.shape[:-1])
     total = loss.sum()
-    return total if reduction == "sum" else total / (named != PADDING).any(1).sum().clamp(min=1)
+    return total if reduction == "sum" else total / (flat_positives != PADDING).any(1).sum().clamp(min=1)

@@ -1,9 +1,9 @@
-"""What the loss of rows with several right classes asks of its arguments, whoever calls it."""
+"""The checks of multi_label_cross_entropy's arguments, run for every caller."""
 
 from ...runtime import checks
 from ..vocabulary import check_by_token, check_loss_gradient, check_products, check_wanted
 
-PADDING = -100  # of a row's list of classes
+PADDING = -100  # pads a row's list of classes
 
 
 def _check(op: str, h, weight, bias, positives) -> None:

@@ -1,4 +1,4 @@
-"""The loss of rows with several right classes on the CPU: the row kernel of the dense losses between the products of `chunked`."""
+"""The loss of rows with several positive classes on the CPU: the cross-entropies' row kernel between the products of `chunked`."""
 
 import torch
 
@@ -27,8 +27,8 @@ def _statistics_of(x, bias):
 
 
 def _gradient_of(x, bias, kept, mass):
-    nothing = torch.zeros_like(mass)
-    run_rows(x, _no_class(x), 0, x.shape[0], bias=_float(bias), kept=kept, grad=nothing, mass=mass)
+    no_gradient = torch.zeros_like(mass)
+    run_rows(x, _no_class(x), 0, x.shape[0], bias=_float(bias), kept=kept, grad=no_gradient, mass=mass)
 
 
 def multi_label_cross_entropy(h, weight, bias, positives):

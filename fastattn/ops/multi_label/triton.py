@@ -1,4 +1,4 @@
-"""The loss of rows with several right classes in Triton: the row kernel of the dense losses between the products of `chunked`."""
+"""The loss of rows with several positive classes in Triton: the cross-entropies' row kernel between the products of `chunked`."""
 
 import torch
 
@@ -23,7 +23,7 @@ def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _statistics_of(x, bias):
-    loss, largest, total = x.new_empty(3, x.shape[0])  # the loss, of no class, is none
+    loss, largest, total = x.new_empty(3, x.shape[0])  # the loss is not used: there is no target
     row_kernel(
         x, _no_class(x), bias=_bias(bias), loss=loss, largest=largest, total=total, ignore_index=_NEVER
     )

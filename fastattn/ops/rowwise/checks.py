@@ -1,4 +1,4 @@
-"""What the pieces of a recurrence step ask of their arguments, whoever calls them."""
+"""The checks of the row-wise ops' arguments, run for every caller."""
 
 import math
 
@@ -31,7 +31,7 @@ def _check_number(op: str, name: str, value) -> None:
 
 def check_rms_norm(x, residual, weight, eps, weight_offset) -> None:
     op = "rms_norm"
-    if (  # what the rest asks of the plainest calls
+    if (  # the checks below for the most common calls, as one fast condition
         isinstance(x, torch.Tensor)
         and x.dtype in checks.FLOATING
         and (
@@ -95,7 +95,7 @@ def _check_gate_up(op: str, gate_up: torch.Tensor) -> None:
     checks.check_floating(op, gate_up=gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"fastattn.{op}: gate_up must have an even last dim, gate | up, given {checks.describe(gate_up)}"
+            f"fastattn.{op}: gate_up must have an even last dim, for gate and up, given {checks.describe(gate_up)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The recurrence pieces on the CPU: outputs allocated, parameters filled, one kernel call."""
+"""The row-wise ops on the CPU: outputs allocated, parameters filled, one kernel call."""
 
 import torch
 
@@ -6,12 +6,11 @@ from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
-_LONGEST_TABLE = (
-    1 << 18
-)  # positions up to here share one table of cosines and sines; beyond, each call makes its own
-_MOST_TABLES = 16  # a theta that depends on the length has one for each
+# positions below this share one table of cosines and sines; with larger ones each call computes its own
+_LONGEST_TABLE = 1 << 18
+_MOST_TABLES = 16  # a theta that depends on the length needs several
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
-# the latest positions and what they became: the layers of a model share them
+# (key, positions, result of `placed`) of the latest call: the layers of a model share them
 _latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
 
 
@@ -58,9 +57,9 @@ def _lookup(dtype: torch.dtype, shape: torch.Size) -> _tuning.Choice:
     )
 
 
-def _call(name: str, of: torch.Tensor, threads: int | None = None, **fields) -> None:
-    """Run a kernel with the configuration of a tensor like `of`, on torch's number of threads."""
-    native.run(name, threads=threads or native.threads(), **_choose(of).values, **fields)
+def _call(name: str, like: torch.Tensor, threads: int | None = None, **fields) -> None:
+    """Run a kernel with the configuration for a tensor such as `like`, on torch's number of threads."""
+    native.run(name, threads=threads or native.threads(), **_choose(like).values, **fields)
 
 
 def rms_norm(*members):
@@ -68,7 +67,7 @@ def rms_norm(*members):
 
 
 def _scale(weight: torch.Tensor | None, offset: float, like: torch.Tensor) -> torch.Tensor | None:
-    """weight + offset as the kernels take it: of the rows' dtype or float32."""
+    """weight + offset for the kernels, in the rows' dtype or in float32."""
     if weight is None or (offset == 0 and weight.dtype in (like.dtype, torch.float32)):
         return None if weight is None else weight.contiguous()
     return weight.float().contiguous() + offset
@@ -76,7 +75,7 @@ def _scale(weight: torch.Tensor | None, offset: float, like: torch.Tensor) -> to
 
 def rms_norm_leading(reads, x, residual, weight, eps, weight_offset):
     """(normed, total, rstd), or the first `reads` of them."""
-    if residual is not None and residual.dtype != x.dtype:  # the kernel adds what has one dtype
+    if residual is not None and residual.dtype != x.dtype:  # the kernel adds tensors of one dtype only
         total = x + residual
         if total.dtype != x.dtype:
             normed, _, rstd = rms_norm(total, None, weight, eps, weight_offset)
@@ -105,7 +104,7 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps, weight_
     grad_normed = grad_normed.to(total.dtype)
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
-    threads = native.threads()  # read once: another thread may set it meanwhile
+    threads = native.threads()  # read once: another thread may change it
     partials = None if weight is None else total.new_zeros(threads, columns, dtype=torch.float32)
     if total.numel():
         _call(
@@ -177,9 +176,9 @@ def placed(
     """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
     global _latest
     key = (positions.shape, positions.dtype, head_dim, theta, batch)
-    known, latest, result = _latest
-    # by contents: numpy may write to a tensor's memory, and torch counts no version then
-    if known == key and latest.equal(positions):
+    latest_key, latest, result = _latest
+    # compare elements: numpy may write to a tensor's memory without raising torch's version counter
+    if latest_key == key and latest.equal(positions):
         return result
     cos, sin, rows = _table(positions, head_dim, theta)
     result = (cos, sin, rows.expand(batch, -1)[:, None, None])
@@ -196,17 +195,17 @@ def _table(
         cos, sin = _cos_sin(positions.reshape(-1), head_dim, theta)
         return cos, sin, torch.arange(positions.numel(), dtype=torch.int32).view(-1, positions.shape[-1])
     key = (head_dim, theta)
-    found = _tables.get(key)  # once: another thread may put a shorter one there
-    if found is None or found[0].shape[0] < longest:
-        found = _cos_sin(torch.arange(1 << max(8, (longest - 1).bit_length())), head_dim, theta)
+    table = _tables.get(key)  # read once: another thread may store a shorter table
+    if table is None or table[0].shape[0] < longest:
+        table = _cos_sin(torch.arange(1 << max(8, (longest - 1).bit_length())), head_dim, theta)
         if len(_tables) >= _MOST_TABLES:
             _tables.clear()
-        _tables[key] = found
-    return (*found, positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
+        _tables[key] = table
+    return (*table, positions.to(torch.int32, copy=True).contiguous().view(-1, positions.shape[-1]))
 
 
 def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    # in float64: a float32 angle is off by the rounding of itself, 9e-3 at position 131072
+    # in float64: at position 131072 the rounding of a float32 angle is 9e-3
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angle = positions.double()[:, None] * (1.0 / theta**exponent)
     return angle.cos().float(), angle.sin().float()
@@ -232,14 +231,14 @@ def rotary_tables(q, k, cos, sin, interleaved, inverse):
 
 
 def _halves(x: torch.Tensor) -> torch.Tensor:
-    """Even and odd places of the last dim as its halves."""
+    """The last dim reordered: its even indices first, then its odd ones."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _rotated(q, k, cos, sin, rows, interleaved, inverse):
     if interleaved:  # the kernel rotates halves: one copy before it and one after
-        found = _rotated(_halves(q), _halves(k), cos, sin, rows, False, inverse)
-        return tuple(t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for t in found)
+        rotated = _rotated(_halves(q), _halves(k), cos, sin, rows, False, inverse)
+        return tuple(t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for t in rotated)
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     if q.shape[3]:
         for x, out in zip((q, k), outputs, strict=True):

@@ -25,7 +25,7 @@ def _on_triton(run):
     return triton_backend(run, triton.refusal, triton.configure)
 
 
-# --- rms_norm: its backward has one gradient for x and the residual ---------------------------------------------------
+# --- rms_norm: x and the residual share one gradient ------------------------------------------------------------------
 
 
 class RmsNormCall(NamedTuple):
@@ -76,9 +76,9 @@ def _rms_norm_backward(ctx, grad_normed, grad_total, grad_rstd):
         )
     if grad is None:
         return (None,) * 6
-    of_x, of_residual = (grad.to(dtype) for dtype in ctx.dtypes)
-    weighed = None if weight is None or grad_normed is None else grad_weight
-    return of_x, of_residual if ctx.has_residual else None, weighed, None, None, None
+    grad_x, grad_residual = (grad.to(dtype) for dtype in ctx.dtypes)
+    grad_weight = None if weight is None or grad_normed is None else grad_weight
+    return grad_x, grad_residual if ctx.has_residual else None, grad_weight, None, None, None
 
 
 def _rms_norm_backward_reference(grad_normed, grad_total, total, weight, rstd, eps, weight_offset):

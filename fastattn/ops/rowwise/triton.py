@@ -1,4 +1,4 @@
-"""The recurrence pieces in Triton: one pass over memory each, float32 inside, one rounding at the end."""
+"""The row-wise ops in Triton: each makes one pass over memory, computes in float32 and rounds once."""
 
 import math
 
@@ -11,7 +11,7 @@ from ...runtime import tuning as _tuning
 from ...runtime.triton import Line, offset, rows
 from . import tuning  # noqa: F401  declares what is looked up
 
-_MOST_COLUMNS = 16384  # of a row held in registers; longer rows are read twice
+_MOST_COLUMNS = 16384  # columns of a row that is held in registers; longer rows are read twice
 _tables: dict[tuple, torch.Tensor] = {}
 
 
@@ -65,7 +65,7 @@ def _rms_norm_backward_kernel(
     grad_normed, grad_total, total, weight, rstd, grad, partials, size_b, size_c, columns, rows, rows_each,
     weight_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d total = rstd * (w g - y * mean(w g y)) + grad_total, y = total * rstd; a program sums its rows' weight gradients."""
+    """d total = rstd * (w g - y * mean(w g y)) + grad_total with y = total * rstd. A program also sums its rows' weight gradients."""
     program = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     first_row = program * rows_each
@@ -145,7 +145,7 @@ def _token(t, batch, row):
 def _rotate(
     x, out, heads, half, left_angle, right_angle, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
-    """All heads of one token rotated from x to out: halves, or pairs, whose first has the (cos, sin) of left_angle."""
+    """Rotate all heads of one token from x to out: halves, or pairs (INTERLEAVED). The first of two dims uses left_angle, (cos, sin)."""
     cos, sin = left_angle
     cos2, sin2 = right_angle
     at = tl.arange(0, BLOCK_D)
@@ -158,9 +158,9 @@ def _rotate(
         source = x.base + offset(head, x.stride)[:, None] + place[None, :]
         left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
         right = tl.load(source + second, mask=keep, other=0.0).to(tl.float32)
-        to = out.base + offset(head, out.stride)[:, None] + place[None, :]
-        tl.store(to, (left * cos - right * sin).to(out.base.dtype.element_ty), mask=keep)
-        tl.store(to + second, (right * cos2 + left * sin2).to(out.base.dtype.element_ty), mask=keep)
+        pointers = out.base + offset(head, out.stride)[:, None] + place[None, :]
+        tl.store(pointers, (left * cos - right * sin).to(out.base.dtype.element_ty), mask=keep)
+        tl.store(pointers + second, (right * cos2 + left * sin2).to(out.base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -168,8 +168,8 @@ def _rotary_tables_kernel(
     q, k, q_out, k_out, cos, sin, heads, kv_heads, length, half, INTERLEAVED: tl.constexpr, TWO: tl.constexpr,
     INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token by its row of cos and sin. TWO: of D values, one for each of what is rotated together. The inverse is
-    the transpose, which takes each one's sine to the other."""
+    """Rotate all heads of one token by its row of cos and sin. TWO: the row has D values, one for each dim. The inverse is the
+    transpose, which exchanges the sines of two dims."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
     at = tl.arange(0, BLOCK_D)
@@ -216,11 +216,11 @@ def _rotary_kernel(
     q, k, v, q_out, k_out, v_out, positions, slots, frequencies, heads, kv_heads, length, half, v_dim,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token: its sines and cosines are formed once. Keys, and values where there are any, go to row slots[token]."""
+    """Rotate all heads of one token, with its sines and cosines computed once. Keys, and values if given, are stored at row slots[token]."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
     at = tl.arange(0, BLOCK_D)
-    # in float64 until less than a turn is left: a float32 angle is off by the rounding of itself, 9e-3 at position 131072
+    # in float64 until whole turns are subtracted: at position 131072 the rounding of a float32 angle is 9e-3
     position = tl.load(positions.base + offset(batch, positions.stride) + row).to(tl.float64)
     turns = position * tl.load(frequencies + at, mask=at < half, other=0.0)
     angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
@@ -259,8 +259,8 @@ def _rotary_kernel(
             head = first + tl.arange(0, BLOCK_H)
             keep = (head < kv_heads)[:, None] & (columns < v_dim)[None, :]
             source = v_heads.base + offset(head, v_heads.stride)[:, None] + columns[None, :]
-            to = out_heads.base + offset(head, out_heads.stride)[:, None] + columns[None, :]
-            tl.store(to, tl.load(source, mask=keep, other=0.0), mask=keep)
+            pointers = out_heads.base + offset(head, out_heads.stride)[:, None] + columns[None, :]
+            tl.store(pointers, tl.load(source, mask=keep, other=0.0), mask=keep)
 
 
 def refusal(*args) -> str | None:
@@ -323,15 +323,15 @@ def rms_norm_backward(grad_normed, grad_total, total, weight, rstd, eps, weight_
     count, columns = rstd.numel(), total.shape[-1]
     # As many programs as the device holds at once; each adds its rows' weight gradients in order.
     programs = count if weight is None else min(count, 4 * _triton.target(total.device).units)
-    each = triton.cdiv(count, max(1, programs))
+    rows_each = triton.cdiv(count, max(1, programs))
     partials = None if weight is None else total.new_zeros(programs, columns, dtype=torch.float32)
     n, t = _rows(grad_normed), _rows(total)
     g = None if grad_total is None else _rows(grad_total)
     block = min(_triton.block(columns), _MOST_COLUMNS)
     _triton.launch(
-        _rms_norm_backward_kernel, (triton.cdiv(count, max(1, each)),),
+        _rms_norm_backward_kernel, (triton.cdiv(count, max(1, rows_each)),),
         rows(n), rows(g), rows(t), None if weight is None else weight.contiguous(), rstd, grad, partials,
-        *t.shape[1:3], columns, count, each, float(weight_offset), BLOCK=block, num_warps=_warps(block),
+        *t.shape[1:3], columns, count, rows_each, float(weight_offset), BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return grad, total.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
 
@@ -393,13 +393,13 @@ def gated_backward(grad, x, gate):
 
 
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """(D/2,) float64: turns a position."""
+    """(D/2,) float64: the turns of one position."""
     key = (head_dim, theta, device)
     if key not in _tables:
-        # formed on the host: the copy is done when it returns, for every stream
+        # computed on the host: the copy is complete when `to` returns, for every stream
         capturing = _triton.stream(device) is None
-        place = device if capturing else "cpu"
-        exponent = torch.arange(0, head_dim, 2, device=place, dtype=torch.float64) / head_dim
+        source = device if capturing else "cpu"
+        exponent = torch.arange(0, head_dim, 2, device=source, dtype=torch.float64) / head_dim
         table = (1.0 / (2 * math.pi * theta**exponent)).to(device)
         if capturing:
             return table
@@ -416,7 +416,7 @@ def _start_rotary(
         return
     block = _triton.block(head_dim // 2)
     block_v = block if v is None else _triton.block(v.shape[3])
-    most = 2048 // max(block, block_v)
+    max_heads = 2048 // max(block, block_v)
     values = {
         "q": rows(_triton.last_dim_contiguous(q)),
         "k": rows(_triton.last_dim_contiguous(k)),
@@ -436,7 +436,7 @@ def _start_rotary(
         "INVERSE": inverse,
         "BLOCK_D": block,
         "BLOCK_V": block_v,
-        "BLOCK_H": max(1, min(triton.next_power_of_2(max(1, heads)), most)),
+        "BLOCK_H": max(1, min(triton.next_power_of_2(max(1, heads)), max_heads)),
     }
     _triton.start(_rotary_kernel, (batch * length,), values, num_warps=4)
 
@@ -453,11 +453,11 @@ def rotary_tables(q, k, cos, sin, interleaved, inverse):
     if batch * length == 0 or head_dim == 0:
         return outputs
     cos, sin = cos.contiguous(), sin.contiguous()
-    each = cos.stride(0) if cos.shape[0] > 1 else 0
+    batch_stride = cos.stride(0) if cos.shape[0] > 1 else 0
     block = _triton.block(head_dim // 2)
     _triton.launch(
         _rotary_tables_kernel, (batch * length,),
-        *(rows(_triton.last_dim_contiguous(t)) for t in (q, k)), *map(rows, outputs), Line(cos, each), Line(sin, each),
+        *(rows(_triton.last_dim_contiguous(t)) for t in (q, k)), *map(rows, outputs), Line(cos, batch_stride), Line(sin, batch_stride),
         heads, k.shape[1], length, head_dim // 2, INTERLEAVED=interleaved, TWO=cos.shape[2] == head_dim, INVERSE=inverse,
         BLOCK_D=block, BLOCK_H=max(1, min(triton.next_power_of_2(max(1, heads)), 2048 // block)), num_warps=4,
     )  # fmt: skip

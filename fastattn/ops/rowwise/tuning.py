@@ -1,4 +1,4 @@
-"""What the recurrence kernels can be tuned by."""
+"""The tunable parameters of the row-wise kernels, which tables name "recurrence"."""
 
 from ...runtime import native
 from ...runtime.tuning import Parameter, declare
@@ -21,9 +21,8 @@ declare(
     "recurrence",
     "cpu",
     parameters={
-        "serial": Parameter(
-            _DEFAULT["serial"], tuple(1 << n for n in range(12, 19))
-        ),  # elements for a second thread
+        # with fewer elements only one thread runs
+        "serial": Parameter(_DEFAULT["serial"], tuple(1 << n for n in range(12, 19))),
         "prefetch": Parameter(_DEFAULT["prefetch"], (0, 256, 512, 1024, 2048)),  # bytes read ahead
     },
     structural=("dtype",),

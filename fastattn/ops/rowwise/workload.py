@@ -1,4 +1,4 @@
-"""The calls that the recurrence kernels are tuned by: SwiGLU and its gradient, which move the most memory."""
+"""The calls with which the row-wise kernels are tuned: SwiGLU and its gradient, which move the most memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from . import swiglu
 
 def _shapes(effort: str, target) -> list[dict]:
     dtypes = ("bfloat16",) if effort == "quick" else ("bfloat16", "float16", "float32")
-    most = 2048 if target.kind == "cpu" else 8192
-    sizes = ((most, 4096),)
+    max_rows = 2048 if target.kind == "cpu" else 8192
+    sizes = ((max_rows, 4096),)
     if effort != "quick":
-        sizes += ((most, 1536), (most // 8, 8192), (64, 4096), (64, 256))
+        sizes += ((max_rows, 1536), (max_rows // 8, 8192), (64, 4096), (64, 256))
     return [{"rows": rows, "columns": columns, "dtype": dtype} for dtype in dtypes for rows, columns in sizes]
 
 

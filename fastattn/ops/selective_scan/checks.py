@@ -1,4 +1,4 @@
-"""What selective_scan asks of its arguments, whoever calls it."""
+"""The checks of selective_scan's arguments, run for every caller."""
 
 from ...runtime import checks, native
 from .. import documents
@@ -7,7 +7,7 @@ INTERVAL = native.defaults("selective_scan_forward")["interval"]
 
 
 def _check(op: str, u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens) -> tuple[int, int, int]:
-    """Raises, or gives the shape of a state."""
+    """Raises for bad arguments; returns the shape of a state."""
     for name, t, dims in (("u", u, 3), ("A", A, 2)):
         checks.check_tensor(op, name, t, dims=dims)
     checks.check_floating(op, u=u, dt=dt, B=B, C=C, z=z, absent=("z",))
@@ -17,11 +17,11 @@ def _check(op: str, u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens) ->
         checks.check_shape(op, "z", z, (batch, length, channels), "u's")
     if A.shape[0] != channels or A.shape[1] < 1:
         raise ValueError(
-            f"fastattn.{op}: A must be u's {channels} channels by 1 or more numbers of a state, given {checks.describe(A)}"
+            f"fastattn.{op}: A must be (E, N) with u's {channels} channels and N of 1 or more, given {checks.describe(A)}"
         )
     states = A.shape[1]
     for name, t in (("B", B), ("C", C)):
-        checks.check_shape(op, name, t, (batch, length, states), "u's tokens by A's numbers of a state")
+        checks.check_shape(op, name, t, (batch, length, states), "u's tokens, A's N")
     checks.check_parameter(op, "A", A, "u", u)
     for name, t in (("D", D), ("dt_bias", dt_bias)):
         if t is not None:
@@ -48,12 +48,12 @@ def check_selective_scan_backward(
     wide = checks.statistics_dtype(u)
     if grad_state is not None:
         checks.check_exact(op, "grad_state", grad_state, shape, wide, u.device, "initial_state's")
-    kept = checkpoint_shape(u, A)
-    checks.check_exact(op, "checkpoints", checkpoints, kept, wide, u.device, "of every 64th token")
+    expected = checkpoint_shape(u, A)
+    checks.check_exact(op, "checkpoints", checkpoints, expected, wide, u.device, "before every 64th token")
 
 
 def checkpoint_shape(u, A) -> tuple[int, int, int, int]:
-    """The states that a backward begins with: before every 64th token."""
+    """The shape of the states that are kept for the backward: before every 64th token."""
     return u.shape[0], -(-u.shape[1] // INTERVAL), A.shape[1], u.shape[2]
 
 

@@ -43,8 +43,8 @@ def _call(
     )
 
 
-def _room(u: torch.Tensor, cu_seqlens, *shape: int) -> torch.Tensor:
-    """float32 that the kernel writes but for tokens after the last document."""
+def _buffer(u: torch.Tensor, cu_seqlens, *shape: int) -> torch.Tensor:
+    """A float32 buffer for the kernel. With documents it starts as zeros, for tokens after the last one."""
     return (u.new_empty if cu_seqlens is None else u.new_zeros)(shape, dtype=torch.float32)
 
 
@@ -60,7 +60,7 @@ def selective_scan_leading(reads, u, dt, A, B, C, D, z, dt_bias, initial_state, 
         sequences = documents.count(u.shape[0], cu_seqlens)
         outputs.append(u.new_empty(sequences, *A.shape, dtype=torch.float32))
     if reads > 2:
-        outputs.append(_room(u, cu_seqlens, *checkpoint_shape(u, A)))
+        outputs.append(_buffer(u, cu_seqlens, *checkpoint_shape(u, A)))
     if any(t.numel() for t in outputs):
         tensors = dict(zip(("out", "state", "checkpoints"), outputs, strict=False))
         members = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
@@ -79,10 +79,10 @@ def selective_scan_backward(
         for name, t in (("grad_u", u), ("grad_dt", dt), ("grad_z", z))
     }
     slices = -(-channels // _SLICE)
-    of_A = u.new_empty(batch, states, channels, dtype=torch.float32)
-    of_B, of_C = (_room(u, cu_seqlens, slices, batch, length, states) for _ in range(2))
-    of_D, of_bias = (None if t is None else of_A.new_empty(batch, channels) for t in (D, dt_bias))
-    of_state = (
+    grad_A = u.new_empty(batch, states, channels, dtype=torch.float32)
+    grad_B, grad_C = (_buffer(u, cu_seqlens, slices, batch, length, states) for _ in range(2))
+    grad_D, grad_bias = (None if t is None else grad_A.new_empty(batch, channels) for t in (D, dt_bias))
+    grad_initial = (
         absent
         if initial_state is None
         else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
@@ -94,23 +94,23 @@ def selective_scan_backward(
             checkpoints=checkpoints.contiguous(),
             grad_out=native.plain(grad_out),
             grad_state=_wide(grad_state),
-            grad_A=of_A,
-            grad_B=of_B,
-            grad_C=of_C,
-            grad_D=of_D,
-            grad_dt_bias=of_bias,
-            grad_initial_state=None if initial_state is None else of_state,
+            grad_A=grad_A,
+            grad_B=grad_B,
+            grad_C=grad_C,
+            grad_D=grad_D,
+            grad_dt_bias=grad_bias,
+            grad_initial_state=None if initial_state is None else grad_initial,
             **rows,
         )
     documents.clear_rest(cu_seqlens, *(t for t in rows.values() if t is not None))
     return (
         rows["grad_u"],
         rows["grad_dt"],
-        of_A.sum(0).mT.to(A.dtype).contiguous(),
-        of_B.sum(0).to(B.dtype),
-        of_C.sum(0).to(C.dtype),
-        absent if D is None else of_D.sum(0).to(D.dtype),
+        grad_A.sum(0).mT.to(A.dtype).contiguous(),
+        grad_B.sum(0).to(B.dtype),
+        grad_C.sum(0).to(C.dtype),
+        absent if D is None else grad_D.sum(0).to(D.dtype),
         absent if z is None else rows["grad_z"],
-        absent if dt_bias is None else of_bias.sum(0).to(dt_bias.dtype),
-        of_state,
+        absent if dt_bias is None else grad_bias.sum(0).to(dt_bias.dtype),
+        grad_initial,
     )

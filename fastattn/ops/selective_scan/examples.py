@@ -17,9 +17,9 @@ def examples(make: Make) -> dict[str, Example]:
             "C": make.normal(batch, L, 4),
         }
 
-    rest = {"D": make.normal(20), "z": make.normal(2, L, 20), "dt_bias": make.normal(20)}
+    optional = {"D": make.normal(20), "z": make.normal(2, L, 20), "dt_bias": make.normal(20)}
     return {
-        "selective_scan": Example(selective_scan, tokens(2) | rest),
+        "selective_scan": Example(selective_scan, tokens(2) | optional),
         "selective_scan, packed": Example(
             selective_scan, tokens(1) | {"cu_seqlens": make.count(3) * 6}, {"return_state": True}
         ),

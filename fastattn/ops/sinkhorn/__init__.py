@@ -6,7 +6,7 @@ import torch
 
 from ...runtime import checks as _checks
 from ...runtime.registry import call, requested
-from . import checks, schema  # noqa: F401  the latter registers the op
+from . import checks, schema  # noqa: F401  schema registers the op
 
 
 @overload
@@ -56,29 +56,31 @@ def sinkhorn(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Balanced assignment of tokens to groups by Sinkhorn's iterations (arXiv 2604.03260), in the log domain.
 
-    With X = scores / temperature and u = 0, `iterations` times: v_g = -log sum_tokens exp(X + u), u_l = -log sum_groups exp(X + v);
-    the result is exp(X + u + v). Rows sum to 1, column sums tend to L / G.
+    With X = scores / temperature and u = 0, it repeats `iterations` times: v_g = -log sum_tokens exp(X + u), then
+    u_l = -log sum_groups exp(X + v). The result is exp(X + u + v). Rows sum to 1, column sums tend to L / G.
 
     scores: (B, L, G), G at most 63, any floating dtype; computed in float32 (float64 for float64).
-    temperature: more than zero. iterations: 1 to 10000; kernels keep a few numbers of each.
-    causal: the column sums of token l run over the tokens up to l, so that no assignment depends on a later token. Without it they
-        run over the whole sequence, and a causal model that is trained so sees the future through its routing.
-    lengths: (B,) integers, the tokens of each sequence. Later tokens are padding: no sum counts them and their rows are 0.
-        Default L.
-    cu_seqlens: (documents + 1,) integers from 0, never decreasing: documents packed in a batch of one, each balanced by itself.
-        `lengths` is then one a document; rows after the last one are 0.
-    prefix_lengths: (B,) integers, or one a document when packed, with causal=True: the column sums of token l run over the tokens
-        before max(l + 1, prefix), so that a prefix is routed with all of itself and nothing after it reaches it. Default 0.
-    potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, held fixed: the result is softmax(X + v). For
-        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens`, `prefix_lengths` and
-        `backend` then play no part.
-    return_potentials: also return v as (B, 1, G), one a document when packed, at the last token (of `lengths`) when causal. It
-        carries no gradient.
+    temperature: more than zero, default 0.1. iterations: 1 to 10000, default 10; kernels keep a few numbers for each.
+    causal: the column sums of token l run over the tokens up to l, so that no assignment depends on a later token. Default False: they
+        run over the whole sequence, so a causal model trained this way sees the future through its routing.
+    lengths: (B,) integers, or (documents,) when packed: the number of tokens of each sequence, default all. Later tokens are padding: no
+        sum includes them, and their rows are 0.
+    cu_seqlens: (documents + 1,) integers from 0, never decreasing: the offsets of documents packed in a batch of one. Each document is
+        balanced by itself; rows after the last document are 0.
+    prefix_lengths: (B,) integers, or (documents,) when packed, with causal=True: the column sums of token l run over the tokens before
+        max(l + 1, prefix), so the tokens of a prefix are balanced together, independently of later tokens. Default 0.
+    potentials: (B, 1, G) or (1, 1, G), log column potentials v of an earlier call, used unchanged: the result is softmax(X + v). For
+        decoding, where tokens come one at a time. `iterations`, `causal`, `lengths`, `cu_seqlens`, `prefix_lengths` and `backend` are
+        then not used.
+    return_potentials: also return v, (B, 1, G), or (documents, 1, G) when packed; if causal, v at the last token (of `lengths`). It has
+        no gradient. Default False.
 
-    The backward is exact for the iterations that were run. It keeps `scores` alone and computes the potentials again, so that
-    memory is linear in L for any number of iterations (the Triton kernel holds one number per token and iteration while it runs).
+    The backward is exact for the number of iterations. It keeps only `scores` and recomputes the potentials, so memory is linear in L
+    for any number of iterations (while it runs, the Triton kernel holds one number for each token and iteration).
 
-    Returns (B, L, G) in scores' dtype, differentiable in scores. Raises ValueError or TypeError naming the argument.
+    Returns (B, L, G) in scores' dtype. Differentiable once in scores. Raises ValueError or TypeError naming the argument.
+
+    >>> assignment, potentials = fastattn.sinkhorn(torch.randn(1, 9, 4), causal=True, return_potentials=True)
     """
     op = "sinkhorn"
     backend = requested(op, backend)

@@ -1,4 +1,4 @@
-"""What sinkhorn asks of its arguments, whoever calls it."""
+"""The checks of sinkhorn's arguments, run for every caller."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def _sinkhorn_contents(op: str, scores, lengths, cu_seqlens, prefix_lengths) -> 
             ):
                 if not 0 <= length <= span:
                     raise ValueError(
-                        f"fastattn.{op}: {name}[{i}] must lie in [0, {span}], its document, given {length}"
+                        f"fastattn.{op}: {name}[{i}] must lie in [0, {span}], the length of its document, given {length}"
                     )
         return
     for name, value in counted.items():

@@ -47,7 +47,8 @@ def _call(
 
 
 def sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
-    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
+    # zeros for rows that belong to no sequence
+    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
     if out.numel() and sequences:

@@ -1,8 +1,9 @@
 """Sinkhorn's iterations in Triton, in the log domain, base 2: chunks of tokens, one launch an iteration.
 
-With x = scores * log2(e) / temperature and u_0 = 0: v_t = -LSE over tokens (x + u_t-1), u_t = -LSE over groups (x + v_t), and the
-result 2^(x + u + v) of the last. A launch combines the chunks' sums of the one before in a fixed order, whatever the grid. Only
-scores are kept for the backward, which runs the iterations again, keeps each one's u, and goes back through them.
+With x = scores * log2(e) / temperature and u_0 = 0: v_t = -LSE over tokens (x + u_t-1) and u_t = -LSE over groups (x + v_t); the
+result is 2^(x + u + v) of the last iteration. A launch combines the chunks' sums of the previous launch in a fixed order that does
+not depend on the grid. The forward saves only the scores. The backward repeats the iterations, keeps u of each, and then goes
+backwards through them.
 """
 
 from typing import NamedTuple
@@ -17,82 +18,81 @@ from ...runtime.triton import LN2, load_tile, offset, store_tile
 from . import tuning  # noqa: F401  declares what is looked up
 
 _LN2 = tl.constexpr(LN2)
-_NOWHERE = tl.constexpr(-1e30)  # a log-sum of nothing: finite, so that differences are no NaN
-_TOGETHER = tl.constexpr(32)  # chunks whose sums are combined at a time
+_NOWHERE = tl.constexpr(-1e30)  # the logarithm of an empty sum: finite, so that differences are not NaN
+_CHUNK_BLOCK = tl.constexpr(32)  # chunks whose sums are combined at a time
 
 
 @triton.jit
 def _joined(top, total, other_top, other_total):
-    """(reference, sum relative to 2^reference) of two such pairs: log-sums, or signed sums."""
-    most = tl.maximum(top, other_top)
-    at = tl.where(most == float("-inf"), 0.0, most)
-    return most, total * tl.exp2(top - at) + other_total * tl.exp2(other_top - at)
+    """Adds two sums, each given as (reference, sum relative to 2^reference). Sums may be signed."""
+    new_top = tl.maximum(top, other_top)
+    at = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return new_top, total * tl.exp2(top - at) + other_total * tl.exp2(other_top - at)
 
 
 @triton.jit
 def _combined(sums, begin, end, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The pair (BLOCK_G,) of chunks [begin, end); `sums` is (chunks, 2, GROUPS)."""
+    """The total (reference, sum), each (BLOCK_G,), of chunks [begin, end); `sums` is (chunks, 2, GROUPS)."""
     at = tl.arange(0, BLOCK_G)
     top = tl.full([BLOCK_G], _NOWHERE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
-    for first in range(begin, end, _TOGETHER):
-        chunk = first + tl.arange(0, _TOGETHER)
+    for first in range(begin, end, _CHUNK_BLOCK):
+        chunk = first + tl.arange(0, _CHUNK_BLOCK)
         keep = (chunk < end)[:, None] & (at < GROUPS)[None, :]
-        place = sums + offset(chunk, 2 * GROUPS)[:, None] + at[None, :]
-        tops = tl.load(place, mask=keep, other=_NOWHERE)
-        totals = tl.load(place + GROUPS, mask=keep, other=0.0)
-        most = tl.maximum(top, tl.max(tops, 0))
-        total = total * tl.exp2(top - most) + tl.sum(totals * tl.exp2(tops - most[None, :]), 0)
-        top = most
+        pointers = sums + offset(chunk, 2 * GROUPS)[:, None] + at[None, :]
+        tops = tl.load(pointers, mask=keep, other=_NOWHERE)
+        totals = tl.load(pointers + GROUPS, mask=keep, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        total = total * tl.exp2(top - new_top) + tl.sum(totals * tl.exp2(tops - new_top[None, :]), 0)
+        top = new_top
     return top, total
 
 
 @triton.jit
 def _store_sums(sums, chunk, top, total, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
     at = tl.arange(0, BLOCK_G)
-    place = sums + offset(chunk, 2 * GROUPS) + at
-    tl.store(place, top, mask=at < GROUPS)
-    tl.store(place + GROUPS, total, mask=at < GROUPS)
+    pointers = sums + offset(chunk, 2 * GROUPS) + at
+    tl.store(pointers, top, mask=at < GROUPS)
+    tl.store(pointers + GROUPS, total, mask=at < GROUPS)
 
 
 @triton.jit
 def _tile(base, row, tokens, factor, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(TOKENS, BLOCK_G) float32 rows of a contiguous (rows, GROUPS) from `row` on, times factor."""
+    """(TOKENS, BLOCK_G) float32: rows from `row` on of a contiguous (rows, GROUPS) tensor, times factor."""
     tile = load_tile(base + offset(row, GROUPS), GROUPS, tokens, GROUPS, TOKENS, BLOCK_G, True)
     return tile.to(tl.float32) * factor
 
 
 class _Chunk(NamedTuple):
-    """A program's tokens, and the chunks whose sums they take: of sums up to each token [begin, own) and its own tokens."""
+    """A program's tokens and its sequence's chunks. Causal sums up to a token combine the chunks [begin, number) and the token's own."""
 
     number: tl.tensor
-    owner: tl.tensor  # its sequence, or -1
-    begin: tl.tensor  # of the sequence's chunks
+    owner: tl.tensor  # the sequence, or -1
+    begin: tl.tensor  # the sequence's chunks are [begin, end)
     end: tl.tensor
-    together: (
-        tl.tensor
-    )  # the end of those of a prefix, whose tokens all take the sums of; begin where there is none
-    row: tl.tensor  # the first
-    tokens: tl.tensor  # from it on
+    # the chunks [begin, together) are the prefix's, whose tokens all use the sums of the whole prefix; `begin` without a prefix
+    together: tl.tensor
+    row: tl.tensor  # the first token's row
+    tokens: tl.tensor  # number of tokens
 
 
 @triton.jit
 def _chunk(begins, counts, prefixes, firsts, owners, TOKENS: tl.constexpr):
     number = tl.program_id(0)
     owner = tl.load(owners + number)
-    there = owner >= 0
-    begin = tl.load(firsts + owner, mask=there, other=0)
-    end = tl.load(firsts + owner + 1, mask=there, other=0)
-    count = tl.load(counts + owner, mask=there, other=0)
+    has_owner = owner >= 0
+    begin = tl.load(firsts + owner, mask=has_owner, other=0)
+    end = tl.load(firsts + owner + 1, mask=has_owner, other=0)
+    count = tl.load(counts + owner, mask=has_owner, other=0)
     together = begin
     before = (number - begin) * TOKENS
-    if prefixes is not None:  # its last chunk may be short
-        prefix = tl.load(prefixes + owner, mask=there, other=0)
+    if prefixes is not None:  # a prefix's last chunk may be short
+        prefix = tl.load(prefixes + owner, mask=has_owner, other=0)
         together = begin + tl.cdiv(prefix, TOKENS).to(tl.int32)
         inside = number < together
         before = tl.where(inside, before, prefix + (number - together) * TOKENS)
         count = tl.where(inside, prefix, count)
-    row = tl.load(begins + owner, mask=there, other=0) + before
+    row = tl.load(begins + owner, mask=has_owner, other=0) + before
     return _Chunk(number, owner, begin, end, together, row, count - before)
 
 
@@ -101,8 +101,8 @@ def _column_potentials(
     x, u_before, valid, sums, chunk,
     CAUSAL: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """v (TOKENS, BLOCK_G), from the chunks' sums of 2^(x + u_before): of the whole sequence, or up to each token and at least of its
-    prefix."""
+    """v (TOKENS, BLOCK_G) from the chunks' sums of 2^(x + u_before). The sums run over the whole sequence, or if CAUSAL up to each token
+    and at least over the prefix."""
     if CAUSAL:
         apart = chunk.number >= chunk.together
         stop = tl.where(apart, chunk.number, chunk.together)
@@ -113,8 +113,8 @@ def _column_potentials(
         ahead, within = _joined(ahead, within, top[None, :], total[None, :])
         return tl.where(valid, -(ahead + tl.log2(tl.where(valid, within, 1.0))), 0.0)
     top, total = _combined(sums, chunk.begin, chunk.end, GROUPS, BLOCK_G)
-    there = tl.arange(0, BLOCK_G) < GROUPS
-    v = tl.where(there, -(top + tl.log2(tl.where(there, total, 1.0))), 0.0)
+    inside_groups = tl.arange(0, BLOCK_G) < GROUPS
+    v = tl.where(inside_groups, -(top + tl.log2(tl.where(inside_groups, total, 1.0))), 0.0)
     return tl.zeros([TOKENS, BLOCK_G], tl.float32) + v[None, :]
 
 
@@ -122,15 +122,15 @@ def _column_potentials(
 def _row_potentials(x, v, valid):
     """u (TOKENS,) = -LSE over groups of x + v."""
     y = tl.where(valid, x + v, _NOWHERE)
-    most = tl.maximum(tl.max(y, 1), _NOWHERE)
-    total = tl.sum(tl.where(valid, tl.exp2(y - most[:, None]), 0.0), 1)
-    counted = tl.max(valid.to(tl.int32), 1) > 0  # of those a NaN stays, and a sum of nothing is infinite
-    return -(most + tl.log2(tl.where(counted, total, 1.0)))
+    top = tl.maximum(tl.max(y, 1), _NOWHERE)
+    total = tl.sum(tl.where(valid, tl.exp2(y - top[:, None]), 0.0), 1)
+    counted = tl.max(valid.to(tl.int32), 1) > 0  # a NaN in these rows stays; an empty sum would be infinite
+    return -(top + tl.log2(tl.where(counted, total, 1.0)))
 
 
 @triton.jit
 def _share(x, v, u, valid):
-    """2^(x + u + v), at most 1 but for rounding."""
+    """2^(x + u + v), limited to 1, which it exceeds by rounding only."""
     y = x + v + u[:, None]
     return tl.where(valid, tl.exp2(tl.where(y > 0.0, 0.0, y)), 0.0)  # a NaN stays
 
@@ -140,7 +140,7 @@ def _sinkhorn_kernel(
     scores, out, potentials, u_before, u_after, sums_before, sums_after, begins, counts, prefixes, firsts, owners, scale,
     CAUSAL: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """One iteration of a chunk: sums_before -> v, u -> sums_after, or `out` at the end. Without sums_before, u is 0."""
+    """One iteration of a chunk: v and u from sums_before, then sums_after, or `out` in the last iteration. Without sums_before u is 0."""
     chunk = _chunk(begins, counts, prefixes, firsts, owners, TOKENS)
     owner, row, tokens = chunk.owner, chunk.row, chunk.tokens
     if owner < 0:
@@ -157,7 +157,7 @@ def _sinkhorn_kernel(
         if out is not None:
             shares = _share(x, v, u, valid)
             store_tile(out + offset(row, GROUPS), GROUPS, tokens, shares, GROUPS, TOKENS, BLOCK_G)
-            if chunk.number == chunk.end - 1:  # of the last token
+            if chunk.number == chunk.end - 1:  # the potentials are the last token's
                 at = tl.arange(0, BLOCK_G)
                 last = tl.sum(tl.where((token == tokens - 1)[:, None], v, 0.0), 0)
                 tl.store(potentials + offset(owner, GROUPS) + at, last * _LN2, mask=at < GROUPS)
@@ -176,11 +176,11 @@ def _sinkhorn_backward_kernel(
     begins, counts, prefixes, firsts, owners, scale, back,
     CAUSAL: tl.constexpr, APPLY: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Back through iteration t: without APPLY the chunk's sums of v_t's gradient, with it what they hand to x and u_t-1.
+    """Backward of iteration t. Without APPLY: the chunk's sums of v_t's gradient. With APPLY: the gradients of x and u_t-1 from them.
 
-    A token's v_t takes 2^(x + u) of the tokens before it, so its gradient goes to them as 2^(x + u + v_t): summed relative to
-    v_t of the earliest, which is the largest, it never overflows. `grad` is there at the last iteration, the first gone through;
-    `out` at the first.
+    A token's v_t sums 2^(x + u) over the tokens before it, so its gradient reaches them with the factor 2^(x + u + v_t). The sums are
+    relative to v_t of the earliest token, which is the largest, so they never overflow. `grad` is given for the last iteration, which
+    is processed first; `out` is given for the first iteration.
     """
     chunk = _chunk(begins, counts, prefixes, firsts, owners, TOKENS)
     owner, row, tokens = chunk.owner, chunk.row, chunk.tokens
@@ -205,7 +205,7 @@ def _sinkhorn_backward_kernel(
         reference = tl.where(valid, 0.0, 0.0)
     if APPLY:
         if CAUSAL:
-            # a prefix's tokens take what all of them have, their own chunk's too
+            # the tokens of a prefix get the gradients of all its tokens, including those of their own chunk
             apart = chunk.number >= chunk.together
             start = tl.where(apart, chunk.number + 1, chunk.begin)
             ahead, whole = tl.associative_scan(
@@ -264,7 +264,7 @@ def _chunks_of(counts: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 class _Chunks:
-    """A call's sequences in chunks of tokens: what every launch takes. Nothing here waits for the device."""
+    """A call's sequences cut into chunks of tokens, and the values of every launch. Nothing here waits for the device."""
 
     def __init__(self, scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
         batch, length, groups = scores.shape
@@ -276,17 +276,16 @@ class _Chunks:
             counts = torch.full((batch,), length, device=device)
             self.count = batch * triton.cdiv(length, tokens)
         else:
-            # contents on a GPU are not checked: whatever they are, no row beyond the last is touched
+            # elements on a GPU are not checked; clamping keeps every access inside the tensor
             cuts = cu_seqlens.long().clamp(0, length)
             begins, counts = cuts[:-1], cuts.diff().clamp(min=0)
-            self.count = (
-                triton.cdiv(length, tokens) + begins.numel()
-            )  # at most: each document's last may be short
+            # an upper bound: the last chunk of each document may be short
+            self.count = triton.cdiv(length, tokens) + begins.numel()
         if lengths is not None:
             counts = torch.minimum(counts, lengths.long().clamp(min=0))
         prefixes = None
         chunks = _chunks_of(counts, tokens)
-        if prefix_lengths is not None:  # in chunks of their own
+        if prefix_lengths is not None:  # prefixes have their own chunks
             prefixes = torch.minimum(counts, prefix_lengths.long().clamp(min=0)).contiguous()
             chunks = _chunks_of(prefixes, tokens) + _chunks_of(counts - prefixes, tokens)
             self.count += prefixes.numel()
@@ -321,7 +320,7 @@ class _Chunks:
         _triton.start(kernel, (self.count,), self.values | more, **self.options)
 
     def iterate(self, t: int, sums, u, *, out=None, potentials=None) -> None:
-        """u and the column sums of iteration t from those of t - 1; `out` at the last. Either buffer may hold fewer iterations."""
+        """Compute u and the column sums of iteration t from those of t - 1, or `out` in the last. The buffers may hold fewer iterations."""
         last = t == self.iterations
         self.launch(
             _sinkhorn_kernel,
@@ -335,13 +334,14 @@ class _Chunks:
 
 
 def sinkhorn(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal):
-    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)  # rows of no sequence
+    # zeros for rows that belong to no sequence
+    out = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     sequences = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     potentials = scores.new_zeros(sequences, 1, scores.shape[2], dtype=torch.float32)
     if not out.numel() or not sequences:
         return out, potentials
     chunks = _Chunks(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations, causal)
-    # two of each: none is written in the launch that reads it
+    # two buffers of each: no launch writes to the buffer that it reads
     sums, u = chunks.sums(2), chunks.row_potentials(2) if causal else None
     for t in range(iterations):
         chunks.iterate(t, sums, u)

@@ -1,13 +1,13 @@
-"""What the kernels of sinkhorn can be tuned by."""
+"""The tunable parameters of sinkhorn's kernels."""
 
 from ...runtime.tuning import Parameter, declare
 
 
 def _fits(values, key, target) -> str | None:
-    # a warp's statistics of every group: two floats each, and the potentials (src/cuda/sinkhorn.cuh)
+    # two floats for each warp and group, and the potentials (src/cuda/sinkhorn.cuh)
     shared = (values["threads"] // 32 * 2 + 1) * key["groups"] * 4
     limit = 48 << 10
-    return f"needs {shared} bytes of static shared memory, {limit} are there" if shared > limit else None
+    return f"needs {shared} bytes of static shared memory, the device has {limit}" if shared > limit else None
 
 
 declare(
@@ -25,7 +25,7 @@ def _default(key, target):
         return {"tokens": 16}
     if not key:
         return {}
-    # a few tiles (tokens, groups) of float32 stay in registers: 16 of each a thread
+    # a few float32 tiles (tokens, groups) stay in registers: 16 numbers of each for a thread
     return {"tokens": max(16, min(1024, 2048 // max(2, 1 << (key["groups"] - 1).bit_length())))}
 
 

@@ -1,4 +1,4 @@
-"""The calls that Sinkhorn's kernels are tuned by."""
+"""The calls with which Sinkhorn's kernels are tuned."""
 
 from __future__ import annotations
 
