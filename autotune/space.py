@@ -276,13 +276,6 @@ class Space:
                 if near in self:
                     yield near
 
-    def coordinates(self, point: tuple[Value, ...]) -> tuple[float, ...]:
-        """A point's position in [0, 1] per parameter: its rank among the options."""
-        return tuple(
-            options.index(value) / max(1, len(options) - 1)
-            for options, value in zip(self.options, point, strict=True)
-        )
-
 
 def _ordered(allowed: tuple[Value, ...]) -> tuple[Value, ...]:
     return tuple(sorted(set(allowed))) if numeric(allowed) else tuple(dict.fromkeys(allowed))
@@ -290,7 +283,3 @@ def _ordered(allowed: tuple[Value, ...]) -> tuple[Value, ...]:
 
 def numeric(options: Sequence[Value]) -> bool:
     return all(isinstance(option, int) for option in options)
-
-
-def space_of(bucket: Bucket, target: Target) -> Space:
-    return Space(tuning.declared()[bucket.op, bucket.backend], bucket.keys, target)

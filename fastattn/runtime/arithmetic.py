@@ -10,6 +10,11 @@ _HALF = (torch.bfloat16, torch.float16)
 _every_step = False
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it has that dtype."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def widened(x: torch.Tensor) -> torch.Tensor:
     """x in float32 if its dtype has 16 bits, else itself."""
     return x.float() if x.dtype in _HALF and not _every_step else x

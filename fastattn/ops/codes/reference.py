@@ -2,6 +2,7 @@
 
 import torch
 
+from ...runtime.arithmetic import wide
 from ..cross_entropy.reference import (
     at_rows,
     counted_rows,
@@ -11,7 +12,6 @@ from ..cross_entropy.reference import (
     row_loss_gradient,
     shares,
     spread,
-    wide,
 )
 
 

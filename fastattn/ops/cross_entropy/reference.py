@@ -2,9 +2,7 @@
 
 import torch
 
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from ...runtime.arithmetic import wide
 
 
 def symlog(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 
 from ... import masks
-from ...runtime.arithmetic import rounded_once
+from ...runtime.arithmetic import rounded_once, wide
 from ..attention.reference import expand_heads, row_state
 from ..grouped.reference import distance
 
@@ -22,8 +22,8 @@ def gated_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out (B, Hq, L, Dv), lse (B, Hq, L), state (B, Hq, L, 2)); gate: 0 multiplies distant scores by the gate, 1 adds its logarithm."""
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
-    s = _wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
-    a = _wide(assignment)
+    s = wide(scale * (q @ k.transpose(-1, -2)))  # (B, H, L, L)
+    a = wide(assignment)
     agreement = (sharpness.to(a.dtype) * (a @ a.transpose(-1, -2))).to(s.dtype)  # (B, L, L)
     near = distance(q, k, mask).abs() <= window
     if gate == 0:
@@ -38,7 +38,3 @@ def gated_attention(
     total = total.masked_fill(nothing, 1.0)
     lse = (total.log() + top).masked_fill(nothing, -torch.inf).squeeze(-1)
     return (weight / total).to(v.dtype) @ v, lse, row_state(top, total, nothing)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()

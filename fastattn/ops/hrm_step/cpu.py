@@ -14,7 +14,7 @@ _LARGEST_HEAD_DIM = native.limits.head_dim
 def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     """Why the CPU kernel cannot serve these arguments, or None."""
     if z_h.dtype not in native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(z_h.dtype).removeprefix('torch.')}"
+        return native.unserved_dtype(z_h)
     if z_h.shape[0] > MOST_ROWS:
         return f"it serves up to {MOST_ROWS} rows, not {z_h.shape[0]}"
     if k_cache.shape[5] > _LARGEST_HEAD_DIM:
@@ -35,9 +35,9 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         positions = torch.full((batch,), position, dtype=torch.int32)
     else:
         positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
-    # the largest of a layer's weights, beside which the others' shapes do not differ in what counts
+    # the configuration of a layer's largest weight serves the others too
     product = matvec.choose(z_h.dtype, batch, weights[2].shape).values
-    cos, sin, place = rows.placed(positions[:, None], head_dim, theta, batch)
+    cos, sin, rows_of_tokens = rows.placed(positions[:, None], head_dim, theta, batch)
     native.run(
         "decode_step",
         z_h=native.rows(z_h),
@@ -50,7 +50,7 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         lengths=positions + 1,
         cos=cos,
         sin=sin,
-        rows=place,
+        rows=rows_of_tokens,
         layers=layers,
         inner=weights[3].shape[1],
         longest=position + 1,

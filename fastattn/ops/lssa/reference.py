@@ -1,11 +1,11 @@
-"""The definition of LSSA and LSSAR in plain torch, in the form whose first normaliser has cancelled."""
+"""The definition of LSSA and LSSAR in plain torch. The first normaliser of LSSAR, which cancels, is left out."""
 
 import math
 
 import torch
 
 from ... import masks
-from ...runtime.arithmetic import rounded_once
+from ...runtime.arithmetic import rounded_once, wide
 from ..attention.reference import expand_heads
 
 EQUAL = 8.0  # scores of a row that lie within EQUAL * eps * (1 + c) are all equal
@@ -20,12 +20,12 @@ def softplus_attention(
     """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq), statistics (B, Hq, Lq, 3): highest score, 1 / (highest - threshold) or 0, sum of
     weights).
 
-    LSSA has no threshold: its first two statistics are 0 and 1. LSSAR has no lse: (0,).
+    Without a threshold (LSSA) the first two statistics are 0 and 1. With one (LSSAR) lse is (0,).
     """
     lq, lk = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     allowed = masks.dense_allowed(lq, lk, q.device, mask)
-    dots = _wide(_unit(q) @ _unit(k).transpose(-1, -2))  # (B, H, Lq, Lk)
+    dots = wide(_unit(q) @ _unit(k).transpose(-1, -2))  # (B, H, Lq, Lk)
     n = allowed.sum(-1, keepdim=True).to(dots.dtype)  # (B or 1, H or 1, Lq, 1)
     c = math.log(q.shape[-1]) * n.clamp(min=1).log()
     s = torch.nn.functional.softplus(c * dots)
@@ -56,11 +56,7 @@ def softplus_attention(
     )
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x|; a vector shorter than SHORTEST becomes 0 and gets no gradient."""
-    norm = torch.linalg.vector_norm(_wide(x), dim=-1, keepdim=True)
-    return torch.where(norm <= SHORTEST, 0.0, _wide(x) / norm.clamp(min=SHORTEST)).to(x.dtype)  # NaN stays
+    norm = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)
+    return torch.where(norm <= SHORTEST, 0.0, wide(x) / norm.clamp(min=SHORTEST)).to(x.dtype)  # NaN stays

@@ -10,7 +10,7 @@ MOST_ROWS = native.limits.matvec_rows
 def refusal(x, weight) -> str | None:
     """Why the CPU kernel cannot serve these arguments, or None."""
     if x.dtype not in native.FAST_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        return native.unserved_dtype(x)
     if x.shape[-1] == 0:
         return "it serves a last dim of 1 or more"
     if x.numel() > MOST_ROWS * x.shape[-1]:
@@ -23,7 +23,7 @@ def configure(x, weight) -> _tuning.Choice:
 
 
 def choose(dtype, rows: int, shape: tuple[int, int]) -> _tuning.Choice:
-    """How the kernel reads a weight of this shape, (outputs, inputs)."""
+    """The configuration for a weight of this shape, (outputs, inputs)."""
     return _tuning.lookup(
         "matvec",
         "cpu",

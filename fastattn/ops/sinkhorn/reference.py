@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from ...runtime.arithmetic import wide
+
 
 def sinkhorn(
     scores: torch.Tensor,
@@ -30,25 +32,25 @@ def sinkhorn(
             )
             for i, (begin, end) in enumerate(itertools.pairwise(cuts))
         ]
-        after = torch.zeros_like(scores[:, cuts[-1] :])
-        empty = _wide(scores.new_empty(0, 1, groups))
-        return torch.cat([*(a for a, _ in parts), after], 1), torch.cat([empty, *(v for _, v in parts)])
-    x = _wide(scores) / temperature
+        padding = torch.zeros_like(scores[:, cuts[-1] :])
+        empty = wide(scores.new_empty(0, 1, groups))
+        return torch.cat([*(a for a, _ in parts), padding], 1), torch.cat([empty, *(v for _, v in parts)])
+    x = wide(scores) / temperature
     if lengths is None:
         lengths = torch.full((batch,), length, device=scores.device)
     valid = (torch.arange(length, device=scores.device) < lengths[:, None])[..., None]  # (B, L, 1)
     u = torch.zeros_like(x[..., :1])
     v = x.new_zeros(batch, 1, groups)
-    counted = None  # (B, L, G): the last token that a token's column sums have, where that is not itself
+    last_summed = None  # (B, L, G): the last token of a token's column sums; None: the token itself
     if prefix_lengths is not None:
         own = torch.arange(length, device=scores.device)
-        counted = own.maximum(prefix_lengths.long()[:, None] - 1)[..., None].expand(-1, -1, groups)
+        last_summed = own.maximum(prefix_lengths.long()[:, None] - 1)[..., None].expand(-1, -1, groups)
     for _ in range(iterations if length else 0):
-        # padding weighs e^-1e30 = 0 and, unlike -inf, has a gradient of 0 instead of NaN
+        # padding has the weight e^-1e30 = 0; with -inf its gradient would be NaN instead of 0
         shares = torch.where(valid, x + u, -1e30)
         if causal:
             v = -torch.logcumsumexp(shares, dim=1)  # (B, L, G)
-            v = v if counted is None else v.gather(1, counted)
+            v = v if last_summed is None else v.gather(1, last_summed)
         else:
             v = -torch.logsumexp(shares, dim=1, keepdim=True)  # (B, 1, G)
         u = -torch.logsumexp(x + v, dim=-1, keepdim=True)
@@ -56,9 +58,5 @@ def sinkhorn(
     if causal and length:
         last = (lengths.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, groups)
         v = v.gather(1, last)
-    empty = (lengths == 0)[:, None, None]  # no column to balance
+    empty = (lengths == 0)[:, None, None]  # nothing to balance
     return assignment.to(scores.dtype), v.detach().masked_fill(empty, 0.0)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
