@@ -1,11 +1,14 @@
-"""The Python of README.md and of the pages in docs/ runs, and their links lead somewhere."""
+"""The Python of README.md, of the pages in docs/ and of docstrings runs, and the pages' links lead somewhere."""
 
+import doctest
 import functools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+import fastattn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,17 @@ def test_blocks_run_in_order(page):
     for block in BLOCK.finditer(text):
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+FUNCTIONS = [name for name in fastattn.__all__ if callable(getattr(fastattn, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples_of_docstrings_run(name):
+    names = {"torch": torch, "fastattn": fastattn}
+    finder = doctest.DocTestFinder(recurse=False)
+    for example in finder.find(getattr(fastattn, name), name, module=False, globs=names):
+        assert doctest.DocTestRunner(verbose=False).run(example).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
