@@ -58,7 +58,7 @@ struct Blocks {
     assert(memory && i >= 0 && i < count);
     return {memory + i * stride, bytes};
   }
-  // Every byte becomes 0. Not while a block is in use.
+  // Sets every byte to 0. Must not be called while a block is in use.
   void zero() const { cpu::zero_scratch(memory, size_t(count * stride)); }
 };
 
@@ -76,7 +76,7 @@ FASTATTN_INLINE int64_t bytes_of(const Layout& lay_out) {
   return measure.used();
 }
 
-// lay_out(arena) with memory of this thread's slot, of the size that it takes. Throws where there is no memory.
+// Calls lay_out(arena) with memory of this thread's slot, of the size that it needs. Throws if there is no memory.
 template <class Layout>
 FASTATTN_INLINE void with_scratch(int slot, const Layout& lay_out) {
   const int64_t bytes = bytes_of(lay_out);

@@ -9,10 +9,10 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int64_t kConvPanel = 512;  // channels: what a panel keeps between tokens stays in the first-level cache
-constexpr int kConvRows = 4;         // tokens side by side
+constexpr int64_t kConvPanel = 512;  // channels: a panel's values between tokens stay in the first-level cache
+constexpr int kConvRows = 4;         // tokens that are processed together
 
-// T: the type of x and out. Taps: of the weight, or 0 for any number.
+// T: the type of x and out. Taps: the number of taps, or 0 if it is known at run time.
 template <class T, int Taps>
 class CausalConv {
  public:
@@ -72,7 +72,7 @@ class CausalConv {
     int64_t batch, begin, end, first, count;  // tokens, channels
     const float* weights;                     // (taps + 1, kConvPanel), the bias last; zero beyond the channels
   };
-  // Rows of kConvPanel: room for tokens that do not lie side by side, and the inputs before the next token, float32.
+  // float32 rows of kConvPanel: copies of tokens with strided channels, and the inputs before the next token.
   struct Panel {
     T *x, *state;
     float* history;  // taps - 1
@@ -82,7 +82,7 @@ class CausalConv {
     T* state = arena.take<T>(PanelRows<T>::tile(kConvPanel));
     return {x, state, arena.take<float>((taps - 1) * kConvPanel)};
   }
-  // The same of the backward. pending: gradients of the latest inputs, to which the next tokens add.
+  // The same for the backward. pending: gradients of the latest inputs, to which the next tokens add.
   struct Gradients {
     T *out, *unused;
     float *pending, *sums;  // taps - 1; taps + 1
@@ -133,14 +133,14 @@ class CausalConv {
     });
   }
 
-  // f<R>() for as many of `rows` as go side by side; how many.
+  // Calls f<R>() for R <= `rows` tokens that are processed together; returns R.
   template <class F>
   FASTATTN_INLINE_MEMBER int64_t in_rows(int64_t rows, const F& f) const {
     if (rows < kConvRows) return f.template operator()<1>(), 1;
     return f.template operator()<kConvRows>(), kConvRows;
   }
 
-  // The inputs before token t of sequence s: of before its first token the initial state's, or zeros.
+  // The inputs before token t of sequence s. Before its first token they are the initial state, or zeros.
   void begin_history(const Task& task, const Panel& panel, PanelRows<T>& x, int64_t s, int64_t t) const {
     PanelRows<T> state(p.initial_state, s, task.first, task.count, panel.state);
     const int64_t before = taps - 1, begin = sequences.begin(s);
@@ -154,7 +154,7 @@ class CausalConv {
     }
   }
 
-  // x: the inputs that R outputs read, taps - 1 of them from before; pre: these outputs before the activation.
+  // x: the inputs of R outputs, which include taps - 1 earlier ones; pre: the outputs before the activation.
   template <int R>
   FASTATTN_INLINE_MEMBER void convolve(const Task& task, const Panel& panel, const T* const* in, int64_t j, int n,
                                        vf* x, vf* pre) const {
@@ -188,8 +188,8 @@ class CausalConv {
     });
   }
 
-  // Tokens [t0, t1) of a sequence in their order. An input's gradient is whole once its last tap's token is past: so
-  // the tokens that still read an input of these follow, and do not count in the sums.
+  // Tokens [t0, t1) of a sequence in order. An input's gradient is complete after the last token that reads it, so the
+  // later tokens that read one of these inputs are processed too, without entering the sums.
   void differentiate(const Task& task, const Panel& panel, const Gradients& grads, PanelRows<T>& x, PanelRows<T>& grad,
                      int64_t s, int64_t t0, int64_t t1) const {
     const int64_t before = taps - 1, begin = sequences.begin(s), end = sequences.end(s);
@@ -202,7 +202,7 @@ class CausalConv {
       if (later)
         for_columns(task.count, [&](int64_t j, int n) FASTATTN_INLINE_LAMBDA { store(to + j, get(later + j, n)); });
     }
-    // where token t's input gradient goes
+    // the address of token t's input gradient
     const auto place = [&](int64_t t) -> T* {
       if (t >= t0 && t < t1) return (T*)p.grad_x.data + (task.batch * length + t) * channels + task.first;
       const bool initial = t0 == begin && t < t0 && p.grad_initial_state.data;
@@ -255,7 +255,7 @@ class CausalConv {
       }
       FASTATTN_EACH(k, K - 1) dx[k] = load(grads.pending + k * kConvPanel + j);
       FASTATTN_EACH(i, R) dx[K - 1 + i] = kLater && later[i] ? get(later[i] + j, n) : vf{};
-      FASTATTN_EACH(i, R) {  // in the order of tokens, so that sums do not depend on where a block begins
+      FASTATTN_EACH(i, R) {  // in the order of tokens, so that sums do not depend on the blocks
         FASTATTN_EACH(k, K) dx[i + k] += load(task.weights + k * kConvPanel + j) * g[i];
       }
       FASTATTN_EACH(i, R) put(out[i] + j, dx[i], n);
@@ -263,7 +263,7 @@ class CausalConv {
     });
   }
 
-  // The gradient that the next state has for an input, or null.
+  // The gradient of the next state with respect to an input, or null.
   const T* later_gradient(const Task& task, int64_t s, int64_t t) const {
     const int64_t i = t - (sequences.end(s) - (taps - 1));
     if (!p.grad_state.data || i < 0 || i >= taps - 1) return nullptr;
@@ -272,7 +272,7 @@ class CausalConv {
   T* initial_gradient(int64_t s, int64_t i) const {
     return (T*)p.grad_initial_state.data + (s * (taps - 1) + i) * channels;
   }
-  // A sequence without a token hands its state on.
+  // A sequence without tokens returns its initial state.
   void pass_gradient(int64_t s) const {
     const size_t bytes = size_t((taps - 1) * channels) * sizeof(T);
     if (p.grad_state.data)

@@ -24,7 +24,7 @@ FASTATTN_INLINE void store(f16* p, vf x) {
   memcpy(p, &h, sizeof h);
 }
 
-// The rest of a load is zero.
+// Lanes of a load past n are zero.
 template <class T>
 FASTATTN_INLINE vf load_n(const T* p, int n) {
   T t[W] = {};
@@ -38,7 +38,7 @@ FASTATTN_INLINE void store_n(T* p, vf x, int n) {
   memcpy(p, t, n * sizeof(T));
 }
 
-// What a value becomes when stored as T.
+// The value after rounding to T.
 FASTATTN_INLINE vf rounded_to(vf x, const float*) { return x; }
 FASTATTN_INLINE vf rounded_to(vf x, const bf16*) { return from_bf16(to_bf16(x)); }
 FASTATTN_INLINE vf rounded_to(vf x, const f16*) { return from_f16(to_f16(x)); }
@@ -49,7 +49,7 @@ FASTATTN_INLINE void store_two(T* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
 }
-// Factors of dot_pairs, or of a float32 product; dot_pairs does not see their subnormals.
+// Factors of dot_pairs, which takes subnormals for zero, or of a float32 product.
 FASTATTN_INLINE void store_factors(float* p, vf a, vf b) { store_two(p, a, b); }
 
 // --- pairs: 2W neighbours as two vectors, in an order that is the type's own -----------------------------------------
@@ -62,7 +62,7 @@ FASTATTN_INLINE void load_pair(const T* p, vf* x) {
   x[0] = load(p);
   x[1] = load(p + W);
 }
-// x becomes what was stored.
+// Stores x, and rounds x to the stored value.
 template <class T>
 FASTATTN_INLINE void store_pair(T* p, vf* x) {
   for (int i = 0; i < 2; i++) {
@@ -70,8 +70,8 @@ FASTATTN_INLINE void store_pair(T* p, vf* x) {
     x[i] = rounded_to(x[i], p);
   }
 }
-// Rounded with ties away from zero where that is cheaper, for what is next to never a tie: three factors' product, not
-// two numbers' sum. `nearest` is x rounded so, for what a pair leaves over.
+// Rounds ties away from zero where that is cheaper, for values that are almost never ties: a product of three factors,
+// not a sum of two numbers. `nearest` rounds x in the same way, for elements that do not fill a pair.
 template <class T>
 FASTATTN_INLINE vf nearest(vf x, const T*) {
   return x;
@@ -81,7 +81,7 @@ FASTATTN_INLINE void store_pair_nearest(T* p, const vf* x) {
   store(p, x[0]);
   store(p + W, x[1]);
 }
-// x, loaded by load_pair of T, in memory's order; and the other way.
+// x, as loaded by load_pair of T, in memory's order; and the reverse.
 template <class T>
 FASTATTN_INLINE void unpair(const T*, vf*) {}
 template <class T>
@@ -101,7 +101,7 @@ FASTATTN_INLINE void store_pair(bf16* p, vf* x) {
   x[0] = as_vf(even & splat_u(0xffff0000));
   x[1] = as_vf(odd & splat_u(0xffff0000));
 }
-// A NaN that came from bf16, or from the processor, has nothing in its lower half to carry into the upper one.
+// A NaN that comes from bf16, or from the processor, has a lower half of 0, which does not carry into the upper half.
 FASTATTN_INLINE vu bf16_nearest(vf x) { return as_vu(x) + splat_u(0x8000); }
 FASTATTN_INLINE vf nearest(vf x, const bf16*) { return as_vf(bf16_nearest(x) & splat_u(0xffff0000)); }
 FASTATTN_INLINE void store_pair_nearest(bf16* p, const vf* x) {

@@ -1,4 +1,4 @@
-// Row kernels of the output layer: what happens to logits between the matrix products of a loss over classes.
+// Row kernels of the output layer, which run on logits between the matrix products of a loss over classes.
 #pragma once
 #include "rowwise.h"
 
@@ -14,8 +14,8 @@ constexpr float kInfinity = __builtin_inff();
 
 FASTATTN_INLINE float symlog(float x) { return x >= 0 ? __builtin_log1pf(x) : -__builtin_log1pf(-x); }
 
-// What a prepared logit weighs beside the largest of its row, which weighs 1: a softmax's e^((x - largest) /
-// temperature), or a StableMax's s(x) / s(largest) with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below.
+// The weight of a prepared logit relative to the row's largest, whose weight is 1: e^((x - largest) / temperature) for
+// softmax, or s(x) / s(largest) with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below for StableMax.
 template <bool Stable>
 struct Weights {
   vf largest, scale;  // scale: the temperature, or 1 + |largest|
@@ -47,7 +47,7 @@ FASTATTN_INLINE float scalar_at(const T* p) {
   return get(p, 1)[0];
 }
 
-// x + bias, capped, over the temperature if there is one, in place.
+// In place: add the bias, apply the soft cap, and divide by the temperature if given.
 template <class T>
 FASTATTN_INLINE void prepare_row(T* x, int64_t columns, const float* bias, float cap, const float* temperature) {
   const vf up = splat(cap), over = splat(temperature ? *temperature : 1.0f);
@@ -74,7 +74,7 @@ FASTATTN_INLINE float row_maximum(const T* x, int64_t columns) {
   return best;
 }
 
-// Sum of f(value, column, lanes) over a row; the lanes that a last part of a vector lacks count as zero.
+// Sum of f(value, column, lanes) over a row. Lanes past the end of a row count as zero.
 template <class T, class F>
 FASTATTN_INLINE float row_sum(const T* x, int64_t columns, const F& f) {
   vf s[4] = {};
@@ -100,8 +100,8 @@ static float weigh_row(const float* x, float* out, int64_t columns, const Weight
   });
 }
 
-// Statistics and gradient of a whole row of prepared logits, with one exponential an element; `column` is the target's,
-// or -1. Weights stand in out where they are exact there, else in x.
+// Statistics and gradient of a whole row of prepared logits, with one exponential for each element. `column` is the
+// target's column or -1. The weights are kept in out if its type holds them exactly, else in x.
 template <class Out>
 static void softmax_row(const VocabRowsParams& p, int64_t r, float* x, Out* out, int64_t columns, int64_t column) {
   float* weighed = x;
@@ -169,31 +169,31 @@ static void vocab_rows_of(const VocabRowsParams& p) {
       if (p.gradient) {
         const float grad = *float_at(p.grad, r), mass = p.mass.data ? *float_at(p.mass, r) : grad;
         const auto weights = Weights<Stable>::make(*largest, temperature, log_count);
-        // `mass` and `spread`: d of the loss by the log-sum-exp
+        // `mass` and `spread`: derivatives of the loss with respect to the log-sum-exp
         const float tau = temperature ? *temperature : 1.0f, top = Stable ? symlog(*largest) : *largest / tau;
         const float spread = z_loss != 0 ? 2.0f * z_loss * (top + __builtin_logf(*sum)) * mass : 0.0f;
         const vf share = splat((mass + spread) / *sum), over = splat(tau);
         const vf back = splat((Stable ? tau : 1.0f) / (cap != 0 ? cap : 1.0f));
         vf dots = {};
-        // of the normaliser by a prepared logit over its temperature
+        // of the normaliser with respect to a prepared logit over its temperature
         const auto normaliser = [&](vf a, int64_t j, int n) {
           const vf g = share * weights(a, j, n);
           return Stable ? g / (splat(1.0f) + vabs(a)) : g;
         };
-        // from there back to the one that came from the product
+        // from there to the logit before preparation
         const auto chain = [&](vf g, vf a) {
           if (temperature) g /= over;
           return cap != 0 ? g * (splat(1.0f) - (a * back) * (a * back)) : g;
         };
-        // A softmax's distances to the largest, small where it matters: its gradients add up to `spread`, and to mass
-        // less grad, which is left to the caller, who has it exactly.
+        // For softmax the products use distances to the largest logit, which are small where gradients are large. Its
+        // gradients sum to `spread` + mass - grad; the caller adds the latter two, which it has exactly.
         const auto by_temperature = [&](vf g, vf a) {
           if (temperature) dots += select(g == vf{}, g, g * (Stable ? a : weights.distance(a)));
         };
         for_columns(columns, [&](int64_t j, int n) {
           const vf a = get(x + j, n);
           vf g = normaliser(a, j, n);
-          if (n < W) {  // lanes past the end hold zeros, whose share must not be counted
+          if (n < W) {  // lanes past the end hold zeros and must not be counted
             vf kept = {};
             for (int i = 0; i < n; i++) kept[i] = g[i];
             g = kept;
@@ -201,7 +201,7 @@ static void vocab_rows_of(const VocabRowsParams& p) {
           by_temperature(g, a);
           put(out + j, chain(g, a), n);
         });
-        if (here) {  // again as a whole: a sure target's gradient is less than the rounding of its share
+        if (here) {  // computed anew: for a nearly certain target the difference would cancel
           vf g = {}, a = {};
           g[0] = Stable ? -grad / (1.0f + __builtin_fabsf(y)) : -grad;
           a[0] = y;

@@ -49,8 +49,8 @@ bool has_f16c() {  // a name that Clang 14's __builtin_cpu_supports does not kno
 }
 
 #if !defined(FASTATTN_EMULATE_AVX512)
-// Where a bf16 dot does half of what a fused multiply-add does in the same time: every other cycle against two a cycle
-// (measured on family 6, model 207). float32 products of the same bf16 are then twice as fast, and lose less.
+// Whether a bf16 dot does half the work of fused multiply-adds: one dot every other cycle, two multiply-adds each cycle
+// (measured on family 6, model 207). float32 products of the same bf16 are then twice as fast and more accurate.
 bool has_slow_bf16_dot() {
   unsigned largest, b, c, d;
   return __get_cpuid(0, &largest, &b, &c, &d) && b == signature_INTEL_ebx;
@@ -58,7 +58,7 @@ bool has_slow_bf16_dot() {
 #endif
 #endif
 
-// Best last. What each asks for is what its translation unit is compiled with.
+// Best last. Each requires the features with which its translation unit is compiled.
 int candidates(Candidate* out) {
   int n = 0;
   out[n++] = {&baseline::table, true};

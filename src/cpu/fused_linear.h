@@ -1,5 +1,5 @@
-// Products of many rows with a packed matrix, and what stands before and after them in a recurrence step: the norm's
-// scale or a sigmoid gate before, SwiGLU and the residual addition after.
+// Products of many rows with a packed matrix, fused with the operations around them: a norm's scale or a sigmoid gate
+// before, SwiGLU and the residual addition after.
 //
 // Rows of x are packed (and gated, and their squares summed) once for all columns; a task then owns a block of rows and
 // columns, sums it in float32 over passes of block_steps, whose panels of B stay in L1 while every row of the block
@@ -19,7 +19,7 @@ FASTATTN_INLINE const void* offset(const Tensor& t, int64_t elements) {
   return (const char*)t.data + elements * (t.dtype == DType::f32 ? 4 : 2);
 }
 
-// How B lies in memory: `parts` runs of panels of kPanel columns, each panel `steps` words deep.
+// The layout of B: `parts` runs of panels of kPanel columns; each panel is `steps` words deep.
 template <class Unit>
 struct PanelLayout {
   int64_t steps, part_columns, part_panels;
@@ -71,7 +71,7 @@ FASTATTN_INLINE vf sigmoid_divisor(vf x, const T* type) {
   return d;
 }
 
-// Rows [first, first + rows) of x, the gate applied, to dst; their rstd, if asked for. Zero beyond the last column.
+// Packs rows [first, first + rows) of x, gated, into dst, zero beyond the last column; computes rstd if requested.
 template <class Unit, class T>
 FASTATTN_NOINLINE void pack_gated_rows(const LinearParams& p, typename Unit::Word* dst, int64_t stride, int64_t first,
                                        int64_t rows) {
@@ -102,7 +102,7 @@ FASTATTN_NOINLINE void pack_gated_rows(const LinearParams& p, typename Unit::Wor
   }
 }
 
-// Columns [first, first + rows) of x (K, M) become rows: W x W blocks turned in registers.
+// Columns [first, first + rows) of x (K, M) become rows: W x W blocks are transposed in registers.
 template <class Unit>
 FASTATTN_NOINLINE void pack_columns(const LinearParams& p, typename Unit::Word* dst, int64_t stride, int64_t first,
                                     int64_t rows) {
@@ -133,7 +133,7 @@ FASTATTN_NOINLINE void pack_columns(const LinearParams& p, typename Unit::Word* 
   });
 }
 
-// Rows and columns of a task's sums, finished and stored. c (rows, width * parts), a part beside the other.
+// Applies the epilogue to a task's sums c (rows, width * parts), whose parts lie side by side, and stores the result.
 template <class T>
 FASTATTN_NOINLINE void finish_block(const LinearParams& p, const float* c, int64_t c_row, int64_t up, int64_t first_row,
                                     int64_t rows, int64_t first, int64_t columns) {
@@ -169,7 +169,7 @@ static void linear_blocks(const LinearParams& p) {
   const PanelLayout<Unit> layout(contracted, outputs * parts, parts);
   const Word* panels = (const Word*)p.packed.data;
 
-  // off multiples of a page, which would share cache sets
+  // not a multiple of a page: such rows would share cache sets
   const int64_t stride = round_up(layout.steps, W) + 16;
   const int64_t block_rows = round_up(p.block_rows, kRows), block_panels = max64(1, p.block_columns / kPanel / parts);
   const int64_t width = block_panels * kPanel, c_row = width * parts + 16;
@@ -197,7 +197,7 @@ static void linear_blocks(const LinearParams& p) {
     });
     const int64_t row_blocks = (here + block_rows - 1) / block_rows;
     const int64_t chunks = (layout.part_panels + block_panels - 1) / block_panels;
-    // rows inside, so that the threads read one chunk of B at about the same time
+    // rows are the inner index, so that threads read the same part of B at about the same time
     parallel_items(row_blocks * chunks, p.threads, [&](int64_t task, int thread) {
       const int64_t chunk = task / row_blocks, first = task % row_blocks * block_rows;
       const int64_t count = min64(block_rows, here - first), groups = (count + kRows - 1) / kRows;

@@ -1,5 +1,5 @@
 // Gated attention forward: causal softmax over scores whose distant part is gated by g = sigmoid(sharpness * a_i.a_j).
-// One more product per tile, as deep as there are groups; a block is the same rows of several heads, which share it.
+// A tile needs one more product, over groups; a block has the same rows of several heads, which share that product.
 #pragma once
 
 #include "attention_forward_block.h"
@@ -8,7 +8,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// The assignment of every sequence, packed once for all heads: to contract groups, and to contract keys.
+// The assignment of every sequence, packed once for all heads, for products over groups and for products over keys.
 struct GatedProblem : Problem {
   const GatedParams& g;
   struct Packed {
@@ -49,7 +49,7 @@ struct GatedProblem : Problem {
     return low;
   }
 
-  // Where in a tile at key n the window of row i begins, and where it ends.
+  // The begin and end of row i's window in a tile that starts at key n.
   int32_t near_column(const Sequence& s, int64_t i, int64_t n) const { return column(i + s.offset - g.window - n); }
   int32_t near_end(const Sequence& s, int64_t i, int64_t n) const { return column(i + s.offset + g.window + 1 - n); }
   static int32_t column(int64_t key) { return (int32_t)max64(min64(key, INT32_MAX / 2), -INT32_MAX / 2); }
@@ -76,10 +76,10 @@ struct GateTile {
     pack_rows<Singles>(a, problem.groups, problem.rows(s, s.q_begin + first), rows, problem.groups, 1.0f);
   }
 
-  // Gates of the tile of keys [n, n + there); false where every row has all that it sees of it in its window.
+  // Gates of the tile of keys [n, n + there). Returns false if all attended pairs of the tile are inside the window.
   bool fill(const Sequence& s, int64_t sequence, const RowRanges& ranges, int64_t first, int64_t rows, int64_t n,
             int64_t there) {
-    // without a prefix no key after a row is seen, whatever its gate
+    // without a prefix no key after a row is attended
     const bool after = problem.near_end(s, first, n) < min64(there, min64(s.prefix, ranges.end) - n);
     if (problem.near_column(s, first + rows - 1, n) <= 0 && !after) return false;
     tile_products<Singles>(gates, stride, a, problem.groups, problem.transposed(sequence) + n * problem.groups, ranges,
@@ -136,7 +136,7 @@ struct GatedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
     this->top = arena.take<float>(this->block_q);
     this->q = arena.take<typename Unit::Word>(this->block_q * this->q_steps);
   }
-  // The block becomes that of the h-th head.
+  // Switches the block to the h-th head.
   void turn_to(int64_t h) {
     Arena arena = heads[h];
     take_head(arena);

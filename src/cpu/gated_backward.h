@@ -1,5 +1,5 @@
-// Gated attention backward: that of softmax with gates that a block's heads share. What the gradient of the agreement
-// a_i.a_j takes from each head is summed over them before the products that make gradients of assignments.
+// Gated attention backward: softmax's backward with gates that a block's heads share. The gradient of the agreement
+// a_i.a_j is summed over heads before the products that give the gradients of assignments.
 #pragma once
 
 #include "gated.h"
@@ -119,7 +119,7 @@ struct GatedGradientBlock {
                    block_q, ranges, count, n);
   }
 
-  // One head's scores and dP of row r become P and dS; what the agreement's gradient has of them is added to shares.
+  // Turns one head's scores and dP of row r into P and dS, and adds its part of the agreement's gradient to shares.
   template <bool kGated, bool kLogarithm>
   void weigh_row(int64_t r, const Columns& columns, const RowMask& mask, const RowState& state, float d) {
     float *w = weights + r * kGradientTile, *slope = slopes + r * kGradientTile, *share = shares + r * kGradientTile;
@@ -175,7 +175,7 @@ struct GatedGradientBlock {
   }
 };
 
-// The most key heads together that leave the busiest thread no more heads than one at a time would.
+// The largest number of key heads in a block for which the busiest thread gets no more heads than with one.
 static Together gradient_heads_together(const Problem& problem, int64_t blocks) {
   const int64_t threads = problem.p.threads, pairs = problem.sequences * problem.kv_heads;
   int64_t most = kSharing;

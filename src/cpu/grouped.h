@@ -11,7 +11,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Tokens of one list with their signatures, in order of position.
+// The tokens of one list with their signatures, in order of position.
 struct Members {
   int32_t *position, *low, *high;  // (count): position in the sequence, halves of the signature
   int64_t count;
@@ -20,13 +20,13 @@ struct Members {
 struct GroupList {
   Members queries, keys;
   uint32_t low, high;  // bits of the signatures that decide whether this list counts a pair
-  bool test;           // some pair of this list has to be tested
-  bool shared;         // it counts pairs that share one of those bits; else pairs that share none
+  bool test;           // some pair of this list must be tested
+  bool shared;         // the list counts pairs that share one of these bits; else pairs that share none
 };
 
 constexpr int kMostLists = 64;
 
-// Lists 1 to count are of earlier keys; with `later`, lists count + 1 to 2 count are the same groups' of later keys.
+// Lists 1 to count have earlier keys. With `later`, lists count + 1 to 2 count have the same groups' later keys.
 struct SequenceLists {
   GroupList list[kMostLists];
   int count;
@@ -64,7 +64,7 @@ FASTATTN_INLINE uint64_t union_of(const Members& m, uint64_t bits) {
 struct GroupedProblem : Problem {
   const GroupedParams& g;
   SequenceLists* lists = nullptr;  // (sequences)
-  int most = 0;                    // lists of any sequence, the local one aside
+  int most = 0;                    // largest number of lists of a sequence, without the local one
 
   GroupedProblem(const GroupedParams& params) : Problem(params), g(params) {
     with_scratch(1, [&](Arena& arena) {
@@ -78,7 +78,7 @@ struct GroupedProblem : Problem {
     });
   }
 
-  // The first rows, which see keys of a prefix that lie after their window.
+  // The first rows, which attend keys of a prefix after their window.
   int64_t later_rows(const Sequence& s) const {
     if (s.window_right >= 0 && s.window_right <= g.window) return 0;
     return max64(0, min64(s.q_length, min64(s.prefix, s.keys) - s.offset - g.window - 1));
@@ -87,7 +87,7 @@ struct GroupedProblem : Problem {
   void build(const Sequence& s, SequenceLists& to, Arena& arena) const {
     to.count = 0;
     to.later = later_rows(s) > 0;
-    if (s.k_length <= g.window + 1 && !to.later) return;  // the window reaches everything
+    if (s.k_length <= g.window + 1 && !to.later) return;  // the window contains all keys
     const int64_t *q = signatures(g.groups, s.batch, s.q_begin), *k = signatures(g.key_groups, s.batch, s.k_begin);
     int64_t in_q[64] = {}, in_k[64] = {}, any_q = 0, any_k = 0, pairs = 0;
     const auto tally = [](const int64_t* signature, int64_t length, int64_t* in) {
@@ -102,7 +102,7 @@ struct GroupedProblem : Problem {
     any_k = tally(k, s.keys, in_k);
     for (int b = 0; b < 64; b++) pairs += in_q[b] * in_k[b];
     if (pairs == 0) return;
-    if (pairs > any_q * any_k) {  // so much overlap that one list of all is less work
+    if (pairs > any_q * any_k) {  // groups overlap so much that one list of all tokens is less work
       GroupList& list = to.list[to.count++];
       list = {
           members(q, s.q_length, ~0ull, any_q, arena), members(k, s.keys, ~0ull, any_k, arena), ~0u, ~0u, true, true};
@@ -151,7 +151,7 @@ struct ListView {
   int64_t row(int64_t r) const { return list ? list->queries.position[r] : r; }
   int64_t key(int64_t j) const { return list ? list->keys.position[j] : first_key + j; }
 
-  // Members at positions below `position`, which are `from` or more.
+  // The number of members at positions below `position`; it is at least `from`.
   static int32_t below(const Members& members, int64_t position, int64_t from) {
     int64_t low = from, step = 1;  // the next row's are mostly one or two more
     while (low + step <= members.count && members.position[low + step - 1] < position) low += step, step *= 2;
@@ -194,7 +194,7 @@ struct ListView {
     }
   }
 
-  // Which of W keys from j on row r's list counts, as far as signatures tell.
+  // Which of W keys from j on the list of row r counts by their signatures.
   FASTATTN_INLINE vi counted(const GroupList& list, int64_t r, int64_t j) {
     vi low, high;
     memcpy(&low, list.keys.low + j, sizeof low);
@@ -205,7 +205,7 @@ struct ListView {
   }
 };
 
-// `count` rows of a list from `first` on, as rows of memory: where they are when they follow each other, else copied.
+// `count` rows of a list from `first` on: in place if they are consecutive, else copied.
 template <class Position>
 FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t count, int64_t columns, bool scattered,
                               const Position& position) {
@@ -217,7 +217,7 @@ FASTATTN_INLINE Matrix gather(char* to, Matrix from, int64_t first, int64_t coun
   return {to, columns, from.dtype};
 }
 
-// What the lists so far have given the rows of one query head: weighted values, running maximum, running sum.
+// The state of one query head's rows after the lists so far: weighted values, running maximum, running sum.
 struct ListState {
   float *values, *top, *sum;  // (rows, columns) and room to fill the last group of rows; (rows) each
 
@@ -236,7 +236,7 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   GroupedBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
       : Base(problem, block_q, block_k, arena), rows_of_q(arena.take<char>(block_q * problem.head_dim * 4)) {}
 
-  // Rows of the local list start the state, those of a group's go on from it.
+  // Rows of the local list start the state; rows of a group's list continue from it.
   void run(const ListView& view, int64_t head, int64_t first, int64_t rows, const PackedHead<Unit>& packed,
            const ListState& state) {
     const AttentionParams& p = this->problem.p;
@@ -287,7 +287,7 @@ struct GroupedBlock : ForwardBlock<Unit, SoftmaxScore<Arithmetic>> {
   }
 };
 
-// The packed operands of one list of one key head, and what its query heads have so far.
+// The packed operands of one list of one key head, and the states of its query heads.
 template <class Unit>
 struct GroupedHead : PackedHead<Unit> {
   Blocks states;

@@ -1,6 +1,6 @@
-// Grouped sparse attention backward: list by list, P = exp(s - top - log sum), dS = P (dP - delta), and the five
-// products of every tile with its gathered rows. One task a key head, which owns that head's gradients in float32; with
-// few key heads several, each with every so many blocks of rows and gradients of its own, summed in order.
+// Grouped sparse attention backward: for each list P = exp(s - top - log sum), dS = P (dP - delta), and the five
+// products of every tile with its gathered rows. One task for each key head owns its gradients in float32. With few key
+// heads there are several tasks for each, with every n-th block of rows and gradients of their own, summed in order.
 #pragma once
 
 #include "attention_decode.h"
@@ -58,7 +58,7 @@ struct GroupedGradients {
         copy(arena.take<char>(max64(block_q, capacity) * max64(head_dim, value_dim) * 4)),
         ranges(block_q, arena) {}
 
-  // The part-th of `parts` of a key head's blocks of rows: gradients without their factors.
+  // The gradients, without their factors, of the part-th of `parts` sets of a key head's blocks of rows.
   void run(int64_t sequence, int64_t kv_head, int64_t part, int64_t parts) {
     const Sequence s = problem.sequence(sequence);
     memset(grad_q, 0, size_t(queries * problem.group * head_columns) * 4);
@@ -94,7 +94,7 @@ struct GroupedGradients {
                     1.0f);
   }
 
-  // `block` counts the head's blocks of rows: those whose number is `part` modulo `parts` are run.
+  // `block` counts the head's blocks of rows; blocks whose number is `part` modulo `parts` are computed.
   void run_list(const ListView& view, int64_t kv_head, int64_t part, int64_t parts, int64_t* block) {
     const Sequence& s = view.s;
     const int64_t blocks = problem.group * ((view.rows + block_q - 1) / block_q), before = *block;
@@ -165,7 +165,7 @@ struct GroupedGradients {
               head_columns);
   }
 
-  // Scores and dP of one row become P and dS.
+  // Turns scores and dP of one row into P and dS.
   void weigh_row(const ListView& view, int64_t h, int64_t first, int64_t i, int64_t n, int64_t there) {
     const Columns columns(ranges, i / kRows, n, there);
     float *w = weights + i * kGradientTile, *slope = slopes + i * kGradientTile;

@@ -1,5 +1,5 @@
-// A token a row through a hierarchical recurrence: every product reads its weights once for all rows, and what stands
-// between products stays in float32 and in cache.
+// One token of each row through a hierarchical recurrence. Every product reads its weights once for all rows; values
+// between products stay in float32 and in cache.
 #pragma once
 #include "attention_decode.h"
 #include "matvec.h"
@@ -52,7 +52,7 @@ struct DecodeStep {
     q.threads = p.threads;
     rms_norm_rows<float>(q);
   }
-  // to (rows, outputs) = from (rows, inputs) W^T, or += that
+  // to (rows, outputs) = from (rows, inputs) W^T, or += it
   void product(int64_t layer, int which, const float* from, int64_t inputs, float* to, int64_t outputs,
                bool add) const {
     MatvecParams q;

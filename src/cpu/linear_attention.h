@@ -1,5 +1,5 @@
-// Linear attention in chunks of tokens: what the forward and the backward share. Decay factors inside a chunk are
-// products of factors in [0, 1], never exponentials of differences:
+// Linear attention in chunks of tokens: code shared by forward and backward. Decay factors inside a chunk are products
+// of factors in [0, 1], never exponentials of differences:
 //
 //   p_i = prod_{t <= i} a_t,  s_j = prod_{t > j} a_t,  D_ij = prod_{j < t <= i} a_t (i >= j)
 //   A = scale * (q k^T o D),  M = k k^T o D below the diagonal
@@ -15,15 +15,15 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// What a chunk's decays and write strengths make of keys and queries for one value head.
+// A chunk's decays and write strengths for one value head, and keys and queries multiplied by them.
 struct LinearHead {
   const LinearProblem& problem;
   float *factor, *from_start, *to_end, *beta;  // (kChunkRows) a, p, s, b
   float* between;                              // (kChunkRows, kPairs) D, 0 above the diagonal
   float *a, *m;                                // (kChunkRows, kPairs) A and -M
   float *q_start, *k_start, *k_end;            // (kChunkRows, key_stride) scale p q, -p k, s k
-  float* kept;                                 // (state_rows) what is left of a state's rows after the chunk
-  LinearChannels channels;                     // in place of a, p, s and D where there is a decay for each key channel
+  float* kept;                                 // (state_rows) the factors of a state's rows after the chunk
+  LinearChannels channels;                     // replaces a, p, s and D if each key channel has a decay
 
   LinearHead(const LinearProblem& problem, bool backward, Arena& arena)
       : problem(problem),
@@ -81,7 +81,7 @@ struct LinearHead {
       for (int64_t j = 0; j < kPairs; j += W) {
         const vi column = iota() + (int32_t)j;
         const vf decay = FASTATTN_ISA::load(d_row + j);
-        // where nothing was computed, and what later tokens hold, is no number to multiply by 0
+        // entries that were not computed, or of later tokens, may be NaN: set them to 0 instead of multiplying by 0
         store(a + i * kPairs + j, keep(column <= last, FASTATTN_ISA::load(qk + j) * decay) * scale);
         if (delta) store(m + i * kPairs + j, -keep(column < last, FASTATTN_ISA::load(kk + j) * decay));
       }
@@ -117,7 +117,7 @@ struct LinearHead {
 
 // --- products of a panel of columns ----------------------------------------------------------------------------------
 
-// acc += X y for group g's rows of pairs X (rows, tokens), 0 above the diagonal: of no later token, whatever it holds.
+// acc += X y for group g's rows of pairs X (rows, tokens), which is 0 above the diagonal. Later tokens are not read.
 template <int V>
 FASTATTN_INLINE void accumulate_earlier(vf (&acc)[kRows][V], const float* pairs, const float* y, int64_t g) {
   const float* x = pairs + g * kRows * kPairs;
@@ -134,7 +134,7 @@ FASTATTN_INLINE void accumulate_earlier(vf (&acc)[kRows][V], const float* pairs,
     }
   }
 }
-// acc += X^T y for group g's rows: of no earlier token.
+// acc += X^T y for group g's rows. Earlier tokens are not read.
 template <int V>
 FASTATTN_INLINE void accumulate_later(vf (&acc)[kRows][V], const float* pairs, const float* y, int64_t g,
                                       int64_t groups) {
@@ -172,7 +172,7 @@ FASTATTN_INLINE void store_group(float* x, int64_t stride, const vf (&acc)[kRows
   }
 }
 
-// u and w of a chunk's rows, w in place of the values. u may be absent.
+// u and w of a chunk's rows; w overwrites the values. u may be absent.
 template <int V, bool kDelta>
 FASTATTN_NOINLINE void write_values(float* w, float* u, const LinearHead& head, const float* state, int64_t groups,
                                     RowsAhead& ahead) {
@@ -223,7 +223,7 @@ FASTATTN_NOINLINE void read_values(float* out, const LinearHead& head, const flo
   }
 }
 
-// state = kept * state + x^T y, and + x2^T y2: x of (tokens, channels), y of (tokens, columns). kept null: 1.
+// state = kept * state + x^T y, and + x2^T y2; x is (tokens, channels), y is (tokens, columns). kept null: 1.
 template <int V>
 FASTATTN_NOINLINE void update_state(float* state, int64_t state_rows, const float* kept, const float* x, int64_t stride,
                                     const float* y, int64_t tokens, const float* x2 = nullptr,
@@ -261,8 +261,8 @@ FASTATTN_NOINLINE void read_state(float* out, const float* x, int64_t stride, co
   }
 }
 
-// Sums (rows, columns) and their divisor in the last column: the sums become what they are divided by it, and the
-// divisor its reciprocal, 0 where it is 0.
+// Sums (rows, columns) with their divisor in the last column: divides the sums by it and replaces it by its reciprocal.
+// Where the divisor is 0 both become 0.
 static void divide_rows(float* sums, int64_t rows, int64_t columns) {
   const int64_t last = columns - 1, padded = round_up(columns, W), first = last / kPanel * kPanel;
   const int64_t width = min64(kPanel, padded - first);

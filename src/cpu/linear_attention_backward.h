@@ -1,5 +1,5 @@
-// Linear attention backward, from a document's last chunk to its first. A chunk's matrices, u and w are made again from
-// the state before it; with dS the gradient of the state after it:
+// Linear attention backward, from a document's last chunk to its first. A chunk's matrices, u and w are recomputed from
+// the state before it. With dS the gradient of the state after it:
 //
 //   z = dw - M^T (b z),  dw = A^T do + (s k) dS,  dv = b z,  db_i = sum u_i z_i
 //   dA = scale * (do w^T at and below the diagonal),  dM = -(b z) w^T below it
@@ -7,9 +7,9 @@
 //   dk = -p ((b z) S^T) + s (w dS^T) + (dA o D)^T q + (dM o D + (dM o D)^T) k
 //   dS before = p_C dS + scale (p q)^T do - (p k)^T (b z)
 //
-// The gradient of token t's decay is the sum of what goes past it: of pairs D_ij with j < t <= i, what tokens i >= t
-// read of the state before the chunk (p_i), what tokens j < t leave in the one after it (s_j), and what is left of the
-// former in the latter (p_C). No two large sums are subtracted, and where a = 0 every term is 0.
+// The gradient of token t's decay sums the gradients of all products that contain it: pairs D_ij with j < t <= i, p_i
+// of tokens i >= t (reads of the state before the chunk), s_j of tokens j < t (writes to the state after it), and p_C
+// (the former state in the latter). No two large sums are subtracted, and where a = 0 every term is 0.
 #pragma once
 
 #include "linear_attention.h"
@@ -17,7 +17,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// y = b z of a chunk's rows, and what z times u adds to beta's gradient by lanes.
+// y = b z of a chunk's rows, and beta's gradient z * u, summed by lanes.
 template <int V, bool kDelta>
 FASTATTN_NOINLINE void value_gradients(float* y, float* beta_lanes, const LinearHead& head, const float* d_out,
                                        const float* d_state, const float* u, int64_t groups, RowsAhead& ahead) {
@@ -81,11 +81,11 @@ struct LinearBackward {
   float *grad_a, *grad_m;           // (kChunkRows, kPairs) dA and -dM of one value head
   float *pairs_a, *pairs_m;         // dA o D and dM o D, summed over value heads
   float* beta_lanes;                // (kChunkRows, W) of each row's gradient
-  int64_t gate_columns;             // of a decay's gradients: channels, or W lanes to be summed
-  float *read_rows, *write_rows;    // (kChunkRows, gate_columns) what a row reads of the state before, and
-                                    // leaves in that after
-  float* past;                      // (kChunkRows, gate_columns) the gradient of pairs whose decay has a row's
-  float* carried;                   // (state_rows) that of what is left of the state before, by its rows
+  int64_t gate_columns;             // columns of a decay's gradient: channels, or W lanes to be summed
+  float *read_rows, *write_rows;    // (kChunkRows, gate_columns) gradients of p (reads of the state before) and
+                                    // of s (writes to the state after) of each row
+  float* past;                      // (kChunkRows, gate_columns) gradients of the pairs whose D contains a row's decay
+  float* carried;                   // (state_rows) gradient of p_C for each row of the state
 
   RowsAhead ahead;
 
@@ -269,7 +269,7 @@ struct LinearBackward {
     load_out_gradient(t, value_head, first, rows);
   }
 
-  // With normalize, whose sums of the causal form are known: the gradient of o / divisor.
+  // With normalize: the gradient of o / divisor. The sums of the causal form are known.
   void load_out_gradient(const LinearTask& t, int64_t value_head, int64_t first, int64_t rows) {
     problem.load_values(d_out, p.grad_out, t, value_head, first, rows, false);
     if (!p.normalize) return;
@@ -311,7 +311,7 @@ struct LinearBackward {
     }
   }
 
-  // dA / scale and -dM, as they come.
+  // dA / scale and -dM, unfactored.
   FASTATTN_NOINLINE_MEMBER void pair_products(const LinearTask& t, int64_t rows) {
     const int64_t columns = padded_of(t);
     for (int64_t j = 0; j < rows; j += kPanel)
@@ -368,7 +368,7 @@ struct LinearBackward {
     head.channels.add_gradients(keys, grad_a, grad_m, p.delta_rule, grad_q, grad_k, past);
   }
 
-  // grad rows of group g, channels from n on, += factor * acc.
+  // Rows of grad of group g, channels from n on: += factor * acc.
   void add_scaled(float* to, int64_t g, int64_t n, const vf (&acc)[kRows][kVecs], float factor) const {
     FASTATTN_UNROLL
     for (int i = 0; i < kRows; i++) {
@@ -405,7 +405,7 @@ struct LinearBackward {
     }
   }
 
-  // What queries and keys have of the state before the chunk and of the gradient of the one after it.
+  // Gradients of queries and keys from the state before the chunk and from the gradient of the state after it.
   FASTATTN_NOINLINE_MEMBER void state_products(const LinearTask& t) {
     const int64_t columns = padded_of(t);
     const LinearChannels& channels = head.channels;
@@ -427,7 +427,7 @@ struct LinearBackward {
     });
   }
 
-  // What queries and keys have of the chunk's pairs.
+  // Gradients of queries and keys from the chunk's pairs.
   FASTATTN_NOINLINE_MEMBER void add_pair_products() {
     const int64_t stride = problem.key_stride, groups = keys.groups;
     each_key_group([&](int64_t n, int64_t g) {
@@ -471,7 +471,7 @@ struct LinearBackward {
       for (int64_t i = 0; i < rows; i++) row_of(p.grad_decay)[i] = reduce_add(load(past + i * W));
     }
   }
-  // past += what goes through a row's decay from the state before the chunk, or into the one after it.
+  // past += the gradients of a row's decay from reads of the state before the chunk and from writes to the one after.
   void past_sums(int64_t rows) {
     for (int64_t d = 0; d < gate_columns; d += W) {
       vf written = load(carried + d), read{};
@@ -491,7 +491,7 @@ struct LinearBackward {
     store_rows(p.grad_q, t, first, rows, grad_q, keys.q, keys.q_factor);
     store_rows(p.grad_k, t, first, rows, grad_k, keys.k, keys.k_factor);
   }
-  // x: the rows that products took, factors those of qk_norm: a row's gradient is factor * (dx - x (x.dx)).
+  // x: the normalised rows; factors: those of qk_norm. A row's gradient is factor * (dx - x (x.dx)).
   void store_rows(const Tensor& to, const LinearTask& t, int64_t first, int64_t rows, float* grad, const float* x,
                   const float* factors) {
     const int64_t stride = problem.key_stride;

@@ -1,6 +1,6 @@
-// Decays of each key channel. Products of pairs x_i . (y_j prod_{j < t <= i} a_t) are made in blocks of rows: with keys
-// before the block as (x E) (y F)^T, E from the block's first token to the row and F from the key to that token, both
-// products of factors in [0, 1]; inside the block row by row. Gradients go the same way back.
+// Decays of each key channel. Products of pairs x_i . (y_j prod_{j < t <= i} a_t) are formed in blocks of rows. With
+// keys before the block they are (x E) (y F)^T: E is the decay from the block's first token to the row, F from the key
+// to that token, both products of factors in [0, 1]. Inside the block they are formed row by row. Gradients likewise.
 #pragma once
 
 #include "linear_attention_problem.h"
@@ -19,7 +19,7 @@ struct LinearChannels {
   float *to_block, *k_block;              // (kChunkRows, stride) F of the keys before the block, k F
   float* transposed;                      // k F as panels of tokens, contracted over channels
   float *k_panels, *q_panels, *m_panels;  // k F, q E and k E as panels of channels, contracted over tokens
-  float *reads, *writes;  // (kChunkRows, stride) by rows: what of the pairs goes into their tokens' decays
+  float *reads, *writes;  // (kChunkRows, stride): the pairs' contributions to the gradients of their tokens' decays
 
   LinearChannels(const LinearProblem& problem, bool backward, Arena& arena)
       : problem(problem), stride(problem.key_stride), key_columns(round_up(problem.key_dim, kPanel)) {
@@ -41,7 +41,7 @@ struct LinearChannels {
     writes = arena.take<float>(back * rows * stride);
   }
 
-  // The factors of a chunk's rows, 1 after them.
+  // The factors of a chunk's rows; 1 for rows past the end.
   void load(const Matrix& from, int64_t rows) {
     pack_rows<Singles>(rates, stride, from, rows, problem.key_dim, 1.0f);
     for (int64_t d = 0; d < rows * stride; d += W) store(rates + d, exp(FASTATTN_ISA::load(rates + d)));
@@ -71,8 +71,8 @@ struct LinearChannels {
     }
   }
 
-  // From da and dm, the gradients of those products without their factors: adds to the gradients of queries and keys,
-  // and to that of the decays' logarithms (kChunkRows, stride).
+  // From da and dm, the gradients of these products without their factors: adds to the gradients of queries and keys,
+  // and to the gradient of the decays' logarithms (kChunkRows, stride).
   void add_gradients(const LinearKeys& keys, const float* da, const float* dm, bool delta, float* grad_q, float* grad_k,
                      float* grad_rates) {
     const int64_t rows = keys.groups * kRows;
@@ -86,7 +86,7 @@ struct LinearChannels {
   }
 
  private:
-  // E, q E and k E of rows [r, end), F and k F of the keys before r, from those of the block before.
+  // E, q E and k E of rows [r, end); F and k F of the keys before r, from those of the previous block.
   void begin_block(const LinearKeys& keys, int64_t r, int64_t end) {
     for (int64_t d = 0; d < stride; d += W) {
       if (r > 0) {
@@ -175,7 +175,7 @@ struct LinearChannels {
           }
       }
     }
-    // a pair of a key before token t and a row of the block, at or after t, goes through t's decay
+    // the decay of token t is in the pairs of a key before t and a row of the block at or after t
     for (int64_t d = 0; d < key_columns; d += W) {
       vf sum{};
       for (int64_t j = 0; j + 1 < r; j++) {
@@ -201,7 +201,7 @@ struct LinearChannels {
       }
     }
   }
-  // Of the pairs inside rows [r, end), W channels from d on; gradients are those of these channels.
+  // The pairs inside rows [r, end), for W channels from d on.
   void inside_gradients(const LinearKeys& keys, const float* da, const float* dm, int64_t r, int64_t end, bool delta,
                         float* grad_q, float* grad_k, float* grad_rates, int64_t d) const {
     vf key[kBlock], ratio[kBlock], grad_key[kBlock] = {}, grad_rate[kBlock + 1] = {};

@@ -1,4 +1,4 @@
-// A call of linear attention: its tasks, its tensors as panels, and a chunk's queries and keys.
+// A call of linear attention: its tasks, its tensors as panels, and the queries and keys of a chunk.
 #pragma once
 
 #include "arena.h"
@@ -49,7 +49,7 @@ FASTATTN_INLINE void for_vectors(int64_t rows, int64_t columns, int64_t capacity
   }
 }
 
-// Rows of one dtype to panels: columns [first, first + columns) of `given`, the one after them 1 where `one`, others 0.
+// Rows of one dtype to panels: columns [first, first + columns) of `given`, a column of 1 if `one`, then zeros.
 static void load_panels(float* to, int64_t capacity, const Matrix& from, int64_t rows, int64_t first, int64_t columns,
                         int64_t given, bool one) {
   with_dtype(from.dtype, [&](auto* type) {
@@ -64,7 +64,7 @@ static void load_panels(float* to, int64_t capacity, const Matrix& from, int64_t
     });
   });
 }
-// The other way; columns from `given` on are left out.
+// Panels to rows; columns from `given` on are left out.
 static void store_panels(const Matrix& to, const float* from, int64_t capacity, int64_t rows, int64_t first,
                          int64_t columns, int64_t given) {
   with_dtype(to.dtype, [&](auto* type) {
@@ -98,8 +98,8 @@ static void transpose_panels(float* to, const float* from, int64_t capacity, int
   }
 }
 
-// Rows of tensors that the next chunk reads, asked for one by one while this one is computed: heads lie side by side
-// in a token's memory, so that rows are far apart and nobody else sees them coming.
+// The rows that the next chunk reads, prefetched one by one while this chunk is computed: a token's heads lie side by
+// side in memory, so a head's rows are far apart and the processor does not prefetch them.
 class RowsAhead {
  public:
   void clear() { tensors_ = next_ = 0; }
@@ -125,13 +125,13 @@ class RowsAhead {
   int64_t tensors_ = 0, count_ = 0, next_ = 0;
 };
 
-// A document of a batch: `length` tokens from `begin` on, its state's number, and the first of its kept states.
+// A document of a batch: `length` tokens from `begin` on, the index of its state, and that of its first kept state.
 struct LinearSequence {
   int64_t batch, begin, length, state, kept;
 };
 
-// What one task computes: value heads [head, head + heads) of a key head, columns [column, column + columns) of their
-// states, which part of the whole that is, and of the columns.
+// The work of one task: value heads [head, head + heads) of a key head, columns [column, column + columns) of their
+// states, and the index of its part among all parts and among the parts of columns.
 struct LinearTask {
   LinearSequence sequence;
   int64_t key_head, head, heads, column, columns, part, value_part;
@@ -187,7 +187,7 @@ struct LinearProblem {
   Matrix kept_state(const LinearSequence& s, int64_t head, int64_t chunk) const {
     return plane_of(p.states, s.batch, head * kept + s.kept + chunk, 0);
   }
-  // What the chunk at token `first` will read for one value head, and of keys for the last one of a task.
+  // The rows that the chunk at token `first` reads for one value head; for a task's last head also those of the keys.
   void look_ahead(RowsAhead& ahead, const LinearTask& t, int64_t head, int64_t first, const Tensor* grad_out) const {
     ahead.clear();
     if (first < 0 || first >= t.sequence.length) return;
@@ -208,7 +208,7 @@ struct LinearProblem {
   int64_t padded_columns() const { return round_up(min64(part_columns, columns), W); }
   int threads() const { return threads_for(p.threads, p.v.size[0] * p.v.size[1] * length * key_dim * value_dim); }
 
-  // A task's columns of a state (dk, columns) in memory as panels; 0 of one that is absent.
+  // A task's columns of a state (dk, columns) as panels; 0 if the state is absent.
   void load_state(float* to, const LinearTask& t, const Matrix& from) const {
     const int64_t padded = round_up(t.columns, W);
     memset(to, 0, size_t(state_rows * padded) * 4);
@@ -228,7 +228,7 @@ struct LinearProblem {
       memset(to + d * kChunkRows + rows * width, 0, size_t((round_up(rows, kRows) - rows) * width) * 4);
     }
   }
-  // Panels to a chunk's rows of a tensor as v.
+  // Panels to a chunk's rows of a tensor of v's shape.
   void store_values(const Tensor& to, const float* from, const LinearTask& t, int64_t head, int64_t first,
                     int64_t rows) const {
     store_panels(plane_of(to, t.sequence.batch, head, t.sequence.begin + first), from, kChunkRows, rows, t.column,
@@ -236,7 +236,7 @@ struct LinearProblem {
   }
 };
 
-// One thread's copy of a chunk's queries and keys, and what of it is the same for all value heads of a key head.
+// One thread's copy of a chunk's queries and keys, and their products, which all value heads of a key head share.
 struct LinearKeys {
   const LinearProblem& problem;
   float *q, *k;                // (kChunkRows, key_stride)

@@ -1,6 +1,6 @@
-// h_t = a_t h_{t-1} + b_t: lanes are channels, tokens one after the other. A task has a panel of channels of one
-// sequence; where there are fewer tasks than threads, time is cut as well: each segment's product of a and its h from
-// nothing, then what each begins with, then the segments.
+// h_t = a_t h_{t-1} + b_t. Lanes are channels; tokens are processed in order. A task has a panel of channels of one
+// sequence. With fewer tasks than threads, time is cut into segments: first each segment's product of a and its h from
+// a zero state, then the state before each segment, then the segments themselves.
 #pragma once
 
 #include "arena.h"
@@ -14,7 +14,7 @@ namespace FASTATTN_ISA {
 constexpr int64_t kScanPanel = limits::scan_slice;  // channels
 constexpr int kScanRows = 4;                        // tokens in registers
 
-// What a number is, and what its factor is made of. `pull(da, f)` is the gradient of what f is made of.
+// The arithmetic of a number type and of its factors. `pull(da, f)` is the gradient of the value from which f is made.
 struct RealScan {
   static constexpr int kUnit = 1;
   FASTATTN_INLINE vf factor(vf a) { return a; }
@@ -26,7 +26,7 @@ struct LogScan : RealScan {
   FASTATTN_INLINE vf factor(vf a) { return exp(a); }
   FASTATTN_INLINE vf pull(vf da, vf f) { return da * f; }
 };
-// Real and imaginary parts in turn.
+// Complex numbers: real and imaginary parts alternate.
 struct PairScan : RealScan {
   static constexpr int kUnit = 2;
   template <int... L>
@@ -138,7 +138,7 @@ class LinearScan {
   E* row(const Tensor& t, const Task& task, int64_t token) const {
     return (E*)t.data + ((task.batch * length + token) * channels + task.first) * kUnit;
   }
-  // The carried row of a sequence, (S, D): zeros where there is none.
+  // The row (S, D) before a sequence; zeros if it is absent.
   void carry_in(Task& task, const Tensor& initial) const {
     memset(task.carry, 0, size_t(task.padded) * 4);
     if (initial.data) memcpy(task.carry, state(initial, task), size_t(task.count * kUnit) * 4);
@@ -160,13 +160,13 @@ class LinearScan {
     for (; i < count; i++) t[0] = token(i), f.template operator()<1>(t);
   }
 
-  // first(task) makes the row carried into a sequence, scan(task) goes over the task's tokens. With segments, step(a,
-  // given, carried) of `given` rows finds what each of them begins with.
+  // first(task) sets the row carried into a sequence; scan(task) processes the task's tokens. With segments, step(a,
+  // given, carried) computes the row carried into each segment from `given` rows.
   template <class First, class Body, class Step>
   void run(const First& first, const Body& scan, const Tensor& given, const Step& step) const {
     const int64_t count = sequences.count() * panels() * segments, padded = round_up(panel * kUnit, W);
     Blocks memory;
-    float* begins = nullptr;  // (tasks, 2, padded): a segment's product, and what it comes to from zero
+    float* begins = nullptr;  // (tasks, 2, padded): a segment's product of factors, and its result from a zero state
     with_scratch(0, [&](Arena& arena) {
       memory = arena.blocks(threads, bytes_of([&](Arena& one) {
                               Task task;
@@ -191,7 +191,7 @@ class LinearScan {
         if (task.segment == 0)
           first(task);
         else
-          memcpy(task.carry, product - padded, size_t(padded) * 4);  // what the one before has left in its sum's place
+          memcpy(task.carry, product - padded, size_t(padded) * 4);  // the previous segment's result, stored there
         vf within{};
         for (int64_t j = 0; j < padded; j += W) within += load(product + j) * 0.0f;
         const bool finite = reduce_add(within) == 0;
@@ -201,7 +201,7 @@ class LinearScan {
           store(sum + j, after);
         }
         if (finite) continue;
-        // a product may overflow where what it is multiplied with is small
+        // a product may overflow although its factor is small
         if (!task.last) advance<false>(task, given, step, task.carry);
         memcpy(sum, task.carry, size_t(padded) * 4);
       }
@@ -217,7 +217,7 @@ class LinearScan {
     });
   }
 
-  // The row carried over the task's tokens; with kAlone as if what is given were zero.
+  // The row carried over the task's tokens; with kAlone as if the given rows were zero.
   template <bool kAlone, class Step>
   void advance(Task& task, const Tensor& given, const Step& step, float* carried) const {
     PanelRows<ElementA> a(p.a, task.batch, task.first, task.count, task.tile_a);
@@ -238,7 +238,7 @@ class LinearScan {
     PanelRows<ElementA> a(p.a, task.batch, task.first, task.count, task.tile_a);
     PanelRows<Element> grad(p.grad_out, task.batch, task.first, task.count, task.tile_b);
     memset(task.sums, 0, size_t(task.padded) * 4);
-    const int64_t back = forwards ? 1 : -1;  // from a token to the one that the scan comes from
+    const int64_t back = forwards ? 1 : -1;  // offset from a token to its predecessor in the scan's order
     const bool to_first = task.last && task.begin < task.end;
     const auto rows = [&]<int R, class Before>(const int64_t* t, const Before* const* before) {
       const A* factors[R];
@@ -268,7 +268,7 @@ class LinearScan {
     }
   }
 
-  // R tokens: before, the rows of h that each of them was made from.
+  // R tokens; before: the rows of h from which each was computed.
   template <int R, class Before>
   FASTATTN_INLINE_MEMBER void pull_rows(Task& task, const int64_t* t, const A* const* factors,
                                         const T* const* gradients, const Before* const* before) const {

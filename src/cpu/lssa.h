@@ -25,9 +25,9 @@ struct Power {
 
 constexpr float kEqual = 8 * 1.1920929e-7f;  // scores of a row within kEqual * (1 + c) are all equal
 constexpr int64_t kFew = 3;                  // rows with at most this many keys have no threshold
-constexpr float kNegligible = 0x1p-25f;      // of a row's sum of weights, which is at least 1
+constexpr float kNegligible = 0x1p-25f;      // relative to a row's sum of weights, which is at least 1
 
-// What a row's scores are made of: softplus(dot * scale * reciprocal of the key), scale = c / |q|.
+// A row's factors: its scores are softplus(dot * scale * the key's reciprocal norm) with scale = c / |q|.
 struct RowScale {
   float c, scale, reciprocal_norm;
   float top, reciprocal_height;  // highest score, 1 / (highest - threshold) or 0
@@ -47,9 +47,9 @@ FASTATTN_INLINE void row_scales(RowScale* to, const Problem& problem, const RowR
   }
 }
 
-// Of some of a row's keys: highest and lowest score, sum of distances below the highest, how many are attended. The
-// mean is taken as such a distance, which keeps its digits where the scores are close together. A NaN among the scores
-// shows in `below`.
+// Statistics of some of a row's keys: highest and lowest score, sum of distances below the highest, number of attended
+// keys. The mean is computed as such a distance, which is accurate where the scores are close together. A NaN among the
+// scores makes `below` NaN.
 struct RowPart {
   float top, low, below, keys;
   void add(const RowPart& other) {
@@ -84,7 +84,7 @@ struct LssaBlock {
   float* totals;              // (block_q, W) sums of weights, by lanes; without a power, of weights rounded to bf16
   RowScale* scale;
   RowRanges ranges;
-  int64_t base = 0, end = 0;  // keys it runs over, from a tile's first on
+  int64_t base = 0, end = 0;  // the block's range of keys, from the first key of a tile on
 
   LssaBlock(const Problem& problem, const LssaParams& p, int64_t block_q, int64_t block_k, int64_t stride, Arena& arena)
       : problem(problem),
@@ -116,7 +116,7 @@ struct LssaBlock {
     for (int64_t r = 0; r < rows.count; r++) finish_row(rows, s, r);
   }
 
-  // The block's rows, and the part-th of `parts` sets of tiles of the keys they attend.
+  // The block's rows, for the part-th of `parts` sets of tiles of keys that they attend.
   void place(const BlockRows& rows, const Sequence& s, int64_t part, int64_t parts) {
     fill_ranges(ranges, s, rows);
     row_scales(scale, problem, ranges, s, rows);
@@ -149,7 +149,7 @@ struct LssaBlock {
     for (int64_t n = base; n < end; n += block_k) add_tile(rows, n, min64(block_k, s.keys - n), panels);
   }
 
-  // Sums and weighted values of another part of the same rows.
+  // Adds sums and weighted values of another part of the same rows.
   void take(const LssaBlock& other, int64_t rows) {
     const auto sum = [](float* to, const float* from, int64_t n) {
       for (int64_t i = 0; i < n; i += W) store(to + i, load(to + i) + load(from + i));
@@ -212,7 +212,7 @@ struct LssaBlock {
     store(lows + r * W, low);
   }
 
-  // What the keys of [base, end) tell of row r.
+  // The statistics of row r over the keys of [base, end).
   RowPart part_of(int64_t r) const {
     const float sum = reduce_add(load(sums + r * W));
     RowPart part{reduce_max(load(tops + r * W)), -reduce_max(-load(lows + r * W)), sum - sum, 0};
@@ -239,8 +239,8 @@ struct LssaBlock {
     scale[r].reciprocal_height = nan ? whole.below : height > 0 ? 1 / height : 0.0f;
   }
 
-  // Scores of the tile become weights, and the values they weigh are added; a group whose weights round to nothing in
-  // the row's sum is left out.
+  // Turns the tile's scores into weights and adds the weighted values. A group whose weights are negligible in the
+  // row's sum is left out.
   template <class Panels>
   void add_tile(const BlockRows& rows, int64_t n, int64_t there, const Panels& panels) {
     bool prepared = false;
@@ -264,7 +264,7 @@ struct LssaBlock {
     }
   }
 
-  // True when some weight of the row counts.
+  // Whether some weight of the row is not negligible.
   bool weigh_row(int64_t r, int64_t n, const Columns& columns) {
     float* x = scores + r * stride + (n - base);
     Weight* w = Unit::kStep == 2 ? weights + r * weight_stride : (Weight*)x;
@@ -298,8 +298,8 @@ struct LssaBlock {
   }
 };
 
-constexpr int64_t kStreamedRows = 48;  // a key head that serves so few rows is packed a tile at a time
-constexpr int64_t kPartKeys = 512;     // the fewest keys that are shared out
+constexpr int64_t kStreamedRows = 48;  // a key head that serves at most this many rows is packed a tile at a time
+constexpr int64_t kPartKeys = 512;     // the fewest keys of a part
 constexpr int64_t kScoreKib = 1024;    // scores of a block of rows
 
 template <class Unit>
@@ -312,7 +312,7 @@ static void lssa_tiled(const LssaParams& p) {
   const int64_t columns = block_columns(p, longest.k, block_q, block_k);
   if (!streamed) block_q = block_rows(block_q, columns, kScoreKib);
   const int64_t pairs = problem.sequences * problem.kv_heads;
-  // a streamed head is shared out in parts of its keys where heads are fewer than threads
+  // with fewer heads than threads, the keys of a streamed head are divided into parts
   const int64_t parts = streamed ? max64(1, min64(p.threads / max64(pairs, 1), columns / kPartKeys)) : 1;
   const int64_t stride = score_stride((columns / block_k + parts - 1) / parts * block_k);
   if (!streamed) {

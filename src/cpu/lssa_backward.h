@@ -1,7 +1,7 @@
 // LSSA and LSSAR backward by the closed form. With x = (s - threshold) / (max - threshold) and P the normalised
 // weights:
 //   r = power P (dP - delta) / (s - threshold),  ds = r - (O/n) sum r,  dz = sigmoid(z) ds
-// and y = c/(|q||k|) dz gives g_q = y K, g_k = y^T Q, whose parts along q and k the normalisation takes away.
+// and y = c/(|q||k|) dz gives g_q = y K, g_k = y^T Q, whose components along q and k the normalisation removes.
 #pragma once
 
 #include "attention_gradients.h"
@@ -11,7 +11,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// A gradient row loses what lies along its vector x: g - x (x.g) / |x|^2.
+// Removes a gradient row's component along its vector x: g - x (x.g) / |x|^2.
 FASTATTN_INLINE void project_out(float* g, Matrix m, int64_t row, int64_t columns, float reciprocal) {
   with_dtype(m.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -1,4 +1,4 @@
-// Functions of vectors. tests/native/math_checks.h has the units in the last place that each is off by, and where.
+// Functions of vectors. tests/native/math_checks.h has the error of each in units in the last place, and its range.
 #pragma once
 #include "vec.h"
 
@@ -6,7 +6,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 // p[i] = e^r and n[i] of x[i] = n ln2 + r, |r| <= ln2/2, for |x| <= 127 ln2; degree 6, relative error < 2e-7; NaN stays
-// NaN. U vectors step by step together: one alone is bound by latency.
+// NaN. U vectors are computed together: a single one would be bound by latency.
 template <int U>
 FASTATTN_INLINE void exp_reduced(const vf* x, vf* p, vi* n) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
@@ -36,7 +36,7 @@ FASTATTN_INLINE vf exp(vf x) {
 }
 
 // d[i] = 1 + e^-x[i], the divisor of a sigmoid; relative error < 4e-7 down to x = -88, infinity below -89, so that
-// x / d and y / d go to zero, and -inf / d is NaN as -inf * 0 is.
+// x / d and y / d become zero, and -inf / d is NaN, as -inf * 0 is.
 template <int U>
 FASTATTN_INLINE void sigmoid_divisors(const vf* x, vf* d, const float*) {
   vf clamped[U], p[U];
@@ -168,7 +168,7 @@ struct Arithmetic {
   FASTATTN_INLINE vf select_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
   FASTATTN_INLINE vf reciprocal(vf x) { return FASTATTN_ISA::reciprocal(x); }
 };
-// The same for weights that are rounded to bf16.
+// The same for weights that are then rounded to bf16.
 struct ShortArithmetic : Arithmetic {
   FASTATTN_INLINE vf exp2_bounded(vf x) { return FASTATTN_ISA::exp2_bounded<true>(x); }
   FASTATTN_INLINE vf exp2_fraction(vf x) { return FASTATTN_ISA::exp2_fraction_short(x); }

@@ -1,5 +1,5 @@
-// Functions of any float: right for infinities, NaN and subnormal numbers, to a few units in the last place everywhere.
-// tests/native/math_checks.h has how many.
+// Functions of any float, correct for infinities, NaN and subnormal numbers, within a few units in the last place.
+// tests/native/math_checks.h has the numbers.
 #pragma once
 #include "math.h"
 
@@ -8,7 +8,7 @@ namespace FASTATTN_ISA {
 
 typedef double vd __attribute__((vector_size(W * 8)));
 
-// f of each lane: of functions that are not worth a vector.
+// f of each lane, for functions without a vector form.
 template <class F>
 FASTATTN_INLINE vf by_lane(vf x, const F& f) {
   for (int i = 0; i < W; i++) x[i] = f(x[i]);
@@ -34,7 +34,7 @@ FASTATTN_INLINE vf smaller(vf a, vf b) { return select((a < b) | (a != a), a, b)
 // -1, 0 or 1; 0 of NaN.
 FASTATTN_INLINE vf sign(vf x) { return __builtin_convertvector((x < 0.0f) - (x > 0.0f), vf); }
 
-// Toward zero; what no int32 holds becomes the nearest one, NaN 0.
+// Toward zero. Values outside of int32 become the nearest int32, NaN becomes 0.
 FASTATTN_INLINE vi truncate(vf x) {
   const vi fits = (x >= -0x1p31f) & (x < 0x1p31f);
   const vi limit = pick(x > 0.0f, vi{} + INT32_MAX, pick(x < 0.0f, vi{} + INT32_MIN, vi{}));
@@ -83,7 +83,7 @@ FASTATTN_INLINE vf log(vf x) {
   const vf outside = select(x == 0.0f, -infinity, select(x > 0.0f, x, splat(__builtin_nanf(""))));
   return select((x > 0.0f) & (x < infinity), inside, outside);
 }
-// log(u) with u = 1 + x as it is rounded, and what that lost.
+// log(u) with u the rounded 1 + x, corrected by the rounding error.
 FASTATTN_INLINE vf log1p(vf x) {
   const vf u = x + 1.0f;
   const vf lost = select(x < 1.0f, x - (u - 1.0f), 1.0f - (u - x));

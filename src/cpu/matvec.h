@@ -1,5 +1,5 @@
-// out (M, N) = x (M, K) weight (N, K)^T for a few rows: as fast as the weights can be read, float32 sums. x and out
-// have the weight's type or are float32.
+// out (M, N) = x (M, K) weight (N, K)^T for a few rows, bound by reading the weights; sums are float32. x and out have
+// the weight's type or are float32.
 #pragma once
 #include "arena.h"
 #include "parallel.h"
@@ -9,10 +9,10 @@ namespace FASTATTN_ISA {
 
 constexpr int64_t kSerialWeights = 1 << 15;  // below this a second thread costs more to start than it saves
 
-// How some neighbouring weights meet those of a row of x, which is kept as `Element`s, zero up to a multiple of kWidth.
+// Products of kWidth neighbouring weights and elements of a row of x. x is kept as `Element`s, padded with zeros.
 //
-// In float32: 2W of them, x in the pair order of the weight's type T, the last incomplete pair of a row in memory's
-// order.
+// In float32: kWidth is 2W. x is in the pair order of the weight's type T, except that the last incomplete pair of a
+// row is in memory's order.
 template <class T>
 struct Widened {
   typedef T Weight;
@@ -48,7 +48,7 @@ struct Widened {
   }
 };
 
-// By the bf16 dot, 4W of them: x in bf16, in memory's order.
+// By the bf16 dot: kWidth is 4W. x is bf16, in memory's order.
 struct Dotted {
   typedef bf16 Weight;
   typedef bf16 Element;
@@ -78,15 +78,15 @@ struct Dotted {
   }
 };
 
-// Outputs [first, first + J) of M rows from `top` on. A row's sum is taken in one order for all M <= 2 and for all
-// above, whatever J is.
+// Outputs [first, first + J) of M rows from `top` on. The order of a row's sum does not depend on J, and depends on M
+// only by M <= 2.
 template <class Factor, int M, int J>
 FASTATTN_INLINE void matvec_block(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row, int64_t top,
                                   int64_t first) {
   using T = typename Factor::Weight;
-  // bytes that are fetched before they are read, over the end of a row: measured, from memory and from a shared cache
+  // bytes to prefetch ahead, also past the end of a row; measured, from memory and from a shared cache
   constexpr int64_t kAhead = J == 1 ? 2048 : 4096;
-  constexpr int kSums = M <= 2 ? 2 : 1;  // of one output of a row: one alone would wait for itself
+  constexpr int kSums = M <= 2 ? 2 : 1;  // for one output of a row: additions to a single sum wait for each other
   const int64_t K = p.x.size[3], stride = p.weight.stride[2];
   const T* weight = (const T*)p.weight.data + first * stride;
   x += top * x_row;
@@ -127,7 +127,7 @@ FASTATTN_INLINE void matvec_block(const MatvecParams& p, const typename Factor::
   }
 }
 
-// More rows than M in turns: the weights are then in L1.
+// More rows than M are processed in turns: the weights are then in L1.
 template <class Factor, int M, int J>
 FASTATTN_NOINLINE void matvec_columns(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row,
                                       int64_t begin, int64_t end) {
@@ -137,7 +137,7 @@ FASTATTN_NOINLINE void matvec_columns(const MatvecParams& p, const typename Fact
   if constexpr (J > 1) matvec_columns<Factor, M, 1>(p, x, x_row, n, end);
 }
 
-// As many rows of weight side by side as are asked for and as half the registers hold sums of.
+// Reads `rows_at_once` rows of weight at a time, or fewer if half of the registers do not hold their sums.
 template <class Factor, int M>
 static void matvec_range(const MatvecParams& p, const typename Factor::Element* x, int64_t x_row, int64_t begin,
                          int64_t end) {
@@ -169,7 +169,7 @@ static void matvec_by(const MatvecParams& p) {
   });
 }
 
-// One row is bound by reading weights, whatever multiplies it, and in float32 it keeps subnormals.
+// With one row reading the weights is the bound for either product, and float32 keeps subnormals.
 template <class T, class X>
 static void matvec_rows(const MatvecParams& p) {
 #if defined(FASTATTN_BF16_DOT)

@@ -33,7 +33,7 @@ FASTATTN_INLINE void transpose_from(vf (&r)[W]) {
   if constexpr (kHalf > 1) transpose_from<kHalf / 2>(r);
 }
 
-// `count` contracted elements of a row from p as words in float lanes; zero beyond.
+// `count` contracted elements of a row from p on as words in float lanes; zero after them.
 template <class Unit, class T>
 FASTATTN_INLINE vf load_lanes(const T* p, int64_t count) {
   if constexpr (Unit::kStep == 1) {
@@ -65,13 +65,13 @@ FASTATTN_INLINE vf load_row_pair(const bf16* p, int64_t stride, int64_t count, b
 
 FASTATTN_INLINE void transpose(vf (&r)[W]) { detail::transpose_from<W / 2>(r); }
 
-// Steps a contracted dimension of `n` elements takes.
+// The number of steps of a contracted dimension of `n` elements.
 template <class Unit>
 FASTATTN_INLINE int64_t steps_of(int64_t n) {
   return (n + Unit::kStep - 1) / Unit::kStep;
 }
 
-// f gets a null pointer of the element type; pairs are made of bf16 only.
+// Calls f with a null pointer of the element type. Pairs are made of bf16 only.
 template <class Unit, class F>
 FASTATTN_INLINE void with_element(DType dtype, const F& f) {
   if constexpr (Unit::kStep == 2)

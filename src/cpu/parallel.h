@@ -1,4 +1,4 @@
-// Loops over threads of the OpenMP pool that torch uses as well.
+// Loops over the threads of the OpenMP pool that torch uses too.
 #pragma once
 #include <cstdint>
 #if defined(_OPENMP)
@@ -58,11 +58,11 @@ FASTATTN_INLINE void parallel_items(int64_t count, int threads, const Body& body
 #endif
 }
 
-// Threads that so many multiply-adds of dot products are worth: waking a second one takes as long as 2^16 of them.
+// The number of threads for a number of multiply-adds of dot products: waking a thread takes as long as 2^16 of them.
 FASTATTN_INLINE int threads_for(int threads, int64_t multiply_adds) { return multiply_adds < (1 << 16) ? 1 : threads; }
 
-// Parts to cut each of `units` equal tasks in, `least` or up to three more, so that nine tenths of the threads' time is
-// used, or as much as can be.
+// The number of parts, `least` or up to three more, in which to cut each of `units` equal tasks so that nine tenths of
+// the threads' time is used, or as much as possible.
 FASTATTN_INLINE int64_t even_parts(int64_t units, int64_t threads, int64_t least) {
   int64_t best = least;
   double most = 0;

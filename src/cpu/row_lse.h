@@ -1,4 +1,4 @@
-// The log-sum-exp of rows of the ops that are made of attention's parts, and what its gradient adds to theirs.
+// The log-sum-exp of rows, for the ops that are built from attention's parts, and the contribution of its gradient.
 #pragma once
 
 #include "attention_problem.h"
@@ -11,7 +11,7 @@ FASTATTN_INLINE float* rows_of(const Tensor& t, const Sequence& s, int64_t head)
   return (float*)t.data + s.batch * t.stride[1] + head * t.stride[2] + s.q_begin * t.stride[3];
 }
 
-// Of row `row`, from the sum of its weights below its maximum; -inf where nothing is attended.
+// The value of row `row` from its maximum and the sum of its weights relative to it; -inf if no key is attended.
 FASTATTN_INLINE void store_lse(const AttentionParams& p, const Sequence& s, int64_t head, int64_t row, float top,
                                float c, float sum) {
   if (!p.lse.data) return;
@@ -19,7 +19,7 @@ FASTATTN_INLINE void store_lse(const AttentionParams& p, const Sequence& s, int6
   rows_of(p.lse, s, head)[row * p.lse.stride[3]] = (float)lse;
 }
 
-// delta (count) of rows from `first` on, grad_out . out, loses the gradient of their log-sum-exps: dS = P (dP - delta).
+// Subtracts the gradient of the log-sum-exps from delta (count) of rows from `first` on, because dS = P (dP - delta).
 FASTATTN_INLINE void take_grad_lse(float* delta, const AttentionParams& p, const Sequence& s, int64_t head,
                                    int64_t first, int64_t count) {
   if (!p.grad_lse.data) return;

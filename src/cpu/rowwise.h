@@ -1,4 +1,4 @@
-// Row kernels of a recurrence step: one pass over memory each, float32 inside, one rounding at the end.
+// Row-wise kernels: each makes one pass over memory, computes in float32 and rounds once.
 #pragma once
 #include "convert.h"
 #include "math.h"
@@ -31,7 +31,7 @@ FASTATTN_INLINE void put(T* p, vf x, int n) {
     store_n(p, x, n);
 }
 
-// f.template operator()<V>(column, n) over a row: V == 2 whole vectors at a time, then V == 1, the last of n < W.
+// f.template operator()<V>(column, n) over a row: V == 2 whole vectors at a time, then V == 1, the last with n < W.
 template <class F>
 FASTATTN_INLINE void for_pairs(int64_t columns, const F& f) {
   int64_t j = 0;
@@ -45,7 +45,7 @@ FASTATTN_INLINE void get_pair(const T* p, int n, vf* x) {
   else
     x[0] = get(p, n);
 }
-// x becomes what was stored.
+// Stores x, and rounds x to the stored value.
 template <int V, class T>
 FASTATTN_INLINE void put_pair(T* p, int n, vf* x) {
   if constexpr (V == 2) {
@@ -70,13 +70,13 @@ FASTATTN_INLINE void put_ordered(T* p, int n, const vf* x) {
     put(p, x[0], n);
 }
 
-// Asks for what lies `ahead` bytes on, past a row's end too: the processor's own look-ahead ends with a page.
+// Prefetches the memory `ahead` bytes further on, also past a row's end: the processor's own prefetch ends with a page.
 template <class... T>
 FASTATTN_INLINE void fetch(int64_t ahead, const T*... p) {
   (__builtin_prefetch((const char*)p + ahead), ...);
 }
 
-// A weight of type T or float beside values that load_pair of T gave, in their order.
+// A weight of type T or float, in the order of values that load_pair of T returned.
 template <int V, class T, class Weight>
 FASTATTN_INLINE void get_weight(const Weight* p, int n, vf* w) {
   if constexpr (V == 2 && !std::is_same_v<T, Weight>) {
@@ -139,7 +139,7 @@ static void rms_norm_rows(const RmsNormParams& p) {
                   });
 }
 
-// dx = rstd * (g - x * rstd^2 * mean(g * x)), g = grad_normed * weight; dweight sums grad_normed * x * rstd by thread.
+// dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = grad_normed * weight. Each thread sums grad_normed * x * rstd.
 template <class T, class Weight = T>
 static void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
   const Rows rows(p.total);
@@ -268,9 +268,9 @@ static void gate_backward_rows(const GateParams& p) {
                   });
 }
 
-// Tokens outer, heads inner: a token's cos and sin row is read once from memory and then from L1. Two: the row has
-// values of its own for the second half. The transpose of the rotation is its inverse, and takes each half's sines to
-// the other.
+// The loop over heads is the inner one, so that a token's cos and sin row is read once from memory and then from L1.
+// Two: the row has separate values for the second half. The inverse rotation is the transpose, which exchanges the
+// halves' sines.
 template <class T, bool Two>
 static void rotary_rows_of(const RotaryParams& p) {
   const int64_t heads = p.x.size[1], length = p.x.size[2], half = p.x.size[3] / 2;

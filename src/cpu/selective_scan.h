@@ -1,5 +1,5 @@
-// Mamba's selective scan: lanes are channels, and a task has a slice of them of one batch, a state's numbers one after
-// the other, every token. The backward finds the states between two checkpoints again, a vector of channels at a time.
+// Mamba's selective scan. Lanes are channels. A task has a slice of the channels of a batch entry and loops over tokens
+// and the N numbers of a state. The backward recomputes the states between two checkpoints for W channels at a time.
 #pragma once
 
 #include "arena.h"
@@ -90,7 +90,7 @@ class SelectiveScan {
   const int threads;
   const Sequences sequences;
 
-  // Of a task: (N, width) states and A in units of ln 2, (width,) parameters, two tokens' B and C, room for rows.
+  // A task's memory: (N, width) states and A in units of ln 2, (width,) parameters, two tokens' B and C, row copies.
   struct Slice {
     int64_t first, count;
     float *h, *A, *D, *bias, *B, *C;
@@ -107,9 +107,9 @@ class SelectiveScan {
   }
   int64_t numbers() const { return round_up(states, W); }
 
-  // What the backward has besides: gradients (N, width) of h and A, (width,) of D and dt_bias; of the tokens between
-  // two checkpoints, for one vector of channels, (tokens + 1, N) vectors of h, (tokens, N) of e^(d A) and of what B's
-  // and C's gradients are the sums of, and (tokens,) vectors.
+  // The backward's further memory: gradients (N, width) of h and A, (width,) of D and dt_bias. For the tokens between
+  // two checkpoints and one vector of channels: (tokens + 1, N) vectors of h, (tokens, N) vectors of e^(d A) and of the
+  // summands of B's and C's gradients, and (tokens,) vectors.
   struct Gradients {
     float *h, *A, *D, *bias;
     vf *states, *decays, *B, *C, *d, *slope, *u, *dy;
@@ -150,7 +150,7 @@ class SelectiveScan {
   // Lanes beyond the channels have zeros.
   void read_parameters(Slice& slice, int64_t first, int64_t count) const {
     slice.first = first, slice.count = count;
-    memset(slice.h, 0, size_t(states * width) * 4);  // a checkpoint has the channels alone
+    memset(slice.h, 0, size_t(states * width) * 4);  // a checkpoint has no lanes beyond the channels
     transpose_in(slice.A, (const float*)p.A.data + first * states, count);
     for (int64_t i = 0; i < states * width; i++) slice.A[i] *= kLog2e;
     const auto read = [&](float* to, const Tensor& from) {
@@ -242,8 +242,8 @@ class SelectiveScan {
     });
   }
 
-  // Tokens [begin, end), between two checkpoints, slice.h the state before them; grads.h the gradient of the state
-  // after them becomes that of the one before.
+  // Tokens [begin, end) between two checkpoints; slice.h is the state before them. grads.h is the gradient of the state
+  // after them and becomes the gradient of the state before them.
   void differentiate(Slice& slice, Gradients& grads, Streams& rows, PanelRows<T>& incoming, int64_t batch,
                      int64_t begin, int64_t end) const {
     const int64_t tokens = end - begin;
@@ -262,7 +262,7 @@ class SelectiveScan {
     }
   }
 
-  // The states of the channels at j again, and what comes in before them: the gradient of C.h + D u, and z's.
+  // Recomputes the states of the channels at j, the gradient of C.h + D u, and z's gradient.
   void replay(const Slice& slice, Gradients& grads, Streams& rows, PanelRows<T>& incoming, int64_t batch, int64_t begin,
               int64_t tokens, int64_t j, int m) const {
     const vf D = load(slice.D + j);

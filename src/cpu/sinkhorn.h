@@ -1,6 +1,6 @@
 // Sinkhorn's iterations in the log domain, base 2: v = -LSE over tokens (x + u), u = -LSE over groups (x + v), and the
 // result 2^(x + u + v), with x = scores * log2(e) / temperature. Row potentials u follow from column potentials v, so
-// only v is kept; the backward finds it again and runs the iterations in reverse.
+// only v is kept. The backward recomputes v and runs the iterations in reverse.
 #pragma once
 
 #include <utility>
@@ -13,11 +13,11 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int64_t kSinkhornTokens = 256;  // of one chunk: a task of the plain form
-constexpr int64_t kSinkhornBlock = 64;    // of one block of the causal form: between states that are kept
-constexpr float kNowhere = -1e30f;        // x of a column that does not exist: finite, so differences are no NaN
+constexpr int64_t kSinkhornTokens = 256;  // tokens of a chunk, a task of the form without causal
+constexpr int64_t kSinkhornBlock = 64;    // tokens between two kept states of the causal form
+constexpr float kNowhere = -1e30f;        // x of a column that does not exist: finite, so differences are not NaN
 
-// Rows of one sequence, `count` of them valid.
+// The rows of one sequence, of which `count` are valid.
 struct SinkhornSequence {
   int64_t begin, count;
 };
@@ -25,7 +25,7 @@ struct SinkhornSequence {
 struct SinkhornProblem {
   const SinkhornParams& p;
   int64_t groups, columns, sequences;
-  float scale, back;  // scores to x; a gradient for ln(2) x to one for scores
+  float scale, back;  // factors: from scores to x; from the gradient of ln(2) x to that of scores
 
   explicit SinkhornProblem(const SinkhornParams& p)
       : p(p), groups(p.scores.size[3]), columns(round_up(groups, W)), sequences(p.begins.size[3]) {
@@ -35,7 +35,7 @@ struct SinkhornProblem {
   SinkhornSequence sequence(int64_t s) const {
     return {((const int64_t*)p.begins.data)[s], ((const int64_t*)p.counts.data)[s]};
   }
-  // The rows of a sequence whose column sums are of all of them; those of the others, after them, run up to each.
+  // The rows of a sequence whose column sums run over all these rows. The later rows' sums run up to each row.
   SinkhornSequence together(int64_t s) const {
     const SinkhornSequence all = sequence(s);
     return p.causal ? SinkhornSequence{all.begin, prefix(s)} : all;
@@ -45,7 +45,7 @@ struct SinkhornProblem {
     return {all.begin + first.count, all.count - first.count};
   }
   int64_t prefix(int64_t s) const { return p.prefixes.data ? ((const int64_t*)p.prefixes.data)[s] : 0; }
-  // `count` numbers of a contiguous tensor of rows of groups, from row `row` on, times `factor`.
+  // `count` numbers of a contiguous (rows, groups) tensor from row `row` on, times `factor`.
   void read(float* to, const Tensor& from, int64_t row, int64_t count, float factor) const {
     with_dtype(from.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -70,8 +70,8 @@ struct SinkhornProblem {
   }
 };
 
-// (groups) of every iteration, from 1 on, of each sequence's rows together: their potentials v and, in the backward,
-// what the rows after them add to v's gradients. Null where no sequence has such rows.
+// For the rows of each sequence that share their sums, (groups) for every iteration from 1 on: their potentials v and,
+// in the backward, the later rows' contributions to v's gradients. Null where no sequence has such rows.
 struct SinkhornTogether {
   const SinkhornProblem& problem;
   float *potentials = nullptr, *slopes = nullptr;  // (sequences, iterations + 1, groups)
@@ -91,15 +91,15 @@ struct SinkhornTogether {
 struct SinkhornChunk {
   const SinkhornProblem& problem;
   float* x;         // (groups, kSinkhornTokens), 0 beyond `tokens`
-  float* gradient;  // alike, of ln(2) x; null in the forward
+  float* gradient;  // of ln(2) x, of x's shape; null in the forward
   int64_t tokens;
 
   vf at(int64_t g, int64_t j) const { return load(x + g * kSinkhornTokens + j); }
 
-  // -inf beyond the last token, so that whatever is added there weighs nothing.
+  // -inf beyond the last token, so that the weight there is 0.
   vf valid(vf u, int64_t j) const { return select(iota() + (int32_t)j < (int32_t)tokens, u, splat(-__builtin_inff())); }
 
-  // u of W tokens; v null: before the first iteration.
+  // u of W tokens. v is null before the first iteration.
   vf row_potential(const float* v, int64_t j) const {
     if (!v) return valid(vf{}, j);
     vf top = splat(-__builtin_inff()), sum{};
@@ -139,11 +139,11 @@ struct SinkhornChunk {
     }
   }
 
-  // From the result's gradient (in `gradient`) through the last u: sums (groups) become those of v's gradient.
+  // Backward of the result and the last u, from `gradient`: sums (groups) become the sums of v's gradient.
   void begin_reverse(const float* v, float* sums) const {
     reverse_rows(v, sums, [&](int64_t g, int64_t j, vf p) { return load(gradient + g * kSinkhornTokens + j) * p; });
   }
-  // Through v_t, `slope` its gradient, and u of the iteration before, whose v is `before` (null: none, and no sums).
+  // Backward of v_t, whose gradient is `slope`, and of the previous u, whose v is `before` (null: none, and no sums).
   void reverse(const float* v, const float* slope, const float* before, float* sums) const {
     const auto through_v = [&](int64_t g, int64_t j, vf u) { return -exp2_bounded(at(g, j) + v[g] + u) * slope[g]; };
     if (!before) {
@@ -197,7 +197,7 @@ struct SinkhornChunk {
   }
 };
 
-// rest(SinkhornTogether): the sequences' other rows, forward and back, once the potentials of these are there.
+// rest(SinkhornTogether): forward and backward of the other rows, called when these rows' potentials are known.
 template <bool kBackward, class Rest>
 static void sinkhorn_together(const SinkhornProblem& problem, const Rest& rest) {
   const SinkhornParams& p = problem.p;
@@ -210,7 +210,7 @@ static void sinkhorn_together(const SinkhornProblem& problem, const Rest& rest) 
   int64_t *first = nullptr, *owner = nullptr;
   float* partial = nullptr;
   SinkhornTogether v{problem};
-  Blocks tiles, copies;  // of each chunk: x and, backward, the gradient; of each thread
+  Blocks tiles, copies;  // for each chunk x and, backward, the gradient; for each thread
   const auto take_tiles = [&](Arena& arena) {
     float* x = arena.take<float>(tile);
     return std::pair(x, kBackward ? arena.take<float>(tile) : nullptr);
@@ -287,7 +287,7 @@ static void sinkhorn_together(const SinkhornProblem& problem, const Rest& rest) 
     return;
   }
   for (int64_t t = iterations; t >= 0; t--) {
-    // partial holds v's gradient of iteration t + 1, chunk by chunk; it goes where the spare potentials are
+    // partial holds v's gradient of iteration t + 1 for each chunk; its sum is stored in place of unused potentials
     for (int64_t s = 0; s < problem.sequences && t < iterations; s++)
       for (int64_t g = 0; g < groups; g++) {
         double sum = v.slopes ? v.slope(s, t + 1)[g] : 0;
@@ -311,7 +311,7 @@ static void sinkhorn_together(const SinkhornProblem& problem, const Rest& rest) 
   });
 }
 
-// --- column sums up to each token: token by token, groups side by side -----------------------------------------------
+// --- column sums up to each token: one token at a time, with lanes of groups -----------------------------------------
 
 struct SinkhornScan {
   const SinkhornProblem& problem;
@@ -328,7 +328,7 @@ struct SinkhornScan {
         top(memory),
         sum(memory + iterations * columns) {}
 
-  // To what the tokens before those of sequence s that go one by one add up to.
+  // Start from the sums of the tokens of sequence s that share their sums.
   void reset(int64_t s, const SinkhornTogether& before) {
     for (int64_t i = 0; i < iterations * columns; i++) top[i] = -__builtin_inff(), sum[i] = 0;
     if (problem.prefix(s) == 0) return;
@@ -408,9 +408,9 @@ static void sinkhorn_one_by_one(const SinkhornProblem& problem, const SinkhornTo
   });
 }
 
-// In reverse over the tokens, every iteration at once. v_t(l) = -log sum_{j <= l} 2^(x + u)(j) hands its gradient to
-// all earlier tokens: share (j, l) = 2^((x + u)(j) + v_t(l)), so the sum over l of share * gradient is carried relative
-// to v_t of the token at hand, which grows on the way back and never overflows.
+// In reverse over the tokens, all iterations at once. v_t(l) = -log sum_{j <= l} 2^(x + u)(j) passes its gradient to
+// all earlier tokens j, with the factor 2^((x + u)(j) + v_t(l)). The sum over l of factor * gradient is carried
+// relative to v_t of the current token, which grows in this direction, so it never overflows.
 static void sinkhorn_one_by_one_backward(const SinkhornProblem& problem, const SinkhornTogether& before) {
   const SinkhornParams& p = problem.p;
   const int64_t groups = problem.groups, columns = problem.columns, iterations = p.iterations;

@@ -1,4 +1,4 @@
-// Blocked products on packed operands: the building bricks of every attention kernel.
+// Blocked products on packed operands, the building blocks of every attention kernel.
 //
 // A product is C (rows, columns) += A (rows, steps) * B (steps, columns) in registers of kRows x kVecs vectors.
 // A is read by broadcast, from any two strides; B is packed in panels of up to kPanel columns, a panel being
@@ -6,9 +6,9 @@
 // along the contracted dimension (steps are then pairs).
 //
 // Pairs are multiplied by VDPBF16PS, which takes subnormals for zero: in both factors, in the sum it adds to, and in
-// that sum after each of its two products. What is lost of C = sum_k a_k b_k besides float32's roundings:
-//   a flushed factor is below 2^-126 and takes less than 2^-126 times the other factor with it (of two, 2^-252);
-//   a flushed sum is below 2^-126: once after each product, and once more where C goes on from memory, rescaled.
+// that sum after each of its two products. The error of C = sum_k a_k b_k besides float32's roundings:
+//   a flushed factor is below 2^-126 and loses less than 2^-126 times the other factor (two flushed factors 2^-252);
+//   a flushed sum is below 2^-126: once after each product, and once more where C continues from memory, rescaled.
 // Together less than 2^-126 sum_k (2 + max(|a_k|, |b_k|)): with factors of at most 1, 3n 2^-126 for n products. So
 // results of normal factors are right to a few of the smallest normal numbers, and factors that are all subnormal give
 // zero. Products of floats (Singles) keep subnormals, and so does what is stored from either.
@@ -48,8 +48,8 @@ struct Pairs {
   }
 };
 
-// acc += A * B for kRows rows and V vectors of one panel; a_row and a_step are A's strides in words. At least one step:
-// a loop that may not run has the compiler pass the accumulators through memory.
+// acc += A * B for kRows rows and V vectors of one panel; a_row and a_step are A's strides in words. There must be at
+// least one step: with a loop that may run zero times the compiler passes the accumulators through memory.
 template <class Unit, int V>
 FASTATTN_INLINE void accumulate(vf (&acc)[kRows][V], const typename Unit::Word* a, int64_t a_row, int64_t a_step,
                                 const typename Unit::Word* b, int64_t steps) {
@@ -68,7 +68,7 @@ FASTATTN_INLINE void accumulate(vf (&acc)[kRows][V], const typename Unit::Word* 
   }
 }
 
-// One block of scores, kRows rows of a panel: out(acc) gets it while it is in registers.
+// One block of scores, kRows rows of a panel: calls out(acc) while it is in registers.
 template <class Unit, class Out>
 FASTATTN_INLINE void product_block(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b,
                                    int64_t steps, const Out& out) {
@@ -81,7 +81,7 @@ FASTATTN_INLINE void product_block(const typename Unit::Word* a, int64_t a_row, 
   accumulate<Unit, kVecs>(acc, a, a_row, 1, b, steps);
   out(acc);
 }
-// The same vector by vector: out(i, j, x) gets row i of kRows and vector j of the panel.
+// The same for each vector: calls out(i, j, x) for row i of kRows and vector j of the panel.
 template <class Unit, class Out>
 FASTATTN_INLINE void product(const typename Unit::Word* a, int64_t a_row, const typename Unit::Word* b, int64_t steps,
                              const Out& out) {

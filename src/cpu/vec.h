@@ -12,7 +12,7 @@ namespace FASTATTN_ISA {
 FASTATTN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Both give back the second operand where either is NaN: here x, so a NaN stays.
+// Both return the second operand if either is NaN: here x, so a NaN stays.
 FASTATTN_INLINE vf at_least(vf x, float low) { return vmax(splat(low), x); }
 FASTATTN_INLINE vf at_most(vf x, float high) { return vmin(splat(high), x); }
 

@@ -1,4 +1,4 @@
-// The kernels of avx512bf16 where there is none, to test their logic: what its bf16 unit flushes is flushed here.
+// The kernels of avx512bf16 for machines without it, to test their logic. Subnormals are flushed as by its bf16 unit.
 #pragma once
 #include "emulated_vectors.h"
 

@@ -1,4 +1,4 @@
-// What is stored as bf16 by an instruction set without a bf16 unit: rounded by integers.
+// Conversions to bf16 by integers, for an instruction set without a bf16 unit.
 #pragma once
 #include "bf16_rounding.h"
 
@@ -11,7 +11,7 @@ FASTATTN_INLINE void store_two(bf16* p, vf a, vf b) { store_two_by_integers(p, a
 FASTATTN_INLINE void store_factors(bf16* p, vf a, vf b) { store_two(p, a, b); }
 // Words of two factors, low's elements in the lower halves and high's in the upper ones.
 FASTATTN_INLINE vu bf16_words(vf low, vf high) { return widen(to_bf16(low)) | (widen(to_bf16(high)) << 16); }
-// Without a definition: no product is made of pairs.
+// Not defined: no product uses pairs.
 vf dot_pairs(vf acc, vu a, vu b);
 
 }  // namespace FASTATTN_ISA

@@ -5,7 +5,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// The bf16 nearest to x (ties to even) in the upper half of each word, the lower half being rubbish. Not for NaN.
+// The bf16 nearest to x (ties to even) in the upper half of each word; the lower half is arbitrary. Not for NaN.
 FASTATTN_INLINE vu bf16_rounded(vf x) {
   const vu u = as_vu(x);
   return u + splat_u(0x7fff) + ((u >> 16) & splat_u(1));

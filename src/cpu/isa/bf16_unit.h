@@ -1,5 +1,5 @@
-// What is stored as bf16 by an instruction set with a bf16 unit. Its conversions are for factors of dot_pairs, which
-// does not see subnormals either; what is stored for others keeps them.
+// Conversions to bf16 for an instruction set with a bf16 unit. The unit's own conversions flush subnormals, so they are
+// used for factors of dot_pairs only, which ignores subnormals too; other stored values keep them.
 #pragma once
 #include "bf16_rounding.h"
 

@@ -1,4 +1,4 @@
-// The primitives of an instruction set in plain C++, for one that has no instruction worth naming: all but maybe_nan.
+// The primitives of an instruction set in plain C++, for sets without special instructions: all but maybe_nan.
 #pragma once
 #include "vector.h"
 

@@ -1,5 +1,5 @@
-// The vectors of an instruction set that has said their width, W floats, and what GCC and Clang do with them by
-// themselves.
+// The vectors of an instruction set, whose header has defined their width of W floats, and the operations that GCC and
+// Clang provide for them.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// Kernels of a head whose rows are shared vectors: sums over the tokens of each code, choice and sampling.
+// Kernels of a head with a codebook: sums over the tokens of each code, the largest logit, and sampling.
 #include "../arena.h"
 #include "../cross_entropy.h"
 
@@ -7,8 +7,8 @@ namespace FASTATTN_ISA {
 
 FASTATTN_INLINE float bias_at(const Tensor& bias, int64_t i) { return bias.data ? *float_at(bias, i) : 0.0f; }
 
-// largest_k of bias over the code's tokens and beta_k = logsumexp of (bias - largest_k) * inverse_temperature, both
-// -inf where it has none.
+// largest_k, the largest bias of the code's tokens, and beta_k = logsumexp of (bias - largest_k) * inverse_temperature.
+// Both are -inf for a code without tokens.
 void vocab_code_bias(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.beta.size[3];
   float* beta = (float*)p.beta.data;
@@ -50,13 +50,13 @@ static void best_tokens_of(const VocabTokensParams& p, const I* code_of) {
   float* largest = (float*)p.beta.data;
   int64_t* best = (int64_t*)p.best.data;
   for (int64_t k = 0; k < codes; k++) largest[k] = -kInfinity, best[k] = tokens;
-  for (int64_t i = tokens - 1; i >= 0; i--) {  // backwards: the first of equals is written last
+  for (int64_t i = tokens - 1; i >= 0; i--) {  // backwards, so that the first of equals is written last
     const int64_t k = code_of[i];
     const float b = bias ? bias[i] : 0.0f;
     if (!(b < largest[k])) best[k] = i, largest[k] = b;  // a NaN counts as largest, so that best is always a token
   }
 }
-// Each code's token of the largest bias, the first of equals, and that bias.
+// For each code the first token with the largest bias, and that bias.
 void vocab_best_tokens(const VocabTokensParams& p) {
   if (p.codes.dtype == DType::i64)
     best_tokens_of(p, (const int64_t*)p.codes.data);
@@ -83,7 +83,7 @@ void vocab_bias_gradient(const VocabTokensParams& p) {
   }
 }
 
-// A counting sort: tokens by code, in their own order within one.
+// A counting sort of tokens by code. Tokens of one code keep their order.
 void vocab_group(const VocabTokensParams& p) {
   const int64_t tokens = p.codes.size[3], codes = p.offsets.size[3] - 1;
   int32_t* order = (int32_t*)p.order.data;
@@ -96,7 +96,7 @@ void vocab_group(const VocabTokensParams& p) {
   offsets[0] = 0;
 }
 
-// The first index whose cumulative weight is over uniform * total; the last of any weight if rounding leaves none.
+// The first index whose cumulative weight exceeds uniform * total; if rounding leaves none, the last with a weight.
 template <class F>
 FASTATTN_INLINE int64_t pick(int64_t count, double uniform, const F& weight) {
   double total = 0, sum = 0;
@@ -124,7 +124,7 @@ void vocab_sample(const VocabSampleParams& p) {
       float* x = (float*)p.scores.data + r * p.scores.stride[2];
       const double* uniform = (const double*)p.uniform.data + r * p.uniform.stride[2];
       for_columns(codes, [&](int64_t k, int n) { put(x + k, get(x + k, n) + get(largest + k, n), n); });
-      // differences from the best token, so that no small temperature makes two infinities
+      // differences to the best token, so that a small temperature does not make two infinities
       const vf best = splat(row_maximum(x, codes));
       for_columns(codes,
                   [&](int64_t k, int n) { put(x + k, exp((get(x + k, n) - best) * over + get(beta + k, n)), n); });
@@ -135,7 +135,7 @@ void vocab_sample(const VocabSampleParams& p) {
         const float b = *float_at(p.bias, order[first + i]);
         return b == -kInfinity ? 0.0 : __builtin_exp(((double)b - (double)largest[code]) * p.inverse_temperature);
       });
-      // a row of NaN can name a code without tokens
+      // a row of NaN can select a code without tokens
       ((int64_t*)p.out.data)[r] = count ? order[first + within] : 0;
     }
   });
@@ -170,7 +170,7 @@ static void vocab_best_of(const VocabBestParams& p) {
         best = s > best ? s : best;
       }
       const double reach = p.slack * __builtin_sqrt(norm) + p.offset_slack;
-      // products beyond f32 and a NaN put nothing in order: every code is compared
+      // with a NaN, or products that overflow f32, no order is sure: compare every code
       const double least = reach < kInfinity && best < kInfinity ? best - reach : -kInfinity;
       int64_t first = -1, chosen = -1;
       double first_score = 0;
@@ -190,7 +190,7 @@ static void vocab_best_of(const VocabBestParams& p) {
         const double s = exact_score(x, (const T*)p.codebook.data + k * p.codebook.stride[2], d, offset[k]);
         if (s > first_score || (s == first_score && id < chosen)) first_score = s, chosen = id;
       }
-      if (chosen < 0)  // nothing is above -inf: the lowest id, which is always a valid one
+      if (chosen < 0)  // no score is above -inf: take the lowest id
         for (int64_t k = 0; k < codes; k++) {
           const int64_t id = ids ? ids[k] : k;
           chosen = chosen < 0 || id < chosen ? id : chosen;

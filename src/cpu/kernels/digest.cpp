@@ -1,6 +1,6 @@
-// A digest of a tensor's bytes: what was made from them is known to be theirs still. It reads them as fast as memory
-// gives them. Two contents have one digest by chance only, once in 2^60; it does not withstand someone who looks for
-// two.
+// A digest of a tensor's bytes, by which a result computed from them is known to be still valid. It runs at the speed
+// of memory. Different contents have the same digest with a probability of 2^-60; it does not resist a deliberate
+// search for two.
 #include "../arena.h"
 #include "../parallel.h"
 
@@ -8,7 +8,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr int64_t kDigestChunk = 1 << 18;  // bytes of a task: fixed, so that the digest does not depend on the threads
-constexpr int kDigestLanes = 4;            // chains of products that go on beside each other
+constexpr int kDigestLanes = 4;            // independent chains of products
 constexpr uint64_t kDigestSeeds[kDigestLanes] = {0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3,
                                                  0x589965cc75374cc3};
 

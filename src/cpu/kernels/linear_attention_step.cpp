@@ -1,5 +1,5 @@
-// One token of linear attention: a state is read once for what the token reads of it, and once more to be updated, a
-// block of columns at a time, which stays in the first cache.
+// One token of linear attention. A block of columns of the state is read once for the token's output and once more for
+// its update; between the two it stays in the first-level cache.
 #include "../convert.h"
 #include "../limits.h"
 #include "../math.h"
@@ -52,7 +52,7 @@ struct StepHead {
   }
 };
 
-// `count` columns of a state, of rows `stride` apart. out gets scale * S^T q, for values v; kWhole: kStepColumns.
+// `count` columns (kWhole: kStepColumns) of a state whose rows are `stride` apart, for values v. out = scale * S^T q.
 template <bool kWhole>
 FASTATTN_INLINE void step_columns(const StepHead& head, float* state, int64_t stride, int64_t count, const float* v,
                                   float scale, bool delta, float* out) {
