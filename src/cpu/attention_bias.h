@@ -1,16 +1,16 @@
 // The gradient of a tensor bias: sums of dS over the dims in which the bias is 1.
 //
-// A bias with a number for each key: pairs of a sequence and a key head that add to the same elements are a unit, whose
-// key blocks are tasks, so that nobody else adds there. Sums are float32: in the gradient itself, where the pairs of a
-// unit may come wave after wave, or in a panel of the task (rows, keys of the block), rounded once to a gradient of 16
-// bits, for which a unit's pairs come together. `bias_parts` of a unit's pairs have sums of their own, to be added by
-// the caller.
+// A bias with a number for each key: the pairs (sequence, key head) that add to the same elements are a unit. A unit's
+// key blocks are tasks, so no other task adds to their elements. Sums are float32. They are formed in the gradient,
+// where a unit's pairs may come in several waves; or, for a 16-bit gradient, in a panel of the task (rows, keys of the
+// block), which is rounded once and needs a unit's pairs in one wave. With `bias_parts` a unit's pairs have several
+// sums, which the caller adds.
 //
-// A distance table: a row of dS is added to the row before's sums, shifted by one. Each slice of a head has sums of its
-// own, as it has of dQ.
+// A distance table: each row of dS is added to the sums of the previous row, shifted by one. Each slice of a head has
+// its own sums, as for dQ.
 //
-// A bias without: dS is summed along the row, as the shares of dQ are. Softmax's without a sink needs no sum: the
-// weights of a row add up to 1, so that its dS adds up to dlse.
+// A bias without a number for each key: dS is summed along the row, slice by slice as dQ. For softmax without a sink no
+// sum is needed: the weights of a row sum to 1, so its dS sums to dlse.
 #pragma once
 
 #include "attention_problem.h"
@@ -18,7 +18,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Which pairs (sequence * key heads + key head) add to the same elements. Without such a gradient each is a unit.
+// The pairs (sequence * key heads + key head) that add to the same elements. Without such a gradient each is a unit.
 struct BiasUnits {
   int64_t kv_heads, parts;
   bool by_sequence, by_head;  // whether sequences and heads have elements of their own
@@ -40,7 +40,7 @@ struct BiasUnits {
     streams = (by_sequence ? problem.p.k.size[0] : 1) * of_heads * parts;
   }
 
-  // The pair that is a unit's `member`-th, or -1. A unit has a first one.
+  // The `member`-th pair of a unit, or -1. Every unit has a first pair.
   int64_t pair(int64_t unit, int64_t member) const {
     const int64_t whole = unit / parts, m = member * parts + unit % parts;
     if (m >= all_) return -1;
@@ -53,7 +53,7 @@ struct BiasUnits {
   int64_t all_;  // pairs of a unit, all parts
 };
 
-// Where one head's tile has its sums: of row m, key n of the tile at to + m * row. row 0: all rows have the same.
+// The address of a tile's sums for one head: row m begins at to + m * row. If row is 0, all rows share their sums.
 struct BiasSums {
   float* to = nullptr;
   int64_t row = 0;
@@ -66,12 +66,12 @@ FASTATTN_INLINE void add_columns(float* to, const float* x, int64_t begin, int64
   if (j < end) store_n(to + j, load_n(to + j, int(end - j)) + load(x + j), int(end - j));
 }
 
-// The sums of a task, and dS of a strip of groups, as the tiles of one key block give them.
+// The sums of a task, and dS of a strip of groups from the tiles of one key block.
 struct BiasBlock {
   const Problem& problem;
   int64_t row, rows;    // floats between rows of a tile; rows of a panel
   bool by_key, by_row;  // the gradient has a number for each key; for each row too
-  bool on;              // dS is kept: for the bias, or for what a score program loads
+  bool on;              // dS is kept: for the bias, or for the loads of a score program
   int64_t heads;        // panels
   float *panel, *ds;    // (heads, rows, row); (kStrip * kRows, row)
   float* cap_slopes;    // (kStrip * kRows, row), of the soft cap or a score program
@@ -109,7 +109,7 @@ struct BiasBlock {
         store_row({to, t.stride[2], t.dtype}, i, panel + (h * rows + i) * row, owned, 1.0f);
     }
   }
-  // The sums of one head, `member` of its key head's. distances: those of a distance table, of the head's own.
+  // The sums of query head `member` of a key head. distances: the head's own sums of a distance table.
   BiasSums sums(const Sequence& s, int64_t head, int64_t member, int64_t n, int64_t part, float* distances) const {
     if (!by_key) return {};
     if (problem.p.grad_distances.data) return {distances + (n - s.offset + s.k_length - 1), -1};
@@ -125,7 +125,7 @@ struct BiasBlock {
   void end_tile(const BiasSums& sums, int64_t there) const {
     if (by_key && !by_row) add_columns(sums.to, columns_sum, 0, there);
   }
-  // Adds dS of group g, of which `count` rows from row m of the sequence on are there.
+  // Adds dS of group g, which has `count` rows from row m of the sequence on.
   void add(const BiasSums& sums, float* row_sums, int64_t g, const Columns& columns, int64_t m, int64_t count,
            int64_t there) const {
     const int64_t end = min64(columns.end, there);

@@ -1,9 +1,9 @@
-// Which weights dropout keeps: drawn by Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// 2011) from where a weight stands, so that nothing depends on tiles, threads, instruction sets or devices.
+// The weights that dropout keeps, drawn by Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", 2011) from a weight's position, so that they do not depend on tiles, threads, instruction sets or devices.
 //
-// Eight numbers of 16 bits for keys 8g to 8g + 7: of counter (g, row, batch * heads + head, lower half of the offset)
-// and key (lower half of the seed, its upper half xor the offset's). Key 8g + t has the lower half of word t & 3 for
-// t < 4, else the upper half; it is kept where that number is not below `dropped`.
+// Eight numbers of 16 bits for keys 8g to 8g + 7: counter (g, row, batch * heads + head, lower half of the offset), key
+// (lower half of the seed, its upper half xor the offset's). Key 8g + t has the lower half of word t & 3 for t < 4,
+// else the upper half; it is kept if that number is not below `dropped`.
 #pragma once
 
 #include "attention_mask.h"
@@ -15,7 +15,7 @@ namespace FASTATTN_ISA {
 
 struct Dropout {
   uint32_t dropped;  // of 65536
-  float scale;       // of what is kept
+  float scale;       // factor of the kept weights
   uint32_t key[2], offset;
 
   explicit Dropout(const AttentionParams& p) : dropped((uint32_t)p.dropped), scale(1), key{}, offset(0) {
@@ -29,7 +29,7 @@ struct Dropout {
   bool on() const { return dropped > 0; }
 };
 
-// A row of weights: its plane and row among all, and the key of its first column.
+// A row of weights: its plane (batch * heads + head), its row, and the key of its first column.
 struct DrawnRow {
   int64_t plane, row, key;
 };
@@ -70,7 +70,7 @@ FASTATTN_NOINLINE void draw_row(const Dropout& d, const DrawnRow& at, int64_t fi
   }
 }
 
-// f(column, which of W columns from it on are kept) over the columns of a row.
+// Calls f(column, mask of the kept ones of W columns from it on) over the columns of a row.
 template <class F>
 FASTATTN_INLINE void for_kept(const Dropout& d, const DrawnRow& at, const Columns& columns, const F& f) {
   constexpr int64_t kAtOnce = 256;
@@ -89,7 +89,7 @@ FASTATTN_INLINE void for_kept(const Dropout& d, const DrawnRow& at, const Column
   }
 }
 
-// Weights that are not kept become 0.
+// Sets the dropped weights to 0.
 template <class T>
 FASTATTN_NOINLINE void drop_row(const Dropout& d, const DrawnRow& at, T* weights, const Columns& columns) {
   for_kept(d, at, columns, [&](int64_t j, vi kept) { store(weights + j, keep(kept, load(weights + j))); });

@@ -1,5 +1,5 @@
-// Backward passes of kernels that keep a block's whole rows: one task a key head, which owns that head's gradients of
-// keys and values in float32; a head is shared out in parts, summed in order, only where heads are fewer than threads.
+// Backward passes of kernels that keep a block's whole rows. One task for each key head owns its gradients of keys and
+// values in float32. With fewer heads than threads a head is divided into parts, which are summed in order.
 #pragma once
 
 #include "attention_rows.h"
@@ -17,7 +17,7 @@ struct GradientHead {
   float *grad_keys, *grad_values, *extra;             // (capacity, columns)
   float* reciprocals;                                 // (capacity) 1 / |key|
 
-  // extra_columns: a further gradient the op has for each key.
+  // extra_columns: the columns of a further gradient of each key.
   GradientHead(const Problem& problem, int64_t longest_k, int64_t extra_columns, Arena& arena)
       : capacity(round_up(longest_k, kGradientTile) + kGradientTile),
         head_columns(round_up(problem.head_dim, W)),
@@ -54,8 +54,8 @@ struct GradientHead {
 };
 
 // gradient (keys of the tile at n, columns) += weights^T (kGradientTile, rows) * panels of the block's `count` rows:
-// weights are row by row, `stride` apart, and 0 where a row does not attend. Each kRows of keys take the rows between
-// the first and the last that attend one of them.
+// weights have rows `stride` apart and are 0 where a row does not attend. Each kRows of keys use the rows from the
+// first to the last that attends one of them.
 FASTATTN_INLINE void add_transposed(float* gradient, int64_t columns, const float* weights, int64_t stride,
                                     const float* panels, int64_t capacity, const RowRanges& ranges, int64_t count,
                                     int64_t n) {
@@ -154,7 +154,7 @@ FASTATTN_INLINE void zero_outside(float* row, const Columns& columns, int64_t wi
   if (columns.end < width) memset(row + columns.end, 0, size_t(width - columns.end) * 4);
 }
 
-// Rows of gradients to memory, 0 from row `used` on.
+// Stores rows of gradients, 0 from row `used` on.
 FASTATTN_INLINE void store_gradients(Matrix to, const float* from, int64_t columns_padded, int64_t used, int64_t rows,
                                      int64_t columns, float factor) {
   for (int64_t i = 0; i < rows; i++) {
@@ -168,8 +168,8 @@ FASTATTN_INLINE void store_gradients(Matrix to, const float* from, int64_t colum
   }
 }
 
-// run(block rows, sequence, key head of the block's h-th head, thread memory) for every block of some heads together,
-// finish(key head, sequence, its gradients) once they are whole. `extra` floats a key besides those of keys and values.
+// Calls run(block rows, sequence, key head of the block's h-th head, thread memory) for every block of some heads, then
+// finish(key head, sequence, its gradients). `extra`: floats for each key besides the gradients of keys and values.
 template <class Run, class Finish>
 static void for_gradient_heads(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
                                int64_t extra, const Together& together, const Run& run, const Finish& finish) {
@@ -177,7 +177,7 @@ static void for_gradient_heads(const Problem& problem, const Longest& longest, i
   const int64_t units = problem.sequences * in_sequence, parts = max64(1, threads / max64(units, 1));
   const int64_t slots = parts > 1 ? units * parts : min64(threads, units);
   const int64_t head_bytes = bytes_of([&](Arena& arena) { GradientHead(problem, longest.k, extra, arena); });
-  Blocks memory, gradients;  // of each thread; of each key head of a slot
+  Blocks memory, gradients;  // for each thread; for each key head of a slot
   with_scratch(0, [&](Arena& arena) {
     memory = arena.blocks(threads, block_bytes);
     gradients = arena.blocks(slots * members, head_bytes);

@@ -1,5 +1,5 @@
-// Blocks of query rows that keep their whole rows of scores: for weights that need a row's statistics before any of
-// them is known, and for backward passes that need every weight of a row.
+// Blocks of query rows that keep whole rows of scores: for weights that depend on statistics of their row, and for
+// backward passes that need all weights of a row.
 #pragma once
 
 #include "attention_problem.h"
@@ -7,14 +7,14 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Rows of one block: `span` rows from `first` on of each of some consecutive heads, head by head.
+// The rows of one block: `span` rows from `first` on of each of some consecutive heads, head by head.
 struct BlockRows {
   int64_t head, first, span, count;
   int64_t head_of(int64_t r) const { return head + r / span; }
   int64_t row_of(int64_t r) const { return first + r % span; }
 };
 
-// Floats between rows of a score buffer: off multiples of a page, which would share cache sets.
+// Floats between rows of a score buffer: no multiple of a page, because such rows would share cache sets.
 FASTATTN_INLINE int64_t score_stride(int64_t columns) { return columns % 512 == 0 ? columns + 16 : columns; }
 
 // The most columns a block's rows may span, in whole tiles of block_k from a multiple of it on.
@@ -39,7 +39,7 @@ struct Longest {
   }
 };
 
-// Sum of squares of a row in double where float32 would lose it.
+// Sum of squares of a row, in double where float32 would overflow or underflow.
 template <class T>
 FASTATTN_INLINE double square_norm(const T* x, int64_t n) {
   vf sum{};
@@ -68,7 +68,7 @@ FASTATTN_NOINLINE void reciprocal_norms(float* to, Matrix src, int64_t rows, int
   for (int64_t i = rows; i < capacity; i++) to[i] = 0;
 }
 
-// RowRanges of a block whose rows may belong to several heads.
+// The RowRanges of a block whose rows may belong to several heads.
 FASTATTN_INLINE void fill_ranges(RowRanges& r, const Sequence& s, const BlockRows& rows) {
   r.begin = INT32_MAX;
   r.end = 0;
@@ -135,8 +135,8 @@ FASTATTN_NOINLINE void tile_products(float* to, int64_t stride, const typename U
                           [&](int64_t at, vf x) { store(to + at, x); });
 }
 
-// How many heads one task handles together: `heads` query heads, of up to `kv_heads` key heads of one sequence. Whole
-// key heads, or some query heads of a single one.
+// The heads that one task handles together: `heads` query heads of up to `kv_heads` key heads of one sequence: whole
+// key heads, or some query heads of a single key head.
 struct Together {
   int64_t kv_heads = 1, heads = 1;
 
@@ -144,7 +144,7 @@ struct Together {
   Together(const Problem& problem, int64_t most)
       : kv_heads(max64(1, min64(problem.kv_heads, most / problem.group))),
         heads(kv_heads > 1 ? kv_heads * problem.group : min64(most, problem.group)) {}
-  // Sets of key heads of one sequence, and sets of query heads of one of those.
+  // The number of sets of key heads of a sequence, and of sets of query heads of one of these.
   int64_t units(const Problem& problem) const { return (problem.kv_heads + kv_heads - 1) / kv_heads; }
   int64_t chunks(const Problem& problem) const { return (kv_heads * problem.group + heads - 1) / heads; }
 };
@@ -165,7 +165,7 @@ struct PackedPanels {
   }
 };
 
-// Panels packed a tile at a time by the one block that reads them.
+// Panels that the only block that reads them packs a tile at a time.
 template <class Unit>
 struct StreamedPanels {
   using Word = typename Unit::Word;
@@ -210,8 +210,8 @@ struct PackedKeys : PackedHead<Unit> {
         reciprocals(arena.take<float>(norms ? round_up(length, kPanel) : 0)) {}
 };
 
-// Key heads of sequences packed in waves, then blocks of query rows of some heads together: run(block rows, sequence,
-// panels of the block's h-th head, thread memory).
+// Packs key heads of sequences in waves, then calls run(block rows, sequence, panels of the block's h-th head, thread
+// memory) for blocks of query rows of some heads.
 template <class Unit, class Run>
 static void for_packed_blocks(const Problem& problem, const Longest& longest, int64_t block_q, int64_t block_bytes,
                               bool norms, const Together& together, const Run& run) {
@@ -221,7 +221,7 @@ static void for_packed_blocks(const Problem& problem, const Longest& longest, in
   const int64_t in_sequence = together.units(problem), units = problem.sequences * in_sequence;
   const int64_t chunks = together.chunks(problem);
   const int64_t wave = max64(1, min64(units, p.pack_kib * 1024 / max64(head_bytes * members, 1)));
-  Blocks memory, store;  // of each thread; of each key head of a wave
+  Blocks memory, store;  // for each thread; for each key head of a wave
   with_scratch(0, [&](Arena& arena) {
     memory = arena.blocks(p.threads, block_bytes);
     store = arena.blocks(wave * members, head_bytes, 64);

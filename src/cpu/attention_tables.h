@@ -1,5 +1,5 @@
-// The gradient of what a score program loads: dS times a load's derivative, added where the load read. Every copy of
-// the table has its tasks, which add to it one after the other.
+// The gradient of a score program's tables: dS times a load's derivative, added at the loaded element. Every copy of
+// the table has its own tasks, which add to it one after the other.
 #pragma once
 
 #include "attention_bias.h"
@@ -7,23 +7,23 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Derivatives and indices of a strip of groups, as the program gives them.
+// Derivatives and indices of a strip of groups, written by the program.
 struct TableGradients {
   const Problem& problem;
   int64_t row, apart;  // floats between rows of a tile, and between buffers
   bool on;
-  float* memory;     // of each load (kStrip * kRows, row) derivatives, then indices
-  int64_t copy = 0;  // of the table, to which sums go
+  float* memory;     // for each load (kStrip * kRows, row) derivatives, then indices
+  int64_t copy = 0;  // the copy of the table that takes the sums
 
   TableGradients(const Problem& problem, int64_t row, Arena& arena)
       : problem(problem), row(row), apart(kStrip * kRows * row), on(problem.p.grad_tables.data) {
     const int32_t loads = on ? max64(problem.program.program.loads, problem.masked_program.program.loads) : 0;
     memory = arena.take<float>(2 * loads * apart);
   }
-  // Where the rows of group g are kept.
+  // The address of the rows of group g.
   float* kept(int64_t g) const { return memory + BiasBlock::strip_row(g) * row; }
 
-  // Adds dS of group g, of which `count` rows are there; `key` is that of its first column.
+  // Adds dS of group g, which has `count` rows; `key` is the key of its first column.
   void add(const ScoreProgram& program, const float* ds, int64_t g, const Columns& columns, int64_t count,
            int64_t there, int64_t key) const {
     const int64_t size = problem.p.tables.size[3];
@@ -35,7 +35,7 @@ struct TableGradients {
       const int32_t* indices = (const int32_t*)(derivatives + apart);
       for (int64_t i = 0; i < count; i++, derivatives += row, indices += row) {
         const float* x = ds + BiasBlock::strip_row(g, i) * row;
-        // what is not attended has a dS of 0, and its derivative may be anything
+        // pairs that are not attended have a dS of 0, but their derivative may be anything
         const auto term = [&](int64_t j) { return x[j] != 0 ? x[j] * derivatives[j] : 0.0f; };
         const auto terms = [&](int64_t j) {
           const vf d = load(x + j);

@@ -1,8 +1,8 @@
 // The machine that runs a score program (score_program.h) over rows of a tile's products, in place.
 //
-// It goes strip by strip, some rows of kStripColumns columns, each instruction one loop over the strip. An operand has
-// a step from row to row, and goes on along a row vector by vector unless it is a scalar, which is kept as one vector
-// of equal lanes. What is the same in every row of a strip is known beforehand and computed in its first row only.
+// It runs over strips, some rows of kStripColumns columns; each instruction is one loop over a strip. An operand has a
+// step from row to row. Along a row it advances vector by vector, unless it is a scalar, which is kept as one vector of
+// equal lanes. Values that are the same in every row of a strip are computed in its first row only.
 #pragma once
 
 #include "score_program.h"
@@ -12,25 +12,25 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr int64_t kStripColumns = 128, kStripRows = 24;
-constexpr int64_t kStripFloats = 6144;  // of all registers of a strip
+constexpr int64_t kStripFloats = 6144;  // floats of all registers of a strip
 
-// Rows of scaled products that become scores, and where a backward has what it needs of each: as x, `stride` apart.
+// Rows of scaled products that become scores, and buffers for a backward's values, with rows `stride` apart as in x.
 struct ScoreRows {
   int64_t batch, head, row, key;  // of the first element, among all rows and keys
   int64_t rows, columns;          // columns: whole vectors
   float* x;
   int64_t stride;
   float* slopes = nullptr;
-  // of each load with a gradient two buffers, `apart` apart: derivatives and indices. Of an index with one value a row
-  // a row's first element.
+  // two buffers, `apart` apart, for each load with a gradient: derivatives and indices. An index with one value for
+  // each row is the row's first element.
   float* loads = nullptr;
   int64_t apart = 0;
 };
 
 struct Strip;
 
-// What an instruction reads or writes: of places[place] from `offset` on, in every row of a strip another one, in every
-// column another one.
+// An operand of an instruction: in places[place] from `offset` on, with flags whether it differs from row to row of a
+// strip and from column to column.
 struct StripOperand {
   int32_t place = 0, offset = 0;
   bool rows = false, columns = false;
@@ -41,7 +41,7 @@ struct StripInstruction {
   StripOperand to, from[4];
 };
 
-// A program that was prepared, or none: then nothing but `program` is set.
+// A prepared program, or none: then only `program` is set.
 class ScoreMachine {
  public:
   ScoreMachine() {}
@@ -50,7 +50,7 @@ class ScoreMachine {
   void run(const ScoreRows& rows) const;
 
   ScoreProgram program{};
-  bool has_slope;  // that is not 1 everywhere
+  bool has_slope;  // whether the slope is not 1 everywhere
 
  private:
   static constexpr int kPlaces = 4 + 2 * limits::program_loads;

@@ -1,5 +1,5 @@
-// The steps of a score program as the machine takes them: two or three that are often neighbours become one, which
-// keeps what is between them in registers.
+// The steps of a score program as the machine runs them: two or three instructions that are often neighbours become one
+// step, which keeps their intermediate values in registers.
 #pragma once
 
 #include <initializer_list>
@@ -10,7 +10,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Operations that no program has.
+// Operations of joined steps, which no program contains.
 enum JoinedOp {
   kDifference = int(ScoreOp::count),  // (float)(a - b)
   kMultiplyAdd,                       // a * b + c, rounded once where the instruction set can
@@ -23,7 +23,7 @@ enum JoinedOp {
 struct JoinedStep {
   int op, operands, dst, from[4];
   bool rows;   // whether rows differ in it
-  bool whole;  // false: it is part of a later one
+  bool whole;  // false: it is part of a later step
 };
 
 struct JoinedSteps {
@@ -50,16 +50,16 @@ struct JoinedSteps {
   static bool is(const JoinedStep& s, ScoreOp op) { return s.op == int(op); }
   bool scalar(int reg) const { return program.scalar(reg); }
 
-  // The step whose result operand k of step n is, if nothing else reads that and it can as well be computed there.
+  // The step that computes operand k of step n, if no other step reads its result and it can be computed in step n.
   const JoinedStep* only_for(int n, int k) const {
     const int reg = step[n].from[k];
     int m = n - 1;
     while (m >= 0 && step[m].dst != reg) m--;
     if (m < 0 || !step[m].whole || !step[m].rows || scalar(reg)) return nullptr;
     int reads = 0;
-    bool kept = true;  // the register, to the end
+    bool kept = true;  // whether the register is kept to the end
     for (int i = m + 1; i < count && kept; i++) {
-      // those after n are not joined yet
+      // steps after n are not joined yet
       const int* from = i > n ? program.step[i].operands : step[i].from;
       const int operands = i > n ? kScoreOps[program.step[i].op].operands : step[i].whole ? step[i].operands : 0;
       for (int o = 0; o < operands; o++) reads += from[o] == reg;
@@ -108,7 +108,7 @@ struct JoinedSteps {
     }
   }
 
-  // A sum with a product, of a difference with a scalar or of anything.
+  // A sum with a product: of a difference and a scalar, or of any two values.
   bool join_product(int n, bool of_difference) {
     for (int k = 0; k < 2; k++) {
       const JoinedStep* p = only_for(n, k);

@@ -13,19 +13,19 @@
 namespace fastattn {
 namespace cpu {
 constexpr int kScratchSlots = 8;
-// At least `bytes` bytes of this thread's slot; what an earlier call left there is not kept when it grows. Throws where
-// there is no memory: not for use inside a parallel loop, which no exception may leave. With AddressSanitizer it holds
-// NaN (or -1) and none of it may be touched before open_scratch.
+// At least `bytes` bytes of this thread's slot. Earlier contents are lost when it grows. Throws if there is no memory,
+// so it must not be called inside a parallel loop, which no exception may leave. With AddressSanitizer it holds NaN (or
+// -1) and must not be touched before open_scratch.
 void* scratch(int slot, size_t bytes);
 #if defined(FASTATTN_ASAN)
 void open_scratch(void* data, size_t bytes);
 #else
 static inline void open_scratch(void*, size_t) {}
 #endif
-// [data, data + bytes) of a slot becomes 0.
+// Sets [data, data + bytes) of a slot to 0.
 void zero_scratch(void* data, size_t bytes);
-// Asks for large pages where there are such and [data, data + bytes) has whole ones: fresh memory then takes one fault
-// for 2 MiB instead of 512.
+// Requests large pages for [data, data + bytes) if the system has them and the range contains whole ones: new memory
+// then takes one page fault for 2 MiB instead of 512.
 void prefer_large_pages(void* data, size_t bytes);
 }  // namespace cpu
 }  // namespace fastattn

@@ -1,17 +1,17 @@
-// Tokens of (B, L, D) tensors, for kernels whose lanes are channels: the sequences that they are of, and rows of a
-// panel of channels.
+// Tokens of (B, L, D) tensors, for kernels whose lanes are channels: their sequences, and the rows of a panel of
+// channels.
 #pragma once
 
 #include "rowwise.h"
 
-// A loop's body that is called for whole vectors and for the rest: each time with its constants.
+// A loop's body that is called with constants for whole vectors and for the remaining elements.
 #define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// A sequence is a batch, or one of the documents of a batch of one between the offsets cu_seqlens (S + 1,) i64; tokens
-// after the last offset are of none.
+// A sequence is a batch entry, or with cu_seqlens (S + 1,) i64 a document of a batch of one between two offsets. Tokens
+// after the last offset belong to no sequence.
 class Sequences {
  public:
   Sequences(const Tensor& cu_seqlens, int64_t batches, int64_t length)
@@ -22,11 +22,11 @@ class Sequences {
   int64_t count() const { return count_; }
   int64_t begin(int64_t s) const { return cuts_ ? cuts_[s] : 0; }
   int64_t end(int64_t s) const { return cuts_ ? cuts_[s + 1] : length_; }
-  // A batch's sequences, [first_of, last_of), those without a token too.
+  // A batch entry's sequences are [first_of, last_of), including those without tokens.
   int64_t first_of(int64_t batch) const { return cuts_ ? 0 : batch; }
   int64_t last_of(int64_t batch) const { return cuts_ ? count_ : batch + 1; }
 
-  // f(s, first, last) of a batch's sequences that have tokens in [begin, end): those tokens.
+  // Calls f(s, first, last) for the sequences of a batch entry with their tokens [first, last) in [begin, end).
   template <class F>
   FASTATTN_INLINE_MEMBER void within(int64_t batch, int64_t begin, int64_t end, const F& f) const {
     int64_t s = first_of(batch), beyond = last_of(batch);
@@ -48,7 +48,7 @@ class Sequences {
   int64_t length_, count_;
 };
 
-// A value alone.
+// A real number.
 FASTATTN_INLINE float one(const float* p) { return *p; }
 FASTATTN_INLINE float one(const bf16* p) { return __builtin_bit_cast(float, uint32_t(p->bits) << 16); }
 FASTATTN_INLINE float one(const f16* p) { return load_n(p, 1)[0]; }
@@ -58,9 +58,9 @@ struct Pair {
   float of[2];
 };
 
-// Rows of channels [first, first + count) of a batch of t (A, B, L, D). Where the channels do not lie side by side, 16
-// rows at a time are brought together in a tile; two tiles are kept, so that the latest 17 rows can be used at once,
-// going up or down.
+// Rows of channels [first, first + count) of a batch entry of t (A, B, L, D). If the channels are strided, 16 rows at a
+// time are copied to a contiguous tile. Two tiles are kept, so that the latest 17 rows can be used at once in either
+// direction.
 template <class E>
 class PanelRows {
  public:

@@ -25,8 +25,8 @@ FASTATTN_DEVICE float vocab_log_weight(float x, float tau) {
   if (!STABLEMAX) return x / tau;
   return x >= 0 ? log1pf(x) : -log1pf(-x);
 }
-// The logarithm of what x weighs beside `top`. Both are not divided by the temperature first, nor is a log-sum-exp
-// taken off: each would be rounded at its own size.
+// The logarithm of x's weight relative to `top`'s. Neither is divided by the temperature first, and no log-sum-exp is
+// subtracted: each would be rounded at its own magnitude.
 template <bool STABLEMAX>
 FASTATTN_DEVICE float vocab_distance(float x, float top, float tau) {
   if (!STABLEMAX) return (x - top) / tau;
@@ -50,7 +50,7 @@ vocab_rows(VocabRowsParams p) {
       if (thread() == 0) p.loss[row] = p.largest[row] = p.total[row] = 0;
       continue;
     }
-    // Read before the barriers of the sums, and so before any thread writes a gradient over it. A target of no class,
+    // Read before the barriers of the sums, hence before any thread overwrites it with a gradient. An invalid target,
     // which the host cannot see without waiting, makes the loss NaN.
     const bool known = target >= 0 && target < p.classes;
     const float picked = known ? Logit(p, x, target, tau).x : sqrtf(-1.0f);
@@ -75,7 +75,7 @@ vocab_rows(VocabRowsParams p) {
       const float distance = vocab_distance<STABLEMAX>(logit.x, top, tau);
       float g = expf(distance) * factor - (i == target ? upstream : 0.0f);
       if (STABLEMAX) g /= 1 + fabsf(logit.x);
-      // a softmax's gradients add up to `spread`, and what is far from the largest has next to none of it
+      // a softmax's gradients sum to `spread`; distances to the largest logit are small where gradients are large
       if (g != 0) products += g * (STABLEMAX ? logit.x : distance);
       x[i] = g / tau * logit.slope;
     }

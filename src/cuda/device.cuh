@@ -29,7 +29,7 @@ FASTATTN_DEVICE int64_t blocks() { return gridDim.x; }
 FASTATTN_DEVICE void barrier() { __syncthreads(); }
 FASTATTN_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 FASTATTN_DEVICE float shuffle_xor(float x, int lane) { return __shfl_xor_sync(0xffffffffu, x, lane); }
-// Memory that other blocks write between barriers: never through the read-only cache.
+// A load of memory that other blocks write between barriers: it bypasses the read-only cache.
 FASTATTN_DEVICE float fresh(const float* p) { return __ldcg(p); }
 
 using bf16 = __nv_bfloat16;
@@ -52,7 +52,7 @@ FASTATTN_DEVICE float warp_max(float x) {
   return x;
 }
 
-// Over the block, in a fixed order; every thread gets the result. `scratch` holds a float a warp.
+// Reductions over the block in a fixed order; every thread gets the result. `scratch` has one float for each warp.
 FASTATTN_DEVICE float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   barrier();
@@ -83,8 +83,8 @@ struct LogSum {
   FASTATTN_DEVICE float value() const { return top + logf(total); }
 };
 
-// sum[r] = dot(row[r], x) by one warp, N rows in flight; x is float32 in shared memory. Rows and x are aligned to 16
-// bytes where n is a multiple of the vector.
+// sum[r] = dot(row[r], x) by one warp for N rows at a time; x is float32 in shared memory. Rows and x are aligned to 16
+// bytes if n is a multiple of the vector.
 template <class T, int N>
 FASTATTN_DEVICE void warp_dots(const T* const (&row)[N], const float* x, int n, float (&sum)[N]) {
   constexpr int kVector = 16 / sizeof(T);

@@ -9,10 +9,10 @@
 namespace fastattn {
 namespace cuda {
 
-// As many floats as the longest of hidden, heads * head_dim and inner: what the next product is of.
+// The vector of the next product; its size is the largest of hidden, heads * head_dim and inner.
 extern __shared__ __align__(16) float decode_vector[];
 
-// vector = rms(x): every block forms it for itself.
+// vector = rms(x); every block computes it.
 FASTATTN_DEVICE void load_norm(const float* x, int n, float eps, float* scratch) {
   float squares = 0;
   for (int i = thread(); i < n; i += threads()) {
@@ -25,7 +25,7 @@ FASTATTN_DEVICE void load_norm(const float* x, int n, float eps, float* scratch)
   barrier();
 }
 
-// DIM: a multiple of 32 that head_dim does not exceed. ROWS: of a weight, in flight in a warp. SPAN: keys of one piece
+// DIM: a multiple of 32, at least head_dim. ROWS: rows of a weight that a warp loads at a time. SPAN: keys of one unit
 // of attention work.
 template <class T, int DIM, int THREADS, int ROWS, int SPAN>
 struct Decode {
@@ -55,7 +55,7 @@ struct Decode {
     warps = blocks() * kWarps;
   }
   FASTATTN_DEVICE bool leads() const { return thread() % kWarp == 0; }
-  // Row `r` of a weight, or its last where it has no such row.
+  // Row `r` of a weight, or its last row if `r` is beyond.
   FASTATTN_DEVICE static const T* row_of(const void* weight, int64_t r, int64_t count, int columns) {
     return (const T*)weight + (r < count ? r : count - 1) * columns;
   }
@@ -78,7 +78,7 @@ struct Decode {
     return i < half ? first * cosine - second * sine : second * cosine + first * sine;
   }
 
-  // Pieces of SPAN keys of a head, one a warp: running maximum, sum and accumulator; the newest key joins the cache.
+  // Each warp takes a piece of SPAN keys of a head: running maximum, sum, accumulator. The new key is appended.
   FASTATTN_DEVICE void attend(int64_t slot) const {
     const int lane = thread() % kWarp, dim = p.head_dim;
     const float scale = rsqrtf((float)dim);
@@ -123,7 +123,7 @@ struct Decode {
           if (i >= dim) continue;
           narrow(rotated(gqkv + 2 * width + head * dim, i), keys + at);
           narrow(fresh(gqkv + 3 * width + head * dim + i), values + at);
-          k[e] = widen(keys[at]);  // as rounded
+          k[e] = widen(keys[at]);  // as rounded to T
           v[e] = widen(values[at]);
         }
         take(k, v);
@@ -137,7 +137,7 @@ struct Decode {
     }
   }
 
-  // vector = sigmoid(gate) * attention, pieces merged in order: every block forms it for itself.
+  // vector = sigmoid(gate) * attention, with the pieces merged in order; every block computes it.
   FASTATTN_DEVICE void load_gated() const {
     for (int64_t i = thread(); i < width; i += threads()) {
       const int64_t head = i / p.head_dim, first = head * pieces;

@@ -1,6 +1,6 @@
 // Default instantiations and their launches; other tile constants are compiled at run time (fastattn/runtime/cuda.py).
 //
-// Each launch takes a params struct and a stream by address and returns null, or what went wrong.
+// Each launch takes a params struct and a stream by address and returns null or an error message.
 #include "hrm_step.cuh"
 #include "sinkhorn.cuh"
 #include "cross_entropy.cuh"
@@ -10,7 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// A block has 48 KiB of shared memory without asking, its kernel's own arrays among them (4 KiB at most).
+// A block has 48 KiB of shared memory without opting in, including its kernel's static arrays (at most 4 KiB).
 constexpr size_t kUnasked = 44 * 1024;
 constexpr int kDecodeThreads = 512, kDecodeRows = 1, kDecodeSpan = 64;
 
@@ -73,7 +73,7 @@ using namespace fastattn::cuda;
 
 static const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// blocks: as many as `partial` has room for; fewer run where the device holds fewer at once.
+// blocks: the number for which `partial` has room; fewer run if the device holds fewer at once.
 FASTATTN_EXPORT fastattn_sinkhorn(const SinkhornParams* p, int dtype, int groups, int64_t blocks, void* stream) {
   const cudaStream_t on = (cudaStream_t)stream;
   cudaError_t error = cudaErrorInvalidValue;
@@ -91,7 +91,7 @@ FASTATTN_EXPORT fastattn_vocab_rows(const VocabRowsParams* p, int stablemax, voi
   return message(cudaLaunchKernel(kernel, blocks, kThreads, arguments, 0, (cudaStream_t)stream));
 }
 
-// shared: bytes for decode_vector. blocks: fewer run where the device holds fewer at once.
+// shared: bytes of decode_vector. blocks: fewer run if the device holds fewer at once.
 FASTATTN_EXPORT fastattn_decode_step(const DecodeParams* p, int dtype, int64_t shared, int64_t blocks, void* stream) {
   const cudaStream_t on = (cudaStream_t)stream;
   cudaError_t error = cudaErrorInvalidValue;

@@ -21,8 +21,8 @@ struct SinkhornParams {
   float temperature = 0.1f;
 };
 
-// One row of logits a block: the loss, the largest logit and the sum of the weights, of which the largest logit's is 1;
-// and the loss's gradient over the logits when grad is given.
+// A block computes one row of logits: the loss, the largest logit, and the sum of the weights relative to that logit's.
+// If grad is given, it overwrites the logits with the loss's gradient.
 // logits (rows, classes) f32 with a row stride; bias (classes,) f32 or null; target (rows,) i64; the rest (rows,) f32.
 struct VocabRowsParams {
   float* logits = nullptr;
@@ -35,7 +35,7 @@ struct VocabRowsParams {
   float softcap = 0, z_loss = 0;
 };
 
-constexpr int kMostLayers = 40;  // of a stack, so that the kernel takes every weight's address by value
+constexpr int kMostLayers = 40;  // of a stack: the kernel takes the address of every weight by value
 
 // One token through a hierarchical recurrence at batch 1: H_cycles x (L_cycles L stacks, then the H stack).
 // Weights of stack s (0 = L, 1 = H) by layer, row-major: gqkv (4 * heads * head_dim, hidden) gate | q | k | v,
@@ -47,7 +47,7 @@ struct DecodeParams {
   const void *gate_up[2][kMostLayers] = {}, *down[2][kMostLayers] = {};
   void *k_cache = nullptr, *v_cache = nullptr;
   const void *z_h = nullptr, *z_l = nullptr;  // (hidden,) scaled embedding and initial low state
-  const int64_t* positions = nullptr;         // (1,), or null for `position`, beyond which it is not
+  const int64_t* positions = nullptr;         // (1,), at most `position`; null: `position`
   void* result = nullptr;                     // (hidden,) final high state
   float* workspace = nullptr;
   int64_t capacity = 0, position = 0;

@@ -6,7 +6,7 @@
 namespace fastattn {
 namespace cuda {
 
-// GROUPS: columns. A warp takes a token at a time, its lanes the groups. A cooperative launch; blocks share the tokens.
+// GROUPS: columns. A warp processes one token at a time; its lanes are groups. A cooperative launch divides the tokens.
 template <class T, int GROUPS, int THREADS>
 FASTATTN_KERNEL(THREADS)
 sinkhorn(SinkhornParams p) {
@@ -16,7 +16,7 @@ sinkhorn(SinkhornParams p) {
   const int warp = thread() / kWarp, lane = thread() % kWarp;
   const float scale = 1.0f / p.temperature;
   for (int64_t b = 0; b < p.batch; b++) {
-    // contents on a GPU are not checked: whatever they are, no row beyond the last is touched
+    // elements on a GPU are not checked; clamping keeps every access inside the tensor
     const int64_t valid = p.lengths && p.lengths[b] < p.length ? p.lengths[b] : p.length;
     const T* scores = (const T*)p.scores + b * p.length * GROUPS;
     T* assignment = (T*)p.assignment + b * p.length * GROUPS;
@@ -27,7 +27,7 @@ sinkhorn(SinkhornParams p) {
     for (int iteration = 0; iteration < p.iterations && valid > 0; iteration++) {
       LogSum mine[(GROUPS + kWarp - 1) / kWarp];
       for (int64_t t = block() * kWarps + warp; t < valid; t += blocks() * kWarps) {
-        // the row potential follows from the column potentials of the iteration before; there is none before the first
+        // the row potential follows from the previous iteration's column potentials; it is 0 in the first iteration
         LogSum row;
         for (int g = lane; g < GROUPS; g += kWarp) row.add(widen(scores[t * GROUPS + g]) * scale + v[g], 1);
         const float high = warp_max(row.top);

@@ -1,14 +1,14 @@
-// Classing the tiles of a dense mask, so that kernels skip the empty ones and do not test the full ones. Of a bias only
-// its tiles of nothing but -inf are known by it. Done in every call: nothing tells whether a mask's memory was written.
+// Classifies the tiles of a dense mask, so that kernels skip empty tiles and do not test full ones. For a bias it finds
+// the tiles that are entirely -inf. It runs in every call, because writes to a mask's memory cannot be noticed.
 #include "../attention_problem.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr int64_t kSerialMask = 1 << 16;  // bytes below which a second thread costs more to start than it saves
-constexpr int64_t kLooksEvery = 8;        // rows read between two looks at whether a tile is known to be mixed
+constexpr int64_t kLooksEvery = 8;        // rows read between two tests whether a tile is already known to be mixed
 
-// `any` and `all` of the bytes that were taken in.
+// `any` and `all` of the bytes read so far.
 struct ByteRange {
   vu any_lanes{}, all_lanes = splat_u(~0u);
   uint32_t any_bytes = 0, all_bytes = ~0u;
@@ -44,7 +44,7 @@ struct ByteRange {
   }
 };
 
-// Rows `stride` apart of a bool mask: 0 nothing attends, 1 everything, 2 some of it.
+// Rows of a bool mask, `stride` apart: 0 no pair is attended, 1 all are, 2 some are.
 FASTATTN_INLINE uint8_t class_of(const uint8_t* x, int64_t stride, int64_t rows, int64_t width) {
   ByteRange range;
   for (int64_t i = 0; i < rows; i += kLooksEvery) {
@@ -54,7 +54,7 @@ FASTATTN_INLINE uint8_t class_of(const uint8_t* x, int64_t stride, int64_t rows,
   return range.any() ? 1 : 0;
 }
 
-// Bits: of a bias's element, as wide; `blocked` is -inf.
+// Bits: an integer as wide as a bias's element; `blocked` is -inf.
 template <class Bits>
 FASTATTN_INLINE uint8_t class_of_bias(const Bits* x, int64_t stride, int64_t rows, int64_t width, Bits blocked) {
   for (int64_t i = 0; i < rows; i++, x += stride) {

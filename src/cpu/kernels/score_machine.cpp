@@ -7,10 +7,10 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 namespace {
-enum Place { kScalars, kVectors, kScores, kSlopes, kLoads };  // of each load two from kLoads on
+enum Place { kScalars, kVectors, kScores, kSlopes, kLoads };  // two for each load from kLoads on
 }
 
-// The rows and columns that instructions run over.
+// The rows and columns over which instructions run.
 struct Strip {
   const ScoreMachine& machine;
   int64_t rows, columns, key;
@@ -40,8 +40,8 @@ FASTATTN_INLINE void store_as(float* p, V x) {
 
 FASTATTN_INLINE int64_t clamped(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
 
-// f(to, from, columns) of each row, `from` the operands. The first row comes last: it may take the place of an operand
-// that all rows have in common.
+// Calls f(to, from, columns) for each row; `from` are the operands. The first row comes last, because it may overwrite
+// an operand that all rows share.
 template <int kOperands, class F>
 FASTATTN_INLINE void for_rows(const StripInstruction& t, const Strip& s, const F& f) {
   const int64_t last = t.to.rows ? s.rows - 1 : 0, columns = t.to.columns ? s.columns : W, to_step = s.step(t.to);
@@ -59,7 +59,7 @@ FASTATTN_INLINE void for_rows(const StripInstruction& t, const Strip& s, const F
   }
 }
 
-// to = f(operands) vector by vector, bit k of kColumns: whether operand k goes on along a row.
+// to = f(operands) vector by vector. Bit k of kColumns: whether operand k differs from column to column.
 template <int kOperands, class V, int kColumns, class F>
 FASTATTN_INLINE void apply(const StripInstruction& t, const Strip& s, const F& f) {
   for_rows<kOperands>(t, s, [&](float* to, const float* const* from, int64_t columns) {
@@ -95,7 +95,7 @@ void run_op(const StripInstruction& t, const Strip& s) {
                                                  [](auto a, auto b, auto c, auto d) { return Op::of(a, b, c, d); });
 }
 
-// Which of an instruction's operands go on along a row: of those an operation has, bits.
+// Bits of an instruction's operands that differ from column to column.
 struct Variants {
   void (*of[8])(const StripInstruction&, const Strip&);
 };
@@ -106,7 +106,7 @@ constexpr Variants variants() {
            run_op<Op, 6 & m>, run_op<Op, 7 & m>}};
 }
 
-// What joined steps are, but for tanh.
+// The functions of joined steps, without tanh.
 struct difference_op {
   static constexpr int kOperands = 2;
   using V = vi;
@@ -133,8 +133,8 @@ struct copy_op {
   FASTATTN_INLINE vf of(vf a, vf, vf, vf) { return a; }
 };
 
-// tanh of a vector register, times a scalar before and after it, of neighbours together: where all are small, by the
-// short formula.
+// tanh of a vector register, multiplied by a scalar before and after it, for neighbouring vectors together; by the
+// short formula where all values are small.
 template <bool kBefore, bool kAfter>
 void run_tanh(const StripInstruction& t, const Strip& s) {
   for_rows<1 + kBefore + kAfter>(t, s, [](float* to, const float* const* from, int64_t columns) {
@@ -215,7 +215,7 @@ const Variants kRun[] = {
 #undef SCORE_LOAD_ROW
 };
 
-// Of a step by the operands that go on along a row, as bits.
+// The function of a step, by the bits of the operands that differ from column to column.
 void (*instruction_of(int op, int columns))(const StripInstruction&, const Strip&) {
   static constexpr Variants difference = variants<difference_op>(), multiply_add = variants<multiply_add_op>(),
                             subtract_product = variants<subtract_product_op>();
@@ -271,7 +271,7 @@ void ScoreMachine::prepare(const AttentionParams& p, const Tensor& words, bool b
     if (to == scalars + 1) keeps_keys_ = false;
     if (to == program.slope) has_slope = backward;
   }
-  // registers that leave the machine, the score last: its copy would take the products' place
+  // registers that leave the machine; the score is last, because its copy would overwrite the products
   int wanted[kPlaces], places[kPlaces], count = 0;
   if (has_slope) wanted[count] = program.slope, places[count++] = kSlopes;
   for (int g = 0; g < program.loads && backward; g++) {
@@ -284,7 +284,7 @@ void ScoreMachine::prepare(const AttentionParams& p, const Tensor& words, bool b
   for (int n = 0; n < steps.count; n++)
     for (int k = 0; k < steps.step[n].operands; k++) reads_keys_ |= steps.step[n].from[k] == scalars + 1;
   for (int w = 0; w < count; w++) reads_keys_ |= wanted[w] == scalars + 1;
-  // the last step to write one does so where it is wanted, if it can
+  // the last step that writes one writes to the destination if it can
   int writer[kPlaces];
   for (int w = 0; w < count; w++) {
     writer[w] = -1;
@@ -357,7 +357,7 @@ void ScoreMachine::run(const ScoreRows& rows) const {
       for (int n = 0; n < instructions_; n++) code_[n].run(code_[n], s);
       for (int n = 0; n < outputs_; n++) {
         StripInstruction t{nullptr, {output_[n].place, 0, true, true}, {output_[n].from, {}, {}}};
-        // one value a row: where the row begins
+        // one value for each row, stored at the row's first element
         if (output_[n].place > kLoads && (output_[n].place - kLoads) % 2 == 1 && !output_[n].from.columns) {
           s.places[t.to.place] -= j;
           t.to.columns = false;
