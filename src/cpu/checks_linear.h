@@ -1,10 +1,10 @@
-// What the kernels of linear attention take for granted of their parameters.
+// The checks of linear attention's parameters: see checks.h.
 #pragma once
 #include "checks_words.h"
 
 namespace fastattn {
 
-// Of q's heads and v's: (B, Hk, L, dk) and (B, Hv, L, dv).
+// q is (B, Hk, L, dk), v is (B, Hv, L, dv).
 inline void check_linear_heads(const Checks& c, const Tensor& q, const Tensor& k, const Tensor& v) {
   c.floating("q", q);
   c.like("k", k, q);

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-// Offsets of documents in a batch of one, or none: the number of sequences.
+// Checks the offsets of documents in a batch of one, if given; returns the number of sequences.
 inline int64_t check_sequences(const Checks& c, const Tensor& cu_seqlens, int64_t batches, int64_t length) {
   if (!cu_seqlens.data) return batches;
   const int64_t count = cu_seqlens.size[3];
@@ -40,7 +40,7 @@ inline void check_fields(const Checks& c, const CausalConv1dParams& p) {
   c.contiguous("grad_sums", p.grad_sums, {batches, slices, taps + 1, channels}, DType::f32);
 }
 
-// A contiguous tensor, or, of pairs, the real parts of one.
+// A contiguous tensor, or for pairs the view of its real parts.
 inline void check_dense(const Checks& c, const char* field, Tensor t, const Size& size, DType dtype, int pairs) {
   for (int i = 0; i < 4 && pairs; i++) {
     c.require(t.size[i] == 1 || t.stride[i] % 2 == 0, field, "must be the real parts of complex numbers");

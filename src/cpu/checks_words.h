@@ -1,4 +1,4 @@
-// What checks of parameters are written in: see checks.h.
+// The vocabulary in which checks of parameters are written: see checks.h.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -17,7 +17,7 @@ struct Size {
   int64_t of[4];
 };
 
-// A kernel's name, and what it refuses. Tensors are four-dimensional, missing leading dimensions of size 1.
+// The checks of one kernel, by name. Tensors are four-dimensional; missing leading dimensions have size 1.
 class Checks {
  public:
   explicit Checks(const char* kernel) : kernel_(kernel), backward_(ends_with(kernel, "_backward")) {}
@@ -32,7 +32,7 @@ class Checks {
       refuse(field,
              "must lie in [" + std::to_string(low) + ", " + std::to_string(high) + "], given " + std::to_string(value));
   }
-  // A tensor of this size and dtype, elements of the last dimension side by side; one without elements may be absent.
+  // A tensor of this size and dtype with a contiguous last dimension. A tensor without elements may be absent.
   void tensor(const char* field, const Tensor& t, const Size& size, DType dtype) const {
     strided(field, t, size, dtype);
     side_by_side(field, t);
@@ -50,7 +50,7 @@ class Checks {
     if (t.stride[3] != 1 && t.size[3] > 1 && !empty(t))
       refuse(field, "must have the elements of its last dimension side by side");
   }
-  // The same, all elements side by side.
+  // The same, contiguous.
   void contiguous(const char* field, const Tensor& t, const Size& size, DType dtype) const {
     strided(field, t, size, dtype);
     if (empty(t)) return;  // nothing is read, whatever the strides
@@ -63,7 +63,7 @@ class Checks {
   void like(const char* field, const Tensor& t, const Tensor& other) const {
     tensor(field, t, size_of(other), other.dtype);
   }
-  // float32, bfloat16 or float16, the elements of the last dimension side by side.
+  // float32, bfloat16 or float16 with a contiguous last dimension.
   void floating(const char* field, const Tensor& t) const {
     number(field, t);
     tensor(field, t, size_of(t), t.dtype);
@@ -80,7 +80,7 @@ class Checks {
     require(t.dtype == DType::i32 || t.dtype == DType::i64, field, "must be int32 or int64");
   }
 
-  // An entry of an index tensor; the public name of what holds it is enough.
+  // An element of an index tensor, which has the public name of its tensor.
   static void index(const char* name, int64_t position, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high)
       throw std::invalid_argument("fastattn: " + std::string(name) + " must lie in [" + std::to_string(low) + ", " +

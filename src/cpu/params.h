@@ -27,7 +27,7 @@ struct Tensor {
     visit(#__VA_ARGS__, __VA_ARGS__); \
   }
 
-// How a row kernel goes over memory: `serial` elements or more for a second thread, reading `prefetch` bytes ahead.
+// Options of row kernels: a second thread runs from `serial` elements on; kernels prefetch `prefetch` bytes ahead.
 struct RowsParams {
   int64_t serial = 1 << 14, prefetch = 512;
   int32_t threads = 1;
@@ -56,9 +56,9 @@ struct GateParams : RowsParams {
   FASTATTN_FIELDS_OF(RowsParams, a, b, out, grad_out, grad_a, grad_b)
 };
 
-// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: += that, out f32. rows_at_once: of weight that a thread
-// reads side by side, 1, 2 or 4. dot: for M > 1, bf16 x and weight are not widened, by an instruction set that has a
-// dot.
+// out (1, 1, M, N) = x (M, K) weight (N, K)^T for M <= 8; add: out, f32, += it. rows_at_once: the rows of weight that a
+// thread reads at a time, 1, 2 or 4. dot: for M > 1, multiply bf16 x and weight by the bf16 dot, if the instruction set
+// has one, instead of converting them to f32.
 struct MatvecParams {
   Tensor x, weight, out;
   int32_t add = 0, rows_at_once = 1, dot = 0;
@@ -82,7 +82,7 @@ struct DecodeStepParams {
                   h_cycles, l_cycles, rows_at_once, eps, threads)
 };
 
-// x (B, H, L, D) rotated into out by cos/sin rows (R, D/2 or D) f32; rows (B or 1, 1, 1, L) i32 selects a row a token.
+// Rotates x (B, H, L, D) into out by cos/sin rows (R, D/2 or D) f32; rows (B or 1, 1, 1, L) i32 selects a token's row.
 struct RotaryParams : RowsParams {
   Tensor x, out, cos, sin, rows;
   int32_t inverse = 0;
@@ -170,14 +170,14 @@ struct GatedParams : AttentionParams {
                      window, gate)
 };
 
-// Linear attention: a state (dk, columns) of each value head that tokens decay, write to and read. q, k (B, Hk, L, dk),
-// v, out (B, Hv, L, dv); decay (1, B, Hv, L) f32 of any strides, or channels (B, Hv, L, dk), logarithms, beta (1, B,
-// Hv, L) f32; each may be absent. offsets (documents + 1,) i64 of a batch of one, or absent. States have columns = dv,
-// or dv + 1 with normalize: initial, state (B or documents, Hv, dk, columns) f32, states (B, Hv * kept, dk, columns)
-// f32 those before every chunk, of document i from offsets[i] / chunk + i on, without causal those after the last
-// token. A task has a key head's value heads, or one of head_parts of them, or one of value_parts of one's columns.
-// Gradients: those of q and k are f32 and (parts * B, Hk, L, dk) with parts = head_parts * value_parts more than 1,
-// those of decay and beta (value_parts, B, Hv, L) f32, of channels (value_parts * B, Hv, L, dk) f32.
+// Linear attention: tokens decay, write to and read a state (dk, columns) of each value head. q, k (B, Hk, L, dk), v,
+// out (B, Hv, L, dv); logarithms decay (1, B, Hv, L) f32, any strides, or channels (B, Hv, L, dk); beta (1, B, Hv, L)
+// f32. decay, channels and beta may be absent. offsets (documents + 1,) i64 of a batch of one, or absent. columns = dv,
+// or dv + 1 with normalize. initial, state (B or documents, Hv, dk, columns) f32. states (B, Hv * kept, dk, columns)
+// f32: before every chunk, for document i from offsets[i] / chunk + i on; if not causal, after the last token. A task
+// has a key head's value heads, or one of head_parts of them, or one of value_parts of a value head's columns. With
+// parts = head_parts * value_parts > 1 the gradients of q and k are (parts * B, Hk, L, dk) f32. Gradients of decay and
+// beta are (value_parts, B, Hv, L) f32, those of channels (value_parts * B, Hv, L, dk) f32.
 struct LinearAttentionParams {
   Tensor q, k, v, decay, channels, beta, offsets, initial, out, state, states;
   Tensor grad_out, grad_state, grad_q, grad_k, grad_v, grad_decay, grad_channels, grad_beta, grad_initial;
@@ -190,8 +190,8 @@ struct LinearAttentionParams {
                   qk_norm, causal, head_parts, value_parts, threads)
 };
 
-// One token of it: q, k (1, B, Hk, dk), v, out (1, B, Hv, dv), decay, beta (1, 1, B, Hv) f32 or channels (1, B, Hv,
-// dk); state (B, Hv, dk, columns) f32 becomes the one after the token.
+// One token of linear attention: q, k (1, B, Hk, dk), v, out (1, B, Hv, dv), decay, beta (1, 1, B, Hv) f32 or channels
+// (1, B, Hv, dk). state (B, Hv, dk, columns) f32 is overwritten with the state after the token.
 struct LinearStepParams {
   Tensor q, k, v, decay, channels, beta, state, out;
   double scale = 1;
@@ -200,10 +200,10 @@ struct LinearStepParams {
   FASTATTN_FIELDS(q, k, v, decay, channels, beta, state, out, scale, delta_rule, normalize, qk_norm, threads)
 };
 
-// Sinkhorn's iterations over the rows (T, G) of sequences: rows [begin, begin + count) of each, begins and counts (S,)
-// i64; causal: the first prefix rows of each together, prefixes (S,) i64, or absent (0). Forward: out (T, G) the
-// assignment, potentials (S, G) f32. Backward: grad (T, G), out the gradient of scores. Rows of no sequence are left as
-// they are.
+// Sinkhorn's iterations over the rows (T, G) of sequences: rows [begin, begin + count) of each; begins and counts (S,)
+// i64. causal: the first prefix rows of a sequence share their sums; prefixes (S,) i64, or absent (0). Forward: out
+// (T, G) is the assignment, potentials (S, G) f32. Backward: grad (T, G), out is the gradient of scores. Rows that
+// belong to no sequence are not written.
 struct SinkhornParams {
   Tensor scores, begins, counts, prefixes, out, potentials, grad;
   double temperature = 0.1;
@@ -214,10 +214,10 @@ struct SinkhornParams {
 };
 
 // y_t = bias + sum_k weight[:, k] x_{t-K+1+k}, or its SiLU, over each sequence's tokens. x, out (B, L, D); weight (D,
-// K), bias (D,) of x's type or f32. A sequence is a batch, or one of the documents of a batch of one that lie between
-// the offsets cu_seqlens (S + 1,) i64. initial_state, state (S, K - 1, D): the inputs before its first and before its
-// next token. Backward: grad_state (absent: zero), grad_x, grad_initial_state as these; grad_sums (B, ceil(L / slice),
-// K + 1, D) f32, of the taps and the bias over `slice` tokens each, reduced by the caller in order.
+// K), bias (D,) of x's type or f32. A sequence is a batch entry, or with offsets cu_seqlens (S + 1,) i64 a document of
+// a batch of one. initial_state, state (S, K - 1, D): the inputs before a sequence's first token and before its next
+// one. Backward: grad_state (absent: zero), grad_x and grad_initial_state have these shapes; grad_sums (B, ceil(L /
+// slice), K + 1, D) f32: gradients of taps and bias, summed over `slice` tokens each and then by the caller.
 struct CausalConv1dParams {
   Tensor x, weight, bias, initial_state, cu_seqlens, out, state;
   Tensor grad_out, grad_state, grad_x, grad_initial_state, grad_sums;
@@ -230,11 +230,11 @@ struct CausalConv1dParams {
 
 // h_t = a_t h_{t-1} + b_t over each sequence's tokens, as above, forwards or in reverse; log_a: e^a in place of a. a
 // (of b's type or f32; broadcast by strides of 0), b, out (A, B, L, D); initial (S, D) f32, contiguous, or absent (0);
-// S batches A * B, or documents. pairs: complex numbers, D of them: every tensor is a view of their real parts, beside
-// which the imaginary ones lie. Backward: from grad_out, a, initial and out (and no b): grad_b as b; grad_initial as
-// initial, or absent; grad_a absent, or by grad_a_kind: 0 as b, of a's type, 1 its sums over `slice` channels each,
-// (ceil(D / slice), A * B, L), 2 over tokens, (S, segments, D), both f32 and reduced further by the caller. segments: a
-// sequence is cut in so many, for threads that have none otherwise; not with documents.
+// S is A * B, or the number of documents. pairs: D complex numbers; every tensor is a view of the real parts, and each
+// is followed by its imaginary part. Backward, from grad_out, a, initial and out: grad_b as b; grad_initial as initial,
+// or absent; grad_a absent, or by grad_a_kind: 0 as b, of a's type; 1 summed over `slice` channels each, (ceil(D /
+// slice), A * B, L); 2 summed over tokens, (S, segments, D); 1 and 2 are f32, and the caller reduces them further.
+// segments: the number of parts of a sequence, more than 1 if threads would be idle; not with documents.
 struct LinearScanParams {
   Tensor a, b, initial, cu_seqlens, out;
   Tensor grad_out, grad_a, grad_b, grad_initial;
@@ -248,9 +248,9 @@ struct LinearScanParams {
 // Mamba-1 over each sequence's tokens, as above: d = dt + dt_bias, or its softplus; h = e^(d A) h + (d u) B_t;
 // out = (C_t . h + D u) silu(z). u, dt, z, out (B, L, E) and B, C (B, L, N) of one type; A (E, N), D, dt_bias (E,) f32;
 // initial_state, state (S, E, N) f32; D, z, dt_bias, initial_state may be absent. checkpoints (B, ceil(L / interval),
-// N, E) f32: h before every so many tokens. Backward: grad_u, grad_dt, grad_z as these; over the tokens of a batch
-// grad_A (B, N, E), grad_D, grad_dt_bias (B, E); over `slice` channels each grad_B, grad_C (ceil(E / slice), B, L, N):
-// f32, reduced by the caller.
+// N, E) f32: h before every interval-th token. Backward: grad_u, grad_dt, grad_z as u; summed over a batch entry's
+// tokens grad_A (B, N, E), grad_D, grad_dt_bias (B, E); summed over `slice` channels each grad_B, grad_C (ceil(E /
+// slice), B, L, N): all f32 and reduced by the caller.
 struct SelectiveScanParams {
   Tensor u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, out, state, checkpoints;
   Tensor grad_out, grad_state, grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias;
@@ -272,12 +272,12 @@ struct TileClassParams {
   FASTATTN_FIELDS(mask, classes, block_q, block_k, threads)
 };
 
-// Logits (R, C) of classes first .. first + C, in stages. Prepared in place (f32 only): + bias, soft cap, and for
-// stablemax / temperature. A class weighs e^((x - row_max) / temperature + log_count), or s(x) / s(row_max) for
-// stablemax: never e^x or e^(x - lse), whose lse is rounded at the size of x. statistics: row_max (the largest prepared
-// logit), row_sum (of the weights) and picked (the target's prepared logit) take these columns in. gradient: out (may
-// be x) becomes the gradient of mass * (lse + z_loss * lse^2) - grad * x[target], for x as it came, from row_max and
-// row_sum, which are found first with statistics. out may be bf16 where x is f32, which is then overwritten.
+// Logits (R, C) of classes [first, first + C). They are prepared in place (f32 only): + bias, soft cap, and for
+// stablemax / temperature. A class has the weight e^((x - row_max) / temperature + log_count), or s(x) / s(row_max) for
+// stablemax; never e^x or e^(x - lse), because lse is rounded at x's magnitude. statistics: these columns are added to
+// row_max (the largest prepared logit), row_sum (of the weights) and picked (the target's prepared logit). gradient:
+// out (may be x) becomes the gradient of mass * (lse + z_loss * lse^2) - grad * x[target] for the unprepared x, from
+// row_max and row_sum, which with statistics are computed first. out may be bf16 if x is f32; x is then overwritten.
 struct VocabRowsParams {
   Tensor x, out, bias, target, temperature;  // (R, C), (R, C), (C,) f32, (R,) i32 or i64, (R,) f32
   Tensor log_count;                          // (C,) f32 or absent (0), not with temperature or z_loss
@@ -291,7 +291,7 @@ struct VocabRowsParams {
                   first, ignore_index, softcap, z_loss, stablemax, statistics, gradient, threads)
 };
 
-// The tokens of a quantised head: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
+// The tokens of a head with a codebook: codes (V,) i32 or i64 in [0, K), bias (V,) f32 or absent (zero).
 struct VocabTokensParams {
   Tensor codes, bias;
   Tensor largest;         // (K,) f32 each code's largest bias
@@ -313,8 +313,8 @@ struct VocabSampleParams {
   FASTATTN_FIELDS(scores, uniform, largest, beta, bias, order, offsets, out, inverse_temperature, threads)
 };
 
-// out (R,) i64: the id of the largest x . codebook_k + offset_k, the lowest id among equals; scores (R, K) f32 hold the
-// products to within slack * |x| + offset_slack, and candidates that close are compared in f64.
+// out (R,) i64: the id of the largest x . codebook_k + offset_k, the lowest id among equals. scores (R, K) f32 are the
+// products within slack * |x| + offset_slack; candidates that are this close are compared in f64.
 struct VocabBestParams {
   Tensor scores, x, codebook, offset, ids, out;  // offset (K,) f64; ids (K,) i64 or absent (k)
   double slack = 0, offset_slack = 0;
@@ -322,14 +322,14 @@ struct VocabBestParams {
   FASTATTN_FIELDS(scores, x, codebook, offset, ids, out, slack, offset_slack, threads)
 };
 
-// out (R, K) f32 = x (R, d) codebook (K, d)^T for a few rows; squares (K,) f32, if given, of the codebook's rows.
+// out (R, K) f32 = x (R, d) codebook (K, d)^T for a few rows; squares (K,) f32, if given: of codebook rows.
 struct VocabDotsParams {
   Tensor x, codebook, out, squares;
   int32_t threads = 1;
   FASTATTN_FIELDS(x, codebook, out, squares, threads)
 };
 
-// logits (R, V) = scores (R, K) f32 at codes, + bias; or, collect: scores = the sum of logits by code.
+// logits (R, V) = scores (R, K) f32 at codes, + bias; for collect, scores = the logits summed by code.
 struct VocabExpandParams {
   Tensor scores, codes, bias, logits;
   int32_t threads = 1;
@@ -343,9 +343,9 @@ struct DigestParams {
   FASTATTN_FIELDS(source, digest, threads)
 };
 
-// B (steps, columns) of a product, packed for the kernel into `packed`: source is (columns, steps), or (steps, columns)
-// when transposed. parts: the columns are that many equal runs, each padded by itself. packed absent: its size in bytes
-// goes to `bytes` (1,) i64.
+// Packs B (steps, columns) of a product into `packed`: source is (columns, steps), or (steps, columns) when transposed.
+// parts: the number of equal runs of columns, each padded by itself. If packed is absent, its size in bytes is written
+// to `bytes` (1,) i64.
 struct PackParams {
   Tensor source, packed, bytes;
   int32_t transposed = 0, parts = 1;
@@ -354,14 +354,14 @@ struct PackParams {
 };
 
 // out (M, N) = epilogue(prologue(x) B), sums in f32. x (A, B, H, D): M = A * B rows of K = H * D elements; transposed:
-// (K, M). Prologue: * sigmoid(gate) as x, or * rstd of the row, which goes to rstd (M,) f32. Epilogue: gated_up, where
-// B has 2N columns, gate | up: silu(gate) * up, the product itself going to `product` (M, 2N) if that is given; then +
-// residual (M, N), which may be out. out is of x's dtype or f32, product and residual as out.
+// (K, M). Prologue: * sigmoid(gate) with gate as x, or * the row's rstd, which is written to rstd (M,) f32. Epilogue:
+// if gated_up, B has 2N columns, gate and up, and the result is silu(gate) * up; `product` (M, 2N), if given, gets the
+// product; then + residual (M, N), which may be out. out has x's dtype or f32; product and residual have out's.
 struct LinearParams {
   Tensor x, gate, packed, residual, out, product, rstd;
   double eps = 0;
   int32_t transposed = 0, norm = 0, gated_up = 0;
-  int64_t block_rows = 192, block_columns = 128, block_steps = 1024;  // of a task, of its passes over the contraction
+  int64_t block_rows = 192, block_columns = 128, block_steps = 1024;  // of a task; steps of a pass over the contraction
   int32_t threads = 1;
   FASTATTN_FIELDS(x, gate, packed, residual, out, product, rstd, eps, transposed, norm, gated_up, block_rows,
                   block_columns, block_steps, threads)
