@@ -102,13 +102,13 @@ def present(device: str, where: str) -> Target:
             raise ValueError(
                 f"{where}: there is no {device}: torch sees {count or 'no'} GPU{'s' * (count > 1)}"
             )
-    found = target(device)
-    if found.arch == "none":
+    described = target(device)
+    if described.arch == "none":
         raise ValueError(
             f"{where}: this installation has no compiled kernels to tune; install the wheel of your platform, or `pip install .` "
             "in a clone"
         )
-    return found
+    return described
 
 
 def cpu_isa() -> str:

@@ -95,7 +95,7 @@ def _refused():
         r"lengths\[1\] must lie in \[0, 2\], the length of its document, given 4",
     )
     cuts, taps = torch.tensor([0, 4, 3]), torch.ones(8, 3)
-    yield "causal_conv1d", (wide, taps, None, None, None, True), ValueError, "weight must be x's 65 channels"
+    yield "causal_conv1d", (wide, taps, None, None, None, True), ValueError, "with x's 65 channels"
     x = wide[..., :8]
     yield (
         "causal_conv1d",
