@@ -352,7 +352,7 @@ def reload() -> None:
 
 
 def install(device: Any, table: dict | None) -> None:
-    """Use this table in point of every file's on a device (None: the files again)."""
+    """Use this table in place of every file's on a device (None: the files again)."""
     with _lock:
         _tables.install(_device.target(device), table)
         reload()

@@ -113,7 +113,7 @@ def host(library, monkeypatch, nan_outputs):
     monkeypatch.setattr(_cuda, "most_shared", lambda device: 16 << 10)
     monkeypatch.setattr(_cuda, "compilable", lambda: True)
     monkeypatch.setattr(_cuda, "built", lambda: library)
-    monkeypatch.setattr(_cuda, "_on", lambda device: contextlib.nullcontext(PROCESSORS))
+    monkeypatch.setattr(_cuda, "_current", lambda device: contextlib.nullcontext(PROCESSORS))
     monkeypatch.setattr(_cuda, "_address", host.allow)
     monkeypatch.setattr(_cuda, "_launch_built", host.launch_built)
     monkeypatch.setattr(_cuda, "_launch_compiled", host.launch_compiled)

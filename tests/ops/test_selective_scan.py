@@ -306,7 +306,7 @@ def test_bad_arguments_are_refused():
         ({"dt": given["dt"][:, :4]}, ValueError, r"dt must have shape \(2x5x3\)"),
         ({"dt": given["dt"].half()}, TypeError, "dt is float16 but u is float32"),
         ({"A": given["A"][:2]}, ValueError, r"A must be \(E, N\) with u's 3 channels and N of 1 or more"),
-        ({"A": given["A"][:, :0]}, ValueError, "with u's 3 channels and N of 1 or more"),
+        ({"A": given["A"][:, :0]}, ValueError, r"A must be \(E, N\) with u's 3 channels and N of 1 or more"),
         ({"A": given["A"].double()}, TypeError, "A must be float32, u's dtype, given"),
         ({"B": given["B"][..., :1]}, ValueError, r"B must have shape \(2x5x2\)"),
         ({"C": given["C"].transpose(0, 1)}, ValueError, r"C must have shape \(2x5x2\)"),

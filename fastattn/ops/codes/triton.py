@@ -30,16 +30,16 @@ def _segment_sum_kernel(
 ):
     """out[s] = sum of weights[t] values[t] over the rows t of segment s, in order."""
     segment = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < columns
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
     acc = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.load(offsets + segment), tl.load(offsets + segment + 1)):
         row = tl.load(order + i)
-        value = tl.load(values + offset(row, value_stride) + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(values + offset(row, value_stride) + column, mask=inside, other=0.0).to(tl.float32)
         if WEIGHED:
             value *= tl.load(weights + row)
         acc += value
-    tl.store(out + offset(segment, columns) + at, acc, mask=inside)
+    tl.store(out + offset(segment, columns) + column, acc, mask=inside)
 
 
 @triton.jit
@@ -49,12 +49,12 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_tempera
     code = tl.program_id(0)
     begin = tl.load(offsets + code)
     end = tl.load(offsets + code + 1)
-    at = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     first = tl.full([BLOCK], 1 << 62, tl.int64)
     for base in range(begin, end, BLOCK):
-        inside = base + at < end
-        token = tl.load(order + base + at, mask=inside, other=0)
+        inside = base + lane < end
+        token = tl.load(order + base + lane, mask=inside, other=0)
         value = tl.where(inside, 0.0, float("-inf"))
         if bias is not None:
             value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
@@ -62,34 +62,34 @@ def _code_bias_kernel(bias, order, offsets, beta, largest, best, inverse_tempera
         better = inside & ((value > top) | (first == 1 << 62))
         first = tl.where(better, token, first)
         top = tl.maximum(top, value)
-    most = tl.max(top, 0)
-    finite = tl.where(most == float("-inf"), 0.0, most)
+    top_bias = tl.max(top, 0)
+    finite = tl.where(top_bias == float("-inf"), 0.0, top_bias)
     total = tl.zeros([BLOCK], tl.float32)
     for base in range(begin, end, BLOCK):
-        inside = base + at < end
+        inside = base + lane < end
         value = tl.where(inside, 0.0, float("-inf"))
         if bias is not None:
-            token = tl.load(order + base + at, mask=inside, other=0)
+            token = tl.load(order + base + lane, mask=inside, other=0)
             value = tl.load(bias + token, mask=inside, other=float("-inf")).to(tl.float32)
         total += tl.exp((value - finite) * inverse_temperature)
     tl.store(beta + code, tl.log(tl.sum(total, 0)))
-    tl.store(largest + code, most)
-    named = tl.min(tl.where(top == most, first, 1 << 62), 0)
+    tl.store(largest + code, top_bias)
+    first_token = tl.min(tl.where(top == top_bias, first, 1 << 62), 0)
     # if the maximum is NaN, which equals nothing, take the code's first token
-    tl.store(best + code, tl.where(named == 1 << 62, tl.min(first, 0), named))
+    tl.store(best + code, tl.where(first_token == 1 << 62, tl.min(first, 0), first_token))
 
 
 @triton.jit
 def _expand_kernel(scores, codes, bias, out, classes, tokens, BLOCK: tl.constexpr):
     """logits[n, i] = scores[n, codes[i]] + bias[i]."""
     row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tokens
-    code = tl.load(codes + at, mask=inside, other=0)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    code = tl.load(codes + token, mask=inside, other=0)
     value = tl.load(scores + offset(row, classes) + code, mask=inside, other=0.0)
     if bias is not None:
-        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offset(row, tokens) + at, value.to(out.dtype.element_ty), mask=inside)
+        value += tl.load(bias + token, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offset(row, tokens) + token, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -100,26 +100,26 @@ def _best_kernel(
     """The id of one row's largest score + offset, the lowest among equals. Scores within rounding of the largest are computed again
     in float64."""
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_W)
     score_row = scores + offset(row, classes)
     top = tl.full([BLOCK], float("-inf"), tl.float64)
     for first in range(0, classes, BLOCK):
-        inside = first + at < classes
-        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
-        top = tl.maximum(top, value + tl.load(offsets + first + at, mask=inside, other=float("-inf")))
+        inside = first + lane < classes
+        value = tl.load(score_row + first + lane, mask=inside, other=float("-inf")).to(tl.float64)
+        top = tl.maximum(top, value + tl.load(offsets + first + lane, mask=inside, other=float("-inf")))
     highest = tl.max(top, 0)
     reach = 2.0 * (slack * tl.load(norms + row) + tl.load(spread))
     # with a NaN, or products that overflow float32, no order is sure: compare every code
     floor = tl.where((highest < float("inf")) & (reach < float("inf")), highest - reach, float("-inf"))
     best = tl.full([], float("-inf"), tl.float64)
-    found = tl.full([], 1 << 62, tl.int64)
+    best_id = tl.full([], 1 << 62, tl.int64)
     for first in range(0, classes, BLOCK):
-        inside = first + at < classes
-        value = tl.load(score_row + first + at, mask=inside, other=float("-inf")).to(tl.float64)
-        value += tl.load(offsets + first + at, mask=inside, other=float("-inf"))
+        inside = first + lane < classes
+        value = tl.load(score_row + first + lane, mask=inside, other=float("-inf")).to(tl.float64)
+        value += tl.load(offsets + first + lane, mask=inside, other=float("-inf"))
         near = inside & ~(value < floor)
-        code = tl.min(tl.where(near, first + at, classes), 0)
+        code = tl.min(tl.where(near, first + lane, classes), 0)
         while code < classes:
             exact = tl.zeros([BLOCK_W], tl.float64)
             for begin in range(0, width, BLOCK_W):
@@ -131,29 +131,29 @@ def _best_kernel(
             token = code.to(tl.int64)
             if ids is not None:
                 token = tl.load(ids + code)
-            better = (sum64 > best) | ((sum64 == best) & (token < found))
-            found = tl.where(better, token, found)
+            better = (sum64 > best) | ((sum64 == best) & (token < best_id))
+            best_id = tl.where(better, token, best_id)
             best = tl.where(better, sum64, best)
-            code = tl.min(tl.where(near & (first + at > code), first + at, classes), 0)
-    if found == 1 << 62:  # no score is above -inf: take the lowest id
+            code = tl.min(tl.where(near & (first + lane > code), first + lane, classes), 0)
+    if best_id == 1 << 62:  # no score is above -inf: take the lowest id
         for first in range(0, classes, BLOCK):
-            token = (first + at).to(tl.int64)
+            token = (first + lane).to(tl.int64)
             if ids is not None:
-                token = tl.load(ids + first + at, mask=first + at < classes, other=1 << 62)
-            found = tl.minimum(found, tl.min(token, 0))
-    tl.store(out + row, found)
+                token = tl.load(ids + first + lane, mask=first + lane < classes, other=1 << 62)
+            best_id = tl.minimum(best_id, tl.min(token, 0))
+    tl.store(out + row, best_id)
 
 
 @triton.jit
-def _weights(base, other, extra, at, end, factor, shift):
-    """exp((base + other - shift) * factor + extra) at the indices `at`, 0 from `end` on, in float64."""
-    inside = at < end
-    value = tl.load(base + at, mask=inside, other=float("-inf"))
+def _weights(base, other, extra, index, end, factor, shift):
+    """exp((base + other - shift) * factor + extra) at the indices `index`, 0 from `end` on, in float64."""
+    inside = index < end
+    value = tl.load(base + index, mask=inside, other=float("-inf"))
     if other is not None:
-        value += tl.load(other + at, mask=inside, other=float("-inf"))
+        value += tl.load(other + index, mask=inside, other=float("-inf"))
     value = (value - shift) * factor
     if extra is not None:
-        value += tl.load(extra + at, mask=inside, other=float("-inf"))
+        value += tl.load(extra + index, mask=inside, other=float("-inf"))
     return tl.where(inside, tl.exp(value), 0.0).to(tl.float64)
 
 
@@ -161,22 +161,22 @@ def _weights(base, other, extra, at, end, factor, shift):
 def _draw(base, other, extra, begin, end, factor, shift, uniform, BLOCK: tl.constexpr):
     """The first index of [begin, end) whose cumulative weight exceeds uniform times the total. If rounding leaves none, the last index
     with a weight; if no weight is a number, `begin`."""
-    at = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(begin, end, BLOCK):
-        total += _weights(base, other, extra, first + at, end, factor, shift)
+        total += _weights(base, other, extra, first + lane, end, factor, shift)
     goal = uniform * tl.sum(total, 0)
     before = tl.zeros([], tl.float64)
-    found = tl.full([], 1 << 62, tl.int64)
+    drawn = tl.full([], 1 << 62, tl.int64)
     last = tl.zeros([], tl.int64) + begin
     for first in range(begin, end, BLOCK):
-        weight = _weights(base, other, extra, first + at, end, factor, shift)
-        index = (first + at).to(tl.int64)
+        weight = _weights(base, other, extra, first + lane, end, factor, shift)
+        index = (first + lane).to(tl.int64)
         over = (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
-        found = tl.minimum(found, tl.min(tl.where(over, index, 1 << 62), 0))
+        drawn = tl.minimum(drawn, tl.min(tl.where(over, index, 1 << 62), 0))
         last = tl.maximum(last, tl.max(tl.where(weight > 0.0, index, 0), 0))
         before += tl.sum(weight, 0)
-    return tl.where(found < 1 << 62, found, last)
+    return tl.where(drawn < 1 << 62, drawn, last)
 
 
 @triton.jit
@@ -195,13 +195,13 @@ def _sample_kernel(
 ):
     """Draw a code by the row's first uniform, then one of its tokens by the second. `bias` is sorted as `order`."""
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     score_row = scores + offset(row, classes)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, classes, BLOCK):
-        inside = first + at < classes
-        value = tl.load(score_row + first + at, mask=inside, other=float("-inf"))
-        top = tl.maximum(top, value + tl.load(largest + first + at, mask=inside, other=float("-inf")))
+        inside = first + lane < classes
+        value = tl.load(score_row + first + lane, mask=inside, other=float("-inf"))
+        top = tl.maximum(top, value + tl.load(largest + first + lane, mask=inside, other=float("-inf")))
     # differences to the best token, so that a small temperature does not make two infinities
     code = _draw(
         score_row,

@@ -6,7 +6,7 @@ Products of 16-bit inputs have 16-bit operands and float32 results; logits are n
 
 import torch
 
-from .shares import Shares, Taken
+from .shares import Shares, Subtracted
 
 _MIB = 1 << 20
 
@@ -37,14 +37,14 @@ def chunked_rows(
     *,
     log_count=None,
     shares=None,
-    taken: Taken | None = None,
+    subtracted: Subtracted | None = None,
     grad=None,
     loss=None,
     statistics,
     wanted=0,
 ):
     """In chunks of rows: fill the row losses and their statistics if `loss` is given, and if `grad` is given return the `wanted`
-    gradients of h (its dtype), weight, bias and temperature (float32), minus `taken`. shares: (N, 3), an argument of the row kernel.
+    gradients of h (its dtype), weight, bias and temperature (float32), minus `subtracted`. shares: (N, 3), an argument of the row kernel.
 
     row_kernel(x, target, **rows, **options) fills loss, largest and total, and overwrites the logits x with the loss's gradient."""
     largest, total = statistics
@@ -70,18 +70,18 @@ def chunked_rows(
             g = x.to(h.dtype)
         if wanted & 1:
             part_dh = product(g, weight)
-            if taken is not None:
-                taken.off_h(part_dh, begin, end)
+            if subtracted is not None:
+                subtracted.off_h(part_dh, begin, end)
             dh[begin:end] = part_dh.to(h.dtype)
         if dweight is not None:
             dweight += product(g.T, part)
         if dbias is not None:
             dbias += x.sum(0)
-    if taken is not None:
+    if subtracted is not None:
         if dweight is not None:
-            taken.off_weight(dweight, 0, weight.shape[0])
+            subtracted.off_weight(dweight, 0, weight.shape[0])
         if dbias is not None:
-            taken.off_bias(dbias)
+            subtracted.off_bias(dbias)
     return dh, dweight, dbias, dtemperature
 
 
@@ -139,15 +139,15 @@ class _Call:
 
     def run(self, row_kernel, mib, options, *, grad, statistics, wanted, grad_lse=None, loss=None):
         """`chunked_rows` for this call."""
-        taken = None
+        subtracted = None
         if self.smoothing is not None and wanted:
             rows = grad.masked_fill(self.ignored, 0)
-            taken = self.smoothing.taken(rows, self.h, self.temperature)
+            subtracted = self.smoothing.subtracted(rows, self.h, self.temperature)
         gradients = chunked_rows(
             row_kernel, mib, self.h, self.weight, self.bias, self.target, self.temperature, options,
-            shares=self._columns(grad_lse), taken=taken, grad=grad, loss=loss, statistics=statistics, wanted=wanted,
+            shares=self._columns(grad_lse), subtracted=subtracted, grad=grad, loss=loss, statistics=statistics, wanted=wanted,
         )  # fmt: skip
-        if taken is not None and gradients[3] is not None:
+        if subtracted is not None and gradients[3] is not None:
             self.smoothing.off_temperature(gradients[3], rows, statistics[0], self.temperature)
         return gradients
 

@@ -16,7 +16,7 @@ from ...runtime import tuning as _tuning
 from ...runtime.tuning import Choice
 from . import tuning  # noqa: F401  declares what configure looks up
 from .cpu_products import Pairs, Widened
-from .shares import Shares, Taken, unserved
+from .shares import Shares, Subtracted, unserved
 
 _NEVER = -(2**63)  # an ignore_index that no target has
 
@@ -198,7 +198,7 @@ def _run_gradients(x, g, target, begin, end, dbias, **fields) -> None:
 
 
 def _one_pass(
-    products: Widened | Pairs, classes, bias, target, temperature, options, grad, mass, taken: Taken | None, wanted, chunk_mib
+    products: Widened | Pairs, classes, bias, target, temperature, options, grad, mass, subtracted: Subtracted | None, wanted, chunk_mib
 ):  # fmt: skip
     """Statistics and the gradients of h, weight, bias and temperature, from whole rows of logits."""
     h = products.h
@@ -207,8 +207,10 @@ def _one_pass(
     strip, rows = products.rows(classes, chunk_mib)
     logits = h.new_empty(strip, classes, dtype=torch.float32)
     gradients = products.gradients(logits, rows)
-    dh = h.new_empty(h.shape, dtype=h.dtype if taken is None else torch.float32) if wanted & 1 else None
-    dweight = products.weight_gradient(classes, whole=rows >= count and taken is None) if wanted & 2 else None
+    dh = h.new_empty(h.shape, dtype=h.dtype if subtracted is None else torch.float32) if wanted & 1 else None
+    dweight = (
+        products.weight_gradient(classes, whole=rows >= count and subtracted is None) if wanted & 2 else None
+    )
     if dweight is not None and count == 0:
         dweight.zero_()
     dbias = h.new_zeros(classes, dtype=torch.float32) if wanted & 4 else None
@@ -242,13 +244,13 @@ def _one_pass(
             products.toward_h(dh[begin:end], g[:, c0:c1], block, first=c0 == 0)
         if dweight is not None:
             products.toward_weight(dweight, g, begin, end, first=begin == 0)
-    if taken is not None:
+    if subtracted is not None:
         if dh is not None:
-            taken.off_h(dh, 0, count)
+            subtracted.off_h(dh, 0, count)
         if dweight is not None:
-            taken.off_weight(dweight, 0, classes)
+            subtracted.off_weight(dweight, 0, classes)
         if dbias is not None:
-            taken.off_bias(dbias)
+            subtracted.off_bias(dbias)
     return statistics, (dh, dweight, dbias, dtemperature if wanted & 8 else None)
 
 
@@ -279,7 +281,7 @@ def _tile_statistics(
 
 
 def _tile_gradients(
-    products: Widened | Pairs, weight, bias, target, temperature, kept, grad, mass, taken: Taken | None, options, wanted, tile_mib
+    products: Widened | Pairs, weight, bias, target, temperature, kept, grad, mass, subtracted: Subtracted | None, options, wanted, tile_mib
 ):  # fmt: skip
     """The gradients of h, weight (in its own dtype), bias and temperature, from each row's `grad` and `mass`."""
     count, width = products.h.shape
@@ -325,15 +327,15 @@ def _tile_gradients(
             if dweight is not None:
                 products.toward_weight(tile, g, begin, end, first=begin == 0)
         if dweight is not None and count:
-            if taken is not None:
-                taken.off_weight(tile, c0, c1)
+            if subtracted is not None:
+                subtracted.off_weight(tile, c0, c1)
             if dweight.dtype != torch.float32:
                 dweight[c0:c1] = tile
-    if taken is not None:
+    if subtracted is not None:
         if dh is not None:
-            taken.off_h(dh, 0, count)
+            subtracted.off_h(dh, 0, count)
         if dbias is not None:
-            taken.off_bias(dbias)
+            subtracted.off_bias(dbias)
     return dh, dweight, dbias, dtemperature if wanted & 8 else None
 
 
@@ -349,19 +351,21 @@ class _Call:
         self.products = (Pairs if self.config["product"] == "native" else Widened)(rows.of(h), weight)
         self.target = rows.of(target).contiguous()
         self.temperature = None if temperature is None else rows.of(temperature).contiguous()
-        self.shares = Shares.of(self.products.h, weight, self.bias, self.target, class_weight, label_smoothing)
+        self.shares = Shares.of(
+            self.products.h, weight, self.bias, self.target, class_weight, label_smoothing
+        )
         if class_weight is not None:
             rows.divisor = float(class_weight.float().index_select(0, self.target).sum()) or 1.0
 
-    def by_row(self, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Taken | None]:
+    def by_row(self, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Subtracted | None]:
         """From the gradients of the rows' losses: grad and mass of the row kernel, and the gradients that smoothing subtracts."""
         shares = self.shares
         if shares is None:
             return upstream, None, None
-        taken = None
+        subtracted = None
         if shares.smoothing is not None:
-            taken = shares.smoothing.taken(upstream, self.products.h, self.temperature)
-        return upstream * shares.own, upstream * shares.mass, taken
+            subtracted = shares.smoothing.subtracted(upstream, self.products.h, self.temperature)
+        return upstream * shares.own, upstream * shares.mass, subtracted
 
     def finish_temperature(self, dtemperature, upstream, largest) -> None:
         if dtemperature is not None and self.shares is not None and self.shares.smoothing is not None:
@@ -425,7 +429,7 @@ def linear_cross_entropy_backward(
     c = _Call(h, weight, bias, target, temperature, class_weight, label_smoothing, ignore_index)
     kept = c.rows.of(statistics, dim=1)
     upstream = c.rows.upstream(grad, reduction)
-    own, mass, taken = c.by_row(upstream)
+    own, mass, subtracted = c.by_row(upstream)
     excess = None
     # with grad_lse, the gradient of z_loss is added here instead of in the row kernel
     if grad_lse is not None:
@@ -435,7 +439,7 @@ def linear_cross_entropy_backward(
         mass, z_loss = mass + excess, 0.0
     options = _options(transform, softcap, z_loss)
     operands = (c.products, weight, c.bias, c.target, c.temperature, kept)
-    grads = _tile_gradients(*operands, own, mass, taken, options, wanted, c.config["tile_mib"])
+    grads = _tile_gradients(*operands, own, mass, subtracted, options, wanted, c.config["tile_mib"])
     c.finish_temperature(grads[3], upstream, kept[0])
     if excess is not None and grads[3] is not None and transform != 1:
         grads[3].sub_(excess * top / c.temperature)

@@ -42,7 +42,7 @@ def _products(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return result
 
 
-class Taken(NamedTuple):
+class Subtracted(NamedTuple):
     """The gradients that smoothing subtracts, each an outer product: rows x combined from h's, by_class x sums from weight's, and
     by_class * sum(rows) from bias's."""
 
@@ -90,11 +90,13 @@ class Smoothing:
         loss = self.amount * (self.total * largest - self.sums)
         return loss if temperature is None else loss / temperature
 
-    def taken(self, upstream: torch.Tensor, h: torch.Tensor, temperature: torch.Tensor | None) -> Taken:
+    def subtracted(
+        self, upstream: torch.Tensor, h: torch.Tensor, temperature: torch.Tensor | None
+    ) -> Subtracted:
         rows = self.amount * upstream
         if temperature is not None:
             rows = rows / temperature
-        return Taken(rows, self.combined, self.by_class, _combined(rows, h))
+        return Subtracted(rows, self.combined, self.by_class, _combined(rows, h))
 
     def off_temperature(
         self,

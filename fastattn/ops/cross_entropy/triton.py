@@ -26,10 +26,10 @@ def _tanh(x):
 
 
 @triton.jit
-def _prepare(x, bias, at, inside, softcap, tau, STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr):
+def _prepare(x, bias, column, inside, softcap, tau, STABLEMAX: tl.constexpr, SOFTCAP: tl.constexpr):
     """(logit with bias and softcap, for stablemax also divided by the temperature; the softcap's derivative)."""
     if bias is not None:
-        x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
         bend = _tanh(x / softcap)
@@ -48,7 +48,7 @@ def _symlog(x):
 
 
 @triton.jit
-def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
+def _weight(x, top, log_count, column, inside, tau, STABLEMAX: tl.constexpr):
     """The weight of a prepared logit relative to the row's largest: e^((x - top) / tau + log_count), or s(x) / s(top) for stablemax."""
     if STABLEMAX:
         size = 1.0 + tl.abs(x)
@@ -57,7 +57,7 @@ def _weight(x, top, log_count, at, inside, tau, STABLEMAX: tl.constexpr):
         return tl.where(top >= 0, up, top_size / size)
     above = (x - top) / tau
     if log_count is not None:
-        above += tl.load(log_count + at, mask=inside, other=0.0)
+        above += tl.load(log_count + column, mask=inside, other=0.0)
     return tl.exp(above)
 
 
@@ -73,7 +73,7 @@ def _vocab_rows_kernel(
     the log-sum-exp. No log-sum-exp is formed for the loss: rounded at the logits' magnitude, it would lose the target's distance to
     the largest logit."""
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
     label = tl.load(target + row)
     tau = tl.full([], 1.0, tl.float32)
     if temperature is not None:
@@ -93,7 +93,9 @@ def _vocab_rows_kernel(
         if GRADIENT:
             for first in range(0, classes, BLOCK):
                 tl.store(
-                    out_base + first + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=first + at < classes
+                    out_base + first + column,
+                    tl.zeros([BLOCK], out.dtype.element_ty),
+                    mask=first + column < classes,
                 )
             if grad_temperature is not None:
                 tl.store(grad_temperature + row, 0.0)
@@ -107,19 +109,21 @@ def _vocab_rows_kernel(
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         weights = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
-            inside = first + at < classes
-            value = tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32)
-            value, _slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
+            inside = first + column < classes
+            value = tl.load(x_base + first + column, mask=inside, other=0.0).to(tl.float32)
+            value, _slope = _prepare(value, bias, first + column, inside, softcap, tau, STABLEMAX, SOFTCAP)
             value = tl.where(inside, value, float("-inf"))
             new_top = tl.maximum(top, value)
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights *= _weight(top, finite, None, at, inside, tau, STABLEMAX)
-            weights += _weight(value, finite, log_count, first + at, inside, tau, STABLEMAX)
+            weights *= _weight(top, finite, None, column, inside, tau, STABLEMAX)
+            weights += _weight(value, finite, log_count, first + column, inside, tau, STABLEMAX)
             top = new_top
         row_top = tl.max(top, 0)
         # a row of only -inf has the sum 0, and a row with a NaN has the sum NaN
         finite_top = tl.where(row_top == float("-inf"), 0.0, row_top)
-        row_total = tl.sum(weights * _weight(top, finite_top, None, at, at < classes, tau, STABLEMAX), 0)
+        row_total = tl.sum(
+            weights * _weight(top, finite_top, None, column, column < classes, tau, STABLEMAX), 0
+        )
         tl.store(largest + row, row_top)
         tl.store(total + row, row_total)
         if STABLEMAX:
@@ -149,11 +153,11 @@ def _vocab_rows_kernel(
         factor = (row_mass * upstream + excess) / row_total
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, classes, BLOCK):
-            inside = first + at < classes
-            value = tl.load(x_base + first + at, mask=inside, other=0.0).to(tl.float32)
-            value, slope = _prepare(value, bias, first + at, inside, softcap, tau, STABLEMAX, SOFTCAP)
-            g = _weight(value, row_top, log_count, first + at, inside, tau, STABLEMAX) * factor
-            g = tl.where(first + at == label, g - target_part, g)
+            inside = first + column < classes
+            value = tl.load(x_base + first + column, mask=inside, other=0.0).to(tl.float32)
+            value, slope = _prepare(value, bias, first + column, inside, softcap, tau, STABLEMAX, SOFTCAP)
+            g = _weight(value, row_top, log_count, first + column, inside, tau, STABLEMAX) * factor
+            g = tl.where(first + column == label, g - target_part, g)
             # For softmax use distances to the largest logit, which are small where g is large.
             if STABLEMAX:
                 g = g / (1.0 + tl.abs(value))
@@ -161,7 +165,7 @@ def _vocab_rows_kernel(
             else:
                 by_tau = (value - row_top) / tau
             products += tl.where(inside & (g != 0.0), g * by_tau, 0.0)
-            tl.store(out_base + first + at, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
+            tl.store(out_base + first + column, (g / tau * slope).to(out.dtype.element_ty), mask=inside)
         if grad_temperature is not None:
             product = tl.sum(products, 0)
             if (Z_LOSS or shares is not None) and not STABLEMAX:

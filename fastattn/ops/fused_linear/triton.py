@@ -44,8 +44,8 @@ def _fused_linear_kernel(
     up = acc
     squares = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, inner, BLOCK_K):
-        at = first + tl.arange(0, BLOCK_K)
-        keep = inside_rows[:, None] & (at < inner)[None, :]
+        step = first + tl.arange(0, BLOCK_K)
+        keep = inside_rows[:, None] & (step < inner)[None, :]
         if gate is not None:
             head = tl.zeros([], tl.int32) + first // HEAD_DIM  # a tile lies in one head
             inside = first % HEAD_DIM + tl.arange(0, BLOCK_K)
@@ -53,16 +53,16 @@ def _fused_linear_kernel(
             g = tl.load(g_rows[:, None] + offset(head, gate.head) + inside[None, :], mask=keep, other=0.0)
             a = (a.to(tl.float32) / (1.0 + tl.exp(-g.to(tl.float32)))).to(a.dtype)
         else:
-            a = tl.load(x_rows[:, None] + at[None, :], mask=keep, other=0.0)
+            a = tl.load(x_rows[:, None] + step[None, :], mask=keep, other=0.0)
         if NORM:
             wide = a.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-        inside_weight = inside_columns[:, None] & (at < inner)[None, :]
-        w = tl.load(w_rows[:, None] + at[None, :], mask=inside_weight, other=0.0)
+        inside_weight = inside_columns[:, None] & (step < inner)[None, :]
+        w = tl.load(w_rows[:, None] + step[None, :], mask=inside_weight, other=0.0)
         acc = dot(a, tl.trans(w), acc, PRECISION)
         if SWIGLU:
             w = tl.load(
-                (w_rows + offset(columns, weight.stride))[:, None] + at[None, :],
+                (w_rows + offset(columns, weight.stride))[:, None] + step[None, :],
                 mask=inside_weight,
                 other=0.0,
             )

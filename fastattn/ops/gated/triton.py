@@ -127,10 +127,10 @@ def _gated_backward_q_kernel(
     k_rows, v_rows = place(k, entry, kv_head, work.start_k), place(v, entry, kv_head, work.start_k)
     a_rows = Line(a.base + offset(entry, a.batch), a.row)
     dense_rows = row_elements(dense, entry, head, work.start_q + row, work.start_k)
-    at = offset(entry * heads + head, length_q) + work.start_q + row
+    row_offset = offset(entry * heads + head, length_q) + work.start_q + row
     q_tile, g_tile = load_queries(q_rows, g_rows, first, count, META, True)
     a_tile = _load_assignments(a_rows, work.start_q, first, count, META.block_m, META)
-    statistics = load_statistics(state, delta, at, row < count)
+    statistics = load_statistics(state, delta, row_offset, row < count)
     sharp = tl.load(sharpness)
     zero = tl.zeros([META.block_m, META.block_n], tl.float32)
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
@@ -158,7 +158,7 @@ def _gated_backward_q_kernel(
     )
     store_rows(dq_rows, count - first, acc * factors.scale, META.head_dim, META.block_m, META.block_d)
     store_rows(da_rows, count - first, acc_a * sharp, META.groups, META.block_m, META.block_g)
-    tl.store(dsharp + at, acc_sharp, mask=row < count)
+    tl.store(dsharp + row_offset, acc_sharp, mask=row < count)
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "near"])
@@ -184,7 +184,7 @@ def _gated_backward_kv_kernel(
     for member in range(0, META.group):
         head = kv_head * META.group + member
         q_rows, g_rows = place(q, entry, head, work.start_q), place(g, entry, head, work.start_q)
-        at = offset(entry * kv_heads * META.group + head, length_q) + work.start_q
+        row_offset = offset(entry * kv_heads * META.group + head, length_q) + work.start_q
         dense_keys = column_elements(dense, entry, head, work.start_q, work.start_k + keys)
         for tile in range(tile_begin, tile_end):
             first_row = tile * META.block_m
@@ -192,7 +192,7 @@ def _gated_backward_kv_kernel(
             inside = row < extent.queries
             q_tile, g_tile = load_queries(q_rows, g_rows, first_row, extent.queries, META, True)
             a_tile = _load_assignments(a_rows, work.start_q, first_row, extent.queries, META.block_m, META)
-            statistics = load_statistics(state, delta, at + row, inside)
+            statistics = load_statistics(state, delta, row_offset + row, inside)
             allowed = allowed_pairs(row, low, high, dense_keys)
             s, dp = two_products(k_tile, q_tile, v_tile, g_tile, META.precision)  # (N, M)
             agreement = dot(b_tile, tl.trans(a_tile), zero, META.gate_precision)

@@ -75,10 +75,10 @@ def _grouped_backward_q_kernel(
     keys = keys_of(k, v, groups, work, head // META.group)
     q_rows, g_rows = place(q, entry, head, work.start_q), place(g, entry, head, work.start_q)
     part_rows = place(part, entry, head, work.start_q)
-    at = offset(entry * heads + head, length_q) + work.start_q + row
+    row_offset = offset(entry * heads + head, length_q) + work.start_q + row
     q_tile = gather_tile(q_rows.base, row, q_rows.stride, inside, META.head_dim, META.block_d)
     g_tile = gather_tile(g_rows.base, row, g_rows.stride, inside, META.v_dim, META.block_dv)
-    statistics = load_statistics(state, delta, at, inside)
+    statistics = load_statistics(state, delta, row_offset, inside)
     if META.sorted:
         acc = tl.zeros([META.block_m, META.block_d], tl.float32)
         operands = _QueryGradient(q_tile, g_tile, statistics, keys, queries, extent, factors.scale2)

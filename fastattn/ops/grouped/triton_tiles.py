@@ -117,8 +117,8 @@ def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLO
         start = tl.load(offsets + document)
         count = tl.load(offsets + document + 1) - start
     rows, inside = tokens_of_tile(sequence_tokens(order, entry, start), tile * BLOCK, count, BLOCK, True)
-    at = sequence_tokens(signatures, entry, start) + offset(rows, 1)
-    signature = tl.load(at, mask=inside, other=0)  # tokens past the end belong to no group
+    pointers = sequence_tokens(signatures, entry, start) + offset(rows, 1)
+    signature = tl.load(pointers, mask=inside, other=0)  # tokens past the end belong to no group
     row = summary + offset(program, _SUMMARY)
     tl.store(row, tl.reduce(signature, 0, _either))
     tl.store(row + 1, tl.reduce(signature, 0, _both))
@@ -127,18 +127,18 @@ def _tile_summary_kernel(signatures, order, offsets, summary, tiles, length, BLO
 
 
 @triton.jit
-def next_run(run, at, EARLIER: tl.constexpr):
-    """The next run of tiles from `at` on that share a group with `union` and have a token before position `bound` (EARLIER), or at or
+def next_run(run, tile, EARLIER: tl.constexpr):
+    """The next run of tiles from `tile` on that share a group with `union` and have a token before position `bound` (EARLIER), or at or
     after it. All tokens of the tiles in [begin, full_end) share a group of `common` and lie in [latest, lowest), so all their pairs
     are attended. The tiles in [full_end, end) do not. One of the two ranges is empty. begin is `stop` if no tile is left.
 
     The compiler pipelines a loop over such a range, but not a loop that tests each tile.
     """
-    begin = at * 0 + run.stop
+    begin = tile * 0 + run.stop
     end = begin
     full_end = begin
-    while at < run.stop:
-        ahead = at + tl.arange(0, _CHUNK)
+    while tile < run.stop:
+        ahead = tile + tl.arange(0, _CHUNK)
         row = run.summary + offset(ahead, _SUMMARY)
         valid = ahead < run.stop
         earliest = tl.load(row + 2, mask=valid, other=_FAR)
@@ -151,11 +151,11 @@ def next_run(run, at, EARLIER: tl.constexpr):
         begin = tl.min(tl.where(live, ahead, run.stop), 0)
         full = (tl.load(row + 1, mask=valid, other=0) & run.common) != 0
         full = live & full & (earliest >= run.latest) & (last < run.lowest)
-        full_end = tl.min(tl.where((ahead >= begin) & (full == 0), ahead, at + _CHUNK), 0)
+        full_end = tl.min(tl.where((ahead >= begin) & (full == 0), ahead, tile + _CHUNK), 0)
         end = full_end
         if full_end <= begin:
-            end = tl.min(tl.where((ahead > begin) & ((live == 0) | full), ahead, at + _CHUNK), 0)
-        at = tl.where(begin < run.stop, run.stop, at + _CHUNK)
+            end = tl.min(tl.where((ahead > begin) & ((live == 0) | full), ahead, tile + _CHUNK), 0)
+        tile = tl.where(begin < run.stop, run.stop, tile + _CHUNK)
     return begin, full_end, end
 
 

@@ -37,7 +37,7 @@ def decode_step(z_h, z_l, weights, k_cache, v_cache, positions, position, h_cycl
         positions, position = positions.to(torch.int32).contiguous(), int(positions.max())
     # the configuration of a layer's largest weight serves the others too
     product = matvec.choose(z_h.dtype, batch, weights[2].shape).values
-    cos, sin, rows_of_tokens = rows.placed(positions[:, None], head_dim, theta, batch)
+    cos, sin, rows_of_tokens = rows.rotation_rows(positions[:, None], head_dim, theta, batch)
     native.run(
         "decode_step",
         z_h=native.rows(z_h),

@@ -41,9 +41,9 @@ def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     missing = cuda.missing()
     if missing is None:
         shared = cuda.decode_shared(z_h.shape[1], heads * head_dim, weights[3].shape[1])
-        most = cuda.most_shared(z_h.device)
-        if shared > most:
-            return f"its longest vector needs {shared} bytes of shared memory, the device has {most}"
+        available = cuda.most_shared(z_h.device)
+        if shared > available:
+            return f"its longest vector needs {shared} bytes of shared memory, the device has {available}"
     return missing
 
 

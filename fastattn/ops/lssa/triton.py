@@ -72,8 +72,8 @@ def _softplus_attention_forward_kernel(
     if REWEIGH:
         total = top
         lowest = tl.full([META.block_m], float("inf"), tl.float32)
-        for at in range(tile_begin, tile_end):
-            s, allowed = _scores(q_tile, k_rows, factor, begin, end, at, extent.key_length, META)
+        for key_tile in range(tile_begin, tile_end):
+            s, allowed = _scores(q_tile, k_rows, factor, begin, end, key_tile, extent.key_length, META)
             total += tl.sum(tl.where(allowed, s, 0.0), 1)
             top = tl.maximum(top, tl.max(tl.where(allowed, s, 0.0), 1))
             lowest = tl.minimum(lowest, tl.min(tl.where(allowed, s, float("inf")), 1))
@@ -83,15 +83,15 @@ def _softplus_attention_forward_kernel(
         reciprocal = tl.where(height == 0.0, 0.0, 1.0 / tl.where(height == 0.0, 1.0, height))
     acc = tl.zeros([META.block_m, META.block_dv], tl.float32)
     weights = tl.zeros([META.block_m], tl.float32)
-    for at in range(tile_begin, tile_end):
-        s, allowed = _scores(q_tile, k_rows, factor, begin, end, at, extent.key_length, META)
+    for key_tile in range(tile_begin, tile_end):
+        s, allowed = _scores(q_tile, k_rows, factor, begin, end, key_tile, extent.key_length, META)
         if REWEIGH:
             # 2^(p log2 x), 0 at x = 0: each weight is at most 1, so no power overflows
             s = tl.exp2(power * tl.log2(above_threshold(s, top[:, None], reciprocal[:, None])))
             allowed = allowed & (reciprocal > 0.0)[:, None]
         weight = tl.where(allowed, s, 0.0)
         weights += tl.sum(weight, 1)
-        key = at * META.block_n
+        key = key_tile * META.block_n
         v_tile = load_rows(v_rows, key, extent.key_length, META.v_dim, META.block_n, META.block_dv, True)
         acc = dot(weight.to(v_tile.dtype), v_tile, acc, META.precision)
     if REWEIGH:  # maxima ignore NaN, so take it from the sum

@@ -34,11 +34,11 @@ _LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit
-def _row_statistics(statistics, at, inside):
+def _row_statistics(statistics, row_index, inside):
     """(top, reciprocal, 1 / total or 0) of rows."""
-    top = tl.load(statistics + offset(at, 3), mask=inside, other=0.0)
-    reciprocal = tl.load(statistics + offset(at, 3) + 1, mask=inside, other=0.0)
-    total = tl.load(statistics + offset(at, 3) + 2, mask=inside, other=0.0)
+    top = tl.load(statistics + offset(row_index, 3), mask=inside, other=0.0)
+    reciprocal = tl.load(statistics + offset(row_index, 3) + 1, mask=inside, other=0.0)
+    total = tl.load(statistics + offset(row_index, 3) + 2, mask=inside, other=0.0)
     return top, reciprocal, tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
@@ -77,10 +77,10 @@ def _softplus_attention_backward_q_kernel(
     kv_head = head // META.group
     q_rows, g_rows = place(q, entry, head, work.start_q), place(g, entry, head, work.start_q)
     k_rows, v_rows = place(k, entry, kv_head, work.start_k), place(v, entry, kv_head, work.start_k)
-    at = offset(entry * heads + head, length_q) + work.start_q + row
+    row_index = offset(entry * heads + head, length_q) + work.start_q + row
     q_tile, g_tile = load_queries(q_rows, g_rows, first, lq, META, True)
-    row_statistics = _row_statistics(statistics, at, row < lq)
-    row_delta = tl.load(delta + at, mask=row < lq, other=0.0)
+    row_statistics = _row_statistics(statistics, row_index, row < lq)
+    row_delta = tl.load(delta + row_index, mask=row < lq, other=0.0)
     count, c = row_scale(begin, end, log_dim)
     row_shift = tl.zeros([META.block_m], tl.float32)
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
@@ -103,7 +103,7 @@ def _softplus_attention_backward_q_kernel(
             y = slope * shifted * c[:, None]
             acc = dot(y.to(k_tile.dtype), k_tile, acc, META.precision)
     if REWEIGH:
-        tl.store(shift + at, tl.where(count > _FEW, row_shift, 0.0), mask=row < lq)
+        tl.store(shift + row_index, tl.where(count > _FEW, row_shift, 0.0), mask=row < lq)
     dq_rows = place(dq, entry, head, work.start_q + first)
     store_rows(dq_rows, lq - first, acc, META.head_dim, META.block_m, META.block_d)
 
@@ -130,11 +130,11 @@ def _softplus_attention_backward_kv_kernel(
         for step in range(tile_begin, tile_end):
             first_row = step * META.block_m
             row = first_row + tl.arange(0, META.block_m)
-            at = offset(entry * kv_heads * META.group + head, length_q) + work.start_q + row
+            row_index = offset(entry * kv_heads * META.group + head, length_q) + work.start_q + row
             q_tile, g_tile = load_queries(q_rows, g_rows, first_row, lq, META, True)
             begin, end = key_interval(row, extent, META.causal)
-            row_statistics = _row_statistics(statistics, at, row < lq)
-            row_delta = tl.load(delta + at, mask=row < lq, other=0.0)
+            row_statistics = _row_statistics(statistics, row_index, row < lq)
+            row_delta = tl.load(delta + row_index, mask=row < lq, other=0.0)
             _count, c = row_scale(begin, end, log_dim)
             allowed = allowed_pairs(row, low, high, None)
             s, dp = two_products(k_tile, q_tile, v_tile, g_tile, META.precision)  # (N, M)
@@ -143,7 +143,7 @@ def _softplus_attention_backward_kv_kernel(
                 s2, dp, along_columns(row_statistics), row_delta[None, :], allowed, power, REWEIGH
             )
             if REWEIGH:
-                r = tl.where(allowed, r - tl.load(shift + at, mask=row < lq, other=0.0)[None, :], 0.0)
+                r = tl.where(allowed, r - tl.load(shift + row_index, mask=row < lq, other=0.0)[None, :], 0.0)
             y = slope * r * c[None, :]
             dv_acc = dot(weight.to(g_tile.dtype), g_tile, dv_acc, META.precision)
             dk_acc = dot(y.to(q_tile.dtype), q_tile, dk_acc, META.precision)

@@ -17,7 +17,7 @@ class _Positives:
         self.index = torch.where(self.counted, positives, torch.where(self.any, largest, 0)).long()
         self._bias = None if bias is None else bias.float()[self.index]
 
-    def taken(self, x: torch.Tensor) -> torch.Tensor:
+    def take_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of the positives (rows, P), with their bias. In x they are overwritten with -inf."""
         picked = x.gather(1, self.index)
         x.scatter_(1, self.index, torch.where(self.any, -torch.inf, picked))
@@ -36,7 +36,7 @@ def _parts(mib, h, weight, bias, positives):
     for begin, end in chunks(h.shape[0], weight.shape[0], mib):
         x = product(h[begin:end], weight.T)
         own = _Positives(positives[begin:end], bias)
-        yield slice(begin, end), x, own, own.taken(x)
+        yield slice(begin, end), x, own, own.take_logits(x)
 
 
 def multi_label_cross_entropy(statistics_of, mib, h, weight, bias, positives):

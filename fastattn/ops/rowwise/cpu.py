@@ -10,7 +10,7 @@ from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 _LONGEST_TABLE = 1 << 18
 _MOST_TABLES = 16  # a theta that depends on the length needs several
 _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = {}
-# (key, positions, result of `placed`) of the latest call: the layers of a model share them
+# (key, positions, result of `rotation_rows`) of the latest call: the layers of a model share them
 _latest: tuple[tuple, torch.Tensor | None, tuple] = ((), None, ())
 
 
@@ -170,7 +170,7 @@ def gated_backward(grad_out, x, gate):
     return grad_x, grad_gate
 
 
-def placed(
+def rotation_rows(
     positions: torch.Tensor, head_dim: int, theta: float, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(cos (R, D/2), sin (R, D/2), row of each token (B, 1, 1, L) int32)."""
@@ -214,7 +214,7 @@ def _cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torc
 def rotary(q, k, positions, theta, interleaved, inverse):
     if not positions.numel() or not q.shape[3] or not q.shape[0]:
         return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return _rotated(q, k, *placed(positions, q.shape[3], theta, q.shape[0]), interleaved, inverse)
+    return _rotated(q, k, *rotation_rows(positions, q.shape[3], theta, q.shape[0]), interleaved, inverse)
 
 
 def rotary_tables(q, k, cos, sin, interleaved, inverse):

@@ -31,18 +31,18 @@ def _rms_norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     x_row = _row(x, row, size_b, size_c)
-    at = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     value = squares
     out_row = offset(row, columns)
     for first in range(0, columns, BLOCK):
-        inside = first + at < columns
-        value = tl.load(x_row + first + at, mask=inside, other=0.0)
+        inside = first + column < columns
+        value = tl.load(x_row + first + column, mask=inside, other=0.0)
         if residual is not None:
             r_row = _row(residual, row, size_b, size_c)
-            other = tl.load(r_row + first + at, mask=inside, other=0.0)
+            other = tl.load(r_row + first + column, mask=inside, other=0.0)
             value = (value.to(tl.float32) + other.to(tl.float32)).to(total.dtype.element_ty)
-            tl.store(total + out_row + first + at, value, mask=inside)
+            tl.store(total + out_row + first + column, value, mask=inside)
         value = value.to(tl.float32)
         squares += value * value
     scale = tl.rsqrt(tl.sum(squares, 0) / columns + eps)
@@ -51,13 +51,13 @@ def _rms_norm_kernel(
     if residual is not None:
         source = total + out_row
     for first in range(0, columns, BLOCK):
-        inside = first + at < columns
+        inside = first + column < columns
         if not ONE_TILE:
-            value = tl.load(source + first + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(source + first + column, mask=inside, other=0.0).to(tl.float32)
         y = value * scale
         if weight is not None:
-            y *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
-        tl.store(normed + out_row + first + at, y.to(normed.dtype.element_ty), mask=inside)
+            y *= tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32) + weight_offset
+        tl.store(normed + out_row + first + column, y.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _rms_norm_backward_kernel(
 ):  # fmt: skip
     """d total = rstd * (w g - y * mean(w g y)) + grad_total with y = total * rstd. A program also sums its rows' weight gradients."""
     program = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
     first_row = program * rows_each
     for row in range(first_row, tl.minimum(first_row + rows_each, rows)):
         n_row = _row(grad_normed, row, size_b, size_c)
@@ -75,27 +75,27 @@ def _rms_norm_backward_kernel(
         scale = tl.load(rstd + row)
         products = tl.zeros([BLOCK], tl.float32)
         for first in range(0, columns, BLOCK):
-            inside = first + at < columns
-            g = tl.load(n_row + first + at, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(t_row + first + at, mask=inside, other=0.0).to(tl.float32) * scale
+            inside = first + column < columns
+            g = tl.load(n_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(t_row + first + column, mask=inside, other=0.0).to(tl.float32) * scale
             if weight is not None:
-                sums = partials + offset(program, columns) + first + at
+                sums = partials + offset(program, columns) + first + column
                 tl.store(sums, tl.load(sums, mask=inside, other=0.0) + g * y, mask=inside)
-                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                g *= tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32) + weight_offset
             products += g * y
         mean = tl.sum(products, 0) / columns
         for first in range(0, columns, BLOCK):
-            inside = first + at < columns
-            g = tl.load(n_row + first + at, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(t_row + first + at, mask=inside, other=0.0).to(tl.float32) * scale
+            inside = first + column < columns
+            g = tl.load(n_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(t_row + first + column, mask=inside, other=0.0).to(tl.float32) * scale
             if weight is not None:
-                g *= tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                g *= tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32) + weight_offset
             value = scale * (g - y * mean)
             if grad_total is not None:
                 g_row = _row(grad_total, row, size_b, size_c)
-                value += tl.load(g_row + first + at, mask=inside, other=0.0).to(tl.float32)
+                value += tl.load(g_row + first + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(
-                grad + offset(row + at * 0, columns) + first + at,
+                grad + offset(row + column * 0, columns) + first + column,
                 value.to(grad.dtype.element_ty),
                 mask=inside,
             )
@@ -105,14 +105,14 @@ def _rms_norm_backward_kernel(
 def _gate_kernel(a, b, out, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """silu(a) * b, or sigmoid(a) * b."""
     row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < columns
-    x = tl.load(_row(a, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(_row(b, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(_row(a, row, size_b, size_c) + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c) + column, mask=inside, other=0.0).to(tl.float32)
     value = y / (1.0 + tl.exp(-x))
     if SILU:
         value *= x
-    tl.store(out + offset(row, columns) + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offset(row, columns) + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -120,19 +120,19 @@ def _gate_backward_kernel(
     grad, a, b, grad_a, grad_b, out_row, size_b, size_c, columns, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < columns
-    g = tl.load(_row(grad, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(_row(a, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(_row(b, row, size_b, size_c) + at, mask=inside, other=0.0).to(tl.float32)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    g = tl.load(_row(grad, row, size_b, size_c) + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(_row(a, row, size_b, size_c) + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(_row(b, row, size_b, size_c) + column, mask=inside, other=0.0).to(tl.float32)
     gate = 1.0 / (1.0 + tl.exp(-x))
     slope = gate * (1.0 - gate)
     if SILU:
         slope = gate + x * slope
         gate = x * gate
-    place = offset(row, out_row) + at
-    tl.store(grad_a + place, (g * y * slope).to(grad_a.dtype.element_ty), mask=inside)
-    tl.store(grad_b + place, (g * gate).to(grad_b.dtype.element_ty), mask=inside)
+    index = offset(row, out_row) + column
+    tl.store(grad_a + index, (g * y * slope).to(grad_a.dtype.element_ty), mask=inside)
+    tl.store(grad_b + index, (g * gate).to(grad_b.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -148,17 +148,17 @@ def _rotate(
     """Rotate all heads of one token from x to out: halves, or pairs (INTERLEAVED). The first of two dims uses left_angle, (cos, sin)."""
     cos, sin = left_angle
     cos2, sin2 = right_angle
-    at = tl.arange(0, BLOCK_D)
-    place, second = at, half
+    lane = tl.arange(0, BLOCK_D)
+    dim, second = lane, half
     if INTERLEAVED:
-        place, second = 2 * at, 1
+        dim, second = 2 * lane, 1
     for first in range(0, heads, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
-        keep = (head < heads)[:, None] & (at < half)[None, :]
-        source = x.base + offset(head, x.stride)[:, None] + place[None, :]
+        keep = (head < heads)[:, None] & (lane < half)[None, :]
+        source = x.base + offset(head, x.stride)[:, None] + dim[None, :]
         left = tl.load(source, mask=keep, other=0.0).to(tl.float32)
         right = tl.load(source + second, mask=keep, other=0.0).to(tl.float32)
-        pointers = out.base + offset(head, out.stride)[:, None] + place[None, :]
+        pointers = out.base + offset(head, out.stride)[:, None] + dim[None, :]
         tl.store(pointers, (left * cos - right * sin).to(out.base.dtype.element_ty), mask=keep)
         tl.store(pointers + second, (right * cos2 + left * sin2).to(out.base.dtype.element_ty), mask=keep)
 
@@ -172,19 +172,19 @@ def _rotary_tables_kernel(
     transpose, which exchanges the sines of two dims."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
-    at = tl.arange(0, BLOCK_D)
-    inside = at < half
-    place, second = at, 0
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < half
+    dim, second = lane, 0
     if TWO:
         second = half
         if INTERLEAVED:
-            place, second = 2 * at, 1
+            dim, second = 2 * lane, 1
     cosines = cos.base + offset(batch, cos.stride) + offset(row, tl.where(TWO, 2 * half, half))
     sines = sin.base + offset(batch, sin.stride) + offset(row, tl.where(TWO, 2 * half, half))
-    c1 = tl.load(cosines + place, mask=inside, other=0.0).to(tl.float32)[None, :]
-    c2 = tl.load(cosines + place + second, mask=inside, other=0.0).to(tl.float32)[None, :]
-    s1 = tl.load(sines + place, mask=inside, other=0.0).to(tl.float32)[None, :]
-    s2 = tl.load(sines + place + second, mask=inside, other=0.0).to(tl.float32)[None, :]
+    c1 = tl.load(cosines + dim, mask=inside, other=0.0).to(tl.float32)[None, :]
+    c2 = tl.load(cosines + dim + second, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s1 = tl.load(sines + dim, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s2 = tl.load(sines + dim + second, mask=inside, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
         s1, s2 = -s2, -s1
     _rotate(
@@ -219,10 +219,10 @@ def _rotary_kernel(
     """Rotate all heads of one token, with its sines and cosines computed once. Keys, and values if given, are stored at row slots[token]."""
     token = tl.program_id(0)
     batch, row = token // length, token % length
-    at = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_D)
     # in float64 until whole turns are subtracted: at position 131072 the rounding of a float32 angle is 9e-3
     position = tl.load(positions.base + offset(batch, positions.stride) + row).to(tl.float64)
-    turns = position * tl.load(frequencies + at, mask=at < half, other=0.0)
+    turns = position * tl.load(frequencies + lane, mask=lane < half, other=0.0)
     angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
     cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if INVERSE:

@@ -26,20 +26,20 @@ _CHUNK_BLOCK = tl.constexpr(32)  # chunks whose sums are combined at a time
 def _joined(top, total, other_top, other_total):
     """Adds two sums, each given as (reference, sum relative to 2^reference). Sums may be signed."""
     new_top = tl.maximum(top, other_top)
-    at = tl.where(new_top == float("-inf"), 0.0, new_top)
-    return new_top, total * tl.exp2(top - at) + other_total * tl.exp2(other_top - at)
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return new_top, total * tl.exp2(top - finite_top) + other_total * tl.exp2(other_top - finite_top)
 
 
 @triton.jit
 def _combined(sums, begin, end, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
     """The total (reference, sum), each (BLOCK_G,), of chunks [begin, end); `sums` is (chunks, 2, GROUPS)."""
-    at = tl.arange(0, BLOCK_G)
+    group = tl.arange(0, BLOCK_G)
     top = tl.full([BLOCK_G], _NOWHERE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     for first in range(begin, end, _CHUNK_BLOCK):
         chunk = first + tl.arange(0, _CHUNK_BLOCK)
-        keep = (chunk < end)[:, None] & (at < GROUPS)[None, :]
-        pointers = sums + offset(chunk, 2 * GROUPS)[:, None] + at[None, :]
+        keep = (chunk < end)[:, None] & (group < GROUPS)[None, :]
+        pointers = sums + offset(chunk, 2 * GROUPS)[:, None] + group[None, :]
         tops = tl.load(pointers, mask=keep, other=_NOWHERE)
         totals = tl.load(pointers + GROUPS, mask=keep, other=0.0)
         new_top = tl.maximum(top, tl.max(tops, 0))
@@ -50,10 +50,10 @@ def _combined(sums, begin, end, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
 
 @triton.jit
 def _store_sums(sums, chunk, top, total, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    at = tl.arange(0, BLOCK_G)
-    pointers = sums + offset(chunk, 2 * GROUPS) + at
-    tl.store(pointers, top, mask=at < GROUPS)
-    tl.store(pointers + GROUPS, total, mask=at < GROUPS)
+    group = tl.arange(0, BLOCK_G)
+    pointers = sums + offset(chunk, 2 * GROUPS) + group
+    tl.store(pointers, top, mask=group < GROUPS)
+    tl.store(pointers + GROUPS, total, mask=group < GROUPS)
 
 
 @triton.jit
@@ -158,9 +158,9 @@ def _sinkhorn_kernel(
             shares = _share(x, v, u, valid)
             store_tile(out + offset(row, GROUPS), GROUPS, tokens, shares, GROUPS, TOKENS, BLOCK_G)
             if chunk.number == chunk.end - 1:  # the potentials are the last token's
-                at = tl.arange(0, BLOCK_G)
+                group = tl.arange(0, BLOCK_G)
                 last = tl.sum(tl.where((token == tokens - 1)[:, None], v, 0.0), 0)
-                tl.store(potentials + offset(owner, GROUPS) + at, last * _LN2, mask=at < GROUPS)
+                tl.store(potentials + offset(owner, GROUPS) + group, last * _LN2, mask=group < GROUPS)
     if u_after is not None:
         tl.store(u_after + row + token, u, mask=token < tokens)
     if sums_after is not None:
