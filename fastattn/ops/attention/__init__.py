@@ -88,7 +88,7 @@ def attention(
         row's normaliser but has no value, so the weights are e^s_ij / (e^t + sum_j e^s_ij) ("gpt-oss", arXiv 2508.10925). 0 gives
         "softmax plus one", -inf no sink. lse includes the sink.
     dropout_p: in [0, 1], default 0. After the normalisation each weight becomes 0 with this probability, and the others are divided by
-        1 - dropout_p. The probability is rounded to a multiple of 1/65536, and a positive one to no less. lse is without dropout.
+        1 - dropout_p. The probability is rounded to a multiple of 1/65536; a positive one becomes at least 1/65536. lse has no dropout.
     rng: the source of dropout's random numbers: an int64 tensor (2,) on q's device, seed and offset; or a torch.Generator of q's
         device, from which these two are drawn. Default: the device's own generator, which torch.manual_seed sets. For one seed and
         offset the same weights are dropped on every device and backend, with any number of threads and any tile size; they depend on
