@@ -59,6 +59,13 @@ class DecodeParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+def unserved_dtype(t: torch.Tensor) -> str | None:
+    """Why no CUDA C++ kernel takes a floating tensor of this dtype, or None."""
+    if t.dtype in DTYPES:
+        return None
+    return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+
+
 def sources() -> Path | None:
     """The folder with the kernels' headers: in the checkout, or as installed."""
     package = Path(__file__).parents[1]

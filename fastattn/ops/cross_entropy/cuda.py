@@ -13,8 +13,8 @@ _CHUNK_MIB = 512  # MiB of float32 logits held at once
 
 def refusal(*args) -> str | None:
     for t in args:
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in cuda.DTYPES:
-            return f"it serves float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and (reason := cuda.unserved_dtype(t)):
+            return reason
     return cuda.missing()
 
 

@@ -26,7 +26,7 @@ def refusal(z_h, z_l, weights, k_cache, v_cache, *_) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
     _, layers, batch, heads, _, head_dim = k_cache.shape
     if z_h.dtype not in cuda.DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(z_h.dtype).removeprefix('torch.')}"
+        return cuda.unserved_dtype(z_h)
     if batch != 1:
         return f"it serves a batch of one, not of {batch}"
     if head_dim > cuda.MOST_HEAD_DIM or layers > cuda.MOST_LAYERS:

@@ -11,9 +11,7 @@ def refusal(scores, lengths, cu_seqlens, prefix_lengths, temperature, iterations
         return "it does not serve packed documents"
     if causal:
         return "it serves column sums over the whole sequence, not causal=True"
-    if scores.dtype not in cuda.DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(scores.dtype).removeprefix('torch.')}"
-    return cuda.missing()
+    return cuda.unserved_dtype(scores) or cuda.missing()
 
 
 def configure(scores, *_) -> _tuning.Choice:
