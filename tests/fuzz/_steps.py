@@ -16,6 +16,7 @@ import torch
 from fastattn import testing
 
 U = testing.EPS32 / 2
+LEAST = 2.0**-149  # of float32
 # 1 + e^-x by dtype, relative: of sigmoid_divisors in src/cpu/math.h, whose tests (tests/native/math_checks.h) have the same figures;
 # and the x from which on they hold. Below it the divisor may be infinite, and the sigmoid 0.
 DIVISOR = {torch.float32: 4e-7, torch.bfloat16: 7.5e-5 + 128 * U, torch.float16: 2.6e-6 + 128 * U}

@@ -108,6 +108,43 @@ OUTPUTS = {
         ("attention_backward", "grad_bias"),
         ("attention_backward", "grad_row_bias"),
     ),
+    "linear": (
+        ("linear_attention_forward", "out"),
+        ("linear_attention_forward", "state"),
+        ("linear_attention_forward", "states"),
+        ("linear_attention_backward", "grad_q"),
+        ("linear_attention_backward", "grad_k"),
+        ("linear_attention_backward", "grad_v"),
+        ("linear_attention_backward", "grad_decay"),
+        ("linear_attention_backward", "grad_channels"),
+        ("linear_attention_backward", "grad_beta"),
+        ("linear_attention_backward", "grad_initial"),
+        ("linear_attention_step", "out"),
+        ("linear_attention_step", "state"),
+    ),
+    "scans": (
+        ("causal_conv1d_forward", "out"),
+        ("causal_conv1d_forward", "state"),
+        ("causal_conv1d_backward", "grad_x"),
+        ("causal_conv1d_backward", "grad_sums"),
+        ("causal_conv1d_backward", "grad_initial_state"),
+        ("linear_scan_forward", "out"),
+        ("linear_scan_backward", "grad_a"),
+        ("linear_scan_backward", "grad_b"),
+        ("linear_scan_backward", "grad_initial"),
+        ("selective_scan_forward", "out"),
+        ("selective_scan_forward", "state"),
+        ("selective_scan_forward", "checkpoints"),
+        ("selective_scan_backward", "grad_u"),
+        ("selective_scan_backward", "grad_dt"),
+        ("selective_scan_backward", "grad_A"),
+        ("selective_scan_backward", "grad_B"),
+        ("selective_scan_backward", "grad_C"),
+        ("selective_scan_backward", "grad_D"),
+        ("selective_scan_backward", "grad_z"),
+        ("selective_scan_backward", "grad_dt_bias"),
+        ("selective_scan_backward", "grad_initial_state"),
+    ),
 }
 # A kernel and the term it would forget, by its operand
 FORGOTTEN = {
@@ -126,6 +163,52 @@ FORGOTTEN = {
         ("attention_forward", "masked_program"),
         ("attention_backward", "masked_program"),
         ("attention_backward", "grad_lse"),
+    ),
+    "linear": (
+        ("linear_attention_forward", "decay"),
+        ("linear_attention_forward", "channels"),
+        ("linear_attention_forward", "beta"),
+        ("linear_attention_forward", "initial"),
+        ("linear_attention_backward", "beta"),
+        ("linear_attention_backward", "grad_state"),
+        ("linear_attention_step", "decay"),
+        ("linear_attention_step", "channels"),
+        ("linear_attention_step", "beta"),
+    ),
+    "scans": (
+        ("causal_conv1d_forward", "bias"),
+        ("causal_conv1d_forward", "initial_state"),
+        ("causal_conv1d_backward", "bias"),
+        ("causal_conv1d_backward", "initial_state"),
+        ("causal_conv1d_backward", "grad_state"),
+        ("linear_scan_forward", "initial"),
+        ("linear_scan_backward", "initial"),
+        ("selective_scan_forward", "D"),
+        ("selective_scan_forward", "z"),
+        ("selective_scan_forward", "dt_bias"),
+        ("selective_scan_forward", "initial_state"),
+        ("selective_scan_backward", "dt_bias"),
+        ("selective_scan_backward", "initial_state"),
+        ("selective_scan_backward", "grad_state"),
+    ),
+}
+# A kernel and a number that it would take for another one
+MISTAKEN = {
+    "linear": (
+        ("linear_attention_forward", "delta_rule", lambda on: 0),
+        ("linear_attention_forward", "qk_norm", lambda on: 0),
+        ("linear_attention_forward", "scale", lambda scale: 1.001 * scale),
+        ("linear_attention_backward", "qk_norm", lambda on: 0),
+        ("linear_attention_backward", "scale", lambda scale: 1.001 * scale),
+        ("linear_attention_step", "delta_rule", lambda on: 0),
+    ),
+    "scans": (
+        ("causal_conv1d_backward", "silu", lambda on: 0),
+        ("linear_scan_forward", "reverse", lambda on: 1 - on),
+        ("linear_scan_backward", "reverse", lambda on: 1 - on),
+        ("linear_scan_backward", "log_a", lambda on: 0),
+        ("selective_scan_forward", "dt_softplus", lambda on: 0),
+        ("selective_scan_backward", "dt_softplus", lambda on: 0),
     ),
 }
 DRAWN = 1000  # cases until one draws the mutant's kernel, and what is wrong with it is above a rounding
@@ -164,6 +247,55 @@ def test_a_wrong_kernel_is_found(monkeypatch, family, kernel, output, wrong):
 def test_a_forgotten_term_is_found(monkeypatch, family, kernel, operand):
     def change(run, fields):
         run(kernel, **(fields | {operand: None}))
+
+    assert found_wrong(monkeypatch, family, kernel, change)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "field", "other"),
+    [(f, *triple) for f, triples in MISTAKEN.items() for triple in triples],
+)
+def test_a_mistaken_option_is_found(monkeypatch, family, kernel, field, other):
+    def change(run, fields):
+        run(kernel, **(fields | {field: other(fields[field])}))
+
+    assert found_wrong(monkeypatch, family, kernel, change)
+
+
+def test_a_state_lost_between_chunks_is_found(monkeypatch):
+    """Tokens from the second chunk on begin with nothing."""
+    chunk = native.limits.chunk
+
+    def change(run, fields):
+        run("linear_attention_forward", **fields)
+        if fields["offsets"] is not None or not fields["causal"] or fields["q"].shape[2] <= chunk:
+            return
+        gates = {n: fields[n] if fields[n] is None else fields[n][..., chunk:] for n in ("decay", "beta")}
+        rows = {
+            n: fields[n] if fields[n] is None else fields[n][:, :, chunk:]
+            for n in ("q", "k", "v", "channels", "out")
+        }
+        alone = {"initial": None, "states": None, "state": fields["state"].clone()}
+        run("linear_attention_forward", **(fields | gates | rows | alone))
+
+    assert found_wrong(monkeypatch, "linear", "linear_attention_forward", change)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "field", "dim"),
+    (
+        ("linear", "linear_attention_backward", "states", 1),
+        ("scans", "linear_scan_backward", "out", 2),
+        ("scans", "selective_scan_backward", "checkpoints", 1),
+    ),
+)
+def test_a_state_of_another_time_is_found(monkeypatch, family, kernel, field, dim):
+    """A backward that reads the next chunk's or token's state."""
+
+    def change(run, fields):
+        later = fields[field].roll(-1, dim)
+        kept = later.new_empty(fields[field].shape).copy_(later) if not fields.get("pairs") else fields[field]
+        run(kernel, **(fields | {field: kept}))
 
     assert found_wrong(monkeypatch, family, kernel, change)
 
