@@ -37,7 +37,8 @@ def condition(rng: random.Random, depth: int):
     return rng.choice(("lt", "le", "gt", "ge", "eq", "ne")), whole(rng, depth), whole(rng, depth - 1)
 
 
-def number(rng: random.Random, depth: int):
+def number(rng: random.Random, depth: int, side: int = 99):
+    """side: the most depth of an operand beside the deepest, so that a deep function stays within what kernels take."""
     if depth <= 0:
         leaf = rng.choice(("s", "s", "constant", "table", "i2f"))
         if leaf == "constant":
@@ -45,10 +46,11 @@ def number(rng: random.Random, depth: int):
         return leaf if leaf == "s" else (leaf, whole(rng, 2))
     op = rng.choice((*UNARY_F, *BINARY_F))
     if op in UNARY_F:
-        return op, number(rng, depth - 1)
+        return op, number(rng, depth - 1, side)
     if op == "where":
-        return op, condition(rng, 2), number(rng, depth - 1), number(rng, depth - 1)
-    return op, number(rng, depth - 1), number(rng, depth - rng.randint(1, 2))
+        other = number(rng, min(depth - 1, side))
+        return op, condition(rng, min(2, side)), number(rng, depth - 1, side), other
+    return op, number(rng, depth - 1, side), number(rng, min(depth - rng.randint(1, 2), side))
 
 
 def build(tree, values: dict, table: torch.Tensor):

@@ -40,9 +40,11 @@ ULPS = {
 
 
 def draw(rng: random.Random) -> dict:
-    depth = rng.choice((1, 2, 3, 3, 4, 5, 6, 12 if rng.random() < 0.1 else 4))
+    # of two deep operands each kernels take depth 6 at most, of one and shallow others 12
+    deep = rng.random() < 0.3
+    depth = rng.randint(7, 12) if deep else rng.choice((1, 2, 3, 3, 4, 5, 6))
     return {
-        "tree": number(rng, depth),
+        "tree": number(rng, depth, 1) if deep else number(rng, depth),
         "mask": condition(rng, 3) if rng.random() < 0.5 else None,
         "queries": rng.choice((1, 2, 3, 8, 31, 40, 64, 65, 130)),
         "keys": rng.choice((1, 2, 7, 40, 64, 129, 200)),

@@ -24,6 +24,7 @@ from _recurrences import (
     known,
     laid_out,
     magnitude,
+    negative,
     normal,
     one_thread,
     over,
@@ -229,12 +230,8 @@ def _of_division(grad: Off, out: Off, inverse: Off | None) -> Off:
         return grad
     few = grad.value.shape[-1] + 4
     by_sums = product(torch.mul, grad, inverse, roundings=2)
-    by_divisor = product(
-        lambda g, o, r: -(g * o).sum(-1, keepdim=True) * r, grad, out, inverse, roundings=few
-    )
-    size = product(lambda g, o, r: (g * o).sum(-1, keepdim=True) * r, grad, out, inverse, roundings=few).size
-    off = (by_divisor.off.abs()).maximum(share(few) * size)
-    return joined([by_sums, Product(by_divisor.value, off, size)], -1)
+    by_divisor = product(lambda g, o, r: (g * o).sum(-1, keepdim=True) * r, grad, out, inverse, roundings=few)
+    return joined([by_sums, negative(by_divisor)], -1)
 
 
 def _heads(x: Off, group: int) -> Off:
@@ -286,7 +283,7 @@ class _Document:
     def back(self, grad: Off, after: Off) -> dict[str, Product]:
         grad = _of_division(grad, self.out, self.inverse)
         # where a divisor may be 0 nothing is known of any gradient
-        known(Off(grad.value, grad.off.nan_to_num(torch.inf)))
+        known(grad)
         if self.case["kind"].startswith("all"):
             return self._back_of_all(grad, after)
         parts = {}
