@@ -111,8 +111,8 @@ class Chunk:
         self.state = state
         decays = products(a)
         self.between = Off(decays.value[..., 1:, :], decays.off[..., 1:, :])
-        start = Off(decays.value[..., 0, :], decays.off[..., 0, :])
-        end = Off(decays.value[..., -1, 1:, :], decays.off[..., -1, 1:, :])
+        self.start = start = Off(decays.value[..., 0, :], decays.off[..., 0, :])  # p
+        self.end = end = Off(decays.value[..., -1, 1:, :], decays.off[..., -1, 1:, :])  # s
         self.left = Off(start.value[..., -1, :, None], start.off[..., -1, :, None])  # (..., 1 or dk, 1)
         self.q_start = product(lambda x, p, c: x * p * c, q, start, scale, roundings=3)
         self.k_start = product(torch.mul, k, start, roundings=2)
@@ -143,7 +143,7 @@ class Chunk:
         state, pk, m, b = self.state, self.k_start, self.m_pairs, self.b
         inverse = self._inverse(m.value * b.mT, upper=False)
         u = inverse @ (self.v.value - pk.value @ state.value)
-        self.w_value = w = b * u
+        w = b * u
         big = magnitude(state)
         rounded = share(self.few)
         of_state = rounded * (self.v.value.abs() + magnitude(pk) @ big) + pk.off @ big + self.v.off
@@ -158,8 +158,8 @@ class Chunk:
         self.inverse = inverse
         known(self.u, self.w, self.a_pairs, self.m_pairs)
 
-    def _of_state(self, x: Off, scaled: torch.Tensor, y: Product) -> Off:
-        """scaled * S + x S + y w, or as many of these as there are; y by rows."""
+    def _of_state(self, x: Off, y: Product) -> Product:
+        """x S + y w."""
         state, b = self.state, self.b
         big, wide = magnitude(state), magnitude(self.w)
         value = x.value @ state.value + y.value @ self.w.value
@@ -171,13 +171,13 @@ class Chunk:
             off
             + x.off @ big
             + y.off @ wide
-            + U * (y.value.abs() @ self.w_value.abs())
+            + U * (y.value.abs() @ self.w.value.abs())
             + share(self.few) * size
         )
         return Product(value, off + torch.where(size > 0, lost, 0.0), size)
 
     def outputs(self) -> Product:
-        return self._of_state(self.q_start, None, self.a_pairs)
+        return self._of_state(self.q_start, self.a_pairs)
 
     def after(self) -> Product:
         """The state after the chunk."""
@@ -185,7 +185,7 @@ class Chunk:
         dk = self.state.value.shape[-2]
         whole = Off(*(torch.diag_embed(x.expand(*x.shape[:-1], dk)) for x in kept))
         turned = Product(self.k_end.value.mT, self.k_end.off.mT, self.k_end.size.mT)
-        found = self._of_state(whole, None, turned)
+        found = self._of_state(whole, turned)
         known(found)
         return found
 
@@ -223,7 +223,7 @@ class Chunk:
         between, q, k = self.between, self.q, self.k
         reads = product(lambda g, s: g @ s.mT, grad, state, roundings=columns + 2)
         writes = product(lambda w, s: w @ s.mT, w, after, roundings=columns + 2)
-        start, end = self._ends()
+        start, end = self.start, self.end
         q_parts = [
             product(lambda p, c, r: p * c * r, start, self.scale, reads, roundings=3),
             product(_to_left, by_a, k, between, roundings=few),
@@ -236,14 +236,14 @@ class Chunk:
         of_reads = [product(torch.mul, self.q_start, reads, roundings=2)]
         if self.delta:
             by_m = product(lambda y, w: (y @ w.mT) * lower.tril(-1), of_v, w, roundings=columns + 2)
-            known_reads = product(lambda y, s: y @ s.mT, of_v, state, roundings=columns + 2)
+            written_reads = product(lambda y, s: y @ s.mT, of_v, state, roundings=columns + 2)
             k_parts += [
-                negative(product(torch.mul, start, known_reads, roundings=2)),
+                negative(product(torch.mul, start, written_reads, roundings=2)),
                 negative(product(_to_left, by_m, k, between, roundings=few)),
                 negative(product(_to_right, by_m, k, between, roundings=few)),
             ]
             of_pairs += [negative(product(_each, by_m, k, k, between, roundings=dk + 8))]
-            of_reads += [negative(product(torch.mul, self.k_start, known_reads, roundings=2))]
+            of_reads += [negative(product(torch.mul, self.k_start, written_reads, roundings=2))]
         of_writes = product(torch.mul, k_end, writes, roundings=2)
         carried = product(lambda p, s, g: (p * s * g).sum(-1), self.left, state, after, roundings=columns + 4)
         return {
@@ -254,13 +254,6 @@ class Chunk:
             "beta": of_b,
             "state": self._of_state_back(grad, after, of_v, y, inverse, pulled, found),
         }
-
-    def _ends(self) -> tuple[Off, Off]:
-        decays = products(self.a)
-        return (
-            Off(decays.value[..., 0, :], decays.off[..., 0, :]),
-            Off(decays.value[..., -1, 1:, :], decays.off[..., -1, 1:, :]),
-        )
 
     def _of_decay(self, pairs: Product, reads: Product, writes: Product, carried: Product) -> Product:
         shared = self.a.value.shape[-1] == 1
