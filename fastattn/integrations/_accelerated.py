@@ -8,11 +8,19 @@ import torch
 from torch import nn
 
 from ..nn.plain import is_untouched
-from . import _loss, _replaced, _rotary
+from . import _loss, _recurrent, _replaced, _rotary
 from ._replaced import HALF, Left, Replaced
 
 _OWN = "_fastattn_accelerated"
-_KINDS = ("attention", "rms_norm", "swiglu", "rotary", "linear", "linear_cross_entropy")
+_KINDS = (
+    "attention",
+    "rms_norm",
+    "swiglu",
+    "rotary",
+    *_recurrent.KINDS,
+    "linear",
+    "linear_cross_entropy",
+)
 _LISTED = ("Norm", "MLP", "Experts")  # classes whose instances are named when they are left alone
 _IMPLEMENTATIONS = (
     "eager",
@@ -178,10 +186,12 @@ def _replace_modules(accelerated: Accelerated) -> set[int]:
     """Replace norms, MLPs and rotary embeddings; the ids of layers whose products a replaced MLP makes itself."""
     inside: set[int] = set()
     rotations: dict[Any, Any] = {}
+    functions: dict[Any, str | None] = {}
     kinds: tuple[Callable[[nn.Module], Replaced | None], ...] = (
         _replaced.norm,
         _replaced.mlp,
         lambda module: _rotary.rotated(module, rotations),
+        lambda module: _recurrent.recurrent(module, functions),
     )
     for name, module in accelerated.model.named_modules():
         try:
@@ -194,6 +204,7 @@ def _replace_modules(accelerated: Accelerated) -> set[int]:
             accelerated.left.append((name, type(module).__name__, "it is not of a form that is replaced"))
         if found is not None:
             accelerated._put(found)
+            accelerated.left += [(name, type(module).__name__, why) for why in found.left]
             if isinstance(found, _replaced.GatedMLP):
                 inside |= {id(module._modules[n]) for n in found.names}
     return inside

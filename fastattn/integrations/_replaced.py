@@ -7,9 +7,9 @@ or tensors than those it was proved for, a layer that was exchanged or got a hoo
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..ops.fused_linear import fused_linear
 from ..ops.matvec import MOST_ROWS, matvec
 from ..ops.rowwise import rms_norm, swiglu
 from ..runtime.registry import needs_grad
+from ._functions import with_globals
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -36,7 +37,8 @@ class Left(Exception):
 class Replaced:
     """The forward of one module. Copied and pickled with it."""
 
-    kind: ClassVar[str]
+    kind: str
+    left: tuple[str, ...] = ()  # what of the module keeps its own computation, and why
 
     def __init__(self, module: Any) -> None:
         self.module: Any = module
@@ -52,6 +54,26 @@ class Replaced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+class Substituted(Replaced):
+    """A module's own forward, with other functions for names of its modeling file."""
+
+    def __init__(self, module: Any, names: dict[str, Any]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.code: tuple[Callable, Callable] | None = None  # (the class's forward, the same with our globals)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "code": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.module).forward
+        if torch.compiler.is_compiling():
+            return forward(self.module, *args, **kwargs)
+        if self.code is None or self.code[0] is not forward:
+            self.code = forward, with_globals(forward, self.names)
+        return self.code[1](self.module, *args, **kwargs)
 
 
 class Layer(Replaced):

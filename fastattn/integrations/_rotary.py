@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.rowwise import rotary_tables
-from ._functions import with_globals
-from ._replaced import DEVICES, DTYPES, Left, Replaced, is_plain, is_small
+from ._replaced import DEVICES, DTYPES, Left, Substituted, is_plain, is_small
 
 # what of its tables a function reads: a number for each dim, or for each two dims, of tables of twice the width or of that width
 FULL, FIRST_HALF, COMPACT = "full", "first half", "compact"
@@ -65,26 +64,10 @@ class Rotation:
         )
 
 
-class Rotated(Replaced):
+class Rotated(Substituted):
     """An attention layer's own forward, with `rotary_tables` in place of the rotary function of its modeling file."""
 
     kind = "rotary"
-
-    def __init__(self, module: Any, name: str, rotation: Rotation) -> None:
-        super().__init__(module)
-        self.name, self.rotation = name, rotation
-        self.code: tuple[Callable, Callable] | None = None  # (the class's forward, the same with our globals)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "code": None}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self.module).forward
-        if torch.compiler.is_compiling():
-            return forward(self.module, *args, **kwargs)
-        if self.code is None or self.code[0] is not forward:
-            self.code = forward, with_globals(forward, {self.name: self.rotation})
-        return self.code[1](self.module, *args, **kwargs)
 
 
 def _rotation(function: Callable, device: torch.device, dtype: torch.dtype) -> Rotation:
@@ -150,4 +133,4 @@ def rotated(module: Any, known: dict[Any, Rotation | Left]) -> Rotated | None:
             known[key] = left
     if isinstance(rotation := known[key], Left):
         raise rotation
-    return Rotated(module, name, rotation)
+    return Rotated(module, {name: rotation})
