@@ -1,4 +1,4 @@
-"""Whole models of transformers: HRM-Text on "fastattn", and a Llama with `accelerate`, each against its own "sdpa"."""
+"""Whole models of transformers: HRM-Text on "fastattn", and a Llama and a Qwen3-Next with `accelerate`, each against its own functions."""
 
 import copy
 import functools
@@ -129,12 +129,64 @@ def accelerated_decode(dtype, batch, cached):
     )
 
 
+@functools.cache
+def _linear_time_models(dtype):
+    """{contender: a Qwen3-Next with the proportions of the 80B's layers at a sixteenth of the width, and MLPs in place of experts},
+    with the same weights. Three of its four layers are the gated delta rule."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3NextConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64,
+        linear_value_head_dim=64, mlp_only_layers=[0, 1, 2, 3], pad_token_id=0,
+    )  # fmt: skip
+    own = transformers.Qwen3NextForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    accelerated = copy.deepcopy(own)
+    fa.integrations.transformers.accelerate(accelerated)
+    return {"fastattn": accelerated, "transformers": own}
+
+
+def linear_time_prefill(dtype, tokens):
+    ids, _ = _tokens(tokens)
+
+    def run(name):
+        with torch.no_grad():
+            return _linear_time_models(dtype)[name](ids, use_cache=False, logits_to_keep=1).logits
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "transformers")},
+        compare=lambda logits: _compare(logits["fastattn"], logits["transformers"], dtype),
+    )
+
+
+def linear_time_training(dtype, tokens):
+    ids, _ = _tokens(tokens)
+
+    def run(name):
+        model = _linear_time_models(dtype)[name]
+        model.zero_grad(set_to_none=False)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return model.model.layers[0].linear_attn.in_proj_qkvz.weight.grad.clone()
+
+    return Problem(
+        inputs=(),
+        contenders={name: functools.partial(run, name) for name in ("fastattn", "transformers")},
+        compare=lambda gradients: _compare(gradients["fastattn"], gradients["transformers"], dtype),
+    )
+
+
 CASES = [
     Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, BF16, "step",
          (faster_than("sdpa", 1.6),), needs={"torch matmul bf16": 100}),  # 2 TFLOP of linear layers a pass
     Case("attention", "transformers hrm_text prefill half prefix", prefill, {"tokens": 2048}, FP32, "step"),
     Case("attention", "transformers hrm_text training step", training, {"tokens": 1024}, FP32, "step",
          (faster_than("sdpa", 1.3),)),
+    Case("linear_time", "transformers qwen3_next accelerated prefill", linear_time_prefill, {"tokens": 2048}, FP32, "step",
+         (faster_than("transformers", 2.0),)),
+    Case("linear_time", "transformers qwen3_next accelerated training step", linear_time_training, {"tokens": 1024}, FP32,
+         "step", (faster_than("transformers", 3.0),)),
     Case("attention", "transformers llama accelerated prefill", accelerated_prefill, {"tokens": 1024}, BF16, "step",
          (faster_than("sdpa", 1.5),)),
     Case("attention", "transformers llama accelerated prefill", accelerated_prefill, {"tokens": 1024}, FP32, "step",
