@@ -7,16 +7,7 @@ import fastattn as fa
 from fastattn import testing
 from fastattn.nn.scans import S4D, MambaBlock, aaren, dechunk
 
-
-def random(*shape, seed=1):
-    return testing.random_tensor(*shape, seed=seed, dtype=torch.float64, requires_grad=True)
-
-
-def same(ours, definition, inputs):
-    """Outputs and gradients, relative to the largest, to roundings of sums of a hundred float64 numbers."""
-    (mine, slopes), (true, expected) = (testing.differentiate(f, inputs) for f in (ours, definition))
-    for a, b in zip(mine + slopes, true + expected, strict=True):
-        assert testing.max_error(a, b) < 1e-12 * (1 + testing.max_finite(b))
+from recurrences import random, same
 
 
 def test_aaren_is_softmax_over_each_prefix():
