@@ -141,7 +141,9 @@ def _linear_time_models(dtype):
         num_key_value_heads=1, head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64,
         linear_value_head_dim=64, mlp_only_layers=[0, 1, 2, 3], pad_token_id=0,
     )  # fmt: skip
-    own = transformers.Qwen3NextForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    own = transformers.Qwen3NextForCausalLM._from_config(
+        config, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
     accelerated = copy.deepcopy(own)
     fa.integrations.transformers.accelerate(accelerated)
     return {"fastattn": accelerated, "transformers": own}

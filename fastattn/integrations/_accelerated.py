@@ -1,4 +1,4 @@
-"""`accelerate`: an unmodified transformers model whose norms, MLPs, rotary embeddings, attention and loss run on fastattn."""
+"""`accelerate`: an unmodified transformers model whose norms, MLPs, rotary embeddings, attention, linear-time layers and loss run on fastattn."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..nn.plain import is_untouched
-from . import _loss, _recurrent, _replaced, _rotary
+from . import _linear_time, _loss, _recurrent, _replaced, _rotary
 from ._replaced import HALF, Left, Replaced
 
 _OWN = "_fastattn_accelerated"
@@ -17,7 +17,7 @@ _KINDS = (
     "rms_norm",
     "swiglu",
     "rotary",
-    *_recurrent.KINDS,
+    *_linear_time.KINDS,
     "linear",
     "linear_cross_entropy",
 )
@@ -32,7 +32,8 @@ _IMPLEMENTATIONS = (
 class Accelerated:
     """What `accelerate` has replaced in a model and what it left alone.
 
-    replaced: {kind: number of modules}: "attention" (configs), "rms_norm", "swiglu", "rotary", "linear", "linear_cross_entropy".
+    replaced: {kind: number of modules}: "attention" (configs), "rms_norm", "swiglu", "rotary", the linear-time layers "gated_delta_rule",
+    "kimi_delta_attention", "mamba2", "mamba" and "causal_conv1d", "linear", "linear_cross_entropy".
     left: [(name of the module, its class, why it keeps its own forward)].
     `undo()` takes all of it back, and so does the end of a `with` block; `explain()` is the whole as text.
     """
@@ -98,7 +99,8 @@ def accelerate(model: nn.Module, loss: bool = False, exact: bool = False) -> Acc
     """Run the parts of a transformers model, which stays as it is, through fastattn's ops.
 
     Replaced are, on instances of this model alone: attention (the "fastattn" implementation), RMSNorms, gated MLPs with SiLU, rotary
-    embeddings, and on a CPU the products of half-precision linear layers. Each replacement is proved: the module's forward and ours
+    embeddings, and on a CPU linear-time layers (delta rules, Mamba's scans, short convolutions; packed documents by `seq_idx` or
+    `cu_seq_lens_q` are kept apart in them) and the products of half-precision linear layers. Each replacement is proved: the module's forward and ours
     get the same random rows and weights, in training and in evaluation, in float32 and in the model's dtype, and have to agree
     within roundings. What does not agree is left alone, and named with its reason by `Accelerated.explain()`.
 

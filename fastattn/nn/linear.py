@@ -15,6 +15,7 @@ from ..ops.linear_attention import linear_attention
 from ..ops.rowwise import rms_norm, rotary
 
 State = tuple[Tensor, ...]
+Inputs = tuple[Tensor, Tensor, Tensor, dict[str, Any]]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class LinearMixer(nn.Module):
             else None
         )
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         """What `linear_attention` gets of (B, L, H, D), and its further arguments."""
         raise NotImplementedError
 
@@ -75,7 +76,11 @@ class LinearMixer(nn.Module):
         return *(t.unflatten(2, (self.key_heads, -1)) for t in (q, k)), v.unflatten(2, (self.heads, -1))
 
     def forward(
-        self, x: Tensor, state: State | None = None, return_state: bool = False, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
         """(B, L, width), or (that, state). state: of an earlier call, one a document when packed. cu_seqlens: (documents + 1,)
         offsets of documents in a batch of one."""
@@ -114,9 +119,10 @@ class Lightning(LinearMixer):
     def __init__(self, width: int, heads: int, share: float = 1.0) -> None:
         super().__init__(width, heads)
         self.share = share
-        self.gate, self.norm = nn.Linear(width, self.values, bias=False), nn.Parameter(torch.ones(self.values))
+        self.gate = nn.Linear(width, self.values, bias=False)
+        self.norm = nn.Parameter(torch.ones(self.values))
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         head = torch.arange(1, self.heads + 1, device=x.device, dtype=torch.float64)
         decay = _like(-self.share * torch.exp2(-8 * head / self.heads), x)
         return F.silu(q), F.silu(k), F.silu(v), {"decay": decay, "scale": 1.0}
@@ -144,7 +150,11 @@ class Retention(LinearMixer):
         return F.layer_norm(out, out.shape[-1:]).flatten(2) * F.silu(self.gate(x))
 
     def forward(
-        self, x: Tensor, state: State | None = None, return_state: bool = False, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
         """As LinearMixer's."""
         seen, length = x.new_zeros(x.shape[0], dtype=torch.int64) if state is None else state[1], x.shape[1]
@@ -184,7 +194,7 @@ class GatedLinearAttention(LinearMixer):
         self.decay = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, self.keys))
         self.gate, self.norm = nn.Linear(width, self.values), nn.Parameter(torch.ones(self.value_dim))
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         decay = F.logsigmoid(_wide(self.decay(x))).unflatten(2, (self.heads, -1)) / 16
         return q, k, v, {"decay": decay.transpose(1, 2)}
 
@@ -197,9 +207,9 @@ def taylor_features(x: Tensor) -> Tensor:
     Products x_i x_j with i < j stand for both orders."""
     d = x.shape[-1]
     rows, columns = torch.triu_indices(d, d, device=x.device)
-    twice = torch.full((len(rows),), math.sqrt(1 / d), dtype=torch.float64, device=x.device)  # sqrt(2) / sqrt(2 d)
-    twice = twice.masked_fill(rows == columns, math.sqrt(1 / (2 * d))).to(x.dtype)
-    squares = x[..., rows] * x[..., columns] * twice
+    factors = torch.full_like(rows, math.sqrt(1 / d), dtype=torch.float64)  # sqrt(2) / sqrt(2 d)
+    factors = factors.masked_fill(rows == columns, math.sqrt(1 / (2 * d))).to(x.dtype)
+    squares = x[..., rows] * x[..., columns] * factors
     return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, squares], -1)
 
 
@@ -217,7 +227,7 @@ class Based(LinearMixer):
     def __init__(self, width: int, heads: int, key_dim: int = 16) -> None:
         super().__init__(width, heads, key_dim=key_dim)
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         return taylor_features(q), taylor_features(k), v, {"normalize": True, "scale": 1.0}
 
 
@@ -265,7 +275,7 @@ class Hedgehog(LinearMixer):
         identity = torch.eye(self.key_dim).repeat(heads, 1, 1)
         self.of_q, self.of_k = nn.Parameter(identity), nn.Parameter(identity.clone())
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         def phi(t: Tensor, weight: Tensor) -> Tensor:
             t = torch.einsum("blhd,hde->blhe", t, weight)
             return torch.cat([t, -t], -1).softmax(-1)
@@ -349,7 +359,7 @@ class GatedDeltaNet(LinearMixer):
         """(B, L, H) or (B, L, H, dk)."""
         return -_wide(self.A_log).exp() * F.softplus(_wide(self.decay(x)) + self.dt_bias)
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         beta = self.strongest * self.beta(x).sigmoid()
         options = {"decay": self.log_decay(x).transpose(1, 2), "beta": beta.transpose(1, 2), "qk_norm": True}
         return q, k, v, options
@@ -412,11 +422,16 @@ class TitansMemory(LinearMixer):
         self.alpha, self.theta = nn.Linear(width, heads), nn.Linear(width, heads)
         nn.init.constant_(self.alpha.bias, -4.0)  # forgets 2 % a token
 
-    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Inputs:
         decay = F.logsigmoid(-_wide(self.alpha(x)))  # of 1 - alpha
         beta = _wide(self.theta(x)).sigmoid() * (-decay).exp()
         v = (v * decay.exp()[..., None]).to(q.dtype)
-        options = {"decay": decay.transpose(1, 2), "beta": beta.transpose(1, 2), "qk_norm": True, "scale": 1.0}
+        options = {
+            "decay": decay.transpose(1, 2),
+            "beta": beta.transpose(1, 2),
+            "qk_norm": True,
+            "scale": 1.0,
+        }
         return q, k, v, options
 
 
@@ -461,7 +476,11 @@ class Mamba2Block(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(
-        self, x: Tensor, state: State | None = None, return_state: bool = False, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
         """As LinearMixer's. The state's first tensor is h (B, heads, states, head_dim)."""
         z, mixed, dt = self.in_proj(x).split(self.sizes, -1)

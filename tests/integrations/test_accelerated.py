@@ -7,14 +7,13 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from closeness import InDouble, assert_as_close
 from torch import nn
 
 import fastattn as fa
 from fastattn import testing
 from fastattn.integrations import _replaced
 from fastattn.integrations.transformers import accelerate
-
-from closeness import InDouble, assert_as_close
 
 LENGTH = 13
 TEXT = {

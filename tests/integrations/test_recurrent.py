@@ -8,18 +8,22 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from closeness import InDouble, assert_as_close
 from torch import nn
 
 from fastattn import testing
-from fastattn.integrations import _recurrent, _replaced
+from fastattn.integrations import _linear_time, _replaced
 from fastattn.integrations.transformers import accelerate, cache_name
-
-from closeness import InDouble, assert_as_close
 
 LENGTH = 70  # over the 64 tokens of a chunk
 TERMS = 1024
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 32}
-ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+ATTENTION = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
 BOTH = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA = BOTH | {
     "linear_num_key_heads": 2,
@@ -122,7 +126,9 @@ def test_logits_and_gradients_are_the_models(family):
     assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
 
 
-@pytest.mark.parametrize("family", ["OlmoHybrid", "KimiLinear", "Mamba2", "Mamba"])  # no experts: a rounding may choose another
+@pytest.mark.parametrize(
+    "family", ["OlmoHybrid", "KimiLinear", "Mamba2", "Mamba"]
+)  # no experts: a rounding may choose another
 def test_bfloat16_is_as_close_to_float64_as_the_models_own(family):
     model = build(family, torch.bfloat16)
     plain, true = run(model), in_double(model, run)
@@ -234,13 +240,19 @@ def test_documents_that_are_not_served_are_refused(family):
     ids, starts, _ = pack(9, 7)
     index = torch.repeat_interleave(torch.arange(2), starts.diff())
     with accelerate(model), torch.no_grad():
-        with pytest.raises(NotImplementedError, match=r"seq_idx is served for a batch of one, \(1, L\), given \(2, 16\)"):
+        with pytest.raises(
+            NotImplementedError, match=r"seq_idx is served for a batch of one, \(1, L\), given \(2, 16\)"
+        ):
             model(ids.expand(2, -1), seq_idx=index.expand(2, -1), use_cache=False)
         cache = model(ids, use_cache=True)[cache_name()]
         with pytest.raises(NotImplementedError, match="keeps packed documents apart"):
             model(ids, seq_idx=index[None], use_cache=True, **{cache_name(): cache})
     wide = model.double()
-    with accelerate(wide), torch.no_grad(), pytest.raises(ValueError, match="can't keep packed sequences apart"):
+    with (
+        accelerate(wide),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="can't keep packed sequences apart"),
+    ):
         wide(ids, seq_idx=index[None], use_cache=False)
 
 
@@ -268,7 +280,10 @@ def test_a_forward_of_someone_else_stays():
     layer = model.model.layers[0].conv
     layer.forward = own = lambda *args, **kwargs: torch.zeros(1)
     accelerated = accelerate(model)
-    assert layer.forward is own and ("model.layers.0.conv", "Lfm2ShortConv", "it has a forward of its own") in accelerated.left
+    assert (
+        layer.forward is own
+        and ("model.layers.0.conv", "Lfm2ShortConv", "it has a forward of its own") in accelerated.left
+    )
     del layer.forward
 
 
@@ -298,8 +313,8 @@ def test_calls_that_are_not_served_are_the_originals():
     from transformers.models.mamba2 import modeling_mamba2 as mamba2
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
-    scan = _recurrent.StateSpace(Counted(mamba2.mamba2_chunk_scan.__wrapped__))
-    (args, options), *_ = scan.probes(_recurrent.Draw(torch.float32))
+    scan = _linear_time.StateSpace(Counted(mamba2.mamba2_chunk_scan.__wrapped__))
+    (args, options), *_ = scan.probes(_linear_time.Draw(torch.float32))
     scan(*args, **options)
     scan(*args, **options | {"z": None, "anything": 3})  # theirs ignores what it does not know
     assert scan.function.calls == 0
@@ -307,13 +322,16 @@ def test_calls_that_are_not_served_are_the_originals():
     scan(*(a.double() if isinstance(a, torch.Tensor) else a for a in args), **options)
     assert scan.function.calls == 2
 
-    convolve = _recurrent.Convolution(Counted(qwen.causal_conv1d_fn.__wrapped__))
+    convolve = _linear_time.Convolution(Counted(qwen.causal_conv1d_fn.__wrapped__))
     x, weight = testing.random_tensor(1, 4, 5), testing.random_tensor(4, 9)
     assert torch.equal(convolve(x, weight), convolve.function.function(x, weight))  # 9 taps
-    assert torch.equal(convolve(x, weight[:, :3], activation="gelu"), convolve.function.function(x, weight[:, :3], activation="gelu"))
+    assert torch.equal(
+        convolve(x, weight[:, :3], activation="gelu"),
+        convolve.function.function(x, weight[:, :3], activation="gelu"),
+    )
     assert convolve.function.calls == 2
 
-    update = _recurrent.ConvolutionUpdate(Counted(qwen.causal_conv1d_update.__wrapped__))
+    update = _linear_time.ConvolutionUpdate(Counted(qwen.causal_conv1d_update.__wrapped__))
     layer = nn.Conv1d(4, 4, 4, groups=4)
     given = x[..., :1], torch.zeros(1, 4, 4), layer.weight[:, 0]
     update(*given, layer.bias)  # with gradients, which a state that is written in place has none of
@@ -322,11 +340,13 @@ def test_calls_that_are_not_served_are_the_originals():
         update(*given, layer.bias)
     assert update.function.calls == 1
 
-    rule = _recurrent.DeltaRuleStep(Counted(qwen.torch_recurrent_gated_delta_rule.__wrapped__))
-    (args, options), *_ = rule.probes(_recurrent.Draw(torch.float32))
+    rule = _linear_time.DeltaRuleStep(Counted(qwen.torch_recurrent_gated_delta_rule.__wrapped__))
+    (args, options), *_ = rule.probes(_linear_time.Draw(torch.float32))
     state = options["initial_state"].clone()
     _, after = rule(*args, **options)
-    assert torch.equal(state, options["initial_state"]) and not torch.equal(after, state)  # theirs is a new one
+    assert torch.equal(state, options["initial_state"]) and not torch.equal(
+        after, state
+    )  # theirs is a new one
     args[0].requires_grad_()
     out, _ = rule(*args, **options)
     out.sum().backward()

@@ -1,15 +1,15 @@
 """Layers of linear attention, in float64 against loops over tokens, or sums over all pairs of them, written from their papers."""
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrences import random, same
 
 import fastattn as fa
 from fastattn import testing
-
-from recurrences import random, same
 
 WIDTH, HEADS = 16, 2
 
@@ -76,7 +76,10 @@ def retention(layer, x):
         return torch.cat([z.real, z.imag], -1)
 
     keep = torch.tensor([1 - 2.0**-5, 1 - 2.0**-6]).double()[None, None, :, None, None]
-    out = loop(rotated(q), rotated(k), v, keep.expand(x.shape[0], x.shape[1], -1, 1, 1), add) / q.shape[-1] ** 0.5
+    out = (
+        loop(rotated(q), rotated(k), v, keep.expand(x.shape[0], x.shape[1], -1, 1, 1), add)
+        / q.shape[-1] ** 0.5
+    )
     out = (out - out.mean(-1, keepdim=True)) / (out.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     return (out.flatten(2) * F.silu(x @ layer.gate.weight.T)) @ layer.out.weight.T
 
@@ -203,7 +206,7 @@ def test_packed_documents_are_layers_calls_of_their_own(name):
         out, state = layer(x, return_state=True, cu_seqlens=starts)
         more = random(5, 1, WIDTH, seed=3)
         following = layer(more, state)
-        for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(starts)):
             alone, own = layer(x[:, start:end], return_state=True)
             bound = 1e-12 * (1 + testing.max_finite(out))
             assert testing.max_error(out[:, start:end], alone) < bound if end > start else True
@@ -271,10 +274,19 @@ def test_mamba2_block_is_transformers():
 
     torch.manual_seed(0)
     config = Mamba2Config(
-        hidden_size=8, num_heads=4, head_dim=4, state_size=5, n_groups=2, chunk_size=8, num_hidden_layers=1, vocab_size=8
+        hidden_size=8,
+        num_heads=4,
+        head_dim=4,
+        state_size=5,
+        n_groups=2,
+        chunk_size=8,
+        num_hidden_layers=1,
+        vocab_size=8,
     )
     mixer = modeling.Mamba2Mixer(config, 0).double()
-    block = nn.Mamba2Block(8, heads=4, head_dim=4, states=5, groups=2, eps=mixer.norm.variance_epsilon).double()
+    block = nn.Mamba2Block(
+        8, heads=4, head_dim=4, states=5, groups=2, eps=mixer.norm.variance_epsilon
+    ).double()
     block.load_state_dict(mixer.state_dict())
     x = testing.random_tensor(2, 20, 8, seed=1).double()
     with torch.no_grad():

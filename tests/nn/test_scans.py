@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from recurrences import random, same
 
 import fastattn as fa
 from fastattn import testing
 from fastattn.nn.scans import S4D, MambaBlock, aaren, dechunk
-
-from recurrences import random, same
 
 
 def test_aaren_is_softmax_over_each_prefix():

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from recurrences import random, same
 from torch import nn
 
 import fastattn as fa
 from fastattn import testing
 from fastattn.nn import S4D, S5, HiSS, ParaGRU, newton_scan, perturbed_hippo
-
-from recurrences import random, same
 
 
 @pytest.mark.parametrize("states", [1, 8, 32])
