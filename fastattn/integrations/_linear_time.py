@@ -170,51 +170,41 @@ class ConvolutionUpdate(Function):
 # --- delta rules -----------------------------------------------------------------------------------------------------
 
 
-class DeltaRule(Function):
-    """The delta rule of a whole sequence, q and k (B, L, Hk, dk), v (B, L, Hv, dv), beta (B, L, Hv), and the logarithm g of the
-    decay: (B, L, Hv), or (B, L, Hv, dk) of KDA; the state (B, Hv, dk, dv) float32."""
+class _Delta(Function):
+    """The delta rule, q and k (B, L, Hk, dk), v (B, L, Hv, dv), beta (B, L, Hv), and the logarithm g of the decay: (B, L, Hv), or
+    (B, L, Hv, dk) of KDA; the state (B, Hv, dk, dv) float32."""
 
     def __init__(self, function: Callable, channels: bool = False) -> None:
         super().__init__(function)
         self.channels = channels
 
-    def ours(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        chunk_size: int = 64,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if not self.serves(query, key, value, g, beta, initial_state):
-            return UNSERVED
+    def serves(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> bool:
+        offsets = documents.get()
+        return (
+            _plain(q, k, v, g, beta, state)
+            and q.dtype == k.dtype == v.dtype
+            and max(q.shape[-1], v.shape[-1]) <= native.limits.state_dim
+            and g.dim() == (4 if self.channels else 3)
+            and (offsets is None or (state is None and int(offsets[-1]) == q.shape[1]))
+        )
+
+    def whole(
+        self, tensors: tuple[Tensor, ...], initial: Tensor | None, returns_state: bool, norm: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Any number of tokens; tensors: q, k, v, g, beta."""
+        q, k, v, g, beta = (t.transpose(1, 2) for t in tensors)
         out, state = linear_attention(
-            *(t.transpose(1, 2) for t in (query, key, value)),
-            decay=g.transpose(1, 2),
-            beta=beta.transpose(1, 2),
-            qk_norm=use_qk_l2norm_in_kernel,
-            initial_state=None if initial_state is None else initial_state.float(),
+            q,
+            k,
+            v,
+            decay=g,
+            beta=beta,
+            qk_norm=norm,
+            initial_state=None if initial is None else initial.float(),
             return_state=True,
             cu_seqlens=documents.get(),
         )
-        return out.transpose(1, 2).contiguous(), state if output_final_state else None
-
-    def serves(
-        self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-    ) -> bool:
-        offsets = documents.get()
-        return (
-            _plain(query, key, value, g, beta, state)
-            and query.dtype == key.dtype == value.dtype
-            and max(query.shape[-1], value.shape[-1]) <= native.limits.state_dim
-            and g.dim() == (4 if self.channels else 3)
-            and (offsets is None or (state is None and int(offsets[-1]) == query.shape[1]))
-        )
+        return out.transpose(1, 2).contiguous(), state if returns_state else None
 
     def probes(self, draw: Draw) -> Iterator[tuple[list[Any], dict[str, Any]]]:
         heads, dk, dv = (1 if not self.channels else 2), 8, 6
@@ -235,8 +225,30 @@ class DeltaRule(Function):
             )
 
 
-class DeltaRuleStep(DeltaRule):
-    """The delta rule token by token, for decoding: the same arguments but the size of chunks."""
+class DeltaRule(_Delta):
+    """torch_chunk_gated_delta_rule and chunk_kimi_delta_attention: of a whole sequence."""
+
+    def ours(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunk_size: int = 64,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        tensors = query, key, value, g, beta
+        if not self.serves(*tensors, initial_state):
+            return UNSERVED
+        return self.whole(tensors, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+
+
+class DeltaRuleStep(_Delta):
+    """torch_recurrent_gated_delta_rule and recurrent_kimi_delta_attention: token by token, for decoding."""
 
     def ours(
         self,
@@ -250,21 +262,14 @@ class DeltaRuleStep(DeltaRule):
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> Any:
-        tensors = query, key, value, g, beta, initial_state
-        if initial_state is None or query.shape[1] != 1 or needs_grad(tensors):
-            return super().ours(
-                query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel
-            )
-        if not self.serves(*tensors):
+        tensors = query, key, value, g, beta
+        if not self.serves(*tensors, initial_state):
             return UNSERVED
+        if initial_state is None or query.shape[1] != 1 or needs_grad((*tensors, initial_state)):
+            return self.whole(tensors, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+        q, k, v, decay, write = (t[:, 0] for t in tensors)
         state = initial_state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        out = linear_attention_step(
-            *(t[:, 0] for t in (query, key, value)),
-            state,
-            decay=g[:, 0],
-            beta=beta[:, 0],
-            qk_norm=use_qk_l2norm_in_kernel,
-        )
+        out = linear_attention_step(q, k, v, state, decay=decay, beta=write, qk_norm=use_qk_l2norm_in_kernel)
         return out[:, None], state if output_final_state else None
 
     def probes(self, draw: Draw) -> Iterator[tuple[list[Any], dict[str, Any]]]:
@@ -566,7 +571,7 @@ class SelectiveStep(Function):
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _of_channels(kind: type[DeltaRule]) -> Callable[[Callable], Function]:
+def _of_channels(kind: type[_Delta]) -> Callable[[Callable], Function]:
     return lambda function: kind(function, channels=True)
 
 

@@ -158,7 +158,8 @@ class Retention(LinearMixer):
     ) -> Any:
         """As LinearMixer's."""
         seen, length = x.new_zeros(x.shape[0], dtype=torch.int64) if state is None else state[1], x.shape[1]
-        positions, added = torch.arange(length, device=x.device), length
+        positions = torch.arange(length, device=x.device)
+        added: int | Tensor = length
         if cu_seqlens is not None:
             offsets = cu_seqlens.long()
             document = torch.searchsorted(offsets[1:], positions, right=True).clamp(max=len(offsets) - 2)
@@ -435,6 +436,14 @@ class TitansMemory(LinearMixer):
         return q, k, v, options
 
 
+class _Weight(nn.Module):
+    """A norm's weight under the name that it has in transformers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
 class Mamba2Block(nn.Module):
     """Mamba-2's block ("Transformers are SSMs", arXiv 2405.21060). Of each head, with B and C shared by the
     heads of a group:
@@ -471,8 +480,7 @@ class Mamba2Block(nn.Module):
         self.conv1d = nn.Conv1d(mixed, mixed, taps, groups=mixed, padding=taps - 1)
         self.dt_bias, self.D = nn.Parameter(torch.ones(heads)), nn.Parameter(torch.ones(heads))
         self.A_log = nn.Parameter(torch.arange(1.0, heads + 1).log())
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.ones(inner))
+        self.norm = _Weight(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(

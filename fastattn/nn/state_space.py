@@ -137,22 +137,26 @@ def newton_scan(
     first = guess.new_zeros(guess.shape[0], guess.shape[2]) if initial is None else initial
     tolerance = 32 * torch.finfo(guess.dtype).eps if tolerance is None else tolerance
 
-    def before(h: Tensor, first: Tensor) -> Tensor:
+    def before(h: Tensor) -> Tensor:
         return torch.cat([first[:, None], h[:, :-1]], 1)
+
+    def value_and_slope(h: Tensor) -> tuple[Tensor, Tensor]:
+        results = torch.func.jvp(step, (h,), (torch.ones_like(h),))
+        return results[0], results[1]
 
     h = guess.detach()
     with torch.no_grad():
         most = guess.shape[1] if iterations is None else iterations
         for _ in range(most if guess.numel() else 0):
-            previous = before(h, first)
-            value, slope = torch.func.jvp(step, (previous,), (torch.ones_like(previous),))
+            previous = before(h)
+            value, slope = value_and_slope(previous)
             new = linear_scan(slope, value - slope * previous, initial=first)
             change, largest = (new - h).abs().max(), new.abs().max()
             h = new
             if not bool(change > tolerance * largest):
                 break
-        previous = before(h, first)
-        slope = torch.func.jvp(step, (previous,), (torch.ones_like(previous),))[1]
+        previous = before(h)
+        _, slope = value_and_slope(previous)
     # one more iteration, whose gradient is that of the solution: J depends on h alone
     value = step(previous)
     return linear_scan(slope, value - slope * previous, initial=first)

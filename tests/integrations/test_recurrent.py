@@ -225,9 +225,11 @@ def test_layers_train_on_packed_documents(family):
     with accelerate(model):
         layer = next(m for m in model.modules() if getattr(vars(m).get("forward"), "kind", None) == kind)
         out = layer(x, seq_idx=index)
-        assert torch.equal(layer(x, cu_seq_lens_q=starts.int()), out)
+        # of other numbers of rows or documents, work is split and sums are added in another order: sums of 64 numbers
+        bound = 64 * testing.EPS32 * testing.max_finite(out)
+        assert testing.max_error(layer(x, cu_seq_lens_q=starts.int()), out) <= bound
         for start, end in ((0, 9), (9, 20)):
-            assert torch.equal(layer(x[:, start:end]), out[:, start:end])
+            assert testing.max_error(layer(x[:, start:end]), out[:, start:end]) <= bound
         out.square().sum().backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
