@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime import native
 from ._linear_time import KINDS, UNSERVED, Draw, Function, documents
 from ._replaced import DTYPES, HALF, Left, Substituted, _undisturbed
 
@@ -60,6 +61,8 @@ def recurrent(module: Any, known: dict[Any, str | None]) -> Recurrent | None:
     makers = {n: make for n, make in makers.items() if callable(forward.__globals__.get(n))}
     if not makers:
         return None
+    if not native.cpu_isas():
+        raise Left("this installation has no compiled kernels")
     if "forward" in vars(module):
         raise Left("it has a forward of its own")
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)

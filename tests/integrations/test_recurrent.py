@@ -12,7 +12,7 @@ from closeness import InDouble, assert_as_close
 from torch import nn
 
 from fastattn import testing
-from fastattn.integrations import _linear_time, _replaced
+from fastattn.integrations import _linear_time, _recurrent, _replaced
 from fastattn.integrations.transformers import accelerate, cache_name
 
 LENGTH = 70  # over the 64 tokens of a chunk
@@ -287,6 +287,36 @@ def test_a_forward_of_someone_else_stays():
         and ("model.layers.0.conv", "Lfm2ShortConv", "it has a forward of its own") in accelerated.left
     )
     del layer.forward
+
+
+def test_without_compiled_kernels_layers_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(_recurrent.native, "cpu_isas", lambda: ())
+    accelerated = accelerate(build("Mamba"))
+    why = [why for _, kind, why in accelerated.left if kind == "MambaMixer"]
+    assert why == ["this installation has no compiled kernels"] * 2 and "mamba" not in accelerated.replaced
+
+
+@pytest.mark.parametrize("family", ["OlmoHybrid", "Mamba2", "Mamba"])
+def test_under_autocast_they_are_ours(family):
+    model = build(family)
+
+    def forward(model):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(tokens()).logits
+
+    with torch.no_grad():
+        true = in_double(model, lambda wide: wide(tokens()).logits)
+    plain = forward(model)
+    with accelerate(model):
+        for module in model.modules():
+            replaced = vars(module).get("forward")
+            for function in replaced.names.values() if isinstance(replaced, _recurrent.Recurrent) else ():
+                function.function = None  # a call would raise
+        fast = forward(model)
+    assert fast.dtype == plain.dtype
+    # both round to bfloat16 before each product
+    allowed = 2 * testing.max_error(plain, true) + testing.rounding_band(true, torch.bfloat16, TERMS)
+    assert testing.max_error(fast, true) <= allowed
 
 
 def test_copies_and_pickles_are_accelerated_and_undone_alone():
