@@ -72,7 +72,7 @@ def recurrent(module: Any, known: dict[Any, str | None]) -> Recurrent | None:
             if weight is None
             else f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         )
-        raise Left(f"its weights are {given}; kernels for its recurrence are those of a CPU")
+        raise Left(f"its weights are {given}: kernels take float32, bfloat16 and float16 of a CPU")
     names, left = {}, []
     for name, make in makers.items():
         function = make(forward.__globals__[name])
