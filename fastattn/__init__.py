@@ -30,6 +30,7 @@ from .ops.sinkhorn import sinkhorn
 from .runtime.explain import explain
 from .runtime.native import cpu_isas
 from .runtime.registry import set_backend
+from .score import Score
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _LAZY = ("distributed", "integrations", "models", "nn", "optim", "testing")
 __all__ = [
     "DistanceBias",
     "Mask",
+    "Score",
     "attention",
     "bias",
     "causal_conv1d",

@@ -468,6 +468,36 @@ def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
     return count.clamp(min=1)
 
 
+def row_counts(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
+    """How many keys each query attends, (B or 1, H or 1, Lq)."""
+    if mask.dense is not None:
+        return dense_allowed(lq, lk, device, mask).sum(-1)
+    document, row = positions(mask.cu_seqlens_q, lq, device)
+
+    def per_row(t: torch.Tensor) -> torch.Tensor:
+        """One a sequence as (B, 1), or one a document as (1, Lq)."""
+        return t[:, None] if mask.cu_seqlens_q is None else torch.cat([t, t.new_zeros(1)])[document][None]
+
+    if mask.cu_seqlens_k is None:
+        keys = torch.full((1, 1), lk, device=device)
+    else:
+        keys = per_row(mask.cu_seqlens_k.diff().long())  # document -1 has none
+    diagonal = row + diagonal_offset(lq, lk, device, mask)  # (B or 1, Lq)
+    if mask.key_lengths is not None:
+        keys = torch.minimum(keys, per_row(key_length(mask.key_lengths)))
+    end, first = keys, torch.zeros_like(keys)
+    if mask.causal:
+        last = diagonal + 1
+        if mask.prefix_lengths is not None:
+            last = torch.maximum(last, per_row(mask.prefix_lengths.long()))
+        end = torch.minimum(end, last)
+    if mask.window_right >= 0:
+        end = torch.minimum(end, diagonal + mask.window_right + 1)
+    if mask.window_left >= 0:
+        first = (diagonal - mask.window_left).clamp(min=0)
+    return (end - first).clamp(min=0).expand(-1, lq)[:, None]
+
+
 def default_scale(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
 

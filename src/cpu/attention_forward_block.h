@@ -58,6 +58,7 @@ struct ForwardBlock {
   int64_t* added;        // (block_q / kRows) the key up to which weighted values are in `out`
   float* sums;           // (block_q, W) running row sum, by lanes
   float* rounded_sums;   // (block_q, W) the same of rounded weights, where they are summed
+  int64_t* top_keys;     // (block_q) the key of `top`, where it is wanted
   RowRanges ranges;
 
   ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
@@ -76,6 +77,7 @@ struct ForwardBlock {
         added(arena.take<int64_t>(block_q / kRows)),
         sums(arena.take<float>(block_q * W)),
         rounded_sums(arena.take<float>(kRounded ? block_q * W : 0)),
+        top_keys(arena.take<int64_t>(problem.p.top_keys.data ? block_q : 0)),
         ranges(block_q, arena) {}
 
   // Rows [first, first + rows) of one query head of a sequence, against its packed keys and values.
@@ -87,6 +89,7 @@ struct ForwardBlock {
     memset(sums, 0, size_t(groups * kRows * W) * 4);
     if (kRounded) memset(rounded_sums, 0, size_t(groups * kRows * W) * 4);
     for (int64_t i = 0; i < groups * kRows; i++) top[i] = limit[i] = -__builtin_inff(), shift[i] = 0;
+    for (int64_t i = 0; i < rows && p.top_keys.data; i++) top_keys[i] = -1;
     if (ranges.begin < ranges.end)
       pack_rows<Unit>(q, q_steps, matrix(p.q, s.batch, head, s.q_begin + first), rows, problem.head_dim, problem.sign);
     const ScoreRow constants = Score::constants(s.bias);
@@ -111,6 +114,11 @@ struct ForwardBlock {
     for (int64_t i = 0; i < rows; i++)
       finish_row_or_limit<Score>(problem, s, head, first + i, out + i * out_columns, reduce_add(load(sums + i * W)),
                                  top[i]);
+    if (p.top_keys.data) {
+      const Tensor& t = p.top_keys;
+      int64_t* to = (int64_t*)t.data + s.batch * t.stride[1] + head * t.stride[2] + s.q_begin + first;
+      memcpy(to, top_keys, size_t(rows) * sizeof(int64_t));
+    }
   }
 
   // The weights of a tile without dense mask, bias and dropout, made of scores in registers: no scores in memory but
@@ -277,7 +285,9 @@ struct ForwardBlock {
       if (!all)
         for (int64_t j = columns.begin; j < columns.end; j += W)
           store(x + j, select(mask.at(j), load(x + j), splat(-__builtin_inff())));
+      const float before = top[i];
       raise_top(x, columns, c, i);
+      if (p.top_keys.data && top[i] > before) top_keys[i] = s.k_begin + n + key_of(x, columns, top[i]);
       constants.shift = shift_of(x, columns, top[i], c);
     }
     if (all || Score::kMaximum)
@@ -285,6 +295,13 @@ struct ForwardBlock {
     else
       weigh_row<Score, true>(x, w, columns, c, constants, mask, sums + i * W, rounded_sums + i * W);
     if (problem.dropout.on()) drop_row(problem.dropout, drawn_row(problem, s, head, first + i, n), w, columns);
+  }
+
+  // The first of a row's columns that has its maximum.
+  static int64_t key_of(const float* x, const Columns& columns, float top) {
+    int64_t j = columns.begin;
+    while (j + 1 < columns.end && x[j] != top) j++;
+    return j;
   }
 
   // The running maximum takes the row's scores in; what is summed so far is rescaled to a larger one.

@@ -277,8 +277,10 @@ FASTATTN_INLINE void finish_row(const Problem& problem, const Sequence& s, int64
   const AttentionParams& p = problem.p;
   float factor = 1;  // of what is stored: the row's weights are divided by their sum, and those left by their share
   if (Score::kNormalised) {
-    factor = sum == 0 ? 0.0f : 1 / sum;
-    double lse = __builtin_log((double)sum);  // -inf where nothing is attended
+    const bool nothing = Score::kGiven ? is_no_sum(sum) : sum == 0;
+    factor = nothing ? 0.0f : 1 / sum;
+    // -inf where nothing is attended; of given weights their sum
+    double lse = Score::kGiven ? (nothing ? 0.0 : sum) : __builtin_log((double)sum);
     if (Score::kLimit && p.state.data) *row_state(p.state, s, head, row) = {-__builtin_inff(), (float)lse};
     if (Score::kMaximum) {
       const float c = exponent_of(problem);

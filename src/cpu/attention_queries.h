@@ -29,7 +29,7 @@ struct PackedQueries {
   struct View {
     Word *rows, *grad_rows, *panels, *grad_panels;
     float* statistic;  // softmax: the shift of x * c, NaN where the row's scores are large; softplus: 1 / row sum, or
-                       // -1 where the weights are softmax's
+                       // -1 where the weights are softmax's; given weights: 1 / row sum
     float* delta;      // sum(dO * O) - dlse
     float* shares;     // (slices, capacity, q_columns) of dQ / scale
     float* row_sums;   // (slices, capacity) of dS, or nothing
@@ -74,7 +74,7 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   const float* lse = statistic(p.lse);
   for (int64_t i = 0; i < rows; i++) {
     const double z = lse[i * p.lse.stride[3]];
-    const bool nothing = z == -__builtin_inf();
+    const bool nothing = Score::kGiven ? z == 0 : z == -__builtin_inf();
     float delta = nothing ? 0.0f : dot_rows(grad, i, out, i, problem.value_dim);
     if (p.residual.data && !nothing)
       delta += dot_rows(grad, i, matrix(p.residual, s.batch, head, row), i, problem.value_dim);
@@ -87,7 +87,9 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
     if (p.grad_row_bias.data && packed.row_words == 0)
       statistic(p.grad_row_bias)[i * p.grad_row_bias.stride[3]] =
           p.grad_lse.data && !nothing ? statistic(p.grad_lse)[i * p.grad_lse.stride[3]] : 0.0f;
-    if (Score::kMaximum) {
+    if (Score::kGiven) {
+      to.statistic[first + i] = nothing ? 0.0f : (float)(1 / z);
+    } else if (Score::kMaximum) {
       const RowState& state = *row_state(p.state, s, head, first + i);
       const float c = exponent_of(problem);
       to.statistic[first + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);

@@ -1,5 +1,5 @@
 // How a scaled product becomes an attention weight: one functor a score, in the order of
-// fastattn/ops/attention/scores.py.
+// fastattn/ops/attention/scores.py, and after them what is made of a program's own weights.
 //
 // M is the arithmetic of a vector (or of one float): M::V, M::kRound and static exp2_bounded, exp2_fraction,
 // scale_by_rounded, at_least, at_most, abs, select, reciprocal. Products come as x with c, s = x * c * ln(2) before the
@@ -26,6 +26,7 @@ struct SoftmaxScore {
   static constexpr bool kNormalised = true;  // weights are divided by their row sum
   static constexpr bool kSlope = false;      // the derivative is not the weight itself
   static constexpr bool kLimit = false;      // far below 0 the weight is the exponential: a row sum may underflow
+  static constexpr bool kGiven = false;      // the weight is what a program gives: of any sign, and so is a row sum
 
   static ScoreRow constants(double) { return {}; }  // a constant bias cancels; only the log-sum-exp has it
   static inline __attribute__((always_inline)) V weight(V x, float c, const ScoreRow& row) {
@@ -46,6 +47,7 @@ struct SigmoidScore {
   static constexpr bool kNormalised = false;
   static constexpr bool kSlope = true;
   static constexpr bool kLimit = false;
+  static constexpr bool kGiven = false;
 
   // exp(-bias) = factor * 2^exponent: a large bias costs no bits of x.
   static ScoreRow constants(double bias) {
@@ -84,6 +86,7 @@ struct SoftplusScore {
   static constexpr bool kNormalised = true;
   static constexpr bool kSlope = true;
   static constexpr bool kLimit = true;
+  static constexpr bool kGiven = false;
 
   static ScoreRow constants(double bias) {
     ScoreRow row;
@@ -111,14 +114,54 @@ struct SoftplusScore {
   }
 };
 
+// Scores are a program's, and weights as they are.
+template <class M>
+struct GivenScore {
+  using V = typename M::V;
+  template <class N>
+  using With = GivenScore<N>;
+  static constexpr int kCode = 3;
+  static constexpr bool kMaximum = false;
+  static constexpr bool kNormalised = false;
+  static constexpr bool kSlope = true;
+  static constexpr bool kLimit = false;
+  static constexpr bool kGiven = true;
+
+  static ScoreRow constants(double) { return {}; }
+  static inline __attribute__((always_inline)) V weight(V x, float, const ScoreRow&) { return x; }
+  static inline __attribute__((always_inline)) V weight_and_slope(V x, float, const ScoreRow& row, V* slope) {
+    *slope = V{} + row.factor;
+    return x * row.factor;
+  }
+};
+
+// The same, divided by their row sum.
+template <class M>
+struct SummedScore : GivenScore<M> {
+  template <class N>
+  using With = SummedScore<N>;
+  static constexpr int kCode = 4;
+  static constexpr bool kNormalised = true;
+};
+
+// A row sum of given weights that counts as 0: its reciprocal is no float32.
+static inline __attribute__((always_inline)) bool is_no_sum(double sum) { return __builtin_fabs(sum) < 0x1p-126; }
+
 // visit(code, f): f(score) of the score with this code.
 template <class... Score>
 struct ScoreList {
   static constexpr int kCount = sizeof...(Score);  // codes are 0 to kCount - 1
 
   static bool normalised(int code) {
+    return fact(code, [](auto score) { return decltype(score)::kNormalised; });
+  }
+  static bool given(int code) {
+    return fact(code, [](auto score) { return decltype(score)::kGiven; });
+  }
+  template <class F>
+  static bool fact(int code, const F& f) {
     bool result = false;
-    visit(code, [&](auto score) { result = decltype(score)::kNormalised; });
+    visit(code, [&](auto score) { result = f(score); });
     return result;
   }
   template <class F>
@@ -127,7 +170,7 @@ struct ScoreList {
   }
 };
 template <class M>
-using Scores = ScoreList<SoftmaxScore<M>, SigmoidScore<M>, SoftplusScore<M>>;
+using Scores = ScoreList<SoftmaxScore<M>, SigmoidScore<M>, SoftplusScore<M>, GivenScore<M>, SummedScore<M>>;
 
 // For what is known of a score without a weight of it.
 struct NoArithmetic {

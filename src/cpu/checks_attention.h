@@ -88,6 +88,7 @@ inline void check_no_options(const Checks& c, const AttentionParams& p) {
   c.require(!p.grad_row_bias.data, "grad_row_bias", "is not served");
   c.require(!p.distances.data, "distances", "is not served");
   c.require(!p.program.data, "program", "is not served");
+  c.require(!p.top_keys.data, "top_keys", "is not served");
 }
 inline void check_program(const Checks& c, const AttentionParams& p) {
   if (!p.program.data) {
@@ -169,9 +170,17 @@ inline void check_fields(const Checks& c, const AttentionParams& p) {
   c.in("score", p.score, 0, AnyScores::kCount - 1);
   check_attention(c, p);
   check_options(c, p);
+  if (p.top_keys.data) {
+    c.require(p.program.data && p.score == 0 && !c.backward(), "top_keys", "is of a forward of softmax by a program");
+    c.require(p.decode_rows == 0, "decode_rows", "must be 0 where top_keys is wanted");
+    c.contiguous("top_keys", p.top_keys, {1, p.q.size[0], p.q.size[1], p.q.size[2]}, DType::i64);
+  }
+  const bool given = AnyScores::given(p.score);
+  c.require(!given || p.program.data, "program", "gives this score's weights");
+  c.require(!given || !p.grad_lse.data, "grad_lse", "is not of given weights");
   if (!AnyScores::normalised(p.score)) return;
   // a forward whose caller reads neither leaves them out
-  if (c.backward() || p.state.data) check_state(c, p);
+  if (!given && (c.backward() || p.state.data)) check_state(c, p);
   if (!c.backward() && !p.lse.data) return;
   const Size by_row{1, p.q.size[0], p.q.size[1], p.q.size[2]};
   c.strided("lse", p.lse, by_row, DType::f32);

@@ -103,9 +103,11 @@ inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1)
 // out = weights(scale * q k^T + bias) v under a mask, and its gradients. q, out (B, Hq, Lq, D), k, v (B, Hkv, Lk, D);
 // bias and tile_class are broadcast by strides of 0 to (B, Hq, Lq, Lk), the last one to its tiles.
 struct AttentionParams : MaskParams {
-  Tensor q, k, v, out, lse;
+  Tensor q, k, v, out, lse;  // lse: of given weights a row's sum
   Tensor state;  // softmax, (B, Hq, Lq, 2) f32: a row's maximum of q.k (of the scores with a bias), log of the sum
                  // below it
+  Tensor
+      top_keys;  // softmax of a program, (B, Hq, Lq) i64: the first key of a row's largest score, -1: none above -inf
   Tensor bias;
   Tensor distances;   // (Hq, Lq + Lk - 1) f32 in place of a bias: what key j of a sequence adds for row i at
                       // j - (i + offset) + Lk - 1, offset from a row to the key on its diagonal
@@ -120,7 +122,8 @@ struct AttentionParams : MaskParams {
   Tensor grad_bias, grad_row_bias;
   Tensor grad_distances;  // as distances, zero at first, each head apart
   // i32 (words,): a score becomes what the program makes of it, in tiles of class 1 and of class 2, whose program masks
-  // too; masked_program absent: the same in both. In place of bias, distances and softcap: score_program.h
+  // too; masked_program absent: the same in both. Of given weights it gives the weight itself. In place of bias,
+  // distances and softcap: score_program.h
   Tensor program, masked_program;
   Tensor tables, indices;  // f32 and i32 (n,), what programs load from
   Tensor grad_tables;      // (copies, n of tables) f32, zero at first, to be summed: of tasks that are not in order
@@ -135,9 +138,9 @@ struct AttentionParams : MaskParams {
   int64_t chunk_k = 512;                // decoding: keys of one task
   int64_t bias_parts = 1, bias_part = 0;  // sums of grad_bias, f32, to be added: how many, elements between them
   int32_t threads = 1;
-  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, bias, distances, tile_class, residual, sink, rng, grad_out,
-                     grad_lse, grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, grad_distances, program,
-                     masked_program, tables, indices, grad_tables, scale, bias_value, softcap, dropped, score,
+  FASTATTN_FIELDS_OF(MaskParams, q, k, v, out, lse, state, top_keys, bias, distances, tile_class, residual, sink, rng,
+                     grad_out, grad_lse, grad_q, grad_k, grad_v, grad_sink, grad_bias, grad_row_bias, grad_distances,
+                     program, masked_program, tables, indices, grad_tables, scale, bias_value, softcap, dropped, score,
                      default_bias, block_q, block_k, pack_kib, decode_rows, chunk_k, bias_parts, bias_part, threads)
 };
 

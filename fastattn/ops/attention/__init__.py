@@ -10,6 +10,7 @@ from ...runtime import checks as _checks
 from ...runtime import hints
 from ...runtime.checks import statistics_dtype
 from ...runtime.registry import call, requested
+from ...score import Score
 from . import schema  # noqa: F401  registers the ops
 from .checks import ALL_DROPPED, check_heads, check_qkv
 from .scores import SCORES
@@ -21,7 +22,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    score: str = "softmax",
+    score: str | Score = "softmax",
     scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
@@ -38,7 +39,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    score: str = "softmax",
+    score: str | Score = "softmax",
     scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
@@ -54,7 +55,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *positional: Any,
-    score: str = "softmax",
+    score: str | Score = "softmax",
     scale: float | torch.Tensor | None = None,
     bias: float | torch.Tensor | DistanceBias | None = None,
     mask: Mask | None = None,
@@ -74,7 +75,8 @@ def attention(
 
     q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), Hq a multiple of Hkv. One floating dtype and device, any strides
         (the fast backends copy only tensors whose last dim is strided).
-    score: "softmax", "sigmoid" or "softplus". Softplus is log(1 + e^s). A row whose softplus scores are all far below 0 gets
+    score: "softmax", "sigmoid", "softplus" or a `fastattn.Score`, made of a Python function; bias, softcap, sink and dropout_p
+        are then refused, as the function says what they would. Softplus is log(1 + e^s). A row whose softplus scores are all far below 0 gets
         softmax's weights, their limit, so that underflow never makes a weight 0.
     scale: a number, default 1/sqrt(D), or a tensor of q's dtype or float32 broadcastable to (B, Hq, Lq, 1), which may need a
         gradient: one scale for each query, as in log-n scaling and Llama 4's temperatures. q is then multiplied by it and rounded
@@ -109,6 +111,9 @@ def attention(
         check_heads(op, q, k, v)  # the op checks the rest
     else:
         check_qkv(op, q, k, v)
+    if isinstance(score, Score):
+        given = {"bias": bias, "softcap": softcap, "sink": sink, "dropout_p": dropout_p or None}
+        return _by_function(op, q, k, v, score, scale, mask, given, return_lse, backend)
     _checks.check_choice(op, "score", score, tuple(SCORES))
     row = SCORES[score]
     if return_lse and not row.normalised:
@@ -140,6 +145,38 @@ def attention(
         reads=2 if return_lse else 1,
     )
     return (results[0], results[1]) if return_lse else results[0]
+
+
+def _by_function(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    score: Score,
+    scale: float | torch.Tensor | None,
+    mask: Mask | None,
+    options: dict[str, Any],
+    return_lse: bool,
+    backend: str | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    from ..flex import by_function  # it is made of what this module has
+
+    check_qkv(op, q, k, v)
+    if return_lse and score.normalise != "softmax":
+        raise ValueError(
+            f"fastattn.{op}: return_lse is not defined for a Score of normalise={score.normalise!r}, which has no softmax"
+        )
+    for name, value in options.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"fastattn.{op}: {name} does not go with a Score, given {_checks.describe(value)}; write it in the Score's function"
+            )
+    args = check_mask(op, mask).args(op, q, k)
+    if isinstance(scale, torch.Tensor) and (scale.dim() or scale.requires_grad or scale.is_cuda):
+        q, scale = _scaled(op, q, scale), 1.0
+    number = default_scale(q.shape[-1]) if scale is None else _checks.as_number(op, "scale", scale)
+    out, lse = by_function.attention(q, k, v, score, number, args, requested(op, backend))
+    return (out, lse) if return_lse and lse is not None else out
 
 
 def sigmoid_attention(

@@ -12,6 +12,7 @@ from ..attention.checks import check_heads, check_qkv
 from ..attention.scores import SCORES
 from . import plain, prepare
 from . import schema as _schema  # noqa: F401  registers the ops
+from . import schema_weights as _schema_weights  # noqa: F401  and those of a Score
 from .block_mask import from_block_mask, is_block_mask
 from .plan import planned
 
@@ -120,10 +121,12 @@ def _run(
     scale: float,
     mask: MaskArgs,
     backend: str,
+    op: str = _OP,
+    what: str = "score_mod",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) by the op."""
+    """(out, lse) by the op. op, what: how messages call it and score_mod."""
     sizes = prepare.Sizes(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    traced = prepare.traced(score_mod, mask_mod, sizes)
+    traced = prepare.traced(score_mod, mask_mod, sizes, op=op, what=what)
     prepare.check_devices(traced, q.device)
     wide = _checks.statistics_dtype(q)
     gradients = needs_grad([q, k, v, *traced.graph.tensors])

@@ -61,6 +61,49 @@ def check_program_backward(
     _read("flex_attention_backward", program)
 
 
+def has_rest(dtype: torch.dtype, normalised: bool) -> bool:
+    """Whether score_attention keeps what rounding took from its output, which its backward reads."""
+    return normalised and dtype in (torch.bfloat16, torch.float16)
+
+
+def check_score_attention(q, k, v, tables, indices, program, normalised, scale, mask) -> None:
+    _check("score_attention", q, k, v, tables, indices, program, None, scale, mask)
+
+
+def check_row_maximum(q, k, tables, indices, program, scale, mask) -> None:
+    _check("row_maximum", q, k, k, tables, indices, program, None, scale, mask)
+
+
+def check_extremes(q, k, tables, indices, program, scale, mask) -> None:
+    _read("row_maximum", program)
+
+
+def check_weights(q, k, v, tables, indices, program, normalised, scale, mask) -> None:
+    _read("score_attention", program)
+
+
+def check_weights_backward(
+    grad_out, q, k, v, tables, out, total, residual, indices, program, normalised, scale, mask, wanted
+) -> None:  # fmt: skip
+    _read("score_attention_backward", program)
+
+
+def check_score_attention_backward(
+    grad_out, q, k, v, tables, out, total, residual, indices, program, normalised, scale, mask, wanted
+) -> None:  # fmt: skip
+    op = "score_attention_backward"
+    _check(op, q, k, v, tables, indices, program, None, scale, mask)
+    check_results(op, grad_out, q, v, out, total, "total", tuple(q.shape[:3]) if normalised else (0,))
+    of_out = out.shape if has_rest(q.dtype, normalised) else (0,)
+    checks.check_exact(op, "residual", residual, of_out, q.dtype, q.device, "as the forward gives it")
+    _check_wanted(op, tables, wanted)
+
+
+def _check_wanted(op: str, tables: torch.Tensor | None, wanted: int) -> None:
+    if wanted & WANTS_TABLES and tables is None:
+        raise ValueError(f"fastattn.{op}: wanted asks for the gradient of tables, given None")
+
+
 def _read(op: str, program: torch.Tensor) -> None:
     if checks.has_contents(program):
         try:
@@ -82,5 +125,4 @@ def check_flex_backward(
     checks.check_exact(op, "residual", residual, of_out, q.dtype, q.device, "as the forward gives it")
     if grad_lse is not None:
         checks.check_like(op, "grad_lse", grad_lse, "lse", lse)
-    if wanted & WANTS_TABLES and tables is None:
-        raise ValueError(f"fastattn.{op}: wanted asks for the gradient of tables, given None")
+    _check_wanted(op, tables, wanted)

@@ -1,4 +1,4 @@
-"""flex_attention on the CPU: the kernels of attention, which run a program on their scores."""
+"""flex_attention and score_attention on the CPU: the kernels of attention, which run a program on their scores."""
 
 import struct
 from collections.abc import Mapping
@@ -10,11 +10,15 @@ from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import gradient_fields, lookup, mask_fields, outputs, plane, tile_classes, unserved
 from ..attention.scores import SCORES
-from .checks import WANTS_TABLES
+from .checks import WANTS_TABLES, has_rest
 from .prepare import EMPTY, FULL, MIXED, TILE
 from .program import HEADER, SECTIONS, read
 
 _SOFTMAX = SCORES["softmax"].code
+_GIVEN, _SUMMED = (
+    3,
+    4,
+)  # src/cpu/attention_score.h: a program's weights, as they are and divided by their row sum
 _VERSION = 1
 _MOST_COPIES = 256 << 20  # bytes of tables' gradients that are summed apart
 
@@ -105,7 +109,7 @@ def _call(
     full, mixed = sections[2:] if gradients else sections[:2]
     if full is None or (gradients and int(full[5]) == -1):
         what = "with derivatives" if gradients else "of scores"
-        raise ValueError(f"fastattn.flex_attention: program has no section {what}")
+        raise ValueError(f"fastattn: program has no section {what}")
     shape = (*q.shape[:2], q.shape[2], k.shape[2])
     found = None
     # tiles of packed documents start at each document, not where these do
@@ -161,12 +165,100 @@ def flex_attention_backward(grad_out, grad_lse, q, k, v, tables, out, lse, state
     *rest, wanted = rest
     decode_rows = configure(q, k, v).values["decode_rows"]
     fields = gradient_fields(grad_out, grad_lse, q, k, v, out, lse, state, residual, decode_rows)
+    config = configure_backward(grad_out, grad_lse, q, k, v)
+    return _gradients(config, fields, wanted, q, k, v, tables, *rest)
+
+
+def _gradients(config: _tuning.Choice, fields: dict, wanted: int, q, k, v, tables, *rest):
+    """Of q, k, v and the tables, by the kernel whose other tensors are `fields`."""
     copies = None
     if wanted & WANTS_TABLES:
         count = max(1, min(native.threads(), _MOST_COPIES // max(4 * tables.numel(), 1)))
         copies = torch.zeros(count, tables.numel(), dtype=torch.float32)
         fields["grad_tables"] = copies if copies.numel() else None
-    config = configure_backward(grad_out, grad_lse, q, k, v)
     _call("attention_backward", config, True, q, k, v, tables, *rest, **fields)
     grad_tables = q.new_empty(0) if copies is None else copies.sum(0)
     return fields["grad_q"], fields["grad_k"], fields["grad_v"], grad_tables
+
+
+# --- weights that are a program's ------------------------------------------------------------------------------------
+
+
+def refusal_score_backward(grad_out, q, k, v, *_) -> str | None:
+    return unserved(q, k, v)
+
+
+def configure_score(q, k, v, *_) -> _tuning.Choice:
+    # as those of sigmoid, they need no row statistics
+    return lookup("attention", q, k, v, score="sigmoid")
+
+
+def configure_score_backward(grad_out, q, k, v, *_) -> _tuning.Choice:
+    return lookup("attention_backward", q, k, v, score="sigmoid")
+
+
+def score_attention(*members):
+    return score_attention_leading(3, *members)
+
+
+def score_attention_leading(reads, q, k, v, tables, indices, program, normalised, scale, mask):
+    """(out, total, residual), or the first `reads` of them."""
+    filled = {"out": q.new_empty(*q.shape[:3], v.shape[3])}
+    results = [filled["out"], q.new_empty(0, dtype=torch.float32), q.new_empty(0)]
+    if normalised and reads > 1:
+        results[1] = filled["lse"] = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if has_rest(q.dtype, normalised) and reads > 2:
+        results[2] = filled["residual"] = torch.empty_like(filled["out"])
+    if filled["out"].numel():
+        _call(
+            "attention_forward",
+            configure_score(q, k, v),
+            False,
+            q,
+            k,
+            v,
+            tables,
+            indices,
+            program,
+            None,
+            scale,
+            mask,
+            score=_SUMMED if normalised else _GIVEN,
+            **filled,
+        )
+    return tuple(results[:reads])
+
+
+def score_attention_backward(
+    grad_out, q, k, v, tables, out, total, residual, indices, program, normalised, scale, mask, wanted
+):  # fmt: skip
+    decode_rows = configure_score(q, k, v).values["decode_rows"]
+    fields = gradient_fields(grad_out, None, q, k, v, out, total, total, residual, decode_rows)
+    fields |= {"lse": total.contiguous() if normalised else None, "state": None}
+    fields["score"] = _SUMMED if normalised else _GIVEN
+    config = configure_score_backward(grad_out, q, k, v)
+    return _gradients(config, fields, wanted, q, k, v, tables, indices, program, None, scale, mask)
+
+
+def refusal_maximum(q, k, *_) -> str | None:
+    return unserved(q, k, k)
+
+
+def configure_maximum(q, k, *_) -> _tuning.Choice:
+    choice = lookup("attention", q, k, k[..., :1], score="softmax")
+    return _tuning.Choice({**choice.values, "decode_rows": 0}, choice.source)  # what is decoded tells no key
+
+
+def row_maximum(q, k, tables, indices, program, scale, mask):
+    """(the largest of what the program gives a row's scores, its first key), by a softmax of them without values."""
+    rows = q.shape[:3]
+    most = torch.full(rows, -torch.inf)
+    key = torch.full(rows, -1)
+    if most.numel():
+        state = q.new_empty((*rows, 2), dtype=torch.float32)
+        ones = k.new_ones(()).expand(*k.shape[:3], 1)
+        filled = {"out": q.new_empty(*rows, 1), "state": state, "top_keys": key}
+        members = (q, k, ones, tables, indices, program, None, scale, mask)
+        _call("attention_forward", configure_maximum(q, k), False, *members, **filled)
+        most = torch.where(key < 0, most, state[..., 0])
+    return most, key

@@ -6,6 +6,7 @@ captures by the same derivatives that a program has.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class _Hoisting:
     def result(self) -> Traced:
         score = self._copy(self.call.score)
         mask = None if self.call.mask is None else self._copy(self.call.mask)
-        return Traced(self.new, score, mask, self.sizes)
+        return replace(self.call, graph=self.new, score=score, mask=mask)
 
     def _new_load(self, tensor: torch.Tensor, indices: tuple[int, ...], source: Source) -> int:
         place = self.new.load(tensor, indices)

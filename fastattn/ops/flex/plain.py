@@ -1,4 +1,4 @@
-"""flex_attention in plain torch, for any function and dtype: what backend="reference" and float64 run."""
+"""flex_attention, and attention by a Score, in plain torch, for any function and dtype: what backend="reference" and float64 run."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,8 @@ def flex_attention(
 
     The functions are mapped over all scores by torch.vmap, and see one at a time. A score whose mask is False has no gradient, whatever its function does.
     """
-    wide_q, wide_k, wide_v = widened(q), widened(k), widened(v)
-    s = scale * (wide_q @ expand_heads(wide_k, q.shape[1]).transpose(-1, -2))
-    places = [torch.arange(n, dtype=torch.int32, device=q.device) for n in s.shape]
+    wide_v = widened(v)
+    s, places = _products(q, k, scale)
     if score_mod is not None and s.numel():
         s = mapped(score_mod, (s,), places).to(s.dtype)
     allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, mask)
@@ -35,6 +34,58 @@ def flex_attention(
     weight, lse, top = softmax(s)
     out = weight.to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])
     return out.to(q.dtype), lse, top
+
+
+def score_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: Callable | None,
+    weight_of: Callable[[dict[str, torch.Tensor]], Callable],
+    normalised: bool,
+    scale: float,
+    mask: masks.MaskArgs,
+) -> torch.Tensor:
+    """out (B, Hq, Lq, Dv) of `fastattn.Score`, differentiable as autograd has it.
+
+    weight_of(statistics) is a function (x, b, h, q, k) -> weight, of the means, maxima and counts (B, Hq, Lq) of what x the rows
+    attend. Of equal maxima the first has the gradient. A row that attends nothing has the mean and the maximum 0.
+    """
+    wide_v = widened(v)
+    x, places = _products(q, k, scale)
+    x = x if x.dtype == torch.float64 else x.float()
+    if before is not None and x.numel():
+        x = mapped(before, (x,), places).to(x.dtype)
+    allowed = masks.dense_allowed(q.shape[2], k.shape[2], q.device, mask).expand(x.shape)
+    # one whose mask is False has no gradient, whatever it is
+    count = allowed.sum(-1).to(x.dtype)
+    mean = x.masked_fill(~allowed, 0.0).sum(-1) / count.clamp(min=1)
+    most = count.new_zeros(count.shape)
+    if x.numel():
+        most = x.masked_fill(~allowed, -torch.inf).max(-1).values.masked_fill(count == 0, 0.0)
+    weight = weight_of({"mean": mean, "max": most, "count": count})
+    w = mapped(weight, (x,), places).to(x.dtype) if x.numel() else x
+    w = w.masked_fill(~allowed, 0.0)
+    if normalised:
+        w, _ = summed(w)
+    return (w.to(wide_v.dtype) @ expand_heads(wide_v, q.shape[1])).to(q.dtype)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(scaled products (B, Hq, Lq, Lk), the numbers of batch entries, heads, queries and keys)."""
+    wide_q, wide_k = widened(q), widened(k)
+    s = scale * (wide_q @ expand_heads(wide_k, q.shape[1]).transpose(-1, -2))
+    return s, [torch.arange(n, dtype=torch.int32, device=q.device) for n in s.shape]
+
+
+def summed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights (B, H, Lq, Lk) divided by their row sums, those sums); a sum whose reciprocal is no number of the dtype counts as 0, and
+    the row's weights become 0."""
+    total = weight.sum(-1)
+    nothing = total.abs() < torch.finfo(total.dtype).tiny
+    safe = total.masked_fill(nothing, 1.0)
+    divided = torch.where(nothing[..., None], 0.0, weight / safe[..., None])
+    return divided, total.masked_fill(nothing, 0.0)
 
 
 def softmax(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

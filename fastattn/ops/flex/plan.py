@@ -45,7 +45,17 @@ def planned(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device,
     if mask is not NO_MASK_ARGS or torch_private.transformed() or _depends_on_contents(call):
         return _made(call, mask, gradients, device, dtype)
     of_tensors = tuple((t.shape, t.requires_grad) for t in tensors)
-    key = (call.graph.key(), call.score, call.mask, of_tensors, call.sizes, gradients, device, dtype)
+    key = (
+        call.graph.key(),
+        call.score,
+        call.mask,
+        call.weighs,
+        of_tensors,
+        call.sizes,
+        gradients,
+        device,
+        dtype,
+    )
     found = _plans.get(key)
     if found is None:
         found = _plans[key] = _made(call, mask, gradients, device, dtype)
@@ -77,7 +87,7 @@ def _made(call: Traced, mask: MaskArgs, gradients: bool, device: torch.device, d
                 cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest
             )
             call.mask = None
-    if call.mask is None and call.graph.nodes[call.score].value == "s":
+    if call.mask is None and call.graph.nodes[call.score].value == "s" and not call.weighs:
         return Plan(mask, None)
     from_start = prepare.check_numbers(call)
     classes = prepare.classes(call, device)

@@ -65,21 +65,34 @@ class Traced:
     score: int
     mask: int | None
     sizes: Sizes
+    op: str = "flex_attention"  # whose messages name what is wrong
+    weighs: bool = False  # the score is the weight itself: no softmax follows
 
     def outs(self) -> list[int]:
         return [self.score, *([] if self.mask is None else [self.mask])]
 
 
-def traced(score_mod: Callable | None, mask_mod: Callable | None, sizes: Sizes) -> Traced:
-    """The graph of both functions. NotImplementedError, with the line, for what no kernel can do."""
+def traced(
+    score_mod: Callable | None,
+    mask_mod: Callable | None,
+    sizes: Sizes,
+    *,
+    op: str = "flex_attention",
+    what: str = "score_mod",
+    weighs: bool = False,
+) -> Traced:
+    """The graph of both functions. NotImplementedError, with the line, for what no kernel can do.
+
+    what: how messages call score_mod. weighs: it gives weights, and no scores.
+    """
     graph = Graph()
     score = graph.input("s")
     if score_mod is not None:
-        score = _trace(score_mod, graph, of_score=True)
+        score = _trace(op, what, score_mod, graph, of_score=True)
     mask = None
     if mask_mod is not None:
-        mask = _trace(mask_mod, graph, of_score=False)
-    return Traced(graph, score, mask, sizes)
+        mask = _trace(op, "mask_mod", mask_mod, graph, of_score=False)
+    return Traced(graph, score, mask, sizes, op, weighs)
 
 
 def check_devices(call: Traced, device: torch.device) -> None:
@@ -87,21 +100,20 @@ def check_devices(call: Traced, device: torch.device) -> None:
     for t in call.graph.tensors:
         if t.device != device and not (t.dim() == 0 and t.device.type == "cpu"):
             raise ValueError(
-                f"fastattn.flex_attention: a captured tensor of shape {tuple(t.shape)} is on {t.device} but query is on {device}"
+                f"fastattn.{call.op}: a captured tensor of shape {tuple(t.shape)} is on {t.device} but query is on {device}"
             )
 
 
-def _trace(function: Callable, graph: Graph, *, of_score: bool) -> int:
-    what = "score_mod" if of_score else "mask_mod"
+def _trace(op: str, what: str, function: Callable, graph: Graph, *, of_score: bool) -> int:
     try:
         return trace(function, graph, of_score=of_score)
     except (NotImplementedError, OverflowError, ZeroDivisionError) as error:
         raise NotImplementedError(
-            f"fastattn.flex_attention: {what} ({line_of(error, function)}) has {error}. "
+            f"fastattn.{op}: {what} ({line_of(error, function)}) has {error}. "
             'backend="reference" evaluates any function with plain torch'
         ) from error
     except TypeError as error:
-        raise TypeError(f"fastattn.flex_attention: {what} ({line_of(error, function)}): {error}") from error
+        raise TypeError(f"fastattn.{op}: {what} ({line_of(error, function)}): {error}") from error
 
 
 # --- what indices and integers can be --------------------------------------------------------------------------------
@@ -117,13 +129,13 @@ def check_numbers(call: Traced) -> dict[int, tuple[bool, ...]]:
             low, high = (int(x) for x in torch.aminmax(tensor.detach()))
             if low < INT_MIN or high > INT_MAX:
                 raise NotImplementedError(
-                    "fastattn.flex_attention: a captured tensor of integers beyond 32 bits "
+                    f"fastattn.{call.op}: a captured tensor of integers beyond 32 bits "
                     f"(from {low} to {high}); kernels count in int32"
                 )
     place = overflowing(graph, call.outs(), boxes)
     if place is not None and known:
         raise NotImplementedError(
-            f"fastattn.flex_attention: an integer ({graph.nodes[place].op}) may not fit 32 bits, in which scores are indexed"
+            f"fastattn.{call.op}: an integer ({graph.nodes[place].op}) may not fit 32 bits, in which scores are indexed"
         )
     from_start: dict[int, tuple[bool, ...]] = {}
     for load in graph.where(lambda node: node.op == "load", call.outs()):
@@ -137,7 +149,7 @@ def check_numbers(call: Traced) -> dict[int, tuple[bool, ...]]:
                 low, high = _exact_range(call, index)
                 if low <= high and (low < -size or high >= size):
                     raise IndexError(
-                        f"fastattn.flex_attention: an index of a captured tensor of shape {tuple(tensor.shape)} is out of range: "
+                        f"fastattn.{call.op}: an index of a captured tensor of shape {tuple(tensor.shape)} is out of range: "
                         f"from {low} to {high} where the size is {size}. Indices of masked scores count too: clamp them"
                     )
             flags.append(bool(low >= 0))
@@ -174,7 +186,7 @@ def _exact_range(call: Traced, index: int) -> tuple[int, int]:
                         {"b": torch.tensor(b), "h": torch.tensor(h), "s": torch.zeros(()), **grid},
                     )
                 except IndexError as error:
-                    raise IndexError(f"fastattn.flex_attention: a captured tensor's {error}") from error
+                    raise IndexError(f"fastattn.{call.op}: a captured tensor's {error}") from error
                 low, high = min(low, int(value.min())), max(high, int(value.max()))
     return low, high
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...masks import MaskArgs
 from .prepare import EMPTY, FULL, MIXED, TILE
 from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base, sections
 
@@ -27,15 +28,7 @@ def describe(*members: Any) -> str:
     """Its mask, its tiles and its instructions, those of a row of scores apart from those of a score."""
     *_, program, classes, _, mask = members
     full, mixed, gradients, _ = sections(program)
-    lines = []
-    kinds = (
-        ("causal", mask.causal),
-        ("window", max(mask.window_left, mask.window_right) >= 0),
-        ("documents", mask.cu_seqlens_q is not None),
-    )
-    said = [name for name, on in kinds if on]
-    if said:
-        lines.append(f"mask: {' and '.join(said)}, as ranges of keys")
+    lines = _mask(mask)
     if classes is not None:
         counts = torch.bincount(classes.flatten().long(), minlength=3).tolist()
         names = ((FULL, "full"), (MIXED, "mixed"), (EMPTY, "empty"))
@@ -50,6 +43,28 @@ def describe(*members: Any) -> str:
         if section is not None:
             lines += _section(what, section)
     return "\n".join(lines)
+
+
+def describe_weights(*members: Any) -> str:
+    """`describe` of weights that are a program's."""
+    *_, program, normalised, _, mask = members
+    full, _, gradients, _ = sections(program)
+    lines = _mask(mask)
+    lines.append("weights: divided by their row sum" if normalised else "weights: as they are, undivided")
+    for what, section in (("weight", full), ("weight and its derivatives", gradients)):
+        if section is not None:
+            lines += _section(what, section)
+    return "\n".join(lines)
+
+
+def _mask(mask: MaskArgs) -> list[str]:
+    kinds = (
+        ("causal", mask.causal),
+        ("window", max(mask.window_left, mask.window_right) >= 0),
+        ("documents", mask.cu_seqlens_q is not None),
+    )
+    said = [name for name, on in kinds if on]
+    return [f"mask: {' and '.join(said)}, as ranges of keys"] if said else []
 
 
 def _section(what: str, section: Section) -> Iterator[str]:

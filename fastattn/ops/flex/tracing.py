@@ -331,11 +331,13 @@ class Row:
 
 
 def line_of(error: BaseException, function: Callable) -> str:
-    """Where in `function` an error was raised: "file.py:12", or its name."""
-    code, at = getattr(function, "__code__", None), None
+    """Where in `function`, or in one of the `parts` that it is made of, an error was raised: "file.py:12", or its name."""
+    parts = getattr(function, "parts", (function,))
+    codes, at = [getattr(part, "__code__", None) for part in parts], None
     frame = error.__traceback__
-    while frame is not None and code is not None:
-        if frame.tb_frame.f_code is code:
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if code in codes:
             at = f"{code.co_filename}:{frame.tb_lineno}"
         frame = frame.tb_next
-    return at or str(getattr(function, "__qualname__", type(function).__name__))
+    return at or str(getattr(parts[0], "__qualname__", type(parts[0]).__name__))
