@@ -49,7 +49,8 @@ class Score:
             float32 below 2^-126 in size) gives 0 and has gradient 0.
         statistics: of "mean", "max" and "count", those that weight reads as row.mean, row.max (of x) and row.count (of keys), of the keys
             that the row attends, with gradients. For "sum" and None. "mean" costs a pass over the keys more and "max" one or two; calls of
-            16-bit tensors with either are computed in float32 and rounded once.
+            16-bit tensors with either are computed in float32 and rounded once. A maximum passes over NaN; of equal ones the first has
+            the gradient.
 
         A row that attends no key gives 0 and gradient 0, whatever weight is.
         Raises ValueError or TypeError, naming the argument. What a function may not do is raised by the call, as for `flex_attention`.

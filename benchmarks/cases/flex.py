@@ -108,6 +108,41 @@ def learned_bias_problem(dtype, H, L, D):
     )
 
 
+def _sigmoid(x, row, b, h, q, k):
+    return torch.sigmoid(x - torch.log(row.count))
+
+
+def _exponential(x, row, b, h, q, k):
+    return torch.exp(x - row.max)
+
+
+def _softplus(x, row, b, h, q, k):
+    return torch.nn.functional.softplus(x)
+
+
+# what is built in, written as a function
+WRITTEN = {
+    "sigmoid": fa.Score.from_function(_sigmoid, normalise=None, statistics=("count",)),
+    "softplus": fa.Score.from_function(_softplus, normalise="sum"),
+    "softmax": fa.Score.from_function(_exponential, normalise="sum", statistics=("max",)),
+}
+
+
+def written_problem(dtype, H, L, D, score):
+    """A built-in score that is written as a function, beside its own kernel."""
+    q, k, v = testing.attention_inputs(1, H, H, L, L, D, dtype=dtype)
+
+    def own(*t):
+        return fa.attention(*t, score=score)
+
+    return Problem(
+        inputs=(q, k, v),
+        contenders={"fastattn": lambda *t: fa.attention(*t, score=WRITTEN[score]), "own": own},
+        reference=lambda *t: fa.attention(*t, score=score, backend="reference"),
+        terms=L,
+    )
+
+
 SHAPE = {"H": 8, "L": 2048, "D": 64}
 CASES = [
     *(
@@ -141,6 +176,20 @@ CASES = [
             options={"mask": mask},
         )
         for mask in ("causal", "window", "documents")
+        for direction in ("forward", "backward")
+    ),
+    *(
+        Case(
+            "flex",
+            f"{score} as a function",
+            written_problem,
+            SHAPE,
+            FP32,
+            direction,
+            (),
+            options={"score": score},
+        )
+        for score in WRITTEN
         for direction in ("forward", "backward")
     ),
     Case(

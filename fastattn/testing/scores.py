@@ -1,4 +1,4 @@
-"""A check of a user's own score function: what flex_attention makes of it against what it computes."""
+"""A check of a user's own score function: what flex_attention and a Score make of it against what it computes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from collections.abc import Callable
 
 import torch
 
+from ..score import Score
+
 _SPECIAL = (0.0, 1e-12, -1e-12, 1.0, -1.0, 30.0, -30.0)
 
 
 def check_score(
-    score_mod: Callable, *, batch: int = 2, heads: int = 4, queries: int = 16, keys: int = 16, seed: int = 0
+    score_mod: Callable | Score,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    queries: int = 16,
+    keys: int = 16,
+    seed: int = 0,
 ) -> None:
-    """Check that `fastattn.flex_attention` understands a score function: its trace and its derivatives against the function itself.
+    """Check that the kernels understand a score function: its trace and its derivatives against the function itself.
+
+    score_mod: a function of `fastattn.flex_attention`, or a `fastattn.Score`, whose weight is checked as it follows from the product,
+        with statistics of rows that are random numbers, a maximum the largest of them.
 
     score_mod(score, b, h, q_idx, kv_idx) is called in float64 on every score of an attention of these sizes, some of which are 0,
     tiny, 1 and 30, and differentiated by autograd in the score and in the captured tensors that require a gradient. What tensors it
@@ -29,6 +40,8 @@ def check_score(
     from ..ops.flex.evaluate import evaluate
     from ..ops.flex.plain import mapped
 
+    if isinstance(score_mod, Score):
+        score_mod = score_mod.of(_statistics(batch, heads, queries, keys, seed))
     call = prepare.traced(score_mod, None, prepare.Sizes(batch, heads, queries, keys))
     prepare.check_numbers(call)
     graph = call.graph
@@ -71,6 +84,14 @@ def check_score(
                 found.index_put(tuple(index), of_each, accumulate=True) if index else found + of_each.sum()
             )
         _close(f"gradient of captured tensor {number}, of shape {tuple(t.shape)},", found, grad)
+
+
+def _statistics(batch: int, heads: int, queries: int, keys: int, seed: int) -> dict[str, torch.Tensor]:
+    """Of rows, (B, H, Lq) float64, with gradients but for the count."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    mean = torch.randn(batch, heads, queries, dtype=torch.float64, generator=generator)
+    count = torch.full_like(mean, max(keys, 1))
+    return {"mean": mean.requires_grad_(), "max": (mean.detach() + 4).requires_grad_(), "count": count}
 
 
 def _close(what: str, found: torch.Tensor, expected: torch.Tensor | None) -> None:

@@ -228,7 +228,8 @@ struct BackwardBlock {
   }
 
   // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys. kDropped: where a slope is
-  // negative its weight was dropped, and the others' share of dP is scaled up. kKept: kept for the bias too, before
+  // negative its weight was dropped, and the others' share of dP is scaled up; given weights are not dropped, and their
+  // slopes are of any sign. kKept: kept for the bias too, before
   // what is the soft cap's or the score program's.
   template <bool kDropped, bool kKept>
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
@@ -252,7 +253,7 @@ struct BackwardBlock {
                 FASTATTN_UNROLL
                 for (int v = 0; v < kVecs; v++) {
                   const vf slopes = load(slope + i * row + v * W);
-                  if (kDropped)
+                  if (kDropped && !Score::kGiven)
                     x[i][v] = vabs(slopes) * (keep(~((vi)slopes >> 31), x[i][v] * scale_left) - delta[i]);
                   else
                     x[i][v] = slopes * (x[i][v] - delta[i]);

@@ -177,6 +177,7 @@ inline void check_fields(const Checks& c, const AttentionParams& p) {
   }
   const bool given = AnyScores::given(p.score);
   c.require(!given || p.program.data, "program", "gives this score's weights");
+  c.require(!given || p.dropped == 0, "dropped", "is not of given weights");
   c.require(!given || !p.grad_lse.data, "grad_lse", "is not of given weights");
   if (!AnyScores::normalised(p.score)) return;
   // a forward whose caller reads neither leaves them out

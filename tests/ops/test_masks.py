@@ -33,7 +33,9 @@ def loop_allowed(lq, lk, causal=False, left=None, right=None, prefix=None, keys=
 
 def dense(mask, batch, lq, lk):
     q, k = torch.empty(batch, 1, lq, 4), torch.empty(batch, 1, lk, 4)
-    found = masks.dense_allowed(lq, lk, q.device, mask.args("attention", q, k))
+    args = mask.args("attention", q, k)
+    found = masks.dense_allowed(lq, lk, q.device, args)
+    assert torch.equal(masks.row_counts(lq, lk, q.device, args).expand(found.shape[:3]), found.sum(-1))
     return found.expand(batch, 1, lq, lk)[:, 0]
 
 

@@ -273,3 +273,199 @@ def test_built_in_scores_on_the_kernels(name, nan_outputs):
     ):
         factor = 3.0 if i else 2.0
         testing.assert_close_to_truth(mine, true, plain, factor=factor, terms=LENGTH, name=f"{name} {i}")
+
+
+# --- rows, sums and statistics ---------------------------------------------------------------------------------------
+
+
+def test_loops():
+    """Out and statistics, written as sums."""
+    q, k, v = (t.double() for t in inputs(length=7, keys=9))
+    score = Score.from_function(
+        lambda x, row, b, h, i, j: (x - row.mean) * row.count + row.max * (i + j),
+        before=lambda s, b, h, i, j: s * (h + 1),
+        normalise=None,
+        statistics=("mean", "max", "count"),
+    )
+    found = fa.attention(q, k, v, score=score, scale=0.3, mask=fa.Mask(causal=True))
+    for b in range(B):
+        for h in range(H):
+            for i in range(7):
+                keys = range(i + 2 + 1)  # the last query is aligned with the last key
+                x = [0.3 * float(q[b, h, i] @ k[b, h // 2, j]) * (h + 1) for j in keys]
+                mean, most, count = sum(x) / len(x), max(x), len(x)
+                weights = [(x[j] - mean) * count + most * (i + j) for j in keys]
+                expected = sum(w * v[b, h // 2, j] for w, j in zip(weights, keys, strict=True))
+                torch.testing.assert_close(found[b, h, i], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_rows_of_nothing_and_sums_of_nothing(backend, nan_outputs):
+    """A row that attends no key, and one whose weights are all 0 or add up to 0, give 0 and gradient 0."""
+    q, k, v = inputs(length=40)
+    with torch.no_grad():
+        q[:, :, 5] = 0  # scores of 0
+    mask = fa.Mask(dense=torch.arange(40)[:, None].expand(40, 40) != 11)
+    for weight in (
+        lambda x, row, *places: torch.relu(x),
+        lambda x, row, b, h, i, j: torch.where(i == 5, j % 2 * 2.0 - 1.0, torch.relu(x)),
+        lambda x, row, *places: torch.exp(x) * (places[2] != 5),
+    ):
+        score = Score.from_function(weight, normalise="sum")
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = fa.attention(*leaves, score=score, mask=mask, backend=backend)
+        out.sum().backward()
+        for row in (5, 11):
+            assert not out[:, :, row].any() and not leaves[0].grad[:, :, row].any()
+        assert all(t.grad.isfinite().all() for t in leaves) and out[:, :, 6].any()
+    nothing = fa.Mask(key_lengths=torch.tensor([0, 40]))
+    out = fa.attention(
+        q, k, v, score=Score.from_function(lambda x, row, *p: x * 0 + 1, normalise="sum"), mask=nothing
+    )
+    assert not out[0].any()
+    torch.testing.assert_close(out[1, 0], v[1, 0].mean(0).expand(40, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_below_0_are_divided_by_their_sum():
+    qkv = inputs()
+    negative = Score.from_function(lambda x, row, *places: -torch.exp(x), normalise="sum")
+    positive = Score.from_function(lambda x, row, *places: torch.exp(x), normalise="sum")
+    for a, b in zip(
+        differentiated(lambda *t: fa.attention(*t, score=negative), qkv),
+        differentiated(lambda *t: fa.attention(*t, score=positive), qkv),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+def test_the_first_of_equal_maxima_has_the_gradient(isa):
+    q, k, v = (t.detach() for t in inputs(length=50, keys=300))
+    k[:, :, 200:] = k[:, :, :100]  # some maxima are there twice
+    score = Score.from_function(lambda x, row, *places: row.max * 0.01, normalise=None, statistics=("max",))
+    with native.use_cpu_isa(isa):
+        found = differentiated(lambda *t: fa.attention(*t, score=score, backend="cpu"), (q, k, v))
+    true = differentiated(lambda *t: fa.attention(*t, score=score), [t.double() for t in (q, k, v)])
+    first = true[2][:, :, :100].abs().sum(-1) > 0
+    assert first.any() and not found[2][:, :, 200:].any()
+    for a, b in zip(found, true, strict=True):
+        testing.assert_close_to_truth(a, b, None, terms=300, magnitude=3.0 * float(b.abs().max()))
+
+
+def test_softmax_has_a_lse():
+    q, k, v = inputs()
+    score = Score.from_function(lambda x, *places: 2 * x, before=lambda s, *places: s + 1)
+    out, lse = fa.attention(q, k, v, score=score, return_lse=True)
+    expected, of_rows = fa.attention(q, k, v, scale=2 / math.sqrt(DIM), bias=2.0, return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)  # other roundings of 70 terms of size 1
+    torch.testing.assert_close(lse, of_rows, rtol=1e-5, atol=2e-6)
+
+
+def test_a_scale_of_each_query():
+    q, k, v = inputs()
+    scale = torch.rand(1, H, LENGTH, 1, requires_grad=True)
+    score = Score.from_function(lambda x, row, *places: torch.relu(x), normalise=None)
+    found = fa.attention(q, k, v, score=score, scale=scale)
+    torch.testing.assert_close(found, fa.attention(q * scale, k, v, score=score, scale=1.0))
+    found.sum().backward()
+    assert scale.grad.any()
+
+
+# --- what is asked and told ------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named():
+    q, k, v = inputs(length=8)
+    with pytest.raises(TypeError, match=r"fastattn\.Score: weight must be a function, given int 3"):
+        Score.from_function(3)
+    with pytest.raises(TypeError, match="before must be a function or None"):
+        Score.from_function(torch.relu, before="x")
+    with pytest.raises(ValueError, match='normalise must be "softmax", "sum" or None, given True'):
+        Score.from_function(torch.relu, normalise=True)
+    with pytest.raises(ValueError, match="statistics must be of mean, max, count, given 'median'"):
+        Score.from_function(torch.relu, normalise="sum", statistics=("median",))
+    with pytest.raises(ValueError, match='statistics go with normalise="sum" and None'):
+        Score.from_function(torch.relu, statistics=("mean",))
+    score = Score.from_function(lambda x, row, *places: torch.relu(x), normalise="sum")
+    options = {"bias": 1.0, "softcap": 2.0, "sink": 0.0, "dropout_p": 0.5}
+    for name, value in options.items():
+        with pytest.raises(NotImplementedError, match=f"fastattn.attention: {name} does not go with a Score"):
+            fa.attention(q, k, v, score=score, **{name: value})
+    with pytest.raises(ValueError, match="return_lse is not defined for a Score of normalise='sum'"):
+        fa.attention(q, k, v, score=score, return_lse=True)
+    with pytest.raises(NotImplementedError, match="the cpu backend does not serve a Score in float64"):
+        fa.attention(q.double(), k.double(), v.double(), score=score, backend="cpu")
+    with pytest.raises(AttributeError, match=r"row has no 'mean'; statistics=\('mean',\) of the Score asks"):
+        fa.attention(q, k, v, score=Score.from_function(lambda x, row, *p: x - row.mean, normalise=None))
+    with pytest.raises(ValueError, match=r"score must be one of 'softmax', 'sigmoid', 'softplus'"):
+        fa.attention(q, k, v, score="relu")
+
+
+def _branches(x, row, b, h, q, k):
+    return x if q > k else -x
+
+
+@pytest.mark.parametrize("place", ("weight", "before"))
+def test_refusals_name_the_line(place):
+    q, k, v = inputs(length=8)
+    functions = {
+        "weight": lambda x, row, *places: x,
+        "before": None,
+        place: _branches if place == "weight" else lambda *a: _branches(a[0], None, *a[1:]),
+    }
+    score = Score.from_function(**functions, normalise=None, statistics=("mean",))
+    with pytest.raises(
+        NotImplementedError, match=r"^fastattn.attention: the score \(.*test_score.py:\d+"
+    ) as error:
+        fa.attention(q, k, v, score=score)
+    assert 'backend="reference"' in str(error.value)
+
+
+def test_what_is_said_of_a_score():
+    score = Score.from_function(_branches, normalise=None, statistics=("mean",))
+    assert repr(score) == "Score.from_function(_branches, normalise=None, statistics=('mean',))"
+    assert score == Score.from_function(_branches, normalise=None, statistics=["mean"]) and hash(score)
+    q, k, v = inputs()
+    relu = Score.from_function(
+        lambda x, row, *places: torch.relu(x) - row.mean, normalise="sum", statistics="mean"
+    )
+    told = str(fa.explain(fa.attention, q, k, v, score=relu, mask=fa.Mask(causal=True)))
+    assert told.startswith("score_attention: cpu backend")
+    for words in ("mask: causal", "weights: divided by their row sum", "tables["):
+        assert words in told
+    assert fa.explain("attention", q, k, v, score=relu, backend="reference").backend == "reference"
+
+
+def test_check_score():
+    t = torch.rand(H, requires_grad=True)
+    for make in SCORES.values():
+        testing.check_score(make(t))
+    with pytest.raises(NotImplementedError, match="a branch"):
+        testing.check_score(Score.from_function(_branches, normalise=None))
+
+
+def test_compiled_code_breaks_its_graph():
+    score = Score.from_function(
+        lambda x, row, *places: torch.relu(x - row.mean), normalise="sum", statistics=("mean",)
+    )
+    q, k, v = inputs()
+
+    def call(q, k, v):
+        return fa.attention(q * 2, k, v, score=score, mask=fa.Mask(causal=True)) + 1
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager")(q, k, v), call(q, k, v))
+
+
+def test_the_ops():
+    q, k, v = (t.detach().requires_grad_() for t in inputs(length=9))
+    t = torch.rand(H, requires_grad=True)
+    from fastattn.ops.flex import by_function
+
+    for normalised in (True, False):
+        weight = SCORES["softplus"](t).of({})
+        _, plan, tables, indices = by_function.prepared(weight, q, k, fa.Mask().args("test", q, k))
+        members = (q, k, v, tables.detach().requires_grad_(), indices, plan.program, normalised, 0.25)
+        torch.library.opcheck(torch.ops.fastattn.score_attention.default, (*members, *plan.mask, ""))
+    members = (q.detach(), k.detach(), tables.detach(), indices, plan.program, 0.25)
+    torch.library.opcheck(torch.ops.fastattn.row_maximum.default, (*members, *plan.mask, ""))

@@ -12,6 +12,11 @@ def ops(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> None:
     mask = fa.Mask(causal=True, window=(4, None))
     assert_type(fa.attention(q, k, v, mask=mask), Tensor)
     assert_type(fa.attention(q, k, v, return_lse=True), tuple[Tensor, Tensor])
+    relu = fa.Score.from_function(
+        lambda x, row, b, h, i, j: x * row.mean, normalise="sum", statistics=("mean",)
+    )
+    assert_type(fa.attention(q, k, v, score=relu), Tensor)
+    fa.Score.from_function(3)  # type: ignore[arg-type]
     assert_type(fa.sigmoid_attention(q, k, v, bias=q, backend="reference"), Tensor)
     assert_type(fa.lssa_attention(q, k, v, power=3), Tensor)
     assert_type(fa.softplus_attention(q, k, v), Tensor)

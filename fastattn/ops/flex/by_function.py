@@ -61,9 +61,16 @@ def _attention(
     if set(score.statistics) - {"count"}:
         # gradients through the statistics and through the weights add up before they are rounded
         q, k, v = (t.to(_checks.statistics_dtype(t)) for t in (q, k, v))
-    statistics = row_statistics(score.before, score.statistics, q, k, scale, mask, backend)
-    weight = score.of(statistics)
-    return weighted(weight, q, k, v, score.normalise == "sum", scale, mask, backend).to(dtype), None
+    of_rows = (score.before, score.statistics, q, k, scale, mask, backend)
+    if explaining.calls is None:
+        statistics = row_statistics(*of_rows)
+    else:  # what makes them is told after the call
+        wide = _checks.statistics_dtype(q)
+        statistics = {name: q.new_zeros(q.shape[:3], dtype=wide) for name in score.statistics}
+    out = weighted(score.of(statistics), q, k, v, score.normalise == "sum", scale, mask, backend)
+    if explaining.calls is not None:
+        row_statistics(*of_rows)
+    return out.to(dtype), None
 
 
 def weighted(

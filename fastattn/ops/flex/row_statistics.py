@@ -6,7 +6,7 @@ import torch
 
 from ... import masks
 from ...runtime import checks as _checks
-from ...runtime.registry import call, explaining, needs_grad
+from ...runtime.registry import call, needs_grad
 from .plain import mapped
 
 
@@ -24,8 +24,6 @@ def row_statistics(
     mean and max are differentiable in q, k and what `before` captures. Each is a pass of a kernel over the keys.
     """
     wide, rows = _checks.statistics_dtype(q), q.shape[:3]
-    if explaining.calls is not None:  # of the call, not of what comes before it
-        return {name: q.new_zeros(rows, dtype=wide) for name in names}
     count = masks.row_counts(q.shape[2], k.shape[2], q.device, mask).to(wide).expand(rows)
     found = {"count": count}
     call_of = (before or _same, count, q, k, scale, mask, backend)
