@@ -33,6 +33,7 @@ PAGES = {
                 "flex_attention",
             ),
             "Mask",
+            "Score",
             "DistanceBias",
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),
             *("linear_attention", "linear_attention_step"),

@@ -228,9 +228,9 @@ struct BackwardBlock {
   }
 
   // dS of groups [begin, end), as floats or as both pairs of rows and pairs of keys. kDropped: where a slope is
-  // negative its weight was dropped, and the others' share of dP is scaled up; given weights are not dropped, and their
-  // slopes are of any sign. kKept: kept for the bias too, before
-  // what is the soft cap's or the score program's.
+  // negative its weight was dropped, and the others' share of dP is scaled up; not of given weights, which are never
+  // dropped and have slopes of any sign. kKept: kept for the bias too, before what is the soft cap's or the score
+  // program's.
   template <bool kDropped, bool kKept>
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
     const float scale_left = problem.dropout.scale;

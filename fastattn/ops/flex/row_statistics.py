@@ -71,7 +71,7 @@ def _maximum(
     if not needs_grad([q, k, *traced.graph.tensors]) or not key.numel() or not k.shape[2]:
         return most
     some = (key >= 0) & most.isfinite()
-    at = key.clamp(min=0)
+    at = key.clamp(0, k.shape[2] - 1)
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     batch = torch.arange(q.shape[0], device=q.device)
     own = k[batch[:, None, None], heads[:, None], at]  # (B, Hq, Lq, D), the key of each row
