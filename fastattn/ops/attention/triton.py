@@ -7,8 +7,8 @@ import triton.language as tl
 from ...runtime import tuning
 from ...runtime.triton import load_tile, offset, pairs, rows
 from . import triton_decode
-from .triton_classes import tile_classes
 from .triton_options import drawn_rows
+from .triton_placed import placed
 from .triton_problem import Problem, refusal  # noqa: F401  schema.py takes refusal from here
 from .triton_tiles import (
     Attended,
@@ -28,7 +28,7 @@ from .triton_tiles import (
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_forward_kernel(
-    q, k, v, bias, dense, classes, sink, drop, out, residual, lse, state, mask, heads, tiles, length_q, length_k, factors,
+    q, k, v, bias, dense, classes, sink, drop, captured, out, residual, lse, state, mask, heads, tiles, length_q, length_k, factors,
     SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
@@ -51,8 +51,9 @@ def _attention_forward_kernel(
     shifted = with_shift(factors, extent.key_length, SCORE.log_n)
     drawn = drawn_rows(drop, entry * heads + head, work.start_q + row, work.start_k)
     operands = Attended(
-        q_tile, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted, drawn
-    )
+        q_tile, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted, drawn,
+        placed(captured, entry, head, (work.start_q + row)[:, None], work.start_k),
+    )  # fmt: skip
     acc, top, total = attend(operands, edges, class_row, SCORE, META)
     exponent = exponent_of(bias, factors.scale2)
     own_sink = sink
@@ -78,14 +79,18 @@ def configure(*members) -> tuning.Choice:
 
 
 def attention(*members) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    p = Problem.of(*members)
+    return forward(Problem.of(*members))
+
+
+def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, state, residual) of a call."""
     if triton_decode.fits(p):
         return triton_decode.attention(p)
     out, (lse, state), residual = p.output(*p.q.shape[:3], p.v_dim), p.statistics(), p.residual()
     if out.numel() == 0:
         return out, lse, state, residual
     config = p.choose("attention").values
-    classes = tile_classes(p, config["block_m"], config["block_n"])
+    classes = p.tile_classes(config["block_m"], config["block_n"])
     more = {"classes": pairs(classes), "out": rows(out), "lse": lse, "state": state}
     more["residual"] = rows(residual) if residual.numel() else None
     p.launch(_attention_forward_kernel, config, over="queries", **more)

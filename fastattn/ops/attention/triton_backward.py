@@ -11,16 +11,18 @@ from ...runtime import triton as _triton
 from ...runtime.triton import Line, dot, offset, pairs, rows
 from .checks import WANTS_BIAS, WANTS_SINK
 from .triton_bias import bias_gradient
-from .triton_classes import tile_classes
 from .triton_gradients import (  # noqa: F401  other ops import some of these from here
+    add_captured_gradients,
     along_columns,
     along_rows,
     score_gradient,
     share_of_kept,
     statistics_of,
+    user_gradients,
     weights_and_gradients,
 )
 from .triton_options import Drawn, cap_slope, drawn_rows, kept_pairs
+from .triton_placed import Placed, placed
 from .triton_problem import Problem, turned
 from .triton_problem import refusal as forward_refusal
 from .triton_tiles import (
@@ -83,6 +85,7 @@ class _QueryGradient(NamedTuple):
     count: tl.tensor  # number of keys
     factors: Factors
     drawn: Drawn  # or None
+    placed: Placed  # a user's function, or None
 
 
 @triton.jit
@@ -99,10 +102,18 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     kept = None
     if operands.drawn is not None:
         kept = kept_pairs(operands.drawn, first, META.block_n, META.aligned)
-    _, ds = weights_and_gradients(
-        products, dp, along_rows(operands.statistics), allowed, operands.bias, keys, end, count, operands.factors,
-        share_of_kept(operands.drawn), kept, SCORE, MASKED,
-    )  # fmt: skip
+    at = operands.placed
+    if at is not None:
+        columns = (at.key + keys)[None, :]
+        _, ds, of_scores = user_gradients(
+            products, dp, along_rows(operands.statistics), allowed, at, at.row, columns, operands.factors, SCORE, MASKED
+        )
+        add_captured_gradients(products, of_scores, end > 0, at, at.row, columns, operands.factors, SCORE)
+    else:
+        _, ds = weights_and_gradients(
+            products, dp, along_rows(operands.statistics), allowed, operands.bias, keys, end, count, operands.factors,
+            share_of_kept(operands.drawn), kept, SCORE, MASKED,
+        )  # fmt: skip
     if operands.factors.cap is not None:
         ds = ds * cap_slope(products, operands.factors.cap)
     return dot(ds.to(k_tile.dtype), k_tile, dq, META.precision)
@@ -110,7 +121,7 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_q_kernel(
-    q, k, v, bias, dense, classes, drop, g, state, delta, dq, mask, heads, tiles, length_q, length_k, factors,
+    q, k, v, bias, dense, classes, drop, captured, g, state, delta, dq, mask, heads, tiles, length_q, length_k, factors,
     SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = query_tile(tiles, heads, mask, length_q, length_k)
@@ -134,6 +145,7 @@ def _attention_backward_q_kernel(
     operands = _QueryGradient(
         q_tile, g_tile, statistics, k_rows, v_rows, bias_rows, dense_rows, begin, end, extent.key_length, shifted,
         drawn_rows(drop, entry * heads + head, work.start_q + row, work.start_k),
+        placed(captured, entry, head, (work.start_q + row)[:, None], work.start_k),
     )  # fmt: skip
     acc = tl.zeros([META.block_m, META.block_d], tl.float32)
     passes = key_passes(edges, dense, META.block_n)
@@ -158,6 +170,7 @@ class _KeyGradients(NamedTuple):
     count: tl.tensor  # number of queries
     factors: Factors
     drawn: Drawn  # for the queries, counted from the tile's first one; or None
+    placed: Placed  # or None
 
 
 @triton.jit
@@ -180,10 +193,18 @@ def _key_tile_gradients(
         of = operands.drawn
         rows = Drawn(of.seed, of.offset, of.dropped, of.scale, of.plane, of.row + row, of.key)
         kept = tl.trans(kept_pairs(rows, 0, META.block_n, META.aligned))
-    weight, ds = weights_and_gradients(
-        products, dp, along_columns(statistics), allowed, operands.bias, row, end, count, operands.factors,
-        share_of_kept(operands.drawn), kept, SCORE, MASKED,
-    )  # fmt: skip
+    at = operands.placed
+    if at is not None:
+        keys = at.key + tl.arange(0, META.block_n)
+        weight, ds, _ = user_gradients(
+            products, dp, along_columns(statistics), allowed, at, (at.row + row)[None, :], keys[:, None], operands.factors,
+            SCORE, MASKED,
+        )  # fmt: skip
+    else:
+        weight, ds = weights_and_gradients(
+            products, dp, along_columns(statistics), allowed, operands.bias, row, end, count, operands.factors,
+            share_of_kept(operands.drawn), kept, SCORE, MASKED,
+        )  # fmt: skip
     if operands.factors.cap is not None:
         ds = ds * cap_slope(products, operands.factors.cap)
     dv = dot(weight.to(g_tile.dtype), g_tile, dv, META.precision)
@@ -212,7 +233,7 @@ def _query_passes(first, extent, dense, META: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_backward_kv_kernel(
-    q, k, v, bias, dense, classes, drop, g, state, delta, dk, dv, mask, kv_heads, tiles, length_q, length_k, factors,
+    q, k, v, bias, dense, classes, drop, captured, g, state, delta, dk, dv, mask, kv_heads, tiles, length_q, length_k, factors,
     SCORE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     work = key_tile(tiles, kv_heads, mask, length_q, length_k)
@@ -243,7 +264,7 @@ def _attention_backward_kv_kernel(
         )  # fmt: skip
         operands = _KeyGradients(
             k_tile, v_tile, q_rows, g_rows, head_state, delta + statistics, bias_keys, dense_keys, begin, end, extent.queries,
-            shifted, drawn,
+            shifted, drawn, placed(captured, entry, head, work.start_q, work.start_k + first),
         )  # fmt: skip
         dk_acc, dv_acc = over_tiles(
             (dk_acc, dv_acc), _key_tile_gradients, operands, passes, class_column, SCORE, META
@@ -287,8 +308,13 @@ def configure(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual
 
 def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):
     *options, wanted = rest
-    wants_bias, wants_sink = wanted & WANTS_BIAS, wanted & WANTS_SINK
     p = Problem.of(q, k, v, bias, sink, *options)
+    return backward(p, grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, wanted)
+
+
+def backward(p: Problem, grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, wanted: int):
+    """Gradients of q, k, v, bias and sink of a call."""
+    wants_bias, wants_sink = wanted & WANTS_BIAS, wanted & WANTS_SINK
     grad_out = _triton.last_dim_contiguous(grad_out)
     delta = state
     if p.score.normalised:
@@ -302,9 +328,9 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
         return dq, dk, dv, torch.zeros_like(bias) if wants_bias else q.new_empty(0), dsink
     config = p.choose("attention_backward").values
     over_queries = turned(config)
-    query_classes = tile_classes(p, over_queries["block_m"], over_queries["block_n"])
+    query_classes = p.tile_classes(over_queries["block_m"], over_queries["block_n"])
     more = {"g": rows(grad_out), "state": state.contiguous(), "delta": delta}
-    classes = pairs(tile_classes(p, config["block_m"], config["block_n"]))
+    classes = pairs(p.tile_classes(config["block_m"], config["block_n"]))
     gradients = {"dk": rows(dk), "dv": rows(dv)}
     p.launch(_attention_backward_kv_kernel, config, over="keys", classes=classes, **gradients, **more)
     query_classes = pairs(query_classes)

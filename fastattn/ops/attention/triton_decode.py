@@ -7,6 +7,7 @@ import triton.language as tl
 from ...runtime import triton as _triton
 from ...runtime.triton import offset
 from .triton_options import drawn_rows
+from .triton_placed import placed
 from .triton_tiles import (
     Attended,
     Edges,
@@ -26,7 +27,7 @@ _MOST_ROWS = 64  # rows of the one tile: queries times query heads of a key head
 
 @triton.jit(do_not_specialize=["length_q", "length_k"])
 def _attention_decode_kernel(
-    q, k, v, bias, dense, drop, parts, tops, totals, mask, kv_heads, splits, span, length_q, length_k, factors, SCORE: tl.constexpr,
+    q, k, v, bias, dense, drop, captured, parts, tops, totals, mask, kv_heads, splits, span, length_q, length_k, factors, SCORE: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -57,6 +58,7 @@ def _attention_decode_kernel(
         row_elements(bias, entry, head, row, count * 0), row_elements(dense, entry, head, row, count * 0), begin, end,
         extent.key_length, with_shift(factors, extent.key_length, SCORE.log_n),
         drawn_rows(drop, (entry * kv_heads * META.group) + head, row, count * 0),
+        placed(captured, entry, head[:, None], row[:, None], count * 0),
     )  # fmt: skip
     edges = Edges(first_begin, first_end, last_begin, last_end)
     acc, top, total = attend(operands, edges, None, SCORE, META)

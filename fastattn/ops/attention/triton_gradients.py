@@ -57,6 +57,25 @@ def weights_and_gradients(
 
 
 @triton.jit
+def user_gradients(
+    products, dp, statistics, allowed, at, rows, keys, factors, SCORE: tl.constexpr, MASKED: tl.constexpr
+):
+    """(weights P, dS of the scaled products, dS of the scores)."""
+    score, slope = SCORE.user_slope(products * factors.size, at.entry, at.head, rows, keys, at.captured)
+    weight, ds = score_gradient(score, dp, statistics, allowed, factors.scale2, SCORE, MASKED)
+    # what is masked has any derivative
+    return weight, tl.where(ds == 0.0, 0.0, ds * slope), ds
+
+
+@triton.jit
+def add_captured_gradients(products, ds, inside, at, rows, keys, factors, SCORE: tl.constexpr):
+    """Add what a tile (rows, keys) gives to the gradients of the captured tensors. inside (rows,): which are queries."""
+    if at.captured.gradients is not None:
+        ds = tl.where(inside[:, None], ds, 0.0)
+        SCORE.user_scatter(ds, products * factors.size, at.entry, at.head, rows, keys, at.captured)
+
+
+@triton.jit
 def share_of_kept(drawn):
     """The factor of the weights that dropout keeps; 1 without dropout."""
     scale = 1.0

@@ -13,6 +13,7 @@ from ...runtime.triton import LOG2E, Constants, constants, encoded_count, pairs,
 from . import tuning_triton  # noqa: F401  declares what is looked up
 from .checks import ALL_DROPPED
 from .scores import BY_CODE, SCORES, has_residual
+from .triton_classes import tile_classes
 from .triton_options import Cap, Drop
 from .triton_tiles import Factors, MaskOperand
 
@@ -21,17 +22,22 @@ from .triton_tiles import Factors, MaskOperand
 def _score_constants(code: int, log_n: bool) -> Constants:
     """The kernels' SCORE. limit: for a normalised score without a subtracted maximum, the score that its weights tend to as they
     underflow."""
+    return constants(**score_values(code, log_n))
+
+
+def score_values(code: int, log_n: bool) -> dict:
+    """The fields of SCORE for one of attention's own scores."""
     score = BY_CODE[code]
     weight, derivative = score.triton
     limited = score.normalised and not score.shifted
-    return constants(
-        weight=weight,
-        derivative=derivative,
-        shifted=score.shifted,
-        normalised=score.normalised,
-        log_n=log_n,
-        limit=_score_constants(SCORES["softmax"].code, False) if limited else None,
-    )
+    return {
+        "weight": weight,
+        "derivative": derivative,
+        "shifted": score.shifted,
+        "normalised": score.normalised,
+        "log_n": log_n,
+        "limit": _score_constants(SCORES["softmax"].code, False) if limited else None,
+    }
 
 
 def _mask_operand(mask: MaskArgs) -> MaskOperand:
@@ -105,6 +111,10 @@ class Problem:
             else "full"
         )  # fmt: skip
 
+    def tile_classes(self, block_m: int, block_n: int) -> torch.Tensor | None:
+        """(B, H, query tiles, key tiles) uint8, 0 where a tile has nothing to attend; None where nothing is known."""
+        return tile_classes(self, block_m, block_n)
+
     def choose(self, op: str) -> tuning.Choice:
         return tuning.lookup(
             op,
@@ -141,6 +151,7 @@ class Problem:
             "length_k": self.length_k,
             "sink": self.sink,
             "drop": self.drop,
+            "captured": None,
             "factors": Factors(self.scale, self.size, self.scale2, self.bias2, self.cap),
             "SCORE": _score_constants(self.score.code, self.log_n),
         }

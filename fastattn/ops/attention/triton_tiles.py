@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ...runtime.triton import LN2, LOG2E, Line, decoded_count, dot, load_rows, offset, store_tile
 from .triton_options import Cap, Drawn, kept_pairs, tanh_parts
+from .triton_placed import Placed, user_scores
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -362,11 +363,12 @@ def exponent_of(bias, scale2):
 @triton.jit
 def over_tiles(state, BODY: tl.constexpr, operands, tiles, classes, SCORE: tl.constexpr, META: tl.constexpr):
     """The state after BODY(state, operands, tile, SCORE, META, MASKED) of each tile. First come the tiles whose pairs are all attended,
-    then the tiles on either side, where BODY tests each pair (MASKED). With classes, tiles of class 0 are skipped.
+    then the tiles on either side, where BODY tests each pair (MASKED). With classes, tiles of class 0
+    are skipped, and BODY tests the pairs of all others.
 
     operands.dense: the dense mask's elements, or None.
     """
-    if operands.dense is None:
+    if operands.dense is None and classes is None:
         for tile in range(tiles.full, tiles.full_end):
             state = BODY(state, operands, tile, SCORE, META, False)
     if classes is None:
@@ -433,6 +435,7 @@ class Attended(NamedTuple):
     count: tl.tensor  # number of keys; padding after them may hold anything and is not read
     factors: Factors
     drawn: Drawn  # or None
+    placed: Placed  # a user's function, or None
 
 
 @triton.jit
@@ -444,7 +447,10 @@ def _attend_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr,
     k_tile = load_rows(operands.k, first, count, META.head_dim, META.block_n, META.block_d, MASKED)
     s = tl.zeros([META.block_m, META.block_n], tl.float32)
     s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
-    s = tile_scores(s, operands.bias, keys, end, count, factors, SCORE.shifted)
+    if operands.placed is not None:
+        s = user_scores(s, operands.placed, operands.placed.row, (operands.placed.key + keys)[None, :], factors, SCORE)
+    else:
+        s = tile_scores(s, operands.bias, keys, end, count, factors, SCORE.shifted)
     allowed = None
     if MASKED:
         allowed = allowed_pairs(keys, begin, end, operands.dense)
@@ -481,6 +487,7 @@ def attend(operands, edges, classes, SCORE: tl.constexpr, META: tl.constexpr):
             shifted = Attended(
                 operands.q_tile, operands.k, operands.v, operands.bias, operands.dense, operands.begin, operands.end,
                 operands.count, Factors(factors.scale, factors.size, exponent, factors.bias2, factors.cap), operands.drawn,
+                operands.placed,
             )  # fmt: skip
             limit_acc, limit_top, limit_total = _attend(shifted, tiles, classes, SCORE.limit, META)
             acc = tl.where(limited[:, None], limit_acc, acc)

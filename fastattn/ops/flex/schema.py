@@ -4,17 +4,22 @@ A user's function is a program by the time it is here (`program.py`), and what i
 attention's: out, lse, state and residual (`attention/schema.py`).
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ...masks import MaskArgs
-from ...runtime.backends import Backend, cpu_backend, reference_backend
+from ...runtime.backends import Backend, Lazy, cpu_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
 from ...runtime.declare import Gradients, declare
 from ..attention.scores import SCORES, has_residual
 from . import cpu, reference, text
 from .checks import check_flex, check_flex_backward, check_program, check_program_backward
+
+if TYPE_CHECKING:
+    from . import triton
+else:
+    triton = Lazy(f"{__package__}.triton")
 
 
 class Call(NamedTuple):
@@ -50,6 +55,7 @@ declare(
     describe=text.describe,
     backends=(
         cpu_backend(cpu.flex_attention, cpu.refusal, cpu.configure, cpu.flex_attention_leading),
+        triton_backend(triton.flex_attention, triton.refusal, triton.configure),
         reference_backend(reference.flex_attention),
     ),
     gradients=Gradients(
@@ -61,6 +67,7 @@ declare(
         check_contents=check_program_backward,
         backends=(
             cpu_backend(cpu.flex_attention_backward, cpu.refusal_backward, cpu.configure_backward),
+            triton_backend(triton.flex_attention_backward, triton.refusal_backward, triton.configure_backward),
             Backend("reference", reference.flex_attention_backward),
         ),
     ),

@@ -1,0 +1,124 @@
+"""flex_attention in Triton: the kernels of attention, with a program's functions as their score."""
+
+import warnings
+from typing import Any
+
+import torch
+
+from ...masks import MaskArgs
+from ...runtime import triton as _triton
+from ...runtime import tuning as _tuning
+from ...runtime.triton import LOG2E
+from ..attention import triton as forward_kernels
+from ..attention import triton_backward as backward_kernels
+from ..attention import triton_decode
+from ..attention import triton_problem
+from ..attention.scores import SCORES
+from ..attention.triton_placed import Captured
+from ..attention.triton_problem import Problem
+from .checks import WANTS_TABLES
+from .cpu import kernel_classes
+from .prepare import EMPTY
+from .triton_files import Functions, functions
+
+_SOFTMAX = SCORES["softmax"].code
+_NOTHING = 0  # of WANTS of attention's backward: neither a bias nor a sink
+
+
+def refusal(q, k, v, *_) -> str | None:
+    """Why the Triton kernels cannot serve this call, or None."""
+    return triton_problem.refusal(q, k, v)
+
+
+def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
+    return triton_problem.refusal(q, k, v) or _triton.refusal(grad_out)
+
+
+class _Problem(Problem):
+    """A call with a user's function, whose scores are in base e."""
+
+    def __init__(
+        self, q, k, v, tables, indices, program, classes, scale: float, mask: MaskArgs, *, gradients: torch.Tensor | None = None, differentiated: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__(q, k, v, None, _SOFTMAX, scale, 0.0, mask)
+        self.scale2 = LOG2E
+        self.user = functions(program, differentiated)
+        self.user_classes = classes
+        self.captured = _captured(q, tables, indices, self.user, gradients)
+
+    def values(self) -> dict[str, Any]:
+        return super().values() | {"captured": self.captured, "SCORE": self.user.score}
+
+    def tile_classes(self, block_m: int, block_n: int) -> torch.Tensor | None:
+        of_dense = super().tile_classes(block_m, block_n)
+        # tiles of packed documents start at each document, not where these do
+        if self.user_classes is None or self.packed:
+            return of_dense
+        config = {"block_q": block_m, "block_k": block_n}
+        found = kernel_classes(self.user_classes, config, self.length_q, self.length_k) != EMPTY
+        if of_dense is not None:
+            found = found & (of_dense != 0)
+        return found.to(torch.uint8).expand(self.batch, self.heads, -1, -1)
+
+
+def _captured(
+    q: torch.Tensor,
+    tables: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    user: Functions,
+    gradients: torch.Tensor | None,
+) -> Captured:
+    def one_at_least(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return q.new_zeros(1, dtype=dtype) if t is None or not t.numel() else t.contiguous()
+
+    floats, integers = one_at_least(tables, torch.float32), one_at_least(indices, torch.int32)
+    return Captured(
+        floats,
+        floats.numel() - 1,
+        integers,
+        integers.numel() - 1,
+        user.numbers or None,
+        user.counts or None,
+        gradients if user.scatters else None,
+    )
+
+
+def configure(*members) -> _tuning.Choice:
+    problem = _Problem(*members)
+    return problem.choose("attention_decode" if triton_decode.fits(problem) else "attention")
+
+
+def flex_attention(*members):
+    """(out, lse, state, residual)."""
+    return forward_kernels.forward(_Problem(*members))
+
+
+def configure_backward(grad_out, grad_lse, q, k, v, tables, out, lse, state, residual, *rest) -> _tuning.Choice:
+    return _Problem(q, k, v, tables, *rest[:-1], differentiated=True).choose("attention_backward")
+
+
+def flex_attention_backward(grad_out, grad_lse, q, k, v, tables, out, lse, state, residual, *rest):
+    *rest, wanted = rest
+    sums = None
+    if wanted & WANTS_TABLES and tables.numel():
+        _refuse_if_deterministic()
+        sums = torch.zeros_like(tables, dtype=torch.float32, memory_format=torch.contiguous_format)
+    p = _Problem(q, k, v, tables, *rest, gradients=sums, differentiated=True)
+    dq, dk, dv, *_ = backward_kernels.backward(
+        p, grad_out, grad_lse, q, k, v, None, None, out, lse, state, residual, _NOTHING
+    )
+    if sums is None:
+        sums = torch.zeros_like(tables) if wanted & WANTS_TABLES else q.new_empty(0)
+    return dq, dk, dv, sums
+
+
+def _refuse_if_deterministic() -> None:
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "fastattn.flex_attention: the triton backend adds up gradients of captured tensors in any order, which "
+        'torch.use_deterministic_algorithms forbids; backend="reference" adds them in one order'
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise NotImplementedError(message)
+    warnings.warn(message, stacklevel=2)
