@@ -95,13 +95,13 @@ def attention_backward(target: str, **options) -> list[_triton.Launch]:
     return launches
 
 
+def _on_cpu(op: registry.Op, backend: registry.Backend) -> registry.Backend:
+    return replace(backend, devices=("cpu",)) if backend.name == "triton" else backend
+
+
 def of_examples(target: str, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
     """What the typical calls of every op launch, forward and back, each result left as memory was."""
-
-    def on_cpu(op: registry.Op, backend: registry.Backend) -> registry.Backend:
-        return replace(backend, devices=("cpu",)) if backend.name == "triton" else backend
-
-    with registry.replaced(on_cpu), _triton.recorded(_triton.TARGETS[target][1]) as launches:
+    with registry.replaced(_on_cpu), _triton.recorded(_triton.TARGETS[target][1]) as launches:
         for example in examples(dtype, large=True).values():
             if example.refusal("triton") is None:
                 call, inputs = testing.example_call(example, "triton")
@@ -258,4 +258,21 @@ def gated(
     with _triton.recorded(_triton.TARGETS[target][1]) as launches:
         out, lse, state = kernels.gated_attention(q, k, v, assignment, sharpness, *options)
         kernels.gated_attention_backward(out, lse, q, k, v, assignment, sharpness, out, state, *options)
+    return launches
+
+
+def flex(target: str, score: str | None, mask: str | None, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+    """The kernels of a function of `tests/flex_mods.py`, forward and back."""
+    from flex_mods import BATCH, HEADS, MASKS, SCORES
+
+    from fastattn.ops.flex import flex_attention
+
+    length = 128
+    captured = [t.float() if t.is_floating_point() else t for t in SCORES[score][0](length)] if score else []
+    captured = [t.requires_grad_(t.is_floating_point()) for t in captured]
+    score_mod = SCORES[score][1](*captured) if score else None
+    q, k, v = (torch.zeros(BATCH, heads, length, 64, dtype=dtype, requires_grad=True) for heads in (HEADS, 2, 2))
+    with registry.replaced(_on_cpu), _triton.recorded(_triton.TARGETS[target][1]) as launches:
+        mask_mod = MASKS[mask](length) if mask else None
+        flex_attention(q, k, v, score_mod, mask_mod, enable_gqa=True, backend="triton").float().sum().backward()
     return launches

@@ -115,17 +115,21 @@ class Problem:
         """(B, H, query tiles, key tiles) uint8, 0 where a tile has nothing to attend; None where nothing is known."""
         return tile_classes(self, block_m, block_n)
 
+    def structure(self) -> dict[str, str | int]:
+        """What tile sizes are looked up by, lengths aside."""
+        return {
+            "dtype": str(self.q.dtype).removeprefix("torch."),
+            "score": self.score.name,
+            "head_dim": self.head_dim,
+            "value_dim": self.v_dim,
+            "mask": self.mask_kind,
+        }
+
     def choose(self, op: str) -> tuning.Choice:
         return tuning.lookup(
             op,
             "triton",
-            structural={
-                "dtype": str(self.q.dtype).removeprefix("torch."),
-                "score": self.score.name,
-                "head_dim": self.head_dim,
-                "value_dim": self.v_dim,
-                "mask": self.mask_kind,
-            },
+            structural=self.structure(),
             sizes={
                 "batch": max(1, self.sequences),
                 "heads": self.heads,

@@ -27,7 +27,7 @@ def _pair_bytes(values, key, target) -> int:
     return values["block_m"] * values["block_n"] * _WIDTHS[key["dtype"]] * max(1, values["num_stages"] - 1)
 
 
-def _forward_bytes(values, key, target) -> int:
+def forward_bytes(values, key, target) -> int:
     """Shared memory: the key and value tiles in flight, the weights, and the query tile if products read it from there."""
     one = _tile_bytes(key, values["block_n"], "head_dim", "value_dim")
     flying, queries = one * values["num_stages"], _tile_bytes(key, values["block_m"], "head_dim")
@@ -49,7 +49,7 @@ def _forward_bytes(values, key, target) -> int:
 def forward_fits(values, key, target) -> str | None:
     if target.kind == "cpu":
         return None
-    needed = _forward_bytes(values, key, target)
+    needed = forward_bytes(values, key, target)
     if needed > target.shared:
         return f"needs {needed >> 10} KiB of shared memory, the device has {target.shared >> 10}"
     # float32 accumulator and scores of a program, in 32-bit registers of its threads

@@ -67,6 +67,7 @@ class Printed(NamedTuple):
     text: str
     numbers: tuple[float, ...]
     counts: tuple[int, ...]
+    gathers: int  # loads of an element for each score
 
 
 class _Value(NamedTuple):
@@ -98,6 +99,7 @@ class _Section:
         values |= {INPUTS_OF_ROW + i: _Value(text, False, 0) for i, text in enumerate(constants)}
         self.values: dict[int, _Value] = values
         self.lines: list[tuple[str, str]] = []  # each name and what it is
+        self.gathers = 0
         for i, (code, result, *operands) in enumerate(section.instructions):
             name = OPS[code]
             args = [values[r] for r in operands[: arity(name)]]
@@ -107,6 +109,7 @@ class _Section:
                 uses |= a.uses
             if base(name) == "load_row":
                 uses |= _OF_K
+            self.gathers += base(name) in ("load", "load_row") and uses == _OF_Q | _OF_K
             self.lines.append((f"n{i}", text))
             values[result] = _Value(f"n{i}", condition, uses)
 
@@ -163,7 +166,7 @@ def printed(section: Section) -> Printed:
         if section.loads:
             text += f"\n\n@triton.jit\ndef user_scatter(ds, {arguments}):\n{body}"
             text += "\n".join(line for load in section.loads for line in _scattered(of, *load)) + "\n"
-    return Printed(_HEADER + text, tuple(of.numbers), tuple(of.counts))
+    return Printed(_HEADER + text, tuple(of.numbers), tuple(of.counts), of.gathers)
 
 
 def _scattered(of: _Section, index: int, derivative: int) -> Iterator[str]:

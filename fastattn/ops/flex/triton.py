@@ -16,12 +16,15 @@ from ..attention import triton_problem
 from ..attention.scores import SCORES
 from ..attention.triton_placed import Captured
 from ..attention.triton_problem import Problem
+from ..attention.tuning_triton import backward_bytes, forward_bytes
 from .checks import WANTS_TABLES
 from .cpu import kernel_classes
 from .prepare import EMPTY
 from .triton_files import Functions, functions
 
 _SOFTMAX = SCORES["softmax"].code
+_DECODE_ROWS = 64
+_LEAST = {"num_stages": 1, "block_n": 16}
 _NOTHING = 0  # of WANTS of attention's backward: neither a bias nor a sink
 
 
@@ -45,6 +48,29 @@ class _Problem(Problem):
         self.user = functions(program, differentiated)
         self.user_classes = classes
         self.captured = _captured(q, tables, indices, self.user, gradients)
+
+    def choose(self, op: str) -> _tuning.Choice:
+        """Attention's tiles, made smaller where what is gathered for each score, float32 on its way, leaves no room for them."""
+        choice, target = super().choose(op), _triton.target(self.q.device)
+        if not self.user.gathers or target.kind == "cpu":
+            return choice
+        values, key = dict(choice.values), self.structure()
+        of_tiles = backward_bytes if op == "attention_backward" else forward_bytes
+
+        def bytes_of(values) -> int:
+            with_rows = {"block_m": _DECODE_ROWS} | values
+            flying = max(values["num_stages"] - 1, target.kind == "hip")
+            pairs = with_rows["block_m"] * values["block_n"] * self.user.gathers
+            return of_tiles(with_rows, key, target) + 4 * pairs * flying
+
+        while bytes_of(values) > target.shared:
+            name = "num_stages" if values["num_stages"] > 1 else "block_n"
+            if values[name] <= _LEAST[name]:
+                break
+            values[name] = values[name] - 1 if name == "num_stages" else values[name] // 2
+        if values == choice.values:
+            return choice
+        return _tuning.Choice(values, f"{choice.source}, smaller for what the function loads")
 
     def values(self) -> dict[str, Any]:
         return super().values() | {"captured": self.captured, "SCORE": self.user.score}

@@ -32,6 +32,7 @@ class Functions(NamedTuple):
     scatters: bool  # whether anything captured has a gradient
     numbers: tuple[float, ...]
     counts: tuple[int, ...]
+    gathers: int  # loads of an element for each score
 
 
 def functions(program: torch.Tensor, differentiated: bool) -> Functions:
@@ -50,7 +51,7 @@ def _of_contents(contents: bytes, differentiated: bool, folder: Path) -> Functio
     path, module = _imported(folder, made.text)
     user = {name: getattr(module, name, None) for name in ("user_score", "user_slope", "user_scatter")}
     score = constants(**score_values(SCORES["softmax"].code, False), **user)
-    return Functions(path, score, bool(section.loads) and differentiated, made.numbers, made.counts)
+    return Functions(path, score, bool(section.loads) and differentiated, made.numbers, made.counts, made.gathers)
 
 
 def _imported(folder: Path, text: str) -> tuple[Path, ModuleType]:
