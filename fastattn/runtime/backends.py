@@ -40,11 +40,13 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 
 
-def triton_backend(run: Callable, refusal: Callable, configure: Callable | None = None) -> Backend:
+def triton_backend(
+    run: Callable, refusal: Callable, configure: Callable | None = None, describe: Callable | None = None
+) -> Backend:
     """Triton. It serves CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 runs every kernel in the interpreter."""
 
     def supports(*members):
         return _triton_missing() or refusal(*members)
 
     devices = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-    return Backend("triton", run, supports, configure, devices)
+    return Backend("triton", run, supports, configure, devices, describe=describe)

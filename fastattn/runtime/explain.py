@@ -56,7 +56,7 @@ def explain(op_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
     op, backend, ruled_out, members = _first_call(op_name, args, kwargs)
     configure = backend.configure
     choice = configure(*members) if configure is not None else Choice({}, "nothing to configure")
-    details = op.describe(*members) if op.describe is not None else ""
+    details = "\n".join(of.describe(*members) for of in (backend, op) if of.describe is not None)
     return Explanation(op.name, backend.name, dict(choice.values), choice.source, ruled_out, details)
 
 

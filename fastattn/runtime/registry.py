@@ -35,6 +35,7 @@ class Backend:
     devices: device types it serves; None means every one, () means none on this machine, for the reason that `supports` gives.
     leading: `run` for a caller that reads only the first outputs. It takes their number, then the members, and returns a tuple of
         at least that many. It is there to leave out statistics for the backward that cost as much as a small call.
+    describe: returns lines for `explain` about what the backend makes of a call, beside those of the op.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Backend:
     configure: Callable[..., Choice] | None = None
     devices: tuple[str, ...] | None = None
     leading: Callable | None = None
+    describe: Callable[..., str] | None = None
 
     def refusal(self, device: torch.device, members: Sequence[Any]) -> str | None:
         if self.devices and device.type not in self.devices:

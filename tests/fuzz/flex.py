@@ -152,7 +152,7 @@ def values(graph: Graph, outs: list[int], inputs: dict[str, Value]) -> list[Valu
     return [found[n] for n in outs]
 
 
-def check(case: dict) -> None:
+def check(case: dict, backend: str = "cpu") -> None:
     queries, keys = case["queries"], case["keys"]
     generator = torch.Generator().manual_seed(case["seed"])
     table = testing.random_tensor(ROWS, seed=case["seed"]).requires_grad_()
@@ -180,7 +180,7 @@ def check(case: dict) -> None:
             call = prepare.traced(score_mod, one_key, sizes)
             prepare.check_numbers(call)
             out, lse = fa.flex_attention(
-                q, k, v, score_mod, one_key, scale=1.0, return_lse=True, backend="cpu"
+                q, k, v, score_mod, one_key, scale=1.0, return_lse=True, backend=backend
             )
             weights = testing.random_tensor(*lse.shape, seed=case["seed"] + 4)
             finite = lse.isfinite()

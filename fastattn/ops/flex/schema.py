@@ -55,7 +55,7 @@ declare(
     describe=text.describe,
     backends=(
         cpu_backend(cpu.flex_attention, cpu.refusal, cpu.configure, cpu.flex_attention_leading),
-        triton_backend(triton.flex_attention, triton.refusal, triton.configure),
+        triton_backend(triton.flex_attention, triton.refusal, triton.configure, triton.describe),
         reference_backend(reference.flex_attention),
     ),
     gradients=Gradients(

@@ -114,6 +114,11 @@ def configure(*members) -> _tuning.Choice:
     return problem.choose("attention_decode" if triton_decode.fits(problem) else "attention")
 
 
+def describe(q, k, v, tables, indices, program, *_) -> str:
+    """The file that the score is compiled from."""
+    return f"printed to {functions(program, False).path}"
+
+
 def flex_attention(*members):
     """(out, lse, state, residual)."""
     return forward_kernels.forward(_Problem(*members))

@@ -37,7 +37,7 @@ class Functions(NamedTuple):
 
 def functions(program: torch.Tensor, differentiated: bool) -> Functions:
     """Those of a program's score, or of its score and derivatives: where it has a mask, of every pair with the mask."""
-    return _of_contents(program.detach().contiguous().numpy().tobytes(), differentiated, cache_dir() / "flex")
+    return _of_contents(program.detach().cpu().contiguous().numpy().tobytes(), differentiated, cache_dir() / "flex")
 
 
 @lru_cache(maxsize=256)

@@ -41,9 +41,12 @@ def tanh(x):
 
 @triton.jit
 def log1p(x):
-    """Its series where rounding 1 + x would lose the tail: the next term is x^6 / 6 < 1.3e-7 |x| below 0.06."""
+    """Its series where x is small: the next term is x^6 / 6 < 1.3e-7 |x| below 0.06. Else with what rounding took from 1 + x."""
     series = x * (1.0 + x * (-0.5 + x * (1.0 / 3.0 + x * (-0.25 + x * 0.2))))
-    return tl.where(tl.abs(x) < 0.06, series, tl.log(1.0 + x))
+    sum = 1.0 + x
+    lost = (x - (sum - 1.0)) / sum
+    lost = tl.where(tl.abs(lost) < 1.0, lost, 0.0)  # NaN where x is infinite or -1
+    return tl.where(tl.abs(x) < 0.06, series, tl.log(sum) + lost)
 
 
 @triton.jit
