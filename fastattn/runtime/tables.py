@@ -48,7 +48,7 @@ def install(target: _device.Target, table: dict | None) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder of this user's tables (`tables/`) and studies (`studies/`)."""
+    """The folder of this user's tables (`tables/`), studies (`studies/`) and functions printed for Triton (`flex/`)."""
     chosen = os.environ.get("FASTATTN_CACHE_DIR")
     if chosen:
         return Path(chosen)

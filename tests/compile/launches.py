@@ -261,18 +261,30 @@ def gated(
     return launches
 
 
-def flex(target: str, score: str | None, mask: str | None, dtype: torch.dtype = torch.bfloat16) -> list[_triton.Launch]:
+def capped(cap: float):
+    """A score function, and tables of a size that lengths decide, as `tests/flex_mods.py` has them."""
+    return (
+        lambda length: (torch.zeros(4, 2 * length - 1),),
+        lambda table: lambda s, b, h, q, k: cap * torch.tanh(s / cap) + table[h, q - k + table.shape[1] // 2],
+    )
+
+
+def flex(
+    target: str, score: str | tuple, mask: str | None, dtype: torch.dtype = torch.bfloat16, length: int = 128
+) -> list[_triton.Launch]:
     """The kernels of a function of `tests/flex_mods.py`, forward and back."""
     from flex_mods import BATCH, HEADS, MASKS, SCORES
 
     from fastattn.ops.flex import flex_attention
 
-    length = 128
-    captured = [t.float() if t.is_floating_point() else t for t in SCORES[score][0](length)] if score else []
+    make, score_mod = SCORES[score] if isinstance(score, str) else score
+    captured = [t.float() if t.is_floating_point() else t for t in make(length)]
     captured = [t.requires_grad_(t.is_floating_point()) for t in captured]
-    score_mod = SCORES[score][1](*captured) if score else None
-    q, k, v = (torch.zeros(BATCH, heads, length, 64, dtype=dtype, requires_grad=True) for heads in (HEADS, 2, 2))
+    mask_mod = None if mask is None else MASKS[mask](length)
+    q, k, v = (
+        torch.zeros(BATCH, heads, length, 64, dtype=dtype, requires_grad=True) for heads in (HEADS, 2, 2)
+    )
     with registry.replaced(_on_cpu), _triton.recorded(_triton.TARGETS[target][1]) as launches:
-        mask_mod = MASKS[mask](length) if mask else None
-        flex_attention(q, k, v, score_mod, mask_mod, enable_gqa=True, backend="triton").float().sum().backward()
+        out = flex_attention(q, k, v, score_mod(*captured), mask_mod, enable_gqa=True, backend="triton")
+        out.float().sum().backward()
     return launches

@@ -8,6 +8,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import flex_mods
 import pytest
 import torch
 import triton
@@ -119,6 +120,39 @@ def test_sinkhorn():
 
 def test_lssa():
     compile_all("sm_90", launches.lssa("sm_90"))
+
+
+FUNCTIONS = {
+    "sm_80": ("T5", "documents"),
+    "sm_90": ("powers", None),
+    "sm_100": ("graph distances", "causal"),
+    "gfx942": ("sandwich", "by head"),
+}
+
+
+@pytest.mark.parametrize("target", launches.SAMPLED)
+def test_functions(target):
+    """Each with functions of its own; the slow tests have all."""
+    compile_all(target, launches.flex(target, *FUNCTIONS[target]))
+
+
+def test_numbers_of_a_function_compile_nothing_new():
+    """A cap that is annealed, and lengths that are multiples of 16."""
+
+    def hashes(cap, length):
+        return compiled_as(launches.flex("sm_90", launches.capped(cap), None, length=length))
+
+    assert len({tuple(hashes(cap, length)) for cap in (3.0, 7.25) for length in (128, 256)}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", flex_mods.SCORES)
+@pytest.mark.parametrize("target", _triton.TARGETS)
+def test_all_functions(target, score):
+    """Each score with one of the masks, another one on each target."""
+    mask = turn((None, *flex_mods.MASKS), (_triton.TARGETS, target), (flex_mods.SCORES, score))
+    dtype = turn(_triton.DTYPES, (_triton.TARGETS, target), (flex_mods.SCORES, score))
+    compile_all(target, launches.flex(target, score, mask, dtype))
 
 
 def kernels() -> set[triton.JITFunction]:

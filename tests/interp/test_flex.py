@@ -28,7 +28,9 @@ pytestmark = [
 
 
 def inputs(dtype=torch.float32, length=LENGTH, keys=None, dim=16, kv_heads=2, batch=BATCH):
-    return testing.attention_inputs(batch, HEADS, kv_heads, length, length if keys is None else keys, dim, dtype=dtype)
+    return testing.attention_inputs(
+        batch, HEADS, kv_heads, length, length if keys is None else keys, dim, dtype=dtype
+    )
 
 
 def run(score_mod, mask, captured, qkv, **options):
@@ -127,7 +129,9 @@ def test_scales_of_either_sign(scale):
     found = run(score_mod, None, [table], leaves, scale=scale, backend="triton")
     for a, b in zip(found, expected, strict=True):
         # float32's roundings of sums of scores of size 1
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=2e-5 * max(1.0, float(b.abs().max())))
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=1e-4, atol=2e-5 * max(1.0, float(b.abs().max()))
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,9 @@ def test_scales_of_either_sign(scale):
     (
         lambda: fa.Mask(causal=True, window=(7, None), key_lengths=torch.tensor([20])),
         lambda: fa.Mask(causal=True, cu_seqlens_q=torch.tensor([0, 13, LENGTH])),
-        lambda: fa.Mask(dense=torch.rand(1, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.3),
+        lambda: fa.Mask(
+            dense=torch.rand(1, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.3
+        ),
     ),
     ids=("causal", "documents", "dense"),
 )
@@ -173,7 +179,9 @@ def folder(tmp_path, monkeypatch):
 
 def capped(cap, length=LENGTH):
     qkv = inputs(length=length)
-    return fa.flex_attention(*qkv, lambda s, b, h, q, k: cap * torch.tanh(s / cap), enable_gqa=True, backend="triton")
+    return fa.flex_attention(
+        *qkv, lambda s, b, h, q, k: cap * torch.tanh(s / cap), enable_gqa=True, backend="triton"
+    )
 
 
 def test_a_number_that_changes_has_the_same_file(folder):
@@ -215,7 +223,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 @pytest.fixture
 def deterministic():
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -225,7 +236,7 @@ def test_gradients_that_do_not_repeat_are_refused(deterministic):
     captured, score_mod = SCORES["alibi"]
     slopes = captured(LENGTH)[0].float().requires_grad_()
     out = fa.flex_attention(*inputs(), score_mod(slopes), enable_gqa=True, backend="triton")
-    with pytest.raises(NotImplementedError, match='flex_attention: .*deterministic.*backend="reference"'):
+    with pytest.raises(NotImplementedError, match=r'flex_attention: .*deterministic.*backend="reference"'):
         out.sum().backward()
     qkv = [t.requires_grad_() for t in inputs()]
     fa.flex_attention(*qkv, score_mod(slopes.detach()), enable_gqa=True, backend="triton").sum().backward()
@@ -235,7 +246,9 @@ def test_gradients_that_do_not_repeat_are_refused(deterministic):
 def test_explain_names_the_file(folder):
     qkv = inputs()
     text = str(
-        fa.explain(fa.flex_attention, *qkv, lambda s, b, h, q, k: torch.tanh(s), enable_gqa=True, backend="triton")
+        fa.explain(
+            fa.flex_attention, *qkv, lambda s, b, h, q, k: torch.tanh(s), enable_gqa=True, backend="triton"
+        )
     )
     [file] = folder.glob("*.py")
     assert "flex_attention: triton backend" in text and str(file) in text

@@ -106,7 +106,16 @@ def _query_tile_gradient(dq, operands, tile, SCORE: tl.constexpr, META: tl.const
     if at is not None:
         columns = (at.key + keys)[None, :]
         _, ds, of_scores = user_gradients(
-            products, dp, along_rows(operands.statistics), allowed, at, at.row, columns, operands.factors, SCORE, MASKED
+            products,
+            dp,
+            along_rows(operands.statistics),
+            allowed,
+            at,
+            at.row,
+            columns,
+            operands.factors,
+            SCORE,
+            MASKED,
         )
         add_captured_gradients(products, of_scores, end > 0, at, at.row, columns, operands.factors, SCORE)
     else:

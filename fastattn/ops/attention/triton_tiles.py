@@ -448,7 +448,9 @@ def _attend_tile(state, operands, tile, SCORE: tl.constexpr, META: tl.constexpr,
     s = tl.zeros([META.block_m, META.block_n], tl.float32)
     s = dot(operands.q_tile, tl.trans(k_tile), s, META.precision)
     if operands.placed is not None:
-        s = user_scores(s, operands.placed, operands.placed.row, (operands.placed.key + keys)[None, :], factors, SCORE)
+        s = user_scores(
+            s, operands.placed, operands.placed.row, (operands.placed.key + keys)[None, :], factors, SCORE
+        )
     else:
         s = tile_scores(s, operands.bias, keys, end, count, factors, SCORE.shifted)
     allowed = None

@@ -167,7 +167,7 @@ def _check_arguments(
         )
     if kernel_options and "BACKEND" in kernel_options:
         raise NotImplementedError(
-            f'fastattn.{_OP}: kernel_options["BACKEND"] names a kernel of torch; leave it out, or give backend="cpu" or "reference"'
+            f'fastattn.{_OP}: kernel_options["BACKEND"] names a kernel of torch; leave it out, or give backend="cpu", "triton" or "reference"'
         )
     return k, v
 

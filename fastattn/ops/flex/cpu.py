@@ -69,12 +69,15 @@ def _single(x: float) -> float:
 def _coarser(classes: torch.Tensor, axis: int, block: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(least, most) of what tiles of `block` cover of those of TILE along an axis, where MIXED is from 0 to 1."""
     tiles = -(-length // block)
-    first = torch.arange(tiles) * block // TILE
-    last = (torch.arange(1, tiles + 1) * block - 1).clamp(max=length - 1) // TILE
+    numbers = torch.arange(tiles)
+    steps = int((((numbers + 1) * block - 1).clamp(max=length - 1) // TILE - numbers * block // TILE).max())
+    numbers = torch.arange(tiles, device=classes.device)  # made there: a copy would wait for the device
+    first = numbers * block // TILE
+    last = ((numbers + 1) * block - 1).clamp(max=length - 1) // TILE
     low = torch.where(classes == FULL, 1, 0).to(torch.uint8)
     high = torch.where(classes == EMPTY, 0, 1).to(torch.uint8)
     least, most = low.index_select(axis, first), high.index_select(axis, first)
-    for step in range(1, int((last - first).max()) + 1):
+    for step in range(1, steps + 1):
         where = torch.minimum(first + step, last)
         least = torch.minimum(least, low.index_select(axis, where))
         most = torch.maximum(most, high.index_select(axis, where))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .program import BY_KEY, INPUTS_OF_KEY, INPUTS_OF_ROW, OPS, Section, arity, base
+from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base
 
 _PLAIN_FLOATS = {0.0, 1.0, -1.0, 0.5, -0.5, math.inf, -math.inf}
 _LARGEST_PLAIN = 16  # integers up to it stand in the text, and every divisor and count of bits

@@ -67,7 +67,9 @@ declare(
         check_contents=check_program_backward,
         backends=(
             cpu_backend(cpu.flex_attention_backward, cpu.refusal_backward, cpu.configure_backward),
-            triton_backend(triton.flex_attention_backward, triton.refusal_backward, triton.configure_backward),
+            triton_backend(
+                triton.flex_attention_backward, triton.refusal_backward, triton.configure_backward
+            ),
             Backend("reference", reference.flex_attention_backward),
         ),
     ),

@@ -11,8 +11,7 @@ from ...runtime import tuning as _tuning
 from ...runtime.triton import LOG2E
 from ..attention import triton as forward_kernels
 from ..attention import triton_backward as backward_kernels
-from ..attention import triton_decode
-from ..attention import triton_problem
+from ..attention import triton_decode, triton_problem
 from ..attention.scores import SCORES
 from ..attention.triton_placed import Captured
 from ..attention.triton_problem import Problem
@@ -94,15 +93,16 @@ def _captured(
     user: Functions,
     gradients: torch.Tensor | None,
 ) -> Captured:
-    def one_at_least(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return q.new_zeros(1, dtype=dtype) if t is None or not t.numel() else t.contiguous()
+    def table(t: torch.Tensor | None, dtype: torch.dtype, read: bool) -> tuple[torch.Tensor | None, int]:
+        """(one element at least, the last one's number); None where nothing is read."""
+        if t is None and not read:
+            return None, 0
+        t = q.new_zeros(1, dtype=dtype) if t is None or not t.numel() else t.contiguous()
+        return t, t.numel() - 1
 
-    floats, integers = one_at_least(tables, torch.float32), one_at_least(indices, torch.int32)
     return Captured(
-        floats,
-        floats.numel() - 1,
-        integers,
-        integers.numel() - 1,
+        *table(tables, torch.float32, user.reads_floats),
+        *table(indices, torch.int32, user.reads_integers),
         user.numbers or None,
         user.counts or None,
         gradients if user.scatters else None,
@@ -124,7 +124,9 @@ def flex_attention(*members):
     return forward_kernels.forward(_Problem(*members))
 
 
-def configure_backward(grad_out, grad_lse, q, k, v, tables, out, lse, state, residual, *rest) -> _tuning.Choice:
+def configure_backward(
+    grad_out, grad_lse, q, k, v, tables, out, lse, state, residual, *rest
+) -> _tuning.Choice:
     return _Problem(q, k, v, tables, *rest[:-1], differentiated=True).choose("attention_backward")
 
 

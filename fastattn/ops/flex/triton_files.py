@@ -19,7 +19,7 @@ from ...runtime.triton import Constants, constants
 from ..attention.scores import SCORES
 from ..attention.triton_problem import score_values
 from .printer import printed
-from .program import read
+from .program import OPS, read
 
 _modules: dict[tuple[Path, str], ModuleType] = {}  # safe: found by all their text
 
@@ -33,11 +33,15 @@ class Functions(NamedTuple):
     numbers: tuple[float, ...]
     counts: tuple[int, ...]
     gathers: int  # loads of an element for each score
+    reads_floats: bool
+    reads_integers: bool
 
 
 def functions(program: torch.Tensor, differentiated: bool) -> Functions:
     """Those of a program's score, or of its score and derivatives: where it has a mask, of every pair with the mask."""
-    return _of_contents(program.detach().cpu().contiguous().numpy().tobytes(), differentiated, cache_dir() / "flex")
+    return _of_contents(
+        program.detach().cpu().contiguous().numpy().tobytes(), differentiated, cache_dir() / "flex"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -51,7 +55,10 @@ def _of_contents(contents: bytes, differentiated: bool, folder: Path) -> Functio
     path, module = _imported(folder, made.text)
     user = {name: getattr(module, name, None) for name in ("user_score", "user_slope", "user_scatter")}
     score = constants(**score_values(SCORES["softmax"].code, False), **user)
-    return Functions(path, score, bool(section.loads) and differentiated, made.numbers, made.counts, made.gathers)
+    scatters = differentiated and bool(section.loads)
+    names = {OPS[code] for code, *_ in section.instructions}
+    reads = (not names.isdisjoint({f"load_{kind}", f"load_row_{kind}"}) for kind in "fi")
+    return Functions(path, score, scatters, made.numbers, made.counts, made.gathers, *reads)
 
 
 def _imported(folder: Path, text: str) -> tuple[Path, ModuleType]:
