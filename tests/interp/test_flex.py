@@ -160,7 +160,7 @@ def test_documents_of_a_function_are_packed(nan_outputs):
     check(score_mod, lambda b, h, q, k: (of[q] == of[k]) & (q >= k), captured(LENGTH), inputs(batch=1))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32))
 def test_random_functions(seed):
     case = fuzz.draw(random.Random(seed))

@@ -7,6 +7,7 @@ integers of sizes, are arguments (`Printed`).
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .program import BY_KEY, INPUTS_OF_ROW, OPS, Section, arity, base
 
 _PLAIN_FLOATS = {0.0, 1.0, -1.0, 0.5, -0.5, math.inf, -math.inf}
 _LARGEST_PLAIN = 16  # integers up to it stand in the text, and every divisor and count of bits
+_NAMES = re.compile(r"\bn\d+\b")  # of a function's values
 _OF_Q, _OF_K = 1, 2  # what a value differs by in a tile
 
 _HEADER = '''"""Written by fastattn.flex_attention for one score function; not to be edited: another text has another name."""
@@ -156,17 +158,28 @@ def _counted(value: _Value) -> str:
 def printed(section: Section) -> Printed:
     """The functions of a section: `user_score` of one without derivatives, else `user_slope` and `user_scatter`."""
     of = _Section(section)
-    body = "".join(f"    {name} = {text}\n" for name, text in of.lines)
-    arguments = "s, b, h, q, k, captured"
     if section.slope == -1:
-        text = f"@triton.jit\ndef user_score({arguments}):\n{body}    return {of.whole(section.score)}\n"
+        functions = [_function(of, "user_score", [f"return {of.whole(section.score)}"])]
     else:
-        text = f"@triton.jit\ndef user_slope({arguments}):\n{body}"
-        text += f"    return {of.whole(section.score)}, {of.whole(section.slope)}\n"
+        results = f"return {of.whole(section.score)}, {of.whole(section.slope)}"
+        functions = [_function(of, "user_slope", [results])]
         if section.loads:
-            text += f"\n\n@triton.jit\ndef user_scatter(ds, {arguments}):\n{body}"
-            text += "\n".join(line for load in section.loads for line in _scattered(of, *load)) + "\n"
-    return Printed(_HEADER + text, tuple(of.numbers), tuple(of.counts), of.gathers)
+            lines = [line for load in section.loads for line in _scattered(of, *load)]
+            functions.append(_function(of, "user_scatter", lines, "ds, "))
+    text = _HEADER + "\n\n".join(functions)
+    return Printed(text, tuple(of.numbers), tuple(of.counts), of.gathers)
+
+
+def _function(of: _Section, name: str, results: list[str], more: str = "") -> str:
+    """A function of these last lines, and of what they are made of."""
+    needed = set(_NAMES.findall(" ".join(results)))
+    lines = []
+    for result, text in reversed(of.lines):
+        if result in needed:
+            needed.update(_NAMES.findall(text))
+            lines.append(f"{result} = {text}")
+    body = "".join(f"    {line}\n" for line in (*reversed(lines), *results))
+    return f"@triton.jit\ndef {name}({more}s, b, h, q, k, captured):\n{body}"
 
 
 def _scattered(of: _Section, index: int, derivative: int) -> Iterator[str]:
@@ -180,6 +193,6 @@ def _scattered(of: _Section, index: int, derivative: int) -> Iterator[str]:
         part = f"tl.sum({part}, 0, keep_dims=True)"
     elif not uses:
         part = f"tl.sum(tl.sum({part}, 1), 0)"
-    yield f"    part = {part}"
+    yield f"part = {part}"
     text = at.text + (" + k" if by_key else "")
-    yield f"    add_elements(captured.gradients, {text}, captured.last_float, part)"
+    yield f"add_elements(captured.gradients, {text}, captured.last_float, part)"
