@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from . import (
     _source,  # noqa: F401  before the rest: it decides where the rest comes from
     bias,
+    blocks,
 )
 from .bias import DistanceBias
+from .blocks import Blocks
 from .masks import Mask
 from .ops.attention import attention, sigmoid_attention
 from .ops.causal_conv1d import causal_conv1d
@@ -37,11 +39,13 @@ __version__ = "0.1.0"
 _LAZY = ("distributed", "integrations", "models", "nn", "optim", "testing")
 
 __all__ = [
+    "Blocks",
     "DistanceBias",
     "Mask",
     "Score",
     "attention",
     "bias",
+    "blocks",
     "causal_conv1d",
     "cpu_isas",
     "decode_step",
