@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .blocks.lists import Blocks, elements, table
 from .runtime.checks import (
     as_integer,
     broadcasts,
@@ -23,7 +24,7 @@ from .runtime.torch_private import transformed
 
 
 class MaskArgs(NamedTuple):
-    """A mask as ops take it, index tensors int32 on q's device: one member of an op's `Call`, ten arguments of its schema."""
+    """A mask as ops take it, index tensors int32 on q's device: one member of an op's `Call`, flat in its schema."""
 
     causal: bool
     window_left: Size  # keys beside the query's own, -1: no limit
@@ -35,10 +36,17 @@ class MaskArgs(NamedTuple):
     max_seqlen_k: Size
     key_lengths: torch.Tensor | None  # (B,), or (documents,)
     dense: torch.Tensor | None  # bool, broadcastable to (B, H, Lq, Lk)
+    # `Blocks`, None: every block. Query head h has the lists of head h // list_group
+    list_offsets: torch.Tensor | None = None  # ((B or 1) * list_heads * ceil(Lq / list_q) + 1,)
+    list_keys: torch.Tensor | None = None  # key blocks, row by row
+    list_q: Size = 1  # queries and keys of a block
+    list_k: Size = 1
+    list_heads: Size = 1
+    list_group: Size = 1
 
 
 # Arguments of Mask that exclude keys.
-_FIELDS = "causal", "window", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense"
+_FIELDS = "causal", "window", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense", "blocks"
 
 # Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
 _ALIGNED = -(2**31)
@@ -62,6 +70,8 @@ class Mask:
         when packed). "key_lengths": the last key that key_lengths counts, as in a cache with room for more keys; Lk above is then
         the key length, and queries before the first key attend nothing.
     dense: bool tensor broadcastable to (B, H, Lq, Lk), True = attend. It is not copied: every call reads its present contents.
+    blocks: a fastattn.Blocks, lists of the key blocks that each block of queries attends, of the call's lengths. Its batch is 1 or
+        the call's, its heads 1, the key heads or the query heads. Packed documents are cut in the pack.
 
     Index tensors are int32 or int64 on any device. Their contents are copied and checked once, here: a Mask does not see what is
     written to them afterwards. Raises ValueError or TypeError naming the argument.
@@ -77,6 +87,7 @@ class Mask:
         key_lengths: torch.Tensor | None = None,
         dense: torch.Tensor | None = None,
         align: str = "keys",
+        blocks: Blocks | None = None,
     ) -> None:
         check_choice("Mask", "align", align, ("keys", "key_lengths"))
         if align == "key_lengths" and key_lengths is None:
@@ -106,6 +117,9 @@ class Mask:
                     f"fastattn.Mask: dense must broadcast to (B, H, Lq, Lk), given {dense.dim()} dimensions"
                 )
             self.dense = dense
+        if blocks is not None and not isinstance(blocks, Blocks):
+            raise TypeError(f"fastattn.Mask: blocks must be a fastattn.Blocks, given {describe(blocks)}")
+        self.blocks = blocks
         self.documents: int | None = None
         self.max_seqlen_q = self.max_seqlen_k = -1
         self.total_q = self.total_k = 0
@@ -182,6 +196,8 @@ class Mask:
     def _check_contents(self, op: str, q: torch.Tensor, k: torch.Tensor) -> None:
         """The contents of index tensors, known on the host, fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), or ValueError."""
         lq, lk = q.shape[2], k.shape[2]
+        if self.blocks is not None:
+            _check_blocks(op, self.blocks, q, k)
         if self.packed:
             for name, total, length in (
                 ("cu_seqlens_q", self.total_q, lq),
@@ -210,15 +226,16 @@ class Mask:
                 lengths = self.key_lengths
                 if self.align == "key_lengths" and lengths is not None:
                     lengths = lengths + _ALIGNED
+                lists = (None, None) if self.blocks is None else (self.blocks.offsets, self.blocks.keys)
                 tensors = tuple(
                     None if t is None else t.to(q.device)
-                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths)
+                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths, *lists)
                 )
             # a tensor made inside a transform of torch.func is that transform's, and has no storage after it
             if not traced() and not transformed() and _lasting(tensors):
                 self._on_device[q.device] = tensors
-        prefix, offsets_q, offsets_k, lengths = tensors
-        dense = self.dense
+        prefix, offsets_q, offsets_k, lengths, *lists = tensors
+        dense, blocks = self.dense, self.blocks
         if dense is not None:
             dense = check_broadcast(op, "dense mask", dense, q, k)
         return MaskArgs(
@@ -232,6 +249,24 @@ class Mask:
             self.max_seqlen_k,
             lengths,
             dense,
+            *lists,
+            *(() if blocks is None else (*blocks.block, blocks.heads, q.shape[1] // blocks.heads)),
+        )
+
+
+def _check_blocks(op: str, blocks: Blocks, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Block lists are of this call's lengths, batch and heads, or ValueError."""
+    for name, given, length in (
+        ("q_length", blocks.q_length, q.shape[2]),
+        ("k_length", blocks.k_length, k.shape[2]),
+    ):
+        if given != length:
+            raise ValueError(f"fastattn.{op}: blocks has {name} {given}, the call has {length}; they must agree")
+    if blocks.batch != 1 and blocks.batch != q.shape[0]:
+        raise ValueError(f"fastattn.{op}: blocks has a batch of {blocks.batch}, q has {q.shape[0]}; give one or as many")
+    if blocks.heads != 1 and blocks.heads != k.shape[1] and blocks.heads != q.shape[1]:
+        raise ValueError(
+            f"fastattn.{op}: blocks has {blocks.heads} heads; give 1, the {k.shape[1]} key heads or the {q.shape[1]} query heads"
         )
 
 
@@ -250,7 +285,10 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
     """A mask fits q (B, H, Lq, D) and k (B, Hkv, Lk, D), but for what index tensors hold."""
     (
         causal, window_left, window_right, prefix_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, dense,
+        list_offsets, *_,
     ) = mask  # fmt: skip
+    if list_offsets is not None:
+        _check_lists(op, q, k, mask)
     if window_left > LONGEST or window_right > LONGEST:
         side = max(window_left, window_right)
         raise ValueError(f"fastattn.{op}: a window must be at most {LONGEST} keys, given {side}")
@@ -298,6 +336,45 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
             raise ValueError(f"fastattn.{op}: {name} has {value.shape[0]} entries for {of}")
     if prefix_lengths is not None and not causal:
         raise ValueError(f"fastattn.{op}: prefix_lengths needs causal to be True")
+
+
+def _check_lists(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> None:
+    """Block lists fit q and k, but for what they hold."""
+    offsets, keys, list_q, list_k, heads, group = mask[-6:]
+    if keys is None:
+        raise ValueError(f"fastattn.{op}: list_offsets and list_keys must be given together")
+    _check_indices(op, "list_offsets", offsets, q)
+    _check_indices(op, "list_keys", keys, q)
+    if not (1 <= list_q <= LONGEST and 1 <= list_k <= LONGEST):
+        raise ValueError(f"fastattn.{op}: list_q and list_k must lie in [1, 2**31), given {list_q} and {list_k}")
+    if heads * group != q.shape[1] or not (heads == 1 or heads == k.shape[1] or heads == q.shape[1]):
+        raise ValueError(
+            f"fastattn.{op}: list_heads must be 1, k's or q's heads, and list_group q's heads by it, given {heads} and {group}"
+        )
+    rows = heads * (-(-q.shape[2] // list_q))
+    if offsets.shape[0] != rows + 1 and offsets.shape[0] != q.shape[0] * rows + 1:
+        raise ValueError(
+            f"fastattn.{op}: list_offsets must have {rows + 1} entries, or {q.shape[0] * rows + 1} for lists of each batch entry, "
+            f"given {offsets.shape[0]}"
+        )
+
+
+def unserved_lists(mask: MaskArgs) -> str | None:
+    """Why kernels that read no block lists cannot serve a mask, or None."""
+    return None if mask.list_offsets is None else "it does not serve block lists"
+
+
+def describe_lists(mask: MaskArgs, keys: int) -> str:
+    """A mask's block lists of so many keys, to read: how dense and how long they are. Empty where there are none."""
+    offsets = mask.list_offsets
+    if offsets is None or not has_contents(offsets) or offsets.numel() < 2:
+        return ""
+    counts = offsets.diff()
+    mean, most = float(counts.double().mean()), int(counts.max())
+    density = mean / max(-(-keys // mask.list_k), 1)
+    return (
+        f"block lists of {mask.list_q} x {mask.list_k}: density {density:.3g}, {mean:.4g} key blocks a row, at most {most}"
+    )
 
 
 def check_causal(op: str, mask: MaskArgs) -> None:
@@ -450,7 +527,18 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
     if mask.key_lengths is not None:
         allowed = allowed & (j < per_row(key_length(mask.key_lengths)))
     allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
+    if mask.list_offsets is not None and mask.list_keys is not None:
+        allowed = allowed & _listed(lq, lk, mask)
     return allowed if mask.dense is None else allowed & mask.dense
+
+
+def _listed(lq: int, lk: int, mask: MaskArgs) -> torch.Tensor:
+    """bool (B or 1, H or 1, Lq, Lk), True where key j's block is in the list of query i's."""
+    nq, nk = -(-lq // mask.list_q), -(-lk // mask.list_k)
+    found = table(mask.list_offsets, mask.list_keys, mask.list_heads, nq, nk)
+    if mask.list_heads != 1:
+        found = found.repeat_interleave(mask.list_group, dim=1)
+    return elements(found, (mask.list_q, mask.list_k), lq, lk)
 
 
 def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:

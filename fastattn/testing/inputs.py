@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..blocks import Blocks
 from ..masks import Mask
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class AttentionProblem:
     head_dim: int
     v_dim: int
     layout: str
-    mask_options: dict  # Mask's keywords; index tensors as lists, dense as a shape and a density
+    mask_options: dict  # Mask's keywords; index tensors as lists, dense as a shape and a density; blocks: block,
+    # batch, heads and density
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype = torch.float32, **options: Any) -> tuple:
@@ -170,10 +172,20 @@ class AttentionProblem:
                 shape, density = value
                 generator = torch.Generator().manual_seed(self.seed)
                 value = (torch.rand(shape, generator=generator) < density).to(device)
+            elif name == "blocks":
+                value = self.blocks(*value).to(device)
             elif isinstance(value, list):
                 value = torch.tensor(value, dtype=torch.int32, device=device)
             options[name] = value
         return Mask(**options) if options else None
+
+
+    def blocks(self, block: tuple[int, int], batch: int, heads: int, density: float) -> Blocks:
+        """Random lists of this problem's lengths."""
+        counts = (-(-n // size) for n, size in zip((self.q_len, self.k_len), block, strict=True))
+        generator = torch.Generator().manual_seed(self.seed)
+        table = torch.rand(batch, heads, *counts, generator=generator) < density
+        return Blocks.from_dense(table, block=block, q_length=self.q_len, k_length=self.k_len)
 
 
 MASK_KINDS = ("full", "causal", "window", "prefix", "packed", "key_lengths", "dense")
@@ -186,10 +198,12 @@ def attention_problems(
     head_dims: Sequence[int] = (1, 3, 8, 16, 17, 32, 64),
     max_heads: int = 4,
     combine: bool = True,
+    block_sizes: Sequence[int] = (1, 3, 16, 32, 100),
 ) -> SearchStrategy[AttentionProblem]:
     """A hypothesis strategy of AttentionProblem: small odd shapes, empty lengths, each kind of mask.
 
-    With `combine`, causal, window, key lengths and a dense mask are also drawn on top of the chosen kind.
+    With `combine`, causal, window, key lengths and a dense mask are also drawn on top of the chosen kind. A kind that is in none of
+    the defaults is "blocks", block lists: alone, or of packed documents.
     """
     from hypothesis import strategies as st
 
@@ -231,6 +245,19 @@ def attention_problems(
                 options["prefix_lengths"] = [
                     draw(st.integers(0, b - a)) for a, b in itertools.pairwise(k_cuts)
                 ]
+        elif kind == "blocks":
+            if batch == 1 and draw(st.booleans()):
+                cut = draw(st.integers(0, min(q_len, k_len)))
+                options["cu_seqlens_q"], options["cu_seqlens_k"] = [0, cut, q_len], [0, cut, k_len]
+                extra = False
+            sizes = st.sampled_from(block_sizes)
+            options["causal"] = draw(st.booleans())
+            options["blocks"] = (
+                (draw(sizes), draw(sizes)),
+                draw(st.sampled_from(sorted({1, batch}))),
+                draw(st.sampled_from(sorted({1, kv_heads, heads}))),
+                draw(st.sampled_from((0.0, 0.3, 0.6, 1.0))),
+            )
         if kind == "key_lengths" or (extra and kind != "packed" and draw(st.booleans())):
             options["key_lengths"] = [draw(st.integers(0, k_len)) for _ in range(batch)]
         if kind == "dense" or (extra and draw(st.booleans())):

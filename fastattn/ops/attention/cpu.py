@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...masks import NO_MASK_ARGS, MaskArgs
+from ...masks import NO_MASK_ARGS, MaskArgs, unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
@@ -63,6 +63,8 @@ def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng
         return f"it serves soft caps from {_LEAST_CAP} to {_MOST_CAP}, not {softcap}"
     if bias_value is not None and not math.isfinite(bias_value):
         return f"it serves finite numbers as bias, not {bias_value}"
+    if (reason := unserved_lists(mask)) is not None:
+        return reason
     return unserved(q, k, v)
 
 

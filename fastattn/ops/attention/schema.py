@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ... import masks
 from ...masks import MaskArgs
 from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
@@ -54,12 +55,17 @@ def _fake(q, k, v, bias, sink, score, *_):
     return out, q.new_empty(lse, dtype=dtype), q.new_empty(state, dtype=dtype), residual
 
 
+def _described(*members) -> str:
+    return masks.describe_lists(members[-1], members[1].shape[2])
+
+
 declare(
     "attention",
     Call,
     outputs=("out", "lse", "state", "residual"),
     fake=_fake,
     check=check_attention,
+    describe=_described,
     backends=(
         cpu_backend(cpu.attention, cpu.refusal, cpu.configure, cpu.attention_leading),
         triton_backend(triton.attention, triton.refusal, triton.configure),

@@ -307,8 +307,8 @@ def row_products(p: Problem, grad_out, out, grad_lse=None, residual=None) -> tor
     return delta
 
 
-def refusal(grad_out, grad_lse, q, k, v, bias, *_) -> str | None:
-    return forward_refusal(q, k, v, bias) or _triton.refusal(grad_out)
+def refusal(grad_out, grad_lse, q, k, v, bias, *rest) -> str | None:
+    return forward_refusal(q, k, v, bias, *rest[:-1]) or _triton.refusal(grad_out)
 
 
 def configure(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state, residual, *rest):

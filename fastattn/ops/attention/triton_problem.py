@@ -6,7 +6,7 @@ from functools import cache
 import torch
 import triton
 
-from ...masks import MaskArgs
+from ...masks import MaskArgs, unserved_lists
 from ...runtime import triton as _triton
 from ...runtime import tuning
 from ...runtime.triton import LOG2E, Constants, constants, encoded_count, pairs, rows
@@ -226,8 +226,10 @@ def turned(config: Mapping[str, int]) -> dict[str, int]:
     return {**config, "block_m": config["block_n"], "block_n": config["block_m"]}
 
 
-def refusal(q, k, v, bias=None, *_) -> str | None:
-    """Why the Triton kernels cannot serve this forward call, or None."""
+def refusal(q, k, v, bias, *rest) -> str | None:
+    """Why the Triton kernels cannot serve this forward call, whose mask is the last member, or None."""
+    if (reason := unserved_lists(rest[-1])) is not None:
+        return reason
     if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256:
         return f"it serves head dims 1 to 256, not {q.shape[3]} and {v.shape[3]}"
     if max(q.shape[2], k.shape[2]) > _triton.LONGEST:

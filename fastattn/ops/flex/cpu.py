@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import gradient_fields, lookup, mask_fields, outputs, plane, tile_classes, unserved
@@ -23,13 +24,13 @@ _VERSION = 1
 _MOST_COPIES = 256 << 20  # bytes of tables' gradients that are summed apart
 
 
-def refusal(q, k, v, *_) -> str | None:
-    """Why the CPU kernel cannot serve this call, or None."""
-    return unserved(q, k, v)
+def refusal(q, k, v, *rest) -> str | None:
+    """Why the CPU kernel cannot serve this call, whose mask is the last member, or None."""
+    return unserved(q, k, v) or unserved_lists(rest[-1])
 
 
-def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
-    return unserved(q, k, v)
+def refusal_backward(grad_out, grad_lse, q, k, v, *rest) -> str | None:
+    return refusal(q, k, v, *rest[:-1])
 
 
 def configure(q, k, v, *_) -> _tuning.Choice:

@@ -2,23 +2,25 @@
 
 import torch
 
+from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
 from . import tuning  # noqa: F401  declares what `lookup` serves
 
 
-def refusal(q, k, v, assignment, sharpness, *_) -> str | None:
-    """Why the CPU kernel cannot serve this call, or None."""
+def refusal(q, k, v, assignment, sharpness, *rest) -> str | None:
+    """Why the CPU kernel cannot serve this call, whose mask is the last member, or None."""
     return (
         unserved(q, k, v)
+        or unserved_lists(rest[-1])
         or native.unserved_dtype(assignment, "assignment")
         or native.unserved_dtype(sharpness, "sharpness")
     )
 
 
-def refusal_backward(grad_out, grad_lse, q, k, v, assignment, sharpness, *_) -> str | None:
-    return refusal(q, k, v, assignment, sharpness)
+def refusal_backward(grad_out, grad_lse, q, k, v, assignment, sharpness, *rest) -> str | None:
+    return refusal(q, k, v, assignment, sharpness, *rest)
 
 
 def configure(q, k, v, *_) -> _tuning.Choice:

@@ -233,7 +233,7 @@ def _gate_values(assignment, sharpness, window: int, gate: int) -> dict:
 def refusal(q, k, v, assignment, sharpness, window, gate, scale, mask) -> str | None:
     if assignment.shape[2] > 64:
         return f"it serves at most 64 groups, not {assignment.shape[2]}"
-    return attention_refusal(q, k, v, None) or _triton.refusal(assignment, sharpness)
+    return attention_refusal(q, k, v, None, mask) or _triton.refusal(assignment, sharpness)
 
 
 def refusal_backward(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
@@ -10,7 +11,7 @@ from . import tuning  # noqa: F401  declares what `lookup` serves
 
 def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
-    return unserved(q, k, v) or ("it does not serve a dense mask" if mask.dense is not None else None)
+    return unserved(q, k, v) or unserved_lists(mask) or ("it does not serve a dense mask" if mask.dense is not None else None)
 
 
 def refusal_backward(

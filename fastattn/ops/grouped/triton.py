@@ -166,7 +166,7 @@ def sorted_values(p: Problem, groups, key_groups, near: int, config, *, over: st
 def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
     if mask.dense is not None:
         return "it does not serve a dense mask"
-    return attention_refusal(q, k, v, None)
+    return attention_refusal(q, k, v, None, mask)
 
 
 def configure(q, k, v, groups, key_groups, window, scale, mask) -> tuning.Choice:

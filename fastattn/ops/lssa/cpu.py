@@ -2,6 +2,7 @@
 
 import torch
 
+from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import lookup, mask_fields, unserved
@@ -10,11 +11,11 @@ from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
 
 def refusal(q, k, v, power, mask) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
-    return unserved(q, k, v)
+    return unserved(q, k, v) or unserved_lists(mask)
 
 
-def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
-    return unserved(q, k, v)
+def refusal_backward(grad_out, grad_lse, q, k, v, *rest) -> str | None:
+    return unserved(q, k, v) or unserved_lists(rest[-1])
 
 
 def configure(q, k, v, power, mask) -> _tuning.Choice:

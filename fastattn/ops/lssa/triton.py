@@ -121,7 +121,7 @@ def power_values(p: Problem, power: float | None) -> dict:
 def refusal(q, k, v, power, mask) -> str | None:
     if mask.dense is not None:
         return "it does not serve a dense mask"
-    return attention_refusal(q, k, v, None)
+    return attention_refusal(q, k, v, None, mask)
 
 
 def configure(q, k, v, power, mask) -> tuning.Choice:
