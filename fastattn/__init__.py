@@ -24,6 +24,7 @@ from .ops.hrm_step import decode_step
 from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.linear_scan import linear_scan
 from .ops.lssa import lssa_attention, softplus_attention
+from .ops.merge import merge, merge_sums
 from .ops.multi_label import multi_label_cross_entropy
 from .ops.rowwise import gated, rms_norm, rotary, rotary_tables, swiglu
 from .ops.sdpa import scaled_dot_product_attention
@@ -63,6 +64,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_scan",
     "lssa_attention",
+    "merge",
+    "merge_sums",
     "models",
     "multi_label_cross_entropy",
     "nearest_codes",

@@ -20,6 +20,7 @@ struct BackwardBlock {
 
   const Problem& problem;
   const Queries& packed;
+  const Tiles& tiles;                // of queries, packed block_q rows apart
   int64_t block_q, block_k, row;     // row: columns between rows of a tile
   Word *keys, *key_panels, *values;  // K^T and V^T to contract head dims, K to contract keys
   float *grad_keys, *grad_values;    // (block_k, head dims)
@@ -39,10 +40,11 @@ struct BackwardBlock {
   int64_t slope_row(int64_t g) const { return apart ? g % kStrip * kRows : weight_row(g); }
 
   // Takes every buffer from the arena and touches none.
-  BackwardBlock(const Problem& problem, const Queries& packed, const BiasUnits& units, int64_t block_q, int64_t block_k,
-                Arena& arena)
+  BackwardBlock(const Problem& problem, const Queries& packed, const Tiles& tiles, const BiasUnits& units,
+                int64_t block_q, int64_t block_k, Arena& arena)
       : problem(problem),
         packed(packed),
+        tiles(tiles),
         block_q(block_q),
         block_k(block_k),
         row(padded_row(block_k)),
@@ -62,11 +64,11 @@ struct BackwardBlock {
         bias(problem, units, packed.capacity, row, packed.row_words > 0, arena),
         tables(problem, row, arena) {}
 
-  // Keys [n, n + block_k) of one key head against every row of its query heads, packed in blocks from `first` on.
-  void run(const Sequence& s, int64_t kv_head, int64_t n, const Blocks& heads, int64_t first, int64_t slice,
+  // Keys [n, n + width) of one key head against every row of its query heads, packed in blocks from `first` on.
+  void run(const Sequence& s, int64_t kv_head, int64_t n, int64_t width, const Blocks& heads, int64_t first, int64_t slice,
            int64_t part) {
     const AttentionParams& p = problem.p;
-    const int64_t owned = min64(block_k, s.k_length - n), there = min64(owned, s.keys - n);
+    const int64_t owned = width, there = min64(owned, s.keys - n);
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
     memset(grad_values, 0, size_t(row * packed.o_columns) * 4);
     if (there > 0 && s.q_length > 0) {
@@ -76,11 +78,11 @@ struct BackwardBlock {
         const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
         const BiasSums sums = bias.sums(s, head, g, n, part, queries.distances + slice * packed.distances);
-        for (int64_t m = 0; m < s.q_length; m += block_q) {
-          const int64_t rows = min64(block_q, s.q_length - m);
-          if (s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) continue;
-          tile(s, head, m, rows, n, there, queries, slice, sums);
-        }
+        each_tile(s, head, n, [&](int64_t index) {
+          const int64_t m = tiles.first(index), rows = tiles.size(index, s.q_length);
+          if (rows <= 0 || s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) return;
+          tile(s, head, m, index * block_q, rows, n, there, queries, slice, sums);
+        });
       }
     }
     // rows of masked keys may have met leftovers of another tile in the last group of rows
@@ -96,13 +98,25 @@ struct BackwardBlock {
     }
   }
 
+  // f(tile) for those of the queries of one head that may attend the keys from n on.
+  template <class F>
+  void each_tile(const Sequence& s, int64_t head, int64_t n, const F& f) const {
+    if (!problem.lists.on()) {
+      for (int64_t tile = 0; tile < tiles.count(s.q_length); tile++) f(tile);
+      return;
+    }
+    const List list = problem.lists.of_keys(s.batch, head, n);
+    for (const int32_t* block = list.begin; block < list.end; block++)
+      for (int64_t part = 0; part < tiles.parts; part++) f(*block * tiles.parts + part);
+  }
+
   void pack_keys(const Matrix& k, const Matrix& v, int64_t there) {
     pack_transposed<Unit>(keys, k, there, problem.head_dim);
     pack_transposed<Unit>(values, v, there, problem.value_dim);
     pack_panels<Unit>(key_panels, steps_of<Unit>(block_k), 0, k, there, problem.head_dim);
   }
 
-  void tile(const Sequence& s, int64_t head, int64_t m, int64_t rows, int64_t n, int64_t there,
+  void tile(const Sequence& s, int64_t head, int64_t m, int64_t at, int64_t rows, int64_t n, int64_t there,
             const typename Queries::View& queries, int64_t slice, const BiasSums& sums) {
     const AttentionParams& p = problem.p;
     const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, m / block_q, n / block_k, 1);
@@ -110,7 +124,7 @@ struct BackwardBlock {
     if (kind == 0) return;
     ranges.fill(s, m, rows);
     const ScoreMachine& machine = problem.machine(kind == 2);
-    const Tile tile{s, head, m, rows, n, there, queries, machine, kind == 2, Score::kMaximum && decodes(problem, s)};
+    const Tile tile{s, head, m, at, rows, n, there, queries, machine, kind == 2, Score::kMaximum && decodes(problem, s)};
     const int64_t groups = (rows + kRows - 1) / kRows;
     bias.begin_tile();
     for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
@@ -134,16 +148,16 @@ struct BackwardBlock {
       }
     }
     bias.end_tile(sums, there);
-    contract_rows(weights_t, queries.grad_panels, m, rows, groups, n, there, grad_values, packed.o_columns);
-    contract_rows(grads_t, queries.panels, m, rows, groups, n, there, grad_keys, packed.q_columns);
-    float* share = queries.shares + slice * packed.share_words + m * packed.q_columns;
+    contract_rows(weights_t, queries.grad_panels, at, rows, groups, n, there, grad_values, packed.o_columns);
+    contract_rows(grads_t, queries.panels, at, rows, groups, n, there, grad_keys, packed.q_columns);
+    float* share = queries.shares + slice * packed.share_words + at * packed.q_columns;
     contract_keys(share, groups, n, there);
   }
 
-  // Rows [m, m + rows) of one query head against keys [n, n + there).
+  // Rows [m, m + rows) of one query head, packed from `at` on, against keys [n, n + there).
   struct Tile {
     const Sequence& s;
-    int64_t head, m, rows, n, there;
+    int64_t head, m, at, rows, n, there;
     const typename Queries::View& queries;
     const ScoreMachine& machine;  // its score program, if there is one
     bool mixed;                   // the dense mask counts
@@ -155,7 +169,7 @@ struct BackwardBlock {
   // Whether the weights of group g can be made of its scores while they are in registers.
   bool direct(const Tile& t, int64_t g) const {
     if (t.mixed || t.decoded || !problem.direct()) return false;
-    const float* statistic = t.queries.statistic + t.m + g * kRows;
+    const float* statistic = t.queries.statistic + t.at + g * kRows;
     bool result = true;
     for (int i = 0; i < kRows; i++) {
       if (Score::kMaximum) result &= statistic[i] == statistic[i];
@@ -166,7 +180,7 @@ struct BackwardBlock {
 
   // Weights and slopes of groups [begin, end), and the pairs of weights.
   FASTATTN_NOINLINE_MEMBER void make_weights(const Tile& t, int64_t begin, int64_t end) {
-    const Word* q = t.queries.rows + t.m * packed.q_steps;
+    const Word* q = t.queries.rows + t.at * packed.q_steps;
     const ScoreRow constants = Score::constants(t.s.bias);
     for (int64_t j = 0; j < t.there; j += kPanel)
       for (int64_t g = begin; g < end; g++) {
@@ -177,7 +191,7 @@ struct BackwardBlock {
         }
         if (t.decoded) continue;
         const Word *a = q + g * kRows * packed.q_steps, *b = keys + j * packed.q_steps;
-        const float* statistic = t.queries.statistic + t.m + g * kRows;
+        const float* statistic = t.queries.statistic + t.at + g * kRows;
         const auto weigh = [&](auto masked, vf(&x)[kRows][kVecs]) {
           weigh_block<decltype(masked)::value>(x, g, j, t.n, statistic, constants);
         };
@@ -235,7 +249,7 @@ struct BackwardBlock {
   FASTATTN_NOINLINE_MEMBER void make_slopes(const Tile& t, int64_t begin, int64_t end) {
     const float scale_left = problem.dropout.scale;
     const bool keeps = kKept && bias.on, sloped = kKept && (problem.p.softcap > 0 || t.sloped());
-    const Word* grad = t.queries.grad_rows + t.m * packed.o_steps;
+    const Word* grad = t.queries.grad_rows + t.at * packed.o_steps;
     for (int64_t j = 0; j < t.there; j += kPanel)
       for (int64_t g = begin; g < end; g++) {
         if (!ranges.meets(g, t.n + j)) {
@@ -243,7 +257,7 @@ struct BackwardBlock {
           continue;  // contract_keys does not read it
         }
         const float* slope = slopes + slope_row(g) * row + j;
-        const float* delta = t.queries.delta + t.m + g * kRows;
+        const float* delta = t.queries.delta + t.at + g * kRows;
         const int64_t kept = kKept ? BiasBlock::strip_row(g) * row + j : 0;
         product_block<Unit>(
             grad + g * kRows * packed.o_steps, packed.o_steps, values + j * packed.o_steps, packed.o_steps,
@@ -314,7 +328,7 @@ struct BackwardBlock {
         if (slope != x) memset(slope, 0, size_t(used) * 4);
         continue;
       }
-      const float statistic = t.queries.statistic[t.m + i];
+      const float statistic = t.queries.statistic[t.at + i];
       const bool limit = Score::kLimit && statistic < 0;
       if (limit && !t.machine.on()) decoded_products(t, i, i + 1);
       for (float* to : {x, slope}) {
@@ -369,7 +383,7 @@ struct BackwardBlock {
       const int64_t first = g * kRows, last = min64(t.rows, next * kRows);
       float* x = weights + weight_row(g) * row;
       for (int64_t i = first; i < last; i++) {
-        if (!t.decoded && !(Score::kLimit && t.queries.statistic[t.m + i] < 0)) continue;
+        if (!t.decoded && !(Score::kLimit && t.queries.statistic[t.at + i] < 0)) continue;
         decoded_products(t, i, i + 1);
         for (int64_t j = columns.begin; j < columns.end; j += W) {
           float* at = x + (i - first) * row + j;
@@ -399,7 +413,7 @@ struct BackwardBlock {
   }
 
   // to (keys, columns) += tile^T (keys, rows) * panels (rows, columns), over the rows that attend any of kRows keys.
-  void contract_rows(const Word* tile_t, const Word* panels, int64_t m, int64_t rows, int64_t groups, int64_t n,
+  void contract_rows(const Word* tile_t, const Word* panels, int64_t at, int64_t rows, int64_t groups, int64_t n,
                      int64_t there, float* to, int64_t columns) {
     for (int64_t j = 0; j < there; j += kRows) {
       int64_t first = 0, end = groups;
@@ -413,7 +427,7 @@ struct BackwardBlock {
       for (int64_t d = 0; d < columns; d += kPanel) {
         const int64_t width = min64(kPanel, columns - d);
         add_product<Unit>(int(width / W), to + j * columns + d, columns, tile_t + begin * row + j, 1, row,
-                          panels + d * steps_of<Unit>(packed.capacity) + (m / kStep + begin) * width, steps);
+                          panels + d * steps_of<Unit>(packed.capacity) + (at / kStep + begin) * width, steps);
       }
     }
   }
@@ -438,28 +452,33 @@ struct BackwardBlock {
 template <class Unit, class Score>
 static void backward_tiled(const AttentionParams& p) {
   const Problem problem(p);
-  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
   int64_t longest_q = 0, longest_k = 0;
   for (int64_t i = 0; i < problem.sequences; i++) {
     const Sequence s = problem.sequence(i);
     longest_q = max64(longest_q, s.q_length);
     longest_k = max64(longest_k, s.k_length);
   }
-  const int64_t blocks = (longest_q + block_q - 1) / block_q;
+  const bool lists = problem.lists.on();
+  const Tiles tiles(longest_q, lists ? p.list_q : block_q, block_q, 1);
+  const Tiles key_tiles(longest_k, lists ? p.list_k : block_k, block_k, kPanel);
+  block_q = round_up(tiles.step, kRows);
+  block_k = round_up(key_tiles.step, kPanel);
+  const int64_t blocks = tiles.count(longest_q);
   const BiasUnits together(problem);
   const int64_t units = together.units, members = together.members;
   if (units * members == 0) return;
   // from what does not change with the documents, so that neither do their gradients
   const int64_t streams = together.streams;
   const int64_t least = streams >= 2 * p.threads ? 1 : (2 * p.threads + streams - 1) / streams;
-  const int64_t slices = min64(even_parts(streams, p.threads, least), max64(1, (p.k.size[2] + block_k - 1) / block_k));
+  const int64_t slices = min64(even_parts(streams, p.threads, least), max64(1, key_tiles.count(p.k.size[2])));
 
   const bool row_sums = p.grad_row_bias.data && !(Score::kMaximum && !p.sink.data);
   const PackedQueries<Unit> packed(problem, blocks * block_q, slices, row_sums,
                                    p.grad_distances.data ? longest_q + longest_k : 0);
   const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
   const int64_t block_bytes =
-      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, together, block_q, block_k, arena); });
+      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, tiles, together, block_q, block_k, arena); });
   const int64_t pair_bytes = problem.group * head_bytes;
   // Pairs packed at a time: some members of some units.
   const int64_t wave = max64(1, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices));
@@ -479,19 +498,22 @@ static void backward_tiled(const AttentionParams& p) {
   });
   memory.zero();
 
-  // one block of rows of one of a pair's query heads, the `index`-th: view, sequence, query head, first row, rows
+  // one tile of one of a pair's query heads, the `index`-th: view, sequence, query head, first row, packed row, rows
   const auto with_rows = [&](int64_t pair, int64_t index, int64_t slot, const auto& f) {
-    const int64_t g = index / blocks, first = index % blocks * block_q;
+    const int64_t g = index / blocks, tile = index % blocks;
     const Sequence s = problem.sequence(pair / problem.kv_heads);
-    if (first >= s.q_length) return;
+    const int64_t rows = tiles.size(tile, s.q_length);
+    if (rows <= 0) return;
     Arena head = queries[slot * problem.group + g];
-    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, first, min64(block_q, s.q_length - first));
+    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, tiles.first(tile), tile * block_q,
+      rows);
   };
   const auto pack = [&](int64_t pair, int64_t index, int64_t slot) {
-    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-      pack_queries<Unit, Score>(problem, packed, view, s, head, first, rows);
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at,
+                                     int64_t rows) {
+      pack_queries<Unit, Score>(problem, packed, view, s, head, first, at, rows);
       for (int64_t i = 0; i < slices; i++)
-        memset(view.shares + i * packed.share_words + first * packed.q_columns, 0,
+        memset(view.shares + i * packed.share_words + at * packed.q_columns, 0,
                size_t(round_up(rows, kRows) * packed.q_columns) * 4);
       if (first == 0) memset(view.distances, 0, size_t(slices * packed.distances) * 4);
       for (int64_t i = 0; i < slices && packed.row_words; i++)
@@ -502,24 +524,27 @@ static void backward_tiled(const AttentionParams& p) {
   const auto run = [&](int64_t unit, int64_t first, int64_t count, int64_t slice, int64_t slot, int thread,
                        int64_t copy) {
     Arena arena = memory[thread];
-    BackwardBlock<Unit, Score> block(problem, packed, together, block_q, block_k, arena);
+    BackwardBlock<Unit, Score> block(problem, packed, tiles, together, block_q, block_k, arena);
     block.tables.copy = copy;
     const int64_t one = together.pair(unit, 0);
     const Sequence s = problem.sequence(one / problem.kv_heads);
-    for (int64_t n = slice * block_k; n < s.k_length; n += slices * block_k) {
+    for (int64_t tile = slice; tile < key_tiles.count(s.k_length); tile += slices) {
+      const int64_t n = key_tiles.first(tile), width = key_tiles.size(tile, s.k_length);
+      if (width <= 0) continue;
       block.bias.begin_panel(s);
       for (int64_t i = 0; i < count; i++) {
         const int64_t pair = together.pair(unit, first + i);
         if (pair < 0) continue;
-        block.run(problem.sequence(pair / problem.kv_heads), pair % problem.kv_heads, n, queries,
+        block.run(problem.sequence(pair / problem.kv_heads), pair % problem.kv_heads, n, width, queries,
                   (slot + i) * problem.group, slice, together.part(unit));
       }
-      block.bias.end_panel(s, one % problem.kv_heads, n, min64(block_k, s.k_length - n));
+      block.bias.end_panel(s, one % problem.kv_heads, n, width);
     }
   };
   const auto sum_shares = [&](int64_t pair, int64_t index, int64_t slot) {
-    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t rows) {
-      float* total = view.shares + first * packed.q_columns;
+    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at,
+                                     int64_t rows) {
+      float* total = view.shares + at * packed.q_columns;
       for (int64_t i = 1; i < slices; i++)
         for (int64_t j = 0; j < rows * packed.q_columns; j += W)
           FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));

@@ -227,15 +227,16 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
   constexpr int64_t kTile = 64;
   const AttentionParams& p = problem.p;
   static_assert(kRows * sizeof(int32_t) <= 64);
-  alignas(64) char memory[6 * (64 + kArenaGap)];  // six pieces
+  alignas(64) char memory[12 * (64 + kArenaGap)];  // six pieces each
   Arena arena(memory, sizeof memory);
-  RowRanges ranges(kRows, arena);
-  ranges.fill(s, row, 1);
+  RowRanges all(kRows, arena), ranges(kRows, arena);
+  all.fill(s, row, 1);
   const float c = exponent_of(problem);
   float x[kTile], out[256 + W] = {}, sum = 0, top = -__builtin_inff();
   const Matrix q = matrix(p.q, s.batch, head, s.q_begin + row);
-  for (int64_t n = ranges.begin / kTile * kTile; n < ranges.end; n += kTile) {
-    const int64_t keys = min64(kTile, s.keys - n);
+  problem.lists.each_tile(s.batch, head, row, all.begin, all.end, kTile, [&](int64_t n, int64_t last) {
+    ranges.clip(all, 1, n, last);
+    const int64_t keys = min64(last, s.keys) - n;
     const Columns columns{0, round_up(keys, W)};
     const Matrix k = matrix(p.k, s.batch, head / problem.group, s.k_begin + n),
                  v = matrix(p.v, s.batch, head / problem.group, s.k_begin + n);
@@ -277,7 +278,7 @@ FASTATTN_NOINLINE void limit_row(const Problem& problem, const Sequence& s, int6
         store(out + d, acc);
       }
     });
-  }
+  });
   finish_row<SoftmaxScore<Arithmetic>>(problem, s, head, row, out, problem.value_dim, sum, top);
 }
 
@@ -291,9 +292,10 @@ FASTATTN_INLINE void finish_row_or_limit(const Problem& problem, const Sequence&
     finish_row<Score>(problem, s, head, row, from, problem.value_dim, sum, top);
 }
 
-// Sequences of few rows a key head are decoded, the others tiled; it depends on nothing but the sequence.
+// Sequences of few rows a key head are decoded, the others, and those with lists, tiled; it depends on nothing but the
+// sequence.
 FASTATTN_INLINE bool decodes(const Problem& problem, const Sequence& s) {
-  return problem.group * s.q_length <= problem.p.decode_rows;
+  return !problem.lists.on() && problem.group * s.q_length <= problem.p.decode_rows;
 }
 
 // forward_decoded of p's score, compiled apart from the tiled kernels.

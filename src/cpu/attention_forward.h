@@ -45,7 +45,8 @@ FASTATTN_NOINLINE void pack_keys(const Problem& problem, const Sequence& s, int6
 template <class Unit>
 static void forward_tiled(const AttentionParams& p, const BlockOf<Unit>& block) {
   const Problem problem(p);
-  const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel);
+  int64_t block_q = round_up(p.block_q, kRows);
+  const int64_t block_k = round_up(p.block_k, kPanel);
   int64_t longest_q = 0, longest_k = 0;
   for (int64_t s = 0; s < problem.sequences; s++) {
     const Sequence r = problem.sequence(s);
@@ -54,9 +55,11 @@ static void forward_tiled(const AttentionParams& p, const BlockOf<Unit>& block) 
     longest_k = max64(longest_k, r.keys);
   }
   if (longest_q == 0) return;
+  const Tiles tiles(longest_q, problem.lists.on() ? p.list_q : block_q, block_q, 1);
+  block_q = round_up(tiles.step, kRows);
   const int64_t head_bytes = bytes_of([&](Arena& arena) { PackedHead<Unit>(problem, longest_k, arena); });
   const int64_t block_bytes = block.bytes(problem, block_q, block_k);
-  const int64_t blocks = (longest_q + block_q - 1) / block_q;
+  const int64_t blocks = tiles.count(longest_q);
   const int64_t pairs = problem.sequences * problem.kv_heads;
   const int64_t wave = max64(1, min64(pairs, p.pack_kib * 1024 / max64(head_bytes, 1)));
 
@@ -69,10 +72,10 @@ static void forward_tiled(const AttentionParams& p, const BlockOf<Unit>& block) 
   // block `index` of a pair's query heads; the last rows of a causal sequence have the most keys, so they start first
   const auto run = [&](int64_t pair, int64_t index, Arena packed, Arena memory) {
     const Sequence s = problem.sequence(pair / problem.kv_heads);
-    const int64_t first = (blocks - 1 - index % blocks) * block_q;
-    if (first >= s.q_length || decodes(problem, s)) return;
+    const int64_t tile = blocks - 1 - index % blocks, first = tiles.first(tile), rows = tiles.size(tile, s.q_length);
+    if (rows <= 0 || decodes(problem, s)) return;
     const int64_t head = pair % problem.kv_heads * problem.group + index / blocks;
-    block.run(problem, block_q, block_k, memory, s, head, first, min64(block_q, s.q_length - first),
+    block.run(problem, block_q, block_k, memory, s, head, first, rows,
               PackedHead<Unit>(problem, longest_k, packed));
   };
 

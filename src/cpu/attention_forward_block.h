@@ -49,6 +49,7 @@ struct ForwardBlock {
 
   const Problem& problem;
   int64_t block_q, block_k, q_steps, out_columns;
+  int64_t width = 0;     // keys of the tile, block_k at most
   Word* q;               // (block_q, q_steps)
   float* scores;         // (block_q, block_k)
   Weight* weights;       // (block_q, block_k), the scores' own memory when they are floats
@@ -59,7 +60,7 @@ struct ForwardBlock {
   float* sums;           // (block_q, W) running row sum, by lanes
   float* rounded_sums;   // (block_q, W) the same of rounded weights, where they are summed
   int64_t* top_keys;     // (block_q) the key of `top`, where it is wanted
-  RowRanges ranges;
+  RowRanges ranges, all;  // of the tile; of every key, where blocks that are listed cut panels
 
   ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)
       : problem(problem),
@@ -78,7 +79,8 @@ struct ForwardBlock {
         sums(arena.take<float>(block_q * W)),
         rounded_sums(arena.take<float>(kRounded ? block_q * W : 0)),
         top_keys(arena.take<int64_t>(problem.p.top_keys.data ? block_q : 0)),
-        ranges(block_q, arena) {}
+        ranges(block_q, arena),
+        all(problem.lists.cuts_panels() ? block_q : 0, arena) {}
 
   // Rows [first, first + rows) of one query head of a sequence, against its packed keys and values.
   void run(const Sequence& s, int64_t head, int64_t first, int64_t rows, const PackedHead<Unit>& packed) {
@@ -94,9 +96,14 @@ struct ForwardBlock {
       pack_rows<Unit>(q, q_steps, matrix(p.q, s.batch, head, s.q_begin + first), rows, problem.head_dim, problem.sign);
     const ScoreRow constants = Score::constants(s.bias);
     const uint8_t* classes = (const uint8_t*)plane(p.tile_class, s.batch, head, first / block_q, 0, 1);
-    for (int64_t n = ranges.begin / block_k * block_k; n < ranges.end; n += block_k) {
+    const bool cuts = problem.lists.cuts_panels();
+    if (cuts) all.fill(s, first, rows);
+    problem.lists.each_tile(s.batch, head, first, ranges.begin, ranges.end, block_k, [&](int64_t from, int64_t last) {
+      const int64_t n = from / kPanel * kPanel;
+      width = last - n;
+      if (cuts) ranges.clip(all, rows, from, last);
       const int kind = classes ? classes[n / block_k] : problem.kind();
-      if (kind == 0) continue;
+      if (kind == 0) return;
       for (int64_t g = 0; g < groups; g++) added[g] = n;
       const bool direct = kind == 1 && !problem.has_bias() && !problem.dropout.on();
       for (int64_t g = 0; g < groups && !direct; g += kStrip) {
@@ -109,7 +116,7 @@ struct ForwardBlock {
       }
       if (direct) weigh_directly(s, head, first, rows, n, constants, packed);
       add_values(n, groups, packed.values, packed.capacity, s.keys, 0, added);
-    }
+    });
     if (kRounded) undo_common_rounding(rows);
     for (int64_t i = 0; i < rows; i++)
       finish_row_or_limit<Score>(problem, s, head, first + i, out + i * out_columns, reduce_add(load(sums + i * W)),
@@ -126,7 +133,7 @@ struct ForwardBlock {
   void weigh_directly(const Sequence& s, int64_t head, int64_t first, int64_t rows, int64_t n,
                       const ScoreRow& constants, const PackedHead<Unit>& packed) {
     const int64_t groups = (rows + kRows - 1) / kRows;
-    const int64_t end = min64(round_up(min64(ranges.end, s.keys), kPanel), n + block_k);
+    const int64_t end = min64(round_up(min64(ranges.end, s.keys), kPanel), n + width);
     for (int64_t j = n; j < end; j += kPanel)
       for (int64_t g = 0; g < groups; g++) {
         if (!ranges.meets(g, j)) continue;
@@ -239,7 +246,7 @@ struct ForwardBlock {
   // Products of groups [begin, groups) to memory, of a program's scores as it has them.
   template <bool kScaled = false>
   FASTATTN_NOINLINE_MEMBER void score_tile(int64_t n, int64_t begin, int64_t groups, const Word* keys, int64_t count) {
-    const int64_t end = min64(round_up(min64(ranges.end, count), kPanel), n + block_k);
+    const int64_t end = min64(round_up(min64(ranges.end, count), kPanel), n + width);
     const float size = problem.size;
     for (int64_t j = n; j < end; j += kPanel) {
       const Word* panel = keys + j * q_steps;
@@ -254,7 +261,7 @@ struct ForwardBlock {
 
   void weigh_tile(const Sequence& s, int64_t head, int64_t first, int64_t begin, int64_t rows, int64_t n,
                   const ScoreRow& constants, bool mixed) {
-    const int64_t there = min64(block_k, s.keys - n);
+    const int64_t there = min64(width, s.keys - n);
     const ScoreMachine& machine = problem.machine(mixed);
     for (int64_t i = begin, end; i < rows; i = end) {  // groups of the same columns together
       const Columns columns(ranges, i / kRows, n, there);
@@ -274,7 +281,7 @@ struct ForwardBlock {
   void weigh_columns(const Sequence& s, int64_t head, int64_t first, int64_t i, int64_t n, const Columns& columns,
                      ScoreRow constants, bool mixed, Formed formed = Formed::products) {
     const AttentionParams& p = problem.p;
-    const int64_t there = min64(block_k, s.keys - n);
+    const int64_t there = min64(width, s.keys - n);
     float* x = scores + i * block_k;
     Weight* w = weights + i * block_k;
     const float c = formed == Formed::scores ? exponent_of(problem)
@@ -334,15 +341,15 @@ struct ForwardBlock {
     constexpr int64_t kStep = Unit::kStep;
     const int64_t weight_row = block_k / kStep;
     for (int64_t d = 0; d < out_columns; d += kPanel) {
-      const int64_t width = min64(kPanel, out_columns - d);
+      const int64_t wide = min64(kPanel, out_columns - d);
       const Word* panel = values + d * capacity;
       for (int64_t g = first; g < groups; g++) {
         const int64_t begin = max64(ranges.group_low[g], from ? from[g] : n) / kStep;
-        const int64_t end = (min64(min64(ranges.group_high[g], count), n + block_k) + kStep - 1) / kStep;
+        const int64_t end = (min64(min64(ranges.group_high[g], count), n + width) + kStep - 1) / kStep;
         if (begin >= end) continue;
-        add_product<Unit>(int(width / W), out + g * kRows * out_columns + d, out_columns,
+        add_product<Unit>(int(wide / W), out + g * kRows * out_columns + d, out_columns,
                           (const Word*)weights + g * kRows * weight_row + (begin - n / kStep), weight_row, 1,
-                          panel + begin * width, end - begin);
+                          panel + begin * wide, end - begin);
       }
     }
   }

@@ -108,13 +108,26 @@ struct RowRanges {
         common_low(arena.take<int32_t>(capacity / kRows)),
         common_high(arena.take<int32_t>(capacity / kRows)) {}
   void fill(const Sequence& s, int64_t first, int64_t rows) {
+    take(rows, [&](int64_t i, int32_t* lo, int32_t* hi) { s.interval(first + i, lo, hi); });
+  }
+  // Those of `rows` rows that have these, of keys [from, to) alone.
+  void clip(const RowRanges& all, int64_t rows, int64_t from, int64_t to) {
+    take(rows, [&](int64_t i, int32_t* lo, int32_t* hi) {
+      *lo = (int32_t)max64(all.low[i], from);
+      *hi = (int32_t)min64(all.high[i], to);
+      if (*lo >= *hi) *lo = INT32_MAX, *hi = 0;
+    });
+  }
+  // Takes interval(i, low, high) of each row.
+  template <class Interval>
+  FASTATTN_INLINE_MEMBER void take(int64_t rows, const Interval& interval) {
     begin = INT32_MAX;
     end = 0;
     for (int64_t g = 0; g * kRows < rows; g++) {
       int32_t lo = INT32_MAX, hi = 0, common_lo = 0, common_hi = INT32_MAX;
       for (int64_t i = g * kRows; i < (g + 1) * kRows; i++) {
         if (i < rows)
-          s.interval(first + i, low + i, high + i);
+          interval(i, low + i, high + i);
         else
           low[i] = INT32_MAX, high[i] = 0;
         lo = low[i] < lo ? low[i] : lo;

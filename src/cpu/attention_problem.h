@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_dropout.h"
-#include "attention_mask.h"
+#include "attention_lists.h"
 #include "math.h"
 #include "pack.h"
 #include "parallel.h"
@@ -27,9 +27,11 @@ struct Problem {
   float c;            // size * log2(e)
   float sign;         // of the scale, or 0
   Dropout dropout;
+  Lists lists;
   ScoreMachine program, masked_program;
 
-  explicit Problem(const AttentionParams& params) : p(params), dropout(params) {
+  explicit Problem(const AttentionParams& params)
+      : p(params), dropout(params), lists(params, params.q.size[1], params.q.size[2], params.k.size[2]) {
     heads = p.q.size[1];
     kv_heads = p.k.size[1];
     group = heads / kv_heads;

@@ -50,22 +50,22 @@ struct PackedQueries {
   }
 };
 
-// Rows [first, first + rows) of one head to its packed operands and statistics.
+// Rows [first, first + rows) of one head to its packed operands and statistics, from packed row `at` on.
 template <class Unit, class Score>
 static void pack_queries(const Problem& problem, const PackedQueries<Unit>& packed,
                          const typename PackedQueries<Unit>::View& to, const Sequence& s, int64_t head, int64_t first,
-                         int64_t rows) {
+                         int64_t at, int64_t rows) {
   const AttentionParams& p = problem.p;
   const int64_t row = s.q_begin + first;
   const Matrix q = matrix(p.q, s.batch, head, row), grad = matrix(p.grad_out, s.batch, head, row);
-  pack_rows<Unit>(to.rows + first * packed.q_steps, packed.q_steps, q, rows, problem.head_dim, problem.sign);
-  pack_rows<Unit>(to.grad_rows + first * packed.o_steps, packed.o_steps, grad, rows, problem.value_dim, 1.0f);
+  pack_rows<Unit>(to.rows + at * packed.q_steps, packed.q_steps, q, rows, problem.head_dim, problem.sign);
+  pack_rows<Unit>(to.grad_rows + at * packed.o_steps, packed.o_steps, grad, rows, problem.value_dim, 1.0f);
   const int64_t capacity = steps_of<Unit>(packed.capacity);
-  pack_panels<Unit>(to.panels, capacity, first / Unit::kStep, q, rows, problem.head_dim);
-  pack_panels<Unit>(to.grad_panels, capacity, first / Unit::kStep, grad, rows, problem.value_dim);
+  pack_panels<Unit>(to.panels, capacity, at / Unit::kStep, q, rows, problem.head_dim);
+  pack_panels<Unit>(to.grad_panels, capacity, at / Unit::kStep, grad, rows, problem.value_dim);
   const int64_t padded = round_up(rows, kRows);
-  memset(to.statistic + first, 0, size_t(padded) * 4);
-  memset(to.delta + first, 0, size_t(padded) * 4);
+  memset(to.statistic + at, 0, size_t(padded) * 4);
+  memset(to.delta + at, 0, size_t(padded) * 4);
   if (!Score::kNormalised) return;
   const Matrix out = matrix(p.out, s.batch, head, row);
   const auto statistic = [&](const Tensor& t) {
@@ -79,7 +79,7 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
     if (p.residual.data && !nothing)
       delta += dot_rows(grad, i, matrix(p.residual, s.batch, head, row), i, problem.value_dim);
     if (p.grad_lse.data && !nothing) delta -= statistic(p.grad_lse)[i * p.grad_lse.stride[3]];
-    to.delta[first + i] = delta;
+    to.delta[at + i] = delta;
     if (p.grad_sink.data) {  // -delta is what the sink's score, whose value is 0, has as dS / P
       const double weight = nothing ? 0 : __builtin_exp(((const float*)p.sink.data)[head * p.sink.stride[3]] - z);
       statistic(p.grad_sink)[i * p.grad_sink.stride[3]] = (float)(-weight * delta);
@@ -92,10 +92,10 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
     } else if (Score::kMaximum) {
       const RowState& state = *row_state(p.state, s, head, first + i);
       const float c = exponent_of(problem);
-      to.statistic[first + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);
+      to.statistic[at + i] = is_large(state.top, c) ? __builtin_nanf("") : shift_of(state, c);
     } else {
       const bool limit = Score::kLimit && row_state(p.state, s, head, first + i)->top > -__builtin_inff();
-      to.statistic[first + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
+      to.statistic[at + i] = nothing ? 0.0f : limit ? -1.0f : (float)__builtin_exp(-z);
     }
   }
 }

@@ -6,6 +6,41 @@
 
 namespace fastattn {
 
+// Lists of `columns` blocks, `rows` of them for each (batch entry, head).
+inline void check_lists(const Checks& c, const char* name, const Tensor& offsets, const Tensor& keys, int64_t batch,
+                        int64_t rows, int64_t columns) {
+  const int64_t entries = offsets.size[3], there = keys.data ? keys.size[3] : 0;
+  c.contiguous(name, offsets, {1, 1, 1, entries}, DType::i32);
+  c.require(entries == rows + 1 || entries == batch * rows + 1, name, "must have an entry more than there are rows");
+  c.contiguous(name, keys, {1, 1, 1, there}, DType::i32);
+  const int32_t *at = (const int32_t*)offsets.data, *key = (const int32_t*)keys.data;
+  c.index(name, 0, at[0], 0, 0);
+  for (int64_t row = 0; row + 1 < entries; row++) {
+    c.index(name, row + 1, at[row + 1], at[row], there);
+    for (int64_t i = at[row], before = -1; i < at[row + 1]; before = key[i++])
+      c.index(name, i, key[i], before + 1, columns - 1);
+  }
+}
+inline void check_lists(const Checks& c, const MaskParams& p, const Size& scores) {
+  c.in("list_q", p.list_q, 1, INT32_MAX);
+  c.in("list_k", p.list_k, 1, INT32_MAX);
+  c.in("list_heads", p.list_heads, 1, INT32_MAX);
+  if (!p.list_offsets.data) {
+    c.require(!p.list_starts.data, "list_starts", "goes with list_offsets");
+    return;
+  }
+  const int64_t batch = scores.of[0], heads = scores.of[1];
+  c.require(heads % p.list_heads == 0, "list_heads", "must divide the heads");
+  c.require(p.list_k >= limits::list_keys && p.list_k % 2 == 0, "list_k", "must be even, and 16 at least");
+  c.require(!p.cu_seqlens_q.data, "list_offsets", "go without packed documents");
+  const int64_t q_blocks = (scores.of[2] + p.list_q - 1) / p.list_q, k_blocks = (scores.of[3] + p.list_k - 1) / p.list_k;
+  check_lists(c, "list_keys", p.list_offsets, p.list_keys, batch, p.list_heads * q_blocks, k_blocks);
+  if (!c.backward()) return;
+  c.require(p.list_starts.data && p.list_starts.size[3] - 1 == (p.list_offsets.size[3] - 1) / (q_blocks ? q_blocks : 1) * k_blocks,
+            "list_starts", "must be list_offsets transposed");
+  check_lists(c, "list_queries", p.list_starts, p.list_queries, batch, p.list_heads * k_blocks, q_blocks);
+}
+
 // The mask of scores (batch, heads, rows, keys).
 inline void check_mask(const Checks& c, const MaskParams& p, const Size& scores) {
   const int64_t batch = scores.of[0], rows = scores.of[2], keys = scores.of[3];
@@ -35,6 +70,7 @@ inline void check_mask(const Checks& c, const MaskParams& p, const Size& scores)
   };
   lengths("prefix_lengths", p.prefix_lengths, false);
   lengths("key_lengths", p.key_lengths, true);
+  check_lists(c, p, scores);
   c.in("window_left", p.window_left, INT64_MIN, limits::length);
   c.in("window_right", p.window_right, INT64_MIN, limits::length);
 }
@@ -89,6 +125,7 @@ inline void check_no_options(const Checks& c, const AttentionParams& p) {
   c.require(!p.distances.data, "distances", "is not served");
   c.require(!p.program.data, "program", "is not served");
   c.require(!p.top_keys.data, "top_keys", "is not served");
+  c.require(!p.list_offsets.data, "list_offsets", "are not served");
 }
 inline void check_program(const Checks& c, const AttentionParams& p) {
   if (!p.program.data) {

@@ -7,6 +7,7 @@
   LIMIT(head_dim, 256)             /* of q, k and v */                                         \
   LIMIT(length, INT32_MAX)         /* of a sequence: intervals of keys are kept in 32 bits */  \
   LIMIT(block, 1 << 16)            /* of rows or keys */                                       \
+  LIMIT(list_keys, 16)             /* of a block of a list, at least */                        \
   LIMIT(dropped, 1 << 16)          /* of so many weights: all of them */                       \
   LIMIT(groups, 63)                /* of Sinkhorn: the bits of a signature that is positive */ \
   LIMIT(iterations, 10000)         /* of Sinkhorn, whose potentials are kept of each */        \

@@ -94,9 +94,14 @@ struct RotaryParams : RowsParams {
 // last of them, not of all. attention_mask.h says it row by row.
 struct MaskParams {
   Tensor prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense;
+  // i32: row r, of (B or 1, list_heads, blocks of list_q queries), lists key blocks list_keys[list_offsets[r] ..
+  // list_offsets[r + 1]] of list_k keys; list_starts and list_queries: a backward's, the same by key block
+  Tensor list_offsets, list_keys, list_starts, list_queries;
   int32_t causal = 0;
   int64_t window_left = -1, window_right = -1;
-  FASTATTN_FIELDS(prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense, causal, window_left, window_right)
+  int64_t list_q = 1, list_k = 1, list_heads = 1;
+  FASTATTN_FIELDS(prefix_lengths, cu_seqlens_q, cu_seqlens_k, key_lengths, dense, list_offsets, list_keys, list_starts,
+                  list_queries, causal, window_left, window_right, list_q, list_k, list_heads)
 };
 inline int64_t length_of(int64_t entry) { return entry < 0 ? entry + (int64_t(1) << 31) : entry; }
 

@@ -61,14 +61,14 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
   with_scratch(kSlot, [&](Arena& query_arena) {
     const auto queries = packed.view(query_arena);
     with_scratch(kSlot + 1, [&](Arena& arena) {
-      Block block(problem, packed, BiasUnits(problem), block_q, block_k, arena);
+      Block block(problem, packed, Tiles(block_q, block_q, block_q, 1), BiasUnits(problem), block_q, block_k, arena);
       if (!block.keys || !queries.rows) return;  // measured
-      const double rows = time([&] { pack_queries<Unit, Score>(problem, packed, queries, s, 0, 0, block_q); });
+      const double rows = time([&] { pack_queries<Unit, Score>(problem, packed, queries, s, 0, 0, 0, block_q); });
       const double keys = time([&] { block.pack_keys(matrix(p.k, 0, 0, 0), matrix(p.v, 0, 0, 0), block_k); });
       // rows once for all keys, keys once for all rows
       result[n++] = {"packing", rows * W / double(block_q * s.keys) + keys * W / double(block_k * s.q_length), false};
       result[n++] = {"ranges of keys", time([&] { block.ranges.fill(s, 0, block_q); }) / tile_vectors, false};
-      const typename Block::Tile tile{s, 0, 0, block_q, 0, block_k, queries, problem.program, false, false};
+      const typename Block::Tile tile{s, 0, 0, 0, block_q, 0, block_k, queries, problem.program, false, false};
       const auto strips = [&](const auto& f) {
         for (int64_t g = 0; g < groups; g += kStrip) f(g, min64(groups, g + kStrip));
       };

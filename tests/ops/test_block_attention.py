@@ -1,14 +1,17 @@
 """Attention over block lists: the definition against dense masks, kernels against the definition, what is refused."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn as fa
 from fastattn import masks, testing
 
 SCORES = ("softmax", "sigmoid", "softplus")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_blocks(block, lengths, batch=1, heads=1, share=0.4, seed=0):
@@ -161,3 +164,143 @@ def test_opcheck():
     mask = fa.Mask(blocks=blocks).args("attention", q, k)
     members = (q, k, v, None, None, 0, 1.0, 0.0, None, 0, None, *mask, "")
     torch.library.opcheck(torch.ops.fastattn.attention.default, members)
+
+
+def attention(backend, score, mask, **options):
+    def op(q, k, v):
+        return fa.attention(
+            q, k, v, score=score, mask=mask, return_lse=score != "sigmoid", backend=backend, **options
+        )
+
+    return op
+
+
+@settings(max_examples=25)
+@given(
+    problem=testing.attention_problems(("blocks",), max_len=200, block_sizes=(16, 18, 32, 64, 100)),
+    score=st.sampled_from(SCORES),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_kernels_are_within_the_error_budget(isa, nan_outputs, problem, score, dtype):
+    mask = problem.mask()
+    testing.check_op(
+        # lists of packed documents are the definition's
+        attention(None if mask.packed else "cpu", score, mask),
+        attention("reference", score, mask),
+        problem.inputs(dtype),
+        terms=problem.k_len * max(1, problem.heads // problem.kv_heads) + problem.q_len + problem.head_dim,
+        names=("q", "k", "v"),
+    )
+
+
+@pytest.mark.parametrize("block", [(32, 16), (1, 16), (33, 26)])
+@pytest.mark.parametrize("options", ["bias", "softcap", "sink", "dropout", "flex"])
+def test_options_and_their_gradients(isa, block, options):
+    lq, lk = 70, 90
+    q, k, v = testing.attention_inputs(1, 4, 2, lq, lk, 16)
+    blocks = random_blocks(block, (lq, lk), heads=4, share=0.5)
+    bias = testing.random_tensor(1, 4, lq, lk, seed=5, requires_grad=options == "bias")
+    sink = testing.random_tensor(4, seed=6, requires_grad=options == "sink")
+    more = {
+        "bias": {"bias": bias},
+        "softcap": {"softcap": 2.0},
+        "sink": {"sink": sink},
+        "dropout": {"dropout_p": 0.25, "rng": torch.tensor([3, 4])},
+    }.get(options, {})
+    leaves = [t for t in (q, k, v, bias, sink) if t.requires_grad]
+    results = []
+    for backend in ("cpu", "reference"):
+        if options == "flex":
+            score = lambda s, b, h, i, j: s * 0.7 + (j - i) * 0.01  # noqa: E731
+            out = fa.flex_attention(q, k, v, score, fa.Mask(causal=True, blocks=blocks), enable_gqa=True)
+            if backend == "reference":
+                dense = fa.Mask(causal=True, dense=blocks.to_dense())
+                wide = (t.detach().double().requires_grad_() for t in (q, k, v))
+                q, k, v = leaves = tuple(wide)
+                out = fa.flex_attention(q, k, v, score, dense, enable_gqa=True)
+        else:
+            out = fa.attention(q, k, v, mask=fa.Mask(causal=True, blocks=blocks), backend=backend, **more)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        # float32 sums of at most 90 terms of size 10, two orders
+        assert testing.max_error(a, b) < 90 * 10 * 2**-22
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("block", [(32, 16), (16, 64), (33, 26)])
+def test_what_no_list_has_is_not_read(isa, score, block):
+    """NaN in keys and values that no query lists reaches no result, and other keys' gradients are as without."""
+    q, k, v = testing.attention_inputs(1, 2, 1, 100, 200, 16, requires_grad=False)
+    blocks = random_blocks(block, (100, 200), share=0.3, seed=3)
+    unlisted = ~blocks.to_dense()[0, 0].any(0)
+    assert bool(unlisted.any()) and not bool(unlisted.all())
+    results = []
+    for fill in (0.0, math.nan):
+        inputs = [q, *(t.masked_fill(unlisted[:, None], fill) for t in (k, v))]
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        out = fa.attention(*inputs, score=score, mask=fa.Mask(blocks=blocks), backend="cpu")
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and bool(a.isfinite().all())
+
+
+def test_full_lists_of_the_kernels_own_tiles_are_plain_attention_bit_for_bit():
+    q, k, v = testing.attention_inputs(1, 4, 2, 300, 400, 32)
+    values = fa.explain("attention", q, k, v).config
+    assert values["block_q"] % 6 == 0 and values["block_k"] % 64 == 0
+    block = values["block_q"], values["block_k"]
+    full = random_blocks(block, (300, 400), share=1.1)
+    for causal in (False, True):
+        masks = fa.Mask(causal=causal, blocks=full), fa.Mask(causal=causal)
+        a, b = (fa.attention(q, k, v, mask=mask, backend="cpu") for mask in masks)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_kernels_are_deterministic(heads):
+    q, k, v = testing.attention_inputs(1, 4, 2, 300, 300, 32)
+    mask = fa.Mask(causal=True, blocks=random_blocks((32, 32), (300, 300), heads=heads))
+    runs = []
+    for threads in (1, 2, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = fa.attention(q, k, v, mask=mask, backend="cpu")
+            runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2], strict=True))
+    assert torch.equal(runs[0][0], runs[1][0])
+
+
+@pytest.mark.parametrize(
+    ("block", "mask", "reason"),
+    [
+        ((4, 1), {}, "it serves lists of blocks of 16 keys or more, an even number, not of 1"),
+        ((4, 17), {}, "it serves lists of blocks of 16 keys or more, an even number, not of 17"),
+        ((4, 16), {"cu_seqlens_q": torch.tensor([0, 20, 40])}, "it does not serve lists of packed documents"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_the_definitions(block, mask, reason):
+    q, k, v = testing.attention_inputs(1, 2, 2, 40, 40, 8)
+    mask = fa.Mask(blocks=random_blocks(block, (40, 40)), **mask)
+    assert reason in str(fa.explain("attention", q, k, v, mask=mask))
+    with pytest.raises(NotImplementedError, match=reason):
+        fa.attention(q, k, v, mask=mask, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "keys", "message"),
+    [
+        ([0, 2, 1], [0, 1], "list_keys must lie in"),
+        ([0, 1, 3], [0, 1], "list_keys must lie in"),
+        ([0, 1, 2], [0, 3], r"list_keys must lie in \[0, 2\], given 3 at position 1"),
+        ([0, 2, 2], [1, 0], r"list_keys must lie in \[2, 2\], given 0 at position 1"),
+        ([1, 2, 2], [1, 0], "list_keys must lie in"),
+    ],
+)
+def test_kernels_trust_no_list(offsets, keys, message):
+    q, k, v = testing.attention_inputs(2, 4, 2, 8, 40, 8, requires_grad=False)
+    offsets, keys = (torch.tensor(t, dtype=torch.int32) for t in (offsets, keys))
+    with pytest.raises(ValueError, match=message):
+        raw(q, k, v, offsets, keys, block=(4, 16))

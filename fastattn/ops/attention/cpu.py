@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ...masks import NO_MASK_ARGS, MaskArgs, unserved_lists
+from ...blocks.lists import transpose
+from ...masks import NO_MASK_ARGS, MaskArgs
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from . import tuning  # noqa: F401  declares what `_tuning.lookup` serves
@@ -28,6 +29,15 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     if max(q.shape[2], k.shape[2]) > native.limits.length:
         return f"it serves lengths up to {native.limits.length}"
     return None
+
+
+def unserved_blocks(mask: MaskArgs) -> str | None:
+    """Why the kernels that do serve block lists cannot serve a mask's, or None."""
+    if mask.list_offsets is None:
+        return None
+    if mask.list_k < native.limits.list_keys or mask.list_k % 2:
+        return f"it serves lists of blocks of {native.limits.list_keys} keys or more, an even number, not of {mask.list_k}"
+    return None if mask.cu_seqlens_q is None else "it does not serve lists of packed documents"
 
 
 def lookup(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **structural) -> _tuning.Choice:
@@ -63,7 +73,7 @@ def refusal(q, k, v, bias, sink, score, scale, bias_value, softcap, dropped, rng
         return f"it serves soft caps from {_LEAST_CAP} to {_MOST_CAP}, not {softcap}"
     if bias_value is not None and not math.isfinite(bias_value):
         return f"it serves finite numbers as bias, not {bias_value}"
-    if (reason := unserved_lists(mask)) is not None:
+    if (reason := unserved_blocks(mask)) is not None:
         return reason
     return unserved(q, k, v)
 
@@ -129,7 +139,34 @@ def mask_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
         "cu_seqlens_k": _contiguous(mask.cu_seqlens_k),
         "key_lengths": _contiguous(mask.key_lengths),
         "dense": plane(mask.dense, (*q.shape[:3], k.shape[2])),
+    } | _list_fields(q, k, mask)
+
+
+def _listed(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> bool:
+    """Whether a mask has block lists, and there are pairs that they could list."""
+    return mask.list_offsets is not None and q.shape[2] > 0 and k.shape[2] > 0
+
+
+def _list_fields(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
+    if not _listed(q, k, mask):
+        return {}
+    return {
+        "list_offsets": mask.list_offsets.contiguous(),
+        "list_keys": mask.list_keys.contiguous(),
+        "list_q": mask.list_q,
+        "list_k": mask.list_k,
+        "list_heads": mask.list_heads,
     }
+
+
+def transposed_lists(q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> dict:
+    """A backward's fields of a mask's block lists: the query blocks of each key block."""
+    if not _listed(q, k, mask):
+        return {}
+    nq, nk = -(-q.shape[2] // mask.list_q), -(-k.shape[2] // mask.list_k)
+    planes = (mask.list_offsets.shape[0] - 1) // nq
+    starts, queries = transpose(mask.list_offsets, mask.list_keys, planes, nq, nk)
+    return {"list_starts": starts, "list_queries": queries}
 
 
 def _call(
@@ -157,8 +194,9 @@ def _call(
     bias = plane(bias, (*q.shape[:3], k.shape[2]))
     by_element = bias if mask.dense is None else fields["dense"]
     few_rows = q.shape[2] < _LEAST_CLASSED_ROWS
-    # packed documents start their tiles anew, so that these are not the mask's tiles
-    if by_element is not None and mask.cu_seqlens_q is None and by_element.numel() and not few_rows:
+    # packed documents start their tiles anew, and lists theirs at blocks, so that these are not the mask's tiles
+    whole = mask.cu_seqlens_q is None and mask.list_offsets is None
+    if by_element is not None and whole and by_element.numel() and not few_rows:
         unexpanded = by_element[tuple(slice(1 if by_element.stride(dim) == 0 else None) for dim in (0, 1))]
         classes = tile_classes(unexpanded, config.values)
         fields["tile_class"] = classes.expand(*q.shape[:2], *classes.shape[2:])
@@ -244,6 +282,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, bias, sink, out, lse, state,
     sink_rows = q.new_empty(q.shape[:3], dtype=torch.float32) if wanted & WANTS_SINK else None
     config = lookup("attention_backward", q, k, v, score=BY_CODE[score].name)
     bias_sums = BiasGradient(q, k, bias, config.values) if wanted & WANTS_BIAS else None
+    fields |= transposed_lists(q, k, options[-1])
     fields |= {"grad_sink": sink_rows} | ({} if bias_sums is None else bias_sums.fields)
     _call("attention_backward", config, q, k, v, bias, sink, score, *options, **fields)
     grad_bias = q.new_empty(0) if bias_sums is None else bias_sums.gradient()

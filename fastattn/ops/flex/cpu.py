@@ -6,10 +6,19 @@ from functools import lru_cache
 
 import torch
 
-from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
-from ..attention.cpu import gradient_fields, lookup, mask_fields, outputs, plane, tile_classes, unserved
+from ..attention.cpu import (
+    gradient_fields,
+    lookup,
+    mask_fields,
+    outputs,
+    plane,
+    tile_classes,
+    transposed_lists,
+    unserved,
+    unserved_blocks,
+)
 from ..attention.scores import SCORES
 from .checks import WANTS_TABLES, has_rest
 from .prepare import EMPTY, FULL, MIXED, TILE
@@ -26,7 +35,7 @@ _MOST_COPIES = 256 << 20  # bytes of tables' gradients that are summed apart
 
 def refusal(q, k, v, *rest) -> str | None:
     """Why the CPU kernel cannot serve this call, whose mask is the last member, or None."""
-    return unserved(q, k, v) or unserved_lists(rest[-1])
+    return unserved(q, k, v) or unserved_blocks(rest[-1])
 
 
 def refusal_backward(grad_out, grad_lse, q, k, v, *rest) -> str | None:
@@ -116,8 +125,8 @@ def _call(
         raise ValueError(f"fastattn: program has no section {what}")
     shape = (*q.shape[:2], q.shape[2], k.shape[2])
     found = None
-    # tiles of packed documents start at each document, not where these do
-    if mask.cu_seqlens_q is None and k.shape[2]:
+    # tiles of packed documents start at each document, and those of lists where blocks do, not where these do
+    if mask.cu_seqlens_q is None and mask.list_offsets is None and k.shape[2]:
         if mixed is not None and classes is not None:
             found = kernel_classes(classes, config.values, *shape[2:])
         if mask.dense is not None and mask.dense.numel():
@@ -180,6 +189,7 @@ def _gradients(config: _tuning.Choice, fields: dict, wanted: int, q, k, v, table
         count = max(1, min(native.threads(), _MOST_COPIES // max(4 * tables.numel(), 1)))
         copies = torch.zeros(count, tables.numel(), dtype=torch.float32)
         fields["grad_tables"] = copies if copies.numel() else None
+    fields |= transposed_lists(q, k, rest[-1])
     _call("attention_backward", config, True, q, k, v, tables, *rest, **fields)
     grad_tables = q.new_empty(0) if copies is None else copies.sum(0)
     return fields["grad_q"], fields["grad_k"], fields["grad_v"], grad_tables
