@@ -1,6 +1,7 @@
 """What chooses block lists: each against its definition in loops, and whether later tokens change earlier lists."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -211,6 +212,20 @@ def test_what_leaks_says_it_and_nothing_else_does(name):
         a, b = (x.to_dense()[:, :, before, before] for x in (blocks, other))
         changed |= not torch.equal(a, b)
     assert changed == (blocks.leaks is not None)
+
+
+def test_training_with_lists_that_leak_warns():
+    q, k = (t.requires_grad_() for t in qk())
+    leaking = fa.blocks.pooled_topk(q, k, block=(16, 16), top=2)
+    with pytest.warns(UserWarning, match="leak the future: a query block's list is chosen by all of its tokens"):
+        fa.attention(q, k, k, mask=fa.Mask(causal=True, blocks=leaking))
+    quiet = fa.blocks.pooled_topk(q, k, block=(16, 16), top=2, causal=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fa.attention(q, k, k, mask=fa.Mask(causal=True, blocks=quiet))
+        fa.attention(q, k, k, mask=fa.Mask(blocks=leaking))
+        with torch.no_grad():
+            fa.attention(q, k, k, mask=fa.Mask(causal=True, blocks=leaking))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,5 +1,6 @@
 """Tiled attention with softmax, sigmoid and softplus scores."""
 
+import warnings
 from typing import Any, Literal, Never, overload
 
 import torch
@@ -127,6 +128,8 @@ def attention(
     if isinstance(scale, torch.Tensor) and (scale.dim() or scale.requires_grad or scale.is_cuda):
         q, scale = _scaled(op, q, scale), 1.0
     dropped = _dropped(op, dropout_p) if dropout_p != 0 else 0
+    if mask.blocks is not None:
+        _warn_of_leaks(op, mask, q, k, v)
     results = call(
         "attention",
         q,
@@ -200,6 +203,17 @@ def sigmoid_attention(
     if positional or other:
         hints.refuse("sigmoid_attention", sigmoid_attention, positional, other)
     return attention(q, k, v, score="sigmoid", scale=scale, bias=bias, mask=mask, backend=backend)
+
+
+def _warn_of_leaks(op: str, mask: Mask, *inputs: torch.Tensor) -> None:
+    """Warns where a causal model would be trained with lists that later tokens choose; Python shows a text once a place."""
+    leaks = mask.blocks.leaks if mask.blocks is not None else None
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if leaks and mask.causal and trained and not _checks.traced():
+        warnings.warn(
+            f"fastattn.{op}: the mask is causal, but its block lists leak the future: {leaks}. A model trained so sees later tokens",
+            stacklevel=4,
+        )
 
 
 def _scaled(op: str, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
