@@ -226,10 +226,10 @@ class Mask:
                 lengths = self.key_lengths
                 if self.align == "key_lengths" and lengths is not None:
                     lengths = lengths + _ALIGNED
-                lists = (None, None) if self.blocks is None else (self.blocks.offsets, self.blocks.keys)
+                given = () if self.blocks is None else (self.blocks.offsets, self.blocks.keys)
                 tensors = tuple(
                     None if t is None else t.to(q.device)
-                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths, *lists)
+                    for t in (self.prefix_lengths, self.cu_seqlens_q, self.cu_seqlens_k, lengths, *given)
                 )
             # a tensor made inside a transform of torch.func is that transform's, and has no storage after it
             if not traced() and not transformed() and _lasting(tensors):
@@ -238,7 +238,7 @@ class Mask:
         dense, blocks = self.dense, self.blocks
         if dense is not None:
             dense = check_broadcast(op, "dense mask", dense, q, k)
-        return MaskArgs(
+        args = MaskArgs(
             self.causal or prefix is not None,
             self.window_left,
             self.window_right,
@@ -249,8 +249,16 @@ class Mask:
             self.max_seqlen_k,
             lengths,
             dense,
-            *lists,
-            *(() if blocks is None else (*blocks.block, blocks.heads, q.shape[1] // blocks.heads)),
+        )
+        if blocks is None:
+            return args
+        return args._replace(
+            list_offsets=lists[0],
+            list_keys=lists[1],
+            list_q=blocks.block[0],
+            list_k=blocks.block[1],
+            list_heads=blocks.heads,
+            list_group=q.shape[1] // blocks.heads,
         )
 
 
@@ -261,9 +269,13 @@ def _check_blocks(op: str, blocks: Blocks, q: torch.Tensor, k: torch.Tensor) -> 
         ("k_length", blocks.k_length, k.shape[2]),
     ):
         if given != length:
-            raise ValueError(f"fastattn.{op}: blocks has {name} {given}, the call has {length}; they must agree")
+            raise ValueError(
+                f"fastattn.{op}: blocks has {name} {given}, the call has {length}; they must agree"
+            )
     if blocks.batch != 1 and blocks.batch != q.shape[0]:
-        raise ValueError(f"fastattn.{op}: blocks has a batch of {blocks.batch}, q has {q.shape[0]}; give one or as many")
+        raise ValueError(
+            f"fastattn.{op}: blocks has a batch of {blocks.batch}, q has {q.shape[0]}; give one or as many"
+        )
     if blocks.heads != 1 and blocks.heads != k.shape[1] and blocks.heads != q.shape[1]:
         raise ValueError(
             f"fastattn.{op}: blocks has {blocks.heads} heads; give 1, the {k.shape[1]} key heads or the {q.shape[1]} query heads"
@@ -341,12 +353,14 @@ def check_args(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> Non
 def _check_lists(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> None:
     """Block lists fit q and k, but for what they hold."""
     offsets, keys, list_q, list_k, heads, group = mask[-6:]
-    if keys is None:
+    if offsets is None or keys is None:
         raise ValueError(f"fastattn.{op}: list_offsets and list_keys must be given together")
     _check_indices(op, "list_offsets", offsets, q)
     _check_indices(op, "list_keys", keys, q)
     if not (1 <= list_q <= LONGEST and 1 <= list_k <= LONGEST):
-        raise ValueError(f"fastattn.{op}: list_q and list_k must lie in [1, 2**31), given {list_q} and {list_k}")
+        raise ValueError(
+            f"fastattn.{op}: list_q and list_k must lie in [1, 2**31), given {list_q} and {list_k}"
+        )
     if heads * group != q.shape[1] or not (heads == 1 or heads == k.shape[1] or heads == q.shape[1]):
         raise ValueError(
             f"fastattn.{op}: list_heads must be 1, k's or q's heads, and list_group q's heads by it, given {heads} and {group}"
@@ -372,9 +386,7 @@ def describe_lists(mask: MaskArgs, keys: int) -> str:
     counts = offsets.diff()
     mean, most = float(counts.double().mean()), int(counts.max())
     density = mean / max(-(-keys // mask.list_k), 1)
-    return (
-        f"block lists of {mask.list_q} x {mask.list_k}: density {density:.3g}, {mean:.4g} key blocks a row, at most {most}"
-    )
+    return f"block lists of {mask.list_q} x {mask.list_k}: density {density:.3g}, {mean:.4g} key blocks a row, at most {most}"
 
 
 def check_causal(op: str, mask: MaskArgs) -> None:
@@ -528,14 +540,14 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
         allowed = allowed & (j < per_row(key_length(mask.key_lengths)))
     allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
     if mask.list_offsets is not None and mask.list_keys is not None:
-        allowed = allowed & _listed(lq, lk, mask)
+        allowed = allowed & _listed(lq, lk, mask.list_offsets, mask.list_keys, mask)
     return allowed if mask.dense is None else allowed & mask.dense
 
 
-def _listed(lq: int, lk: int, mask: MaskArgs) -> torch.Tensor:
+def _listed(lq: int, lk: int, offsets: torch.Tensor, keys: torch.Tensor, mask: MaskArgs) -> torch.Tensor:
     """bool (B or 1, H or 1, Lq, Lk), True where key j's block is in the list of query i's."""
     nq, nk = -(-lq // mask.list_q), -(-lk // mask.list_k)
-    found = table(mask.list_offsets, mask.list_keys, mask.list_heads, nq, nk)
+    found = table(offsets, keys, mask.list_heads, nq, nk)
     if mask.list_heads != 1:
         found = found.repeat_interleave(mask.list_group, dim=1)
     return elements(found, (mask.list_q, mask.list_k), lq, lk)

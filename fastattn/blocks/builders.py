@@ -18,7 +18,9 @@ _LAST = "every list is chosen by the last queries"
 def _size(op: str, name: str, value: Any, least: int = 1) -> int:
     count = as_integer(value)
     if count is None or count < least:
-        raise ValueError(f"fastattn.blocks.{op}: {name} must be an integer of {least} or more, given {describe(value)}")
+        raise ValueError(
+            f"fastattn.blocks.{op}: {name} must be an integer of {least} or more, given {describe(value)}"
+        )
     return count
 
 
@@ -53,7 +55,11 @@ def _pool(x: torch.Tensor, block: int, pool: str = "mean") -> torch.Tensor:
         return x[:, :, last]
     short = -length % block
     fill = 0.0 if pool == "mean" else -torch.inf
-    blocks = torch.nn.functional.pad(x, (0, 0, 0, short), value=fill).unflatten(2, (-1, block)) if length else x[:, :, :, None]
+    blocks = (
+        torch.nn.functional.pad(x, (0, 0, 0, short), value=fill).unflatten(2, (-1, block))
+        if length
+        else x[:, :, :, None]
+    )
     if pool == "max":
         return blocks.amax(3)
     return blocks.sum(3) / (last - first + 1).to(x.dtype)[:, None]
@@ -217,12 +223,18 @@ def nsa(
     width = block if width is None else _size(op, "width", width)
     stride = width if stride is None else _size(op, "stride", stride)
     if weights.shape[1] % kv_heads:
-        raise ValueError(f"fastattn.blocks.{op}: kv_heads must divide the {weights.shape[1]} heads of weights, given {kv_heads}")
+        raise ValueError(
+            f"fastattn.blocks.{op}: kv_heads must divide the {weights.shape[1]} heads of weights, given {kv_heads}"
+        )
     lq, compressed = weights.shape[2:]
     begin = torch.arange(compressed, device=weights.device) * stride
     key, key_end = _ends(block, k_length, weights.device)
     overlap = (begin[:, None] <= key_end) & (begin[:, None] + width > key)
-    of_group = weights.detach().unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.promote_types(weights.dtype, torch.float32))
+    of_group = (
+        weights.detach()
+        .unflatten(1, (kv_heads, -1))
+        .sum(2, dtype=torch.promote_types(weights.dtype, torch.float32))
+    )
     importance = of_group @ overlap.to(of_group.dtype)
     own = (torch.arange(lq, device=weights.device) + k_length - lq)[:, None] // block
     number = torch.arange(len(key), device=weights.device)
@@ -315,13 +327,22 @@ def _last_rows(q: torch.Tensor, k: torch.Tensor, rows: int) -> torch.Tensor:
     rows = min(rows, q.shape[2])
     wide = torch.promote_types(q.dtype, torch.float32)
     lk = k.shape[2]
-    scores = _products(q.detach()[:, :, q.shape[2] - rows :].to(wide), k.detach().to(wide)) / max(q.shape[3], 1) ** 0.5
+    scores = (
+        _products(q.detach()[:, :, q.shape[2] - rows :].to(wide), k.detach().to(wide))
+        / max(q.shape[3], 1) ** 0.5
+    )
     i, j = torch.arange(lk - rows, lk, device=q.device)[:, None], torch.arange(lk, device=q.device)
     return scores.masked_fill(j > i, -torch.inf).softmax(-1).nan_to_num()
 
 
 def flexprefill(
-    q: torch.Tensor, k: torch.Tensor, *, block: tuple[int, int], gamma: float = 0.9, tau: float = 0.1, least: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block: tuple[int, int],
+    gamma: float = 0.9,
+    tau: float = 0.1,
+    least: int = 1,
 ) -> Blocks:
     """FlexPrefill (Lai et al., arXiv 2502.20766): a head whose pooled scores tell the last queries' distribution gets a coverage of its
     pooled scores, any other head `vertical_slash`.
@@ -352,7 +373,8 @@ def flexprefill(
     true = last.new_zeros(*last.shape[:2], len(key)).index_add(2, number, last.mean(2))
     guess = pooled[:, :, -1]
     middle = (true + guess) / 2
-    divergence = sum(torch.xlogy(x, x / middle.clamp(min=1e-30)).sum(-1) for x in (true, guess)) / 2
+    of_true, of_guess = (torch.xlogy(x, x / middle.clamp(min=1e-30)).sum(-1) for x in (true, guess))
+    divergence = (of_true + of_guess) / 2
     aware = divergence.clamp(min=0).sqrt() < tau  # (B, Hq)
     own = seen & (key_end >= begin[:, None])
     covered = (_covered(pooled, gamma, least) & seen) | own | (seen & (key == 0))
@@ -381,7 +403,9 @@ def tree_topk(
     begin, end = (t + lk - lq for t in _ends(bq, lq, q.device))
     key, key_end = _ends(bk, lk, q.device)
     nk = len(key)
-    complete = (key_end <= begin[:, None]).sum(-1) if causal else torch.full_like(begin, nk)  # blocks that are searched
+    complete = (
+        (key_end <= begin[:, None]).sum(-1) if causal else torch.full_like(begin, nk)
+    )  # blocks that are searched
     pooled = q.detach()[:, :, ::bq].to(wide) if causal else _pool(q, bq)
     keys = k.detach().to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)
     parts = torch.arange(top + 1, device=q.device)
@@ -392,12 +416,18 @@ def tree_topk(
         low, high = torch.cat([low, middle], -1), torch.cat([middle, high], -1)
         place = ((low + high) * bk // 2).clamp(0, max(lk - 1, 0))
         index = place.flatten(2)[..., None].expand(-1, -1, -1, q.shape[3])
-        there = keys.gather(2, index).unflatten(2, place.shape[2:]) if lk else keys.new_zeros(*place.shape, q.shape[3])
+        there = (
+            keys.gather(2, index).unflatten(2, place.shape[2:])
+            if lk
+            else keys.new_zeros(*place.shape, q.shape[3])
+        )
         scores = (there @ pooled[..., None])[..., 0].masked_fill(low >= high, -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top]
         low, high = low.gather(-1, order), high.gather(-1, order)
     number = torch.where(low < high, low, nk)
-    table = torch.zeros(*q.shape[:2], len(begin), nk + 1, dtype=torch.bool, device=q.device).scatter(3, number, True)[..., :nk]
+    table = torch.zeros(*q.shape[:2], len(begin), nk + 1, dtype=torch.bool, device=q.device).scatter(
+        3, number, True
+    )[..., :nk]
     if causal:
         table = table | ((key <= end[:, None]) & (key_end > begin[:, None]))
     leaks = None if causal else _POOLED

@@ -34,6 +34,9 @@ class Blocks:
     Blocks(block=(64, 64), q_length=128, k_length=128, 3 of 4 blocks)
     """
 
+    _batch: int
+    _heads: int
+
     def __init__(
         self,
         offsets: torch.Tensor,
@@ -50,7 +53,8 @@ class Blocks:
             check_integer("Blocks", name, t, dims=1)
         if offsets.device != keys.device:
             raise ValueError(f"fastattn.Blocks: keys is on {keys.device} but offsets is on {offsets.device}")
-        self._set(offsets, keys, *_sizes(block, q_length, k_length, batch, heads), leaks)
+        sizes = _sizes(block, q_length, k_length, batch, heads)
+        self._set(offsets, keys, *sizes, leaks=leaks)
         rows = self._batch * self._heads * self.q_blocks
         if offsets.shape[0] != rows + 1:
             raise ValueError(
@@ -58,13 +62,25 @@ class Blocks:
                 f"{self.q_blocks} rows (batch, heads, query blocks), given {offsets.shape[0]}"
             )
         if keys.shape[0] > _LONGEST:
-            raise ValueError(f"fastattn.Blocks: keys must have at most 2**31 - 1 entries, given {keys.shape[0]}")
+            raise ValueError(
+                f"fastattn.Blocks: keys must have at most 2**31 - 1 entries, given {keys.shape[0]}"
+            )
         if has_contents(offsets) and has_contents(keys):
             _check_contents(offsets, keys, self.k_blocks)
         self._offsets = offsets.detach().to(torch.int32, copy=True).contiguous()
         self._keys = keys.detach().to(torch.int32, copy=True).contiguous()
 
-    def _set(self, offsets, keys, block, q_length, k_length, batch, heads, leaks) -> None:
+    def _set(
+        self,
+        offsets: torch.Tensor,
+        keys: torch.Tensor,
+        block: tuple[int, int],
+        q_length: int,
+        k_length: int,
+        batch: int,
+        heads: int,
+        leaks: str | None,
+    ) -> None:
         self._offsets, self._keys = offsets, keys
         self._block, self._q_length, self._k_length = block, q_length, k_length
         self._batch, self._heads = batch, heads
@@ -131,7 +147,9 @@ class Blocks:
         op = "Blocks.from_dense"
         check_tensor(op, "dense", dense, dims=(2, 3, 4))
         if dense.dtype != torch.bool:
-            raise TypeError(f"fastattn.{op}: dense must be a bool tensor (True = listed), given {describe(dense)}")
+            raise TypeError(
+                f"fastattn.{op}: dense must be a bool tensor (True = listed), given {describe(dense)}"
+            )
         dense = dense.detach().reshape((1,) * (4 - dense.dim()) + tuple(dense.shape))
         batch, heads, rows, columns = dense.shape
         fields = _fields(op, block, q_length, k_length, batch, heads, leaks)
@@ -297,7 +315,11 @@ class Blocks:
         # a pair of both is there twice, side by side
         next_ = torch.cat([codes[1:], codes.new_full((1,), -1)])
         leaks = "; ".join(dict.fromkeys(x._leaks for x in (self, other) if x._leaks)) or None
-        fields = {name: getattr(self, name) for name in _FIELDS} | {"batch": sizes[0], "heads": sizes[1], "leaks": leaks}
+        fields = {name: getattr(self, name) for name in _FIELDS} | {
+            "batch": sizes[0],
+            "heads": sizes[1],
+            "leaks": leaks,
+        }
         return _from_codes(codes, keep(codes, next_), **fields)
 
     def _codes(self, batch: int, heads: int) -> torch.Tensor:
@@ -345,7 +367,9 @@ class Blocks:
 _FIELDS = ("block", "q_length", "k_length", "batch", "heads", "leaks")
 
 
-def _sizes(block: Any, q_length: Any, k_length: Any, batch: Any, heads: Any, op: str = "Blocks") -> tuple[Any, ...]:
+def _sizes(
+    block: Any, q_length: Any, k_length: Any, batch: Any, heads: Any, op: str = "Blocks"
+) -> tuple[tuple[int, int], int, int, int, int]:
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise TypeError(f"fastattn.{op}: block must be (queries, keys), given {block!r}")
 
@@ -357,9 +381,13 @@ def _sizes(block: Any, q_length: Any, k_length: Any, batch: Any, heads: Any, op:
             raise ValueError(f"fastattn.{op}: {name} must lie in [{least}, 2**31), given {value!r}")
         return count
 
-    of_block = tuple(size("block", n, 1) for n in block)
-    named = (("q_length", q_length, 0), ("k_length", k_length, 0), ("batch", batch, 1), ("heads", heads, 1))
-    return of_block, *(size(*each) for each in named)
+    return (
+        (size("block", block[0], 1), size("block", block[1], 1)),
+        size("q_length", q_length, 0),
+        size("k_length", k_length, 0),
+        size("batch", batch, 1),
+        size("heads", heads, 1),
+    )
 
 
 def _fields(op: str, block, q_length, k_length, batch, heads, leaks) -> dict[str, Any]:
@@ -389,7 +417,9 @@ def _check_contents(offsets: torch.Tensor, keys: torch.Tensor, k_blocks: int) ->
     outside = (used < 0) | (used >= k_blocks)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
-        raise ValueError(f"fastattn.Blocks: keys must lie in [0, {k_blocks}), given {int(used[at])} at position {at}")
+        raise ValueError(
+            f"fastattn.Blocks: keys must lie in [0, {k_blocks}), given {int(used[at])} at position {at}"
+        )
     row, _ = row_of_entries(offsets, used)
     unsorted = (used.diff() <= 0) & (row.diff() == 0)
     if bool(unsorted.any()):
@@ -426,7 +456,9 @@ def _from_codes(codes: torch.Tensor, keep: torch.Tensor | None, **fields: Any) -
     if _trims(codes):
         codes = codes[keep]
         row = codes // max(nk, 1)
-        return Blocks._made(_offsets(torch.bincount(row, minlength=rows)), (codes % max(nk, 1)).to(torch.int32), **fields)
+        return Blocks._made(
+            _offsets(torch.bincount(row, minlength=rows)), (codes % max(nk, 1)).to(torch.int32), **fields
+        )
     row = torch.where(keep, codes // max(nk, 1), rows)
     ones = torch.ones_like(row)
     counts = torch.zeros(rows + 1, dtype=torch.int64, device=row.device).scatter_add(0, row, ones)[:rows]
@@ -450,7 +482,12 @@ def transpose(
 
 
 def table(
-    offsets: torch.Tensor, keys: torch.Tensor, heads: int, q_blocks: int, k_blocks: int, batch: int | None = None
+    offsets: torch.Tensor,
+    keys: torch.Tensor,
+    heads: int,
+    q_blocks: int,
+    k_blocks: int,
+    batch: int | None = None,
 ) -> torch.Tensor:
     """bool (batch, heads, q_blocks, k_blocks), True where listed. batch: by default as the offsets have it, of no queries 1."""
     row, there = row_of_entries(offsets, keys)

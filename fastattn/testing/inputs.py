@@ -145,7 +145,9 @@ class AttentionProblem:
     head_dim: int
     v_dim: int
     layout: str
-    mask_options: dict  # Mask's keywords; index tensors as lists, dense as a shape and a density; blocks: block,
+    mask_options: (
+        dict  # Mask's keywords; index tensors as lists, dense as a shape and a density; blocks: block,
+    )
     # batch, heads and density
     seed: int = 0
 
@@ -178,7 +180,6 @@ class AttentionProblem:
                 value = torch.tensor(value, dtype=torch.int32, device=device)
             options[name] = value
         return Mask(**options) if options else None
-
 
     def blocks(self, block: tuple[int, int], batch: int, heads: int, density: float) -> Blocks:
         """Random lists of this problem's lengths."""

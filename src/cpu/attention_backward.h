@@ -65,8 +65,8 @@ struct BackwardBlock {
         tables(problem, row, arena) {}
 
   // Keys [n, n + width) of one key head against every row of its query heads, packed in blocks from `first` on.
-  void run(const Sequence& s, int64_t kv_head, int64_t n, int64_t width, const Blocks& heads, int64_t first, int64_t slice,
-           int64_t part) {
+  void run(const Sequence& s, int64_t kv_head, int64_t n, int64_t width, const Blocks& heads, int64_t first,
+           int64_t slice, int64_t part) {
     const AttentionParams& p = problem.p;
     const int64_t owned = width, there = min64(owned, s.keys - n);
     memset(grad_keys, 0, size_t(row * packed.q_columns) * 4);
@@ -124,7 +124,8 @@ struct BackwardBlock {
     if (kind == 0) return;
     ranges.fill(s, m, rows);
     const ScoreMachine& machine = problem.machine(kind == 2);
-    const Tile tile{s, head, m, at, rows, n, there, queries, machine, kind == 2, Score::kMaximum && decodes(problem, s)};
+    const Tile tile{
+        s, head, m, at, rows, n, there, queries, machine, kind == 2, Score::kMaximum && decodes(problem, s)};
     const int64_t groups = (rows + kRows - 1) / kRows;
     bias.begin_tile();
     for (int64_t g = 0; g < groups; g += kStrip) {  // dS follows while the weights are in the first cache
@@ -477,8 +478,8 @@ static void backward_tiled(const AttentionParams& p) {
   const PackedQueries<Unit> packed(problem, blocks * block_q, slices, row_sums,
                                    p.grad_distances.data ? longest_q + longest_k : 0);
   const int64_t head_bytes = round_up(bytes_of([&](Arena& arena) { packed.view(arena); }), 64);
-  const int64_t block_bytes =
-      bytes_of([&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, tiles, together, block_q, block_k, arena); });
+  const int64_t block_bytes = bytes_of(
+      [&](Arena& arena) { BackwardBlock<Unit, Score>(problem, packed, tiles, together, block_q, block_k, arena); });
   const int64_t pair_bytes = problem.group * head_bytes;
   // Pairs packed at a time: some members of some units.
   const int64_t wave = max64(1, max64(p.pack_kib * 1024 / max64(pair_bytes, 1), p.threads / slices));
@@ -505,20 +506,19 @@ static void backward_tiled(const AttentionParams& p) {
     const int64_t rows = tiles.size(tile, s.q_length);
     if (rows <= 0) return;
     Arena head = queries[slot * problem.group + g];
-    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, tiles.first(tile), tile * block_q,
-      rows);
+    f(packed.view(head), s, pair % problem.kv_heads * problem.group + g, tiles.first(tile), tile * block_q, rows);
   };
   const auto pack = [&](int64_t pair, int64_t index, int64_t slot) {
-    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at,
-                                     int64_t rows) {
-      pack_queries<Unit, Score>(problem, packed, view, s, head, first, at, rows);
-      for (int64_t i = 0; i < slices; i++)
-        memset(view.shares + i * packed.share_words + at * packed.q_columns, 0,
-               size_t(round_up(rows, kRows) * packed.q_columns) * 4);
-      if (first == 0) memset(view.distances, 0, size_t(slices * packed.distances) * 4);
-      for (int64_t i = 0; i < slices && packed.row_words; i++)
-        memset(view.row_sums + i * packed.row_words + first, 0, size_t(rows) * 4);
-    });
+    with_rows(pair, index, slot,
+              [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at, int64_t rows) {
+                pack_queries<Unit, Score>(problem, packed, view, s, head, first, at, rows);
+                for (int64_t i = 0; i < slices; i++)
+                  memset(view.shares + i * packed.share_words + at * packed.q_columns, 0,
+                         size_t(round_up(rows, kRows) * packed.q_columns) * 4);
+                if (first == 0) memset(view.distances, 0, size_t(slices * packed.distances) * 4);
+                for (int64_t i = 0; i < slices && packed.row_words; i++)
+                  memset(view.row_sums + i * packed.row_words + first, 0, size_t(rows) * 4);
+              });
   };
   // the key blocks of one slice, each against a unit's members [first, first + count), packed from `slot` on
   const auto run = [&](int64_t unit, int64_t first, int64_t count, int64_t slice, int64_t slot, int thread,
@@ -542,22 +542,24 @@ static void backward_tiled(const AttentionParams& p) {
     }
   };
   const auto sum_shares = [&](int64_t pair, int64_t index, int64_t slot) {
-    with_rows(pair, index, slot, [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at,
-                                     int64_t rows) {
-      float* total = view.shares + at * packed.q_columns;
-      for (int64_t i = 1; i < slices; i++)
-        for (int64_t j = 0; j < rows * packed.q_columns; j += W)
-          FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
-      const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
-      for (int64_t i = 0; i < rows; i++)
-        store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
-      for (int64_t i = 0; i < rows && packed.row_words; i++) {
-        float sum = 0;
-        for (int64_t j = 0; j < slices; j++) sum += view.row_sums[j * packed.row_words + first + i];
-        const Tensor& to = p.grad_row_bias;
-        ((float*)to.data)[s.batch * to.stride[1] + head * to.stride[2] + (s.q_begin + first + i) * to.stride[3]] = sum;
-      }
-    });
+    with_rows(
+        pair, index, slot,
+        [&](const auto& view, const Sequence& s, int64_t head, int64_t first, int64_t at, int64_t rows) {
+          float* total = view.shares + at * packed.q_columns;
+          for (int64_t i = 1; i < slices; i++)
+            for (int64_t j = 0; j < rows * packed.q_columns; j += W)
+              FASTATTN_ISA::store(total + j, load(total + j) + load(total + i * packed.share_words + j));
+          const Matrix dq = matrix(p.grad_q, s.batch, head, s.q_begin + first);
+          for (int64_t i = 0; i < rows; i++)
+            store_row(dq, i, total + i * packed.q_columns, problem.head_dim, (float)p.scale);
+          for (int64_t i = 0; i < rows && packed.row_words; i++) {
+            float sum = 0;
+            for (int64_t j = 0; j < slices; j++) sum += view.row_sums[j * packed.row_words + first + i];
+            const Tensor& to = p.grad_row_bias;
+            ((float*)to.data)[s.batch * to.stride[1] + head * to.stride[2] + (s.q_begin + first + i) * to.stride[3]] =
+                sum;
+          }
+        });
   };
 
   // f(task, thread, copy): where gradients of tables are summed in copies, each has its tasks, in order

@@ -75,8 +75,7 @@ static void forward_tiled(const AttentionParams& p, const BlockOf<Unit>& block) 
     const int64_t tile = blocks - 1 - index % blocks, first = tiles.first(tile), rows = tiles.size(tile, s.q_length);
     if (rows <= 0 || decodes(problem, s)) return;
     const int64_t head = pair % problem.kv_heads * problem.group + index / blocks;
-    block.run(problem, block_q, block_k, memory, s, head, first, rows,
-              PackedHead<Unit>(problem, longest_k, packed));
+    block.run(problem, block_q, block_k, memory, s, head, first, rows, PackedHead<Unit>(problem, longest_k, packed));
   };
 
   const int64_t pair_blocks = problem.group * blocks;

@@ -49,17 +49,17 @@ struct ForwardBlock {
 
   const Problem& problem;
   int64_t block_q, block_k, q_steps, out_columns;
-  int64_t width = 0;     // keys of the tile, block_k at most
-  Word* q;               // (block_q, q_steps)
-  float* scores;         // (block_q, block_k)
-  Weight* weights;       // (block_q, block_k), the scores' own memory when they are floats
-  float* out;            // (block_q, out_columns)
-  float* top;            // (block_q) what a row's weights are relative to: the maximum of x some keys ago
-  float *shift, *limit;  // (block_q) of the scores x * c: what is taken off them; past it the maximum is raised
-  int64_t* added;        // (block_q / kRows) the key up to which weighted values are in `out`
-  float* sums;           // (block_q, W) running row sum, by lanes
-  float* rounded_sums;   // (block_q, W) the same of rounded weights, where they are summed
-  int64_t* top_keys;     // (block_q) the key of `top`, where it is wanted
+  int64_t width = 0;      // keys of the tile, block_k at most
+  Word* q;                // (block_q, q_steps)
+  float* scores;          // (block_q, block_k)
+  Weight* weights;        // (block_q, block_k), the scores' own memory when they are floats
+  float* out;             // (block_q, out_columns)
+  float* top;             // (block_q) what a row's weights are relative to: the maximum of x some keys ago
+  float *shift, *limit;   // (block_q) of the scores x * c: what is taken off them; past it the maximum is raised
+  int64_t* added;         // (block_q / kRows) the key up to which weighted values are in `out`
+  float* sums;            // (block_q, W) running row sum, by lanes
+  float* rounded_sums;    // (block_q, W) the same of rounded weights, where they are summed
+  int64_t* top_keys;      // (block_q) the key of `top`, where it is wanted
   RowRanges ranges, all;  // of the tile; of every key, where blocks that are listed cut panels
 
   ForwardBlock(const Problem& problem, int64_t block_q, int64_t block_k, Arena& arena)

@@ -30,9 +30,9 @@ struct List {
 
 struct Lists {
   const MaskParams& mask;
-  int64_t group;             // query heads of a list
+  int64_t group;  // query heads of a list
   int64_t q_blocks, k_blocks;
-  int64_t batch_stride;      // rows between batch entries, 0: all have the same
+  int64_t batch_stride;  // rows between batch entries, 0: all have the same
 
   Lists(const MaskParams& mask, int64_t heads, int64_t rows, int64_t keys)
       : mask(mask),
@@ -48,7 +48,8 @@ struct Lists {
 
   // The key blocks of the queries from `row` on of one query head.
   List of_queries(int64_t batch, int64_t head, int64_t row) const {
-    return entry(mask.list_offsets, mask.list_keys, (batch * batch_stride + head / group) * q_blocks + row / mask.list_q);
+    return entry(mask.list_offsets, mask.list_keys,
+                 (batch * batch_stride + head / group) * q_blocks + row / mask.list_q);
   }
   // The query blocks of one query head that list the key block of key `key`.
   List of_keys(int64_t batch, int64_t head, int64_t key) const {

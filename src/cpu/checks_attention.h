@@ -33,10 +33,12 @@ inline void check_lists(const Checks& c, const MaskParams& p, const Size& scores
   c.require(heads % p.list_heads == 0, "list_heads", "must divide the heads");
   c.require(p.list_k >= limits::list_keys && p.list_k % 2 == 0, "list_k", "must be even, and 16 at least");
   c.require(!p.cu_seqlens_q.data, "list_offsets", "go without packed documents");
-  const int64_t q_blocks = (scores.of[2] + p.list_q - 1) / p.list_q, k_blocks = (scores.of[3] + p.list_k - 1) / p.list_k;
+  const int64_t q_blocks = (scores.of[2] + p.list_q - 1) / p.list_q,
+                k_blocks = (scores.of[3] + p.list_k - 1) / p.list_k;
   check_lists(c, "list_keys", p.list_offsets, p.list_keys, batch, p.list_heads * q_blocks, k_blocks);
   if (!c.backward()) return;
-  c.require(p.list_starts.data && p.list_starts.size[3] - 1 == (p.list_offsets.size[3] - 1) / (q_blocks ? q_blocks : 1) * k_blocks,
+  c.require(p.list_starts.data &&
+                p.list_starts.size[3] - 1 == (p.list_offsets.size[3] - 1) / (q_blocks ? q_blocks : 1) * k_blocks,
             "list_starts", "must be list_offsets transposed");
   check_lists(c, "list_queries", p.list_starts, p.list_queries, batch, p.list_heads * k_blocks, q_blocks);
 }

@@ -41,7 +41,7 @@ def by_rows(q, k, v, score, allowed, scale, bias):
     problem=testing.attention_problems(
         (*testing.MASK_KINDS, "blocks"), max_len=12, head_dims=(1, 3, 8), block_sizes=(1, 2, 5)
     ),
-    scale=st.sampled_from((None, 0.5))
+    scale=st.sampled_from((None, 0.5)),
 )
 def test_definition(score, problem, scale):
     q, k, v = problem.inputs(torch.float64, requires_grad=False)

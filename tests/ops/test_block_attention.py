@@ -36,7 +36,9 @@ def test_the_definition_is_the_dense_mask_of_the_same_pairs(problem):
     assert torch.equal(found.expand(full), (without & listed).expand(full))
 
 
-@pytest.mark.parametrize("op", ["softplus_attention", "lssa_attention", "gated_attention", "grouped_attention"])
+@pytest.mark.parametrize(
+    "op", ["softplus_attention", "lssa_attention", "gated_attention", "grouped_attention"]
+)
 def test_other_ops_take_lists_by_their_definition(op):
     q, k, v = testing.attention_inputs(2, 4, 2, 20, 20, 8)
     blocks = random_blocks((4, 4), (20, 20), batch=2, heads=2, share=0.6)
@@ -78,7 +80,10 @@ def test_flex_attention_takes_lists():
         (lambda: random_blocks((4, 4), (7, 9)), "blocks has q_length 7, the call has 8"),
         (lambda: random_blocks((4, 4), (8, 8)), "blocks has k_length 8, the call has 9"),
         (lambda: random_blocks((4, 4), (8, 9), batch=3), "blocks has a batch of 3, q has 2"),
-        (lambda: random_blocks((4, 4), (8, 9), heads=3), "blocks has 3 heads; give 1, the 2 key heads or the 4"),
+        (
+            lambda: random_blocks((4, 4), (8, 9), heads=3),
+            "blocks has 3 heads; give 1, the 2 key heads or the 4",
+        ),
     ],
 )
 def test_lists_of_another_call_are_refused(blocks, message):
@@ -105,7 +110,12 @@ def raw(q, k, v, offsets, keys, block=(4, 4), heads=1, group=4):
     """The op itself, whose lists nobody has checked."""
     mask = masks.Mask().args("attention", q, k)
     mask = mask._replace(
-        list_offsets=offsets, list_keys=keys, list_q=block[0], list_k=block[1], list_heads=heads, list_group=group
+        list_offsets=offsets,
+        list_keys=keys,
+        list_q=block[0],
+        list_k=block[1],
+        list_heads=heads,
+        list_group=group,
     )
     from fastattn.runtime.registry import call
 
@@ -125,7 +135,9 @@ def raw(q, k, v, offsets, keys, block=(4, 4), heads=1, group=4):
 )
 def test_the_op_checks_sizes(offsets, keys, options, error, message):
     q, k, v = testing.attention_inputs(2, 4, 2, 8, 9, 8, requires_grad=False)
-    keys = None if keys is None else torch.tensor(keys, dtype=torch.int32 if isinstance(keys[0], int) else None)
+    keys = (
+        None if keys is None else torch.tensor(keys, dtype=torch.int32 if isinstance(keys[0], int) else None)
+    )
     with pytest.raises(error, match=message):
         raw(q, k, v, torch.tensor(offsets, dtype=torch.int32), keys, **options)
 
@@ -150,7 +162,9 @@ def test_compiles_whole(made, block):
     for seed in range(2):
         # lists of other contents, and inside of another number, are followed
         if made == "inside":
-            table = random_blocks(block, (40, 50), batch=2, heads=2, share=0.3 + 0.5 * seed, seed=seed).table()
+            table = random_blocks(
+                block, (40, 50), batch=2, heads=2, share=0.3 + 0.5 * seed, seed=seed
+            ).table()
         results = []
         for function in (compiled, call):
             out = function(q, k, v, table)

@@ -16,7 +16,9 @@ B, HQ, HKV, L, D = 2, 4, 2, 44, 8
 
 
 def qk(lq=L, lk=L, seed=0):
-    q, k, _ = testing.attention_inputs(B, HQ, HKV, lq, lk, D, dtype=torch.float64, seed=seed, requires_grad=False)
+    q, k, _ = testing.attention_inputs(
+        B, HQ, HKV, lq, lk, D, dtype=torch.float64, seed=seed, requires_grad=False
+    )
     return q, k
 
 
@@ -45,8 +47,15 @@ def test_local_lists_the_blocks_that_the_window_touches(lengths, block, window):
 
 
 def test_first_and_diagonal():
-    assert fa.blocks.first(2, block=(4, 4), q_length=9, k_length=13).table()[0, 0].long().sum(0).tolist() == [3, 3, 0, 0]
-    assert torch.equal(fa.blocks.diagonal(block=(4, 4), q_length=9).table()[0, 0], torch.eye(3, dtype=torch.bool))
+    assert fa.blocks.first(2, block=(4, 4), q_length=9, k_length=13).table()[0, 0].long().sum(0).tolist() == [
+        3,
+        3,
+        0,
+        0,
+    ]
+    assert torch.equal(
+        fa.blocks.diagonal(block=(4, 4), q_length=9).table()[0, 0], torch.eye(3, dtype=torch.bool)
+    )
 
 
 def of_head(k, h):
@@ -86,7 +95,10 @@ def test_moba_is_its_definition():
     for h in range(HQ):
         for i in range(L):
             own = i // block
-            scores = {j: float(q[1, h, i] @ of_head(k, h)[1, j * block : j * block + block].mean(0)) for j in range(own)}
+            scores = {
+                j: float(q[1, h, i] @ of_head(k, h)[1, j * block : j * block + block].mean(0))
+                for j in range(own)
+            }
             best = sorted(scores, key=lambda j: -scores[j])[: top - 1]
             assert set(blocks.table()[1, h, i].nonzero()[:, 0].tolist()) == {own, *best}
 
@@ -107,7 +119,11 @@ def test_nsa_sums_groups_and_overlaps_and_forces_first_and_own(top):
             own = i // block
             scores = {}
             for j in range(own + 1):
-                over = [c for c in range(compressed) if c * stride < (j + 1) * block and c * stride + width > j * block]
+                over = [
+                    c
+                    for c in range(compressed)
+                    if c * stride < (j + 1) * block and c * stride + width > j * block
+                ]
                 scores[j] = sum(float(weights[0, 2 * h : 2 * h + 2, i, c].sum()) for c in over)
             scores[0], scores[own] = math.inf if own else 2 * math.inf, math.inf
             order = sorted(scores, key=lambda j: (j != own, -scores[j], j))
@@ -115,7 +131,9 @@ def test_nsa_sums_groups_and_overlaps_and_forces_first_and_own(top):
 
 
 def test_coverage_is_the_smallest_set():
-    p = (torch.randn(B, 3, 5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2).softmax(-1)
+    p = (
+        torch.randn(B, 3, 5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
+    ).softmax(-1)
     blocks = fa.blocks.coverage(p, 0.9, block=(4, 4), q_length=20, k_length=28)
     mass = (p * blocks.table()).sum(-1)
     smallest = torch.where(blocks.table(), p, math.inf).amin(-1)
@@ -176,7 +194,9 @@ def test_tree_topk_of_enough_ranges_is_every_block_and_of_few_is_no_more(causal)
 def perturbed(q, k, position):
     """Other tokens from a position on."""
     fresh = qk(seed=7)
-    return tuple(torch.cat([a[:, :, :position], b[:, :, position:]], 2) for a, b in zip((q, k), fresh, strict=True))
+    return tuple(
+        torch.cat([a[:, :, :position], b[:, :, position:]], 2) for a, b in zip((q, k), fresh, strict=True)
+    )
 
 
 def probabilities(q, k):
@@ -190,7 +210,9 @@ def probabilities(q, k):
 BUILDERS = {
     "pooled_topk": lambda q, k: fa.blocks.pooled_topk(q, k, block=(4, 4), top=3),
     "pooled_topk, causal": lambda q, k: fa.blocks.pooled_topk(q, k, block=(4, 4), top=3, causal=True),
-    "pooled_topk, causal, other blocks": lambda q, k: fa.blocks.pooled_topk(q, k, block=(6, 4), top=4, causal=True),
+    "pooled_topk, causal, other blocks": lambda q, k: fa.blocks.pooled_topk(
+        q, k, block=(6, 4), top=4, causal=True
+    ),
     "moba": lambda q, k: fa.blocks.moba(q, k, block=4, top=3),
     "nsa": lambda q, k: fa.blocks.nsa(probabilities(q, k), kv_heads=HKV, block=4, top=4, k_length=L),
     "vertical_slash": lambda q, k: fa.blocks.vertical_slash(q, k, block=(4, 4), vertical=0.5, slash=0.5),
@@ -217,7 +239,9 @@ def test_what_leaks_says_it_and_nothing_else_does(name):
 def test_training_with_lists_that_leak_warns():
     q, k = (t.requires_grad_() for t in qk())
     leaking = fa.blocks.pooled_topk(q, k, block=(16, 16), top=2)
-    with pytest.warns(UserWarning, match="leak the future: a query block's list is chosen by all of its tokens"):
+    with pytest.warns(
+        UserWarning, match="leak the future: a query block's list is chosen by all of its tokens"
+    ):
         fa.attention(q, k, k, mask=fa.Mask(causal=True, blocks=leaking))
     quiet = fa.blocks.pooled_topk(q, k, block=(16, 16), top=2, causal=True)
     with warnings.catch_warnings():

@@ -46,9 +46,10 @@ def test_dense_there_and_back(drawn):
     blocks = lists(table, block, lengths)
     assert torch.equal(blocks.table(), table)
     assert torch.equal(blocks.to_dense(), spread(table, block, lengths))
-    assert blocks.density == (table.float().mean().item() if table.numel() else 0.0) or abs(
-        blocks.density - table.double().mean().item()
-    ) < 1e-12
+    assert (
+        blocks.density == (table.float().mean().item() if table.numel() else 0.0)
+        or abs(blocks.density - table.double().mean().item()) < 1e-12
+    )
     again = fa.Blocks(
         blocks.offsets,
         blocks.keys.long(),
@@ -92,7 +93,7 @@ def test_split_keeps_the_pairs(drawn, data):
 
 @given(tables(), st.integers(0, 1000))
 def test_indices_in_any_order_with_duplicates_and_nothing(drawn, seed):
-    block, lengths, (table,) = drawn
+    block, lengths, _ = drawn
     rows = -(-lengths[0] // block[0]), -(-lengths[1] // block[1])
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(-1, max(rows[1], 0), (2, 3, rows[0], 5), generator=generator)
@@ -117,7 +118,7 @@ def test_of_a_block_mask():
     assert bool((blocks.to_dense()[0, 0] >= meant).all())
     padded = torch.nn.functional.pad(meant, (0, 0, 0, 12)).view(8, 64, 10, 64)
     assert torch.equal(blocks.table()[0, 0], padded.any(3).any(1))
-    with pytest.raises(TypeError, match="block_mask must be a torch.nn"):
+    with pytest.raises(TypeError, match=r"block_mask must be a torch\.nn"):
         fa.Blocks.from_block_mask(meant)
 
 
@@ -143,7 +144,9 @@ def test_made_in_a_compiled_function(make):
         return blocks.to_dense(), blocks.offsets
 
     for got, want in zip(
-        torch.compile(made, fullgraph=True, backend="aot_eager")(table, indices), made(table, indices), strict=True
+        torch.compile(made, fullgraph=True, backend="aot_eager")(table, indices),
+        made(table, indices),
+        strict=True,
     ):
         assert torch.equal(got, want)
 

@@ -61,7 +61,10 @@ def test_gradcheck_and_opcheck():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_rounded_once(dtype):
-    parts = [(testing.random_tensor(1, 2, 5, 8, dtype=dtype, seed=i), torch.full((1, 2, 5), float(i))) for i in range(3)]
+    parts = [
+        (testing.random_tensor(1, 2, 5, 8, dtype=dtype, seed=i), torch.full((1, 2, 5), float(i)))
+        for i in range(3)
+    ]
     out, lse = fa.merge(parts)
     wide, _ = fa.merge([(o.double(), x.double()) for o, x in parts])
     assert out.dtype == dtype and lse.dtype == torch.float32

@@ -11,7 +11,11 @@ from . import tuning  # noqa: F401  declares what `lookup` serves
 
 def refusal(q, k, v, groups, key_groups, window, scale, mask) -> str | None:
     """Why the CPU kernel cannot serve this call, or None."""
-    return unserved(q, k, v) or unserved_lists(mask) or ("it does not serve a dense mask" if mask.dense is not None else None)
+    return (
+        unserved(q, k, v)
+        or unserved_lists(mask)
+        or ("it does not serve a dense mask" if mask.dense is not None else None)
+    )
 
 
 def refusal_backward(

@@ -1,6 +1,7 @@
 """Merging attention results of disjoint sets of keys."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -57,16 +58,19 @@ def merge_sums(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torc
     return out.masked_fill(nothing[..., None], 0.0).to(numerators.dtype), total
 
 
-def _parts(op: str, parts, second: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(op: str, parts: Any, second: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts one above the other, (parts, ..., D) and (parts, ...)."""
     if isinstance(parts, torch.Tensor) or not isinstance(parts, Sequence) or not parts:
         raise TypeError(
             f"fastattn.{op}: parts must be a sequence of (out, {second}), one at least, given {_checks.describe(parts)}"
         )
-    outs, seconds = [], []
+    outs: list[torch.Tensor] = []
+    seconds: list[torch.Tensor] = []
     for i, part in enumerate(parts):
         if not isinstance(part, (tuple, list)) or len(part) != 2:
-            raise TypeError(f"fastattn.{op}: parts[{i}] must be (out, {second}), given {_checks.describe(part)}")
+            raise TypeError(
+                f"fastattn.{op}: parts[{i}] must be (out, {second}), given {_checks.describe(part)}"
+            )
         out, of_rows = part
         _checks.check_floating(op, **{f"parts[{i}]'s out": out})
         first = outs[0] if outs else out

@@ -12,11 +12,19 @@ def _check(op: str, outs, lses, sink) -> None:
             f"fastattn.{op}: outs must be (parts, ..., D) of one part at least, given {checks.describe(outs)}"
         )
     checks.check_exact(
-        op, "lses", lses, tuple(outs.shape[:-1]), checks.statistics_dtype(outs), outs.device, "(parts, ...), outs without D"
+        op,
+        "lses",
+        lses,
+        tuple(outs.shape[:-1]),
+        checks.statistics_dtype(outs),
+        outs.device,
+        "(parts, ...), outs without D",
     )
     if sink is not None:
         if outs.dim() < 4:
-            raise ValueError(f"fastattn.{op}: sink needs parts of heads, (..., H, L, D), given {checks.describe(outs)}")
+            raise ValueError(
+                f"fastattn.{op}: sink needs parts of heads, (..., H, L, D), given {checks.describe(outs)}"
+            )
         checks.check_tensor(op, "sink", sink, dims=1)
         if sink.shape[0] != outs.shape[-3] or sink.dtype not in (outs.dtype, torch.float32):
             raise ValueError(

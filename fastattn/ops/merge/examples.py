@@ -28,4 +28,4 @@ def examples(make: Make) -> dict[str, Example]:
         "second": make.normal(1, 2, L, 12),
         "second_lse": make.normal(1, 2, L),
     }
-    return {"merge": Example(two_parts, parts)}
+    return {"merge, two parts": Example(two_parts, parts)}
