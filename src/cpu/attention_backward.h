@@ -78,7 +78,7 @@ struct BackwardBlock {
         const typename Queries::View queries = packed.view(memory);
         const int64_t head = kv_head * problem.group + g;
         const BiasSums sums = bias.sums(s, head, g, n, part, queries.distances + slice * packed.distances);
-        each_tile(s, head, n, [&](int64_t index) {
+        each_query_tile(problem, tiles, s, head, n, [&](int64_t index) {
           const int64_t m = tiles.first(index), rows = tiles.size(index, s.q_length);
           if (rows <= 0 || s.first_key(m) >= n + there || s.end_key(m + rows - 1) <= n) return;
           tile(s, head, m, index * block_q, rows, n, there, queries, slice, sums);
@@ -96,18 +96,6 @@ struct BackwardBlock {
       store_row(dk, j, grad_keys + j * packed.q_columns, problem.head_dim, (float)p.scale);
       store_row(dv, j, grad_values + j * packed.o_columns, problem.value_dim, problem.dropout.scale);
     }
-  }
-
-  // f(tile) for those of the queries of one head that may attend the keys from n on.
-  template <class F>
-  void each_tile(const Sequence& s, int64_t head, int64_t n, const F& f) const {
-    if (!problem.lists.on()) {
-      for (int64_t tile = 0; tile < tiles.count(s.q_length); tile++) f(tile);
-      return;
-    }
-    const List list = problem.lists.of_keys(s.batch, head, n);
-    for (const int32_t* block = list.begin; block < list.end; block++)
-      for (int64_t part = 0; part < tiles.parts; part++) f(*block * tiles.parts + part);
   }
 
   void pack_keys(const Matrix& k, const Matrix& v, int64_t there) {
@@ -352,9 +340,9 @@ struct BackwardBlock {
         }
         constants = Score::constants(s.bias);
       } else if (mask.all(columns)) {
-        weigh_row<false>(x, slope, columns, c, constants, mask);
+        weigh_row<Score, false>(x, slope, columns, c, constants, mask);
       } else {
-        weigh_row<true>(x, slope, columns, c, constants, mask);
+        weigh_row<Score, true>(x, slope, columns, c, constants, mask);
       }
       if (slope != x && !Score::kSlope)
         for (int64_t j = columns.begin; j < columns.end; j += W) store(slope + j, load(x + j));
@@ -398,21 +386,6 @@ struct BackwardBlock {
       t.machine.run(rows);
     }
   }
-  template <bool kMasked>
-  FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,
-                                 const RowMask& mask) {
-    for (int64_t j = columns.begin; j < columns.end; j += W) {
-      vf t, w = Score::weight_and_slope(load(x + j), c, constants, &t);
-      if (kMasked) {
-        const vi attended = mask.at(j);
-        w = keep(attended, w);
-        t = keep(attended, t);
-      }
-      store(x + j, w);
-      if (Score::kSlope) store(slope + j, t);
-    }
-  }
-
   // to (keys, columns) += tile^T (keys, rows) * panels (rows, columns), over the rows that attend any of kRows keys.
   void contract_rows(const Word* tile_t, const Word* panels, int64_t at, int64_t rows, int64_t groups, int64_t n,
                      int64_t there, float* to, int64_t columns) {

@@ -100,5 +100,34 @@ static void pack_queries(const Problem& problem, const PackedQueries<Unit>& pack
   }
 }
 
+// Scores of one row to its weights and, where the score has them apart, slopes.
+template <class Score, bool kMasked>
+FASTATTN_INLINE void weigh_row(float* x, float* slope, const Columns& columns, float c, const ScoreRow& constants,
+                               const RowMask& mask) {
+  for (int64_t j = columns.begin; j < columns.end; j += W) {
+    vf t, w = Score::weight_and_slope(load(x + j), c, constants, &t);
+    if (kMasked) {
+      const vi attended = mask.at(j);
+      w = keep(attended, w);
+      t = keep(attended, t);
+    }
+    store(x + j, w);
+    if (Score::kSlope) store(slope + j, t);
+  }
+}
+
+// f(tile) for those of the queries of one head that may attend the keys from n on.
+template <class F>
+FASTATTN_INLINE void each_query_tile(const Problem& problem, const Tiles& tiles, const Sequence& s, int64_t head,
+                                     int64_t n, const F& f) {
+  if (!problem.lists.on()) {
+    for (int64_t tile = 0; tile < tiles.count(s.q_length); tile++) f(tile);
+    return;
+  }
+  const List list = problem.lists.of_keys(s.batch, head, n);
+  for (const int32_t* block = list.begin; block < list.end; block++)
+    for (int64_t part = 0; part < tiles.parts; part++) f(*block * tiles.parts + part);
+}
+
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

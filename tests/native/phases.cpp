@@ -57,11 +57,12 @@ int backward_phases(const AttentionParams& p, const Timer& time, checks::Phase* 
   const int64_t block_q = round_up(p.block_q, kRows), block_k = round_up(p.block_k, kPanel), groups = block_q / kRows;
   const double tile_vectors = double(block_q * block_k / W);
   const PackedQueries<Unit> packed(problem, block_q, 1, false, 0);
+  const Tiles tiles(block_q, block_q, block_q, 1);
   int n = 0;
   with_scratch(kSlot, [&](Arena& query_arena) {
     const auto queries = packed.view(query_arena);
     with_scratch(kSlot + 1, [&](Arena& arena) {
-      Block block(problem, packed, Tiles(block_q, block_q, block_q, 1), BiasUnits(problem), block_q, block_k, arena);
+      Block block(problem, packed, tiles, BiasUnits(problem), block_q, block_k, arena);
       if (!block.keys || !queries.rows) return;  // measured
       const double rows = time([&] { pack_queries<Unit, Score>(problem, packed, queries, s, 0, 0, 0, block_q); });
       const double keys = time([&] { block.pack_keys(matrix(p.k, 0, 0, 0), matrix(p.v, 0, 0, 0), block_k); });
