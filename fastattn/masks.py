@@ -570,7 +570,7 @@ def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
 
 def row_counts(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:
     """How many keys each query attends, (B or 1, H or 1, Lq)."""
-    if mask.dense is not None:
+    if mask.dense is not None or mask.list_offsets is not None:
         return dense_allowed(lq, lk, device, mask).sum(-1)
     document, row = positions(mask.cu_seqlens_q, lq, device)
 

@@ -198,8 +198,8 @@ def _gradients(config: _tuning.Choice, fields: dict, wanted: int, q, k, v, table
 # --- weights that are a program's ------------------------------------------------------------------------------------
 
 
-def refusal_score_backward(grad_out, q, k, v, *_) -> str | None:
-    return unserved(q, k, v)
+def refusal_score_backward(grad_out, q, k, v, *rest) -> str | None:
+    return refusal(q, k, v, *rest[:-1])
 
 
 def configure_score(q, k, v, *_) -> _tuning.Choice:
@@ -254,8 +254,8 @@ def score_attention_backward(
     return _gradients(config, fields, wanted, q, k, v, tables, indices, program, None, scale, mask)
 
 
-def refusal_maximum(q, k, *_) -> str | None:
-    return unserved(q, k, k)
+def refusal_maximum(q, k, *rest) -> str | None:
+    return refusal(q, k, k, *rest)
 
 
 def configure_maximum(q, k, *_) -> _tuning.Choice:

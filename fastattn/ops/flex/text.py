@@ -62,6 +62,7 @@ def _mask(mask: MaskArgs) -> list[str]:
         ("causal", mask.causal),
         ("window", max(mask.window_left, mask.window_right) >= 0),
         ("documents", mask.cu_seqlens_q is not None),
+        ("block lists", mask.list_offsets is not None),
     )
     said = [name for name, on in kinds if on]
     return [f"mask: {' and '.join(said)}, as ranges of keys"] if said else []

@@ -27,13 +27,13 @@ _LEAST = {"num_stages": 1, "block_n": 16}
 _NOTHING = 0  # of WANTS of attention's backward: neither a bias nor a sink
 
 
-def refusal(q, k, v, *_) -> str | None:
-    """Why the Triton kernels cannot serve this call, or None."""
-    return triton_problem.refusal(q, k, v)
+def refusal(q, k, v, *rest) -> str | None:
+    """Why the Triton kernels cannot serve this call, whose mask is the last member, or None."""
+    return triton_problem.refusal(q, k, v, None, rest[-1])
 
 
-def refusal_backward(grad_out, grad_lse, q, k, v, *_) -> str | None:
-    return triton_problem.refusal(q, k, v) or _triton.refusal(grad_out)
+def refusal_backward(grad_out, grad_lse, q, k, v, *rest) -> str | None:
+    return refusal(q, k, v, *rest[:-1]) or _triton.refusal(grad_out)
 
 
 class _Problem(Problem):
