@@ -245,8 +245,16 @@ def test_bad_arguments_are_refused():
         ({"x": x[0]}, ValueError, "x must have 3 dimensions"),
         ({"x": x.int()}, TypeError, "x must be one of float32"),
         ({"weight": weight[:2]}, ValueError, r"weight must be \(D, K\) with x's 3 channels and 1 to 8 taps"),
-        ({"weight": torch.zeros(3, 9)}, ValueError, r"weight must be \(D, K\) with x's 3 channels and 1 to 8 taps"),
-        ({"weight": torch.zeros(3, 0)}, ValueError, r"weight must be \(D, K\) with x's 3 channels and 1 to 8 taps"),
+        (
+            {"weight": torch.zeros(3, 9)},
+            ValueError,
+            r"weight must be \(D, K\) with x's 3 channels and 1 to 8 taps",
+        ),
+        (
+            {"weight": torch.zeros(3, 0)},
+            ValueError,
+            r"weight must be \(D, K\) with x's 3 channels and 1 to 8 taps",
+        ),
         ({"weight": weight.bfloat16()}, TypeError, "weight must be float32, x's dtype, given"),
         ({"x": x.double()}, TypeError, "weight must be float64, x's dtype"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(3\)"),
