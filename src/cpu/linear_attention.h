@@ -11,6 +11,7 @@
 #pragma once
 
 #include "linear_attention_channels.h"
+#include "linear_divisor.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -261,19 +262,14 @@ FASTATTN_NOINLINE void read_state(float* out, const float* x, int64_t stride, co
   }
 }
 
-// Sums (rows, columns) with their divisor in the last column: divides the sums by it and replaces it by its reciprocal.
-// Where the divisor is 0 both become 0.
+// Sums (rows, columns) with their divisor in the last column: divides the sums by it and leaves it.
 static void divide_rows(float* sums, int64_t rows, int64_t columns) {
   const int64_t last = columns - 1, padded = round_up(columns, W), first = last / kPanel * kPanel;
   const int64_t width = min64(kPanel, padded - first);
-  float* divisor = sums + first * kChunkRows + last - first;
-  for (int64_t i = 0; i < rows; i++) {
-    float& x = divisor[i * width];
-    x = x == 0 ? 0.0f : 1.0f / x;
-  }
+  const float* divisor = sums + first * kChunkRows + last - first;
   for_vectors(rows, columns, kChunkRows, [&](int64_t i, int64_t d, int64_t place) {
-    const vf scaled = load(sums + place) * divisor[i * width];
-    store(sums + place, select(iota() + (int32_t)d < (int32_t)last, scaled, load(sums + place)));
+    const vf x = load(sums + place);
+    store(sums + place, select(iota() + (int32_t)d < (int32_t)last, divided(x, divisor[i * width]), x));
   });
 }
 

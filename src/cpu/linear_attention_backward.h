@@ -280,9 +280,9 @@ struct LinearBackward {
       });
     divide_rows(sums, rows, t.columns);
     const int64_t last = t.columns - 1, panel = last / kPanel * kPanel, width = min64(kPanel, padded_of(t) - panel);
-    const auto divisor = [&](int64_t i) { return panel * kChunkRows + i * width + last - panel; };
+    const auto place = [&](int64_t i) { return panel * kChunkRows + i * width + last - panel; };
     for (int64_t i = 0; i < rows; i++) {
-      const float reciprocal = sums[divisor(i)];
+      const float divisor = sums[place(i)];
       vf dot{};
       for (int64_t d = 0; d < padded_of(t); d += kPanel) {
         const int64_t wide = min64(kPanel, padded_of(t) - d);
@@ -290,10 +290,10 @@ struct LinearBackward {
           float* grad = d_out + d * kChunkRows + i * wide + j;
           const vf x = load(grad);  // 0 in the divisor's column
           dot += keep((iota() + (int32_t)(d + j)) < (int32_t)last, x * load(sums + d * kChunkRows + i * wide + j));
-          store(grad, x * reciprocal);
+          store(grad, divided(x, divisor));
         }
       }
-      d_out[divisor(i)] = -reduce_add(dot) * reciprocal;
+      d_out[place(i)] = divisor == 0 ? 0.0f : -reduce_add(dot) / divisor;
     }
   }
 

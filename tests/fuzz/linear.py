@@ -65,6 +65,9 @@ def draw(rng: random.Random) -> dict:
     decay = "none" if kind.startswith("all") else pick(DECAYS)
     key_heads = 0 if rng.random() < 0.01 else pick((1, 1, 2, 3))
     size = (1.0, 1.0, 1.0, 1.0, 1e-3, 30.0, 1e-18, 1e4)
+    sizes = [pick(size) for _ in range(4)]
+    if "norm" in kind and rng.random() < 0.05:  # divisors among the subnormal numbers
+        sizes[:2] = [1e-20, 1e-20]
     return {
         "step": step,
         "kind": kind,
@@ -85,7 +88,7 @@ def draw(rng: random.Random) -> dict:
         "qk_norm": rng.random() < 0.4,
         "scale": pick((None, None, 1.0, 0.3)),
         "state": rng.random() < 0.6,
-        "sizes": [pick(size) for _ in range(4)],
+        "sizes": sizes,
         "grad_size": pick(size[2:]),
         "layouts": [pick((0, 0, *range(LAYOUTS))) for _ in range(6)],
         "grad_layout": pick((0, 0, *range(LAYOUTS))),
@@ -345,53 +348,67 @@ def _rows(case: dict, inputs: dict) -> tuple[dict, dict]:
     return rows, roots
 
 
-def _bounds(case: dict, inputs: dict, grads: list) -> tuple[list, dict]:
+def _bounds(case: dict, inputs: dict, grads: list) -> tuple[list, dict | None]:
     rows, roots = _rows(case, inputs)
-    v, (key_heads, heads) = inputs["v"], case["heads"]
+    v, heads = inputs["v"], case["heads"][1]
     columns = case["dv"] + ("norm" in case["kind"])
     batch, length = v.shape[0], v.shape[2]
-    documents = [length] if case["documents"] is None else case["documents"]
-    sequences = batch if case["documents"] is None else len(documents)
+    lengths = [length] if case["documents"] is None else case["documents"]
+    spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
+    sequences = batch if case["documents"] is None else len(lengths)
     first = torch.zeros(sequences, heads, case["dk"], columns, dtype=torch.float64)
     first = inputs.get("initial_state", first).double()
-    of_state = torch.zeros_like(first) if grads[1] is None else grads[1]
-    of_out = torch.zeros(v.shape, dtype=torch.float64) if grads[0] is None else grads[0]
-    outs, states, backs = [], [], []
-    for i, (begin, end) in enumerate(itertools.pairwise(itertools.accumulate(documents, initial=0))):
-        own = slice(None) if case["documents"] is None else slice(i, i + 1)
-        document = _Document(case, {n: cut(x, -2, begin, end) for n, x in rows.items()}, given(first[own]))
-        out, state = document.forward()
-        outs.append(out)
-        states.append(state)
-        if any(g is not None for g in grads):
-            backs.append(document.back(given(of_out[:, :, begin:end]), given(of_state[own])))
-    rest = length - sum(documents)
+
+    def own(i: int) -> slice:
+        return slice(None) if case["documents"] is None else slice(i, i + 1)
 
     def tokens(parts: list, like: torch.Tensor) -> Product:
-        return joined([*parts, _nothing(torch.zeros_like(like[:, :, :rest]).double())], 2)
+        return joined([*parts, _nothing(torch.zeros_like(like[:, :, sum(lengths) :]).double())], 2)
 
-    results = [tokens(outs, v), joined(states, 0) if states else _nothing(first)]
-    gradients = {}
-    if any(g is not None for g in grads):
-        of = {"q": "q", "k": "k", "v": "v", "decay": "a", "beta": "b"}
-        for name, row in of.items():
-            gradients[name] = tokens([b[name] for b in backs], rows[row].value)
-        gradients["v"] = cut(gradients["v"], -1, 0, case["dv"])
-        gradients["beta"] = over(gradients["beta"], -1)
-        gradients["initial_state"] = joined([b["state"] for b in backs], 0) if backs else _nothing(first)
-        for name in ("q", "k"):
-            grad = _of_norm(gradients[name], rows[name], roots[name])
-            group = heads // max(key_heads, 1)
-            if key_heads:
-                sums = [getattr(grad, x).unflatten(1, (key_heads, group)) for x in ("value", "off", "size")]
-                grad = over(Product(*sums), 2)
-            gradients[name] = grad
-        decay = gradients["decay"]
-        if case["decay"] == "head":
-            gradients["decay"] = over(decay, 0, 2, 3)
-        elif case["decay"] == "token":
-            gradients["decay"] = over(decay, -1)
-    return results, gradients
+    documents = [
+        _Document(case, {n: cut(x, -2, *span) for n, x in rows.items()}, given(first[own(i)]))
+        for i, span in enumerate(spans)
+    ]
+    forward = [document.forward() for document in documents]
+    states = [state for _, state in forward]
+    results = [tokens([out for out, _ in forward], v), joined(states, 0) if states else _nothing(first)]
+    if all(g is None for g in grads):
+        return results, {}
+    of_out = torch.zeros(v.shape, dtype=torch.float64) if grads[0] is None else grads[0]
+    of_state = torch.zeros_like(first) if grads[1] is None else grads[1]
+    try:
+        backs = [
+            document.back(given(of_out[:, :, begin:end]), given(of_state[own(i)]))
+            for i, (document, (begin, end)) in enumerate(zip(documents, spans, strict=True))
+        ]
+    except Unknown:
+        return results, None
+    of_rows = {
+        name: tokens([b[name] for b in backs], rows[row].value)
+        for name, row in (("q", "q"), ("k", "k"), ("v", "v"), ("decay", "a"), ("beta", "b"))
+    }
+    of_first = joined([b["state"] for b in backs], 0) if backs else _nothing(first)
+    return results, _gradients(case, rows, roots, of_rows) | {"initial_state": of_first}
+
+
+def _gradients(case: dict, rows: dict, roots: dict, found: dict[str, Product]) -> dict[str, Product]:
+    """Of the tensors that rows were made from: without their norms, ones and heads that share a key head."""
+    key_heads, heads = case["heads"]
+    found = found | {"v": cut(found["v"], -1, 0, case["dv"]), "beta": over(found["beta"], -1)}
+    for name in ("q", "k"):
+        grad = _of_norm(found[name], rows[name], roots[name])
+        if key_heads:
+            groups = [
+                getattr(grad, x).unflatten(1, (key_heads, heads // key_heads))
+                for x in ("value", "off", "size")
+            ]
+            grad = over(Product(*groups), 2)
+        found[name] = grad
+    if case["decay"] == "head":
+        found["decay"] = over(found["decay"], 0, 2, 3)
+    elif case["decay"] == "token":
+        found["decay"] = over(found["decay"], -1)
+    return found
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -537,3 +537,32 @@ def test_kernels_check_what_they_are_given():
     ):
         with pytest.raises(ValueError, match=message):
             _native.run("linear_attention_forward", **fields | wrong)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_divisor_that_has_no_reciprocal_divides(isa, nan_outputs, causal):
+    """1 / 2^-140 is no float32. Sums of small integers times 2^-140 are exact, and so is their mean but for one rounding."""
+    tiny = 2.0**-70
+    v = torch.arange(12.0).view(1, 1, 4, 3)
+    q, k = (torch.full((1, 1, 4, 1), tiny) for _ in range(2))
+    mean = v.cumsum(2) / torch.arange(1.0, 5)[:, None] if causal else v.mean(2, keepdim=True).expand_as(v)
+    options = {"normalize": True, "causal": causal, "backend": "cpu"}
+    out = fa.linear_attention(q, k, v, **options)
+    assert ((out - mean).abs() <= testing.EPS32 * mean).all()
+    # a row that no gradient comes to has none, whatever it is divided by
+    q = torch.cat([q[:, :, :1], torch.ones(1, 1, 3, 1)], 2)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    grad = torch.ones(v.shape)
+    grad[:, :, 0] = 0
+    found, true = (
+        torch.autograd.grad(fa.linear_attention(*x, **options | {"backend": b}), x, grad.to(x[0].dtype))
+        for x, b in ((leaves, "cpu"), ([t.detach().double().requires_grad_() for t in leaves], "reference"))
+    )
+    for a, t in zip(found, true, strict=True):
+        testing.assert_close_to_truth(a, t, None, terms=12, magnitude=testing.max_finite(t))
+    if causal:
+        state = torch.zeros(1, 1, 1, 4)
+        step = fa.linear_attention_step(
+            k[:, :, 0].detach(), k[:, :, 0].detach(), v[:, :, 1].detach(), state, **{"normalize": True}
+        )
+        assert torch.equal(step, v[:, :, 1])

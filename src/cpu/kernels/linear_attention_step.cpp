@@ -2,6 +2,7 @@
 // its update; between the two it stays in the first-level cache.
 #include "../convert.h"
 #include "../limits.h"
+#include "../linear_divisor.h"
 #include "../math.h"
 #include "../parallel.h"
 
@@ -94,13 +95,12 @@ void linear_attention_step(const LinearStepParams& p) {
       const int64_t b = n / blocks / heads, h = n / blocks % heads;
       const StepHead head(p, b, h);
       float* state = (float*)p.state.data + b * p.state.stride[0] + h * p.state.stride[1];
-      float reciprocal = 1;  // of the normaliser, which a state's last column holds
+      float divisor = 1;  // what of a state's last column the token reads
       if (p.normalize) {
         float sum = 0;
         for (int64_t d = 0; d < head.key_dim; d++)
           sum += state[d * p.state.stride[2] + dv] * head.factor[d] * head.q[d];
-        sum = (sum + head.product * head.beta) * (float)p.scale;
-        reciprocal = sum == 0 ? 0.0f : 1.0f / sum;
+        divisor = (sum + head.product * head.beta) * (float)p.scale;
       }
       const int64_t first = p.normalize ? 0 : n % blocks * kStepColumns;
       const int64_t last = p.normalize ? columns : min64(columns, first + kStepColumns);
@@ -119,7 +119,9 @@ void linear_attention_step(const LinearStepParams& p) {
             step_columns<false>(head, state + c, p.state.stride[2], width, v, (float)p.scale, p.delta_rule, out);
           T* to = (T*)p.out.data + b * p.out.stride[1] + h * p.out.stride[2];
           for (int64_t j = 0; j < width; j += W)
-            if (c + j < dv) store_n(to + c + j, load(out + j) * reciprocal, (int)min64(W, dv - c - j));
+            if (c + j < dv)
+              store_n(to + c + j, p.normalize ? divided(load(out + j), divisor) : load(out + j),
+                      (int)min64(W, dv - c - j));
         });
       }
     }
