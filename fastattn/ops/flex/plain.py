@@ -49,7 +49,8 @@ def score_attention(
     """out (B, Hq, Lq, Dv) of `fastattn.Score`, differentiable as autograd has it.
 
     weight_of(statistics) is a function (x, b, h, q, k) -> weight, of the means, maxima and counts (B, Hq, Lq) of what x the rows
-    attend. Of equal maxima the first has the gradient. A row that attends nothing has the mean and the maximum 0.
+    attend. Of equal maxima the first has the gradient. A row that attends nothing has the mean and the maximum 0, and the count 1, so that
+    its logarithm and its reciprocal are numbers.
     """
     wide_v = widened(v)
     x, places = _products(q, k, scale)
@@ -63,7 +64,7 @@ def score_attention(
     most = count.new_zeros(count.shape)
     if x.numel():
         most = x.masked_fill(~allowed, -torch.inf).max(-1).values.masked_fill(count == 0, 0.0)
-    weight = weight_of({"mean": mean, "max": most, "count": count})
+    weight = weight_of({"mean": mean, "max": most, "count": count.clamp(min=1)})
     w = mapped(weight, (x,), places).to(x.dtype) if x.numel() else x
     w = w.masked_fill(~allowed, 0.0)
     if normalised:

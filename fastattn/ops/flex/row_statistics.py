@@ -19,13 +19,14 @@ def row_statistics(
     mask: masks.MaskArgs,
     backend: str,
 ) -> dict[str, torch.Tensor]:
-    """The statistics `names` of each row's x = before(s, b, h, q, k), (B, Hq, Lq), float32; 0 of a row that attends nothing.
+    """The statistics `names` of each row's x = before(s, b, h, q, k), (B, Hq, Lq), float32; of a row that attends nothing 0, and
+    the count 1.
 
     mean and max are differentiable in q, k and what `before` captures. Each is a pass of a kernel over the keys.
     """
     wide, rows = _checks.statistics_dtype(q), q.shape[:3]
     count = masks.row_counts(q.shape[2], k.shape[2], q.device, mask).to(wide).expand(rows)
-    found = {"count": count}
+    found = {"count": count.clamp(min=1)}
     call_of = (before or _same, count, q, k, scale, mask, backend)
     if "mean" in names:
         found["mean"] = _mean(*call_of)
