@@ -46,7 +46,16 @@ class MaskArgs(NamedTuple):
 
 
 # Arguments of Mask that exclude keys.
-_FIELDS = "causal", "window", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "dense", "blocks"
+_FIELDS = (
+    "causal",
+    "window",
+    "prefix_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "key_lengths",
+    "dense",
+    "blocks",
+)
 
 # Added to key lengths in a schema: the last query is aligned with the last key that they count. No length is negative.
 _ALIGNED = -(2**31)

@@ -450,6 +450,7 @@ def test_fields_name_every_argument_that_excludes_keys():
         "cu_seqlens_k": ints(0, 4),
         "key_lengths": ints(3),
         "dense": torch.ones(3, 4, dtype=torch.bool),
+        "blocks": fa.blocks.diagonal(block=(2, 2), q_length=3, k_length=4),
     }
     arguments = set(inspect.signature(fa.Mask).parameters) - {"align"}
     assert arguments == set(values), "a new argument: give it a value here, and _FIELDS its name"
