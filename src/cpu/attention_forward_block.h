@@ -49,7 +49,7 @@ struct ForwardBlock {
 
   const Problem& problem;
   int64_t block_q, block_k, q_steps, out_columns;
-  int64_t width = 0;      // keys of the tile, block_k at most
+  int64_t width;          // keys of the tile: block_k, or less where lists cut it
   Word* q;                // (block_q, q_steps)
   float* scores;          // (block_q, block_k)
   Weight* weights;        // (block_q, block_k), the scores' own memory when they are floats
@@ -68,6 +68,7 @@ struct ForwardBlock {
         block_k(block_k),
         q_steps(steps_of<Unit>(problem.head_dim)),
         out_columns(round_up(problem.value_dim, W)),
+        width(block_k),
         q(arena.take<Word>(block_q * q_steps)),
         scores(arena.take<float>(block_q * block_k)),
         weights(Unit::kStep == 2 ? arena.take<Weight>(block_q * block_k) : (Weight*)scores),

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from planted import entry, table
-from typer.testing import CliRunner
-
 from fastattn.autotune import space
 from fastattn.autotune import table as tables
 from fastattn.autotune.report import outcome
+from planted import entry, table
+from typer.testing import CliRunner
+
 from fastattn.cli import cache, main, tune
 from fastattn.runtime import tables as _tables
 from fastattn.runtime import tuning as _config
