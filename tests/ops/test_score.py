@@ -473,3 +473,25 @@ def test_the_ops():
         torch.library.opcheck(torch.ops.fastattn.score_attention.default, (*members, *plan.mask, ""))
     members = (q.detach(), k.detach(), tables.detach(), indices, plan.program, 0.25)
     torch.library.opcheck(torch.ops.fastattn.row_maximum.default, (*members, *plan.mask, ""))
+
+
+@pytest.mark.parametrize("statistics", [("count",), ("mean",), ("max",)])
+def test_block_lists_are_the_mask_that_they_list(statistics):
+    """The kernels refuse lists, and the definition serves them; a count is of the keys that are listed."""
+    score = fa.Score.from_function(
+        lambda x, row, b, h, q, k: torch.sigmoid(x - getattr(row, statistics[0])),
+        normalise="sum",
+        statistics=statistics,
+    )
+    q, k, v = testing.attention_inputs(2, 4, 2, 40, 50, 16)
+    dense = torch.rand(2, 4, 3, 4) < 0.5
+    blocks = fa.Blocks.from_dense(dense, block=(16, 16), q_length=40, k_length=50)
+    results = [
+        testing.differentiate(lambda *x, mask=mask: fa.attention(*x, score=score, mask=mask), (q, k, v))
+        for mask in (fa.Mask(blocks=blocks), fa.Mask(dense=blocks.to_dense()))
+    ]
+    for listed, plain in zip(*([*outputs, *grads] for outputs, grads in results), strict=True):
+        # sums of 50 terms, in one order or another
+        torch.testing.assert_close(listed, plain, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="it does not serve block lists"):
+        fa.attention(q, k, v, score=score, mask=fa.Mask(blocks=blocks), backend="cpu")

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from ...masks import unserved_lists
 from ...runtime import native
 from ...runtime import tuning as _tuning
 from ..attention.cpu import (
@@ -198,8 +199,12 @@ def _gradients(config: _tuning.Choice, fields: dict, wanted: int, q, k, v, table
 # --- weights that are a program's ------------------------------------------------------------------------------------
 
 
+def refusal_score(q, k, v, *rest) -> str | None:
+    return unserved(q, k, v) or unserved_lists(rest[-1])
+
+
 def refusal_score_backward(grad_out, q, k, v, *rest) -> str | None:
-    return refusal(q, k, v, *rest[:-1])
+    return refusal_score(q, k, v, *rest[:-1])
 
 
 def configure_score(q, k, v, *_) -> _tuning.Choice:
@@ -255,7 +260,7 @@ def score_attention_backward(
 
 
 def refusal_maximum(q, k, *rest) -> str | None:
-    return refusal(q, k, k, *rest)
+    return refusal_score(q, k, k, *rest)
 
 
 def configure_maximum(q, k, *_) -> _tuning.Choice:

@@ -51,7 +51,7 @@ declare(
     check_contents=check_weights,
     describe=text.describe_weights,
     backends=(
-        cpu_backend(cpu.score_attention, cpu.refusal, cpu.configure_score, cpu.score_attention_leading),
+        cpu_backend(cpu.score_attention, cpu.refusal_score, cpu.configure_score, cpu.score_attention_leading),
         reference_backend(reference.score_attention),
     ),
     gradients=Gradients(
