@@ -30,7 +30,7 @@ class Blocks:
     offsets and keys are int32 or int64 on one device. They are copied to int32 and checked once, here; a selection has no gradient.
     Raises ValueError or TypeError naming the argument.
 
-    >>> fa.Blocks(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), block=(64, 64), q_length=128, k_length=128)
+    >>> fastattn.Blocks(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), block=(64, 64), q_length=128, k_length=128)
     Blocks(block=(64, 64), q_length=128, k_length=128, 3 of 4 blocks)
     """
 

@@ -97,7 +97,7 @@ def test_conditions_reach_samples_and_prompts(run, config, tmp_path):
 def test_the_report_needs_no_network(trained):
     page = (trained / "report.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert page.count("<svg") == 3  # loss, speed, ops
+    assert page.count("<svg") == 4  # loss, speed, a step three ways, ops
     assert "What is" in page and "fastattn::" in page
     assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page)
 

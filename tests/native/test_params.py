@@ -162,7 +162,7 @@ def _attention_fields():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score": 3}, r"attention_forward: score must lie in \[0, 2\], given 3"),
+        ({"score": 5}, r"attention_forward: score must lie in \[0, 4\], given 5"),
         ({"score": -1}, "score must lie in"),
         (
             {"k": torch.ones(1, 2, 7, 9)},

@@ -66,8 +66,9 @@ def test_twelve_numbers(name):
     assert graphs(fn, ([*inputs, n] for n in numbers)) <= MOST_GRAPHS
 
 
-# vq_sample: see `sampled`. flex_attention runs outside of the graph (test_flex_attention.py)
-IN_A_GRAPH = [name for name in examples() if name != "vq_sample" and not name.startswith("flex_attention")]
+# vq_sample: see `sampled`. A user's function runs outside of the graph (test_flex_attention.py, test_score.py)
+OUTSIDE = ("vq_sample", "flex_attention", "attention, a function")
+IN_A_GRAPH = [name for name in examples() if not name.startswith(OUTSIDE)]
 
 
 @pytest.mark.parametrize("name", IN_A_GRAPH)

@@ -223,7 +223,8 @@ def test_a_forked_worker_may_call():
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(one, other, strict=True))
 
 
-NOT_OPS = {"cpu_isas", "explain", "focus_groups"}  # the last is plain torch, without a kernel
+# focus_groups is plain torch, without a kernel; merge takes pairs of tensors, see the example "merge, two parts"
+NOT_OPS = {"cpu_isas", "explain", "focus_groups", "merge", "merge_sums"}
 PUBLIC = {name: example for name, example in examples().items() if name in fa.__all__}
 # the op behind a function, which messages name
 OPS = {"sigmoid_attention": "attention", "lssa_attention": "softplus_attention"}

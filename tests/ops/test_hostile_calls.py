@@ -65,7 +65,7 @@ def test_results_of_every_op_are_compared():
 def _refused():
     """(op, arguments less the backend, error, message): what a public function would refuse, past it."""
     q, wide = torch.ones(1, 2, 4, 8), torch.ones(1, 9, 65)
-    mask = (False, -1, -1, None, None, None, 4, 4, None, None)
+    mask = (False, -1, -1, None, None, None, 4, 4, None, None, None, None, 1, 1, 1, 1)
     out, lse = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4)
     h, codes, target = torch.ones(3, 8), torch.tensor([0, 1, 2, 9]), torch.tensor([0, 3, 4])
     sinkhorn = (None, None, None, 0.1, 3, False)
@@ -161,7 +161,7 @@ def _refused():
     lengths = torch.tensor([4])
     yield (
         "attention",
-        (q, q, q, *softmax, *plain, *mask[:8], lengths, None),
+        (q, q, q, *softmax, *plain, *mask[:8], lengths, *mask[9:]),
         TypeError,
         "key_lengths must be int32",
     )
@@ -238,7 +238,7 @@ def test_what_has_no_contents_is_checked_alike(device):
     scores, q = torch.ones(1, 9, 65, device=device), torch.ones(1, 2, 4, 8, device=device)
     with pytest.raises(ValueError, match="given G = 65"):
         torch.ops.fastattn.sinkhorn(scores, None, None, None, 0.1, 3, False, "")
-    mask = (False, -1, -1, None, None, None, 4, 4, None, None)
+    mask = (False, -1, -1, None, None, None, 4, 4, None, None, None, None, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="score must be one of"):
         torch.ops.fastattn.attention(q, q, q, None, None, 3, 1.0, None, None, 0, None, *mask, "")
 

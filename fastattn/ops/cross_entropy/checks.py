@@ -34,6 +34,7 @@ def _check_linear(
     check_by_token(op, "bias", bias, (weight.shape[0],), h, "one a class")
     if class_weight is not None:
         check_class_weight(op, class_weight, h, weight.shape[0])
+    checks.check_tensor(op, "target", target)
     if target.is_floating_point():
         check_by_token(op, "target", target, (h.shape[0], weight.shape[0]), h, "a probability a class")
         checks.check_choice(op, "reduction", reduction, REDUCTIONS)

@@ -80,6 +80,8 @@ def _single(x: float) -> float:
 def _coarser(classes: torch.Tensor, axis: int, block: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(least, most) of what tiles of `block` cover of those of TILE along an axis, where MIXED is from 0 to 1."""
     tiles = -(-length // block)
+    if not tiles:
+        return classes, classes
     numbers = torch.arange(tiles)
     steps = int((((numbers + 1) * block - 1).clamp(max=length - 1) // TILE - numbers * block // TILE).max())
     numbers = torch.arange(tiles, device=classes.device)  # made there: a copy would wait for the device
