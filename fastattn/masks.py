@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .blocks.lists import Blocks, elements, table
+from .blocks.in_masks import check_blocks, listed
+from .blocks.lists import Blocks
 from .runtime.checks import (
     as_integer,
     broadcasts,
@@ -206,7 +207,7 @@ class Mask:
         """The contents of index tensors, known on the host, fit q (B, H, Lq, D) and k (B, Hkv, Lk, D), or ValueError."""
         lq, lk = q.shape[2], k.shape[2]
         if self.blocks is not None:
-            _check_blocks(op, self.blocks, q, k)
+            check_blocks(op, self.blocks, q, k)
         if self.packed:
             for name, total, length in (
                 ("cu_seqlens_q", self.total_q, lq),
@@ -268,26 +269,6 @@ class Mask:
             list_k=blocks.block[1],
             list_heads=blocks.heads,
             list_group=q.shape[1] // blocks.heads,
-        )
-
-
-def _check_blocks(op: str, blocks: Blocks, q: torch.Tensor, k: torch.Tensor) -> None:
-    """Block lists are of this call's lengths, batch and heads, or ValueError."""
-    for name, given, length in (
-        ("q_length", blocks.q_length, q.shape[2]),
-        ("k_length", blocks.k_length, k.shape[2]),
-    ):
-        if given != length:
-            raise ValueError(
-                f"fastattn.{op}: blocks has {name} {given}, the call has {length}; they must agree"
-            )
-    if blocks.batch != 1 and blocks.batch != q.shape[0]:
-        raise ValueError(
-            f"fastattn.{op}: blocks has a batch of {blocks.batch}, q has {q.shape[0]}; give one or as many"
-        )
-    if blocks.heads != 1 and blocks.heads != k.shape[1] and blocks.heads != q.shape[1]:
-        raise ValueError(
-            f"fastattn.{op}: blocks has {blocks.heads} heads; give 1, the {k.shape[1]} key heads or the {q.shape[1]} query heads"
         )
 
 
@@ -385,17 +366,6 @@ def _check_lists(op: str, q: torch.Tensor, k: torch.Tensor, mask: MaskArgs) -> N
 def unserved_lists(mask: MaskArgs) -> str | None:
     """Why kernels that read no block lists cannot serve a mask, or None."""
     return None if mask.list_offsets is None else "it does not serve block lists"
-
-
-def describe_lists(mask: MaskArgs, keys: int) -> str:
-    """A mask's block lists of so many keys, to read: how dense and how long they are. Empty where there are none."""
-    offsets = mask.list_offsets
-    if offsets is None or not has_contents(offsets) or offsets.numel() < 2:
-        return ""
-    counts = offsets.diff()
-    mean, most = float(counts.double().mean()), int(counts.max())
-    density = mean / max(-(-keys // mask.list_k), 1)
-    return f"block lists of {mask.list_q} x {mask.list_k}: density {density:.3g}, {mean:.4g} key blocks a row, at most {most}"
 
 
 def check_causal(op: str, mask: MaskArgs) -> None:
@@ -549,17 +519,8 @@ def dense_allowed(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> tor
         allowed = allowed & (j < per_row(key_length(mask.key_lengths)))
     allowed = allowed[:, None]  # (B or 1, 1, Lq, Lk)
     if mask.list_offsets is not None and mask.list_keys is not None:
-        allowed = allowed & _listed(lq, lk, mask.list_offsets, mask.list_keys, mask)
+        allowed = allowed & listed(lq, lk, mask.list_offsets, mask.list_keys, mask)
     return allowed if mask.dense is None else allowed & mask.dense
-
-
-def _listed(lq: int, lk: int, offsets: torch.Tensor, keys: torch.Tensor, mask: MaskArgs) -> torch.Tensor:
-    """bool (B or 1, H or 1, Lq, Lk), True where key j's block is in the list of query i's."""
-    nq, nk = -(-lq // mask.list_q), -(-lk // mask.list_k)
-    found = table(offsets, keys, mask.list_heads, nq, nk)
-    if mask.list_heads != 1:
-        found = found.repeat_interleave(mask.list_group, dim=1)
-    return elements(found, (mask.list_q, mask.list_k), lq, lk)
 
 
 def sequence_keys(lq: int, lk: int, device: torch.device, mask: MaskArgs) -> torch.Tensor:

@@ -590,15 +590,11 @@ def test_explain_prints_the_program():
 def test_outputs_as_asked_for():
     q, k, v = inputs()
     out, lse = fa.flex_attention(q, k, v, enable_gqa=True, return_lse=True)
-    again, aux = fa.flex_attention(
-        q, k, v, enable_gqa=True, return_aux=torch_flex.AuxRequest(lse=True, max_scores=True)
-    )
+    wanted = torch_flex.AuxRequest(lse=True, max_scores=True)
+    again, aux = fa.flex_attention(q, k, v, enable_gqa=True, return_aux=wanted)
     assert isinstance(aux, torch_flex.AuxOutput)
-    torch.testing.assert_close(aux.lse, lse)
-    torch.testing.assert_close(again, out)
+    torch.testing.assert_close((again, aux.lse), (out, lse))
     expected = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(16)).amax(-1)
     torch.testing.assert_close(aux.max_scores, expected)
-    only_key = fa.flex_attention(q, k[:1], v[:1], enable_gqa=True)
-    torch.testing.assert_close(
-        only_key, fa.attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1))
-    )
+    shared = (t[:1].expand(2, -1, -1, -1) for t in (k, v))  # a batch of one key
+    torch.testing.assert_close(fa.flex_attention(q, k[:1], v[:1], enable_gqa=True), fa.attention(q, *shared))

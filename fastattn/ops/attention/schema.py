@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ... import masks
+from ...blocks.in_masks import describe_lists
 from ...masks import MaskArgs
 from ...runtime.backends import Lazy, cpu_backend, reference_backend, triton_backend
 from ...runtime.checks import statistics_dtype
@@ -56,7 +56,7 @@ def _fake(q, k, v, bias, sink, score, *_):
 
 
 def _described(*members) -> str:
-    return masks.describe_lists(members[-1], members[1].shape[2])
+    return describe_lists(members[-1], members[1].shape[2])
 
 
 declare(
