@@ -35,6 +35,7 @@ PAGES = {
             "Mask",
             "Score",
             "DistanceBias",
+            *("merge", "merge_sums"),
             *("grouped_attention", "gated_attention", "focus_groups", "sinkhorn"),
             *("linear_attention", "linear_attention_step"),
         ),
@@ -62,13 +63,15 @@ PAGES = {
 # every public name of these modules
 WHOLE = {
     "api/bias.md": ("Biases by distance", ("fastattn.bias",)),
+    "api/blocks.md": ("Block lists", ("fastattn.blocks",)),
     "api/modules.md": ("Modules and models", ("fastattn.nn", "fastattn.models")),
     "api/more.md": (
         "Optimizers, processes, integrations",
         ("fastattn.optim", "fastattn.distributed", "fastattn.integrations.transformers"),
     ),
 }
-ELSEWHERE = {"distributed", "integrations", "models", "nn", "optim", "testing", "softplus_attention", "bias"}
+ELSEWHERE = {"distributed", "integrations", "models", "nn", "optim", "testing", "softplus_attention"}
+ELSEWHERE |= {"bias", "blocks", "Blocks"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
